@@ -1,0 +1,123 @@
+"""Two-dimensional relative self-attention (Bello et al., ICCV 2019, equations 2 to 5).
+
+Every way to compute it is one function below and one name in BACKENDS; they agree on the
+arguments and on the result.
+
+Letters in the shape comments:
+    B  batch                H, W  height and width of the map (g, u: those of the key)
+    N  heads (Nh)           D, E  channels per head of queries and keys (dkh), of values (dvh)
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BACKENDS = ("auto", "reference", "fold")
+
+
+def attention_2d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor | None = None,
+    rel_w: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Multi-head attention over all positions of a map, with learned relative positions.
+
+    For every head, ``softmax((Q K^T + S_H + S_W) / sqrt(dkh)) V`` with
+    ``S_H[i, j] = q_i . rel_h[jy - iy + H - 1]`` and ``S_W[i, j] = q_i . rel_w[jx - ix + W - 1]``
+    (Bello et al. 2019, equations 3 to 5). Without tables it is plain attention (equation 1).
+
+    Args:
+        q: queries, not yet scaled, (B, Nh, H, W, dkh).
+        k: keys, (B, Nh, H, W, dkh).
+        v: values, (B, Nh, H, W, dvh).
+        rel_h: row offsets -(H-1) .. H-1, (2H-1, dkh), shared by the heads.
+        rel_w: column offsets -(W-1) .. W-1, (2W-1, dkh). Given together with ``rel_h`` or not
+            at all.
+        backend: ``"reference"`` writes the logits out, (B, Nh, HW, HW), in at least float32.
+            ``"fold"`` writes the position terms as extra channels of query and key and calls
+            ``scaled_dot_product_attention``, which keeps no logits. ``"auto"`` chooses.
+
+    Returns:
+        (B, Nh, H, W, dvh), in the dtype of ``v``.
+
+    Raises:
+        ValueError: a shape does not fit the others, or there is no such backend.
+    """
+    _check_shapes(q, k, v, rel_h, rel_w)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    compute = _fold if backend in ("auto", "fold") else _reference
+    return compute(q, k, v, rel_h, rel_w)
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
+) -> None:
+    if q.dim() != 5 or q.shape != k.shape or q.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            "q, k and v must be (B, Nh, H, W, channels per head) and agree in all but the last; "
+            f"got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if (rel_h is None) != (rel_w is None):
+        raise ValueError("rel_h and rel_w go together: give both or neither")
+    height, width, dkh = q.shape[2:]
+    for name, table, size in (("rel_h", rel_h, height), ("rel_w", rel_w, width)):
+        if table is not None and table.shape != (2 * size - 1, dkh):
+            raise ValueError(
+                f"{name} must be {(2 * size - 1, dkh)} for a {height}x{width} map with "
+                f"dkh={dkh}; got {tuple(table.shape)}"
+            )
+
+
+def _position_terms(q: Tensor, table: Tensor, axis: int) -> Tensor:
+    """Each query times the row of ``table`` for its offset to every key row (or column).
+
+    (B, N, H, W, D) and (2L-1, D) give (B, N, H, W, L), L being the size of ``axis`` (2 or 3).
+    """
+    length = q.shape[axis]
+    place = torch.arange(length, device=q.device)
+    by_offset = table.to(q.dtype)[place - place[:, None] + length - 1]  # (L query, L key, D)
+    return torch.einsum("bnhwd,hgd->bnhwg" if axis == 2 else "bnhwd,wud->bnhwu", q, by_offset)
+
+
+def _reference(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
+) -> Tensor:
+    # Under autocast a product of float32 tensors is taken in half precision, where large logits
+    # overflow; leaving autocast is what keeps the logits and the softmax in float32.
+    if torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            return _reference(q, k, v, rel_h, rel_w)
+    at_least_single = torch.promote_types(q.dtype, torch.float32)
+    B, N, H, W, D = q.shape
+    q = q.to(at_least_single) * D**-0.5
+    logits = torch.matmul(q.flatten(2, 3), k.to(at_least_single).flatten(2, 3).transpose(2, 3))
+    if rel_h is not None and rel_w is not None:
+        rows = _position_terms(q, rel_h, axis=2)  # (B, N, H, W, g)
+        columns = _position_terms(q, rel_w, axis=3)  # (B, N, H, W, u)
+        logits = logits.view(B, N, H, W, H, W) + rows[..., None] + columns[..., None, :]
+        logits = logits.flatten(4, 5).flatten(2, 3)
+    weights = torch.softmax(logits, dim=-1)  # (B, N, HW, HW)
+    out = torch.matmul(weights, v.to(at_least_single).flatten(2, 3))
+    return out.to(v.dtype).unflatten(2, (H, W))
+
+
+def _fold(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
+    B, N, H, W, D = q.shape
+    E = v.shape[-1]
+    q = q * D**-0.5
+    if rel_h is not None and rel_w is not None:
+        # [q, q.r_rows, q.r_columns] . [k, onehot(row), onehot(column)] is the whole logit.
+        q = torch.cat((q, _position_terms(q, rel_h, 2), _position_terms(q, rel_w, 3)), dim=-1)
+        row = torch.eye(H, dtype=k.dtype, device=k.device)[:, None, :].expand(B, N, H, W, H)
+        column = torch.eye(W, dtype=k.dtype, device=k.device).expand(B, N, H, W, W)
+        k = torch.cat((k, row, column), dim=-1)
+    # The flash kernels want queries, keys and values of one width.
+    width = max(q.shape[-1], E)
+    q, k, v = (F.pad(t, (0, width - t.shape[-1])).flatten(2, 3) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    return out[..., :E].unflatten(2, (H, W))

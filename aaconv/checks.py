@@ -1,0 +1,71 @@
+"""What `AugmentedConv` accepts, checked before anything is built."""
+
+Size = int | tuple[int, int]
+
+
+def pair(name: str, value: Size) -> tuple[int, int]:
+    """``value`` as (vertical, horizontal), an int standing for both.
+
+    Raises:
+        ValueError: neither an int nor two ints.
+    """
+    if isinstance(value, int):
+        return value, value
+    if len(value) == 2 and all(isinstance(v, int) for v in value):
+        return value[0], value[1]
+    raise ValueError(f"{name}={value!r} must be an int or a pair of ints")
+
+
+def check_channels(in_channels: int, out_channels: int, dk: int, dv: int, Nh: int) -> None:
+    """Raise ValueError unless dk and dv can be split over Nh heads of such a layer."""
+    for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("Nh", Nh)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if not 0 <= dv <= out_channels:
+        raise ValueError(f"dv={dv} must lie between 0 and out_channels={out_channels}")
+    if dk < 1 and dv > 0:
+        raise ValueError(f"dk={dk} must be at least 1 where dv={dv} channels come from attention")
+    for name, value in (("dk", dk), ("dv", dv)):
+        if value % Nh:
+            raise ValueError(f"{name}={value} must be divisible by Nh={Nh}")
+
+
+def check_convolution(
+    in_channels: int, conv_channels: int, groups: int, qkv_kernel_size: int
+) -> None:
+    """Raise ValueError for groups or a qkv kernel that no convolution of the layer can have."""
+    if groups < 1 or in_channels % groups or conv_channels % groups:
+        raise ValueError(
+            f"groups={groups} must divide in_channels={in_channels} and the "
+            f"out_channels - dv = {conv_channels} channels of the plain convolution"
+        )
+    if qkv_kernel_size < 1 or qkv_kernel_size % 2 == 0:
+        raise ValueError(f"qkv_kernel_size={qkv_kernel_size} must be odd and at least 1")
+
+
+def check_same_output_size(
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None:
+    """Raise ValueError if convolution and attention differ in output size for every input.
+
+    The attention branch gives ``ceil(L / stride)`` positions for L pixels. The convolution is
+    off by ``(excess) / stride`` before rounding, which some L can absorb only while
+    ``|excess| < stride``.
+    """
+    for k, s, p, d in zip(kernel_size, stride, padding, dilation, strict=True):
+        if min(k, s, d) < 1 or p < 0:
+            raise ValueError(
+                f"kernel_size={k}, stride={s} and dilation={d} must be at least 1, padding={p} "
+                "at least 0"
+            )
+        excess = 2 * p - d * (k - 1)
+        if abs(excess) >= s:
+            raise ValueError(
+                f"padding={p} with kernel_size={k}, dilation={d} and stride={s} gives the "
+                "convolution another output size than the attention beside it; "
+                f"use padding={d * (k - 1) // 2}"
+                + ("" if d * (k - 1) % 2 == 0 else " and an odd kernel_size")
+            )

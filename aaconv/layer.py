@@ -1,0 +1,163 @@
+"""Attention-augmented convolution, the layer.
+
+Bello, Zoph, Vaswani, Shlens, Le: "Attention Augmented Convolutional Networks", ICCV 2019
+(arXiv 1904.09925), section 3. One 1x1 convolution gives queries, keys and values, Nh heads
+attend over all positions of the map, a 1x1 convolution mixes the heads, and the result is
+concatenated behind the channels of a plain convolution: ``[Conv(X), MHA(X)]``.
+
+Two things the paper leaves open. Stride is on both branches' first convolutions, so attention
+runs at the output's resolution. The relative tables are drawn with mean 0 and standard
+deviation dkh^-0.5, which is how the paper's pseudo-code reads with its argument named.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from aaconv.attention import BACKENDS, attention_2d
+from aaconv.checks import (
+    Size,
+    check_channels,
+    check_convolution,
+    check_same_output_size,
+    pair,
+)
+
+
+class AugmentedConv(nn.Module):
+    """Convolution with self-attention beside it: ``[Conv(X), MHA(X)]`` over the channels.
+
+    Maps (B, in_channels, H, W) to (B, out_channels, H/stride, W/stride), rounded up. The first
+    ``out_channels - dv`` channels are the convolution's, the last ``dv`` the attention's
+    (Bello et al. 2019, equation 7). ``dv=0`` is the plain convolution (dk and the arguments of
+    the attention then have no part in it), ``dv=out_channels`` attention alone.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output, Fout in the paper.
+        kernel_size: kernel of the plain convolution.
+        dk: key channels of all heads together, kappa * Fout in the paper.
+        dv: value channels of all heads together, upsilon * Fout in the paper.
+        Nh: heads.
+        shape: output size, an int for square maps or (H, W); 0 leaves it open, which only
+            ``relative=False`` allows.
+        relative: learn relative positions, tables ``key_rel_h`` (2H-1, dk/Nh) and ``key_rel_w``
+            (2W-1, dk/Nh) shared by the heads (equations 3 to 5).
+        stride: of the plain convolution and of the one that gives q, k and v.
+        padding: of the plain convolution; by default ``dilation * (kernel_size - 1) // 2``.
+        dilation: of the plain convolution.
+        groups: of the plain convolution.
+        bias: whether the three convolutions have one.
+        qkv_kernel_size: kernel of the convolution that gives q, k and v; the paper's is 1.
+        backend: how attention is computed, see `attention_2d`.
+
+    Raises:
+        ValueError: the arguments contradict each other; the message names the values. In
+            ``forward``: the output would not have the size ``shape``, or the two branches
+            differ in size.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        dk: int,
+        dv: int,
+        Nh: int,
+        shape: Size = 0,
+        relative: bool = False,
+        stride: Size = 1,
+        *,
+        padding: Size | None = None,
+        dilation: Size = 1,
+        groups: int = 1,
+        bias: bool = True,
+        qkv_kernel_size: int = 1,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        kernel = pair("kernel_size", kernel_size)
+        stride = pair("stride", stride)
+        dilation = pair("dilation", dilation)
+        if padding is None:
+            padding = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
+        padding = pair("padding", padding)
+        self.shape = pair("shape", shape)
+        check_channels(in_channels, out_channels, dk, dv, Nh)
+        check_convolution(in_channels, out_channels - dv, groups, qkv_kernel_size)
+        check_same_output_size(kernel, stride, padding, dilation)
+        if min(self.shape) < 0 or (min(self.shape) == 0) != (max(self.shape) == 0):
+            raise ValueError(f"shape={shape} must be an output size, or 0 to leave it open")
+        if relative and self.shape == (0, 0):
+            raise ValueError("relative=True needs shape, the output size; got shape=0")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        self.dk, self.dv, self.Nh = dk, dv, Nh
+        self.relative = relative and dv > 0
+        self.backend = backend
+
+        self.conv_out: nn.Conv2d | None = None
+        if dv < out_channels:
+            self.conv_out = nn.Conv2d(
+                in_channels, out_channels - dv, kernel, stride, padding, dilation, groups, bias
+            )
+        self.qkv_conv: nn.Conv2d | None = None
+        self.attn_out: nn.Conv2d | None = None
+        if dv > 0:
+            self.qkv_conv = nn.Conv2d(
+                in_channels,
+                2 * dk + dv,
+                qkv_kernel_size,
+                stride,
+                padding=qkv_kernel_size // 2,
+                bias=bias,
+            )
+            self.attn_out = nn.Conv2d(dv, dv, 1, bias=bias)
+        self.key_rel_w: nn.Parameter | None = None
+        self.key_rel_h: nn.Parameter | None = None
+        if self.relative:
+            height, width = self.shape
+            self.key_rel_w = nn.Parameter(torch.empty(2 * width - 1, dk // Nh))
+            self.key_rel_h = nn.Parameter(torch.empty(2 * height - 1, dk // Nh))
+            nn.init.normal_(self.key_rel_w, std=(dk // Nh) ** -0.5)
+            nn.init.normal_(self.key_rel_h, std=(dk // Nh) ** -0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The augmented convolution of ``x``, (B, in_channels, H, W)."""
+        branches = []
+        if self.conv_out is not None:
+            branches.append(self.conv_out(x))
+        if self.dv > 0:
+            branches.append(self._attend(x))
+        for branch in branches:
+            if branch.shape[2:] != branches[0].shape[2:]:
+                raise ValueError(
+                    f"for the input {tuple(x.shape)} convolution and attention differ in size: "
+                    f"{tuple(branches[0].shape[2:])} and {tuple(branch.shape[2:])}; "
+                    "use an odd kernel_size with padding = dilation * (kernel_size - 1) / 2"
+                )
+        return branches[0] if len(branches) == 1 else torch.cat(branches, dim=1)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        assert self.qkv_conv is not None
+        assert self.attn_out is not None
+        qkv = self.qkv_conv(x)  # (B, 2 dk + dv, H, W)
+        self._check_size(x, qkv)
+        q, k, v = (
+            t.unflatten(1, (self.Nh, -1)).permute(0, 1, 3, 4, 2)  # (B, Nh, H, W, per head)
+            for t in qkv.split((self.dk, self.dk, self.dv), dim=1)
+        )
+        out = attention_2d(q, k, v, self.key_rel_h, self.key_rel_w, backend=self.backend)
+        # Head-major channels, through (B, H, W, dv) so that channels_last costs no copy.
+        return self.attn_out(out.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2))
+
+    def _check_size(self, x: Tensor, out: Tensor) -> None:
+        if self.shape != (0, 0) and tuple(out.shape[2:]) != self.shape:
+            raise ValueError(
+                f"built for an output of shape={self.shape}, but the input {tuple(x.shape)} "
+                f"gives {tuple(out.shape[2:])}"
+            )
+
+    def extra_repr(self) -> str:
+        text = f"dk={self.dk}, dv={self.dv}, Nh={self.Nh}, shape={self.shape}"
+        return f"{text}, relative={self.relative}, backend={self.backend}"

@@ -1,0 +1,119 @@
+"""`attention_2d`: every backend against the pair-by-pair formula."""
+
+import pytest
+import reference
+import torch
+
+from aaconv import BACKENDS, attention_2d
+
+# (H, W), heads, dkh, dvh
+CASES = [
+    ((1, 1), 1, 1, 1),
+    ((1, 5), 3, 2, 1),
+    ((5, 3), 2, 3, 5),
+    ((3, 7), 1, 20, 2),
+    ((4, 2), 3, 1, 13),
+]
+
+
+def inputs(size, heads, dkh, dvh, dtype=torch.float64, batch=2, scale=1.0):
+    torch.manual_seed(0)
+    q = torch.randn(batch, heads, *size, dkh, dtype=dtype) * scale
+    k = torch.randn(batch, heads, *size, dkh, dtype=dtype) * scale
+    v = torch.randn(batch, heads, *size, dvh, dtype=dtype)
+    rel_h = torch.randn(2 * size[0] - 1, dkh, dtype=dtype)
+    rel_w = torch.randn(2 * size[1] - 1, dkh, dtype=dtype)
+    return [t.requires_grad_() for t in (q, k, v, rel_h, rel_w)]
+
+
+def with_gradients(function, tensors):
+    out = function(*tensors)
+    direction = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    return [out, *torch.autograd.grad(out, tensors, direction)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("size", "heads", "dkh", "dvh"), CASES)
+@pytest.mark.parametrize("relative", [True, False])
+def test_equals_the_formula_with_gradients(backend, size, heads, dkh, dvh, relative):
+    tensors = inputs(size, heads, dkh, dvh)[: 5 if relative else 3]
+    expected = with_gradients(reference.attention, tensors)
+    got = with_gradients(lambda *t: attention_2d(*t, backend=backend), tensors)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_errs_no_more_than_the_naive_way(backend):
+    """Output within 2x, gradients within 3x of what the formula errs when computed in bf16."""
+
+    def naive(q, k, v, rel_h, rel_w):
+        H, W, D = q.shape[2:]
+        ys, xs = torch.arange(H), torch.arange(W)
+        key = k.flatten(2, 3)
+        row = torch.einsum("bnhwd,hgd->bnhwg", q, rel_h[ys - ys[:, None] + H - 1])
+        column = torch.einsum("bnhwd,wud->bnhwu", q, rel_w[xs - xs[:, None] + W - 1])
+        logits = (q.flatten(2, 3) @ key.mT).unflatten(3, (H, W)).unflatten(2, (H, W))
+        logits = (logits + row[..., None] + column[..., None, :]).flatten(4, 5) * D**-0.5
+        return logits.softmax(-1) @ v.flatten(2, 3)[:, :, None]
+
+    exact = with_gradients(naive, inputs((7, 5), 3, 8, 5))
+    low = [t.detach().bfloat16().requires_grad_() for t in inputs((7, 5), 3, 8, 5)]
+    got = with_gradients(lambda *t: attention_2d(*t, backend=backend), low)
+    plain = with_gradients(naive, low)
+    for place, (a, b, e) in enumerate(zip(got, plain, exact, strict=True)):
+        error, allowed = (a - e).abs().max(), (b - e).abs().max()
+        assert error <= (2 if place == 0 else 3) * allowed + 1e-6, place
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits_in_fp16_stay_finite(backend):
+    # Logits of about 1e5 before scaling: beyond fp16's 65504, harmless in float32.
+    tensors = [t.detach().half() for t in inputs((3, 5), 2, 8, 4, torch.float32, scale=110.0)]
+    with torch.autocast("cpu", torch.float16):
+        out = attention_2d(*tensors, backend=backend)
+    assert out.dtype == torch.float16
+    expected = attention_2d(*(t.double() for t in tensors), backend="reference")
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-2)
+
+
+def test_position_is_what_tells_pixels_apart():
+    """Permuting the pixels permutes the output without positions, and not with them."""
+    q, k, v, rel_h, rel_w = (t.detach() for t in inputs((5, 3), 2, 3, 4))
+    order = torch.randperm(15, generator=torch.Generator().manual_seed(1))
+
+    def shuffled(t):
+        return t.flatten(2, 3)[:, :, order].unflatten(2, (5, 3))
+
+    plain = attention_2d(shuffled(q), shuffled(k), shuffled(v))
+    torch.testing.assert_close(plain, shuffled(attention_2d(q, k, v)))
+    placed = attention_2d(shuffled(q), shuffled(k), shuffled(v), rel_h, rel_w)
+    assert (placed - shuffled(attention_2d(q, k, v, rel_h, rel_w))).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"q": (2, 2, 5, 3, 4)}, r"\(2, 2, 5, 3, 4\)"),
+        ({"v": (2, 2, 3, 5, 4)}, r"\(2, 2, 3, 5, 4\)"),
+        ({"rel_h": (8, 3)}, r"rel_h must be \(9, 3\).*5x3.*got \(8, 3\)"),
+        ({"rel_w": (5, 2)}, r"rel_w must be \(5, 3\)"),
+        ({"rel_w": None}, "give both or neither"),
+        ({"backend": "fast"}, "backend='fast' is unknown; choose one of auto, reference"),
+    ],
+)
+def test_wrong_arguments_are_named(change, words):
+    shapes = {
+        "q": (2, 2, 5, 3, 3),
+        "k": (2, 2, 5, 3, 3),
+        "v": (2, 2, 5, 3, 4),
+        "rel_h": (9, 3),
+        "rel_w": (5, 3),
+        "backend": "auto",
+    }
+    arguments = {
+        name: torch.zeros(value) if isinstance(value, tuple) else value
+        for name, value in (shapes | change).items()
+    }
+    with pytest.raises(ValueError, match=words):
+        attention_2d(**arguments)

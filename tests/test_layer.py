@@ -1,0 +1,228 @@
+"""`AugmentedConv`: values, gradients, conventions, and what it refuses."""
+
+import copy
+
+import pytest
+import reference
+import torch
+from torch import nn
+
+from aaconv import BACKENDS, AugmentedConv
+
+
+def build(**change):
+    torch.manual_seed(0)
+    arguments = {
+        "in_channels": 5,
+        "out_channels": 11,
+        "kernel_size": 3,
+        "dk": 6,
+        "dv": 4,
+        "Nh": 2,
+        "shape": (3, 5),
+        "relative": True,
+    }
+    layer = AugmentedConv(**(arguments | change)).double()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def image(*shape):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+EQUAL = [
+    {},
+    {"stride": 2},
+    {"relative": False},
+    {"relative": False, "shape": 0, "stride": 2},
+    {"dv": 11, "Nh": 1},
+    {"dv": 0},
+    {"Nh": 1},
+    {"dk": 2, "dv": 2},
+    {"dilation": 2, "padding": 2},
+    {"kernel_size": 5},
+    {"in_channels": 6, "out_channels": 10, "groups": 3},
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("change", EQUAL, ids=str)
+def test_equals_the_formula_with_gradients(change, backend):
+    layer = build(**change, backend=backend)
+    stride, kernel = change.get("stride", 1), change.get("kernel_size", 3)
+    dilation = change.get("dilation", 1)
+    x = image(2, change.get("in_channels", 5), *((5, 9) if stride == 2 else (3, 5)))
+    x.requires_grad_()
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+
+    out = layer(x)
+    expected = reference.augmented_conv(
+        x,
+        dict(zip(names, parameters, strict=True)),
+        dk=layer.dk,
+        dv=layer.dv,
+        Nh=layer.Nh,
+        stride=stride,
+        padding=dilation * (kernel - 1) // 2,
+        dilation=dilation,
+        groups=change.get("groups", 1),
+    )
+    assert out.shape == (2, change.get("out_channels", 11), 3, 5)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
+
+    direction = image(*out.shape)
+    got = torch.autograd.grad(out, (x, *parameters), direction)
+    wanted = torch.autograd.grad(expected, (x, *parameters), direction)
+    for name, a, b in zip(("x", *names), got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("stride", "size"), [(2, 16), (1, 32)])
+def test_the_examples_of_the_description(stride, size):
+    layer = AugmentedConv(
+        in_channels=3,
+        out_channels=20,
+        kernel_size=3,
+        dk=40,
+        dv=4,
+        Nh=4,
+        relative=True,
+        padding=1,
+        stride=stride,
+        shape=size,
+    )
+    assert layer(torch.randn(16, 3, 32, 32)).shape == (16, 20, size, size)
+    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+    assert shapes["key_rel_w"] == shapes["key_rel_h"] == (2 * size - 1, 10)
+    assert shapes["qkv_conv.weight"] == (84, 3, 1, 1)
+    assert shapes["attn_out.weight"] == (4, 4, 1, 1)
+    assert shapes["conv_out.weight"] == (16, 3, 3, 3)
+
+
+def test_tables_start_with_mean_0_and_standard_deviation_of_the_formula():
+    torch.manual_seed(0)
+    layer = AugmentedConv(3, 8, 3, dk=32, dv=4, Nh=2, shape=(601, 401), relative=True)
+    for table in (layer.key_rel_h, layer.key_rel_w):
+        assert table.std().item() == pytest.approx(16**-0.5, rel=0.03)
+        assert abs(table.mean().item()) < 0.01
+    assert layer.key_rel_h.shape == (1201, 16)
+    assert layer.key_rel_w.shape == (801, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast(dtype, backend):
+    layer = build(backend=backend).float()
+    x = image(2, 5, 3, 5).float().requires_grad_()
+    with torch.autocast("cpu", dtype):
+        out = layer(x)
+    assert out.dtype == dtype
+    exact = layer.double()(x.detach().double())
+    assert (out.double() - exact).abs().max() < 0.02 * exact.abs().max()
+    out.float().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_channels_last_in_channels_last_out(backend):
+    layer = build(backend=backend)
+    x = image(2, 5, 3, 5)
+    out = layer(x.to(memory_format=torch.channels_last))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, layer(x))
+
+
+def test_non_contiguous_input():
+    layer = build()
+    x = image(2, 5, 5, 3).transpose(2, 3)
+    assert not x.is_contiguous()
+    torch.testing.assert_close(layer(x), layer(x.contiguous()))
+
+
+def test_deepcopy_keeps_nothing_of_the_last_batch():
+    layer = build()
+    out = layer(image(2, 5, 3, 5))
+    assert out.requires_grad
+    twin = copy.deepcopy(layer)
+    assert set(twin.state_dict()) == {name for name, _ in layer.named_parameters()}
+    tensors = [v for m in layer.modules() for v in vars(m).values() if torch.is_tensor(v)]
+    assert tensors == []
+    torch.testing.assert_close(twin(image(2, 5, 3, 5)), out)
+
+
+def test_compile():
+    layer = build()
+    x = image(2, 5, 3, 5)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_export():
+    layer = build()
+    x = image(2, 5, 3, 5)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
+    other = image(7, 5, 3, 5)
+    torch.testing.assert_close(program.module()(other), layer(other))
+
+
+def test_qkv_kernel_size_reads_the_neighbourhood():
+    layer = build(qkv_kernel_size=3, out_channels=4)
+    assert layer.qkv_conv.weight.shape == (16, 5, 3, 3)
+    assert layer(image(2, 5, 3, 5)).shape == (2, 4, 3, 5)
+
+
+def test_no_bias():
+    assert not [n for n, _ in build(bias=False).named_parameters() if "bias" in n]
+
+
+def test_a_pair_of_kernel_and_stride():
+    layer = build(kernel_size=(1, 3), stride=(1, 2))
+    assert layer(image(2, 5, 3, 10)).shape == (2, 11, 3, 5)
+
+
+def test_even_kernel_where_the_sizes_agree():
+    layer = build(kernel_size=4, stride=2, padding=1)
+    assert layer(image(2, 5, 6, 10)).shape == (2, 11, 3, 5)
+    with pytest.raises(ValueError, match=r"differ in size: \(2, 4\) and \(3, 5\)"):
+        layer(image(2, 5, 5, 9))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dk": 7}, "dk=7 must be divisible by Nh=2"),
+        ({"dv": 3}, "dv=3 must be divisible by Nh=2"),
+        ({"dv": 12}, "dv=12 .*out_channels=11"),
+        ({"dv": -2}, "dv=-2"),
+        ({"dk": 0}, "dk=0 must be at least 1"),
+        ({"Nh": 0}, "Nh=0 must be at least 1"),
+        ({"Nh": -2}, "Nh=-2"),
+        ({"in_channels": 0}, "in_channels=0"),
+        ({"shape": 0}, "relative=True needs shape"),
+        ({"shape": (3, 0)}, r"shape=\(3, 0\)"),
+        ({"shape": -1}, "shape=-1"),
+        ({"padding": 0}, "padding=0 with kernel_size=3.*use padding=1"),
+        ({"padding": 2}, "padding=2 with kernel_size=3"),
+        ({"padding": -1}, "padding=-1"),
+        ({"kernel_size": 2}, "kernel_size=2.*odd kernel_size"),
+        ({"kernel_size": (3, 3, 3)}, r"kernel_size=\(3, 3, 3\) must be an int or a pair"),
+        ({"stride": 0}, "stride=0"),
+        ({"groups": 2}, "groups=2 must divide in_channels=5"),
+        ({"qkv_kernel_size": 2}, "qkv_kernel_size=2 must be odd"),
+        ({"backend": "quick"}, "backend='quick'"),
+    ],
+)
+def test_wrong_arguments_are_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        build(**change)
+
+
+def test_an_input_of_another_size_is_named():
+    with pytest.raises(ValueError, match=r"shape=\(3, 5\).*\(2, 5, 5, 3\) gives \(5, 3\)"):
+        build()(image(2, 5, 5, 3))
+    with pytest.raises(ValueError, match=r"gives \(5, 3\)"):
+        build(relative=False)(image(2, 5, 5, 3))
+    assert build(relative=False, shape=0)(image(2, 5, 5, 3)).shape == (2, 11, 5, 3)
