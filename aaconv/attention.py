@@ -89,8 +89,9 @@ def _reference(
 ) -> Tensor:
     # Under autocast a product of float32 tensors is taken in half precision, where large logits
     # overflow; leaving autocast is what keeps the logits and the softmax in float32.
-    if torch.is_autocast_enabled(q.device.type):
-        with torch.autocast(q.device.type, enabled=False):
+    device = q.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
             return _reference(q, k, v, rel_h, rel_w)
     at_least_single = torch.promote_types(q.dtype, torch.float32)
     B, N, H, W, D = q.shape

@@ -1,0 +1,153 @@
+"""Residual blocks: (B, Cin, H, W) to (B, Cout, H/stride, W/stride), rounded up."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.switch import Attention, first_convolution, recalibration
+
+
+class Shortcut(nn.Module):
+    """The other way around a block, where the shape changes.
+
+    ``projection`` is a strided 1x1 convolution. The other two have no parameters: ``pad``
+    averages over stride x stride and appends zero channels, ``subsample`` drops pixels instead
+    of averaging (option A of He et al., CVPR 2016).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, kind: str) -> None:
+        super().__init__()
+        self.stride, self.kind = stride, kind
+        self.missing = out_channels - in_channels
+        self.conv = None
+        if kind == "projection":
+            self.conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+        elif kind not in ("pad", "subsample"):
+            raise ValueError(f"shortcut={kind!r} must be projection, pad or subsample")
+        elif self.missing < 0:
+            raise ValueError(
+                f"shortcut={kind} cannot narrow {in_channels} channels to {out_channels}; "
+                "use shortcut=projection"
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv is not None:
+            return self.conv(x)
+        if self.stride > 1 and self.kind == "pad":
+            x = F.avg_pool2d(x, self.stride, ceil_mode=True)
+        elif self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        return F.pad(x, (0, 0, 0, 0, 0, self.missing))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, normalised after each (He et al., CVPR 2016)."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        size: tuple[int, int],
+        stage: int,
+        shortcut: str,
+        attention: Attention,
+    ) -> None:
+        super().__init__()
+        self.conv1 = first_convolution(in_channels, channels, stride, size, stage, attention)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.recalibrate = recalibration(channels, attention)
+        self.shortcut = _post_activation_shortcut(in_channels, channels, stride, shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = self.recalibrate(self.bn2(self.conv2(y)))
+        return torch.relu(y + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution, 4 x ``channels`` out (He et al., CVPR 2016).
+
+    The 3x3 one, the first that sees more than a pixel, is the one `AA` augments; that gives the
+    parameter counts which the paper prints for its ResNet-50.
+    """
+
+    expansion = 4
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        size: tuple[int, int],
+        stage: int,
+        shortcut: str,
+        attention: Attention,
+    ) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = first_convolution(channels, channels, stride, size, stage, attention)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.recalibrate = recalibration(out_channels, attention)
+        self.shortcut = _post_activation_shortcut(in_channels, out_channels, stride, shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        y = self.recalibrate(self.bn3(self.conv3(y)))
+        return torch.relu(y + self.shortcut(x))
+
+
+class PreActBlock(nn.Module):
+    """Two 3x3 convolutions, normalised before each (Zagoruyko and Komodakis, BMVC 2016).
+
+    Where the shape changes the shortcut starts behind the first normalisation.
+    """
+
+    expansion = 1
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        size: tuple[int, int],
+        stage: int,
+        shortcut: str,
+        attention: Attention,
+    ) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = first_convolution(in_channels, channels, stride, size, stage, attention)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.recalibrate = recalibration(channels, attention)
+        self.shortcut = None
+        if stride > 1 or in_channels != channels:
+            self.shortcut = Shortcut(in_channels, channels, stride, shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.bn1(x))
+        if self.shortcut is not None:
+            x = self.shortcut(y)
+        y = self.conv2(torch.relu(self.bn2(self.conv1(y))))
+        return x + self.recalibrate(y)
+
+
+def _post_activation_shortcut(
+    in_channels: int, out_channels: int, stride: int, kind: str
+) -> nn.Module:
+    if stride == 1 and in_channels == out_channels:
+        return nn.Identity()
+    shortcut = Shortcut(in_channels, out_channels, stride, kind)
+    if kind == "projection":
+        return nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
+    return shortcut

@@ -1,0 +1,97 @@
+"""One residual network for all of the comparison: CIFAR ResNets, wide ones, bottlenecks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.blocks import BasicBlock, Bottleneck, PreActBlock
+from models.switch import Attention, Plain, check_switch
+
+BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck] | type[PreActBlock]] = {
+    "basic": BasicBlock,
+    "bottleneck": Bottleneck,
+    "preact": PreActBlock,
+}
+
+
+class ResNet(nn.Module):
+    """A residual network for small images; its twins differ in ``attention`` alone.
+
+    (B, 3, H, W) images to (B, num_classes) logits: a 3x3 convolution, stages of blocks, mean
+    over the map, a linear layer. Every stage but the first halves the map.
+
+    Args:
+        block: ``basic`` or ``bottleneck`` (He et al., CVPR 2016), or ``preact`` as in wide
+            ResNets (Zagoruyko and Komodakis, BMVC 2016).
+        depths: blocks of each stage.
+        widths: channels of each stage, before a bottleneck's fourfold expansion.
+        stem: channels of the first convolution.
+        shortcut: ``projection``, ``pad`` or ``subsample``, see `models.blocks.Shortcut`.
+        num_classes: logits.
+        image_size: (H, W) of the images, which sizes the relative tables of `AA`.
+        attention: the switch, see `models.switch`.
+
+    Raises:
+        ValueError: the arguments contradict each other; the message names the values.
+    """
+
+    def __init__(
+        self,
+        block: str,
+        depths: Sequence[int],
+        widths: Sequence[int],
+        stem: int,
+        shortcut: str,
+        num_classes: int,
+        image_size: tuple[int, int] = (32, 32),
+        attention: Attention = Plain(),  # noqa: B008 (a frozen dataclass)
+    ) -> None:
+        super().__init__()
+        if block not in BLOCKS:
+            raise ValueError(f"block={block!r} must be one of {', '.join(BLOCKS)}")
+        if not depths or len(depths) != len(widths):
+            raise ValueError(f"depths={list(depths)} and widths={list(widths)} must be as many")
+        if min(*depths, *widths, stem, num_classes) < 1:
+            raise ValueError(
+                f"depths={list(depths)}, widths={list(widths)}, stem={stem} and "
+                f"num_classes={num_classes} must be at least 1"
+            )
+        check_switch(attention, len(depths))
+        make_block = BLOCKS[block]
+        self.conv = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        # Pre-activation blocks normalise their own input, so the normalisation that the others
+        # have behind the stem stands behind the last block instead.
+        preact = block == "preact"
+        self.bn_in = nn.Identity() if preact else nn.BatchNorm2d(stem)
+        self.stages = nn.Sequential()
+        channels, size = stem, image_size
+        for index, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+            blocks = nn.Sequential()
+            for place in range(depth):
+                stride = 2 if index > 0 and place == 0 else 1
+                size = (-(-size[0] // stride), -(-size[1] // stride))
+                blocks.append(
+                    make_block(channels, width, stride, size, index + 1, shortcut, attention)
+                )
+                channels = width * make_block.expansion
+            self.stages.append(blocks)
+        self.bn_out = nn.BatchNorm2d(channels) if preact else nn.Identity()
+        self.classify = nn.Linear(channels, num_classes)
+        self.apply(_initialise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn_in(self.conv(x))
+        if not isinstance(self.bn_in, nn.Identity):
+            x = torch.relu(x)
+        x = self.stages(x)
+        if not isinstance(self.bn_out, nn.Identity):
+            x = torch.relu(self.bn_out(x))
+        return self.classify(x.mean(dim=(2, 3)))
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight)
+    elif isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

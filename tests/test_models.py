@@ -1,0 +1,251 @@
+"""The networks: sizes and counts that can be checked by hand, and what the switch refuses."""
+
+import pytest
+import torch
+from torch import nn
+
+from aaconv import AugmentedConv
+from models import (
+    AA,
+    GE,
+    SE,
+    Plain,
+    ResNet,
+    augmented_layers,
+    count_flops,
+    count_parameters,
+    layer_table,
+)
+from models.blocks import Shortcut
+from models.switch import GatherExcite, SqueezeExcite
+
+PAPER = AA(dk=0.2, dv=0.1, Nh=8, min_dkh=20, relative=True, stages=[1, 2, 3])
+
+
+def wide(shortcut, attention):
+    with torch.device("meta"):
+        return ResNet("preact", [4, 4, 4], [160, 320, 640], 16, shortcut, 100, attention=attention)
+
+
+def tiny(attention=Plain(), **change):  # noqa: B008
+    torch.manual_seed(0)
+    arguments = {
+        "block": "basic",
+        "depths": [1, 2],
+        "widths": [8, 16],
+        "stem": 8,
+        "shortcut": "pad",
+        "num_classes": 7,
+        "image_size": (11, 13),
+        "attention": attention,
+    }
+    return ResNet(**(arguments | change))
+
+
+def aa(**change):
+    settings = {"dk": 8, "dv": 4, "Nh": 2, "min_dkh": 1, "relative": True, "stages": [1, 2]}
+    return AA(**(settings | change))
+
+
+# Wide-ResNet-28-10, 100 classes. 3x3 convolutions: 3*16*9 + for widths 160, 320, 640 with
+# inputs 16, 160, 320: 9*(16*160 + 7*160^2) + 9*(160*320 + 7*320^2) + 9*(320*640 + 7*640^2)
+# = 432 + 1,635,840 + 6,912,000 + 27,648,000. Normalisations, 2 per channel: blocks' first
+# (16 + 3*160) + (160 + 3*320) + (320 + 3*640), blocks' second 4*(160 + 320 + 640), last 640:
+# 2 * (3,856 + 4,480 + 640) = 17,952. Classifier 640*100 + 100. Together 36,278,324.
+# Projections: 16*160 + 160*320 + 320*640 = 258,560.
+# SE: 2 * C * C/16 in 4 blocks per width: 4 * (3,200 + 12,800 + 51,200) = 268,800.
+# AA: dk = 160 everywhere, dv = 16, 32, 64 and maps of 32, 16, 8. A block trades 9 * Cin * dv
+# for Cin * (2*160 + dv) + dv^2 and two tables of (2*map - 1) * 20:
+#   stage 1:    5,848 + 3 *   33,496;  stage 2: 12,504 + 3 * 22,744
+#   stage 3:  -56,744 - 3 *  118,184;  together -224,224.
+@pytest.mark.parametrize(
+    ("shortcut", "attention", "expected"),
+    [
+        ("projection", Plain(), 36_536_884),
+        ("pad", Plain(), 36_278_324),
+        ("pad", GE(), 36_278_324),
+        ("pad", SE(16), 36_278_324 + 268_800),
+        ("pad", PAPER, 36_278_324 - 224_224),
+    ],
+)
+def test_parameters_of_wide_resnet_28_10(shortcut, attention, expected):
+    assert count_parameters(wide(shortcut, attention)) == expected
+
+
+def test_flops_of_wide_resnet_28_10():
+    # Multiply-adds: 3x3 convolutions cost their weights times their map's positions.
+    convolutions = (
+        432 * 32**2
+        + 9 * (16 * 160 + 7 * 160**2) * 32**2
+        + 9 * (160 * 320 + 7 * 320**2) * 16**2
+        + 9 * (320 * 640 + 7 * 640**2) * 8**2
+    )
+    plain = 2 * (convolutions + 640 * 100)
+    assert count_flops(wide("pad", Plain()), (32, 32)) == plain
+    assert round(plain / 1e9, 2) == 10.43
+    extra = 0
+    for size, width, before, dv in ((32, 160, 16, 16), (16, 320, 160, 32), (8, 640, 320, 64)):
+        inputs, positions = before + 3 * width, size * size
+        extra += inputs * (320 + dv - 9 * dv) * positions + 4 * dv * dv * positions
+        # q.k and weights.v over all pairs; q with the row table and with the column table
+        extra += 4 * (positions**2 * (160 + dv) + 2 * positions * size * 160)
+    assert count_flops(wide("pad", PAPER), (32, 32)) == plain + 2 * extra
+
+
+# Table of the paper for AA-ResNet-50 with kappa = upsilon (ImageNet, 1000 classes, augmented in
+# the last three stages, at least 20 key channels per head): millions of parameters. Our stem is
+# 3x3 instead of 7x7: 3 * 64 * (49 - 9) fewer.
+@pytest.mark.parametrize(
+    ("ratio", "millions"), [(0.25, 24.3), (0.5, 22.3), (0.75, 20.7), (1.0, 19.4)]
+)
+def test_parameters_of_resnet_50_over_the_ratio(ratio, millions):
+    attention = AA(ratio, ratio, 8, 20, True, [2, 3, 4])
+    with torch.device("meta"):
+        model = ResNet(
+            "bottleneck",
+            [3, 4, 6, 3],
+            [64, 128, 256, 512],
+            64,
+            "projection",
+            1000,
+            (56, 56),
+            attention,
+        )
+    assert round((count_parameters(model) + 3 * 64 * 40) / 1e6, 1) == millions
+
+
+# He et al. print 0.27M, 0.46M, 0.66M, 0.85M and 1.7M for 10 classes; by arithmetic:
+# 432 + 9 * (16^2 * 2n + 16*32 + 32^2 * (2n-1) + 32*64 + 64^2 * (2n-1)) weights,
+# 2 * (16 + 2n * (16 + 32 + 64)) of the normalisations, 650 of the classifier.
+@pytest.mark.parametrize("n", [1, 3, 5, 7, 9, 18])
+def test_parameters_of_cifar_resnets(n):
+    expected = 432 + 9 * (256 * 2 * n + 512 + 1024 * (2 * n - 1) + 2048 + 4096 * (2 * n - 1))
+    expected += 2 * (16 + 2 * n * 112) + 650
+    assert count_parameters(ResNet("basic", [n] * 3, [16, 32, 64], 16, "subsample", 10)) == expected
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck", "preact"])
+@pytest.mark.parametrize("shortcut", ["projection", "pad", "subsample"])
+@pytest.mark.parametrize("attention", [Plain(), SE(4), GE(), aa()], ids=str)
+def test_every_kind_learns_on_odd_sizes(block, shortcut, attention):
+    model = tiny(attention, block=block, shortcut=shortcut)
+    out = model(torch.randn(3, 3, 11, 13))
+    assert out.shape == (3, 7)
+    out.square().mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_attention_stands_in_the_first_convolution_of_the_named_stages():
+    assert list(augmented_layers(tiny(aa(stages=[2])))) == ["stages.1.0.conv1", "stages.1.1.conv1"]
+    assert [m.shape for m in augmented_layers(tiny(aa())).values()] == [(11, 13), (6, 7), (6, 7)]
+    assert list(augmented_layers(tiny(aa(stages=[1]), block="bottleneck"))) == ["stages.0.0.conv2"]
+    assert augmented_layers(tiny()) == {}
+
+
+def test_twins_differ_in_the_switch_alone():
+    plain, twin = tiny().state_dict(), tiny(aa(stages=[2])).state_dict()
+    same = {k for k in plain if k in twin and plain[k].shape == twin[k].shape}
+    assert set(plain) - same == {"stages.1.0.conv1.weight", "stages.1.1.conv1.weight"}
+
+
+@pytest.mark.parametrize(
+    ("change", "width", "expected"),
+    [
+        ({"dk": 0.2, "dv": 0.1, "Nh": 8, "min_dkh": 20}, 160, (160, 16)),
+        ({"dk": 0.2, "dv": 0.1, "Nh": 8, "min_dkh": 1}, 640, (128, 64)),
+        ({"dk": 0.2, "dv": 0.1, "Nh": 4, "min_dkh": 1}, 16, (4, 4)),
+        ({"dk": 0.25, "dv": 0.25, "Nh": 3, "min_dkh": 1}, 32, (9, 9)),
+        ({"dk": 1.0, "dv": 1.0, "Nh": 1, "min_dkh": 1}, 17, (17, 17)),
+        ({"dk": 1, "dv": 1, "Nh": 1, "min_dkh": 20}, 17, (1, 1)),
+        ({"dk": 40, "dv": 4, "Nh": 2, "min_dkh": 99}, 16, (40, 4)),
+    ],
+)
+def test_channels_from_numbers_and_fractions(change, width, expected):
+    assert aa(**change).channels(width) == expected
+
+
+def test_every_setting_of_aa_reaches_the_layer():
+    layer = augmented_layers(tiny(aa(dk=12, dv=6, Nh=3, relative=False, backend="reference")))
+    layer = layer["stages.0.0.conv1"]
+    assert isinstance(layer, AugmentedConv)
+    assert (layer.dk, layer.dv, layer.Nh, layer.backend) == (12, 6, 3, "reference")
+    assert layer.key_rel_h is None
+
+
+def test_the_table_shows_what_was_resolved():
+    lines = layer_table(tiny(aa(dk=0.5, dv=0.25)))
+    assert lines[0].split() == ["augmented", "out", "dk", "dv", "Nh", "dkh", "dvh", "map"]
+    assert lines[1].split() == ["stages.0.0.conv1", "8", "4", "2", "2", "2", "1", "11x13"]
+    assert lines[2].split() == ["stages.1.0.conv1", "16", "8", "4", "2", "4", "2", "6x7"]
+    assert layer_table(tiny()) == []
+
+
+def test_flops_do_not_depend_on_the_backend():
+    counts = {
+        count_flops(tiny(aa(backend=backend)), (11, 13))
+        for backend in ("auto", "reference", "fold")
+    }
+    assert len(counts) == 1
+
+
+def test_shortcuts_without_parameters():
+    x = torch.arange(2 * 3 * 5 * 4, dtype=torch.float64).reshape(2, 3, 5, 4)
+    averaged = Shortcut(3, 7, 2, "pad")(x)
+    assert averaged.shape == (2, 7, 3, 2)
+    assert averaged[1, 2, 0, 1] == x[1, 2, :2, 2:].mean()
+    assert averaged[1, 2, 2, 0] == x[1, 2, 4:, :2].mean()
+    assert averaged[:, 3:].abs().max() == 0
+    dropped = Shortcut(3, 7, 2, "subsample")(x)
+    assert dropped[1, 2, 1, 1] == x[1, 2, 2, 2]
+    assert dropped.shape == (2, 7, 3, 2)
+
+
+def test_squeeze_excite_and_gather_excite_by_their_formulas():
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 3, 5)
+    gate = torch.stack([torch.stack([c.mean().sigmoid() for c in image]) for image in x])
+    torch.testing.assert_close(GatherExcite()(x), x * gate[:, :, None, None])
+    layer = SqueezeExcite(6, 2)
+    w1, w2 = layer.squeeze.weight[:, :, 0, 0], layer.excite.weight[:, :, 0, 0]
+    assert w1.shape == (3, 6)
+    for n in range(2):
+        gate = (w2 @ (w1 @ x[n].flatten(1).mean(1)).clamp(min=0)).sigmoid()
+        torch.testing.assert_close(layer(x)[n], x[n] * gate[:, None, None])
+
+
+def test_initialisation():
+    model = tiny(aa(), widths=[64, 128], stem=64)
+    conv = model.stages[1][1].conv2
+    assert isinstance(conv, nn.Conv2d)
+    assert conv.weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
+    assert model.classify.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("attention", "change", "words"),
+    [
+        (aa(dk=7), {}, "attention in stage 1: dk=7 must be divisible by Nh=2"),
+        (aa(dv=12), {}, "attention in stage 1: dv=12 .*out_channels=8"),
+        (aa(Nh=0), {}, "attention.Nh=0"),
+        (aa(min_dkh=0), {}, "attention.min_dkh=0"),
+        (aa(dk=0.0), {}, "attention.dk=0.0"),
+        (aa(dk=float("nan")), {}, "attention.dk=nan"),
+        (aa(dv=-0.1), {}, "attention.dv=-0.1"),
+        (aa(dv=1.5), {}, "attention.dv=1.5"),
+        (aa(stages=[]), {}, r"attention.stages=\[\].*attention=none"),
+        (aa(stages=[0, 1]), {}, r"attention.stages=\[0, 1\].*1 to 2"),
+        (aa(stages=[3]), {}, r"attention.stages=\[3\]"),
+        (aa(backend="quick"), {}, "backend='quick'"),
+        (SE(0), {}, "attention.ratio=0"),
+        (SE(9), {}, "attention.ratio=9 leaves nothing of 8 channels"),
+        (Plain(), {"block": "dense"}, "block='dense'"),
+        (Plain(), {"shortcut": "skip"}, "shortcut='skip'"),
+        (Plain(), {"widths": [16, 8]}, "cannot narrow 16 channels to 8"),
+        (Plain(), {"widths": [8]}, r"widths=\[8\]"),
+        (Plain(), {"depths": [0, 1]}, r"depths=\[0, 1\]"),
+        (Plain(), {"stem": 0}, "stem=0"),
+    ],
+)
+def test_wrong_settings_are_named(attention, change, words):
+    with pytest.raises(ValueError, match=words):
+        tiny(attention, **change)
