@@ -101,6 +101,10 @@ class AugmentedConv(nn.Module):
             self.conv_out = nn.Conv2d(
                 in_channels, out_channels - dv, kernel, stride, padding, dilation, groups, bias
             )
+        # A strided 1x1 convolution is an unstrided one of every stride-th pixel. It is computed
+        # so because oneDNN's own writes beyond its buffer in the backward pass of channels_last
+        # inputs with few channels (uxlfoundation/oneDNN issue 6035, in torch 2.13).
+        self.subsample = stride if qkv_kernel_size == 1 else (1, 1)
         self.qkv_conv: nn.Conv2d | None = None
         self.attn_out: nn.Conv2d | None = None
         if dv > 0:
@@ -108,7 +112,7 @@ class AugmentedConv(nn.Module):
                 in_channels,
                 2 * dk + dv,
                 qkv_kernel_size,
-                stride,
+                stride if qkv_kernel_size > 1 else 1,
                 padding=qkv_kernel_size // 2,
                 bias=bias,
             )
@@ -141,7 +145,8 @@ class AugmentedConv(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         assert self.qkv_conv is not None
         assert self.attn_out is not None
-        qkv = self.qkv_conv(x)  # (B, 2 dk + dv, H, W)
+        down, right = self.subsample
+        qkv = self.qkv_conv(x[:, :, ::down, ::right])  # (B, 2 dk + dv, H, W)
         self._check_size(x, qkv)
         q, k, v = (
             t.unflatten(1, (self.Nh, -1)).permute(0, 1, 3, 4, 2)  # (B, Nh, H, W, per head)

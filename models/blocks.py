@@ -13,6 +13,8 @@ class Shortcut(nn.Module):
     ``projection`` is a strided 1x1 convolution. The other two have no parameters: ``pad``
     averages over stride x stride and appends zero channels, ``subsample`` drops pixels instead
     of averaging (option A of He et al., CVPR 2016).
+
+    Raises ValueError for another kind, or channels that cannot be appended.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, kind: str) -> None:
@@ -21,7 +23,8 @@ class Shortcut(nn.Module):
         self.missing = out_channels - in_channels
         self.conv = None
         if kind == "projection":
-            self.conv = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            # Unstrided behind dropped pixels, for the reason given in aaconv/layer.py.
+            self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         elif kind not in ("pad", "subsample"):
             raise ValueError(f"shortcut={kind!r} must be projection, pad or subsample")
         elif self.missing < 0:
@@ -31,12 +34,12 @@ class Shortcut(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.conv is not None:
-            return self.conv(x)
         if self.stride > 1 and self.kind == "pad":
             x = F.avg_pool2d(x, self.stride, ceil_mode=True)
         elif self.stride > 1:
             x = x[:, :, :: self.stride, :: self.stride]
+        if self.conv is not None:
+            return self.conv(x)
         return F.pad(x, (0, 0, 0, 0, 0, self.missing))
 
 

@@ -1,10 +1,11 @@
 """`attention_2d`: every backend against the pair-by-pair formula."""
 
 import pytest
-import reference
 import torch
 
 from aaconv import BACKENDS, attention_2d
+
+import reference
 
 # (H, W), heads, dkh, dvh
 CASES = [

@@ -3,11 +3,12 @@
 import copy
 
 import pytest
-import reference
 import torch
 from torch import nn
 
 from aaconv import BACKENDS, AugmentedConv
+
+import reference
 
 
 def build(**change):
@@ -132,6 +133,23 @@ def test_channels_last_in_channels_last_out(backend):
     out = layer(x.to(memory_format=torch.channels_last))
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, layer(x))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_and_channels_last_trains_on_few_channels(backend):
+    """oneDNN's strided 1x1 convolution overwrites memory here: a crash, or wrong gradients."""
+    layer = build(in_channels=4, stride=2, shape=16, dk=32, dv=4, Nh=4, backend=backend).float()
+    layer = layer.to(memory_format=torch.channels_last)
+    x = image(32, 4, 32, 32).float().to(memory_format=torch.channels_last).requires_grad_()
+    layer(x).square().mean().backward()
+    got = [x.grad, *(p.grad for p in layer.parameters())]
+    exact = layer.double().to(memory_format=torch.contiguous_format)
+    y = x.detach().double().contiguous().requires_grad_()
+    exact.zero_grad()
+    exact(y).square().mean().backward()
+    wanted = [y.grad, *(p.grad for p in exact.parameters())]
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-5 * b.abs().max().item())
 
 
 def test_non_contiguous_input():

@@ -1,0 +1,1 @@
+"""The settings of a run: YAML files for Hydra, and their types in `configs.schema`."""

@@ -1,0 +1,16 @@
+"""Data sets held in memory, and the batches drawn from them."""
+
+from data.batches import Batches, evaluation_batches
+from data.cifar import load_cifar
+from data.dataset import Augmentation, Dataset, Images
+from data.lookup import make_lookup
+
+__all__ = [
+    "Augmentation",
+    "Batches",
+    "Dataset",
+    "Images",
+    "evaluation_batches",
+    "load_cifar",
+    "make_lookup",
+]

@@ -1,0 +1,168 @@
+"""A set that needs no download and that no sum of local evidence can solve."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from data.dataset import Augmentation, Dataset, Images, check_val_size, hold_out, seeded_generator
+
+IMAGE_SIZE = 32
+CUE_SIZE = 2
+SHAPE_SIZE = 6
+SHAPES_SHOWN = 5
+BACKGROUND = (128, 128, 128)
+
+# The corners of the RGB cube about the background's grey, so that none stands out.
+COLOURS = {
+    "black": (40, 40, 40),
+    "blue": (40, 40, 216),
+    "green": (40, 216, 40),
+    "cyan": (40, 216, 216),
+    "red": (216, 40, 40),
+    "magenta": (216, 40, 216),
+    "yellow": (216, 216, 40),
+    "white": (216, 216, 216),
+}
+
+# Each is its own mirror image, so that a flip leaves the class as it is, and has 20 pixels set,
+# so that an amount of colour does not tell the shape.
+SHAPES = {
+    "frame": ("######", "#....#", "#....#", "#....#", "#....#", "######"),
+    "plus": ("..##..", "..##..", "######", "######", "..##..", "..##.."),
+    "cross": ("##..##", "##..##", "..##..", "..##..", "##..##", "##..##"),
+    "posts": ("##..##", "##..##", "##..##", "##..##", "##..##", "......"),
+    "ladder": ("#....#", "######", "#....#", "#....#", "######", "#....#"),
+    "tee": ("######", "######", "..##..", "..##..", "..##..", "..##.."),
+    "tent": ("..##..", "..##..", ".####.", ".####.", "######", "#....#"),
+    "cup": ("#....#", "#....#", "#....#", "##..##", "######", ".####."),
+}
+
+# Top left pixels of the places for shapes: along the right and the bottom side, two pixels apart.
+# With the cue in rows and columns 0 and 1, a window of 25 that holds a pixel of it ends at column
+# and row 25, where the shapes have not begun.
+_FAR = IMAGE_SIZE - SHAPE_SIZE
+SLOTS = tuple((row, _FAR) for row in (1, 9, 17, 25)) + tuple((_FAR, col) for col in (1, 9, 17))
+
+
+def make_lookup(
+    train_size: int = 10_000,
+    test_size: int = 2_000,
+    noise: float = 0.04,
+    val_size: int = 0,
+    data_seed: int = 0,
+    crop_pad: int = 0,
+    flip: bool = False,
+    cutout: int = 0,
+) -> Dataset:
+    """32x32 images in which the cue's colour has to be looked up among far shapes; 8 classes.
+
+    The cue is a 2x2 patch in the top left corner. Five of eight 6x6 shapes, in five of eight
+    colours, stand on five of seven places along the right and the bottom side. The cue has one of
+    the five colours, each equally likely, and the class is the shape in that colour. ``noise`` is
+    the standard deviation of Gaussian noise on every pixel value, with white at 1. Training and
+    test images come from different generator streams of ``data_seed``; ``val_size`` > 0 evaluates
+    on held-out training images. There is no augmentation unless asked for: a crop or a cutout may
+    remove the cue.
+
+    No 25x25 window (a ResNet-8's receptive field) holds a pixel of the cue and a pixel of a shape.
+    A network that adds up what such windows show can therefore only compute
+    argmax_s [a_s(cue colour) + D_s(shapes, colours, places)]. What that can reach, as
+    ``python -m data.lookup_bound`` computes it, where guessing a shape that is there gives 20 %:
+
+    - at most 64.2 %, proven for any a and D;
+    - 55.8 % is reached with a D that sees all the shapes at once;
+    - 48 % is the best found, by fitting from 12 random starts and scoring on all 1,881,600 scenes,
+      where every shape adds on its own, D_s = sum_i d_s(shape_i, colour_i).
+
+    Raises ValueError for sizes, noise or augmentation that make no sense.
+    """
+    _check(train_size, test_size, noise)
+    check_val_size(val_size, train_size)
+    augmentation = Augmentation(crop_pad, flip, cutout)
+    augmentation.check_fits(IMAGE_SIZE, IMAGE_SIZE)
+
+    train = _draw(train_size, noise, seeded_generator("lookup", "train", data_seed))
+    mean, std = _mean_and_std(train.pixels)
+    if val_size:
+        train, evaluation = hold_out(train, val_size)
+    else:
+        evaluation = _draw(test_size, noise, seeded_generator("lookup", "test", data_seed))
+    return Dataset(
+        name="lookup",
+        train=train,
+        evaluation=evaluation,
+        evaluated_on="held-out" if val_size else "test",
+        num_classes=len(SHAPES),
+        class_names=tuple(SHAPES),
+        mean=mean,
+        std=std,
+        augmentation=augmentation,
+    )
+
+
+def _check(train_size: int, test_size: int, noise: float) -> None:
+    for name, size in (("train_size", train_size), ("test_size", test_size)):
+        if size < 1:
+            raise ValueError(f"{name}={size} is below 1; give the number of images to make")
+    if not 0 <= noise <= 1:
+        raise ValueError(f"noise={noise} lies outside 0 to 1, where 1 is the step to white")
+
+
+def _draw(number: int, noise: float, generator: torch.Generator) -> Images:
+    shapes = _distinct(number, len(SHAPES), generator)
+    colours = _distinct(number, len(COLOURS), generator)
+    slots = _distinct(number, len(SLOTS), generator)
+    asked = torch.randint(SHAPES_SHOWN, (number, 1), generator=generator)
+    clean = _paint(shapes, colours, slots, cue=colours.gather(1, asked))
+    return Images(_add_noise(clean, noise, generator), shapes.gather(1, asked)[:, 0])
+
+
+def _distinct(number: int, kinds: int, generator: torch.Generator) -> Tensor:
+    """(number, SHAPES_SHOWN): in each row, distinct integers below ``kinds`` in random order."""
+    return torch.rand(number, kinds, generator=generator).argsort(1)[:, :SHAPES_SHOWN]
+
+
+def _paint(shapes: Tensor, colours: Tensor, slots: Tensor, cue: Tensor) -> Tensor:
+    """Images (N, 32, 32, 3) uint8 without noise."""
+    number, background = len(shapes), len(COLOURS)
+    inked = _patterns()[shapes]
+    ink = torch.where(inked, colours[:, :, None], background)
+    canvas = torch.full((number, IMAGE_SIZE * IMAGE_SIZE), background)
+    canvas.scatter_(1, _pixels_of(SLOTS, SHAPE_SIZE)[slots].flatten(1), ink.flatten(1))
+    canvas[:, _pixels_of(((0, 0),), CUE_SIZE)[0]] = cue
+    palette = torch.tensor([*COLOURS.values(), BACKGROUND], dtype=torch.uint8)
+    return palette[canvas].view(number, IMAGE_SIZE, IMAGE_SIZE, 3)
+
+
+def _patterns() -> Tensor:
+    """(8, 36) bool: which pixels each shape sets, row by row."""
+    return torch.tensor(
+        [[pixel == "#" for row in rows for pixel in row] for rows in SHAPES.values()]
+    )
+
+
+def _pixels_of(corners: tuple[tuple[int, int], ...], side: int) -> Tensor:
+    """(len(corners), side * side): flat places of the pixels of a square at each corner."""
+    steps = torch.arange(side)
+    square = (steps[:, None] * IMAGE_SIZE + steps).flatten()
+    return torch.tensor([row * IMAGE_SIZE + col for row, col in corners])[:, None] + square
+
+
+def _add_noise(clean: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    if noise == 0:
+        return clean
+    values = torch.empty(clean.shape).normal_(0.0, 255 * noise, generator=generator)
+    return values.add_(clean).round_().clamp_(0, 255).byte()
+
+
+def _mean_and_std(pixels: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Per channel over all pixels, with white at 1."""
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in pixels.flatten(0, 2).unbind(1):
+        share = torch.bincount(channel, minlength=256) / channel.numel()
+        mean = (share * levels).sum()
+        means.append(mean.item())
+        deviations.append((share * (levels - mean) ** 2).sum().sqrt().item())
+    return (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])

@@ -1,0 +1,53 @@
+"""torchvision's data sets, also from a torchvision that was built for another torch.
+
+A torchvision built for CUDA beside a CPU-only torch cannot load its C++ operators, and its import
+then fails at the first operator that it describes to torch. The data sets need none of them, so
+the two missing schemas are declared here and the import repeated.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+
+_MISSING_OPERATOR = "operator torchvision::nms does not exist"
+# torch forgets a library's operators when the object is collected.
+_declared: list[torch.library.Library] = []
+
+
+def _forget_torchvision() -> None:
+    for name in list(sys.modules):
+        if name.split(".")[0] == "torchvision":
+            del sys.modules[name]
+
+
+def _declare_operators() -> None:
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(library)
+
+
+def import_datasets(
+    import_module: Callable[[str], ModuleType] = importlib.import_module,
+) -> ModuleType:
+    """torchvision.datasets; what the import raises beyond the one known error is passed on."""
+    try:
+        return import_module("torchvision.datasets")
+    except RuntimeError as error:
+        if str(error) != _MISSING_OPERATOR:
+            raise
+    _forget_torchvision()
+    _declare_operators()
+    with warnings.catch_warnings():
+        # The image codecs are C++ as well; the CIFAR files are not image files.
+        warnings.filterwarnings("ignore", "Failed to load image Python extension")
+        return import_module("torchvision.datasets")
+
+
+datasets = import_datasets()

@@ -1,0 +1,49 @@
+"""Settings and data small enough for a training step in a test."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+import train
+
+# Networks this small run no faster on two threads, and the suite runs in two processes.
+torch.set_num_threads(1)
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+# A network of three blocks on 96 images: a run of two epochs takes about a second.
+TINY = [
+    "experiment=lookup",
+    "data.train_size=96",
+    "data.test_size=40",
+    "batch_size=32",
+    "epochs=2",
+    "model.widths=[4,8,8]",
+    "model.stem=4",
+    "tracking=csv",
+]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """A function from overrides to the settings of a tiny run below ``tmp_path``."""
+
+    def make(*overrides, base=TINY):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose("config", [*base, f"out_dir={tmp_path}", *overrides])
+
+    return make
+
+
+@pytest.fixture
+def run(settings, tmp_path):
+    """A function that trains a tiny run in ``tmp_path / folder`` and returns its summary."""
+
+    def go(*overrides, folder="run", base=TINY):
+        run_dir = tmp_path / folder
+        run_dir.mkdir(exist_ok=True, parents=True)
+        return train.train(settings(*overrides, base=base), run_dir)
+
+    return go

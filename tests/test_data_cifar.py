@@ -1,0 +1,321 @@
+import hashlib
+import http.server
+import io
+import os
+import pickle
+import re
+import socket
+import tarfile
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data import load_cifar
+from data.cifar import SOURCES, Source
+from data.vision import datasets
+
+SIZES = {"data_batch_1": 7, "data_batch_2": 6, "test_batch": 5}
+FOLDER = "cifar-10-batches-py"
+ARCHIVE = "cifar-10-python.tar.gz"
+NAMES = ["one", "two", "three"]
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def file_contents() -> dict[str, bytes]:
+    """A tiny CIFAR-10 in the layout of the real one: planes of 32x32, row by row."""
+    random = np.random.default_rng(0)
+    files = {"batches.meta": pickle.dumps({"label_names": NAMES})}
+    for name, size in SIZES.items():
+        rows = random.integers(0, 256, (size, 3 * 32 * 32), dtype=np.uint8)
+        labels = random.integers(0, len(NAMES), size).tolist()
+        files[name] = pickle.dumps({"data": rows, "labels": labels})
+    return files
+
+
+def archive_of(files: dict[str, bytes]) -> bytes:
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(f"{FOLDER}/{name}")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return packed.getvalue()
+
+
+@pytest.fixture
+def files(monkeypatch):
+    """The tiny set's files; torchvision is told their checksums, and there is no network."""
+    contents = file_contents()
+    sums = {name: md5(content) for name, content in contents.items()}
+    kind = datasets.CIFAR10
+    train = [[name, sums[name]] for name in SIZES if name != "test_batch"]
+    monkeypatch.setattr(kind, "train_list", train)
+    monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": sums["batches.meta"]})
+    monkeypatch.setattr("data.cifar.TRAIN_SIZE", 13)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    for variable in ("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    # urllib keeps the proxies that it found at the first use.
+    monkeypatch.setattr(urllib.request, "_opener", None)
+    return contents
+
+
+@pytest.fixture
+def present(files, tmp_path):
+    """A root that holds the tiny set."""
+    (tmp_path / FOLDER).mkdir()
+    for name, content in files.items():
+        (tmp_path / FOLDER / name).write_bytes(content)
+    return tmp_path
+
+
+@pytest.fixture
+def server(files, monkeypatch):
+    """A web server for the archive; ``state`` says what it sends and counts what it was asked."""
+    state = {"content": archive_of(files), "cut_at": None, "gets": 0}
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(state["content"]))
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(state["content"])))
+            self.end_headers()
+
+        def do_GET(self):
+            # torchvision asks for the address first, by a GET that it marks so.
+            state["gets"] += self.headers["Method"] != "HEAD"
+            self.do_HEAD()
+            self.wfile.write(state["content"][: state["cut_at"]])
+
+        def log_message(self, *_):
+            pass
+
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{httpd.server_port}/{ARCHIVE}")
+    for variable in ("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(variable)
+    yield state
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def raised(kind: type[Exception], *args, **kwargs) -> str:
+    """The message with which load_cifar fails, found to be one line."""
+    with pytest.raises(kind) as caught:
+        load_cifar(*args, **kwargs)
+    assert type(caught.value) is kind
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def everything_below(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_reads_every_image_with_its_label(present, files):
+    dataset = load_cifar("cifar10", str(present))
+    for part, names in (
+        (dataset.train, ["data_batch_1", "data_batch_2"]),
+        (dataset.evaluation, ["test_batch"]),
+    ):
+        entries = [pickle.loads(files[name]) for name in names]
+        rows = [row for entry in entries for row in entry["data"]]
+        assert part.labels.tolist() == [label for entry in entries for label in entry["labels"]]
+        assert part.pixels.shape == (len(rows), 32, 32, 3)
+        assert part.pixels.is_contiguous()
+        for n, channel, i, j in [(0, 0, 0, 1), (4, 1, 5, 0), (3, 2, 31, 30)]:
+            assert part.pixels[n, i, j, channel] == rows[n][channel * 1024 + i * 32 + j]
+    assert (dataset.name, dataset.evaluated_on) == ("cifar10", "test")
+    assert (dataset.num_classes, dataset.class_names) == (3, tuple(NAMES))
+    assert dataset.image_size == (32, 32)
+    assert (dataset.mean, dataset.std) == (SOURCES["cifar10"].mean, SOURCES["cifar10"].std)
+
+
+def test_holding_out_takes_the_evaluation_from_the_training_set(present):
+    whole = load_cifar("cifar10", str(present)).train
+    dataset = load_cifar("cifar10", str(present), val_size=4)
+    assert dataset.evaluated_on == "held-out"
+    assert (len(dataset.train), len(dataset.evaluation)) == (9, 4)
+    split = [*dataset.train.pixels, *dataset.evaluation.pixels]
+    assert sorted(p.flatten().tolist() for p in split) == sorted(
+        p.flatten().tolist() for p in whole.pixels
+    )
+
+
+def test_augmentation_is_handed_on(present):
+    default = load_cifar("cifar10", str(present)).augmentation
+    assert (default.crop_pad, default.flip, default.cutout) == (4, True, 0)
+    other = load_cifar("cifar10", str(present), crop_pad=1, flip=False, cutout=9).augmentation
+    assert (other.crop_pad, other.flip, other.cutout) == (1, False, 9)
+
+
+def test_a_tilde_means_the_home_folder(present, monkeypatch):
+    monkeypatch.setenv("HOME", str(present.parent))
+    assert len(load_cifar("cifar10", f"~/{present.name}").train) == 13
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"name": "cifar1000"}, "name='cifar1000' .*cifar10, cifar100"),
+        ({"val_size": -1}, "val_size=-1 .*13"),
+        ({"val_size": 13}, "val_size=13 .*13"),
+        ({"crop_pad": 32}, "crop_pad=32 "),
+        ({"cutout": 33}, "cutout=33 "),
+        ({"cutout": -2}, "cutout=-2 "),
+    ],
+)
+def test_mistakes_are_reported_before_the_files_are_looked_at(files, tmp_path, options, word):
+    message = raised(ValueError, **{"name": "cifar10", "root": str(tmp_path / "no"), **options})
+    assert re.search(word, message)
+    assert not (tmp_path / "no").exists()
+
+
+def test_absent_set_without_network_fails_soon_and_leaves_nothing(files, tmp_path):
+    root = tmp_path / "a" / "b"
+    began = time.monotonic()
+    message = raised(FileNotFoundError, "cifar10", str(root))
+    assert time.monotonic() - began < 3
+    assert str(root / FOLDER) in message
+    assert "the download failed (Connection refused)" in message
+    assert "data.root=" in message
+    assert everything_below(tmp_path) == {}
+
+
+def test_a_silent_network_fails_soon(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.cifar._NETWORK_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("https_proxy", address)
+        monkeypatch.setenv("HTTPS_PROXY", address)
+        message = raised(FileNotFoundError, "cifar10", str(tmp_path))
+    assert "timed out" in message
+    assert socket.getdefaulttimeout() is None
+
+
+def test_download_can_be_forbidden(server, tmp_path):
+    message = raised(FileNotFoundError, "cifar10", str(tmp_path), download=False)
+    assert "data.download" in message
+    assert str(tmp_path / FOLDER) in message
+    assert server["gets"] == 0
+
+
+# Python 3.12 and 3.13 want a filter named, which torchvision does not.
+@pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
+def test_downloads_once(server, tmp_path):
+    root = str(tmp_path / "new")
+    first = load_cifar("cifar10", root)
+    assert (len(first.train), len(first.evaluation)) == (13, 5)
+    second = load_cifar("cifar10", root)
+    assert torch.equal(first.train.pixels, second.train.pixels)
+    assert server["gets"] == 1
+
+
+@pytest.mark.parametrize("there_before", [True, False])
+def test_download_that_breaks_off_leaves_what_was_there(server, tmp_path, there_before):
+    server["cut_at"] = 100
+    root = tmp_path / "root"
+    if there_before:
+        root.mkdir()
+        (root / "mine").write_bytes(b"kept")
+    message = raised(FileNotFoundError, "cifar10", str(root))
+    assert "the download failed" in message
+    assert server["gets"] > 0
+    expected = {"root": None, "root/mine": b"kept"} if there_before else {}
+    assert everything_below(tmp_path) == expected
+
+
+def test_download_that_is_interrupted_leaves_nothing(server, tmp_path, monkeypatch):
+    def interrupted(self):
+        Path(self.root, ARCHIVE).write_bytes(b"half")
+        Path(self.root, FOLDER).mkdir()
+        Path(self.root, FOLDER, "data_batch_1").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load_cifar("cifar10", str(tmp_path / "root"))
+    assert everything_below(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["data_batch_2", "test_batch", "batches.meta"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("download", [True, False])
+def test_damaged_files_are_named_and_left_alone(present, name, damage, download):
+    path = present / FOLDER / name
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+    before = everything_below(present)
+    message = raised(ValueError, "cifar10", str(present), download=download)
+    assert f"{present / FOLDER} has missing or damaged files ({name})" in message
+    assert everything_below(present) == before
+
+
+@pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
+def test_damaged_files_are_fetched_anew(server, present):
+    (present / FOLDER / "data_batch_2").write_bytes(b"damaged")
+    assert len(load_cifar("cifar10", str(present)).train) == 13
+    assert server["gets"] == 1
+
+
+def test_a_root_that_cannot_be_written_is_named(files, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    root = tmp_path / "file" / "below"
+    message = raised(FileNotFoundError, "cifar10", str(root))
+    assert f"data.root={root} cannot be written" in message
+    assert everything_below(tmp_path) == {"file": b""}
+
+
+def test_a_root_without_permission_is_named(present, monkeypatch):
+    def denied(*_arguments, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    # Not by chmod: whoever runs as root may read everything.
+    monkeypatch.setattr("data.cifar._read", denied)
+    assert f"data.root={present} cannot be read" in raised(ValueError, "cifar10", str(present))
+
+
+def test_sources_are_torchvisions():
+    for source in SOURCES.values():
+        assert isinstance(source, Source)
+        assert getattr(datasets, source.class_name).base_folder == source.folder
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT is not set")
+def test_the_real_cifar100_is_read_whole_and_has_the_stated_mean_and_deviation():
+    dataset = load_cifar("cifar100", os.environ["CIFAR_ROOT"], download=False)
+    assert (len(dataset.train), len(dataset.evaluation), dataset.num_classes) == (50000, 10000, 100)
+    assert torch.bincount(dataset.train.labels).tolist() == [500] * 100
+    assert torch.bincount(dataset.evaluation.labels).tolist() == [100] * 100
+    assert dataset.class_names[:2] == ("apple", "aquarium_fish")
+    for channel in range(3):
+        counts = np.bincount(dataset.train.pixels[..., channel].numpy().ravel())
+        levels = np.arange(256) / 255
+        mean = np.average(levels, weights=counts)
+        deviation = np.average((levels - mean) ** 2, weights=counts) ** 0.5
+        # The constants have four places.
+        assert dataset.mean[channel] == pytest.approx(mean, abs=5.1e-5)
+        assert dataset.std[channel] == pytest.approx(deviation, abs=5.1e-5)

@@ -1,0 +1,283 @@
+import itertools
+import random
+import re
+from fractions import Fraction
+
+import pytest
+import torch
+
+from data import Images, make_lookup
+from data.lookup import BACKGROUND, COLOURS, SHAPES, SHAPES_SHOWN, SLOTS
+from data.lookup_bound import (
+    RESTARTS,
+    additive_accuracy,
+    arrangements,
+    ceiling,
+    fit_additive,
+    joint_reached,
+)
+
+RECEPTIVE_FIELD = 25
+COLOUR_OF = {value: name for name, value in COLOURS.items()}
+CLASSES = list(SHAPES)
+
+
+@pytest.fixture(scope="module")
+def clean() -> Images:
+    return make_lookup(train_size=400, test_size=1, noise=0.0).train
+
+
+def coloured(image: torch.Tensor) -> dict[tuple[int, int], str]:
+    """The pixels that are not background, each with its colour's name."""
+    found = {}
+    for row, line in enumerate(image.tolist()):
+        for column, value in enumerate(line):
+            if tuple(value) != BACKGROUND:
+                found[row, column] = COLOUR_OF[tuple(value)]
+    return found
+
+
+def read_shapes(pixels: dict[tuple[int, int], str]) -> dict[str, str]:
+    """Shape and colour at each place that holds one, found by comparing every pattern."""
+    found = {}
+    for row, column in SLOTS:
+        here = {
+            (i, j): pixels[row + i, column + j]
+            for i, j in itertools.product(range(6), repeat=2)
+            if (row + i, column + j) in pixels
+        }
+        for name, lines in SHAPES.items():
+            pattern = {
+                (i, j) for i, j in itertools.product(range(6), repeat=2) if lines[i][j] == "#"
+            }
+            if here.keys() == pattern:
+                (found[name],) = set(here.values())
+    return found
+
+
+def test_the_class_is_the_shape_in_the_colour_of_the_cue(clean):
+    for image, label in zip(clean.pixels, clean.labels.tolist(), strict=True):
+        pixels = coloured(image)
+        cue = {pixels.pop(place) for place in itertools.product(range(2), repeat=2)}
+        shown = read_shapes(pixels)
+        assert len(pixels) == 20 * SHAPES_SHOWN
+        assert len(shown) == len(set(shown.values())) == SHAPES_SHOWN
+        assert cue == {shown[CLASSES[label]]}
+
+
+def test_no_window_of_the_receptive_field_holds_cue_and_shape(clean):
+    def windows_with_both(side: int) -> int:
+        found = 0
+        for image in clean.pixels[:40]:
+            inked = (image != torch.tensor(BACKGROUND)).any(-1)
+            cue = inked.clone()
+            cue[2:] = False
+            cue[:, 2:] = False
+            shape = inked & ~cue
+            for top, left in itertools.product(range(32 - side + 1), repeat=2):
+                window = slice(top, top + side), slice(left, left + side)
+                found += bool(cue[window].any() and shape[window].any())
+        return found
+
+    assert windows_with_both(RECEPTIVE_FIELD) == 0
+    assert windows_with_both(RECEPTIVE_FIELD + 1) > 0
+
+
+def test_every_shape_colour_place_and_class_is_equally_likely():
+    images = make_lookup(train_size=2000, test_size=1, noise=0.0).train
+    drawn = [
+        (c, read_shapes(coloured(x)))
+        for c, x in zip(images.labels[:300], images.pixels, strict=False)
+    ]
+    for counts, share in (
+        (torch.bincount(images.labels, minlength=8), 1 / 8),
+        (count(shape for _, shown in drawn for shape in shown), 1 / 8),
+        (count(colour for _, shown in drawn for colour in shown.values()), 1 / 8),
+        (place_counts(images.pixels), 1 / 7),
+    ):
+        expected = counts.sum() * share
+        assert len(counts) == round(1 / share)
+        # Five standard deviations of a binomial count.
+        assert (counts - expected).abs().max() < 5 * (expected * (1 - share)) ** 0.5
+
+
+def count(names) -> torch.Tensor:
+    names = list(names)
+    return torch.tensor([names.count(name) for name in sorted(set(names))])
+
+
+def place_counts(pixels: torch.Tensor) -> torch.Tensor:
+    inked = (pixels != torch.tensor(BACKGROUND)).any(-1)
+    return torch.stack([inked[:, i : i + 6, j : j + 6].flatten(1).any(1).sum() for i, j in SLOTS])
+
+
+def test_patterns_are_alike_in_size_and_unlike_in_form():
+    for lines in SHAPES.values():
+        assert sum(line.count("#") for line in lines) == 20
+        assert all(len(line) == 6 and line == line[::-1] for line in lines)
+    for one, other in itertools.combinations(SHAPES.values(), 2):
+        assert sum(a != b for a, b in zip("".join(one), "".join(other), strict=True)) >= 12
+
+
+def test_noise_is_as_strong_as_it_says_and_changes_nothing_else():
+    clean, noisy = (make_lookup(50, 1, noise=noise).train for noise in (0.0, 0.1))
+    assert clean.labels.tolist() == noisy.labels.tolist()
+    background = (clean.pixels == torch.tensor(BACKGROUND)).all(-1)
+    error = noisy.pixels[background].double() - 128
+    assert error.std().item() == pytest.approx(25.5, rel=0.01)
+    assert error.mean().item() == pytest.approx(0, abs=0.3)
+    weak = make_lookup(50, 1, noise=0.01).train.pixels[background].double() - 128
+    assert weak.std().item() == pytest.approx(2.55, rel=0.03)
+
+
+def test_strong_noise_stays_within_a_byte_without_wrapping():
+    clean, noisy = (make_lookup(50, 1, noise=noise).train.pixels for noise in (0.0, 0.3))
+    white, black = noisy[clean == 216].float().mean(), noisy[clean == 40].float().mean()
+    assert white > 170
+    assert black < 85
+
+
+def test_seeds_and_splits_draw_otherwise():
+    base = make_lookup(40, 40)
+    assert torch.equal(base.train.pixels, make_lookup(40, 40).train.pixels)
+    for other in (make_lookup(40, 40, data_seed=1).train, base.evaluation):
+        assert not torch.equal(base.train.labels, other.labels)
+    assert not torch.equal(
+        base.evaluation.labels, make_lookup(40, 40, data_seed=1).evaluation.labels
+    )
+    torch.manual_seed(77)
+    assert torch.equal(base.train.pixels, make_lookup(40, 40).train.pixels)
+
+
+def test_sizes_names_and_held_out_images():
+    dataset = make_lookup(50, 20, crop_pad=2, flip=True, cutout=3)
+    assert (len(dataset.train), len(dataset.evaluation)) == (50, 20)
+    assert (dataset.name, dataset.evaluated_on) == ("lookup", "test")
+    assert (dataset.num_classes, dataset.class_names) == (8, tuple(SHAPES))
+    augmentation = dataset.augmentation
+    assert (augmentation.crop_pad, augmentation.flip, augmentation.cutout) == (2, True, 3)
+    assert not any(vars(make_lookup(1, 1).augmentation).values())
+
+    held = make_lookup(50, 20, val_size=7)
+    assert (len(held.train), len(held.evaluation), held.evaluated_on) == (43, 7, "held-out")
+    assert sorted(torch.cat([held.train.labels, held.evaluation.labels]).tolist()) == sorted(
+        dataset.train.labels.tolist()
+    )
+
+
+def test_mean_and_deviation_are_those_of_the_training_pixels():
+    dataset = make_lookup(60, 1)
+    for channel in range(3):
+        values = [v / 255 for v in dataset.train.pixels[..., channel].flatten().tolist()]
+        mean = sum(values) / len(values)
+        variance = sum((v - mean) ** 2 for v in values) / len(values)
+        assert dataset.mean[channel] == pytest.approx(mean, rel=1e-6)
+        assert dataset.std[channel] == pytest.approx(variance**0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train_size", 0),
+        ("test_size", -1),
+        ("noise", -0.1),
+        ("noise", 1.1),
+        ("noise", float("nan")),
+        ("val_size", -1),
+        ("val_size", 10_000),
+        ("crop_pad", 32),
+        ("cutout", 33),
+    ],
+)
+def test_mistakes_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name}={re.escape(str(value))} "):
+        make_lookup(**{name: value})
+
+
+def test_the_docstring_states_the_figures_that_the_module_prints():
+    text = make_lookup.__doc__
+    assert f"at most {100 * float(ceiling()):.1f} %, proven" in text
+    assert f"{100 * float(joint_reached()):.1f} % is reached" in text
+    assert f"fitting from {RESTARTS} random starts" in text
+
+
+def test_ceiling_is_the_one_counted_by_hand():
+    # 25 matchings of four make 25 colourings with four right; they use 100 of the 200 threes,
+    # and the other 95 colourings one each.
+    assert ceiling() == Fraction(25 * 4 + 95 * 3, 600)
+
+
+def chain_prices(colours: tuple[int, ...]) -> list[float]:
+    """For shapes 0 to 4 in ``colours``, D that makes a longest increasing choice of them right."""
+    places = range(len(colours))
+    chain = max(
+        (c for k in range(1, 6) for c in itertools.combinations(places, k)
+         if all(colours[i] < colours[j] for i, j in itertools.pairwise(c))),
+        key=len,
+    )  # fmt: skip
+    prices = [float("-inf")] * len(colours)
+    prices[chain[0]] = 0.0
+    for before, after in itertools.pairwise(chain):
+        boundary = (colours[before] + colours[after]) / 2
+        prices[after] = prices[before] - (after - before) * boundary
+    return prices
+
+
+def test_a_classifier_reaches_what_is_said_to_be_reached():
+    right = 0
+    for colours in itertools.permutations(range(5)):
+        prices = chain_prices(colours)
+        for shape, cue in enumerate(colours):
+            scores = [s * cue + prices[s] for s in range(5)]
+            right += scores.index(max(scores)) == shape
+    assert right / 600 == pytest.approx(float(joint_reached()))
+    assert joint_reached() < ceiling() < 1
+
+
+def test_of_the_colourings_of_three_shapes_one_can_be_answered_wholly():
+    # The step on which the proof of the ceiling rests, seen on a fine grid of all prices.
+    generator = random.Random(3)
+    grid = [x / 4 for x in range(-16, 17)]
+    for _ in range(5):
+        a = [[generator.uniform(-1, 1) for _ in range(3)] for _ in range(3)]
+        wholly_right = set()
+        for d in itertools.product([0.0], grid, grid):
+            chosen = tuple(max(range(3), key=lambda s: a[c][s] + d[s]) for c in range(3))
+            if len(set(chosen)) == 3:
+                wholly_right.add(chosen)
+        assert len(wholly_right) == 1
+
+
+def test_arrangements_are_all_there_are():
+    shapes, colours = arrangements()
+    assert shapes.shape == colours.shape == (376_320, 5)
+    assert 5 * len(shapes) == 1_881_600
+    codes = (shapes * 8 + colours).sort(1).values @ 64 ** torch.arange(5)
+    assert len(codes.unique()) == len(codes)
+
+
+def test_additive_accuracy_counts_right_answers():
+    generator = torch.Generator().manual_seed(1)
+    cue, shown = torch.randn(8, 8, generator=generator), torch.randn(8, 8, 8, generator=generator)
+    shapes, colours = arrangements()
+    some = torch.randperm(len(shapes), generator=generator)[:37]
+    right = 0
+    for scene in some.tolist():
+        pairs = list(zip(shapes[scene].tolist(), colours[scene].tolist(), strict=True))
+        for answer, asked in pairs:
+            scores = [
+                float(cue[asked, s]) + sum(float(shown[p, c, s]) for p, c in pairs)
+                for s in range(8)
+            ]
+            right += scores.index(max(scores)) == answer
+    found = additive_accuracy(cue, shown, shapes[some], colours[some])
+    assert 0 < found == pytest.approx(right / (5 * 37))
+
+
+def test_a_short_fit_beats_guessing_and_stays_below_the_ceiling():
+    shapes, colours = arrangements()
+    some = torch.randperm(len(shapes), generator=torch.Generator().manual_seed(2))[:20_000]
+    found = additive_accuracy(
+        *fit_additive(0, shapes, colours, steps=300), shapes[some], colours[some]
+    )
+    assert 0.33 < found < ceiling()

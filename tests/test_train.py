@@ -1,0 +1,345 @@
+"""Whole runs in miniature: what a run writes, repeats, resumes, and what each setting changes."""
+
+import csv
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+import train
+
+from conftest import CONFIGS, TINY
+
+# What may differ between two runs of the same settings.
+CLOCK = ("images_per_s", "peak_memory_mb", "seconds")
+
+
+def rows(folder):
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
+
+
+def weights(folder):
+    return torch.load(folder / "last.pt", weights_only=True)["model"]
+
+
+def assert_same_weights(a, b):
+    for name, value in weights(a).items():
+        assert torch.equal(value, weights(b)[name]), name
+
+
+def test_what_a_run_writes(run, tmp_path):
+    summary = run()
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {"last.pt", "metrics.csv", "summary.json"}
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    table = rows(folder)
+    assert [row["epoch"] for row in table] == ["1", "2"]
+    assert list(table[0]) == ["epoch", "train_loss", "eval_loss", "top1", "top5", "lr"]
+    assert summary["top1"] == float(table[-1]["top1"])
+    assert summary["epochs"] == 2
+    assert summary["attention"] == "aa"
+    assert summary["model"] == "resnet8"
+    assert summary["evaluated_on"] == "test"
+    assert summary["config"]["attention"]["dk"] == 0.25
+    assert summary["parameters"] > 0
+    assert summary["flops"] > 0
+    assert summary["versions"]["torch"] == torch.__version__
+    assert len(summary["commit"].removesuffix("-dirty")) in (40, len("unknown"))
+
+
+def test_the_last_epoch_counts_not_the_best(run, tmp_path, monkeypatch):
+    scores = iter([90.0, 10.0])
+    monkeypatch.setattr(
+        train, "evaluate", lambda *_: {"eval_loss": 1.0, "top1": next(scores), "top5": 99.0}
+    )
+    assert run()["top1"] == 10.0
+
+
+def test_same_seed_same_run_and_another_seed_another(run, tmp_path):
+    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
+        run(f"seed={seed}", folder=folder)
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+    assert rows(tmp_path / "a") != rows(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["optim=sgd", "ema=0.9"],
+        ["data.crop_pad=2", "data.flip=true", "data.cutout=8"],
+        ["schedule=warmup_cosine", "schedule.warmup=0.5"],
+    ],
+    ids=["sgd-ema", "augmented", "warm-up"],
+)
+def test_resumed_equals_uninterrupted(run, tmp_path, monkeypatch, overrides):
+    overrides = [*overrides, "epochs=3"]
+    run(*overrides, folder="whole")
+
+    write_csv = train.write_csv
+
+    def killed_after_two_epochs(path, table):
+        write_csv(path, table)
+        if len(table) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "write_csv", killed_after_two_epochs)
+    with pytest.raises(KeyboardInterrupt):
+        run(*overrides, folder="parts")
+    monkeypatch.undo()
+    assert len(rows(tmp_path / "parts")) == 2
+    torch.randn(7)  # nothing may depend on what the process has drawn meanwhile
+    run(*overrides, "resume=auto", folder="parts")
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_resume_from_a_path_and_of_a_finished_run(run, tmp_path):
+    first = run(folder="a")
+    again = run(f"resume={tmp_path / 'a'}", folder="b")
+    assert again["top1"] == first["top1"]
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    assert run("resume=auto", folder="new")["epochs"] == 2
+
+
+def test_resume_refuses_other_settings_and_broken_files(run, tmp_path):
+    run(folder="a")
+    with pytest.raises(ValueError, match=r"other settings: attention.Nh \(4 there, 2 here\)"):
+        run(f"resume={tmp_path / 'a'}", "attention.Nh=2", folder="b")
+    (tmp_path / "a" / "last.pt").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"last\.pt is no checkpoint that can be read"):
+        run("resume=auto", folder="a")
+    with pytest.raises(FileNotFoundError, match=r"resume=.*nowhere"):
+        run(f"resume={tmp_path / 'nowhere'}", folder="c")
+
+
+def test_a_run_is_not_overwritten_by_accident(run, tmp_path):
+    run(folder="a")
+    before = (tmp_path / "a" / "metrics.csv").read_bytes()
+    with pytest.raises(ValueError, match="already holds a run; resume=auto continues it"):
+        run("seed=9", folder="a")
+    assert (tmp_path / "a" / "metrics.csv").read_bytes() == before
+    assert run("seed=9", "overwrite=true", folder="a")["seed"] == 9
+
+
+def test_learns_a_batch_by_heart(run):
+    overrides = [
+        "data.train_size=64",
+        "batch_size=16",
+        "data.noise=0",
+        "epochs=40",
+        "optim.lr=0.01",
+    ]
+    summary = run(*overrides, "model.widths=[16,32,64]", "model.stem=16")
+    assert summary["train_loss"] < 0.05
+
+
+# Each changes the numbers of the run's two epochs.
+@pytest.mark.parametrize(
+    "override",
+    [
+        "attention=none",
+        "attention=ge",
+        "attention.dk=16",
+        "attention.dv=8",
+        "attention.Nh=2",
+        "attention.min_dkh=3",
+        "attention.relative=false",
+        "attention.stages=[2]",
+        "model.shortcut=pad",
+        "model.block=preact",
+        "model.depths=[2,1,1]",
+        "model.stem=3",
+        "data.noise=0.2",
+        "data.data_seed=1",
+        "data.val_size=32",
+        "data.crop_pad=1",
+        "data.flip=true",
+        "data.cutout=4",
+        "optim=sgd",
+        "optim.lr=0.001",
+        "optim.weight_decay=0.5",
+        "optim.betas=[0.8,0.99]",
+        "schedule=warmup_cosine",
+        "schedule.warmup=0.5",
+        "schedule.start=0.5",
+        "schedule.end=0.01",
+        "batch_size=16",
+        "grad_accum=2",
+        "label_smoothing=0.1",
+        "grad_clip=0.1",
+        "ema=0.5",
+        "precision=bf16",
+        "precision=fp16",
+    ],
+)
+def test_every_setting_changes_the_run(run, tmp_path, override):
+    run(folder="base")
+    run(override, folder="changed")
+    assert rows(tmp_path / "base") != rows(tmp_path / "changed")
+
+
+@pytest.mark.parametrize(
+    ("choice", "override"),
+    [
+        (["optim=sgd"], "optim.momentum=0.5"),
+        (["optim=sgd"], "optim.nesterov=false"),
+        (["attention=se", "attention.ratio=4"], "attention.ratio=2"),
+    ],
+)
+def test_every_setting_of_another_choice_changes_the_run(run, tmp_path, choice, override):
+    run(*choice, folder="base")
+    run(*choice, override, folder="changed")
+    assert rows(tmp_path / "base") != rows(tmp_path / "changed")
+
+
+# Each is another way to the same numbers, up to rounding.
+@pytest.mark.parametrize(
+    "override", ["attention.backend=reference", "channels_last=false", "eval_batch_size=7"]
+)
+def test_ways_to_compute_agree(run, tmp_path, override):
+    run("epochs=1", folder="base")
+    run("epochs=1", override, folder="changed")
+    for a, b in zip(rows(tmp_path / "base"), rows(tmp_path / "changed"), strict=True):
+        for key in a:
+            assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-3), key
+
+
+def test_compile_is_called_and_agrees(run, tmp_path, monkeypatch):
+    compiled = []
+
+    def by_eager(model):
+        compiled.append(model)
+        return torch._dynamo.optimize("aot_eager")(model)
+
+    run("epochs=1", folder="base")
+    monkeypatch.setattr(torch, "compile", by_eager)
+    run("epochs=1", "compile=true", folder="compiled")
+    assert len(compiled) == 1
+    loss = [float(rows(tmp_path / folder)[0]["train_loss"]) for folder in ("base", "compiled")]
+    assert loss[1] == pytest.approx(loss[0], rel=1e-3)
+
+
+def test_channels_last_reaches_the_weights(run, tmp_path, monkeypatch):
+    seen = []
+    original = train.build_model
+
+    def remember(*arguments):
+        seen.append(original(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(train, "build_model", remember)
+    run("epochs=1", folder="a")
+    run("epochs=1", "channels_last=false", folder="b")
+    last, first = (m.stages[0][0].conv1.weight for m in seen)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert first.is_contiguous()
+    assert not first.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(run, tmp_path, monkeypatch):
+    """Where nothing is normalised over the batch, pieces give the same step."""
+    monkeypatch.setattr("models.blocks.nn.BatchNorm2d", lambda _: nn.Identity())
+    monkeypatch.setattr("models.resnet.nn.BatchNorm2d", lambda _: nn.Identity())
+    base = ["model.widths=[4,8,8]", "optim=sgd", "optim.lr=0.01", "batch_size=32", "epochs=1"]
+    for accum in (1, 4):
+        run(*base, f"grad_accum={accum}", folder=str(accum))
+    whole, parts = weights(tmp_path / "1"), weights(tmp_path / "4")
+    for name, value in whole.items():
+        torch.testing.assert_close(value, parts[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_averaged_weights_are_what_is_evaluated(run, tmp_path, monkeypatch):
+    judged = []
+    original = train.evaluate
+
+    def remember(model, *arguments):
+        judged.append(model)
+        return original(model, *arguments)
+
+    monkeypatch.setattr(train, "evaluate", remember)
+    run("ema=0.9", "epochs=1")
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    name = "classify.weight"
+    averaged = dict(judged[0].module.named_parameters())[name]
+    assert torch.equal(averaged, state["average"][f"module.{name}"])
+    assert not torch.equal(averaged, state["model"][name])
+
+
+def test_a_loss_that_is_not_finite_names_epoch_and_step(run, tmp_path):
+    with pytest.raises(FloatingPointError, match=r"not finite at epoch 1, step [23] of 3"):
+        run("optim=sgd", "optim.lr=1e30", "schedule=warmup_cosine", "schedule.warmup=0.0")
+    assert not (tmp_path / "run" / "last.pt").exists()
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def options(group):
+    return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("model", options("model"))
+def test_every_model_takes_every_attention(settings, model):
+    from training.settings import build_model
+
+    class Shape:
+        num_classes, image_size = 100, (32, 32)
+
+    for attention in options("attention"):
+        cfg = settings(f"model={model}", f"attention={attention}", base=[])
+        assert cfg.model.name == model
+        with torch.device("meta"):
+            network = build_model(cfg, Shape)
+        assert network(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 100)
+
+
+@pytest.mark.parametrize("group", ["data", "optim", "schedule", "tracking", "experiment"])
+def test_every_option_composes(settings, group):
+    for option in options(group):
+        OmegaConf.to_container(
+            settings(f"{group}={option}", base=[]), resolve=True, throw_on_missing=True
+        )
+
+
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_takes_a_small_step(run, experiment):
+    small = [f"experiment={experiment}", "epochs=1", "batch_size=4", "tracking=csv"]
+    if experiment == "lookup":
+        small += ["data.train_size=8", "data.test_size=8"]
+    else:
+        small += ["data=lookup", "data.train_size=8", "data.test_size=8"]
+    assert run(*small, base=[])["epochs"] == 1
+
+
+def test_tiny_is_what_the_other_tests_take_it_for(settings):
+    assert settings().batch_size * 3 == settings().data.train_size
+    assert f"epochs={settings().epochs}" in TINY
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("epochs=0", "epochs=0 must be at least 1"),
+        ("batch_size=0", "batch_size=0"),
+        ("batch_size=97", "batch_size=97 .*96"),
+        ("grad_accum=5", "batch_size=32 must be divisible by grad_accum=5"),
+        ("seed=-1", "seed=-1"),
+        ("label_smoothing=1", "label_smoothing=1.0"),
+        ("grad_clip=0", "grad_clip=0.0"),
+        ("ema=1", "ema=1.0"),
+        ("optim.lr=0", "optim.lr=0.0"),
+        ("optim.weight_decay=-1", "optim.weight_decay=-1.0"),
+        ("schedule.warmup=-1", "schedule.warmup=-1.0"),
+        ("schedule.end=2", "schedule.end=2.0"),
+        ("device=cuda:9", "device=cuda:9"),
+        ("device=tpu", "device=tpu"),
+        ("data.val_size=96", "val_size=96"),
+        ("attention.dk=7", "attention in stage 2: dk=7 must be divisible by Nh=4"),
+    ],
+)
+def test_wrong_values_are_named_before_anything_is_written(run, tmp_path, override, words):
+    with pytest.raises(Exception, match=words):
+        run(override)
+    assert list((tmp_path / "run").iterdir()) == []

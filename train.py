@@ -1,0 +1,273 @@
+"""Train one network on one data set: the story of a run, from its settings to its summary.
+
+    python train.py model=wrn28_10 attention=aa data=cifar100 epochs=200 seed=0
+    python train.py -m attention=none,aa seed=0,1,2
+
+configs/ holds the settings, configs/schema.py says what each one means. Everything that a run
+writes lies in its folder below outputs/: metrics.csv, summary.json, last.pt, train.log.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import torch.nn.functional as F
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from configs.schema import register
+from data import Batches, evaluation_batches
+from models import count_flops, count_parameters, layer_table
+from training import checkpoint, cli, provenance
+from training.device import choose_device, choose_dtype, peak_memory_mb, place
+from training.files import write_csv, write_json
+from training.scores import evaluate
+from training.settings import build_model, check, resolve
+from training.tracking import track
+
+log = logging.getLogger("train")
+register()
+
+
+def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
+    """Run ``cfg`` in ``run_dir`` and return what its summary.json says.
+
+    Raises:
+        ValueError: settings that contradict each other or what is at hand.
+        FileNotFoundError: no data or no checkpoint where ``cfg`` says.
+        FloatingPointError: the loss stopped being finite; the message names epoch and step.
+    """
+    # ---- What is asked for, and whether it can be had -----------------------------------------
+    config = resolve(cfg)
+    check(cfg)
+    device = choose_device(cfg.device)
+    dtype = choose_dtype(config["precision"], device)
+    found = checkpoint.find(cfg.resume, run_dir)
+    if found is None:
+        refuse_to_overwrite(run_dir, cfg.overwrite)
+    state = checkpoint.load(found, config) if found else None
+    dataset = instantiate(cfg.data, _convert_="all").to(device)
+
+    torch.manual_seed(cfg.seed)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
+    model = place(build_model(cfg, dataset), device, cfg.channels_last)
+    batches = Batches(
+        dataset.train,
+        cfg.batch_size,
+        dataset.augmentation,
+        dataset.mean,
+        dataset.std,
+        cfg.seed,
+    )
+    optimizer = instantiate(cfg.optim, _convert_="all")(model.parameters())
+    schedule = instantiate(cfg.schedule)(optimizer, cfg.epochs * len(batches))
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    # Only fp16 has too little range for gradients.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    average = None
+    if cfg.ema is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
+    network: Callable[..., torch.Tensor] = torch.compile(model) if cfg.compile else model
+
+    parts: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "scaler": scaler,
+    }
+    if average is not None:
+        parts["average"] = average
+    rows: list[dict[str, Any]] = []
+    run_id = None
+    if state is not None:
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        torch.set_rng_state(state["rng"])
+        rows, run_id = state["rows"], state["wandb_id"]
+        write_csv(run_dir / "metrics.csv", rows)  # a kill may have come between the two files
+        log.info("resumed %s behind epoch %d", found, len(rows))
+
+    # ---- What will run ------------------------------------------------------------------------
+    facts = {
+        "model": cfg.model.name,
+        "attention": cfg.attention._target_.rpartition(".")[2].lower(),
+        "data": dataset.name,
+        "evaluated_on": dataset.evaluated_on,
+        "parameters": count_parameters(model),
+        "flops": count_flops(model, dataset.image_size),
+        "precision": str(dtype).removeprefix("torch."),
+        "hardware": provenance.hardware(device),
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+    }
+    log.info(
+        "%s (%s) on %s: %s parameters, %.4g GFLOPs an image, %s on %s",
+        facts["model"],
+        facts["attention"],
+        facts["data"],
+        f"{facts['parameters']:,}",
+        facts["flops"] / 1e9,
+        facts["precision"],
+        facts["hardware"],
+    )
+    for line in layer_table(model):
+        log.info(line)
+
+    with track(
+        config["wandb"]["mode"],
+        folder=Path(cfg.out_dir),
+        project=cfg.wandb.project,
+        entity=cfg.wandb.entity,
+        group=cfg.wandb.group,
+        name=f"{run_dir.parent.name} {run_dir.name}",
+        config=config | facts,
+        run_id=run_id,
+    ) as tracker:
+        # ---- The epochs -----------------------------------------------------------------------
+        for epoch in range(len(rows), cfg.epochs):
+            started = time.perf_counter()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            model.train()
+            loss_sum = torch.zeros((), device=device)
+            # The first step whose loss is not finite, kept on the device: reading the loss at
+            # every step would make the GPU wait for the CPU.
+            broken_at = torch.full((), len(batches), device=device)
+            progress = tqdm(
+                batches.epoch(epoch),
+                f"epoch {epoch + 1}/{cfg.epochs}",
+                total=len(batches),
+                disable=None,
+                leave=False,
+            )
+            for step, (images, labels) in enumerate(progress):
+                step_loss = torch.zeros((), device=device)
+                pieces = zip(
+                    images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True
+                )
+                for piece, target in pieces:
+                    with autocast:
+                        logits = network(piece)
+                    loss = F.cross_entropy(
+                        logits.float(), target, label_smoothing=cfg.label_smoothing
+                    )
+                    loss = loss / cfg.grad_accum
+                    scaler.scale(loss).backward()
+                    step_loss += loss.detach()
+                if cfg.grad_clip is not None:
+                    scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                schedule.step()
+                if average is not None:
+                    average.update_parameters(model)
+                loss_sum += step_loss
+                broken_at = torch.where(step_loss.isfinite(), broken_at, broken_at.clamp(max=step))
+                if (step + 1) % cfg.log_every == 0 or step + 1 == len(batches):
+                    stop_if_broken(broken_at, epoch, len(batches))
+                    seen, seconds = (step + 1) * cfg.batch_size, time.perf_counter() - started
+                    progress.set_postfix_str(
+                        f"loss {loss_sum.item() / (step + 1):.3f}, {seen / seconds:.0f} images/s"
+                    )
+            trained = time.perf_counter() - started
+
+            # ---- Its score, and everything to go on from here ---------------------------------
+            scores = evaluate(
+                network if average is None else average,
+                evaluation_batches(
+                    dataset.evaluation, cfg.eval_batch_size, dataset.mean, dataset.std
+                ),
+                autocast,
+            )
+            row = {
+                "epoch": epoch + 1,
+                "train_loss": loss_sum.item() / len(batches),
+                **scores,
+                "lr": optimizer.param_groups[0]["lr"],
+                "images_per_s": len(batches) * cfg.batch_size / trained,
+                "peak_memory_mb": peak_memory_mb(device),
+                "seconds": time.perf_counter() - started,
+            }
+            rows.append(row)
+            checkpoint.save(
+                run_dir,
+                {name: part.state_dict() for name, part in parts.items()}
+                | {
+                    "rng": torch.get_rng_state(),
+                    "rows": rows,
+                    "config": config,
+                    "wandb_id": tracker.id,
+                },
+            )
+            write_csv(run_dir / "metrics.csv", rows)
+            tracker.log(row)
+            log.info(
+                "epoch %d/%d: loss %.4f, %s top-1 %.2f, top-5 %.2f, lr %.3g, %.0f images/s",
+                epoch + 1,
+                cfg.epochs,
+                row["train_loss"],
+                dataset.evaluated_on,
+                row["top1"],
+                row["top5"],
+                row["lr"],
+                row["images_per_s"],
+            )
+
+        # ---- The last epoch's figures, never the best one's ------------------------------------
+        last = {k: rows[-1][k] for k in ("train_loss", "eval_loss", "top1", "top5")}
+        summary = {
+            **last,
+            "epochs": len(rows),
+            "seed": cfg.seed,
+            "seconds": sum(row["seconds"] for row in rows),
+            **facts,
+            "config": config,
+        }
+        write_json(run_dir / "summary.json", summary)
+        tracker.summarize(last | {"seconds": summary["seconds"]})
+    log.info("top-1 %.2f, top-5 %.2f: %s", last["top1"], last["top5"], run_dir)
+    return summary
+
+
+def refuse_to_overwrite(run_dir: Path, overwrite: bool) -> None:
+    """Make way for a new run: raise ValueError if another is there, or remove its results."""
+    results = [run_dir / name for name in (checkpoint.FILE, "metrics.csv", "summary.json")]
+    there = [path for path in results if path.exists()]
+    if there and not overwrite:
+        raise ValueError(
+            f"{run_dir} already holds a run; resume=auto continues it, overwrite=true replaces it"
+        )
+    for path in there:
+        path.unlink()
+
+
+def stop_if_broken(broken_at: torch.Tensor, epoch: int, steps: int) -> None:
+    """Raise FloatingPointError if a loss of this epoch was not finite."""
+    step = int(broken_at)
+    if step < steps:
+        raise FloatingPointError(
+            f"the loss is not finite at epoch {epoch + 1}, step {step + 1} of {steps}; "
+            "a lower optim.lr or grad_clip may help"
+        )
+
+
+@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def main(cfg: DictConfig) -> float:
+    """Train ``cfg`` in Hydra's folder for it; the last epoch's top-1 accuracy in per cent."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    with cli.one_line_errors(run_dir):
+        return train(cfg, run_dir)["top1"]
+
+
+if __name__ == "__main__":
+    cli.run(main)

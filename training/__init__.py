@@ -1,0 +1,1 @@
+"""What `train.py` calls: settings, precision, schedules, scores, checkpoints, tracking."""

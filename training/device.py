@@ -1,0 +1,61 @@
+"""Where a run computes and in which precision."""
+
+import resource
+import sys
+
+import torch
+from torch import nn
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of that name; ``auto`` is the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: torch knows no such device, or this machine has none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device={name} is not a device; use auto, cpu or cuda") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name} is not supported; use auto, cpu or cuda")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name}, but torch finds no GPU here; use device=cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name}, but there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of autocast: ``auto`` is bf16 on a GPU that has it, else fp16, fp32 on the CPU.
+
+    Raises:
+        ValueError: bf16 on a GPU without it.
+    """
+    if precision == "auto" and device.type == "cpu":
+        return torch.float32
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if precision == "auto":
+        return torch.bfloat16 if has_bf16 else torch.float16
+    if precision == "bf16" and not has_bf16:
+        raise ValueError("precision=bf16, but this GPU has no bf16; use precision=fp16")
+    return _DTYPES[precision]
+
+
+def place(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """The model on ``device``, its weights in the chosen memory format."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    # torch's own annotations leave memory_format out.
+    return model.to(device, memory_format=layout)  # type: ignore[call-overload]
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory used so far, in MiB: of the GPU's allocator, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
