@@ -265,7 +265,7 @@ def stop_if_broken(broken_at: torch.Tensor, epoch: int, steps: int) -> None:
 def main(cfg: DictConfig) -> float:
     """Train ``cfg`` in Hydra's folder for it; the last epoch's top-1 accuracy in per cent."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    with cli.one_line_errors(run_dir):
+    with cli.one_line_errors(run_dir, Path(cfg.out_dir)):
         return train(cfg, run_dir)["top1"]
 
 

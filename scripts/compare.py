@@ -4,7 +4,7 @@
     python scripts/compare.py --variants none aa se --seeds 0 1 2 -- model=resnet20 epochs=30
 
 What stands behind ``--`` goes to train.py as it is; by default that is experiment=lookup. The
-comparison's folder below outputs/compare/ is named by it. The same command again skips runs that
+comparison's folder, below outputs/compare/, is named by it. The same command again skips runs that
 are finished and continues the others.
 """
 
@@ -23,7 +23,7 @@ def run_folder(comparison: Path, variant: str, seed: int) -> Path:
     return comparison / f"attention={variant}" / f"seed={seed}"
 
 
-def train(folder: Path, variant: str, seed: int, overrides: list[str]) -> None:
+def train(folder: Path, variant: str, seed: int, overrides: list[str], out_dir: Path) -> None:
     """One run of train.py, continued if ``folder`` holds a part of it.
 
     Raises:
@@ -31,13 +31,13 @@ def train(folder: Path, variant: str, seed: int, overrides: list[str]) -> None:
     """
     command = [sys.executable, str(ROOT / "train.py"), f"attention={variant}", *overrides]
     # Quoted for Hydra, which would read the "=" of the folder's name as its own.
-    command += [f"seed={seed}", "resume=auto", f"hydra.run.dir='{folder}'"]
+    command += [f"seed={seed}", "resume=auto", f"out_dir='{out_dir}'", f"hydra.run.dir='{folder}'"]
     subprocess.run(command, check=True)
 
 
 def compare(variants: list[str], seeds: list[int], overrides: list[str], out_dir: Path) -> Path:
     """Run what is missing of the comparison and write its report; returns its folder."""
-    comparison = out_dir / "_".join(overrides).replace("/", "-")
+    comparison = out_dir / "compare" / "_".join(overrides).replace("/", "-")
     runs = [(variant, seed) for seed in seeds for variant in variants]
     for number, (variant, seed) in enumerate(runs, start=1):
         folder = run_folder(comparison, variant, seed)
@@ -45,7 +45,7 @@ def compare(variants: list[str], seeds: list[int], overrides: list[str], out_dir
         state = "finished before" if finished else "training"
         print(f"[{number}/{len(runs)}] attention={variant} seed={seed}: {state}", flush=True)
         if not finished:
-            train(folder, variant, seed, overrides)
+            train(folder, variant, seed, overrides, out_dir)
     folders = [run_folder(comparison, variant, seed) for variant, seed in runs]
     print("", report(folders, comparison), sep="\n")
     return comparison
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--variants", nargs="+", default=["none", "aa"], metavar="ATTENTION")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "compare")
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs")
     parser.add_argument("overrides", nargs="*", default=["experiment=lookup"])
     arguments = parser.parse_args()
     try:

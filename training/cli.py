@@ -24,27 +24,31 @@ def run(main: Callable[[], Any]) -> None:
 
     With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
     """
+    if FULL_ERROR:
+        main()
+        return
     # Without this Hydra prints several lines itself; with it, it raises.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
     except (HydraException, OmegaConfBaseException, OSError) as error:
-        if FULL_ERROR:
-            raise
         _stop(error)
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
 
 
 @contextmanager
-def one_line_errors(run_dir: Path) -> Iterator[None]:
+def one_line_errors(run_dir: Path, out_dir: Path) -> Iterator[None]:
     """Inside a run: what the user can mend ends it with one line and code 2.
 
     These are ValueError, OSError, a loss that is not finite, and Hydra's own errors. A folder in
-    which the run has not yet written anything is removed again.
+    which the run has not yet written anything is removed again, with those above it that are then
+    empty, up to ``out_dir``.
     """
     try:
         yield
     except (ValueError, OSError, FloatingPointError, HydraException) as error:
-        _remove_unused(run_dir)
+        _remove_unused(run_dir, out_dir)
         if FULL_ERROR:
             raise
         _stop(error)
@@ -79,12 +83,11 @@ def _one_line(error: BaseException) -> str:
     return " ".join(text.split())
 
 
-def _remove_unused(run_dir: Path) -> None:
+def _remove_unused(run_dir: Path, out_dir: Path) -> None:
     if not run_dir.is_dir() or {p.name for p in run_dir.iterdir()} - HYDRAS_OWN:
         return
     shutil.rmtree(run_dir)
     for folder in run_dir.parents:
-        try:
-            folder.rmdir()
-        except OSError:  # other runs are in it
+        if out_dir.resolve() not in folder.resolve().parents or any(folder.iterdir()):
             return
+        folder.rmdir()

@@ -1,0 +1,215 @@
+"""The command line: what it makes of wrong input, where runs go, and the two scripts."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import train
+from training import cli
+
+import compare
+import report
+from conftest import CONFIGS, TINY
+
+ROOT = CONFIGS.parent
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """A function that runs train.py's command line in this process."""
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words, f"out_dir={tmp_path}"])
+        cli.run(train.main)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optim.lrr=1"], "optim.lrr: there is no setting lrr; optim has lr, betas, weight_decay"),
+        (["epoch=3"], "epoch: there is no setting epoch; there are model, attention"),
+        (["attention=se", "attention.dk=3"], "there is no setting dk; attention has ratio"),
+        (["model.depht=3"], "there is no setting depht; model has name, block, depths"),
+        (["epochs=ten"], "epochs: Value 'ten' of type 'str' could not be converted to Integer"),
+        (["attention.dk=many"], "attention.dk: Value 'many' of type 'str' is incompatible"),
+        (["precision=fp8"], "precision: Invalid value 'fp8', expected one of [auto, fp32, bf16"),
+        (["model=resnet9"], "Could not find 'model/resnet9' Available options in 'model': resnet"),
+        (["attention"], "Error parsing override 'attention'"),
+        (["epochs=0"], "epochs=0 must be at least 1"),
+        (["attention.Nh=3"], "dv=8 must be divisible by Nh=3"),
+        (["attention.dk=0.2", "attention.dv=2.0"], "attention.dv=2.0 as a fraction must not"),
+        (["resume=nowhere"], "resume=nowhere: there is no checkpoint"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(command, tmp_path, capsys, words, message):
+    given = [*TINY, "attention.dk=12", "attention.dv=8", *words]
+    with pytest.raises(SystemExit) as stopped:
+        command(*(given if words[0] not in ("attention=se", "attention") else [*TINY, *words]))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("train.py: ")
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_absent_data_is_one_line(command, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command("data=cifar100", "data.download=false", f"data.root={tmp_path}")
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"no CIFAR100 in {tmp_path}" in error
+    assert "set data.root=..." in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistake_does_not_touch_a_finished_run(command, tmp_path, capsys):
+    command(*TINY)
+    folder = tmp_path / "lookup" / ",".join(sorted(w for w in TINY if "tracking" not in w))
+    assert (folder / "seed=0" / "summary.json").exists()
+    with pytest.raises(SystemExit):
+        command(*TINY)
+    assert "already holds a run" in capsys.readouterr().err
+    assert (folder / "seed=0" / "summary.json").exists()
+
+
+def test_a_full_traceback_on_request(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "train.py", "epochs=0", f"out_dir={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"HYDRA_FULL_ERROR": "1", "PATH": ""},
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "epochs=0 must be at least 1" in done.stderr
+
+
+def test_a_sweep_makes_a_folder_for_each_variant_and_seed(command, tmp_path):
+    small = [w for w in TINY if "epochs" not in w]
+    command("-m", *small, "epochs=1", "attention=none,aa", "seed=0,1")
+    folders = sorted(p.parent for p in tmp_path.rglob("summary.json"))
+    assert [p.name for p in folders] == ["seed=0", "seed=1"] * 2
+    none, aa = sorted({p.parent.name for p in folders}, reverse=True)
+    assert "attention=none" in none
+    assert "attention=aa" in aa
+    assert "seed" not in aa.replace("data_seed", "")
+    assert aa.replace("attention=aa", "attention=none") == none
+
+
+def test_the_sweep_of_the_readme_composes(command, tmp_path):
+    command(
+        "-m",
+        *[w for w in TINY if "epochs" not in w and "widths" not in w],
+        "epochs=1",
+        "attention=aa",
+        "attention.dk=20,40",
+        "attention.dv=4,8",
+        "attention.Nh=2,4",
+    )
+    assert len(list(tmp_path.rglob("summary.json"))) == 8
+
+
+def test_offline_tracking_goes_to_one_folder_in_separate_runs(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    tiny = [w for w in TINY if "tracking" not in w and "epochs" not in w]
+    words = [*tiny, "epochs=1", "seed=0,1", f"out_dir={tmp_path}", "wandb.mode=offline"]
+    done = subprocess.run(
+        [sys.executable, "train.py", "-m", *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.count("wandb: kept offline; `wandb sync") == 2
+    kept = [p for p in (tmp_path / "wandb").iterdir() if p.name.startswith("offline-run-")]
+    assert len({p.name for p in kept}) == 2
+    for folder in kept:
+        assert list(folder.glob("*.wandb"))
+
+
+# ---- scripts ------------------------------------------------------------------------------------
+
+
+def fake_run(folder, *, top1, seed=0, attention="aa", finished=True, **config):
+    folder.mkdir(parents=True)
+    rows = [f"{e},{2 / e},{top1 * e / 3},{99.0}" for e in (1, 2, 3)]
+    (folder / "metrics.csv").write_text("\n".join(["epoch,train_loss,top1,top5", *rows]) + "\n")
+    summary = {
+        "top1": top1,
+        "top5": 99.0,
+        "epochs": 3,
+        "seconds": 30.0,
+        "model": "resnet8",
+        "attention": attention,
+        "data": "lookup",
+        "evaluated_on": "test",
+        "parameters": 72568 if attention == "aa" else 75160,
+        "flops": 25_000_000,
+        "config": {"seed": seed, "out_dir": str(folder), "attention": {"dk": 20}, **config},
+    }
+    if finished:
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def test_report_gives_mean_and_deviation_over_the_seeds(tmp_path):
+    for seed, top1 in enumerate((90.0, 94.0, 95.0)):
+        fake_run(tmp_path / f"aa/seed={seed}", top1=top1, seed=seed)
+    fake_run(tmp_path / "none/seed=0", top1=20.0, attention="plain")
+    fake_run(tmp_path / "none/seed=1", top1=1.0, attention="plain", finished=False)
+    text = report.report([tmp_path], tmp_path / "out")
+    # mean 93, deviations -3, 1, 2: variance 14 / 2
+    assert "| resnet8 aa | 3 | 93.00 ± 2.65 | 99.00 ± 0.00 | 72,568 | 25.0 | 30 | 10.0 |" in text
+    assert "| resnet8 plain | 1 | 20.00 | 99.00 | 75,160 | 25.0 | 30 | 10.0 |" in text
+    assert f"unfinished, not counted: {tmp_path / 'none/seed=1'}" in text
+    assert (tmp_path / "out" / "report.md").read_text().startswith(text)
+    assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_report_names_variants_by_what_differs(tmp_path):
+    fake_run(tmp_path / "a", top1=50.0, attention_dk=1, epochs=3)
+    fake_run(tmp_path / "b", top1=60.0, attention_dk=2, epochs=3)
+    labels = [v.label for v in report.group(report.read_runs([tmp_path])[0])]
+    assert labels == ["resnet8 aa attention_dk=1", "resnet8 aa attention_dk=2"]
+
+
+def test_report_without_runs_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere is no folder"):
+        report.report([tmp_path / "nowhere"], tmp_path)
+    with pytest.raises(ValueError, match=r"there is no metrics\.csv"):
+        report.report([tmp_path], tmp_path)
+    fake_run(tmp_path / "a", top1=1.0, finished=False)
+    with pytest.raises(ValueError, match="no finished run"):
+        report.report([tmp_path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_compare_trains_what_is_missing_and_reports(tmp_path, capfd):
+    tiny = [w for w in TINY if "epochs" not in w]
+    folder = compare.compare(["none", "aa"], [0], [*tiny, "epochs=1"], tmp_path)
+    text = (folder / "report.md").read_text()
+    assert text.count("| resnet8 ") == 2
+    summary = folder / "attention=aa" / "seed=0" / "summary.json"
+    before = summary.stat().st_mtime_ns
+    (folder / "attention=none" / "seed=0" / "summary.json").unlink()
+    capfd.readouterr()
+    compare.compare(["none", "aa"], [0], [*tiny, "epochs=1"], tmp_path)
+    printed = capfd.readouterr().out
+    assert "[1/2] attention=none seed=0: training" in printed
+    assert "resumed" in printed
+    assert "[2/2] attention=aa seed=0: finished before" in printed
+    assert summary.stat().st_mtime_ns == before
+
+
+def test_compare_stops_with_the_run_that_stops(tmp_path):
+    with pytest.raises(subprocess.CalledProcessError) as stopped:
+        compare.compare(["none"], [0], [*TINY, "epochs=0"], tmp_path)
+    assert stopped.value.returncode == 2
+    assert list(tmp_path.iterdir()) == []
