@@ -9,12 +9,12 @@ Letters in the shape comments:
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from aaconv.autocast import without_autocast
 from aaconv.tiled import TiledAttention
 
 BACKENDS = ("auto", "reference", "fold", "tiled")
@@ -123,13 +123,6 @@ def _in_single(
     with without_autocast(q.device.type):
         out = compute(*(t if t is None else t.to(dtype) for t in (q, k, v, rel_h, rel_w)))
     return out.to(v.dtype)
-
-
-def without_autocast(device: str) -> AbstractContextManager[object]:
-    """Products in the dtype of their factors; for devices without autocast, nothing."""
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
 
 
 def _reference(

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from aaconv.autocast import without_autocast
+
 # Logits of one tile, in bytes: small enough for the cache beside its gradient, large enough that
 # starting an operation costs little against it.
 TILE_BYTES = 2**23
@@ -43,28 +45,41 @@ class TiledAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, rows, columns, out, normaliser = ctx.saved_tensors
-        dq, drows, dcolumns = (torch.empty_like(t) for t in (q, rows, columns))
-        dk, dv = torch.zeros_like(k), torch.zeros_like(v)
-        # With these in the products, no pass over a tile is needed to subtract them.
-        rows = rows - normaliser[..., None]
-        delta = (grad * out).sum(dim=1, keepdim=True)
-        grad_and_delta = torch.cat((grad, -delta), dim=1)
-        v_and_one = torch.cat((v, torch.ones_like(delta)), dim=1)
-        buffer, second = rows.new_empty(2, _tile_size(rows)).unbind()
-        for heads, queries in _tiles(rows):
-            here, over = (heads, queries), (heads, slice(None), queries)
-            weights = _logits(q[over], k[heads], rows[here], columns[here], buffer).exp_()
-            dv[heads] += torch.bmm(grad[over], weights)
-            dweights = second[: weights.numel()].view_as(weights)
-            torch.bmm(grad_and_delta[over].mT, v_and_one[heads], out=dweights)
-            dlogits = weights.mul_(dweights)
-            dq[over] = torch.bmm(k[heads], dlogits.mT)
-            dk[heads] += torch.bmm(q[over], dlogits)
-            on_map = dlogits.unflatten(-1, (rows.shape[-1], columns.shape[-1]))
-            drows[here] = on_map.sum(dim=-1)
-            dcolumns[here] = on_map.sum(dim=-2)
-        return dq, dk, dv, drows, dcolumns
+        with without_autocast(grad.device.type):
+            return _backward(grad, *ctx.saved_tensors)
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    out: Tensor,
+    normaliser: Tensor,
+) -> tuple[Tensor, ...]:
+    dq, drows, dcolumns = (torch.empty_like(t) for t in (q, rows, columns))
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    # With these in the products, no pass over a tile is needed to subtract them.
+    rows = rows - normaliser[..., None]
+    delta = (grad * out).sum(dim=1, keepdim=True)
+    grad_and_delta = torch.cat((grad, -delta), dim=1)
+    v_and_one = torch.cat((v, torch.ones_like(delta)), dim=1)
+    buffer, second = rows.new_empty(2, _tile_size(rows)).unbind()
+    for heads, queries in _tiles(rows):
+        here, over = (heads, queries), (heads, slice(None), queries)
+        weights = _logits(q[over], k[heads], rows[here], columns[here], buffer).exp_()
+        dv[heads] += torch.bmm(grad[over], weights)
+        dweights = second[: weights.numel()].view_as(weights)
+        torch.bmm(grad_and_delta[over].mT, v_and_one[heads], out=dweights)
+        dlogits = weights.mul_(dweights)
+        dq[over] = torch.bmm(k[heads], dlogits.mT)
+        dk[heads] += torch.bmm(q[over], dlogits)
+        on_map = dlogits.unflatten(-1, (rows.shape[-1], columns.shape[-1]))
+        drows[here] = on_map.sum(dim=-1)
+        dcolumns[here] = on_map.sum(dim=-2)
+    return dq, dk, dv, drows, dcolumns
 
 
 def _split(rows: Tensor) -> tuple[int, int]:

@@ -27,6 +27,10 @@ def inputs(size, heads, dkh, dvh, dtype=torch.float64, batch=2, scale=1.0):
     return [t.requires_grad_() for t in (q, k, v, rel_h, rel_w)]
 
 
+def inputs_like(tensors, dtype):
+    return [t.detach().to(dtype).requires_grad_() for t in tensors]
+
+
 def with_gradients(function, tensors):
     out = function(*tensors)
     direction = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
@@ -44,6 +48,29 @@ def test_equals_the_formula_with_gradients(backend, size, heads, dkh, dvh, relat
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("tile_bytes", [1, 8 * 17, 8 * 21 * 5, 8 * 2 * 21**2, 8 * 5 * 21**2])
+def test_tiles_of_any_size_cover_all(monkeypatch, tile_bytes):
+    """From one query at a time, over uneven parts of a head, to several heads at once."""
+    monkeypatch.setattr("aaconv.tiled.TILE_BYTES", tile_bytes)
+    tensors = inputs((3, 7), 3, 5, 2)
+    expected = with_gradients(lambda *t: attention_2d(*t, backend="reference"), tensors)
+    got = with_gradients(lambda *t: attention_2d(*t, backend="tiled"), tensors)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_taken_inside_autocast(backend):
+    tensors = inputs((3, 5), 2, 4, 3, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = with_gradients(lambda *t: attention_2d(*t, backend=backend), tensors)
+    exact = with_gradients(reference.attention, inputs_like(tensors, torch.float64))
+    for name, a, b in zip(("out", "q", "k", "v", "rel_h", "rel_w"), got, exact, strict=True):
+        # The tiles' own backward pass leaves autocast; what follows it, towards q, does not.
+        error = 1e-5 if backend == "tiled" and name in ("out", "k", "v") else 0.03
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=error * b.abs().max().item())
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision_errs_no_more_than_the_naive_way(backend):
     """Output within 2x, gradients within 3x of what the formula errs when computed in bf16."""
@@ -59,7 +86,7 @@ def test_half_precision_errs_no_more_than_the_naive_way(backend):
         return logits.softmax(-1) @ v.flatten(2, 3)[:, :, None]
 
     exact = with_gradients(naive, inputs((7, 5), 3, 8, 5))
-    low = [t.detach().bfloat16().requires_grad_() for t in inputs((7, 5), 3, 8, 5)]
+    low = inputs_like(inputs((7, 5), 3, 8, 5), torch.bfloat16)
     got = with_gradients(lambda *t: attention_2d(*t, backend=backend), low)
     plain = with_gradients(naive, low)
     for place, (a, b, e) in enumerate(zip(got, plain, exact, strict=True)):

@@ -1,0 +1,278 @@
+"""The pieces that train.py calls, each against what it says of itself."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from training import checkpoint, provenance, tracking
+from training.device import choose_device, choose_dtype, peak_memory_mb
+from training.files import write_csv, write_json, write_whole
+from training.schedule import one_cycle, warmup_cosine
+from training.scores import correct_in_top, evaluate
+
+# ---- schedule -----------------------------------------------------------------------------------
+
+
+def rates(make, steps, **settings):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.4)
+    schedule = make(optimizer, steps, **settings)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return seen
+
+
+def test_warmup_cosine():
+    seen = rates(warmup_cosine, 40, warmup=0.25)
+    assert seen[:10] == pytest.approx([0.04 * (i + 1) for i in range(10)])
+    assert seen[10:] == pytest.approx(
+        [0.2 * (1 + math.cos(math.pi * i / 30)) for i in range(30)], abs=1e-12
+    )
+
+
+def test_one_cycle():
+    seen = rates(one_cycle, 41, warmup=0.25, start=0.1, end=0.01)
+    assert seen[0] == pytest.approx(0.04)
+    assert seen[10] == max(seen) == pytest.approx(0.4)
+    assert seen[40] == pytest.approx(0.004)
+    assert seen[5] == pytest.approx((0.04 + 0.4) / 2)
+    assert seen[25] == pytest.approx((0.4 + 0.004) / 2)
+    assert seen[:11] == sorted(seen[:11])
+    assert seen[10:] == sorted(seen[10:], reverse=True)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_schedules_of_hardly_any_steps(steps):
+    for seen in (
+        rates(warmup_cosine, steps, warmup=0.05),
+        rates(one_cycle, steps, warmup=0.25, start=0.1, end=0.01),
+        rates(one_cycle, steps, warmup=1.0, start=0.1, end=0.01),
+    ):
+        assert all(0 <= rate <= 0.4 for rate in seen)
+
+
+# ---- scores -------------------------------------------------------------------------------------
+
+
+def test_correct_in_top():
+    logits = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.3, 0.3001, 0.9]])
+    labels = torch.tensor([2, 1, 2])
+    assert [int(correct_in_top(logits, labels, k)) for k in (1, 2, 3, 5)] == [1, 3, 3, 3]
+
+
+def test_evaluate_counts_every_image_once_and_leaves_no_gradient():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.Dropout(0.5))
+    images, labels = torch.randn(23, 3, 2, 2), torch.randint(7, (23,))
+    batches = zip(images.split(5), labels.split(5), strict=True)
+    scores = evaluate(model, batches, torch.autocast("cpu", enabled=False))
+    logits = model[1](images.flatten(1))
+    rank = [(row > row[label]).sum().item() for row, label in zip(logits, labels, strict=True)]
+    assert scores["top1"] == pytest.approx(100 * sum(r < 1 for r in rank) / 23)
+    assert scores["top5"] == pytest.approx(100 * sum(r < 5 for r in rank) / 23)
+    log_likelihood = [
+        row[label] - row.exp().sum().log() for row, label in zip(logits, labels, strict=True)
+    ]
+    assert scores["eval_loss"] == pytest.approx(-sum(log_likelihood).item() / 23, rel=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ---- files and checkpoints ----------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+
+    def half(file):
+        file.write(b"hal")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_whole(path, half)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+    write_whole(path, lambda file: file.write(b"after"))
+    assert path.read_bytes() == b"after"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_csv_and_json(tmp_path):
+    write_csv(tmp_path / "a.csv", [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
+    assert (tmp_path / "a.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"
+    write_json(tmp_path / "a.json", {"a": [1, 2.5]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, 2.5]}
+
+
+def test_settings_that_change_no_result_may_differ(tmp_path):
+    config = {"seed": 1, "wandb": {"mode": "offline"}, "data": {"root": "a", "val_size": 0}}
+    checkpoint.save(tmp_path, {"config": config, "step": torch.tensor(3)})
+    other = {"seed": 1, "wandb": {"mode": "auto"}, "data": {"root": "b", "val_size": 0}}
+    path = checkpoint.find("auto", tmp_path)
+    assert checkpoint.load(path, other)["step"] == 3
+    with pytest.raises(ValueError, match=r"data\.val_size \(0 there, 5 here\), seed \(1 there"):
+        checkpoint.load(path, {"seed": 2, "data": {"root": "a", "val_size": 5}})
+
+
+# ---- device -------------------------------------------------------------------------------------
+
+
+def test_auto_on_the_cpu():
+    device = choose_device("cpu")
+    assert choose_dtype("auto", device) == torch.float32
+    assert choose_dtype("bf16", device) == torch.bfloat16
+    assert choose_dtype("fp16", device) == torch.float16
+    assert peak_memory_mb(device) > 10
+
+
+@pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bfloat16"), (False, "float16")])
+def test_auto_on_a_gpu(monkeypatch, has_bf16, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
+    gpu = torch.device("cuda")
+    assert choose_dtype("auto", gpu) == getattr(torch, expected)
+    if not has_bf16:
+        with pytest.raises(ValueError, match=r"precision=bf16.*use precision=fp16"):
+            choose_dtype("bf16", gpu)
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "mps:0", "gpu", ""])
+def test_devices_that_are_not_there(name):
+    with pytest.raises(ValueError, match=f"device={name}"):
+        choose_device(name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_is_found():
+    assert choose_device("auto").type == "cuda"
+    assert provenance.hardware(torch.device("cuda")) == torch.cuda.get_device_name()
+
+
+def test_provenance():
+    assert provenance.versions()["torch"] == torch.__version__
+    assert "threads" in provenance.hardware(torch.device("cpu"))
+
+
+# ---- tracking -----------------------------------------------------------------------------------
+
+
+class FakeRun:
+    def __init__(self, fails=()):
+        self.id, self.url, self.calls, self.fails = "abc", "somewhere", [], fails
+        self.summary = self
+        self.settings = type("Settings", (), {"sync_dir": "kept"})
+
+    def _call(self, name, *values):
+        self.calls.append((name, *values))
+        if name in self.fails:
+            raise OSError("disk full")
+
+    def log(self, row):
+        self._call("log", row)
+
+    def update(self, values):
+        self._call("update", values)
+
+    def finish(self):
+        self._call("finish")
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A function that replaces wandb's login and init; it returns the modes init is called with."""
+    seen = []
+
+    def install(*, credentials, runs):
+        def init(mode, **arguments):
+            seen.append(mode)
+            outcome = runs[mode]
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setattr(tracking.wandb, "login", lambda **_: credentials)
+        monkeypatch.setattr(tracking.wandb, "init", init)
+        return seen
+
+    return install
+
+
+def start(mode, folder, run_id=None):
+    return tracking.track(
+        mode,
+        folder=folder,
+        project="p",
+        entity=None,
+        group="g",
+        name="n",
+        config={},
+        run_id=run_id,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "credentials", "expected"),
+    [
+        ("auto", True, ["online"]),
+        ("auto", False, ["offline"]),
+        ("online", True, ["online"]),
+        ("online", False, ["offline"]),
+        ("offline", True, ["offline"]),
+        ("disabled", True, []),
+    ],
+)
+def test_modes(wandb, tmp_path, mode, credentials, expected):
+    run = FakeRun()
+    seen = wandb(credentials=credentials, runs={"online": run, "offline": run})
+    with start(mode, tmp_path) as tracker:
+        tracker.log({"epoch": 1})
+        tracker.summarize({"top1": 1.0})
+    assert seen == expected
+    calls = [("log", {"epoch": 1}), ("update", {"top1": 1.0}), ("finish",)]
+    assert run.calls == (calls if expected else [])
+
+
+def test_auto_listens_to_the_environment(wandb, tmp_path, monkeypatch):
+    seen = wandb(credentials=True, runs={})
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with start("auto", tmp_path) as tracker:
+        assert tracker.id is None
+    assert seen == []
+
+
+def test_a_server_that_does_not_answer_makes_the_run_an_offline_one(wandb, tmp_path, caplog):
+    run = FakeRun()
+    seen = wandb(credentials=True, runs={"online": OSError("timed out"), "offline": run})
+    with start("auto", tmp_path) as tracker:
+        assert tracker.id == "abc"
+    assert seen == ["online", "offline"]
+    assert "timed out; keeping the run on disk instead" in caplog.text
+
+
+@pytest.mark.parametrize("failing", ["log", "update", "finish"])
+def test_a_failure_on_the_way_is_one_warning(wandb, tmp_path, caplog, failing):
+    run = FakeRun(fails=[failing])
+    wandb(credentials=False, runs={"offline": run})
+    with start("auto", tmp_path) as tracker:
+        for epoch in (1, 2):
+            tracker.log({"epoch": epoch})
+        tracker.summarize({})
+    warnings = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert [w.getMessage() for w in warnings] == [
+        "wandb: disk full; this run is tracked in metrics.csv alone from here"
+    ]
+    assert [c[0] for c in run.calls].count(failing) == 1
+
+
+def test_a_run_is_closed_when_training_raises(wandb, tmp_path):
+    run = FakeRun()
+    wandb(credentials=False, runs={"offline": run})
+    with pytest.raises(FloatingPointError), start("auto", tmp_path):
+        raise FloatingPointError
+    assert run.calls == [("finish",)]
