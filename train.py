@@ -128,7 +128,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         entity=cfg.wandb.entity,
         group=cfg.wandb.group,
         name=f"{run_dir.parent.name} {run_dir.name}",
-        config=config | facts,
+        config=config | {"facts": facts},
         run_id=run_id,
     ) as tracker:
         # ---- The epochs -----------------------------------------------------------------------

@@ -50,6 +50,23 @@ def test_what_a_run_writes(run, tmp_path):
     assert len(summary["commit"].removesuffix("-dirty")) in (40, len("unknown"))
 
 
+def test_what_the_dashboard_is_told(run, monkeypatch):
+    told = {}
+    original = train.track
+
+    def remember(mode, **arguments):
+        told.update(arguments, mode=mode)
+        return original(mode, **arguments)
+
+    monkeypatch.setattr(train, "track", remember)
+    run("epochs=1", "attention.dk=16", "wandb.group=mine")
+    assert told["mode"] == "disabled"
+    assert told["group"] == "mine"
+    assert told["config"]["attention"]["dk"] == 16
+    assert told["config"]["optim"]["lr"] == 0.002
+    assert told["config"]["facts"]["parameters"] > 0
+
+
 def test_the_last_epoch_counts_not_the_best(run, tmp_path, monkeypatch):
     scores = iter([90.0, 10.0])
     monkeypatch.setattr(
