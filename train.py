@@ -50,8 +50,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     device = choose_device(cfg.device)
     dtype = choose_dtype(config["precision"], device)
     found = checkpoint.find(cfg.resume, run_dir)
-    if found is None:
-        refuse_to_overwrite(run_dir, cfg.overwrite)
+    in_the_way = [] if found else results(run_dir)
+    if in_the_way and not cfg.overwrite:
+        raise ValueError(
+            f"{run_dir} already holds a run; resume=auto continues it, overwrite=true replaces it"
+        )
     state = checkpoint.load(found, config) if found else None
     dataset = instantiate(cfg.data, _convert_="all").to(device)
 
@@ -94,6 +97,9 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         rows, run_id = state["rows"], state["wandb_id"]
         write_csv(run_dir / "metrics.csv", rows)  # a kill may have come between the two files
         log.info("resumed %s behind epoch %d", found, len(rows))
+
+    for path in in_the_way:  # only now that nothing can be wrong with the settings
+        path.unlink()
 
     # ---- What will run ------------------------------------------------------------------------
     facts = {
@@ -239,16 +245,10 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     return summary
 
 
-def refuse_to_overwrite(run_dir: Path, overwrite: bool) -> None:
-    """Make way for a new run: raise ValueError if another is there, or remove its results."""
-    results = [run_dir / name for name in (checkpoint.FILE, "metrics.csv", "summary.json")]
-    there = [path for path in results if path.exists()]
-    if there and not overwrite:
-        raise ValueError(
-            f"{run_dir} already holds a run; resume=auto continues it, overwrite=true replaces it"
-        )
-    for path in there:
-        path.unlink()
+def results(run_dir: Path) -> list[Path]:
+    """What a run has left in its folder."""
+    names = (checkpoint.FILE, "metrics.csv", "summary.json")
+    return [run_dir / name for name in names if (run_dir / name).exists()]
 
 
 def stop_if_broken(broken_at: torch.Tensor, epoch: int, steps: int) -> None:

@@ -16,21 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Settings that make no other variant: they name, place or report a run.
-NO_VARIANT = (
-    "name",
-    "out_dir",
-    "seed",
-    "resume",
-    "overwrite",
-    "device",
-    "eval_batch_size",
-    "log_every",
-    "wandb.",
-    "model.aa.",
-    "data.root",
-    "data.download",
-)
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training.variants import deciding
 
 
 @dataclass(frozen=True)
@@ -105,17 +93,9 @@ def _basics(run: Run) -> tuple[str, ...]:
 
 
 def _settings(run: Run) -> dict[str, Any]:
-    flat = _flatten(run.summary["config"])
-    return {k: v for k, v in flat.items() if not k.startswith(NO_VARIANT)}
-
-
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
+    # model.aa is where attention.* has its defaults from, and says nothing beside them.
+    settings = deciding(run.summary["config"])
+    return {k: v for k, v in settings.items() if k != "seed" and not k.startswith("model.aa.")}
 
 
 def table(variants: list[Variant]) -> str:

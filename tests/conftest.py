@@ -22,6 +22,7 @@ TINY = [
     "epochs=2",
     "model.widths=[4,8,8]",
     "model.stem=4",
+    "model.aa={stages:[2,3],dk:0.5,dv:0.25,Nh:4,min_dkh:8}",
     "tracking=csv",
 ]
 

@@ -43,7 +43,7 @@ def test_what_a_run_writes(run, tmp_path):
     assert summary["attention"] == "aa"
     assert summary["model"] == "resnet8"
     assert summary["evaluated_on"] == "test"
-    assert summary["config"]["attention"]["dk"] == 0.25
+    assert summary["config"]["attention"]["dk"] == 0.5
     assert summary["parameters"] > 0
     assert summary["flops"] > 0
     assert summary["versions"]["torch"] == torch.__version__
@@ -138,6 +138,9 @@ def test_a_run_is_not_overwritten_by_accident(run, tmp_path):
     before = (tmp_path / "a" / "metrics.csv").read_bytes()
     with pytest.raises(ValueError, match="already holds a run; resume=auto continues it"):
         run("seed=9", folder="a")
+    assert (tmp_path / "a" / "metrics.csv").read_bytes() == before
+    with pytest.raises(ValueError, match="attention in stage 2"):
+        run("attention.dk=7", "overwrite=true", folder="a")
     assert (tmp_path / "a" / "metrics.csv").read_bytes() == before
     assert run("seed=9", "overwrite=true", folder="a")["seed"] == 9
 

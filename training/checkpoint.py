@@ -6,23 +6,9 @@ from typing import Any
 import torch
 
 from training.files import write_whole
+from training.variants import deciding
 
 FILE = "last.pt"
-
-# Settings that may differ between a checkpoint and the run that takes it up: they name, place,
-# speed up or report the run, and leave what it computes alone.
-FREE = (
-    "name",
-    "out_dir",
-    "resume",
-    "overwrite",
-    "device",
-    "eval_batch_size",
-    "log_every",
-    "wandb.",
-    "data.root",
-    "data.download",
-)
 
 
 def save(folder: Path, state: dict[str, Any]) -> None:
@@ -61,23 +47,12 @@ def load(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no checkpoint that can be read: {reason}") from error
-    here, there = flatten(config), flatten(before)
+    here, there = deciding(config), deciding(before)
     differing = [
         f"{key} ({there.get(key, 'absent')} there, {here.get(key, 'absent')} here)"
         for key in sorted(here.keys() | there.keys())
-        if here.get(key, "absent") != there.get(key, "absent") and not key.startswith(FREE)
+        if here.get(key, "absent") != there.get(key, "absent")
     ]
     if differing:
         raise ValueError(f"{path} is of a run with other settings: {', '.join(differing)}")
     return state
-
-
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

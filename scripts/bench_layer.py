@@ -1,0 +1,245 @@
+"""Time the layer's ways to compute attention against a convolution and the published route.
+
+    python scripts/bench_layer.py [--device cpu] [--sizes 8 16 32] [--out FOLDER]
+
+Times are medians of interleaved rounds with their spread, forward and forward plus backward;
+memory is the peak above what was there before, each measured in a process of its own. "pad and
+reshape" is how public implementations lay out the relative logits (Bello et al. 2019, figure 5),
+with the same values. Writes bench_layer.md and bench_layer.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from aaconv import BACKENDS, AugmentedConv  # noqa: E402
+from training import provenance  # noqa: E402
+from training.device import choose_device, peak_memory_mb  # noqa: E402
+
+Step = Callable[[], Tensor]
+WAYS = ("convolution", "pad and reshape", *BACKENDS)
+
+
+class PadAndReshape(AugmentedConv):
+    """The layer as public implementations compute it: all logits, relative ones by reshaping."""
+
+    def _attend(self, x: Tensor) -> Tensor:
+        assert self.qkv_conv is not None
+        assert self.attn_out is not None
+        assert self.key_rel_h is not None
+        assert self.key_rel_w is not None
+        down, right = self.subsample
+        qkv = self.qkv_conv(x[:, :, ::down, ::right])
+        B, _, H, W = qkv.shape
+        q, k, v = qkv.split((self.dk, self.dk, self.dv), dim=1)
+        q = q * (self.dk // self.Nh) ** -0.5
+        q, k, v = (t.reshape(B, self.Nh, -1, H, W) for t in (q, k, v))
+        logits = torch.matmul(q.flatten(3).transpose(2, 3), k.flatten(3))
+        q = q.permute(0, 1, 3, 4, 2)
+        columns = _relative(q, self.key_rel_w)  # (B, N, H, W, W): by key column
+        rows = _relative(q.transpose(2, 3), self.key_rel_h).transpose(2, 3)
+        relative = rows[..., None] + columns[..., None, :]
+        weights = torch.softmax(logits + relative.reshape(B, self.Nh, H * W, H * W), dim=-1)
+        out = torch.matmul(weights, v.flatten(3).transpose(2, 3))
+        return self.attn_out(out.transpose(2, 3).reshape(B, self.dv, H, W))
+
+
+def _relative(q: Tensor, table: Tensor) -> Tensor:
+    """(B, N, H, W, D) and (2W-1, D) to (B, N, H, W, W), by padding and reshaping."""
+    B, N, H, W, _ = q.shape
+    logits = torch.matmul(q, table.t().to(q.dtype)).flatten(1, 2)  # (B, N H, W, 2W-1)
+    flat = F.pad(logits, (0, 1)).flatten(2)
+    flat = F.pad(flat, (0, W - 1)).reshape(B, N * H, W + 1, 2 * W - 1)
+    return flat[:, :, :W, W - 1 :].reshape(B, N, H, W, W)
+
+
+def build(way: str, size: int, channels: int, dk: int, dv: int, Nh: int) -> nn.Module:
+    """The layer, or the plain convolution that it takes the place of."""
+    if way == "convolution":
+        return nn.Conv2d(channels, channels, 3, padding=1)
+    kind = PadAndReshape if way == "pad and reshape" else AugmentedConv
+    backend = way if way in BACKENDS else "auto"
+    torch.manual_seed(0)
+    return kind(channels, channels, 3, dk, dv, Nh, size, True, backend=backend)
+
+
+def step(layer: nn.Module, x: Tensor, dtype: torch.dtype, backward: bool) -> Step:
+    """One pass through the layer, with the gradients of input and parameters if ``backward``."""
+
+    def forward() -> Tensor:
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            return layer(x)
+
+    def both() -> Tensor:
+        layer.zero_grad()
+        x.grad = None
+        out = forward()
+        out.float().square().mean().backward()
+        return out.detach()
+
+    def only_forward() -> Tensor:
+        with torch.no_grad():
+            return forward()
+
+    return both if backward else only_forward
+
+
+def rounds(steps: dict[str, Step], device: torch.device, count: int) -> dict[str, list[float]]:
+    """Milliseconds of each step in ``count`` rounds, all steps in every round."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(count + 1):
+        for name, one in steps.items():
+            _wait(device)
+            started = time.perf_counter()
+            one()
+            _wait(device)
+            if number:  # the first round warms up
+                taken[name].append(1e3 * (time.perf_counter() - started))
+    return taken
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak(way: str, case: dict[str, Any], device_name: str) -> float:
+    """MiB that forward plus backward needs above the layer and its input, in a new process."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_here, (way, case, device_name))
+
+
+def _peak_here(way: str, case: dict[str, Any], device_name: str) -> float:
+    device = torch.device(device_name)
+    x, layer = _prepare(way, case, device)
+    # A small pass first: libraries take memory of their own when first used.
+    small, little = _prepare(way, case | {"batch": 1, "size": 4}, device)
+    step(little, small, _dtype(case), backward=True)()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) / 2**20
+    else:
+        before = peak_memory_mb(device)
+    step(layer, x, _dtype(case), backward=True)()
+    return peak_memory_mb(device) - before
+
+
+def _prepare(way: str, case: dict[str, Any], device: torch.device) -> tuple[Tensor, nn.Module]:
+    channels, size = case["channels"], case["size"]
+    layer = build(way, size, channels, case["dk"], case["dv"], case["Nh"]).to(device)
+    x = torch.randn(case["batch"], channels, size, size, device=device, requires_grad=True)
+    return x, layer
+
+
+def _dtype(case: dict[str, Any]) -> torch.dtype:
+    return getattr(torch, case["dtype"])
+
+
+def measure(case: dict[str, Any], device: torch.device, count: int) -> list[dict[str, Any]]:
+    """A row for each way: times and memory of one setting."""
+    prepared = {way: _prepare(way, case, device) for way in WAYS}
+    reference = prepared["reference"][1](prepared["reference"][0])
+    for way, (_, layer) in prepared.items():
+        if way != "convolution":  # every way computes the same
+            out = layer(prepared["reference"][0])
+            assert (out - reference).abs().max() < 1e-3 * reference.abs().max(), way
+    times = {}
+    for backward in (False, True):
+        steps = {w: step(layer, x, _dtype(case), backward) for w, (x, layer) in prepared.items()}
+        times[backward] = rounds(steps, device, count)
+    rows = []
+    for way in WAYS:
+        row = {"way": way, **case}
+        for backward, name in ((False, "forward"), (True, "both")):
+            values = times[backward][way]
+            row[f"{name}_ms"] = statistics.median(values)
+            row[f"{name}_spread_ms"] = [min(values), max(values)]
+        row["peak_mb"] = peak(way, case, str(device))
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, with each way's time and memory as a ratio to pad and reshape."""
+    lines = [
+        "| map | batch | dtype | way | forward ms | forward + backward ms (least to most) "
+        "| time ratio | peak MiB | memory ratio |",
+        "|---|---:|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in rows:
+        base = next(
+            r
+            for r in rows
+            if r["way"] == "pad and reshape"
+            and all(r[k] == row[k] for k in ("size", "batch", "dtype"))
+        )
+        low, high = row["both_spread_ms"]
+        cells = [
+            f"{row['size']}x{row['size']}",
+            str(row["batch"]),
+            row["dtype"],
+            row["way"],
+            f"{row['forward_ms']:.1f}",
+            f"{row['both_ms']:.1f} ({low:.1f} to {high:.1f})",
+            f"{row['both_ms'] / base['both_ms']:.2f}",
+            f"{row['peak_mb']:.0f}",
+            f"{row['peak_mb'] / base['peak_mb']:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[8, 16, 32])
+    parser.add_argument("--batches", nargs="+", type=int, default=[8])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--channels", type=int, default=160)
+    parser.add_argument("--dk", type=int, default=160)
+    parser.add_argument("--dv", type=int, default=16)
+    parser.add_argument("--Nh", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "bench")
+    arguments = parser.parse_args()
+    device = choose_device(arguments.device)
+    layer = {k: getattr(arguments, k) for k in ("channels", "dk", "dv", "Nh")}
+    rows: list[dict[str, Any]] = []
+    for size in arguments.sizes:
+        for batch in arguments.batches:
+            for dtype in arguments.dtypes:
+                case = {"size": size, "batch": batch, "dtype": dtype, **layer}
+                rows += measure(case, device, arguments.rounds)
+                print(table(rows).splitlines()[-len(WAYS) :], sep="\n", flush=True)
+    facts = {
+        "hardware": provenance.hardware(device),
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+        "rounds": arguments.rounds,
+        "layer": layer,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "bench_layer.json").write_text(json.dumps({**facts, "rows": rows}, indent=1))
+    text = (
+        f"{facts['hardware']}; {facts['versions']}; {facts['commit']}; {layer}\n\n{table(rows)}\n"
+    )
+    (arguments.out / "bench_layer.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
