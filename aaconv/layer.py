@@ -153,8 +153,11 @@ class AugmentedConv(nn.Module):
             for t in qkv.split((self.dk, self.dk, self.dv), dim=1)
         )
         out = attention_2d(q, k, v, self.key_rel_h, self.key_rel_w, backend=self.backend)
-        # Head-major channels, through (B, H, W, dv) so that channels_last costs no copy.
-        return self.attn_out(out.permute(0, 2, 3, 1, 4).flatten(3).permute(0, 3, 1, 2))
+        out = out.permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, dv, H, W), head-major
+        # Backends return what layout suits them; the branches are concatenated in the input's.
+        last = qkv.is_contiguous(memory_format=torch.channels_last) and not qkv.is_contiguous()
+        layout = torch.channels_last if last else torch.contiguous_format
+        return self.attn_out(out.contiguous(memory_format=layout))
 
     def _check_size(self, x: Tensor, out: Tensor) -> None:
         if self.shape != (0, 0) and tuple(out.shape[2:]) != self.shape:

@@ -133,6 +133,7 @@ def test_channels_last_in_channels_last_out(backend):
     out = layer(x.to(memory_format=torch.channels_last))
     assert out.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(out, layer(x))
+    assert layer(x).is_contiguous()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
