@@ -195,12 +195,17 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["way"],
             f"{row['forward_ms']:.1f}",
             f"{row['both_ms']:.1f} ({low:.1f} to {high:.1f})",
-            f"{row['both_ms'] / base['both_ms']:.2f}",
+            _ratio(row["both_ms"], base["both_ms"]),
             f"{row['peak_mb']:.0f}",
-            f"{row['peak_mb'] / base['peak_mb']:.2f}",
+            _ratio(row["peak_mb"], base["peak_mb"]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _ratio(value: float, base: float) -> str:
+    # A small map may fit into what the process had already.
+    return f"{value / base:.2f}" if base > 0 else "-"
 
 
 def main() -> None:
@@ -224,7 +229,7 @@ def main() -> None:
             for dtype in arguments.dtypes:
                 case = {"size": size, "batch": batch, "dtype": dtype, **layer}
                 rows += measure(case, device, arguments.rounds)
-                print(table(rows).splitlines()[-len(WAYS) :], sep="\n", flush=True)
+                print(*table(rows).splitlines()[-len(WAYS) :], sep="\n", flush=True)
     facts = {
         "hardware": provenance.hardware(device),
         "commit": provenance.commit(),

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from training.device import choose_device, choose_dtype, peak_memory_mb
 from training.files import write_csv, write_json, write_whole
 from training.schedule import one_cycle, warmup_cosine
 from training.scores import correct_in_top, evaluate
+
+from conftest import CONFIGS
 
 # ---- schedule -----------------------------------------------------------------------------------
 
@@ -128,6 +132,19 @@ def test_auto_on_the_cpu():
     assert choose_dtype("bf16", device) == torch.bfloat16
     assert choose_dtype("fp16", device) == torch.float16
     assert peak_memory_mb(device) > 10
+
+
+def test_peak_memory_is_this_process_own():
+    """Started from a process that once held much, one that holds little says little."""
+    hoard = torch.ones(2**27)  # 512 MiB
+    code = "import torch; from training.device import peak_memory_mb as p; "
+    code += "print(p(torch.device('cpu'))); x = torch.ones(2**25); print(p(torch.device('cpu')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=CONFIGS.parent, capture_output=True, text=True, check=True
+    )
+    before, after = map(float, done.stdout.split())
+    assert before < peak_memory_mb(torch.device("cpu")) - hoard.nbytes / 2**20 / 2
+    assert 100 < after - before < 200  # 128 MiB
 
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bfloat16"), (False, "float16")])

@@ -2,6 +2,7 @@
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -57,5 +58,13 @@ def peak_memory_mb(device: torch.device) -> float:
     """Most memory used so far, in MiB: of the GPU's allocator, or of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        # Not getrusage where this exists: its peak begins with that of the process which
+        # started this one.
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 2**10
+    except OSError:
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
