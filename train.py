@@ -50,7 +50,8 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     device = choose_device(cfg.device)
     dtype = choose_dtype(config["precision"], device)
     found = checkpoint.find(cfg.resume, run_dir)
-    in_the_way = [] if found else results(run_dir)
+    goes_on_here = found is not None and found.parent.resolve() == run_dir.resolve()
+    in_the_way = [] if goes_on_here else results(run_dir)
     if in_the_way and not cfg.overwrite:
         raise ValueError(
             f"{run_dir} already holds a run; resume=auto continues it, overwrite=true replaces it"
@@ -94,12 +95,12 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         torch.set_rng_state(state["rng"])
+    for path in in_the_way:  # only now that nothing can be wrong with the settings
+        path.unlink()
+    if state is not None:
         rows, run_id = state["rows"], state["wandb_id"]
         write_csv(run_dir / "metrics.csv", rows)  # a kill may have come between the two files
         log.info("resumed %s behind epoch %d", found, len(rows))
-
-    for path in in_the_way:  # only now that nothing can be wrong with the settings
-        path.unlink()
 
     # ---- What will run ------------------------------------------------------------------------
     facts = {

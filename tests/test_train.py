@@ -122,6 +122,17 @@ def test_resume_from_a_path_and_of_a_finished_run(run, tmp_path):
     assert run("resume=auto", folder="new")["epochs"] == 2
 
 
+def test_resume_from_a_path_does_not_replace_the_run_that_is_there(run, tmp_path):
+    run(folder="a")
+    run("seed=5", folder="b")
+    before = (tmp_path / "b" / "metrics.csv").read_bytes()
+    with pytest.raises(ValueError, match="b already holds a run"):
+        run(f"resume={tmp_path / 'a'}", folder="b")
+    assert (tmp_path / "b" / "metrics.csv").read_bytes() == before
+    run(f"resume={tmp_path / 'a'}", "overwrite=true", folder="b")
+    assert rows(tmp_path / "a") == rows(tmp_path / "b")
+
+
 def test_resume_refuses_other_settings_and_broken_files(run, tmp_path):
     run(folder="a")
     with pytest.raises(ValueError, match=r"other settings: attention.Nh \(4 there, 2 here\)"):
