@@ -8,6 +8,7 @@ Letters in the shape comments:
     N  heads (Nh)           D, E  channels per head of queries and keys (dkh), of values (dvh)
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,11 @@ from aaconv.autocast import without_autocast
 from aaconv.tiled import TiledAttention
 
 BACKENDS = ("auto", "reference", "fold", "tiled")
+
+# Folded into the queries, position terms are numbers of the queries' dtype. They are kept smaller
+# by this factor, a power of two and so without rounding, until they are sums in float32: 65504, the
+# largest number of fp16, then stands for logits of four million.
+_HEADROOM = 64.0
 
 
 def attention_2d(
@@ -142,24 +148,18 @@ def _reference(
 
 def _tiled(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
     B, N, H, W, D = q.shape
-    q = q * D**-0.5
-    if rel_h is not None and rel_w is not None:
-        rows = _position_terms(q, rel_h, axis=2)
-        columns = _position_terms(q, rel_w, axis=3)
-    else:
-        rows, columns = q.new_zeros(B, N, H, W, H), q.new_zeros(B, N, H, W, W)
-    out = TiledAttention.apply(
-        # (B, N, H, W, D) to (B N, D, HW): channels before positions.
-        *(t.flatten(2, 3).mT.flatten(0, 1) for t in (q, k, v)),
-        *(t.flatten(2, 3).flatten(0, 1) for t in (rows, columns)),
-    )
+    # (B, N, H, W, D) to (B N, D, HW): channels before positions.
+    scaled = q * (D**-0.5 * math.log2(math.e))
+    channels_first = [t.flatten(2, 3).mT.flatten(0, 1) for t in (scaled, k, v)]
+    tables = None if rel_h is None or rel_w is None else torch.cat((rel_h, rel_w))
+    out = TiledAttention.apply(*channels_first, tables, (H, W))
     return out.unflatten(0, (B, N)).mT.unflatten(2, (H, W))
 
 
 def _fold(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
     B, N, H, W, D = q.shape
     E = v.shape[-1]
-    q = q * D**-0.5
+    q = q * (D**-0.5 / _HEADROOM)
     if rel_h is not None and rel_w is not None:
         # [q, q.r_rows, q.r_columns] . [k, onehot(row), onehot(column)] is the whole logit.
         q = torch.cat((q, _position_terms(q, rel_h, 2), _position_terms(q, rel_w, 3)), dim=-1)
@@ -169,5 +169,5 @@ def _fold(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor |
     # The flash kernels want queries, keys and values of one width.
     width = max(q.shape[-1], E)
     q, k, v = (F.pad(t, (0, width - t.shape[-1])).flatten(2, 3) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    out = F.scaled_dot_product_attention(q, k, v, scale=_HEADROOM)
     return out[..., :E].unflatten(2, (H, W))

@@ -21,6 +21,7 @@ from aaconv.checks import (
     check_same_output_size,
     pair,
 )
+from aaconv.tables import fit_table
 
 
 class AugmentedConv(nn.Module):
@@ -38,8 +39,9 @@ class AugmentedConv(nn.Module):
         dk: key channels of all heads together, kappa * Fout in the paper.
         dv: value channels of all heads together, upsilon * Fout in the paper.
         Nh: heads.
-        shape: output size, an int for square maps or (H, W); 0 leaves it open, which only
-            ``relative=False`` allows.
+        shape: output size that the relative tables are made for, an int for square maps or (H, W);
+            0 leaves it open, which only ``relative=False`` allows. Inputs that give another size
+            are welcome all the same: `fit_table` says which relative positions they get.
         relative: learn relative positions, tables ``key_rel_h`` (2H-1, dk/Nh) and ``key_rel_w``
             (2W-1, dk/Nh) shared by the heads (equations 3 to 5).
         stride: of the plain convolution and of the one that gives q, k and v.
@@ -52,8 +54,9 @@ class AugmentedConv(nn.Module):
 
     Raises:
         ValueError: the arguments contradict each other; the message names the values. In
-            ``forward``: the output would not have the size ``shape``, or the two branches
-            differ in size.
+            ``forward``: the two branches differ in size.
+
+    ``load_state_dict`` takes tables made for another ``shape`` and fits them by the same rule.
     """
 
     def __init__(
@@ -125,6 +128,7 @@ class AugmentedConv(nn.Module):
             self.key_rel_h = nn.Parameter(torch.empty(2 * height - 1, dk // Nh))
             nn.init.normal_(self.key_rel_w, std=(dk // Nh) ** -0.5)
             nn.init.normal_(self.key_rel_h, std=(dk // Nh) ** -0.5)
+            self.register_load_state_dict_pre_hook(_fit_loaded_tables)
 
     def forward(self, x: Tensor) -> Tensor:
         """The augmented convolution of ``x``, (B, in_channels, H, W)."""
@@ -147,25 +151,33 @@ class AugmentedConv(nn.Module):
         assert self.attn_out is not None
         down, right = self.subsample
         qkv = self.qkv_conv(x[:, :, ::down, ::right])  # (B, 2 dk + dv, H, W)
-        self._check_size(x, qkv)
         q, k, v = (
             t.unflatten(1, (self.Nh, -1)).permute(0, 1, 3, 4, 2)  # (B, Nh, H, W, per head)
             for t in qkv.split((self.dk, self.dk, self.dv), dim=1)
         )
-        out = attention_2d(q, k, v, self.key_rel_h, self.key_rel_w, backend=self.backend)
+        rel_h = rel_w = None
+        if self.key_rel_h is not None and self.key_rel_w is not None:
+            rel_h, rel_w = (
+                fit_table(self.key_rel_h, q.shape[2]),
+                fit_table(self.key_rel_w, q.shape[3]),
+            )
+        out = attention_2d(q, k, v, rel_h, rel_w, backend=self.backend)
         out = out.permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, dv, H, W), head-major
         # Backends return what layout suits them; the branches are concatenated in the input's.
         last = qkv.is_contiguous(memory_format=torch.channels_last) and not qkv.is_contiguous()
         layout = torch.channels_last if last else torch.contiguous_format
         return self.attn_out(out.contiguous(memory_format=layout))
 
-    def _check_size(self, x: Tensor, out: Tensor) -> None:
-        if self.shape != (0, 0) and tuple(out.shape[2:]) != self.shape:
-            raise ValueError(
-                f"built for an output of shape={self.shape}, but the input {tuple(x.shape)} "
-                f"gives {tuple(out.shape[2:])}"
-            )
-
     def extra_repr(self) -> str:
         text = f"dk={self.dk}, dv={self.dv}, Nh={self.Nh}, shape={self.shape}"
         return f"{text}, relative={self.relative}, backend={self.backend}"
+
+
+def _fit_loaded_tables(
+    layer: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: object
+) -> None:
+    for name in ("key_rel_h", "key_rel_w"):
+        own, given = getattr(layer, name), state_dict.get(prefix + name)
+        # Anything that is no table of such queries is left for load_state_dict to name.
+        if given is not None and given.dim() == 2 and given.shape[0] % 2 == 1:
+            state_dict[prefix + name] = fit_table(given, (own.shape[0] + 1) // 2)

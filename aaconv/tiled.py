@@ -2,10 +2,12 @@
 
 Letters: G heads of all images together, L = H * W positions, D and E channels per head of
 queries/keys and of values. Channels come before positions throughout: the products of a tile with
-a few channels are several times faster that way round.
+a few channels are several times faster that way round. Powers are of two because exp2 takes half
+the time of exp.
 """
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,99 +20,152 @@ from aaconv.autocast import without_autocast
 TILE_BYTES = 2**23
 
 
-class TiledAttention(torch.autograd.Function):
-    """softmax(q^T k + rows + columns) v^T without ever holding the (L, L) logits.
+class Tile(NamedTuple):
+    """Some heads, and for each of them some queries, that are computed at once."""
 
-    q (G, D, L), already scaled; k (G, D, L); v (G, E, L); rows (G, L, H) and columns (G, L, W) are
-    added to the logits of every key in that row and column. Returns (G, E, L). The backward pass
-    computes each tile of the weights anew from their normalisers.
+    heads: slice
+    queries: slice
+
+    def of(self, t: Tensor) -> Tensor:
+        """The tile's part of a tensor (G, channels, L)."""
+        return t[self.heads, :, self.queries]
+
+
+class Positions(NamedTuple):
+    """The map's size (H, W), and what positions add to a query's logits.
+
+    tables (2H-1 + 2W-1, D), that of the rows before that of the columns, or None; table_row
+    (L, H + W), the row of them for each query and every key row, then every key column.
+    """
+
+    size: tuple[int, int]
+    tables: Tensor | None
+    table_row: Tensor
+
+    @classmethod
+    def of(cls, size: tuple[int, int], tables: Tensor | None, device: torch.device) -> "Positions":
+        H, W = size
+        query = torch.arange(H * W, device=device)[:, None]
+        by_row = torch.arange(H, device=device) - query // W + H - 1
+        by_column = torch.arange(W, device=device) - query % W + W - 1 + 2 * H - 1
+        return cls(size, tables, torch.cat((by_row, by_column), dim=1))
+
+
+class TiledAttention(torch.autograd.Function):
+    """Attention in powers of two, 2^(q^T (k + positions)), without ever holding the (L, L) logits.
+
+    q (G, D, L), scaled by what softmax's logits want and by log2(e); k (G, D, L); v (G, E, L);
+    tables and size as in `Positions`. Returns (G, E, L). The backward pass computes each tile of
+    the weights anew from their normalisers; what is kept for it, and what it needs, grows like L.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: Tensor | None, size: tuple[int, int]
+    ) -> Tensor:
         out = torch.empty_like(v)
-        normaliser = rows.new_empty(rows.shape[:2])
-        buffer = rows.new_empty(_tile_size(rows))
-        for heads, queries in _tiles(rows):
-            here, over = (heads, queries), (heads, slice(None), queries)
-            logits = _logits(q[over], k[heads], rows[here], columns[here], buffer)
+        normaliser = q.new_empty(q.shape[0], 1, q.shape[2])
+        positions = Positions.of(size, tables, q.device)
+        buffer = q.new_empty(_tile_size(q))
+        for tile in _tiles(q):
+            logits = _logits(tile, q, k, positions, buffer)
             peak = logits.amax(dim=-1, keepdim=True)
-            weights = logits.sub_(peak).exp_()
+            weights = logits.sub_(peak).exp2_()
             total = weights.sum(dim=-1, keepdim=True)
-            out[over] = torch.bmm(v[heads], weights.mT).div_(total.mT)
-            normaliser[here] = total.log_().add_(peak).squeeze(-1)
-        ctx.save_for_backward(q, k, v, rows, columns, out, normaliser)
+            tile.of(out).copy_(torch.bmm(v[tile.heads], weights.mT)).div_(total.mT)
+            tile.of(normaliser).copy_(total.log2_().add_(peak).mT)
+        ctx.save_for_backward(q, k, v, tables, out, normaliser)
+        ctx.size = size
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(grad.device.type):
-            return _backward(grad, *ctx.saved_tensors)
+            return *_backward(grad, ctx.size, *ctx.saved_tensors), None
 
 
 def _backward(
     grad: Tensor,
+    size: tuple[int, int],
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    tables: Tensor | None,
     out: Tensor,
     normaliser: Tensor,
-) -> tuple[Tensor, ...]:
-    dq, drows, dcolumns = (torch.empty_like(t) for t in (q, rows, columns))
-    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+) -> tuple[Tensor | None, ...]:
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dtables = None if tables is None else torch.zeros_like(tables)
     # With these in the products, no pass over a tile is needed to subtract them.
-    rows = rows - normaliser[..., None]
     delta = (grad * out).sum(dim=1, keepdim=True)
-    grad_and_delta = torch.cat((grad, -delta), dim=1)
+    grad_and_delta = torch.cat((grad, -delta), dim=1) * math.log(2)
     v_and_one = torch.cat((v, torch.ones_like(delta)), dim=1)
-    buffer, second = rows.new_empty(2, _tile_size(rows)).unbind()
-    for heads, queries in _tiles(rows):
-        here, over = (heads, queries), (heads, slice(None), queries)
-        weights = _logits(q[over], k[heads], rows[here], columns[here], buffer).exp_()
-        dv[heads] += torch.bmm(grad[over], weights)
+    positions = Positions.of(size, tables, q.device)
+    buffer, second = q.new_empty(2, _tile_size(q)).unbind()
+    for tile in _tiles(q):
+        heads = tile.heads
+        weights = _logits(tile, q, k, positions, buffer, minus=normaliser).exp2_()
+        dv[heads] += torch.bmm(tile.of(grad), weights)
         dweights = second[: weights.numel()].view_as(weights)
-        torch.bmm(grad_and_delta[over].mT, v_and_one[heads], out=dweights)
+        torch.bmm(tile.of(grad_and_delta).mT, v_and_one[heads], out=dweights)
         dlogits = weights.mul_(dweights)
-        dq[over] = torch.bmm(k[heads], dlogits.mT)
-        dk[heads] += torch.bmm(q[over], dlogits)
-        on_map = dlogits.unflatten(-1, (rows.shape[-1], columns.shape[-1]))
-        drows[here] = on_map.sum(dim=-1)
-        dcolumns[here] = on_map.sum(dim=-2)
-    return dq, dk, dv, drows, dcolumns
+        dq_tile = torch.bmm(k[heads], dlogits.mT)
+        dk[heads] += torch.bmm(tile.of(q), dlogits)
+        if tables is not None and dtables is not None:
+            on_map = dlogits.unflatten(-1, size)
+            dterms = torch.cat((on_map.sum(dim=-1), on_map.sum(dim=-2)), dim=-1)
+            index = positions.table_row[tile.queries].expand_as(dterms)
+            by_row = dterms.new_zeros(*dterms.shape[:2], len(tables)).scatter_(2, index, dterms)
+            dq_tile += (by_row @ tables).mT
+            dtables += (tile.of(q) @ by_row).sum(dim=0).T
+        tile.of(dq).copy_(dq_tile)
+    return dq, dk, dv, dtables
 
 
-def _split(rows: Tensor) -> tuple[int, int]:
+def _split(q: Tensor) -> tuple[int, int]:
     """How many heads and how many queries a tile has."""
-    heads, positions, _ = rows.shape
-    budget = max(1, TILE_BYTES // rows.element_size())
+    heads, _, positions = q.shape
+    budget = max(1, TILE_BYTES // q.element_size())
     if positions**2 <= budget:
         return min(heads, budget // positions**2), positions
     return 1, min(positions, max(1, budget // positions))
 
 
-def _tile_size(rows: Tensor) -> int:
-    heads, queries = _split(rows)
-    return heads * queries * rows.shape[1]
+def _tile_size(q: Tensor) -> int:
+    heads, queries = _split(q)
+    return heads * queries * q.shape[2]
 
 
-def _tiles(rows: Tensor) -> list[tuple[slice, slice]]:
-    """Slices of heads and of queries that cover all of them once."""
-    heads, queries = _split(rows)
+def _tiles(q: Tensor) -> list[Tile]:
+    """Tiles that cover all heads and queries once."""
+    heads, queries = _split(q)
     return [
-        (slice(h, h + heads), slice(i, i + queries))
-        for h in range(0, rows.shape[0], heads)
-        for i in range(0, rows.shape[1], queries)
+        Tile(slice(h, h + heads), slice(i, min(i + queries, q.shape[2])))
+        for h in range(0, q.shape[0], heads)
+        for i in range(0, q.shape[2], queries)
     ]
 
 
-def _logits(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, buffer: Tensor) -> Tensor:
-    """The logits (heads, queries, L) of a tile, in ``buffer``."""
-    heads, queries, H = rows.shape
-    W = columns.shape[-1]
-    logits = buffer[: heads * queries * H * W].view(heads, queries, H, W)
-    torch.add(rows[..., :, None], columns[..., None, :], out=logits)
-    logits = logits.flatten(2)
-    return torch.baddbmm(logits, q.mT, k, out=logits)
+def _logits(
+    tile: Tile,
+    q: Tensor,
+    k: Tensor,
+    positions: Positions,
+    buffer: Tensor,
+    minus: Tensor | None = None,
+) -> Tensor:
+    """The tile's logits (heads, queries, L), in ``buffer``, less its queries' part of ``minus``."""
+    queries = tile.of(q).mT
+    heads, count, keys = *queries.shape[:2], k.shape[2]
+    logits = buffer[: heads * count * keys].view(heads, count, keys)
+    start = queries.new_zeros(1, 1, 1) if minus is None else -tile.of(minus).mT
+    if positions.tables is None:
+        logits.copy_(start.expand_as(logits))
+    else:
+        index = positions.table_row[tile.queries].expand(heads, -1, -1)
+        terms = (queries @ positions.tables.T).gather(2, index)
+        rows, columns = terms.split(positions.size, dim=2)
+        on_map = logits.unflatten(2, positions.size)
+        torch.add((rows + start)[..., :, None], columns[..., None, :], out=on_map)
+    return torch.baddbmm(logits, queries, k[tile.heads], out=logits)

@@ -11,6 +11,7 @@ import reference
 CASES = [
     ((1, 1), 1, 1, 1),
     ((1, 5), 3, 2, 1),
+    ((7, 13), 1, 64, 2),
     ((5, 3), 2, 3, 5),
     ((3, 7), 1, 20, 2),
     ((4, 2), 3, 1, 13),
@@ -41,7 +42,9 @@ def with_gradients(function, tensors):
 @pytest.mark.parametrize(("size", "heads", "dkh", "dvh"), CASES)
 @pytest.mark.parametrize("relative", [True, False])
 def test_equals_the_formula_with_gradients(backend, size, heads, dkh, dvh, relative):
-    tensors = inputs(size, heads, dkh, dvh)[: 5 if relative else 3]
+    tensors = inputs(size, heads, dkh, dvh, batch=1 if size == (7, 13) else 2)[
+        : 5 if relative else 3
+    ]
     expected = with_gradients(reference.attention, tensors)
     got = with_gradients(lambda *t: attention_2d(*t, backend=backend), tensors)
     for a, b in zip(got, expected, strict=True):
@@ -96,13 +99,16 @@ def test_half_precision_errs_no_more_than_the_naive_way(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_large_logits_in_fp16_stay_finite(backend):
-    # Logits of about 1e5 before scaling: beyond fp16's 65504, harmless in float32.
-    tensors = [t.detach().half() for t in inputs((3, 5), 2, 8, 4, torch.float32, scale=110.0)]
+    """Logits of up to 1e6, position terms too: beyond fp16's 65504, harmless in float32."""
+    tensors = inputs((3, 5), 2, 8, 4, torch.float32, scale=300.0)
+    tensors = [t.detach() * 300 if place > 2 else t.detach() for place, t in enumerate(tensors)]
+    low = [t.half().requires_grad_() for t in tensors]
     with torch.autocast("cpu", torch.float16):
-        out = attention_2d(*tensors, backend=backend)
+        out, *gradients = with_gradients(lambda *t: attention_2d(*t, backend=backend), low)
     assert out.dtype == torch.float16
-    expected = attention_2d(*(t.double() for t in tensors), backend="reference")
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=2e-2)
+    exact = attention_2d(*(t.detach().double() for t in low), backend="reference")
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-2)
+    assert all(g.isfinite().all() for g in gradients)
 
 
 def test_position_is_what_tells_pixels_apart():

@@ -239,9 +239,78 @@ def test_wrong_arguments_are_named(change, words):
         build(**change)
 
 
-def test_an_input_of_another_size_is_named():
-    with pytest.raises(ValueError, match=r"shape=\(3, 5\).*\(2, 5, 5, 3\) gives \(5, 3\)"):
-        build()(image(2, 5, 5, 3))
-    with pytest.raises(ValueError, match=r"gives \(5, 3\)"):
-        build(relative=False)(image(2, 5, 5, 3))
-    assert build(relative=False, shape=0)(image(2, 5, 5, 3)).shape == (2, 11, 5, 3)
+def test_a_smaller_map_keeps_its_offsets():
+    """On a 3x5 map, tables made for 7x11 are their middle 5 and 9 rows."""
+    large, small = build(shape=(7, 11)), build()
+    weights = dict(large.named_parameters())
+    weights |= {"key_rel_h": large.key_rel_h[4:9], "key_rel_w": large.key_rel_w[6:15]}
+    x = image(2, 5, 3, 5)
+    expected = reference.augmented_conv(x, weights, dk=6, dv=4, Nh=2)
+    torch.testing.assert_close(large(x), expected, rtol=0, atol=1e-10)
+    small.load_state_dict(large.state_dict())
+    torch.testing.assert_close(small(x), expected, rtol=0, atol=1e-10)
+    assert large.key_rel_h.shape == (13, 3)
+
+
+def test_a_larger_map_stretches_the_offsets():
+    """Offset o of 2L-1 rows is looked up at o (l-1) / (L-1), between two rows in proportion."""
+    layer = build()
+
+    def stretched(table, length):
+        rows, middle = [], (len(table) - 1) / 2
+        for offset in range(1 - length, length):
+            place = middle + offset * middle / (length - 1)
+            low = min(int(place), len(table) - 2)
+            part = place - low
+            rows.append((1 - part) * table[low] + part * table[low + 1])
+        return torch.stack(rows)
+
+    weights = dict(layer.named_parameters())
+    weights["key_rel_h"] = stretched(layer.key_rel_h, 7)
+    weights["key_rel_w"] = stretched(layer.key_rel_w, 11)
+    x = image(2, 5, 7, 11)
+    expected = reference.augmented_conv(x, weights, dk=6, dv=4, Nh=2)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-10)
+    layer(x).square().sum().backward()
+    assert layer.key_rel_h.grad.abs().min() > 0
+
+    larger = build(shape=(7, 11))
+    larger.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(larger(x), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 13), (13, 1), (2, 11), (11, 2)])
+def test_other_sizes_in_one_direction_and_down_to_a_pixel(size):
+    layer = build()
+    assert layer(image(2, 5, *size)).shape == (2, 11, *size)
+    twin = build(shape=size)
+    twin.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(twin(image(2, 5, *size)), layer(image(2, 5, *size)))
+    # A table of one row knows one value for all offsets.
+    back = build()
+    back.load_state_dict(build(shape=1).state_dict())
+    assert back.key_rel_h.std(dim=0).max() == 0
+
+
+def test_other_tables_are_loaded_by_copies_and_nested_layers_too():
+    large = nn.Sequential(build(shape=(7, 11)))
+    copied = copy.deepcopy(nn.Sequential(build()))
+    before = {name: tensor.clone() for name, tensor in large.state_dict().items()}
+    given = large.state_dict()
+    copied.load_state_dict(given)
+    torch.testing.assert_close(copied[0].key_rel_h, large[0].key_rel_h[4:9])
+    assert all(torch.equal(given[name], before[name]) for name in before)
+
+
+def test_tables_of_other_queries_are_not_loaded():
+    with pytest.raises(RuntimeError, match="size mismatch for key_rel_w"):
+        build().load_state_dict(build(dk=4).state_dict())
+    state = build().state_dict()
+    del state["key_rel_h"]
+    with pytest.raises(RuntimeError, match="key_rel_h"):
+        build().load_state_dict(state)
+
+
+def test_without_relative_positions_shape_binds_nothing():
+    x = image(2, 5, 5, 3)
+    torch.testing.assert_close(build(relative=False)(x), build(relative=False, shape=0)(x))
