@@ -62,7 +62,8 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     torch.manual_seed(cfg.seed)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
-    model = place(build_model(cfg, dataset), device, cfg.channels_last)
+    model = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
+    model = place(model, device, cfg.channels_last)
     batches = Batches(
         dataset.train,
         cfg.batch_size,

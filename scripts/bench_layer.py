@@ -1,19 +1,18 @@
 """Time the layer's ways to compute attention against a convolution and the published route.
 
-    python scripts/bench_layer.py [--device cpu] [--sizes 8 16 32] [--out FOLDER]
+    python scripts/bench_layer.py [--device cpu] [--sizes 8 16 32 64] [--batches 1 8] [--out FOLDER]
 
-Times are medians of interleaved rounds with their spread, forward and forward plus backward;
+Times are medians (least to most) of interleaved rounds, forward and forward plus backward;
 memory is the peak above what was there before, each measured in a process of its own. "pad and
 reshape" is how public implementations lay out the relative logits (Bello et al. 2019, figure 5),
 with the same values. Writes bench_layer.md and bench_layer.json.
 """
 
 import argparse
-import json
 import multiprocessing
+import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from aaconv import BACKENDS, AugmentedConv  # noqa: E402
-from training import provenance  # noqa: E402
-from training.device import choose_device, peak_memory_mb  # noqa: E402
+from aaconv import BACKENDS, AugmentedConv
+from training.device import choose_device, peak_memory_mb
+
+import timing
+
+ROOT = Path(__file__).resolve().parent.parent
 
 Step = Callable[[], Tensor]
-WAYS = ("convolution", "pad and reshape", *BACKENDS)
+WAYS = ("convolution", "pad and reshape", *(b for b in BACKENDS if b != "auto"))
 
 
 class PadAndReshape(AugmentedConv):
@@ -97,25 +98,6 @@ def step(layer: nn.Module, x: Tensor, dtype: torch.dtype, backward: bool) -> Ste
     return both if backward else only_forward
 
 
-def rounds(steps: dict[str, Step], device: torch.device, count: int) -> dict[str, list[float]]:
-    """Milliseconds of each step in ``count`` rounds, all steps in every round."""
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(count + 1):
-        for name, one in steps.items():
-            _wait(device)
-            started = time.perf_counter()
-            one()
-            _wait(device)
-            if number:  # the first round warms up
-                taken[name].append(1e3 * (time.perf_counter() - started))
-    return taken
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def peak(way: str, case: dict[str, Any], device_name: str) -> float:
     """MiB that forward plus backward needs above the layer and its input, in a new process."""
     context = multiprocessing.get_context("spawn")
@@ -149,70 +131,78 @@ def _dtype(case: dict[str, Any]) -> torch.dtype:
     return getattr(torch, case["dtype"])
 
 
+def _fits(way: str, case: dict[str, Any], device: torch.device) -> bool:
+    """Whether the way's logits, about five times over, leave half of the memory free."""
+    if way not in ("pad and reshape", "reference"):
+        return True
+    logits = case["batch"] * case["Nh"] * case["size"] ** 4 * 4
+    if device.type == "cuda":
+        return 5 * logits < torch.cuda.mem_get_info(device)[0]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 5 * logits < memory / 2
+
+
 def measure(case: dict[str, Any], device: torch.device, count: int) -> list[dict[str, Any]]:
-    """A row for each way: times and memory of one setting."""
-    prepared = {way: _prepare(way, case, device) for way in WAYS}
-    reference = prepared["reference"][1](prepared["reference"][0])
-    for way, (_, layer) in prepared.items():
+    """A row for each way that fits into memory: times and memory of one setting."""
+    ways = [way for way in WAYS if _fits(way, case, device)]
+    prepared = {way: _prepare(way, case, device) for way in ways}
+    x, layer = prepared["fold"]
+    expected = layer(x)
+    for way in ways:
         if way != "convolution":  # every way computes the same
-            out = layer(prepared["reference"][0])
-            assert (out - reference).abs().max() < 1e-3 * reference.abs().max(), way
+            out = prepared[way][1](x)
+            assert (out - expected).abs().max() < 1e-3 * expected.abs().max(), way
     times = {}
     for backward in (False, True):
         steps = {w: step(layer, x, _dtype(case), backward) for w, (x, layer) in prepared.items()}
-        times[backward] = rounds(steps, device, count)
+        times[backward] = timing.rounds(steps, device, count)
     rows = []
     for way in WAYS:
-        row = {"way": way, **case}
-        for backward, name in ((False, "forward"), (True, "both")):
-            values = times[backward][way]
-            row[f"{name}_ms"] = statistics.median(values)
-            row[f"{name}_spread_ms"] = [min(values), max(values)]
-        row["peak_mb"] = peak(way, case, str(device))
-        rows.append(row)
+        if way not in ways:
+            rows.append({"way": way, **case})
+            continue
+        row = {"way": way, **case, "forward_ms": times[False][way], "both_ms": times[True][way]}
+        rows.append(row | {"peak_mb": peak(way, case, str(device))})
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, with each way's time and memory as a ratio to pad and reshape."""
-    lines = [
-        "| map | batch | dtype | way | forward ms | forward + backward ms (least to most) "
-        "| time ratio | peak MiB | memory ratio |",
-        "|---|---:|---|---|---:|---:|---:|---:|---:|",
-    ]
+    header = ["map", "batch", "dtype", "way", "forward ms", "forward + backward ms"]
+    header += ["time ratio", "peak MiB", "memory ratio"]
+    lines = []
     for row in rows:
+        cells = [f"{row['size']}x{row['size']}", str(row["batch"]), row["dtype"], row["way"]]
+        if "both_ms" not in row:
+            lines.append([*cells, "does not fit", *[""] * 4])
+            continue
         base = next(
             r
             for r in rows
             if r["way"] == "pad and reshape"
             and all(r[k] == row[k] for k in ("size", "batch", "dtype"))
         )
-        low, high = row["both_spread_ms"]
-        cells = [
-            f"{row['size']}x{row['size']}",
-            str(row["batch"]),
-            row["dtype"],
-            row["way"],
-            f"{row['forward_ms']:.1f}",
-            f"{row['both_ms']:.1f} ({low:.1f} to {high:.1f})",
-            _ratio(row["both_ms"], base["both_ms"]),
-            f"{row['peak_mb']:.0f}",
-            _ratio(row["peak_mb"], base["peak_mb"]),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells += [timing.spread(row["forward_ms"]), timing.spread(row["both_ms"])]
+        cells += [_ratio(row, base, "both_ms"), f"{row['peak_mb']:.0f}"]
+        lines.append([*cells, _ratio(row, base, "peak_mb")])
+    return timing.markdown(header, lines, text_columns=4)
 
 
-def _ratio(value: float, base: float) -> str:
+def _ratio(row: dict[str, Any], base: dict[str, Any], key: str) -> str:
+    if key not in base:
+        return ""
+    ours, theirs = (
+        statistics.median(r[key]) if isinstance(r[key], list) else r[key] for r in (row, base)
+    )
     # A small map may fit into what the process had already.
-    return f"{value / base:.2f}" if base > 0 else "-"
+    return f"{ours / theirs:.2f}" if theirs > 0 else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[8, 16, 32])
-    parser.add_argument("--batches", nargs="+", type=int, default=[8])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[8, 16, 32, 64])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--channels", type=int, default=160)
     parser.add_argument("--dk", type=int, default=160)
@@ -230,20 +220,8 @@ def main() -> None:
                 case = {"size": size, "batch": batch, "dtype": dtype, **layer}
                 rows += measure(case, device, arguments.rounds)
                 print(*table(rows).splitlines()[-len(WAYS) :], sep="\n", flush=True)
-    facts = {
-        "hardware": provenance.hardware(device),
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
-        "rounds": arguments.rounds,
-        "layer": layer,
-    }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "bench_layer.json").write_text(json.dumps({**facts, "rows": rows}, indent=1))
-    text = (
-        f"{facts['hardware']}; {facts['versions']}; {facts['commit']}; {layer}\n\n{table(rows)}\n"
-    )
-    (arguments.out / "bench_layer.md").write_text(text)
-    print(text)
+    about = timing.facts(device) | {"layer": layer, "rounds": arguments.rounds}
+    print(timing.write(arguments.out, "bench_layer", about, rows, table(rows)))
 
 
 if __name__ == "__main__":

@@ -258,8 +258,8 @@ def test_channels_last_reaches_the_weights(run, tmp_path, monkeypatch):
     seen = []
     original = train.build_model
 
-    def remember(*arguments):
-        seen.append(original(*arguments))
+    def remember(*arguments, **sizes):
+        seen.append(original(*arguments, **sizes))
         return seen[-1]
 
     monkeypatch.setattr(train, "build_model", remember)
@@ -315,14 +315,11 @@ def options(group):
 def test_every_model_takes_every_attention(settings, model):
     from training.settings import build_model
 
-    class Shape:
-        num_classes, image_size = 100, (32, 32)
-
     for attention in options("attention"):
         cfg = settings(f"model={model}", f"attention={attention}", base=[])
         assert cfg.model.name == model
         with torch.device("meta"):
-            network = build_model(cfg, Shape)
+            network = build_model(cfg, num_classes=100, image_size=(32, 32))
         assert network(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 100)
 
 

@@ -7,7 +7,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from data import Dataset
 from models import ResNet
 
 
@@ -41,8 +40,8 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"optim.weight_decay={cfg.optim.weight_decay} must not be negative")
 
 
-def build_model(cfg: DictConfig, dataset: Dataset) -> nn.Module:
-    """The network of ``cfg.model`` with the attention of ``cfg.attention``, for that data set.
+def build_model(cfg: DictConfig, *, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+    """The network of ``cfg.model`` with the attention of ``cfg.attention``, for such images.
 
     Raises:
         ValueError: see `models.ResNet`.
@@ -53,7 +52,7 @@ def build_model(cfg: DictConfig, dataset: Dataset) -> nn.Module:
         widths=list(cfg.model.widths),
         stem=cfg.model.stem,
         shortcut=cfg.model.shortcut.name,
-        num_classes=dataset.num_classes,
-        image_size=dataset.image_size,
+        num_classes=num_classes,
+        image_size=image_size,
         attention=instantiate(cfg.attention, _convert_="all"),
     )

@@ -1,0 +1,74 @@
+"""What the benchmarks share: interleaved rounds, and the facts that stand beside every figure."""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training import provenance
+
+
+def rounds(
+    steps: Mapping[str, Callable[[], object]], device: torch.device, count: int
+) -> dict[str, list[float]]:
+    """Milliseconds of each step in ``count`` rounds, all steps in every round.
+
+    A machine that is slower for a while is so for all of them.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(count + 1):
+        for name, one in steps.items():
+            wait(device)
+            started = time.perf_counter()
+            one()
+            wait(device)
+            if number:  # the first round warms up
+                taken[name].append(1e3 * (time.perf_counter() - started))
+    return taken
+
+
+def wait(device: torch.device) -> None:
+    """Return when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def spread(milliseconds: list[float]) -> str:
+    """Median and range, for a cell of a table."""
+    low, middle, high = min(milliseconds), statistics.median(milliseconds), max(milliseconds)
+    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions, commit and command of this benchmark."""
+    return {
+        "hardware": provenance.hardware(device),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+    }
+
+
+def markdown(header: list[str], rows: list[list[str]], text_columns: int) -> str:
+    """A table whose columns behind the first ``text_columns`` are numbers."""
+    marks = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, marks, *rows])
+
+
+def write(
+    out: Path, name: str, about: dict[str, Any], rows: list[dict[str, Any]], text: str
+) -> str:
+    """Write NAME.json and NAME.md to the folder ``out``; returns the Markdown."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+    head = f"{about['hardware']}; {versions}; commit {about['commit']}; `{about['command']}`"
+    (out / f"{name}.md").write_text(f"{head}\n\n{text}\n")
+    return f"{head}\n\n{text}\n"

@@ -1,0 +1,119 @@
+"""The benchmark scripts: what they time is the same computation, and every figure is there."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import bench_layer
+import bench_step
+import timing
+
+
+def go(script, monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
+    script.main()
+
+
+def test_pad_and_reshape_is_the_same_layer():
+    way, ours = (
+        bench_layer.build(w, 7, 12, dk=6, dv=4, Nh=2).double() for w in ("pad and reshape", "tiled")
+    )
+    assert [n for n, _ in way.named_parameters()] == [n for n, _ in ours.named_parameters()]
+    x = torch.randn(2, 12, 7, 7, dtype=torch.float64)
+    torch.testing.assert_close(way(x), ours(x), rtol=0, atol=1e-10)
+    gradients = [
+        torch.autograd.grad(m(x).square().sum(), tuple(m.parameters())) for m in (way, ours)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_bench_layer(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench_layer, "peak", lambda way, *_: 7.0 + len(way))
+    sizes = ("--channels", 12, "--dk", 6, "--dv", 4, "--Nh", 2, "--rounds", 2)
+    go(bench_layer, monkeypatch, "--sizes", 3, 5, "--batches", 1, *sizes, "--out", tmp_path)
+    record = json.loads((tmp_path / "bench_layer.json").read_text())
+    assert {"hardware", "versions", "commit", "command", "layer"} <= record.keys()
+    assert [(r["size"], r["way"]) for r in record["rows"]] == [
+        (size, way) for size in (3, 5) for way in bench_layer.WAYS
+    ]
+    assert all(len(r[k]) == 2 for r in record["rows"] for k in ("forward_ms", "both_ms"))
+    written = (tmp_path / "bench_layer.md").read_text()
+    assert written.strip() in capsys.readouterr().out
+    assert f"| {(7 + len('tiled')) / (7 + len('pad and reshape')):.2f} |" in written
+
+
+def test_a_way_that_does_not_fit_is_left_out_by_name(monkeypatch):
+    monkeypatch.setattr(bench_layer, "peak", lambda *_: 1.0)
+    monkeypatch.setattr(bench_layer, "_fits", lambda way, *_: way != "pad and reshape")
+    case = {"size": 3, "batch": 1, "dtype": "float32", "channels": 12, "dk": 6, "dv": 4, "Nh": 2}
+    rows = bench_layer.measure(case, torch.device("cpu"), 1)
+    assert "| pad and reshape | does not fit |" in bench_layer.table(rows)
+    huge = case | {"size": 512, "batch": 64, "Nh": 8}
+    monkeypatch.undo()
+    assert not bench_layer._fits("reference", huge, torch.device("cpu"))
+    assert bench_layer._fits("tiled", huge, torch.device("cpu"))
+
+
+def test_memory_is_what_a_pass_needs_above_what_was_there():
+    case = {"size": 16, "batch": 8, "dtype": "float32", "channels": 8, "dk": 8, "dv": 8, "Nh": 8}
+    logits = 8 * 8 * 16**4 * 4 / 2**20  # 16 MiB
+    assert bench_layer.peak("reference", case, "cpu") > 2 * logits
+
+
+def test_bench_step(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        bench_step, "peak", lambda case, _: {"none": 2.0, "aa": 3.0}[case["attention"]]
+    )
+    monkeypatch.setattr(bench_step, "rates", lambda *_: {"matmul_flops": 1e9, "exp_per_s": 1e6})
+    arguments = ("--models", "resnet8", "--batch", 2, "--rounds", 1, "--out", tmp_path)
+    go(bench_step, monkeypatch, *arguments)
+    plain, augmented = json.loads((tmp_path / "bench_step.json").read_text())["rows"]
+    assert plain["floor_ms"]["exponentials"] == 0
+    # ResNet-8's block of 16x16 and its block of 8x8 attend with 4 heads, forward and backward.
+    powers = 2 * 2 * 4 * (16**4 + 8**4)
+    assert augmented["floor_ms"]["exponentials"] == pytest.approx(powers / 1e6 * 1e3)
+    seconds = augmented["step_ms"][0] / 1e3
+    assert augmented["of_matmul_rate"] == pytest.approx(augmented["flops"] / seconds / 1e9)
+    floor = sum(augmented["floor_ms"].values()) / 1e3
+    assert augmented["of_floor"] == pytest.approx(seconds / floor)
+    assert "| 1.50 |" in (tmp_path / "bench_step.md").read_text()
+
+
+def test_bench_step_takes_its_options(monkeypatch):
+    layers = bench_step.augmented_layers(bench_step.build("resnet8", "aa", "fold"))
+    assert {m.backend for m in layers.values()} == {"fold"}
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
+    case = {
+        "model": "resnet8",
+        "attention": "none",
+        "backend": "auto",
+        "batch": 2,
+        "precision": "bf16",
+        "channels_last": True,
+        "compile": True,
+    }
+    step = bench_step.training_step(case, torch.device("cpu"))
+    seen = []
+    compiled[0].conv.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+    before = compiled[0].conv.weight.detach().clone()
+    step()
+    images, out = seen[0]
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert out.dtype == torch.bfloat16
+    assert not torch.equal(before, compiled[0].conv.weight)
+
+
+def test_rates_and_rounds():
+    rates = bench_step.rates(torch.device("cpu"), torch.float32)
+    assert all(1e6 < rate < math.inf for rate in rates.values())
+    order = []
+    taken = timing.rounds(
+        {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, torch.device("cpu"), 3
+    )
+    assert order == ["a", "b"] * 4
+    assert {k: len(v) for k, v in taken.items()} == {"a": 3, "b": 3}
