@@ -21,6 +21,7 @@ from aaconv.checks import (
     check_same_output_size,
     pair,
 )
+from aaconv.encodings import ABSOLUTE
 from aaconv.tables import fit_table
 
 
@@ -44,6 +45,8 @@ class AugmentedConv(nn.Module):
             are welcome all the same: `fit_table` says which relative positions they get.
         relative: learn relative positions, tables ``key_rel_h`` (2H-1, dk/Nh) and ``key_rel_w``
             (2W-1, dk/Nh) shared by the heads (equations 3 to 5).
+        absolute: positions that queries, keys and values are told by their input: ``"none"``,
+            ``"sine"`` (`encodings.add_sine`) or ``"coord"`` (`encodings.append_coordinates`).
         stride: of the plain convolution and of the one that gives q, k and v.
         padding: of the plain convolution; by default ``dilation * (kernel_size - 1) // 2``.
         dilation: of the plain convolution.
@@ -76,6 +79,7 @@ class AugmentedConv(nn.Module):
         groups: int = 1,
         bias: bool = True,
         qkv_kernel_size: int = 1,
+        absolute: str = "none",
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -93,10 +97,17 @@ class AugmentedConv(nn.Module):
             raise ValueError(f"shape={shape} must be an output size, or 0 to leave it open")
         if relative and self.shape == (0, 0):
             raise ValueError("relative=True needs shape, the output size; got shape=0")
+        if absolute not in ABSOLUTE:
+            raise ValueError(
+                f"absolute={absolute!r} is unknown; choose one of {', '.join(ABSOLUTE)}"
+            )
+        if absolute == "sine" and in_channels < 4:
+            raise ValueError(f"absolute=sine needs in_channels of at least 4, not {in_channels}")
         if backend not in BACKENDS:
             raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
         self.dk, self.dv, self.Nh = dk, dv, Nh
         self.relative = relative and dv > 0
+        self.absolute = absolute
         self.backend = backend
 
         self.conv_out: nn.Conv2d | None = None
@@ -112,7 +123,7 @@ class AugmentedConv(nn.Module):
         self.attn_out: nn.Conv2d | None = None
         if dv > 0:
             self.qkv_conv = nn.Conv2d(
-                in_channels,
+                in_channels + ABSOLUTE[absolute][1],
                 2 * dk + dv,
                 qkv_kernel_size,
                 stride if qkv_kernel_size > 1 else 1,
@@ -150,7 +161,8 @@ class AugmentedConv(nn.Module):
         assert self.qkv_conv is not None
         assert self.attn_out is not None
         down, right = self.subsample
-        qkv = self.qkv_conv(x[:, :, ::down, ::right])  # (B, 2 dk + dv, H, W)
+        place, _ = ABSOLUTE[self.absolute]
+        qkv = self.qkv_conv(place(x[:, :, ::down, ::right]))  # (B, 2 dk + dv, H, W)
         q, k, v = (
             t.unflatten(1, (self.Nh, -1)).permute(0, 1, 3, 4, 2)  # (B, Nh, H, W, per head)
             for t in qkv.split((self.dk, self.dk, self.dv), dim=1)
@@ -170,7 +182,7 @@ class AugmentedConv(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"dk={self.dk}, dv={self.dv}, Nh={self.Nh}, shape={self.shape}"
-        return f"{text}, relative={self.relative}, backend={self.backend}"
+        return f"{text}, relative={self.relative}, absolute={self.absolute}, backend={self.backend}"
 
 
 def _fit_loaded_tables(

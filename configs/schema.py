@@ -69,9 +69,9 @@ class AugmentedConvolution:
     dv: Union[int, float] = MISSING
     Nh: int = MISSING
     min_dkh: int = MISSING  # least key channels per head where dk is a fraction
-    relative: bool = MISSING
+    position: str = MISSING  # relative, none, sine or coord
     stages: list[int] = MISSING
-    backend: str = MISSING  # auto, reference or fold: the same values, computed differently
+    backend: str = MISSING  # aaconv.BACKENDS: the same values, computed differently
 
 
 @dataclass

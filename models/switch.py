@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from aaconv import AugmentedConv
 
+POSITIONS = ("relative", "none", "sine", "coord")
+
 
 @dataclass(frozen=True)
 class Plain:
@@ -30,7 +32,8 @@ class AA:
         Nh: heads. Fractions are rounded to a multiple of it, at least one channel per head.
         min_dkh: least key channels per head that a fraction may give; an int ``dk`` is taken
             as it is.
-        relative: learn relative positions.
+        position: how attention knows where a pixel is: ``relative`` (learned, the paper's own),
+            ``none``, ``sine`` or ``coord`` (see `aaconv.AugmentedConv`'s ``absolute``).
         stages: the stages, counted from 1, whose blocks are augmented.
         backend: how attention is computed, see `aaconv.attention_2d`.
     """
@@ -39,7 +42,7 @@ class AA:
     dv: int | float
     Nh: int
     min_dkh: int
-    relative: bool
+    position: str
     stages: Sequence[int]
     backend: str = "auto"
 
@@ -82,6 +85,11 @@ def check_switch(attention: Attention, stages: int) -> None:
         raise ValueError(f"attention.Nh={attention.Nh} must be at least 1")
     if attention.min_dkh < 1:
         raise ValueError(f"attention.min_dkh={attention.min_dkh} must be at least 1")
+    if attention.position not in POSITIONS:
+        raise ValueError(
+            f"attention.position={attention.position} is unknown; "
+            f"choose one of {', '.join(POSITIONS)}"
+        )
     for name, amount in (("dk", attention.dk), ("dv", attention.dv)):
         if isinstance(amount, float) and not 0 < amount < float("inf"):
             raise ValueError(f"attention.{name}={amount} must be a positive fraction, or an int")
@@ -119,7 +127,8 @@ def first_convolution(
             dv=dv,
             Nh=attention.Nh,
             shape=size,
-            relative=attention.relative,
+            relative=attention.position == "relative",
+            absolute="none" if attention.position == "relative" else attention.position,
             stride=stride,
             bias=False,
             backend=attention.backend,

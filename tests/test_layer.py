@@ -1,6 +1,7 @@
 """`AugmentedConv`: values, gradients, conventions, and what it refuses."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -232,6 +233,8 @@ def test_even_kernel_where_the_sizes_agree():
         ({"groups": 2}, "groups=2 must divide in_channels=5"),
         ({"qkv_kernel_size": 2}, "qkv_kernel_size=2 must be odd"),
         ({"backend": "quick"}, "backend='quick'"),
+        ({"absolute": "cosine"}, "absolute='cosine' is unknown; choose one of none, sine, coord"),
+        ({"absolute": "sine", "in_channels": 3}, "absolute=sine needs in_channels"),
     ],
 )
 def test_wrong_arguments_are_named(change, words):
@@ -314,3 +317,67 @@ def test_tables_of_other_queries_are_not_loaded():
 def test_without_relative_positions_shape_binds_nothing():
     x = image(2, 5, 5, 3)
     torch.testing.assert_close(build(relative=False)(x), build(relative=False, shape=0)(x))
+
+
+def place_by_hand(x, absolute):
+    """Each pixel's position written into the input, one channel after the other."""
+    B, C, H, W = x.shape
+    planes = []
+    if absolute == "sine":
+        n = C // 4
+        wavelengths = [10000 ** (i / max(n - 1, 1)) for i in range(n)]
+        for axis in range(2):
+            for function in (math.sin, math.cos):
+                for wavelength in wavelengths:
+                    plane = [
+                        [function((y, c)[axis] / wavelength) for c in range(W)] for y in range(H)
+                    ]
+                    planes.append(plane)
+        planes += [[[0.0] * W] * H] * (C - len(planes))
+        return x + torch.tensor(planes, dtype=x.dtype)
+    for what in ("column", "row", "distance"):
+        plane = []
+        for y in range(H):
+            for c in range(W):
+                row = 0 if H == 1 else -1 + 2 * y / (H - 1)
+                column = 0 if W == 1 else -1 + 2 * c / (W - 1)
+                distance = (row * row + column * column) ** 0.5
+                plane.append({"column": column, "row": row, "distance": distance}[what])
+        planes.append(plane)
+    extra = torch.tensor(planes, dtype=x.dtype).reshape(3, H, W)
+    return torch.cat((x, extra.expand(B, 3, H, W)), dim=1)
+
+
+@pytest.mark.parametrize("absolute", ["sine", "coord"])
+@pytest.mark.parametrize(("stride", "size"), [(1, (7, 5)), (2, (5, 9)), (1, (1, 3))])
+def test_absolute_positions_stand_in_the_input_of_the_attention(absolute, stride, size):
+    channels = 11
+    layer = build(in_channels=channels, relative=False, absolute=absolute, stride=stride)
+    extra = 3 if absolute == "coord" else 0
+    assert layer.qkv_conv.weight.shape == (16, channels + extra, 1, 1)
+    x = image(2, channels, *size)
+    attention = dict(layer.named_parameters())
+    convolution = {n: attention.pop(n) for n in ("conv_out.weight", "conv_out.bias")}
+    placed = place_by_hand(x[:, :, ::stride, ::stride], absolute)
+    expected = torch.cat(
+        (
+            nn.functional.conv2d(x, *convolution.values(), stride=stride, padding=1),
+            reference.augmented_conv(placed, attention, dk=6, dv=4, Nh=2),
+        ),
+        dim=1,
+    )
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-6)
+    plain = build(in_channels=channels, relative=False, stride=stride)
+    if extra == 0:
+        plain.load_state_dict(layer.state_dict())
+        assert (plain(x) - layer(x)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("absolute", ["sine", "coord"])
+def test_absolute_positions_keep_dtype_and_layout(absolute):
+    layer = build(relative=False, absolute=absolute).float()
+    x = image(2, 5, 3, 5).float().to(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    assert out.is_contiguous(memory_format=torch.channels_last)

@@ -19,7 +19,7 @@ from models import (
 from models.blocks import Shortcut
 from models.switch import GatherExcite, SqueezeExcite
 
-PAPER = AA(dk=0.2, dv=0.1, Nh=8, min_dkh=20, relative=True, stages=[1, 2, 3])
+PAPER = AA(dk=0.2, dv=0.1, Nh=8, min_dkh=20, position="relative", stages=[1, 2, 3])
 
 
 def wide(shortcut, attention):
@@ -43,7 +43,7 @@ def tiny(attention=Plain(), **change):  # noqa: B008
 
 
 def aa(**change):
-    settings = {"dk": 8, "dv": 4, "Nh": 2, "min_dkh": 1, "relative": True, "stages": [1, 2]}
+    settings = {"dk": 8, "dv": 4, "Nh": 2, "min_dkh": 1, "position": "relative", "stages": [1, 2]}
     return AA(**(settings | change))
 
 
@@ -99,7 +99,7 @@ def test_flops_of_wide_resnet_28_10():
     ("ratio", "millions"), [(0.25, 24.3), (0.5, 22.3), (0.75, 20.7), (1.0, 19.4)]
 )
 def test_parameters_of_resnet_50_over_the_ratio(ratio, millions):
-    attention = AA(ratio, ratio, 8, 20, True, [2, 3, 4])
+    attention = AA(ratio, ratio, 8, 20, "relative", [2, 3, 4])
     with torch.device("meta"):
         model = ResNet(
             "bottleneck",
@@ -112,6 +112,21 @@ def test_parameters_of_resnet_50_over_the_ratio(ratio, millions):
             attention,
         )
     assert round((count_parameters(model) + 3 * 64 * 40) / 1e6, 1) == millions
+
+
+@pytest.mark.parametrize(
+    ("position", "relative", "absolute"),
+    [
+        ("relative", True, "none"),
+        ("none", False, "none"),
+        ("sine", False, "sine"),
+        ("coord", False, "coord"),
+    ],
+)
+def test_position_reaches_every_augmented_layer(position, relative, absolute):
+    layers = augmented_layers(tiny(aa(position=position))).values()
+    assert len(layers) == 3
+    assert {(m.relative, m.absolute) for m in layers} == {(relative, absolute)}
 
 
 # He et al. print 0.27M, 0.46M, 0.66M, 0.85M and 1.7M for 10 classes; by arithmetic:
@@ -165,7 +180,7 @@ def test_channels_from_numbers_and_fractions(change, width, expected):
 
 
 def test_every_setting_of_aa_reaches_the_layer():
-    layer = augmented_layers(tiny(aa(dk=12, dv=6, Nh=3, relative=False, backend="reference")))
+    layer = augmented_layers(tiny(aa(dk=12, dv=6, Nh=3, position="none", backend="reference")))
     layer = layer["stages.0.0.conv1"]
     assert isinstance(layer, AugmentedConv)
     assert (layer.dk, layer.dv, layer.Nh, layer.backend) == (12, 6, 3, "reference")
@@ -243,6 +258,8 @@ def test_initialisation():
         (aa(dv=12), {}, "attention in stage 1: dv=12 .*out_channels=8"),
         (aa(Nh=0), {}, "attention.Nh=0"),
         (aa(min_dkh=0), {}, "attention.min_dkh=0"),
+        (aa(position="far"), {}, "attention.position=far is unknown; choose one of relative"),
+        (aa(position="sine"), {"stem": 3}, "attention in stage 1: absolute=sine needs in_channels"),
         (aa(dk=0.0), {}, "attention.dk=0.0"),
         (aa(dk=float("nan")), {}, "attention.dk=nan"),
         (aa(dv=-0.1), {}, "attention.dv=-0.1"),

@@ -178,7 +178,7 @@ def test_learns_a_batch_by_heart(run):
         "attention.dv=8",
         "attention.Nh=2",
         "attention.min_dkh=3",
-        "attention.relative=false",
+        "attention.position=none",
         "attention.stages=[2]",
         "model.shortcut=pad",
         "model.block=preact",
