@@ -4,7 +4,8 @@
     python train.py -m attention=none,aa seed=0,1,2
 
 configs/ holds the settings, configs/schema.py says what each one means. Everything that a run
-writes lies in its folder below outputs/: metrics.csv, summary.json, last.pt, train.log.
+writes lies in its folder below outputs/: metrics.csv, summary.json, last.pt, train.log; where the
+loss stopped being finite, failed.json instead of a summary.
 """
 
 import logging
@@ -27,7 +28,7 @@ from data import Batches, evaluation_batches
 from models import count_flops, count_parameters, layer_table
 from training import checkpoint, cli, provenance
 from training.device import choose_device, choose_dtype, peak_memory_mb, place
-from training.files import write_csv, write_json
+from training.files import FAILED, write_csv, write_json
 from training.scores import evaluate
 from training.settings import build_model, check, resolve
 from training.tracking import track
@@ -91,6 +92,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     if average is not None:
         parts["average"] = average
     rows: list[dict[str, Any]] = []
+    per_class: list[float | None] | None = None
     run_id = None
     if state is not None:
         for name, part in parts.items():
@@ -98,8 +100,10 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         torch.set_rng_state(state["rng"])
     for path in in_the_way:  # only now that nothing can be wrong with the settings
         path.unlink()
+    (run_dir / FAILED).unlink(missing_ok=True)
     if state is not None:
         rows, run_id = state["rows"], state["wandb_id"]
+        per_class = state.get("per_class_top1")
         write_csv(run_dir / "metrics.csv", rows)  # a kill may have come between the two files
         log.info("resumed %s behind epoch %d", found, len(rows))
 
@@ -190,7 +194,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             trained = time.perf_counter() - started
 
             # ---- Its score, and everything to go on from here ---------------------------------
-            scores = evaluate(
+            scores, per_class = evaluate(
                 network if average is None else average,
                 evaluation_batches(
                     dataset.evaluation, cfg.eval_batch_size, dataset.mean, dataset.std
@@ -213,6 +217,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
                 | {
                     "rng": torch.get_rng_state(),
                     "rows": rows,
+                    "per_class_top1": per_class,
                     "config": config,
                     "wandb_id": tracker.id,
                 },
@@ -238,6 +243,8 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             "epochs": len(rows),
             "seed": cfg.seed,
             "seconds": sum(row["seconds"] for row in rows),
+            "per_class_top1": per_class,
+            "class_names": list(dataset.class_names),
             **facts,
             "config": config,
         }

@@ -78,6 +78,31 @@ def test_a_mistake_does_not_touch_a_finished_run(command, tmp_path, capsys):
     assert summary.exists()
 
 
+def test_a_run_that_diverges_leaves_word_of_it_until_it_is_run_again(command, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command(*TINY, "optim.lr=1e30", "hydra.run.dir='" + str(tmp_path / "r'"))
+    assert stopped.value.code == 2
+    assert "the loss is not finite at epoch 1" in capsys.readouterr().err
+    written = json.loads((tmp_path / "r" / "failed.json").read_text())
+    assert "not finite at epoch 1" in written["error"]
+    command(*TINY, "epochs=1", "hydra.run.dir='" + str(tmp_path / "r'"))
+    assert not (tmp_path / "r" / "failed.json").exists()
+    assert (tmp_path / "r" / "summary.json").exists()
+
+
+def test_an_interrupted_run_says_how_to_go_on(command, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        command(*TINY)
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == (
+        "train.py: interrupted; resume=auto goes on behind the last epoch\n"
+    )
+
+
 def test_a_full_traceback_on_request(tmp_path):
     done = subprocess.run(
         [sys.executable, "train.py", "epochs=0", f"out_dir={tmp_path}"],

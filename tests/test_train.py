@@ -46,6 +46,7 @@ def test_what_a_run_writes(run, tmp_path):
     assert summary["config"]["attention"]["dk"] == 0.5
     assert summary["parameters"] > 0
     assert summary["flops"] > 0
+    assert len(summary["per_class_top1"]) == len(summary["class_names"]) == 8
     assert summary["versions"]["torch"] == torch.__version__
     assert len(summary["commit"].removesuffix("-dirty")) in (40, len("unknown"))
 
@@ -70,7 +71,7 @@ def test_what_the_dashboard_is_told(run, monkeypatch):
 def test_the_last_epoch_counts_not_the_best(run, tmp_path, monkeypatch):
     scores = iter([90.0, 10.0])
     monkeypatch.setattr(
-        train, "evaluate", lambda *_: {"eval_loss": 1.0, "top1": next(scores), "top5": 99.0}
+        train, "evaluate", lambda *_: ({"eval_loss": 1.0, "top1": next(scores), "top5": 99.0}, [])
     )
     assert run()["top1"] == 10.0
 
@@ -118,6 +119,7 @@ def test_resume_from_a_path_and_of_a_finished_run(run, tmp_path):
     first = run(folder="a")
     again = run(f"resume={tmp_path / 'a'}", folder="b")
     assert again["top1"] == first["top1"]
+    assert again["per_class_top1"] == first["per_class_top1"]
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     assert run("resume=auto", folder="new")["epochs"] == 2
 

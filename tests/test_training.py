@@ -72,13 +72,17 @@ def test_correct_in_top():
 def test_evaluate_counts_every_image_once_and_leaves_no_gradient():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.Dropout(0.5))
-    images, labels = torch.randn(23, 3, 2, 2), torch.randint(7, (23,))
+    images, labels = torch.randn(23, 3, 2, 2), torch.randint(6, (23,))
     batches = zip(images.split(5), labels.split(5), strict=True)
-    scores = evaluate(model, batches, torch.autocast("cpu", enabled=False))
+    scores, per_class = evaluate(model, batches, torch.autocast("cpu", enabled=False))
     logits = model[1](images.flatten(1))
     rank = [(row > row[label]).sum().item() for row, label in zip(logits, labels, strict=True)]
     assert scores["top1"] == pytest.approx(100 * sum(r < 1 for r in rank) / 23)
     assert scores["top5"] == pytest.approx(100 * sum(r < 5 for r in rank) / 23)
+    for label in range(6):
+        ranks = [r for r, its in zip(rank, labels.tolist(), strict=True) if its == label]
+        assert per_class[label] == pytest.approx(100 * sum(r < 1 for r in ranks) / len(ranks))
+    assert per_class[6:] == [None]  # no image has that label
     log_likelihood = [
         row[label] - row.exp().sum().log() for row, label in zip(logits, labels, strict=True)
     ]

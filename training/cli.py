@@ -12,6 +12,8 @@ from typing import Any, NoReturn
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from training.files import FAILED, write_json
+
 # Read before `run` sets the variable for its own purpose.
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
@@ -22,7 +24,8 @@ HYDRAS_OWN = {".hydra", "train.log"}
 def run(main: Callable[[], Any]) -> None:
     """Call a Hydra main function; a mistake in the command line ends it with one line, code 2.
 
-    With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
+    Ctrl-C ends it with one line too, and code 130. With HYDRA_FULL_ERROR=1 in the environment the
+    traceback is shown instead.
     """
     if FULL_ERROR:
         main()
@@ -33,6 +36,9 @@ def run(main: Callable[[], Any]) -> None:
         main()
     except (HydraException, OmegaConfBaseException, OSError) as error:
         _stop(error)
+    except KeyboardInterrupt:
+        print("train.py: interrupted; resume=auto goes on behind the last epoch", file=sys.stderr)
+        sys.exit(130)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
@@ -43,11 +49,13 @@ def one_line_errors(run_dir: Path, out_dir: Path) -> Iterator[None]:
 
     These are ValueError, OSError, a loss that is not finite, and Hydra's own errors. A folder in
     which the run has not yet written anything is removed again, with those above it that are then
-    empty, up to ``out_dir``.
+    empty, up to ``out_dir``; a loss that is not finite is a result, and leaves failed.json there.
     """
     try:
         yield
     except (ValueError, OSError, FloatingPointError, HydraException) as error:
+        if isinstance(error, FloatingPointError):
+            write_json(run_dir / FAILED, {"error": str(error)})
         _remove_unused(run_dir, out_dir)
         if FULL_ERROR:
             raise

@@ -8,6 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+# What a run whose loss stopped being finite leaves instead of summary.json: the error, in JSON.
+FAILED = "failed.json"
+
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Call ``write`` with an open file that then takes the place of ``path`` in one move.

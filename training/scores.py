@@ -21,24 +21,33 @@ def evaluate(
     model: nn.Module | Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: torch.autocast,
-) -> dict[str, float]:
-    """Mean cross-entropy (nats) and top-1 and top-5 accuracy (per cent) over all images."""
+) -> tuple[dict[str, float], list[float | None]]:
+    """Mean cross-entropy (nats) and top-1 and top-5 accuracy (per cent) over all images.
+
+    Beside them the top-1 accuracy of each class, None for a class without images.
+    """
     if isinstance(model, nn.Module):
         model.eval()
-    total: list[Tensor] = []
-    images_seen = 0
+    losses: list[Tensor] = []
+    in_top5: list[Tensor] = []
+    by_class: list[Tensor] = []  # (2, classes): images that are right, and all images
     for images, labels in batches:
         with autocast:
             logits = model(images)
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        top1, top5 = (correct_in_top(logits, labels, k) for k in (1, 5))
-        total.append(torch.stack((loss.double(), top1.double(), top5.double())))
-        images_seen += len(labels)
-    assert images_seen > 0
-    loss_sum, top1_sum, top5_sum = torch.stack(total).sum(0).tolist()
-    return {
-        "eval_loss": loss_sum / images_seen,
-        "top1": 100 * top1_sum / images_seen,
-        "top5": 100 * top5_sum / images_seen,
+        losses.append(F.cross_entropy(logits, labels, reduction="sum").double())
+        in_top5.append(correct_in_top(logits, labels, 5))
+        right = (logits.argmax(dim=1) == labels).double()
+        # Not bincount, for whose size a GPU would make the CPU wait.
+        counts = right.new_zeros(2, logits.shape[1])
+        by_class.append(counts.index_add_(1, labels, torch.stack((right, torch.ones_like(right)))))
+    assert by_class
+    right_in, images_of = torch.stack(by_class).sum(0).tolist()
+    images_seen = sum(images_of)
+    scores = {
+        "eval_loss": torch.stack(losses).sum().item() / images_seen,
+        "top1": 100 * sum(right_in) / images_seen,
+        "top5": 100 * torch.stack(in_top5).sum().item() / images_seen,
     }
+    classes = zip(right_in, images_of, strict=True)
+    return scores, [100 * right / seen if seen else None for right, seen in classes]
