@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Any, Optional, Union
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 # OmegaConf reads these annotations at run time and knows `Union` and `Optional`, not `X | Y`.
 # ruff: noqa: UP007, UP045
@@ -183,7 +183,16 @@ class Config:
 
 
 def register() -> None:
-    """Make the types known to Hydra under the names that the YAML files use."""
+    """Make known to Hydra the types, under the names that the YAML files use, and a resolver.
+
+    ``${if_augmented:${attention._target_},A,B}`` is A for networks with augmented convolutions and
+    B for the others: the paper trains the two differently.
+    """
+    OmegaConf.register_new_resolver(
+        "if_augmented",
+        lambda target, there, otherwise: there if target == "models.AA" else otherwise,
+        replace=True,
+    )
     store = ConfigStore.instance().store
     store(name="schema", node=Config)
     for group, name, node in (

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -325,22 +326,60 @@ def test_every_model_takes_every_attention(settings, model):
         assert network(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 100)
 
 
+@pytest.mark.parametrize("experiment", options("experiment"))
+def test_every_experiment_trains(run, experiment):
+    small = [
+        "data=lookup",
+        "data.train_size=32",
+        "data.test_size=16",
+        "batch_size=16",
+        "epochs=1",
+        "model.depths=[1,1,1]",
+        "model.widths=[8,8,8]",
+        "model.stem=4",
+        "tracking=csv",
+        "compile=false",
+    ]
+    summary = run(f"experiment={experiment}", *small, base=[])
+    assert summary["config"]["name"] == experiment
+    assert 0 <= summary["top1"] <= 100
+
+
+@pytest.mark.parametrize("attention", ["none", "ge", "se", "aa"])
+def test_the_papers_recipe_and_the_equal_one(settings, attention):
+    cfg = settings("experiment=table1", f"attention={attention}", base=[])
+    batch = 256 if attention == "aa" else 1024
+    assert cfg.batch_size == batch
+    assert cfg.optim.lr == pytest.approx(0.2 * batch / 256)
+    assert cfg.optim.weight_decay == (5e-4 if attention == "aa" else 2e-4)
+    equal = settings("experiment=table1_equal", f"attention={attention}", base=[])
+    assert (equal.batch_size, equal.optim.lr, equal.optim.weight_decay) == (256, 0.2, 5e-4)
+    for paper in (cfg, equal):
+        assert (paper.epochs, paper.schedule.warmup, paper.model.shortcut.name) == (
+            500,
+            0.05,
+            "pad",
+        )
+        assert (paper.optim.momentum, paper.optim.nesterov) == (0.9, False)
+
+
+def test_sweeps_of_the_experiments():
+    def sweep(experiment):
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            cfg = compose("config", [f"experiment={experiment}"], return_hydra_config=True)
+        return dict(cfg.hydra.sweeper.params)
+
+    assert sweep("ablation_position") == {"attention.position": "relative,none,sine,coord"}
+    assert sweep("ablation_ratio") == {"attention.dk": "0.25,0.5,0.75,1.0"}
+    assert sweep("sweep_heads").keys() == {"attention.dk", "attention.dv", "attention.Nh"}
+
+
 @pytest.mark.parametrize("group", ["data", "optim", "schedule", "tracking", "experiment"])
 def test_every_option_composes(settings, group):
     for option in options(group):
         OmegaConf.to_container(
             settings(f"{group}={option}", base=[]), resolve=True, throw_on_missing=True
         )
-
-
-@pytest.mark.parametrize("experiment", options("experiment"))
-def test_every_experiment_takes_a_small_step(run, experiment):
-    small = [f"experiment={experiment}", "epochs=1", "batch_size=4", "tracking=csv"]
-    if experiment == "lookup":
-        small += ["data.train_size=8", "data.test_size=8"]
-    else:
-        small += ["data=lookup", "data.train_size=8", "data.test_size=8"]
-    assert run(*small, base=[])["epochs"] == 1
 
 
 def test_tiny_is_what_the_other_tests_take_it_for(settings):
