@@ -43,8 +43,11 @@ class Batches:
     same on every device, do not depend on the batch size or on which augmentations are on, and an
     epoch resumed at batch ``start`` needs no saved state.
 
-    Raises ValueError if ``batch_size`` is below 1 or above the number of images, or if the
-    augmentation does not fit the image.
+    With ``part`` = (p, n) only the p-th of n equal parts of each batch is made, p counted from 0:
+    put behind each other, those of n processes are the batches of one.
+
+    Raises ValueError if ``batch_size`` is below 1, above the number of images or not divisible by
+    the number of parts, or if the augmentation does not fit the image.
     """
 
     def __init__(
@@ -55,17 +58,23 @@ class Batches:
         mean: Colour,
         std: Colour,
         seed: int,
+        part: tuple[int, int] = (0, 1),
     ) -> None:
         if not 1 <= batch_size <= len(images):
             raise ValueError(
                 f"batch_size={batch_size} does not fit {len(images)} training images; "
                 f"give 1 to {len(images)}"
             )
+        if batch_size % part[1]:
+            raise ValueError(
+                f"batch_size={batch_size} must be divisible by the {part[1]} processes"
+            )
         augmentation.check_fits(images.pixels.shape[1], images.pixels.shape[2])
         self.images = images
         self.batch_size = batch_size
         self.augmentation = augmentation
         self.seed = seed
+        self.part = part
         self._scale, self._shift = _scale_and_shift(mean, std, images.pixels.device)
 
     def __len__(self) -> int:
@@ -83,9 +92,11 @@ class Batches:
 
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         draws = self._draw(epoch).to(self.images.pixels.device)
+        index, parts = self.part
+        share = self.batch_size // parts
         for batch in range(start, len(self)):
-            first = batch * self.batch_size
-            yield self._make(draws.part(first, first + self.batch_size))
+            first = batch * self.batch_size + index * share
+            yield self._make(draws.part(first, first + share))
 
     def _draw(self, epoch: int) -> _Draws:
         number, height, width, _ = self.images.pixels.shape

@@ -30,6 +30,10 @@ class Images:
         """The same images with both tensors on ``device``."""
         return Images(self.pixels.to(device), self.labels.to(device))
 
+    def part(self, index: int, parts: int) -> Images:
+        """Every ``parts``-th image from ``index`` on: for index 0 to parts - 1 each one once."""
+        return Images(self.pixels[index::parts], self.labels[index::parts])
+
 
 @dataclass(frozen=True)
 class Augmentation:

@@ -199,6 +199,30 @@ def test_the_images_themselves_stay_as_they_are():
     assert torch.equal(images.pixels, before)
 
 
+def test_the_parts_of_several_processes_are_the_batches_of_one():
+    augmentation = Augmentation(crop_pad=2, flip=True, cutout=3)
+    whole = list(batches(augmentation, 6).epoch(2))
+    parts = [
+        list(Batches(random_images(), 6, augmentation, MEAN, STD, 3, part=(p, 3)).epoch(2))
+        for p in range(3)
+    ]
+    assert len(whole) == 4
+    for together, *shares in zip(whole, *parts, strict=True):
+        for both, pieces in zip(together, zip(*shares, strict=True), strict=True):
+            assert torch.equal(both, torch.cat(pieces))
+    with pytest.raises(ValueError, match="batch_size=5 must be divisible by the 3 processes"):
+        Batches(random_images(), 5, augmentation, MEAN, STD, 3, part=(0, 3))
+
+
+def test_parts_of_a_set_have_each_image_once():
+    images = random_images()
+    parts = [images.part(p, 4) for p in range(4)]
+    assert sorted(len(p) for p in parts) == [7, 7, 7, 8]
+    labels = torch.cat([p.labels for p in parts])
+    assert labels.sort().values.tolist() == list(range(NUMBER))
+    assert all(torch.equal(p.pixels, images.pixels[p.labels]) for p in parts)
+
+
 def test_evaluation_is_in_order_and_whole():
     images = random_images()
     parts = list(evaluation_batches(images, 8, MEAN, STD))

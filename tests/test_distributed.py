@@ -1,0 +1,125 @@
+"""Several processes: what they share, sum and normalise together, against one process."""
+
+import os
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from training import distributed
+
+CPU = torch.device("cpu")
+
+
+def network(dtype):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(45, 2)
+    ).to(dtype)
+
+
+def example(dtype):
+    generator = torch.Generator().manual_seed(1)
+    return 3 * torch.randn(6, 3, 5, 5, generator=generator, dtype=dtype) + 1
+
+
+def results_of(model, forward, x):
+    """Loss, gradients, running statistics, and the evaluated output after a training step."""
+    loss = forward(x).square().mean()
+    loss.backward()
+    distributed.same_buffers(model)
+    model.eval()
+    return [
+        distributed.total(loss.detach()) / distributed.world().size,
+        *(p.grad for p in model.parameters()),
+        *model.buffers(),
+        model(example(x.dtype)).detach(),
+    ]
+
+
+def one_of_two(rank, port, synchronised, folder):
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    torch.set_num_threads(1)
+    with distributed.joined(CPU) as world:
+        assert (world.rank, world.size, world.writes) == (rank, 2, rank == 0)
+        model = network(torch.float64)
+        if synchronised:
+            distributed.synchronise_normalisation(model, CPU)
+        names = set(model.state_dict())
+        x = example(torch.float64).chunk(2)[rank]
+        results = results_of(model, distributed.averaging(model, CPU), x)
+        assert distributed.agreed(rank == 1, CPU)
+        assert not distributed.agreed(False, CPU)
+        assert distributed.total(torch.tensor(rank + 1)).item() == 3
+        distributed.wait()
+    assert names == set(network(torch.float64).state_dict())
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+def two_processes(synchronised, folder):
+    port = 20000 + os.getpid() % 20000
+    mp.spawn(one_of_two, (port, synchronised, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_synchronised_normalisation_is_that_of_the_whole_batch(tmp_path):
+    model = network(torch.float64)
+    expected = results_of(model, model, example(torch.float64))
+    for results in two_processes(True, tmp_path):
+        for a, b in zip(results, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_without_it_each_normalises_its_part_and_the_first_ones_statistics_count(tmp_path):
+    first, second = two_processes(False, tmp_path)
+    model = network(torch.float64)
+    losses, gradients = [], []
+    for part in example(torch.float64).chunk(2):
+        model.zero_grad()
+        losses.append(model(part).square().mean())
+        losses[-1].backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    torch.testing.assert_close(first[0], sum(losses).detach() / 2)
+    for ours, a, b in zip(first[1:6], *gradients, strict=True):
+        torch.testing.assert_close(ours, (a + b) / 2)
+    for a, b in zip(first, second, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_one_process_is_left_as_it_is(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with distributed.joined(CPU) as world:
+        assert world == (0, 1, 0)
+        assert world.writes
+        model = network(torch.float32)
+        assert distributed.averaging(model, CPU) is model
+        assert distributed.synchronise_normalisation(model, CPU) is model
+        assert type(model[1]) is nn.BatchNorm2d
+        assert distributed.agreed(True, CPU)
+        value = torch.tensor(3.0)
+        assert distributed.total(value) is value
+        distributed.wait()
+
+
+def test_half_precision_stays(monkeypatch):
+    monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
+    norm = nn.BatchNorm2d(5)
+    x = example(torch.float32)[:, [0, 1, 2, 0, 1]]
+    expected = norm(x)
+    statistics = norm.running_mean.clone(), norm.running_var.clone()
+    norm.reset_running_stats()
+    norm.__class__ = distributed._SyncedBatchNorm2d
+    torch.testing.assert_close(norm(x), expected)
+    torch.testing.assert_close((norm.running_mean, norm.running_var), statistics)
+    assert norm(x.bfloat16()).dtype == torch.bfloat16
+    norm.eval()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(norm(x), expected)
