@@ -1,6 +1,7 @@
 """Several processes: what they share, sum and normalise together, against one process."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def one_of_two(rank, port, synchronised, folder):
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    with distributed.joined(CPU) as world:
+    with distributed.joined() as world:
         assert (world.rank, world.size, world.writes) == (rank, 2, rank == 0)
         model = network(torch.float64)
         if synchronised:
@@ -55,10 +56,15 @@ def one_of_two(rank, port, synchronised, folder):
         names = set(model.state_dict())
         x = example(torch.float64).chunk(2)[rank]
         results = results_of(model, distributed.averaging(model, CPU), x)
-        assert distributed.agreed(rank == 1, CPU)
-        assert not distributed.agreed(False, CPU)
+        assert distributed.agreed(rank == 1)
+        assert not distributed.agreed(False)
         assert distributed.total(torch.tensor(rank + 1)).item() == 3
-        distributed.wait()
+        assert distributed.mean(torch.tensor(float(rank))).item() == 0.5
+        assert distributed.from_first(lambda: {"rank": rank}) == {"rank": 0}
+        marker = Path(folder) / f"first{synchronised}"
+        with distributed.first_of_machine():
+            assert marker.exists() == (rank == 1)
+            marker.touch()
     assert names == set(network(torch.float64).state_dict())
     torch.save(results, f"{folder}/{rank}.pt")
 
@@ -96,17 +102,20 @@ def test_without_it_each_normalises_its_part_and_the_first_ones_statistics_count
 def test_one_process_is_left_as_it_is(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    with distributed.joined(CPU) as world:
+    with distributed.joined() as world:
         assert world == (0, 1, 0)
         assert world.writes
         model = network(torch.float32)
         assert distributed.averaging(model, CPU) is model
         assert distributed.synchronise_normalisation(model, CPU) is model
         assert type(model[1]) is nn.BatchNorm2d
-        assert distributed.agreed(True, CPU)
+        assert distributed.agreed(True)
         value = torch.tensor(3.0)
         assert distributed.total(value) is value
-        distributed.wait()
+        assert distributed.mean(value) is value
+        assert distributed.from_first(lambda: value) is value
+        with distributed.first_of_machine(), distributed.unaveraged(model):
+            pass
 
 
 def test_half_precision_stays(monkeypatch):

@@ -5,14 +5,16 @@ Without torchrun there is one process, and everything here leaves things as they
 
 import datetime
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 # A process that does not come to a sum within this time is given up, and all end.
 PATIENCE = datetime.timedelta(seconds=50)
@@ -40,21 +42,57 @@ def world() -> World:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
-    """The processes know each other inside: nccl on GPUs, gloo on CPUs.
+def joined() -> Iterator[World]:
+    """The processes know each other inside: they exchange by nccl on GPUs, by gloo on CPUs.
 
     Raises:
-        RuntimeError: later, from any exchange, if another process has died or does not answer.
+        ConnectionError: another process has died, or did not come to an exchange in time.
     """
     here = world()
     if here.size == 1:
         yield here
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
     try:
         yield here
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        # Gloo has no error of its own; its messages name its source file.
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+            raise ConnectionError(
+                f"process {here.rank} of {here.size}: another one has died or does not answer "
+                f"({str(error).splitlines()[0]}); the same command with resume=auto goes on"
+            ) from error
+        raise
+    # Not after an error: where another process is missing, nccl would wait for it.
+    dist.destroy_process_group()
+
+
+@contextmanager
+def first_of_machine() -> Iterator[None]:
+    """Each machine's first process goes through the ``with`` before its others begin with it.
+
+    What it does there, a download for example, may take longer than an exchange.
+    """
+    here = world()
+    if not dist.is_initialized():
+        yield
+        return
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
+    if here.local_rank > 0:
+        dist.barrier(group)
+    yield
+    if here.local_rank == 0:
+        dist.barrier(group)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What ``make`` gives in the first process, which alone calls it."""
+    if not dist.is_initialized():
+        return make()
+    value = [make() if world().writes else None]
+    dist.broadcast_object_list(value, 0, device=torch.device("cpu"))
+    return cast(T, value[0])
 
 
 def total(value: Tensor) -> Tensor:
@@ -65,17 +103,15 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def agreed(flag: bool, device: torch.device) -> bool:
+def mean(value: Tensor) -> Tensor:
+    """The mean over all processes."""
+    return total(value) / world().size if dist.is_initialized() else value
+
+
+def agreed(flag: bool) -> bool:
     """Whether it is true in any process; all must ask."""
-    if not dist.is_initialized():
-        return flag
-    return total(torch.tensor(int(flag), device=device)).item() > 0
-
-
-def wait() -> None:
-    """Return when all processes have come here."""
-    if dist.is_initialized():
-        dist.barrier()
+    # On the CPU whatever the device: a GPU is not waited for.
+    return flag if not dist.is_initialized() else total(torch.tensor(int(flag))).item() > 0
 
 
 def averaging(network: Any, device: torch.device) -> Any:
@@ -83,6 +119,11 @@ def averaging(network: Any, device: torch.device) -> Any:
     if not dist.is_initialized():
         return network
     return DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
+
+
+def unaveraged(network: Any) -> AbstractContextManager[None]:
+    """Gradients inside stay with their process, to be averaged with the next ones outside."""
+    return network.no_sync() if dist.is_initialized() else nullcontext()
 
 
 def same_buffers(model: nn.Module) -> None:
