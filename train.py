@@ -4,13 +4,15 @@
     python train.py -m attention=none,aa seed=0,1,2
 
 configs/ holds the settings, configs/schema.py says what each one means. Everything that a run
-writes lies in its folder below outputs/: metrics.csv, summary.json, last.pt, train.log; where the
-loss stopped being finite, failed.json instead of a summary.
+writes lies in its folder below outputs/: metrics.csv, summary.json, last.pt and previous.pt (its
+checkpoints), train.log; where the loss stopped being finite, failed.json instead of a summary.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,21 @@ import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from configs.schema import register
 from data import Batches, evaluation_batches
 from models import count_flops, count_parameters, layer_table
-from training import checkpoint, cli, provenance
-from training.device import choose_device, choose_dtype, peak_memory_mb, place
+from training import checkpoint, cli, provenance, stopping
+from training.device import (
+    choose_device,
+    choose_dtype,
+    peak_memory_mb,
+    place,
+    set_deterministic,
+)
 from training.files import FAILED, write_csv, write_json
 from training.scores import evaluate
 from training.settings import build_model, check, resolve
@@ -44,23 +53,20 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         ValueError: settings that contradict each other or what is at hand.
         FileNotFoundError: no data or no checkpoint where ``cfg`` says.
         FloatingPointError: the loss stopped being finite; the message names epoch and step.
+        OSError: the disk is full or ``run_dir`` cannot be written; the checkpoints are whole.
+        SystemExit: a signal or ``max_minutes`` stopped the run, which ``resume`` continues; the
+            code is that of `training.stopping.Stop`.
     """
     # ---- What is asked for, and whether it can be had -----------------------------------------
     config = resolve(cfg)
     check(cfg)
     device = choose_device(cfg.device)
     dtype = choose_dtype(config["precision"], device)
-    found = checkpoint.find(cfg.resume, run_dir)
-    goes_on_here = found is not None and found.parent.resolve() == run_dir.resolve()
-    in_the_way = [] if goes_on_here else results(run_dir)
-    if in_the_way and not cfg.overwrite:
-        raise ValueError(
-            f"{run_dir} already holds a run; resume=auto continues it, overwrite=true replaces it"
-        )
-    state = checkpoint.load(found, config) if found else None
+    resumed, state, in_the_way = checkpoint.begin(cfg.resume, run_dir, config, cfg.overwrite)
     dataset = instantiate(cfg.data, _convert_="all").to(device)
 
     torch.manual_seed(cfg.seed)
+    set_deterministic(cfg.deterministic)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
     model = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
@@ -81,8 +87,9 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     average = None
     if cfg.ema is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
-    network: Callable[..., torch.Tensor] = torch.compile(model) if cfg.compile else model
+    network: Callable[..., Tensor] = torch.compile(model) if cfg.compile else model
 
+    # ---- Where it begins: with nothing, or behind a step of before ------------------------------
     parts: dict[str, Any] = {
         "model": model,
         "optimizer": optimizer,
@@ -93,19 +100,17 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         parts["average"] = average
     rows: list[dict[str, Any]] = []
     per_class: list[float | None] | None = None
+    so_far = begin_epoch(len(batches))
     run_id = None
-    if state is not None:
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        torch.set_rng_state(state["rng"])
-    for path in in_the_way:  # only now that nothing can be wrong with the settings
-        path.unlink()
-    (run_dir / FAILED).unlink(missing_ok=True)
-    if state is not None:
-        rows, run_id = state["rows"], state["wandb_id"]
-        per_class = state.get("per_class_top1")
+    if resumed is not None:
+        checkpoint.restore(state, parts, device, resumed)
+        rows, per_class = state["rows"], state["per_class_top1"]
+        so_far, run_id = state["so_far"], state["wandb_id"]
+        log.info("resumed %s behind epoch %d, step %d", resumed, len(rows), so_far["step"])
+    for path in (*in_the_way, run_dir / FAILED):  # now that nothing is wrong with the settings
+        path.unlink(missing_ok=True)
+    if rows:
         write_csv(run_dir / "metrics.csv", rows)  # a kill may have come between the two files
-        log.info("resumed %s behind epoch %d", found, len(rows))
 
     # ---- What will run ------------------------------------------------------------------------
     facts = {
@@ -133,47 +138,42 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     for line in layer_table(model):
         log.info(line)
 
-    with track(
-        config["wandb"]["mode"],
-        folder=Path(cfg.out_dir),
-        project=cfg.wandb.project,
-        entity=cfg.wandb.entity,
-        group=cfg.wandb.group,
-        name=f"{run_dir.parent.name} {run_dir.name}",
-        config=config | {"facts": facts},
-        run_id=run_id,
-    ) as tracker:
-        # ---- The epochs -----------------------------------------------------------------------
+    with (
+        stopping.Stop(cfg.max_minutes) as stop,
+        track(
+            config["wandb"]["mode"],
+            folder=Path(cfg.out_dir),
+            project=cfg.wandb.project,
+            entity=cfg.wandb.entity,
+            group=cfg.wandb.group,
+            name=f"{run_dir.parent.name} {run_dir.name}",
+            config=config | {"facts": facts},
+            run_id=run_id,
+        ) as tracker,
+    ):
+        save = partial(checkpoint.save, run_dir, parts, device, config=config, wandb_id=tracker.id)
+        saved = time.monotonic()
         for epoch in range(len(rows), cfg.epochs):
-            started = time.perf_counter()
+            # ---- An epoch, or what a checkpoint inside of it has left to do -------------------
+            loss_sum = so_far["loss_sum"].to(device)
+            # The first step whose loss is not finite, kept on the device: reading the loss at
+            # every step would make the GPU wait for the CPU.
+            broken_at = so_far["broken_at"].to(device)
+            started = time.perf_counter() - so_far["seconds"]
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             model.train()
-            loss_sum = torch.zeros((), device=device)
-            # The first step whose loss is not finite, kept on the device: reading the loss at
-            # every step would make the GPU wait for the CPU.
-            broken_at = torch.full((), len(batches), device=device)
             progress = tqdm(
-                batches.epoch(epoch),
+                batches.epoch(epoch, so_far["step"]),
                 f"epoch {epoch + 1}/{cfg.epochs}",
+                initial=so_far["step"],
                 total=len(batches),
                 disable=None,
                 leave=False,
             )
-            for step, (images, labels) in enumerate(progress):
-                step_loss = torch.zeros((), device=device)
-                pieces = zip(
-                    images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True
-                )
-                for piece, target in pieces:
-                    with autocast:
-                        logits = network(piece)
-                    loss = F.cross_entropy(
-                        logits.float(), target, label_smoothing=cfg.label_smoothing
-                    )
-                    loss = loss / cfg.grad_accum
-                    scaler.scale(loss).backward()
-                    step_loss += loss.detach()
+            stops = False
+            for step, (images, labels) in enumerate(progress, start=so_far["step"]):
+                step_loss = add_gradients(network, images, labels, cfg, autocast, scaler)
                 if cfg.grad_clip is not None:
                     scaler.unscale_(optimizer)
                     torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -183,45 +183,58 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
                 schedule.step()
                 if average is not None:
                     average.update_parameters(model)
-                loss_sum += step_loss
+                loss_sum = loss_sum + step_loss
                 broken_at = torch.where(step_loss.isfinite(), broken_at, broken_at.clamp(max=step))
-                if (step + 1) % cfg.log_every == 0 or step + 1 == len(batches):
+
+                done = step + 1 == len(batches)
+                stops = stop.why() is not None
+                due = time.monotonic() - saved >= 60 * (cfg.checkpoint_minutes or math.inf)
+                if done or stops or due or (step + 1) % cfg.log_every == 0:
                     stop_if_broken(broken_at, epoch, len(batches))
                     seen, seconds = (step + 1) * cfg.batch_size, time.perf_counter() - started
                     progress.set_postfix_str(
                         f"loss {loss_sum.item() / (step + 1):.3f}, {seen / seconds:.0f} images/s"
                     )
-            trained = time.perf_counter() - started
+                if done or stops or due:
+                    so_far = {
+                        "step": step + 1,
+                        "loss_sum": loss_sum,
+                        "broken_at": broken_at,
+                        "seconds": time.perf_counter() - started,
+                        "peak_memory_mb": max(so_far["peak_memory_mb"], peak_memory_mb(device)),
+                    }
+                if stops:
+                    break
+                if due:
+                    save(rows=rows, per_class_top1=per_class, so_far=so_far)
+                    saved, started = time.monotonic(), time.perf_counter() - so_far["seconds"]
 
             # ---- Its score, and everything to go on from here ---------------------------------
-            scores, per_class = evaluate(
-                network if average is None else average,
-                evaluation_batches(
-                    dataset.evaluation, cfg.eval_batch_size, dataset.mean, dataset.std
-                ),
-                autocast,
-            )
+            if not stops:
+                scores, per_class_now = evaluate(
+                    network if average is None else average,
+                    stop.until_signalled(
+                        evaluation_batches(
+                            dataset.evaluation, cfg.eval_batch_size, dataset.mean, dataset.std
+                        )
+                    ),
+                    autocast,
+                )
+            if stops or stop.signal is not None:  # an evaluation broken off begins anew
+                save(rows=rows, per_class_top1=per_class, so_far=so_far)
+                break
             row = {
                 "epoch": epoch + 1,
                 "train_loss": loss_sum.item() / len(batches),
                 **scores,
                 "lr": optimizer.param_groups[0]["lr"],
-                "images_per_s": len(batches) * cfg.batch_size / trained,
-                "peak_memory_mb": peak_memory_mb(device),
+                "images_per_s": len(batches) * cfg.batch_size / so_far["seconds"],
+                "peak_memory_mb": max(so_far["peak_memory_mb"], peak_memory_mb(device)),
                 "seconds": time.perf_counter() - started,
             }
-            rows.append(row)
-            checkpoint.save(
-                run_dir,
-                {name: part.state_dict() for name, part in parts.items()}
-                | {
-                    "rng": torch.get_rng_state(),
-                    "rows": rows,
-                    "per_class_top1": per_class,
-                    "config": config,
-                    "wandb_id": tracker.id,
-                },
-            )
+            rows, per_class, so_far = [*rows, row], per_class_now, begin_epoch(len(batches))
+            save(rows=rows, per_class_top1=per_class, so_far=so_far)
+            saved = time.monotonic()
             write_csv(run_dir / "metrics.csv", rows)
             tracker.log(row)
             log.info(
@@ -235,32 +248,74 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
                 row["lr"],
                 row["images_per_s"],
             )
+            if stop.why() is not None:
+                break
 
         # ---- The last epoch's figures, never the best one's ------------------------------------
-        last = {k: rows[-1][k] for k in ("train_loss", "eval_loss", "top1", "top5")}
-        summary = {
-            **last,
-            "epochs": len(rows),
-            "seed": cfg.seed,
-            "seconds": sum(row["seconds"] for row in rows),
-            "per_class_top1": per_class,
-            "class_names": list(dataset.class_names),
-            **facts,
-            "config": config,
-        }
-        write_json(run_dir / "summary.json", summary)
-        tracker.summarize(last | {"seconds": summary["seconds"]})
-    log.info("top-1 %.2f, top-5 %.2f: %s", last["top1"], last["top5"], run_dir)
+        finished = len(rows) == cfg.epochs
+        if finished:
+            last = {k: rows[-1][k] for k in ("train_loss", "eval_loss", "top1", "top5")}
+            summary = {
+                **last,
+                "epochs": len(rows),
+                "seed": cfg.seed,
+                "seconds": sum(row["seconds"] for row in rows),
+                "per_class_top1": per_class,
+                "class_names": list(dataset.class_names),
+                **facts,
+                "config": config,
+            }
+            write_json(run_dir / "summary.json", summary)
+            tracker.summarize(last | {"seconds": summary["seconds"]})
+            log.info("top-1 %.2f, top-5 %.2f: %s", last["top1"], last["top5"], run_dir)
+        else:
+            log.info(
+                "stopped (%s) behind epoch %d, step %d; the same command with resume=auto goes "
+                "on: %s",
+                stop.why(),
+                len(rows),
+                so_far["step"],
+                run_dir,
+            )
+
+    stop.leave(finished)
     return summary
 
 
-def results(run_dir: Path) -> list[Path]:
-    """What a run has left in its folder."""
-    names = (checkpoint.FILE, "metrics.csv", "summary.json")
-    return [run_dir / name for name in names if (run_dir / name).exists()]
+def begin_epoch(steps: int) -> dict[str, Any]:
+    """What an epoch has come to before its first step; checkpoints inside of it hold the same."""
+    return {
+        "step": 0,
+        "loss_sum": torch.zeros(()),
+        "broken_at": torch.tensor(steps),
+        "seconds": 0.0,
+        "peak_memory_mb": 0.0,
+    }
 
 
-def stop_if_broken(broken_at: torch.Tensor, epoch: int, steps: int) -> None:
+def add_gradients(
+    network: Callable[..., Tensor],
+    images: Tensor,
+    labels: Tensor,
+    cfg: DictConfig,
+    autocast: torch.autocast,
+    scaler: torch.amp.GradScaler,
+) -> Tensor:
+    """The mean loss of a batch, whose gradients are added up piece by piece."""
+    mean = torch.zeros((), device=images.device)
+    for piece, target in zip(
+        images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True
+    ):
+        with autocast:
+            logits = network(piece)
+        loss = F.cross_entropy(logits.float(), target, label_smoothing=cfg.label_smoothing)
+        loss = loss / cfg.grad_accum
+        scaler.scale(loss).backward()
+        mean += loss.detach()
+    return mean
+
+
+def stop_if_broken(broken_at: Tensor, epoch: int, steps: int) -> None:
     """Raise FloatingPointError if a loss of this epoch was not finite."""
     step = int(broken_at)
     if step < steps:

@@ -177,8 +177,11 @@ class Config:
     precision: Precision = MISSING
     channels_last: bool = MISSING
     compile: bool = MISSING
+    deterministic: bool = MISSING  # the same bits each time on a GPU too, more slowly
     resume: Optional[str] = MISSING  # auto: the run's own last checkpoint; or a checkpoint's path
     overwrite: bool = MISSING  # replace a run that is in the way
+    checkpoint_minutes: Optional[float] = MISSING  # between checkpoints inside of an epoch
+    max_minutes: Optional[float] = MISSING  # of the process, then stop; resume=auto goes on
     log_every: int = MISSING  # steps between readings of the loss
 
 

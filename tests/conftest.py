@@ -1,5 +1,6 @@
-"""Settings and data small enough for a training step in a test."""
+"""Settings and data small enough for a training step in a test, and what compares two runs."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ TINY = [
     "model.aa={stages:[2,3],dk:0.5,dv:0.25,Nh:4,min_dkh:8}",
     "tracking=csv",
 ]
+
+# What may differ between two runs of the same settings.
+CLOCK = ("images_per_s", "peak_memory_mb", "seconds")
+
+
+def rows(folder):
+    """The lines of a run's metrics.csv but for what depends on the clock."""
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
 
 
 @pytest.fixture

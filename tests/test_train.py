@@ -1,6 +1,5 @@
 """Whole runs in miniature: what a run writes, repeats, resumes, and what each setting changes."""
 
-import csv
 import json
 
 import pytest
@@ -11,15 +10,7 @@ from torch import nn
 
 import train
 
-from conftest import CONFIGS, TINY
-
-# What may differ between two runs of the same settings.
-CLOCK = ("images_per_s", "peak_memory_mb", "seconds")
-
-
-def rows(folder):
-    with (folder / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
+from conftest import CONFIGS, TINY, rows
 
 
 def weights(folder):
@@ -34,7 +25,8 @@ def assert_same_weights(a, b):
 def test_what_a_run_writes(run, tmp_path):
     summary = run()
     folder = tmp_path / "run"
-    assert {p.name for p in folder.iterdir()} == {"last.pt", "metrics.csv", "summary.json"}
+    written = {"last.pt", "previous.pt", "metrics.csv", "summary.json"}
+    assert {p.name for p in folder.iterdir()} == written
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     table = rows(folder)
     assert [row["epoch"] for row in table] == ["1", "2"]
@@ -85,37 +77,6 @@ def test_same_seed_same_run_and_another_seed_another(run, tmp_path):
     assert rows(tmp_path / "a") != rows(tmp_path / "c")
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["optim=sgd", "ema=0.9"],
-        ["data.crop_pad=2", "data.flip=true", "data.cutout=8"],
-        ["schedule=warmup_cosine", "schedule.warmup=0.5"],
-    ],
-    ids=["sgd-ema", "augmented", "warm-up"],
-)
-def test_resumed_equals_uninterrupted(run, tmp_path, monkeypatch, overrides):
-    overrides = [*overrides, "epochs=3"]
-    run(*overrides, folder="whole")
-
-    write_csv = train.write_csv
-
-    def killed_after_two_epochs(path, table):
-        write_csv(path, table)
-        if len(table) == 2:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "write_csv", killed_after_two_epochs)
-    with pytest.raises(KeyboardInterrupt):
-        run(*overrides, folder="parts")
-    monkeypatch.undo()
-    assert len(rows(tmp_path / "parts")) == 2
-    torch.randn(7)  # nothing may depend on what the process has drawn meanwhile
-    run(*overrides, "resume=auto", folder="parts")
-    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
-
-
 def test_resume_from_a_path_and_of_a_finished_run(run, tmp_path):
     first = run(folder="a")
     again = run(f"resume={tmp_path / 'a'}", folder="b")
@@ -140,8 +101,9 @@ def test_resume_refuses_other_settings_and_broken_files(run, tmp_path):
     run(folder="a")
     with pytest.raises(ValueError, match=r"other settings: attention.Nh \(4 there, 2 here\)"):
         run(f"resume={tmp_path / 'a'}", "attention.Nh=2", folder="b")
-    (tmp_path / "a" / "last.pt").write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"last\.pt is no checkpoint that can be read"):
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "a" / name).write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"last\.pt and .*: no checkpoint that can be read"):
         run("resume=auto", folder="a")
     with pytest.raises(FileNotFoundError, match=r"resume=.*nowhere"):
         run(f"resume={tmp_path / 'nowhere'}", folder="c")

@@ -1,6 +1,5 @@
 """The pieces that train.py calls, each against what it says of itself."""
 
-import json
 import math
 import subprocess
 import sys
@@ -9,9 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from training import checkpoint, provenance, tracking
+from training import provenance, tracking
 from training.device import choose_device, choose_dtype, peak_memory_mb
-from training.files import write_csv, write_json, write_whole
 from training.schedule import one_cycle, warmup_cosine
 from training.scores import correct_in_top, evaluate
 
@@ -88,43 +86,6 @@ def test_evaluate_counts_every_image_once_and_leaves_no_gradient():
     ]
     assert scores["eval_loss"] == pytest.approx(-sum(log_likelihood).item() / 23, rel=1e-5)
     assert all(p.grad is None for p in model.parameters())
-
-
-# ---- files and checkpoints ----------------------------------------------------------------------
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-
-    def half(file):
-        file.write(b"hal")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        write_whole(path, half)
-    assert path.read_bytes() == b"before"
-    assert list(tmp_path.iterdir()) == [path]
-    write_whole(path, lambda file: file.write(b"after"))
-    assert path.read_bytes() == b"after"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_csv_and_json(tmp_path):
-    write_csv(tmp_path / "a.csv", [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
-    assert (tmp_path / "a.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"
-    write_json(tmp_path / "a.json", {"a": [1, 2.5]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, 2.5]}
-
-
-def test_settings_that_change_no_result_may_differ(tmp_path):
-    config = {"seed": 1, "wandb": {"mode": "offline"}, "data": {"root": "a", "val_size": 0}}
-    checkpoint.save(tmp_path, {"config": config, "step": torch.tensor(3)})
-    other = {"seed": 1, "wandb": {"mode": "auto"}, "data": {"root": "b", "val_size": 0}}
-    path = checkpoint.find("auto", tmp_path)
-    assert checkpoint.load(path, other)["step"] == 3
-    with pytest.raises(ValueError, match=r"data\.val_size \(0 there, 5 here\), seed \(1 there"):
-        checkpoint.load(path, {"seed": 2, "data": {"root": "a", "val_size": 5}})
 
 
 # ---- device -------------------------------------------------------------------------------------

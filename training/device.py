@@ -1,5 +1,6 @@
 """Where a run computes and in which precision."""
 
+import os
 import resource
 import sys
 from pathlib import Path
@@ -45,6 +46,22 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision == "bf16" and not has_bf16:
         raise ValueError("precision=bf16, but this GPU has no bf16; use precision=fp16")
     return _DTYPES[precision]
+
+
+def set_deterministic(on: bool) -> None:
+    """Whether torch keeps to algorithms whose bits do not depend on chance, as this process does.
+
+    An operation that has none then raises RuntimeError. On a GPU they are slower; on the CPU with
+    a fixed number of threads those used here have no others.
+    """
+    if on:
+        # cuBLAS reads it when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(on)
+    # It would cost time, and tells only of memory that is read before it is written.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic = on
+    torch.backends.cudnn.benchmark = False
 
 
 def place(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:

@@ -34,6 +34,9 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(f"grad_clip={cfg.grad_clip} must be positive, or null for none")
     if cfg.ema is not None and not 0 < cfg.ema < 1:
         raise ValueError(f"ema={cfg.ema} must lie between 0 and 1, or be null for none")
+    for name in ("checkpoint_minutes", "max_minutes"):
+        if cfg[name] is not None and not cfg[name] > 0:
+            raise ValueError(f"{name}={cfg[name]} must be positive, or null for none")
     if not 0 < cfg.optim.lr < math.inf:
         raise ValueError(f"optim.lr={cfg.optim.lr} must be positive")
     if not 0 <= cfg.optim.weight_decay < math.inf:

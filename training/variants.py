@@ -11,6 +11,8 @@ RESULT_FREE = (
     "device",
     "eval_batch_size",
     "log_every",
+    "checkpoint_minutes",
+    "max_minutes",
     "wandb.",
     "data.root",
     "data.download",

@@ -1,0 +1,211 @@
+"""Files and checkpoints that outlive kills, full disks and damage."""
+
+import json
+import logging
+import os
+import resource
+
+import pytest
+import torch
+from torch import nn
+
+from training import checkpoint, files
+from training.files import write_csv, write_json, write_whole
+
+CPU = torch.device("cpu")
+CONFIG = {"seed": 1, "wandb": {"mode": "offline"}, "data": {"root": "a", "val_size": 0}}
+
+
+def save(folder, number, config=CONFIG):
+    checkpoint.save(folder, {}, CPU, so_far={"step": number}, config=config)
+
+
+def read(folder, config=CONFIG):
+    """The number of the checkpoint that is used, after the file's name."""
+    path, state = checkpoint.load(checkpoint.find("auto", folder), config)
+    return path.name, state["so_far"]["step"]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+
+    def half(file):
+        file.write(b"hal")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match=r"file cannot be written \(no space left\)"):
+        write_whole(path, half)
+    assert path.read_bytes() == b"before"
+    assert list(tmp_path.iterdir()) == [path]
+    write_whole(path, lambda file: file.write(b"after"))
+    assert path.read_bytes() == b"after"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_csv_and_json(tmp_path):
+    write_csv(tmp_path / "a.csv", [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
+    assert (tmp_path / "a.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"
+    write_json(tmp_path / "a.json", {"a": [1, 2.5]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, 2.5]}
+
+
+def test_the_last_two_are_kept(tmp_path):
+    for number in (1, 2, 3):
+        save(tmp_path, number)
+    assert {p.name for p in tmp_path.iterdir()} == {"last.pt", "previous.pt"}
+    assert read(tmp_path) == ("last.pt", 3)
+    (tmp_path / "last.pt").unlink()
+    assert read(tmp_path) == ("previous.pt", 2)
+
+
+def test_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
+    """In the order that a power cut asks for: the content, the two moves, the folder."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def record_fsync(handle):
+        done.append(("fsync", os.path.basename(os.readlink(f"/proc/self/fd/{handle}"))))
+        fsync(handle)
+
+    def record_replace(a, b):
+        done.append((a.name, b.name))
+        replace(a, b)
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(files.os, "fsync", record_fsync)
+    monkeypatch.setattr(files.os, "replace", record_replace)
+    save(tmp_path, 2)
+    assert done == [
+        ("fsync", "last.pt.partial"),
+        ("last.pt", "previous.pt"),
+        ("last.pt.partial", "last.pt"),
+        ("fsync", tmp_path.name),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("saved_before", [0, 1, 2])
+def test_a_kill_at_any_moment_of_saving_leaves_a_good_checkpoint(tmp_path, saved_before):
+    """The process ends at the n-th write, fsync or move, without a chance to clean up."""
+    moments, n = 0, 0
+    while moments == n:
+        n += 1
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        for number in range(saved_before):
+            save(folder, number)
+        child = os.fork()
+        if child == 0:
+            try:
+                _end_at_moment(n)
+                save(folder, saved_before)
+            finally:
+                os._exit(0)
+        moments += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        found = checkpoint.find("auto", folder)
+        if found:
+            _, number = read(folder)
+            assert number in (saved_before - 1, saved_before), n
+        else:
+            assert saved_before == 0, n
+        save(folder, 77)  # what a kill leaves behind is in nobody's way
+        assert read(folder) == ("last.pt", 77)
+        assert {p.name for p in folder.iterdir()} <= {"last.pt", "previous.pt"}
+    assert moments >= 4
+
+
+def _end_at_moment(n):
+    left = [n]
+
+    def ending(act):
+        def then(*arguments):
+            left[0] -= 1
+            if left[0] == 0:
+                os._exit(9)
+            return act(*arguments)
+
+        return then
+
+    torch.save = ending(torch.save)
+    os.fsync, os.replace = ending(os.fsync), ending(os.replace)
+
+
+def damage_truncated(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def damage_empty(path):
+    path.write_bytes(b"")
+
+
+def damage_one_bit(path):
+    content = bytearray(path.read_bytes())
+    content[content.index(b"\x07" * 64) + 10] ^= 1  # inside of a tensor
+    path.write_bytes(content)
+
+
+def damage_other_content(path):
+    torch.save({"weights": torch.zeros(3)}, path)
+
+
+def damage_code(path):
+    torch.save(nn.Linear(2, 2), path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_truncated, damage_empty, damage_one_bit, damage_other_content, damage_code],
+)
+def test_a_damaged_one_is_reported_and_the_one_before_is_used(tmp_path, caplog, damage):
+    for number in (1, 2):
+        ballast = torch.full((1000,), 7, dtype=torch.uint8)
+        checkpoint.save(tmp_path, {}, CPU, so_far={"step": number}, config=CONFIG, x=ballast)
+    damage(tmp_path / "last.pt")
+    with caplog.at_level(logging.WARNING):
+        assert read(tmp_path) == ("previous.pt", 1)
+    (message,) = [r.getMessage() for r in caplog.records]
+    assert message.startswith(f"{tmp_path / 'last.pt'} is damaged (")
+    assert message.endswith(f"going on from {tmp_path / 'previous.pt'}")
+    assert "\n" not in message
+    damage(tmp_path / "previous.pt")
+    with pytest.raises(ValueError, match=r"no checkpoint that can be read .*overwrite=true"):
+        read(tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint that can be read"):
+        checkpoint.load([tmp_path / "last.pt"], CONFIG)
+
+
+def test_settings_that_change_no_result_may_differ(tmp_path):
+    save(tmp_path, 3)
+    other = {"seed": 1, "wandb": {"mode": "auto"}, "data": {"root": "b", "val_size": 0}}
+    assert read(tmp_path, other | {"max_minutes": 9}) == ("last.pt", 3)
+    with pytest.raises(ValueError, match=r"data\.val_size \(0 there, 5 here\), seed \(1 there"):
+        read(tmp_path, {"seed": 2, "data": {"root": "a", "val_size": 5}})
+
+
+def test_of_other_code(tmp_path):
+    checkpoint.save(tmp_path, {"model": nn.Linear(2, 3)}, CPU, so_far={"step": 1}, config=CONFIG)
+    path, state = checkpoint.load(checkpoint.find("auto", tmp_path), CONFIG)
+    for part in (nn.Linear(3, 3), nn.Conv2d(2, 3, 1)):
+        with pytest.raises(ValueError, match=r"last\.pt is of other code than this: .*weight"):
+            checkpoint.restore(state, {"model": part}, CPU, path)
+    with pytest.raises(ValueError, match="of other code than this: 'average'"):
+        checkpoint.restore(state, {"average": nn.Linear(2, 3)}, CPU, path)
+
+
+@pytest.fixture
+def full_disk():
+    """A function after which no file of this process can grow beyond so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 100, 70_000])
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, full_disk, size):
+    save(tmp_path, 1)
+    full_disk(size)
+    with pytest.raises(OSError, match=r"last\.pt cannot be written \(File too large\)"):
+        checkpoint.save(tmp_path, {}, CPU, so_far={"step": 2}, x=torch.zeros(100_000))
+    assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert read(tmp_path) == ("last.pt", 1)

@@ -1,0 +1,373 @@
+"""A run that is stopped or killed anywhere and continued ends as one that never was, to the bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from data import Batches, batches
+from training import cli, stopping
+from training.device import set_deterministic
+
+from conftest import CLOCK, TINY, rows
+
+# Over before the first step: a process is older.
+AT_ONCE = "max_minutes=1e-9"
+
+# A run of two epochs of three steps and an evaluation of two, in half a second.
+SMALL = [
+    *(w for w in TINY if "data." not in w and "batch" not in w),
+    "data.train_size=24",
+    "data.test_size=10",
+    "batch_size=8",
+    "eval_batch_size=5",
+    "model.aa.stages=[3]",
+]
+
+
+@pytest.fixture
+def run(run):
+    """The tiny runs of the other tests, made yet smaller."""
+    return lambda *overrides, folder="run": run(*overrides, folder=folder, base=SMALL)
+
+
+def state(folder):
+    """Everything that a run's last checkpoint holds but for settings and the clock."""
+    state = torch.load(folder / "last.pt", weights_only=True)
+    del state["config"]
+    for row in state["rows"]:
+        for key in CLOCK:
+            del row[key]
+    return state
+
+
+def differing(a, b, at=""):
+    """The places where two states differ, by a bit."""
+    if isinstance(a, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [at]
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), at
+        return [d for key in a for d in differing(a[key], b[key], f"{at}.{key}")]
+    if isinstance(a, list | tuple):
+        assert len(a) == len(b), at
+        return [d for i in range(len(a)) for d in differing(a[i], b[i], f"{at}.{i}")]
+    return [] if type(a) is type(b) and a == b else [at]
+
+
+def assert_same(a, b):
+    assert rows(a) == rows(b)
+    assert differing(state(a), state(b)) == []
+
+
+def test_the_comparison_sees_a_bit():
+    a = {"x": [torch.zeros(3), 1.0], "y": {"z": 2}}
+    assert differing(a, {"x": [torch.zeros(3), 1.0], "y": {"z": 2}}) == []
+    assert differing(a, {"x": [torch.tensor([0, 0, 1e-45]), 1.0], "y": {"z": 3}}) == [
+        ".x.0",
+        ".y.z",
+    ]
+
+
+def dropping_out(build):
+    """``build`` with a random part in its network."""
+    return lambda cfg, **sizes: nn.Sequential(build(cfg, **sizes), nn.Dropout(0.3))
+
+
+KINDS = {
+    "sgd-ema-fp16": ["optim=sgd", "ema=0.9", "precision=fp16"],
+    "augmented-clipped": ["data.crop_pad=2", "data.flip=true", "data.cutout=8", "grad_clip=0.1"],
+    "warm-up-accumulated": ["schedule=warmup_cosine", "schedule.warmup=0.5", "grad_accum=2"],
+    "bf16-preact-smooth": ["precision=bf16", "model.block=preact", "label_smoothing=0.1"],
+    "se-deterministic": ["attention=se", "attention.ratio=2", "deterministic=true"],
+}
+
+
+@pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS)
+def test_stopped_after_every_step(run, tmp_path, monkeypatch, overrides):
+    monkeypatch.setattr(train, "build_model", dropping_out(train.build_model))
+    # It would not move within so few steps.
+    moving = partial(torch.amp.GradScaler, growth_interval=2)
+    monkeypatch.setattr(torch.amp, "GradScaler", moving)
+    run(*overrides, folder="whole")
+    # After three steps the time is over before the evaluation, which comes first in the next part.
+    for place in ((0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)):
+        torch.randn(7)  # nothing may depend on what the process has drawn meanwhile
+        with pytest.raises(SystemExit) as stopped:
+            run(*overrides, AT_ONCE, "resume=auto", folder="parts")
+        assert stopped.value.code == 0
+        kept = state(tmp_path / "parts")
+        assert (len(kept["rows"]), kept["so_far"]["step"]) == place
+        assert not (tmp_path / "parts" / "summary.json").exists()
+    assert len(rows(tmp_path / "parts")) == 1
+    run(*overrides, "resume=auto", folder="parts")
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+class Killed(BaseException):
+    """Stands for a SIGKILL: the run has no part in what comes after it."""
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5, 6, 8])
+def test_killed_behind_a_checkpoint_inside_of_an_epoch(run, tmp_path, monkeypatch, steps):
+    """Checkpoints after every second step: the others are done again."""
+    overrides = ["data.train_size=32", "ema=0.9"]
+    run(*overrides, folder="whole")
+    original, made = Batches._make, []
+    monkeypatch.setattr(train.time, "monotonic", lambda: 60.0 * len(made))  # a minute a step
+
+    def make(self, draws):
+        if len(made) == steps:
+            raise Killed
+        made.append(draws.order)
+        return original(self, draws)
+
+    monkeypatch.setattr(Batches, "_make", make)
+    if steps < 8:
+        with pytest.raises(Killed):
+            run(*overrides, "checkpoint_minutes=2", folder="parts")
+        monkeypatch.undo()
+        behind = state(tmp_path / "parts")["so_far"]["step"] if steps > 1 else 0
+        assert behind == (0, 0, 2, 2, 0, 0, 2, 2)[steps]
+        run(*overrides, "resume=auto", folder="parts")
+    else:
+        run(*overrides, "checkpoint_minutes=2", folder="parts")
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("name", ["write_csv", "write_json"])
+def test_killed_behind_the_checkpoint_of_an_epoch(run, tmp_path, monkeypatch, name):
+    """Before the rows, or the summary, that belong to it are written."""
+    run(folder="whole")
+
+    def killed(path, content):
+        raise Killed
+
+    monkeypatch.setattr(train, name, killed)
+    with pytest.raises(Killed):
+        run(folder="parts")
+    monkeypatch.undo()
+    run("resume=auto", folder="parts")
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert (tmp_path / "parts" / "summary.json").exists()
+
+
+def signalled(monkeypatch, number, at_batch):
+    """Send this process a signal when the n-th batch, evaluated ones included, is made."""
+    made = []
+
+    def counting(original):
+        def make(*arguments):
+            made.append(1)
+            if len(made) == at_batch:
+                os.kill(os.getpid(), number)
+            return original(*arguments)
+
+        return make
+
+    monkeypatch.setattr("data.batches.Batches._make", counting(Batches._make))
+    monkeypatch.setattr(batches, "_normalise", counting(batches._normalise))
+
+
+# A training batch counts twice, being normalised too: 6 of an epoch, 2 of its evaluation.
+@pytest.mark.parametrize(
+    ("at_batch", "epochs", "step"), [(1, 0, 1), (6, 0, 3), (7, 0, 3), (8, 0, 3), (9, 1, 1)]
+)
+def test_signals_finish_the_step_and_save(
+    run, tmp_path, monkeypatch, capfd, at_batch, epochs, step
+):
+    number = list(stopping.SIGNALS)[at_batch % 3]
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    run(folder="whole")
+    handlers = [signal.getsignal(s) for s in stopping.SIGNALS]
+    signalled(monkeypatch, number, at_batch)
+    with pytest.raises(SystemExit) as stopped:
+        run(folder="parts")
+    monkeypatch.undo()
+    assert stopped.value.code == 128 + number
+    assert [signal.getsignal(s) for s in stopping.SIGNALS] == handlers
+    assert f"{number.name}: saving behind this step" in capfd.readouterr().err
+    kept = state(tmp_path / "parts")
+    assert (len(kept["rows"]), kept["so_far"]["step"]) == (epochs, step)
+    run("resume=auto", folder="parts")
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_signal_at_the_very_end_leaves_a_finished_run(run, tmp_path, monkeypatch):
+    write = train.write_json
+
+    def signal_and_write(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(*arguments)
+
+    monkeypatch.setattr(train, "write_json", signal_and_write)
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 143
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize(("job", "code"), [("17", 0), ("17", 1), (None, 0)])
+def test_slurm_is_asked_to_queue_the_job_again(run, tmp_path, monkeypatch, caplog, job, code):
+    said = tmp_path / "said"
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f"#!/bin/sh\necho $@ > {said}\necho no such job >&2\nexit {code}\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    if job is not None:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    signalled(monkeypatch, signal.SIGUSR1, 1)
+    with pytest.raises(SystemExit) as stopped:
+        run()
+    assert stopped.value.code == 138
+    assert (said.read_text() if said.exists() else None) == (job and "requeue 17\n")
+    warned = "job 17 is not queued again (no such job); `scontrol requeue 17`" in caplog.text
+    assert warned == (code == 1)
+
+
+def test_the_end_of_the_time_between_epochs(run, tmp_path, monkeypatch, caplog):
+    """Reached during the evaluation, which then is finished all the same."""
+    run(folder="whole")
+    evaluate = train.evaluate
+
+    def lasting(*arguments):
+        monkeypatch.setattr(stopping, "BEGUN", stopping.BEGUN - 3600)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(stopping, "BEGUN", stopping.time.monotonic())
+    monkeypatch.setattr(train, "evaluate", lasting)
+    with pytest.raises(SystemExit) as stopped, caplog.at_level("INFO"):
+        run("max_minutes=30", folder="parts")
+    assert stopped.value.code == 0
+    assert len(rows(tmp_path / "parts")) == 1
+    (told,) = [r.getMessage() for r in caplog.records if "stopped" in r.getMessage()]
+    assert told.startswith(
+        "stopped (max_minutes=30) behind epoch 1, step 0; the same command with resume=auto goes"
+    )
+    # The last epoch's evaluation: there is nothing left to stop.
+    monkeypatch.setattr(stopping, "BEGUN", stopping.time.monotonic())
+    run("max_minutes=30", "resume=auto", folder="parts")
+    monkeypatch.undo()
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_time_counts_from_the_beginning_of_the_process():
+    code = "import time; time.sleep(1.5); from training import stopping; "
+    code += "print(time.monotonic() - stopping.BEGUN)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 1.5 < float(done.stdout) < 4
+
+
+def test_an_interrupted_epoch_tells_its_whole_time(run, tmp_path):
+    with pytest.raises(SystemExit):
+        run(AT_ONCE)
+    path = tmp_path / "run" / "last.pt"
+    kept = torch.load(path, weights_only=True)
+    assert 0 < kept["so_far"]["seconds"] < 60
+    kept["so_far"] |= {"seconds": 1000.0, "peak_memory_mb": 1e6}
+    torch.save(kept, path)
+    run("resume=auto")
+    first, second = torch.load(path, weights_only=True)["rows"]
+    assert 1000 < first["seconds"] < 1060
+    assert 24 / 1060 < first["images_per_s"] < 24 / 1000
+    assert first["peak_memory_mb"] == 1e6
+    assert second["seconds"] < 60
+    assert second["peak_memory_mb"] < 1e6
+
+
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(run, tmp_path, caplog):
+    run(folder="whole")
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            run(AT_ONCE, "resume=auto", folder="parts")
+    last, before = tmp_path / "parts" / "last.pt", tmp_path / "parts" / "previous.pt"
+    last.write_bytes(last.read_bytes()[:5000])
+    good = before.read_bytes()
+    with pytest.raises(ValueError, match=r"other settings: attention.Nh"):
+        run("attention.Nh=2", "resume=auto", folder="parts")
+    assert last.stat().st_size == 5000  # a mistake changes nothing
+    with pytest.raises(SystemExit):
+        run(AT_ONCE, "resume=auto", folder="parts")
+    assert before.read_bytes() == good  # and not the damaged one
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
+        m for m in caplog.messages if m.startswith(f"{last} is damaged")
+    ]
+    run("resume=auto", folder="parts")
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_that_replaces_another_leaves_nothing_of_it(run, tmp_path):
+    run("seed=5")
+    with pytest.raises(SystemExit):
+        run(AT_ONCE, "overwrite=true")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"last.pt"}
+
+
+def test_a_signal_ends_a_sweep(monkeypatch, tmp_path):
+    small = [w for w in SMALL if "epochs" not in w]
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "-m", *small, "epochs=1", "seed=0,1,2", f"out_dir={tmp_path}"]
+    )
+    signalled(monkeypatch, signal.SIGTERM, 9)  # in the second run
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    assert stopped.value.code == 143
+    folders = sorted(p.name for p in tmp_path.rglob("seed=*"))
+    assert folders == ["seed=0", "seed=1"]
+    assert len(list(tmp_path.rglob("summary.json"))) == 1
+
+
+def test_the_end_of_the_time_ends_a_sweep(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "-m", *SMALL, AT_ONCE, "seed=0,1,2", f"out_dir={tmp_path}"]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    assert stopped.value.code == 0
+    assert [p.name for p in tmp_path.rglob("seed=*")] == ["seed=0"]
+
+
+@pytest.fixture
+def usual_algorithms():
+    yield
+    set_deterministic(False)
+
+
+def test_deterministic_refuses_what_is_not(run, monkeypatch, usual_algorithms):
+    """An operation without a deterministic implementation ends the run, unless not asked for."""
+    build = train.build_model
+
+    class Scattering(nn.Module):
+        def forward(self, x):
+            index = torch.zeros(len(x), dtype=torch.int64)
+            return x + x.detach().clone().put_(index, x.detach()[:, 0]).mean() * 0
+
+    def scattering(cfg, **sizes):
+        return nn.Sequential(build(cfg, **sizes), Scattering())
+
+    monkeypatch.setattr(train, "build_model", scattering)
+    run("epochs=1", folder="a")
+    with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
+        run("epochs=1", "deterministic=true", folder="b")
+    run("epochs=1", folder="c")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_deterministic_on_a_gpu(run, tmp_path, usual_algorithms, precision):
+    overrides = ["deterministic=true", f"precision={precision}", "device=cuda", "ema=0.9"]
+    run(*overrides, folder="whole")
+    run(*overrides, folder="again")
+    assert_same(tmp_path / "whole", tmp_path / "again")
+    for _ in range(4):
+        with pytest.raises(SystemExit):
+            run(*overrides, AT_ONCE, "resume=auto", folder="parts")
+    run(*overrides, "resume=auto", folder="parts")
+    assert_same(tmp_path / "whole", tmp_path / "parts")

@@ -1,0 +1,107 @@
+"""When a run stops before its end: at a signal, or when its time is over."""
+
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+log = logging.getLogger(__name__)
+Item = TypeVar("Item")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def _process_age() -> float:
+    """Seconds since this process began, where the system says so; else 0."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0
+
+
+# Of the process, not of the run: a queue counts from there, and importing torch takes a while.
+BEGUN = time.monotonic() - _process_age()
+
+
+class Stop:
+    """Asked after each step whether a run should stop, and why.
+
+    Within the ``with``, SIGTERM, SIGINT and SIGUSR1 are remembered instead of ending the process;
+    a SIGINT behind another of them ends it at once, with code 130. ``max_minutes`` counts from
+    the process's beginning.
+    """
+
+    def __init__(self, max_minutes: float | None) -> None:
+        self.signal: signal.Signals | None = None
+        self._max_minutes = math.inf if max_minutes is None else max_minutes
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            os._exit(128 + number)
+        self.signal = self.signal or signal.Signals(number)
+        # Not by print or a logger: the signal may have come in the middle of one.
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: saving behind this step; SIGINT leaves at once\n".encode())
+
+    def why(self) -> str | None:
+        """What asks for a stop: a signal's name, the end of the time, or None."""
+        if self.signal is not None:
+            return self.signal.name
+        if time.monotonic() - BEGUN >= 60 * self._max_minutes:
+            return f"max_minutes={self._max_minutes:g}"
+        return None
+
+    def until_signalled(self, items: Iterable[Item]) -> Iterator[Item]:
+        """``items``, at least one, up to where a signal has come.
+
+        The end of the time does not count: what takes longer than it would never be done.
+        """
+        for item in items:
+            yield item
+            if self.signal is not None:
+                return
+
+    def leave(self, finished: bool) -> None:
+        """End the process if a signal asked for it, or the run is not finished; else nothing.
+
+        A signal ends a sweep's other runs too, whether this one is finished or not. The exit code
+        is 128 and the signal's number, as shells have it, or 0 at the end of the time. SIGUSR1
+        has Slurm queue the job again.
+        """
+        if self.signal is signal.SIGUSR1:
+            _requeue()
+        if self.signal is not None:
+            sys.exit(128 + self.signal)
+        if not finished:
+            sys.exit(0)
+
+
+def _requeue() -> None:
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        log.warning("SIGUSR1 asks for the job to be queued again, but this is no job of Slurm")
+        return
+    try:
+        subprocess.run(
+            ["scontrol", "requeue", job], check=True, capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip()
+        log.warning("job %s is not queued again (%s); `scontrol requeue %s`", job, said, job)
