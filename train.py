@@ -2,16 +2,19 @@
 
     python train.py model=wrn28_10 attention=aa data=cifar100 epochs=200 seed=0
     python train.py -m attention=none,aa seed=0,1,2
+    torchrun --nproc_per_node=4 train.py attention=aa
 
 configs/ holds the settings, configs/schema.py says what each one means. Everything that a run
 writes lies in its folder below outputs/: metrics.csv, summary.json, last.pt and previous.pt (its
 checkpoints), train.log; where the loss stopped being finite, failed.json instead of a summary.
+Of several processes, which torchrun starts, the first writes and speaks.
 """
 
 import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ from tqdm import tqdm
 from configs.schema import register
 from data import Batches, evaluation_batches
 from models import count_flops, count_parameters, layer_table
-from training import checkpoint, cli, provenance, stopping
+from training import checkpoint, cli, distributed, provenance, stopping
 from training.device import (
     choose_device,
     choose_dtype,
@@ -56,14 +59,19 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         OSError: the disk is full or ``run_dir`` cannot be written; the checkpoints are whole.
         SystemExit: a signal or ``max_minutes`` stopped the run, which ``resume`` continues; the
             code is that of `training.stopping.Stop`.
+        ConnectionError: another of several processes has died.
     """
     # ---- What is asked for, and whether it can be had -----------------------------------------
     config = resolve(cfg)
-    check(cfg)
-    device = choose_device(cfg.device)
+    world = distributed.world()
+    check(cfg, world.size)
+    device = choose_device(cfg.device, world)
     dtype = choose_dtype(config["precision"], device)
-    resumed, state, in_the_way = checkpoint.begin(cfg.resume, run_dir, config, cfg.overwrite)
-    dataset = instantiate(cfg.data, _convert_="all").to(device)
+    resumed, state, in_the_way = distributed.from_first(
+        lambda: checkpoint.begin(cfg.resume, run_dir, config, cfg.overwrite)
+    )
+    with distributed.first_of_machine():  # which may have to download it
+        dataset = instantiate(cfg.data, _convert_="all").to(device)
 
     torch.manual_seed(cfg.seed)
     set_deterministic(cfg.deterministic)
@@ -71,6 +79,8 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
     model = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
     model = place(model, device, cfg.channels_last)
+    if cfg.sync_batchnorm:
+        model = distributed.synchronise_normalisation(model, device)
     batches = Batches(
         dataset.train,
         cfg.batch_size,
@@ -78,7 +88,10 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         dataset.mean,
         dataset.std,
         cfg.seed,
+        part=(world.rank, world.size),
+        pieces=cfg.grad_accum,
     )
+    evaluation = dataset.evaluation.part(world.rank, world.size)
     optimizer = instantiate(cfg.optim, _convert_="all")(model.parameters())
     schedule = instantiate(cfg.schedule)(optimizer, cfg.epochs * len(batches))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -87,7 +100,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     average = None
     if cfg.ema is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
-    network: Callable[..., Tensor] = torch.compile(model) if cfg.compile else model
+    network = distributed.averaging(model, device)
+    evaluated: Callable[..., Tensor] = model if average is None else average
+    if cfg.compile:
+        network = torch.compile(network)
+        evaluated = evaluated if average is not None else torch.compile(model)
 
     # ---- Where it begins: with nothing, or behind a step of before ------------------------------
     parts: dict[str, Any] = {
@@ -107,9 +124,10 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         rows, per_class = state["rows"], state["per_class_top1"]
         so_far, run_id = state["so_far"], state["wandb_id"]
         log.info("resumed %s behind epoch %d, step %d", resumed, len(rows), so_far["step"])
-    for path in (*in_the_way, run_dir / FAILED):  # now that nothing is wrong with the settings
-        path.unlink(missing_ok=True)
-    if rows:
+    if world.writes:
+        for path in (*in_the_way, run_dir / FAILED):  # now that nothing is wrong with the settings
+            path.unlink(missing_ok=True)
+    if rows and world.writes:
         write_csv(run_dir / "metrics.csv", rows)  # a kill may have come between the two files
 
     # ---- What will run ------------------------------------------------------------------------
@@ -122,6 +140,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         "flops": count_flops(model, dataset.image_size),
         "precision": str(dtype).removeprefix("torch."),
         "hardware": provenance.hardware(device),
+        "processes": world.size,
         "commit": provenance.commit(),
         "versions": provenance.versions(),
     }
@@ -141,7 +160,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     with (
         stopping.Stop(cfg.max_minutes) as stop,
         track(
-            config["wandb"]["mode"],
+            config["wandb"]["mode"] if world.writes else "disabled",
             folder=Path(cfg.out_dir),
             project=cfg.wandb.project,
             entity=cfg.wandb.entity,
@@ -168,12 +187,14 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
                 f"epoch {epoch + 1}/{cfg.epochs}",
                 initial=so_far["step"],
                 total=len(batches),
-                disable=None,
+                disable=None if world.writes else True,
                 leave=False,
             )
             stops = False
             for step, (images, labels) in enumerate(progress, start=so_far["step"]):
-                step_loss = add_gradients(network, images, labels, cfg, autocast, scaler)
+                step_loss = distributed.mean(
+                    add_gradients(network, images, labels, cfg, autocast, scaler)
+                )
                 if cfg.grad_clip is not None:
                     scaler.unscale_(optimizer)
                     torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
@@ -187,8 +208,9 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
                 broken_at = torch.where(step_loss.isfinite(), broken_at, broken_at.clamp(max=step))
 
                 done = step + 1 == len(batches)
-                stops = stop.why() is not None
-                due = time.monotonic() - saved >= 60 * (cfg.checkpoint_minutes or math.inf)
+                stops = distributed.agreed(stop.why() is not None)
+                age = time.monotonic() - saved
+                due = world.writes and age >= 60 * (cfg.checkpoint_minutes or math.inf)
                 if done or stops or due or (step + 1) % cfg.log_every == 0:
                     stop_if_broken(broken_at, epoch, len(batches))
                     seen, seconds = (step + 1) * cfg.batch_size, time.perf_counter() - started
@@ -211,17 +233,21 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
             # ---- Its score, and everything to go on from here ---------------------------------
             if not stops:
+                distributed.same_buffers(model if average is None else average)
                 scores, per_class_now = evaluate(
-                    network if average is None else average,
+                    evaluated,
                     stop.until_signalled(
                         evaluation_batches(
-                            dataset.evaluation, cfg.eval_batch_size, dataset.mean, dataset.std
+                            evaluation, cfg.eval_batch_size, dataset.mean, dataset.std
                         )
                     ),
                     autocast,
                 )
-            if stops or stop.signal is not None:  # an evaluation broken off begins anew
-                save(rows=rows, per_class_top1=per_class, so_far=so_far)
+                # One broken off begins anew.
+                stops = distributed.agreed(stop.signal is not None)
+            if stops:
+                if world.writes:
+                    save(rows=rows, per_class_top1=per_class, so_far=so_far)
                 break
             row = {
                 "epoch": epoch + 1,
@@ -233,10 +259,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
                 "seconds": time.perf_counter() - started,
             }
             rows, per_class, so_far = [*rows, row], per_class_now, begin_epoch(len(batches))
-            save(rows=rows, per_class_top1=per_class, so_far=so_far)
+            if world.writes:
+                save(rows=rows, per_class_top1=per_class, so_far=so_far)
+                write_csv(run_dir / "metrics.csv", rows)
+                tracker.log(row)
             saved = time.monotonic()
-            write_csv(run_dir / "metrics.csv", rows)
-            tracker.log(row)
             log.info(
                 "epoch %d/%d: loss %.4f, %s top-1 %.2f, top-5 %.2f, lr %.3g, %.0f images/s",
                 epoch + 1,
@@ -248,7 +275,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
                 row["lr"],
                 row["images_per_s"],
             )
-            if stop.why() is not None:
+            if distributed.agreed(stop.why() is not None):
                 break
 
         # ---- The last epoch's figures, never the best one's ------------------------------------
@@ -265,8 +292,9 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
                 **facts,
                 "config": config,
             }
-            write_json(run_dir / "summary.json", summary)
-            tracker.summarize(last | {"seconds": summary["seconds"]})
+            if world.writes:
+                write_json(run_dir / "summary.json", summary)
+                tracker.summarize(last | {"seconds": summary["seconds"]})
             log.info("top-1 %.2f, top-5 %.2f: %s", last["top1"], last["top5"], run_dir)
         else:
             log.info(
@@ -294,7 +322,7 @@ def begin_epoch(steps: int) -> dict[str, Any]:
 
 
 def add_gradients(
-    network: Callable[..., Tensor],
+    network: Any,
     images: Tensor,
     labels: Tensor,
     cfg: DictConfig,
@@ -303,14 +331,15 @@ def add_gradients(
 ) -> Tensor:
     """The mean loss of a batch, whose gradients are added up piece by piece."""
     mean = torch.zeros((), device=images.device)
-    for piece, target in zip(
-        images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True
-    ):
-        with autocast:
-            logits = network(piece)
-        loss = F.cross_entropy(logits.float(), target, label_smoothing=cfg.label_smoothing)
-        loss = loss / cfg.grad_accum
-        scaler.scale(loss).backward()
+    pieces = zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
+    for number, (piece, target) in enumerate(pieces, start=1):
+        last = number == cfg.grad_accum
+        with nullcontext() if last else distributed.unaveraged(network):
+            with autocast:
+                logits = network(piece)
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=cfg.label_smoothing)
+            loss = loss / cfg.grad_accum
+            scaler.scale(loss).backward()
         mean += loss.detach()
     return mean
 
@@ -329,7 +358,7 @@ def stop_if_broken(broken_at: Tensor, epoch: int, steps: int) -> None:
 def main(cfg: DictConfig) -> float:
     """Train ``cfg`` in Hydra's folder for it; the last epoch's top-1 accuracy in per cent."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
-    with cli.one_line_errors(run_dir, Path(cfg.out_dir)):
+    with cli.one_line_errors(run_dir, Path(cfg.out_dir)), distributed.joined():
         return train(cfg, run_dir)["top1"]
 
 

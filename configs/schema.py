@@ -177,6 +177,8 @@ class Config:
     precision: Precision = MISSING
     channels_last: bool = MISSING
     compile: bool = MISSING
+    # Of several processes: normalise over the whole batch, as one process does, or each its part.
+    sync_batchnorm: bool = MISSING
     deterministic: bool = MISSING  # the same bits each time on a GPU too, more slowly
     resume: Optional[str] = MISSING  # auto: the run's own last checkpoint; or a checkpoint's path
     overwrite: bool = MISSING  # replace a run that is in the way

@@ -28,8 +28,8 @@ class _Draws:
     def to(self, device: torch.device) -> _Draws:
         return _Draws(*(vector.to(device) for vector in vars(self).values()))
 
-    def part(self, start: int, stop: int) -> _Draws:
-        return _Draws(*(vector[start:stop] for vector in vars(self).values()))
+    def part(self, places: Tensor) -> _Draws:
+        return _Draws(*(vector[places] for vector in vars(self).values()))
 
 
 class Batches:
@@ -44,10 +44,11 @@ class Batches:
     epoch resumed at batch ``start`` needs no saved state.
 
     With ``part`` = (p, n) only the p-th of n equal parts of each batch is made, p counted from 0:
-    put behind each other, those of n processes are the batches of one.
+    put behind each other, those of n processes are the batches of one. Where a batch passes the
+    network in several ``pieces``, that holds for each of its pieces.
 
     Raises ValueError if ``batch_size`` is below 1, above the number of images or not divisible by
-    the number of parts, or if the augmentation does not fit the image.
+    the number of parts and pieces, or if the augmentation does not fit the image.
     """
 
     def __init__(
@@ -59,15 +60,17 @@ class Batches:
         std: Colour,
         seed: int,
         part: tuple[int, int] = (0, 1),
+        pieces: int = 1,
     ) -> None:
         if not 1 <= batch_size <= len(images):
             raise ValueError(
                 f"batch_size={batch_size} does not fit {len(images)} training images; "
                 f"give 1 to {len(images)}"
             )
-        if batch_size % part[1]:
+        if batch_size % (part[1] * pieces):
             raise ValueError(
-                f"batch_size={batch_size} must be divisible by the {part[1]} processes"
+                f"batch_size={batch_size} must be divisible by {part[1]} parts times "
+                f"{pieces} pieces"
             )
         augmentation.check_fits(images.pixels.shape[1], images.pixels.shape[2])
         self.images = images
@@ -75,6 +78,7 @@ class Batches:
         self.augmentation = augmentation
         self.seed = seed
         self.part = part
+        self.pieces = pieces
         self._scale, self._shift = _scale_and_shift(mean, std, images.pixels.device)
 
     def __len__(self) -> int:
@@ -93,10 +97,10 @@ class Batches:
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         draws = self._draw(epoch).to(self.images.pixels.device)
         index, parts = self.part
-        share = self.batch_size // parts
+        places = torch.arange(self.batch_size, device=self.images.pixels.device)
+        places = places.view(self.pieces, parts, -1)[:, index].flatten()
         for batch in range(start, len(self)):
-            first = batch * self.batch_size + index * share
-            yield self._make(draws.part(first, first + share))
+            yield self._make(draws.part(batch * self.batch_size + places))
 
     def _draw(self, epoch: int) -> _Draws:
         number, height, width, _ = self.images.pixels.shape

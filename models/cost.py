@@ -22,7 +22,8 @@ def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
     weights with values, whichever backend runs it. Nothing is computed: it runs on the meta
     device.
     """
-    shadow = copy.deepcopy(model).to("meta")
+    # In evaluation: normalisation over several processes would ask the others.
+    shadow = copy.deepcopy(model).to("meta").eval()
     for layer in augmented_layers(shadow).values():
         layer.backend = "reference"
     counter = FlopCounterMode(display=False)

@@ -210,8 +210,25 @@ def test_the_parts_of_several_processes_are_the_batches_of_one():
     for together, *shares in zip(whole, *parts, strict=True):
         for both, pieces in zip(together, zip(*shares, strict=True), strict=True):
             assert torch.equal(both, torch.cat(pieces))
-    with pytest.raises(ValueError, match="batch_size=5 must be divisible by the 3 processes"):
+    with pytest.raises(
+        ValueError, match="batch_size=5 must be divisible by 3 parts times 1 pieces"
+    ):
         Batches(random_images(), 5, augmentation, MEAN, STD, 3, part=(0, 3))
+
+
+def test_parts_of_a_batch_in_pieces_make_up_its_pieces():
+    augmentation = Augmentation(crop_pad=2, flip=True)
+    whole = list(batches(augmentation, 12).epoch(1))
+    parts = [
+        list(
+            Batches(random_images(), 12, augmentation, MEAN, STD, 3, part=(p, 3), pieces=2).epoch(1)
+        )
+        for p in range(3)
+    ]
+    for together, *shares in zip(whole, *parts, strict=True):
+        for both, mine in zip(together, zip(*shares, strict=True), strict=True):
+            for piece, expected in enumerate(both.chunk(2)):
+                assert torch.equal(expected, torch.cat([x.chunk(2)[piece] for x in mine]))
 
 
 def test_parts_of_a_set_have_each_image_once():

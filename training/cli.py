@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from training.distributed import world
 from training.files import FAILED, write_json
 
 # Read before `run` sets the variable for its own purpose.
@@ -37,7 +38,8 @@ def run(main: Callable[[], Any]) -> None:
     except (HydraException, OmegaConfBaseException, OSError) as error:
         _stop(error)
     except KeyboardInterrupt:
-        print("train.py: interrupted; resume=auto goes on behind the last epoch", file=sys.stderr)
+        if world().writes:
+            _say("interrupted; resume=auto goes on behind the last epoch")
         sys.exit(130)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
@@ -54,17 +56,24 @@ def one_line_errors(run_dir: Path, out_dir: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError, HydraException) as error:
-        if isinstance(error, FloatingPointError):
-            write_json(run_dir / FAILED, {"error": str(error)})
-        _remove_unused(run_dir, out_dir)
+        if world().writes:
+            if isinstance(error, FloatingPointError):
+                write_json(run_dir / FAILED, {"error": str(error)})
+            _remove_unused(run_dir, out_dir)
         if FULL_ERROR:
             raise
         _stop(error)
 
 
 def _stop(error: BaseException) -> NoReturn:
-    print(f"train.py: {explain(error)}", file=sys.stderr)
+    # Each process tells of another's death: the one that else speaks may be the dead one.
+    if world().writes or isinstance(error, ConnectionError):
+        _say(explain(error))
     sys.exit(2)
+
+
+def _say(text: str) -> None:
+    print(f"train.py: {text}", file=sys.stderr, flush=True)
 
 
 def explain(error: BaseException) -> str:

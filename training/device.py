@@ -8,17 +8,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from training.distributed import World
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, world: World | None = None) -> torch.device:
     """The device of that name; ``auto`` is the GPU if there is one, else the CPU.
 
+    Each of several processes on a machine, of which ``world`` tells, gets a GPU of its own.
+
     Raises:
-        ValueError: torch knows no such device, or this machine has none.
+        ValueError: torch knows no such device, or this machine has none or too few.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world is not None and world.size > 1 and name == "cuda":
+        name = f"cuda:{world.local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -29,6 +35,10 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"device={name}, but torch finds no GPU here; use device=cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device={name}, but there are {torch.cuda.device_count()} GPUs")
+    if world is not None and world.size > 1 and device.type == "cuda":
+        if device.index != world.local_rank:
+            raise ValueError(f"device={name} is one GPU for {world.size} processes; use cuda")
+        torch.cuda.set_device(device)
     return device
 
 

@@ -4,6 +4,7 @@ Without torchrun there is one process, and everything here leaves things as they
 """
 
 import datetime
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -52,6 +53,8 @@ def joined() -> Iterator[World]:
     if here.size == 1:
         yield here
         return
+    if not here.writes:
+        logging.disable(logging.WARNING)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
     try:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from training.distributed import total
+
 
 def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     """How many of the labels (B,) are among the k highest of the logits (B, classes).
@@ -24,7 +26,8 @@ def evaluate(
 ) -> tuple[dict[str, float], list[float | None]]:
     """Mean cross-entropy (nats) and top-1 and top-5 accuracy (per cent) over all images.
 
-    Beside them the top-1 accuracy of each class, None for a class without images.
+    Beside them the top-1 accuracy of each class, None for a class without images. Where there are
+    several processes, all call this, each with its part of the images.
     """
     if isinstance(model, nn.Module):
         model.eval()
@@ -42,12 +45,12 @@ def evaluate(
         counts = right.new_zeros(2, logits.shape[1])
         by_class.append(counts.index_add_(1, labels, torch.stack((right, torch.ones_like(right)))))
     assert by_class
-    right_in, images_of = torch.stack(by_class).sum(0).tolist()
+    right_in, images_of = total(torch.stack(by_class).sum(0)).tolist()
     images_seen = sum(images_of)
     scores = {
-        "eval_loss": torch.stack(losses).sum().item() / images_seen,
+        "eval_loss": total(torch.stack(losses).sum()).item() / images_seen,
         "top1": 100 * sum(right_in) / images_seen,
-        "top5": 100 * torch.stack(in_top5).sum().item() / images_seen,
+        "top5": 100 * total(torch.stack(in_top5).sum()).item() / images_seen,
     }
     classes = zip(right_in, images_of, strict=True)
     return scores, [100 * right / seen if seen else None for right, seen in classes]

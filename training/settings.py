@@ -17,15 +17,16 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def check(cfg: DictConfig) -> None:
+def check(cfg: DictConfig, processes: int = 1) -> None:
     """Raise ValueError for numbers that no run can have, before anything is read or built."""
     for name in ("epochs", "batch_size", "grad_accum", "eval_batch_size", "log_every"):
         if cfg[name] < 1:
             raise ValueError(f"{name}={cfg[name]} must be at least 1")
-    if cfg.batch_size % cfg.grad_accum:
-        raise ValueError(
-            f"batch_size={cfg.batch_size} must be divisible by grad_accum={cfg.grad_accum}"
-        )
+    if cfg.batch_size % (cfg.grad_accum * processes):
+        parts = f"grad_accum={cfg.grad_accum}"
+        if processes > 1:
+            parts += f" times {processes} processes"
+        raise ValueError(f"batch_size={cfg.batch_size} must be divisible by {parts}")
     if not 0 <= cfg.seed < 2**32:
         raise ValueError(f"seed={cfg.seed} must be at least 0 and less than 2^32")
     if not 0 <= cfg.label_smoothing < 1:

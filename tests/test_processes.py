@@ -1,0 +1,142 @@
+"""train.py under torchrun: two processes against one, stopped, and when one of them dies."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import CLOCK, TINY
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+NEVER_ENDING = ["epochs=10000", "data.train_size=64"]
+
+
+def start(folder, *overrides, processes=2):
+    """A tiny run as a user starts it."""
+    launcher = TORCHRUN if processes == 2 else []
+    command = [sys.executable, *launcher, "train.py", *TINY, f"hydra.run.dir={folder}"]
+    return subprocess.Popen(
+        [*command, f"out_dir={folder.parent}", "device=cpu", *overrides],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finished(process):
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, said
+    return said
+
+
+def rows(folder):
+    """The lines of metrics.csv, as text, but for what depends on the clock."""
+    if not (folder / "metrics.csv").exists():
+        return []
+    with (folder / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
+
+
+def after_an_epoch(folder, process):
+    deadline = time.monotonic() + 120
+    while not rows(folder):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def children(process):
+    return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+
+
+# One image of the evaluation is left over, for the first process.
+SETTINGS = ["epochs=3", "data.test_size=41", "grad_accum=2", "ema=0.9", "grad_clip=0.5"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of the same run by one process, by two, and by two that normalise their parts."""
+    root = tmp_path_factory.mktemp("runs")
+    folders = {name: root / name for name in ("one", "two", "apart")}
+    for name, folder in folders.items():
+        more = ["sync_batchnorm=false"] if name == "apart" else []
+        said = finished(start(folder, *SETTINGS, *more, processes=1 if name == "one" else 2))
+        assert said.count("epoch 3/3") == 1  # one of them speaks
+    return folders
+
+
+def test_two_processes_give_the_curve_of_one(runs):
+    expected, got = rows(runs["one"]), rows(runs["two"])
+    assert len(expected) == len(got) == 3
+    for a, b in zip(expected, got, strict=True):
+        for name, value in a.items():
+            assert float(b[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
+    a, b = (json.loads((runs[n] / "summary.json").read_text()) for n in ("one", "two"))
+    assert (a["processes"], b["processes"]) == (1, 2)
+    assert a["per_class_top1"] == pytest.approx(b["per_class_top1"])
+    a, b = (torch.load(runs[n] / "last.pt", weights_only=True) for n in ("one", "two"))
+    for part in ("model", "average"):
+        for name, value in a[part].items():
+            torch.testing.assert_close(b[part][name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_normalised_apart_the_curve_is_another(runs):
+    losses = [float(rows(runs[name])[-1]["train_loss"]) for name in ("two", "apart")]
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_stopped_and_continued_it_is_the_same_to_the_bit(tmp_path, runs):
+    folder = tmp_path / "stopped"
+    process = start(folder, *SETTINGS, "max_minutes=0.001")  # the time is over at the first step
+    assert "stopped (max_minutes=0.001) behind epoch 0, step 1;" in finished(process)
+    assert not (folder / "summary.json").exists()
+    finished(start(folder, *SETTINGS, "resume=auto"))
+    assert rows(folder) == rows(runs["two"])
+    a, b = (torch.load(f / "last.pt", weights_only=True) for f in (folder, runs["two"]))
+    for part in ("model", "average"):
+        for name, value in a[part].items():
+            assert torch.equal(value, b[part][name]), name
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes by Linux's /proc")
+def test_a_dead_process_ends_the_other_with_a_message(tmp_path):
+    process = start(tmp_path / "dead", *NEVER_ENDING)
+    after_an_epoch(tmp_path / "dead", process)
+    os.kill(int(children(process)[1]), signal.SIGKILL)
+    killed = time.monotonic()
+    said = process.communicate(timeout=60)[0]
+    assert time.monotonic() - killed < 60
+    assert process.returncode != 0
+    assert said.count("another one has died or does not answer") == 1
+    assert "resume=auto goes on" in said
+
+
+def test_a_signal_to_all_is_saved_once(tmp_path):
+    folder = tmp_path / "signalled"
+    process = start(folder, *NEVER_ENDING)
+    after_an_epoch(folder, process)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    said = process.communicate(timeout=60)[0]
+    assert said.count("stopped (SIGTERM) behind epoch") == 1
+    behind = torch.load(folder / "last.pt", weights_only=True)
+    assert len(behind["rows"]) == len(rows(folder))
+    assert f"behind epoch {len(behind['rows'])}, step {behind['so_far']['step']}" in said
+
+
+def test_a_mistake_is_told_once(tmp_path):
+    process = start(tmp_path / "out" / "wrong", "batch_size=32", "grad_accum=32")
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    lines = [line for line in said.splitlines() if line.startswith("train.py:")]
+    assert lines == ["train.py: batch_size=32 must be divisible by grad_accum=32 times 2 processes"]
+    assert not (tmp_path / "out" / "wrong").exists()
