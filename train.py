@@ -158,7 +158,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         log.info(line)
 
     with (
-        stopping.Stop(cfg.max_minutes) as stop,
+        stopping.Stop(cfg.max_minutes, launched=world.size > 1) as stop,
         track(
             config["wandb"]["mode"] if world.writes else "disabled",
             folder=Path(cfg.out_dir),

@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
+# Seconds within which torchrun passes a signal on that all processes of a terminal have had.
+ECHO = 2.0
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -36,11 +39,14 @@ class Stop:
 
     Within the ``with``, SIGTERM, SIGINT and SIGUSR1 are remembered instead of ending the process;
     a SIGINT behind another of them ends it at once, with code 130. ``max_minutes`` counts from
-    the process's beginning.
+    the process's beginning. One of several processes, which torchrun has ``launched``, gets the
+    terminal's SIGINT twice, from there and from torchrun: an echo ends nothing.
     """
 
-    def __init__(self, max_minutes: float | None) -> None:
+    def __init__(self, max_minutes: float | None, launched: bool = False) -> None:
         self.signal: signal.Signals | None = None
+        self._echo_until = -math.inf
+        self._launched = launched
         self._max_minutes = math.inf if max_minutes is None else max_minutes
         self._before: dict[signal.Signals, Any] = {}
 
@@ -53,9 +59,14 @@ class Stop:
             signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        now = time.monotonic()
+        if self.signal is not None and number == signal.SIGINT and now > self._echo_until:
             os._exit(128 + number)
-        self.signal = self.signal or signal.Signals(number)
+        if self.signal is not None:
+            return
+        self.signal = signal.Signals(number)
+        if self._launched:
+            self._echo_until = now + ECHO
         # Not by print or a logger: the signal may have come in the middle of one.
         name = signal.Signals(number).name
         os.write(2, f"{name}: saving behind this step; SIGINT leaves at once\n".encode())
