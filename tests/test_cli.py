@@ -9,7 +9,6 @@ import pytest
 import train
 from training import cli
 
-import compare
 import report
 from conftest import CONFIGS, TINY
 
@@ -214,27 +213,3 @@ def test_report_without_runs_says_so(tmp_path):
     with pytest.raises(ValueError, match="no finished run"):
         report.report([tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_compare_trains_what_is_missing_and_reports(tmp_path, capfd):
-    tiny = [w for w in TINY if "epochs" not in w]
-    folder = compare.compare(["none", "aa"], [0], [*tiny, "epochs=1"], tmp_path)
-    text = (folder / "report.md").read_text()
-    assert text.count("| resnet8 ") == 2
-    summary = folder / "attention=aa" / "seed=0" / "summary.json"
-    before = summary.stat().st_mtime_ns
-    (folder / "attention=none" / "seed=0" / "summary.json").unlink()
-    capfd.readouterr()
-    compare.compare(["none", "aa"], [0], [*tiny, "epochs=1"], tmp_path)
-    printed = capfd.readouterr().out
-    assert "[1/2] attention=none seed=0: training" in printed
-    assert "resumed" in printed
-    assert "[2/2] attention=aa seed=0: finished before" in printed
-    assert summary.stat().st_mtime_ns == before
-
-
-def test_compare_stops_with_the_run_that_stops(tmp_path):
-    with pytest.raises(subprocess.CalledProcessError) as stopped:
-        compare.compare(["none"], [0], [*TINY, "epochs=0"], tmp_path)
-    assert stopped.value.returncode == 2
-    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,304 @@
+"""Many runs by one command: what it makes of its words, of what is there, and of being stopped."""
+
+import csv
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+
+import pytest
+
+import compare
+from conftest import CONFIGS, TINY
+
+ROOT = CONFIGS.parent
+SHORT = [word for word in TINY if "epochs" not in word]
+
+
+# ---- Words --------------------------------------------------------------------------------------
+
+
+def test_combinations_within_an_entry_and_entries_one_after_the_other():
+    vary = [["attention=none"], ["attention=aa", "attention.dk=8,16", "attention.stages=[1,2],[3]"]]
+    assert compare.expand(vary) == [
+        ("attention=none",),
+        ("attention=aa", "attention.dk=8", "attention.stages=[1,2]"),
+        ("attention=aa", "attention.dk=8", "attention.stages=[3]"),
+        ("attention=aa", "attention.dk=16", "attention.stages=[1,2]"),
+        ("attention=aa", "attention.dk=16", "attention.stages=[3]"),
+    ]
+    assert compare.expand([["epochs=1,2"], ["epochs=2,3"]]) == [
+        ("epochs=1",),
+        ("epochs=2",),
+        ("epochs=3",),
+    ]
+
+
+def test_runs_go_seed_after_seed_and_know_their_length(tmp_path):
+    vary = [["attention=none", "epochs=3"], ["attention=aa"]]
+    folder, runs = compare.plan(vary, [4, 2, 4], TINY, tmp_path)
+    assert folder.parent == tmp_path / "compare"
+    assert [(r.variant[0], r.seed, r.epochs) for r in runs] == [
+        ("attention=none", 4, 3),
+        ("attention=aa", 4, 2),
+        ("attention=none", 2, 3),
+        ("attention=aa", 2, 2),
+    ]
+    assert runs[0].folder == folder / "attention=none,epochs=3" / "seed=4"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_different_words_differ():
+    plain = ["experiment=lookup", "model.widths=[4,8,8]"]
+    assert compare.as_name(plain) == "experiment=lookup,model.widths=[4,8,8]"
+    odd = [["a={b:1}"], ["a={b;1}"], ["a/b=1"], ["a-b=1"], ["a" * 400], ["a" * 401]]
+    names = [compare.as_name(words) for words in odd]
+    assert len(set(names)) == len(odd)
+    assert all(len(name) < 200 and "/" not in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--vary", "attention=none,ab"], "Could not find 'attention/ab'"),
+        (["--vary", "attention=none", "attention.dk=3"], "attention.dk: there is no setting dk"),
+        (["--vary", "seed=1,2"], "seed=1,2: use --seeds for seed"),
+        (["--", "out_dir=here"], "out_dir=here: use --out for out_dir"),
+        (["--", "optim.lrr=1"], "optim.lrr: there is no setting lrr"),
+        (["--", "optim.lr"], "Error parsing override 'optim.lr'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line_before_any_run(monkeypatch, tmp_path, capsys, words, message):
+    monkeypatch.setattr(compare.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--out", str(tmp_path / "o"), *words])
+    with pytest.raises(SystemExit) as stopped:
+        compare.main()
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("compare.py: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_train_refuses_stops_the_comparison_and_leaves_nothing(tmp_path):
+    with pytest.raises(compare.RefusedError):
+        compare.compare([["attention=none,aa"]], [0], [*SHORT, "epochs=0"], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- What is there ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """A function that replaces train.py by another one; it returns the calls so far."""
+
+    def install(act):
+        calls = []
+
+        def train(run, overrides, out_dir, minutes, lock):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            calls.append((str(run), minutes))
+            return act(run)
+
+        monkeypatch.setattr(compare, "train", train)
+        monkeypatch.setattr(compare, "report", lambda folders, out: f"report of {len(folders)}")
+        return calls
+
+    return install
+
+
+def finish(run):
+    write_rows(run.folder, epochs=run.epochs)
+    (run.folder / "summary.json").write_text("{}")
+    return 0
+
+
+def write_rows(folder, epochs, seconds=1.0):
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = "".join(f"{epoch},{seconds}\n" for epoch in range(1, epochs + 1))
+    (folder / "metrics.csv").write_text(f"epoch,seconds\n{rows}")
+
+
+def test_trains_what_is_missing_and_reports(tmp_path, capfd):
+    words = ([["attention=none,aa"]], [0], [*SHORT, "epochs=1"], tmp_path)
+    assert compare.compare(*words) == 0
+    folder, runs = compare.plan(*words)
+    assert (folder / "report.md").exists()
+    before = runs[1].folder.joinpath("summary.json").stat().st_mtime_ns
+    (runs[0].folder / "summary.json").unlink()
+    capfd.readouterr()
+    assert compare.compare(*words) == 0
+    printed = capfd.readouterr().out
+    assert "[1/2] attention=none seed=0: continuing behind epoch 1 of 1 (1 done" in printed
+    assert "resumed" in printed
+    assert "[2/2] attention=aa seed=0: finished before" in printed
+    assert runs[1].folder.joinpath("summary.json").stat().st_mtime_ns == before
+
+
+def test_a_run_that_diverges_does_not_stop_the_others_and_is_not_repeated(tmp_path, capfd):
+    words = ([["optim.lr=1e+30,2e-3"]], [0], [*SHORT, "epochs=1"], tmp_path)
+    assert compare.compare(*words) == 1
+    printed = capfd.readouterr()
+    assert "failed: optim.lr=1e+30 seed=0: the loss is not finite at epoch 1" in printed.err
+    _, (diverged, other) = compare.plan(*words)
+    assert other.finished
+    assert not diverged.finished
+    before = (diverged.folder / "failed.json").stat().st_mtime_ns
+    assert compare.compare(*words) == 1
+    printed = capfd.readouterr()
+    assert "[1/2] optim.lr=1e+30 seed=0: failed before, and is left so: the loss" in printed.out
+    assert "failed: optim.lr=1e+30 seed=0" in printed.err
+    assert (diverged.folder / "failed.json").stat().st_mtime_ns == before
+
+
+def test_a_run_that_breaks_does_not_stop_the_others(tmp_path, pretend, capsys):
+    calls = pretend(lambda run: -9 if run.variant == ("attention=none",) else finish(run))
+    assert compare.compare([["attention=none,aa"]], [0, 1], TINY, tmp_path) == 1
+    assert len(calls) == 4
+    printed = capsys.readouterr()
+    assert "report of 4" in printed.out
+    assert printed.err.splitlines() == [
+        f"failed: attention=none seed={seed}: train.py ended with code -9" for seed in (0, 1)
+    ]
+
+
+def test_the_time_of_all_runs_is_shared_out(tmp_path, pretend, monkeypatch, capsys):
+    clock = [1000.0]
+    monkeypatch.setattr(compare.time, "monotonic", lambda: clock[0])
+
+    def act(run):
+        clock[0] += 240
+        return finish(run) if clock[0] < 1700 else 0  # the third one is stopped by its limit
+
+    calls = pretend(act)
+    words = ([["attention=none,aa,se,ge"]], [0], TINY, tmp_path)
+    assert compare.compare(*words, max_minutes=11) == 0
+    assert [minutes for _, minutes in calls] == [pytest.approx(11 - 4 * i) for i in range(3)]
+    printed = capsys.readouterr().out
+    assert "--max-minutes=11 are over; the same command goes on" in printed
+    assert "attention=ge" not in printed
+    assert "report of 3" in printed
+
+
+def test_no_run_starts_when_the_time_is_over(tmp_path, pretend, monkeypatch, capsys):
+    clock = [0.0]
+    monkeypatch.setattr(compare.time, "monotonic", lambda: clock[0])
+
+    def act(run):
+        clock[0] += 61
+        return finish(run)
+
+    calls = pretend(act)
+    assert compare.compare([["attention=none,aa"]], [0], TINY, tmp_path, max_minutes=1) == 0
+    assert len(calls) == 1
+    assert "are over" in capsys.readouterr().out
+
+
+def test_time_to_go_is_that_of_the_variant(tmp_path):
+    _, runs = compare.plan([["attention=none,aa"]], [0, 1, 2], [*SHORT, "epochs=10"], tmp_path)
+    assert compare.seconds_left(runs) is None
+    none, aa = runs[0::2], runs[1::2]
+    write_rows(none[0].folder, 10, seconds=2)
+    (none[0].folder / "summary.json").write_text("{}")
+    # Nothing is known of aa: it takes none's pace. 5 runs of 10 epochs of 2 seconds.
+    assert compare.seconds_left(runs) == pytest.approx(100)
+    write_rows(aa[0].folder, 4, seconds=5)
+    assert compare.seconds_left(runs) == pytest.approx(2 * 10 * 2 + 26 * 5)
+    (aa[1].folder).mkdir(parents=True)
+    (aa[1].folder / "failed.json").write_text(json.dumps({"error": "diverged"}))
+    assert compare.seconds_left(runs) == pytest.approx(2 * 10 * 2 + 16 * 5)
+    assert compare.progress(runs, 1) == (
+        "[2/6] attention=aa seed=0: continuing behind epoch 4 of 10 (1 done, about 2 min to go)"
+    )
+    assert compare.as_time(7000) == "about 1.9 h"
+
+
+# ---- Being stopped ------------------------------------------------------------------------------
+
+
+def test_two_at_work_on_one_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "LOCK_WAIT_S", 0.2)
+    with compare.locked(tmp_path / "c", tmp_path):
+        (tmp_path / "c" / "run").mkdir()
+        with pytest.raises(ValueError, match="another compare"):
+            compare.locked(tmp_path / "c", tmp_path).__enter__()
+    with compare.locked(tmp_path / "c", tmp_path):
+        pass
+    assert (tmp_path / "c" / "run").exists()
+
+
+# The first run is over at once; the second one would take minutes.
+LONG = ["--vary", "attention=none", "epochs=1", "--vary", "attention=none", "epochs=500"]
+
+
+@contextmanager
+def started(out):
+    """compare.py in a process of its own, killed at the end of the ``with``."""
+    command = [sys.executable, "scripts/compare.py", "--out", str(out), *LONG, "--", *SHORT]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until(true, seconds=60.0):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def nobody_is_at_work(folder):
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a run with its parent")
+def test_killed_started_again_and_interrupted(tmp_path):
+    vary = [["attention=none", "epochs=1"], ["attention=none", "epochs=500"]]
+    folder, (first, second) = compare.plan(vary, [0], SHORT, tmp_path)
+    with started(tmp_path) as process:
+        wait_until(lambda: second.done()[0] >= 2)
+        assert not nobody_is_at_work(folder)
+        process.kill()
+        wait_until(lambda: nobody_is_at_work(folder), seconds=5)
+    there = second.done()[0]
+    time.sleep(0.5)
+    assert second.done()[0] == there < 500  # nobody writes there any more
+    finished = first.folder / "summary.json"
+    summary, written = finished.read_bytes(), finished.stat().st_mtime_ns
+
+    with started(tmp_path) as process:
+        wait_until(lambda: second.done()[0] > there + 1)
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=60)[0].splitlines()
+        assert process.returncode == 130
+        assert nobody_is_at_work(folder)
+    assert "[1/2] attention=none epochs=1 seed=0: finished before" in printed
+    assert finished.read_bytes() == summary
+    assert finished.stat().st_mtime_ns == written
+    head = f"[2/2] attention=none epochs=500 seed=0: continuing behind epoch {there} of 500"
+    assert any(line.startswith(head) for line in printed)
+    # The checkpoint may be one epoch ahead of the figures, never behind them.
+    (resumed,) = (line for line in printed if line.startswith("resumed "))
+    assert int(resumed.rpartition(" ")[2]) in (there, there + 1)
+    with (second.folder / "metrics.csv").open() as file:
+        epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
+    assert epochs == list(range(1, len(epochs) + 1))
+    # Ctrl-C: one line of the run, one of the comparison.
+    assert "train.py: interrupted" in printed[-2]
+    assert printed[-1].startswith("compare.py: stopped; the same command goes on: python scripts/")
+    assert not any("Traceback" in line for line in printed)
