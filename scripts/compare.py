@@ -7,11 +7,14 @@
 A --vary stands for all combinations of its values, which are written as for train.py -m; several
 add up. What stands behind ``--`` goes to every run; by default that is experiment=lookup, and it
 names the comparison's folder below outputs/compare/. The same command again skips the runs that are
-finished and continues the others behind their last epoch, whatever stopped them. A run whose loss
-stops being finite has a result, too: it is not run again, and the others go on.
+finished and continues the others from their last checkpoint, whatever stopped them. A run whose
+loss stops being finite has a result, too: it is not run again, and the others go on.
 
-Exit codes: 0 all is well, also when --max-minutes are over; 1 a run failed; 2 a mistake in the
-settings; 130 Ctrl-C.
+On a machine that is lent for half an hour, ``--max-minutes 28`` leaves two for the report: the run
+in progress stops with a checkpoint when they are over, and the same command goes on next time.
+
+Exit codes: 0 all is well, also when the time is over; 1 a run failed; 2 a mistake in the settings;
+130 Ctrl-C and 143 SIGTERM, of compare.py or of the run in progress.
 """
 
 import argparse
@@ -27,9 +30,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +48,7 @@ sys.path.insert(0, str(ROOT))
 from configs.schema import register  # noqa: E402
 from training.cli import explain  # noqa: E402
 from training.files import FAILED  # noqa: E402
+from training.variants import RESULT_FREE  # noqa: E402
 
 from report import report  # noqa: E402
 
@@ -53,13 +58,18 @@ register()
 OURS = {
     "seed": "--seeds",
     "out_dir": "--out",
-    "max_minutes": "--max-minutes",
     "resume": "nothing, for it always continues,",
     "hydra.run.dir": "--out",
 }
+# What goes to every run and names no folder: it changes no result.
+NAMELESS = (*RESULT_FREE, "tracking", "max_minutes")
 # How long a run may take to end after Ctrl-C, and a killed comparison's run to be gone.
 PATIENCE_S = 30.0
 LOCK_WAIT_S = 5.0
+# A line about the whole set at most this often while a run goes on.
+STATUS_EVERY_S = 60.0
+# Exit codes of a run that a signal has stopped: SIGINT, SIGTERM, SIGUSR1, as shells have it.
+STOPPED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
 
 # Not Popen's preexec_fn, which runs between fork and exec, where only C code is safe.
 DIE_WITH_PARENT = """
@@ -72,6 +82,10 @@ if os.getppid() == int(sys.argv[1]):  # else it was gone before the kernel was a
 
 class RefusedError(Exception):
     """train.py refuses the settings; it has said why."""
+
+
+class StoppedError(Exception):
+    """A signal has stopped the run in progress; the first argument is its exit code."""
 
 
 @dataclass(frozen=True)
@@ -134,16 +148,24 @@ def plan(
 ) -> tuple[Path, list[Run]]:
     """The comparison's folder and its runs, seed after seed, all of their settings composed.
 
+    Settings that change no result do not name the folder: ``max_minutes=9`` goes on where
+    ``max_minutes=5`` has stopped.
+
     Raises:
         ValueError: a setting that is compare.py's own.
         HydraException, OmegaConfBaseException: settings that train.py does not have.
     """
-    parser = OverridesParser.create()
-    for override in parser.parse_overrides([*itertools.chain(*vary), *overrides]):
+    parse = OverridesParser.create().parse_overrides
+    for override in parse([*itertools.chain(*vary), *overrides]):
         key = override.get_key_element()
         if key in OURS:
             raise ValueError(f"{override.input_line}: use {OURS[key]} for {key}")
-    comparison = (out_dir / "compare" / as_name(overrides)).absolute()
+    naming = [
+        str(override.input_line)
+        for override in parse(overrides)
+        if not override.get_key_element().startswith(NAMELESS)
+    ]
+    comparison = (out_dir / "compare" / (as_name(naming) or "default")).absolute()
     lengths = {}
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         for variant in expand(vary):
@@ -165,8 +187,17 @@ def as_name(overrides: list[str] | tuple[str, ...]) -> str:
     return f"{name}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
-def train(run: Run, overrides: list[str], out_dir: Path, minutes: float | None, lock: int) -> int:
+def train(
+    run: Run,
+    overrides: list[str],
+    out_dir: Path,
+    minutes: float | None,
+    lock: int,
+    status: Callable[[], str],
+) -> int:
     """One run of train.py, continued if there is a part of it; its exit code.
+
+    Now and then ``status`` is printed, behind an epoch.
 
     It ends with this process, however that ends, so that two never write to one folder: on Linux
     the kernel sees to it. Elsewhere a run that outlives a killed compare.py keeps ``lock``, and the
@@ -187,7 +218,13 @@ def train(run: Run, overrides: list[str], out_dir: Path, minutes: float | None, 
         start_new_session=True,
     )
     try:
-        return process.wait()
+        epochs, printed = run.done()[0], time.monotonic()
+        while True:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(1.0)
+            if run.done()[0] > epochs and time.monotonic() - printed >= STATUS_EVERY_S:
+                epochs, printed = run.done()[0], time.monotonic()
+                print(status(), flush=True)
     except BaseException:
         process.send_signal(signal.SIGINT)
         try:
@@ -277,7 +314,7 @@ def as_time(seconds: float | None) -> str:
 
 
 def progress(runs: list[Run], number: int) -> str:
-    """One line before run ``number`` (from 0): where the whole set stands, and what comes now."""
+    """One line on run ``number`` (from 0), and where the whole set stands."""
     run = runs[number]
     head = f"[{number + 1}/{len(runs)}] {run}:"
     if run.finished:
@@ -285,7 +322,7 @@ def progress(runs: list[Run], number: int) -> str:
     if run.failure is not None:
         return f"{head} failed before, and is left so: {run.failure}"
     finished, epochs = sum(r.finished for r in runs), run.done()[0]
-    what = f"continuing behind epoch {epochs} of {run.epochs}" if epochs else "training"
+    what = f"behind epoch {epochs} of {run.epochs}" if epochs else "training"
     return f"{head} {what} ({finished} done, {as_time(seconds_left(runs))} to go)"
 
 
@@ -296,6 +333,7 @@ def train_all(
 
     Raises:
         RefusedError: train.py refuses the settings of a run.
+        StoppedError: a signal has stopped a run.
     """
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     failed = {}
@@ -305,12 +343,16 @@ def train_all(
             minutes = None if deadline is None else (deadline - time.monotonic()) / 60
             code = 0
             if minutes is None or minutes > 0:
-                code = train(run, overrides, out_dir, minutes, lock)
+                status = partial(progress, runs, number)
+                code = train(run, overrides, out_dir, minutes, lock, status)
+            if code == 0 and not run.finished:
+                left = sum(not r.finished and r.failure is None for r in runs)
+                print(f"the time is over with {left} runs to go; the same command goes on")
+                break
+            if code in STOPPED:
+                raise StoppedError(code)
             if code == 2 and run.failure is None:
                 raise RefusedError
-            if code == 0 and not run.finished:
-                print(f"--max-minutes={max_minutes:g} are over; the same command goes on")
-                break
             if code != 0 and run.failure is None:
                 failed[run] = f"train.py ended with code {code}"
         if run.failure is not None:
@@ -328,14 +370,14 @@ def compare(
     """Run what is missing of the comparison, write its report, and return the exit code.
 
     Raises:
-        RefusedError, ValueError, OSError, HydraException, OmegaConfBaseException: see `plan`,
-            `locked` and `train_all`.
+        RefusedError, StoppedError, ValueError, OSError, HydraException, OmegaConfBaseException:
+            see `plan`, `locked` and `train_all`.
     """
     comparison, runs = plan(vary, seeds, overrides, out_dir)
     with locked(comparison, out_dir) as lock:
         failed = train_all(runs, overrides, out_dir, max_minutes, lock)
     if any(run.finished for run in runs):
-        print("", report([run.folder for run in runs if run.folder.is_dir()], comparison), sep="\n")
+        print("", report([comparison], comparison), sep="\n")
     else:
         print("no run is finished: there is nothing to report yet")
     for run, reason in failed.items():
@@ -344,7 +386,7 @@ def compare(
 
 
 def interrupt(signum: int, _: Any) -> None:
-    raise KeyboardInterrupt(signum)
+    raise KeyboardInterrupt(128 + signum)
 
 
 def main() -> None:
@@ -377,10 +419,10 @@ def main() -> None:
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         print(f"compare.py: {explain(error)}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt as stopped:
+    except (KeyboardInterrupt, StoppedError) as stopped:
         again = shlex.join(["python", *sys.argv])
         print(f"compare.py: stopped; the same command goes on: {again}", file=sys.stderr)
-        sys.exit(128 + (stopped.args[0] if stopped.args else signal.SIGINT))
+        sys.exit(stopped.args[0] if stopped.args else STOPPED[0])
 
 
 if __name__ == "__main__":

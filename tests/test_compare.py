@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -101,13 +102,13 @@ def pretend(monkeypatch):
     def install(act):
         calls = []
 
-        def train(run, overrides, out_dir, minutes, lock):
+        def train(run, overrides, out_dir, minutes, lock, status):
             run.folder.mkdir(parents=True, exist_ok=True)
             calls.append((str(run), minutes))
             return act(run)
 
         monkeypatch.setattr(compare, "train", train)
-        monkeypatch.setattr(compare, "report", lambda folders, out: f"report of {len(folders)}")
+        monkeypatch.setattr(compare, "report", lambda folders, out: f"report of {folders[0].name}")
         return calls
 
     return install
@@ -135,7 +136,7 @@ def test_trains_what_is_missing_and_reports(tmp_path, capfd):
     capfd.readouterr()
     assert compare.compare(*words) == 0
     printed = capfd.readouterr().out
-    assert "[1/2] attention=none seed=0: continuing behind epoch 1 of 1 (1 done" in printed
+    assert "[1/2] attention=none seed=0: behind epoch 1 of 1 (1 done" in printed
     assert "resumed" in printed
     assert "[2/2] attention=aa seed=0: finished before" in printed
     assert runs[1].folder.joinpath("summary.json").stat().st_mtime_ns == before
@@ -162,7 +163,7 @@ def test_a_run_that_breaks_does_not_stop_the_others(tmp_path, pretend, capsys):
     assert compare.compare([["attention=none,aa"]], [0, 1], TINY, tmp_path) == 1
     assert len(calls) == 4
     printed = capsys.readouterr()
-    assert "report of 4" in printed.out
+    assert "report of experiment=lookup" in printed.out
     assert printed.err.splitlines() == [
         f"failed: attention=none seed={seed}: train.py ended with code -9" for seed in (0, 1)
     ]
@@ -181,9 +182,9 @@ def test_the_time_of_all_runs_is_shared_out(tmp_path, pretend, monkeypatch, caps
     assert compare.compare(*words, max_minutes=11) == 0
     assert [minutes for _, minutes in calls] == [pytest.approx(11 - 4 * i) for i in range(3)]
     printed = capsys.readouterr().out
-    assert "--max-minutes=11 are over; the same command goes on" in printed
+    assert "the time is over with 2 runs to go; the same command goes on" in printed
     assert "attention=ge" not in printed
-    assert "report of 3" in printed
+    assert "report of experiment=lookup" in printed
 
 
 def test_no_run_starts_when_the_time_is_over(tmp_path, pretend, monkeypatch, capsys):
@@ -197,7 +198,34 @@ def test_no_run_starts_when_the_time_is_over(tmp_path, pretend, monkeypatch, cap
     calls = pretend(act)
     assert compare.compare([["attention=none,aa"]], [0], TINY, tmp_path, max_minutes=1) == 0
     assert len(calls) == 1
-    assert "are over" in capsys.readouterr().out
+    assert "the time is over with 1 runs to go" in capsys.readouterr().out
+
+
+def test_a_run_that_stops_by_its_own_limit_stops_the_comparison(tmp_path, pretend, capsys):
+    calls = pretend(lambda run: 0)
+    words = ([["attention=none,aa"]], [0], TINY, tmp_path)
+    assert compare.compare(*words) == 0
+    assert [minutes for _, minutes in calls] == [None]
+    printed = capsys.readouterr().out
+    assert "the time is over with 2 runs to go" in printed
+    assert "nothing to report yet" in printed
+
+
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_run_that_a_signal_stops_stops_the_comparison(tmp_path, pretend, code):
+    calls = pretend(lambda run: code)
+    with pytest.raises(compare.StoppedError) as stopped:
+        compare.compare([["attention=none,aa"]], [0], TINY, tmp_path)
+    assert stopped.value.args == (code,)
+    assert len(calls) == 1
+
+
+def test_what_changes_no_result_names_no_folder(tmp_path):
+    def folder(*words):
+        return compare.plan([["attention=none"]], [0], [*TINY, *words], tmp_path)[0]
+
+    assert folder("tracking=csv", "device=cpu", "eval_batch_size=7") == folder()
+    assert folder("label_smoothing=0.1") != folder()
 
 
 def test_time_to_go_is_that_of_the_variant(tmp_path):
@@ -214,7 +242,7 @@ def test_time_to_go_is_that_of_the_variant(tmp_path):
     (aa[1].folder / "failed.json").write_text(json.dumps({"error": "diverged"}))
     assert compare.seconds_left(runs) == pytest.approx(2 * 10 * 2 + 16 * 5)
     assert compare.progress(runs, 1) == (
-        "[2/6] attention=aa seed=0: continuing behind epoch 4 of 10 (1 done, about 2 min to go)"
+        "[2/6] attention=aa seed=0: behind epoch 4 of 10 (1 done, about 2 min to go)"
     )
     assert compare.as_time(7000) == "about 1.9 h"
 
@@ -290,15 +318,13 @@ def test_killed_started_again_and_interrupted(tmp_path):
     assert "[1/2] attention=none epochs=1 seed=0: finished before" in printed
     assert finished.read_bytes() == summary
     assert finished.stat().st_mtime_ns == written
-    head = f"[2/2] attention=none epochs=500 seed=0: continuing behind epoch {there} of 500"
+    head = f"[2/2] attention=none epochs=500 seed=0: behind epoch {there} of 500"
     assert any(line.startswith(head) for line in printed)
     # The checkpoint may be one epoch ahead of the figures, never behind them.
     (resumed,) = (line for line in printed if line.startswith("resumed "))
-    assert int(resumed.rpartition(" ")[2]) in (there, there + 1)
+    assert int(re.search(r"behind epoch (\d+)", resumed)[1]) in (there, there + 1)
     with (second.folder / "metrics.csv").open() as file:
         epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
     assert epochs == list(range(1, len(epochs) + 1))
-    # Ctrl-C: one line of the run, one of the comparison.
-    assert "train.py: interrupted" in printed[-2]
     assert printed[-1].startswith("compare.py: stopped; the same command goes on: python scripts/")
     assert not any("Traceback" in line for line in printed)
