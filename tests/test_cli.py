@@ -9,7 +9,6 @@ import pytest
 import train
 from training import cli
 
-import report
 from conftest import CONFIGS, TINY
 
 ROOT = CONFIGS.parent
@@ -157,59 +156,3 @@ def test_offline_tracking_goes_to_one_folder_in_separate_runs(tmp_path, monkeypa
     assert len({p.name for p in kept}) == 2
     for folder in kept:
         assert list(folder.glob("*.wandb"))
-
-
-# ---- scripts ------------------------------------------------------------------------------------
-
-
-def fake_run(folder, *, top1, seed=0, attention="aa", finished=True, **config):
-    folder.mkdir(parents=True)
-    rows = [f"{e},{2 / e},{top1 * e / 3},{99.0}" for e in (1, 2, 3)]
-    (folder / "metrics.csv").write_text("\n".join(["epoch,train_loss,top1,top5", *rows]) + "\n")
-    summary = {
-        "top1": top1,
-        "top5": 99.0,
-        "epochs": 3,
-        "seconds": 30.0,
-        "model": "resnet8",
-        "attention": attention,
-        "data": "lookup",
-        "evaluated_on": "test",
-        "parameters": 72568 if attention == "aa" else 75160,
-        "flops": 25_000_000,
-        "config": {"seed": seed, "out_dir": str(folder), "attention": {"dk": 20}, **config},
-    }
-    if finished:
-        (folder / "summary.json").write_text(json.dumps(summary))
-
-
-def test_report_gives_mean_and_deviation_over_the_seeds(tmp_path):
-    for seed, top1 in enumerate((90.0, 94.0, 95.0)):
-        fake_run(tmp_path / f"aa/seed={seed}", top1=top1, seed=seed)
-    fake_run(tmp_path / "none/seed=0", top1=20.0, attention="plain")
-    fake_run(tmp_path / "none/seed=1", top1=1.0, attention="plain", finished=False)
-    text = report.report([tmp_path], tmp_path / "out")
-    # mean 93, deviations -3, 1, 2: variance 14 / 2
-    assert "| resnet8 aa | 3 | 93.00 ± 2.65 | 99.00 ± 0.00 | 72,568 | 25.0 | 30 | 10.0 |" in text
-    assert "| resnet8 plain | 1 | 20.00 | 99.00 | 75,160 | 25.0 | 30 | 10.0 |" in text
-    assert f"unfinished, not counted: {tmp_path / 'none/seed=1'}" in text
-    assert (tmp_path / "out" / "report.md").read_text().startswith(text)
-    assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_report_names_variants_by_what_differs(tmp_path):
-    fake_run(tmp_path / "a", top1=50.0, attention_dk=1, epochs=3)
-    fake_run(tmp_path / "b", top1=60.0, attention_dk=2, epochs=3)
-    labels = [v.label for v in report.group(report.read_runs([tmp_path])[0])]
-    assert labels == ["resnet8 aa attention_dk=1", "resnet8 aa attention_dk=2"]
-
-
-def test_report_without_runs_says_so(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is no folder"):
-        report.report([tmp_path / "nowhere"], tmp_path)
-    with pytest.raises(ValueError, match=r"there is no metrics\.csv"):
-        report.report([tmp_path], tmp_path)
-    fake_run(tmp_path / "a", top1=1.0, finished=False)
-    with pytest.raises(ValueError, match="no finished run"):
-        report.report([tmp_path], tmp_path / "out")
-    assert not (tmp_path / "out").exists()

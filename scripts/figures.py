@@ -1,0 +1,243 @@
+"""The report's pictures, each as the text of an SVG file whose letters need no font."""
+
+import io
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from paired import Comparison
+from runs import Group
+
+Figure = Any  # matplotlib is not typed
+
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888",
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.hashsalt": "aaconv",  # the same runs give the same bytes
+    "svg.fonttype": "path",
+    "path.simplify_threshold": 0.5,
+}
+# Okabe and Ito's colours, which the colour-blind can tell apart; the plain network is black.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6000")
+PLAIN, OTHERS = "#222222", "#c4c4c4"
+# More lines than this in one picture cannot be told apart, more rows not be read.
+LINES, ROWS, CLASSES = 8, 30, 12
+
+
+@contextmanager
+def _panel(width: float = 5.2, height: float = 3.5) -> Iterator[tuple[Figure, Any, list[str]]]:
+    """A figure of one panel; when the ``with`` ends its SVG is in the list."""
+    svg: list[str] = []
+    with plt.rc_context(STYLE):
+        figure, panel = plt.subplots(figsize=(width, height), layout="constrained")
+        try:
+            yield figure, panel, svg
+            svg.append(_as_svg(figure))
+        finally:
+            plt.close(figure)
+
+
+def _as_svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    return text.getvalue()
+
+
+def colours(groups: list[Group]) -> dict[Group, str]:
+    """A colour for each group: the plain ones dark, the best of the others by top-1 a hue each."""
+    plain = [one for one in groups if one.attention == "plain"]
+    others = [one for one in groups if one.attention != "plain"]
+    best = sorted(others, key=lambda g: -statistics.mean(g.scores("top1").values()))
+    hued = best[: LINES - 1]
+    by_order = [one for one in groups if one in hued]
+    chosen = dict.fromkeys(groups, OTHERS)
+    chosen |= dict.fromkeys(plain[:1], PLAIN)
+    return chosen | dict(zip(by_order, COLOURS, strict=False))
+
+
+def over_epochs(groups: list[Group], column: str, label: str) -> str:
+    """A column of metrics.csv over the epochs: the mean of the seeds, a band from least to most."""
+    return _lines(groups, column, label, lambda run: [r["epoch"] for r in run.rows], "epoch")
+
+
+def over_time(groups: list[Group], column: str, label: str) -> str:
+    """The same over the minutes that training and evaluation have taken, mean of the seeds."""
+
+    def minutes(run: Any) -> list[float]:
+        total, at = 0.0, []
+        for row in run.rows:
+            total += row["seconds"] / 60
+            at.append(total)
+        return at
+
+    return _lines(groups, column, label, minutes, "training time (minutes)")
+
+
+def _lines(
+    groups: list[Group],
+    column: str,
+    label: str,
+    along: Callable[[Any], list[float]],
+    x_label: str,
+) -> str:
+    chosen = colours(groups)
+    with _panel() as (_, panel, svg):
+        for one in sorted(groups, key=lambda g: chosen[g] != OTHERS):
+            colour = chosen[one]
+            grey = colour == OTHERS
+            x = [statistics.mean(at) for at in zip(*map(along, one.runs), strict=True)]
+            columns = [[row[column] for row in run.rows] for run in one.runs]
+            values = list(zip(*columns, strict=True))
+            panel.plot(
+                x,
+                [statistics.mean(v) for v in values],
+                color=colour,
+                linewidth=0.7 if grey else 1.7,
+                linestyle="--" if one.attention == "plain" else "-",
+                marker="." if len(x) <= 20 and not grey else None,
+                label=None if grey else f"{one.label} (n={len(one.runs)})",
+            )
+            if not grey:
+                low, high = [min(v) for v in values], [max(v) for v in values]
+                panel.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        panel.set_xlabel(x_label)
+        panel.set_ylabel(label)
+        if x_label == "epoch":
+            panel.xaxis.get_major_locator().set_params(integer=True)
+        _legend(panel, chosen)
+    return svg[0]
+
+
+def _legend(panel: Any, chosen: dict[Group, str]) -> None:
+    grey = sum(colour == OTHERS for colour in chosen.values())
+    if grey:
+        panel.plot([], [], color=OTHERS, linewidth=0.7, label=f"{grey} other networks")
+    panel.legend(loc="best")
+
+
+def over_flops(groups: list[Group]) -> str:
+    """Top-1 of the last epoch against the cost of an image: each seed, and mean with deviation."""
+    chosen = colours(groups)
+    with _panel() as (_, panel, svg):
+        for one in sorted(groups, key=lambda g: chosen[g] != OTHERS):
+            colour, values = chosen[one], list(one.scores("top1").values())
+            x = one.first["flops"] / 1e9
+            sd = statistics.stdev(values) if len(values) > 1 else 0.0
+            grey = colour == OTHERS
+            panel.plot([x] * len(values), values, ".", color=colour, alpha=0.45, markersize=4)
+            panel.errorbar(
+                x,
+                statistics.mean(values),
+                yerr=sd if sd else None,
+                fmt="s" if one.attention == "plain" else "o",
+                color=colour,
+                markersize=4 if grey else 6,
+                capsize=3,
+                label=None if grey else f"{one.label} (n={len(one.runs)})",
+            )
+        panel.set_xlabel("GFLOPs of the forward pass, one image")
+        panel.set_ylabel("top-1 accuracy (%)")
+        panel.margins(x=0.15)
+        _legend(panel, chosen)
+    return svg[0]
+
+
+def differences(comparisons: list[Comparison]) -> str:
+    """Differences in top-1 to the plain twin: each pair of seeds, their mean, its interval."""
+    shown = [one for one in comparisons if one.top1.n][:ROWS]
+    with _panel(5.2, 1.1 + 0.36 * len(shown)) as (_, panel, svg):
+        panel.axvline(0, color="#555", linewidth=1)
+        for row, one in enumerate(shown):
+            found, y = one.top1, len(shown) - 1 - row
+            pairs = list(found.by_seed.values())
+            panel.plot(pairs, [y] * len(pairs), "o", color="#888", markersize=4, fillstyle="none")
+            if found.low is not None:
+                panel.plot([found.low, found.high], [y, y], color=COLOURS[0], linewidth=2.2)
+            panel.plot(found.mean, y, "D", color=COLOURS[0], markersize=6)
+        panel.set_yticks(
+            range(len(shown)), [f"{one.group.label} (n={one.top1.n})" for one in reversed(shown)]
+        )
+        panel.set_ylim(-0.6, len(shown) - 0.4)
+        panel.grid(axis="y", visible=False)
+        panel.set_xlabel("top-1 minus plain (percentage points)")
+    return svg[0]
+
+
+def heatmaps(table: dict[Any, dict[tuple[Any, Any], tuple[float, int]]]) -> str:
+    """Mean top-1 over dk and dv, a panel for each Nh: {Nh: {(dk, dv): (mean, n)}}."""
+    rows = sorted({dk for cells in table.values() for dk, _ in cells})
+    columns = sorted({dv for cells in table.values() for _, dv in cells})
+    means = [mean for cells in table.values() for mean, _ in cells.values()]
+    low, high = min(means), max(means)
+    with plt.rc_context({**STYLE, "axes.grid": False}):
+        figure, panels = plt.subplots(
+            1,
+            len(table),
+            figsize=(1.6 + len(table) * (0.8 + 0.75 * len(columns)), 1.3 + 0.62 * len(rows)),
+            squeeze=False,
+            sharey=True,
+            layout="constrained",
+        )
+        try:
+            for panel, (heads, cells) in zip(panels[0], sorted(table.items()), strict=True):
+                grid = [
+                    [cells.get((dk, dv), (float("nan"), 0))[0] for dv in columns] for dk in rows
+                ]
+                image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+                for (dk, dv), (mean, n) in cells.items():
+                    panel.text(
+                        columns.index(dv),
+                        rows.index(dk),
+                        f"{mean:.1f}\nn={n}",
+                        ha="center",
+                        va="center",
+                        fontsize=9,
+                        color="white" if mean < (low + high) / 2 else "black",
+                    )
+                panel.set_xticks(range(len(columns)), [f"{dv:g}" for dv in columns])
+                panel.set_yticks(range(len(rows)), [f"{dk:g}" for dk in rows])
+                panel.set_title(f"Nh = {heads}")
+                panel.set_xlabel("dv")
+            panels[0][0].set_ylabel("dk")
+            figure.colorbar(image, ax=panels[0], label="top-1 accuracy (%)")
+            return _as_svg(figure)
+        finally:
+            plt.close(figure)
+
+
+def classes(rows: list[tuple[str, float, list[float]]], label: str) -> str:
+    """Differences by class, given from least to most: (name, mean, each pair of seeds).
+
+    Of many classes only the two ends are drawn.
+    """
+    ends = rows if len(rows) <= 2 * CLASSES else rows[:CLASSES] + rows[-CLASSES:]
+    with _panel(5.2, 1.0 + 0.21 * len(ends)) as (_, panel, svg):
+        for y, (_, mean, pairs) in enumerate(ends):
+            colour = COLOURS[0] if mean >= 0 else COLOURS[1]
+            panel.barh(y, mean, color=colour, alpha=0.75, height=0.7)
+            if len(pairs) > 1:
+                panel.plot(pairs, [y] * len(pairs), ".", color="#333", markersize=3)
+        if len(ends) < len(rows):
+            panel.axhline(CLASSES - 0.5, color="#999", linewidth=0.8, linestyle=":")
+        panel.axvline(0, color="#555", linewidth=1)
+        panel.set_yticks(range(len(ends)), [name.replace("_", " ") for name, _, _ in ends])
+        panel.set_ylim(-0.7, len(ends) - 0.3)
+        panel.tick_params(axis="y", labelsize=8)
+        panel.grid(axis="y", visible=False)
+        panel.set_xlabel(label)
+    return svg[0]
