@@ -25,6 +25,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.edgecolor": "#888",
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
     "legend.fontsize": 9,
@@ -133,10 +134,13 @@ def _legend(panel: Any, chosen: dict[Group, str]) -> None:
 def over_flops(groups: list[Group]) -> str:
     """Top-1 of the last epoch against the cost of an image: each seed, and mean with deviation."""
     chosen = colours(groups)
+    unit, name = (
+        (1e9, "GFLOPs") if max(g.first["flops"] for g in groups) >= 1e8 else (1e6, "MFLOPs")
+    )
     with _panel() as (_, panel, svg):
         for one in sorted(groups, key=lambda g: chosen[g] != OTHERS):
             colour, values = chosen[one], list(one.scores("top1").values())
-            x = one.first["flops"] / 1e9
+            x = one.first["flops"] / unit
             sd = statistics.stdev(values) if len(values) > 1 else 0.0
             grey = colour == OTHERS
             panel.plot([x] * len(values), values, ".", color=colour, alpha=0.45, markersize=4)
@@ -150,7 +154,9 @@ def over_flops(groups: list[Group]) -> str:
                 capsize=3,
                 label=None if grey else f"{one.label} (n={len(one.runs)})",
             )
-        panel.set_xlabel("GFLOPs of the forward pass, one image")
+        panel.set_xlabel(f"{name} of the forward pass, one image")
+        panel.locator_params(axis="x", nbins=6)
+        panel.ticklabel_format(useOffset=False)
         panel.set_ylabel("top-1 accuracy (%)")
         panel.margins(x=0.15)
         _legend(panel, chosen)
@@ -159,20 +165,20 @@ def over_flops(groups: list[Group]) -> str:
 
 def differences(comparisons: list[Comparison]) -> str:
     """Differences in top-1 to the plain twin: each pair of seeds, their mean, its interval."""
-    shown = [one for one in comparisons if one.top1.n][:ROWS]
-    with _panel(5.2, 1.1 + 0.36 * len(shown)) as (_, panel, svg):
+    with _panel(5.2, 1.1 + 0.36 * len(comparisons)) as (_, panel, svg):
         panel.axvline(0, color="#555", linewidth=1)
-        for row, one in enumerate(shown):
-            found, y = one.top1, len(shown) - 1 - row
+        for row, one in enumerate(comparisons):
+            found, y = one.top1, len(comparisons) - 1 - row
             pairs = list(found.by_seed.values())
             panel.plot(pairs, [y] * len(pairs), "o", color="#888", markersize=4, fillstyle="none")
             if found.low is not None:
                 panel.plot([found.low, found.high], [y, y], color=COLOURS[0], linewidth=2.2)
             panel.plot(found.mean, y, "D", color=COLOURS[0], markersize=6)
         panel.set_yticks(
-            range(len(shown)), [f"{one.group.label} (n={one.top1.n})" for one in reversed(shown)]
+            range(len(comparisons)),
+            [f"{one.group.label} (n={one.top1.n})" for one in reversed(comparisons)],
         )
-        panel.set_ylim(-0.6, len(shown) - 0.4)
+        panel.set_ylim(-0.6, len(comparisons) - 0.4)
         panel.grid(axis="y", visible=False)
         panel.set_xlabel("top-1 minus plain (percentage points)")
     return svg[0]

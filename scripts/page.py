@@ -83,24 +83,32 @@ def contents(data: str, groups: list[Group], left: list[Left]) -> dict[str, Any]
         provenance_section(groups),
         left_section(left),
     ]
-    drawn = [one for one in first if one.top1.n]
     return {
         "title": "Does attention help?",
         "lead": lead(data, groups, left),
         "cards": cards(first),
-        "forest": None
-        if not drawn
-        else Picture(
-            "differences",
-            "Differences to the plain twin",
-            figures.differences(drawn),
-            "Top-1 of the last epoch minus that of the plain network with the same seed: each pair "
-            "(circle), their mean (diamond), its 95 % interval (bar; none for one pair)."
-            + (f" The first {figures.ROWS} of {len(drawn)}." if len(drawn) > figures.ROWS else ""),
-        ),
+        "forest": _forest(first),
         "warnings": warnings(groups, first),
         "sections": [one for one in sections if one is not None],
     }
+
+
+def _forest(comparisons: list[Comparison]) -> Picture | None:
+    drawn = [one for one in _attention_first(comparisons) if one.top1.n]
+    if not drawn:
+        return None
+    caption = (
+        "Top-1 of the last epoch minus that of the plain network with the same seed: each pair "
+        "(circle), their mean (diamond), its 95 % interval (bar; none for one pair)."
+    )
+    if len(drawn) > figures.ROWS:
+        caption += f" The first {figures.ROWS} of {len(drawn)}."
+    svg = figures.differences(drawn[: figures.ROWS])
+    return Picture("differences", "Differences to the plain twin", svg, caption)
+
+
+def _attention_first(comparisons: list[Comparison]) -> list[Comparison]:
+    return sorted(comparisons, key=lambda one: one.group.attention != "aa")
 
 
 def lead(data: str, groups: list[Group], left: list[Left]) -> str:
@@ -136,7 +144,7 @@ def cards(comparisons: list[Comparison]) -> list[Card]:
         ]
     if len(augmented) > CARDS:
         return [_counted(augmented), *map(_card, others[: CARDS - 1])]
-    return [_card(one) for one in [*augmented, *others][:CARDS]]
+    return [_card(one) for one in _attention_first(comparisons)[:CARDS]]
 
 
 def _card(one: Comparison) -> Card:
@@ -222,6 +230,8 @@ def differing(one: Comparison) -> list[tuple[str, tuple[Any, Any]]]:
 def scores_section(data: str, groups: list[Group]) -> Section:
     """Table 1, beside the paper's where it has these networks."""
     in_paper = any(_printed(data, one) for one in groups)
+    seeds = sorted({run.seed for one in groups for run in one.runs})
+    alike = all([run.seed for run in one.runs] == seeds for one in groups)
     head = ["network", "n", "parameters", "GFLOPs", "top-1 %", "top-5 %", "top-1 of each seed"]
     rows = []
     for one in groups:
@@ -232,7 +242,7 @@ def scores_section(data: str, groups: list[Group]) -> Section:
             gflops(one.first["flops"]),
             spread(one.scores("top1")),
             spread(one.scores("top5")),
-            ", ".join(f"{value:.2f}" for value in one.scores("top1").values()),
+            by_seed(one.scores("top1"), alike),
         ]
         if in_paper:
             printed = _printed(data, one)
@@ -249,12 +259,11 @@ def scores_section(data: str, groups: list[Group]) -> Section:
         rows.append(row)
     if in_paper:
         head += ["paper: parameters", "GFLOPs", "top-1 %", "top-5 %"]
-    seeds = sorted({run.seed for one in groups for run in one.runs})
     return Section(
         "Scores",
         ["Mean ± standard deviation over n seeds; one run has no deviation."],
         [Table(head, rows)],
-        notes=[f"Seeds in order: {', '.join(map(str, seeds))}; not every network has all of them."],
+        notes=[f"Seeds, in this order: {', '.join(map(str, seeds))}."] if alike else [],
     )
 
 
@@ -268,11 +277,11 @@ def differences_section(comparisons: list[Comparison]) -> Section | None:
     """The paired differences and the test behind the intervals."""
     if not comparisons:
         return None
-    head = ["network minus its plain twin", "settings that differ", "n", "top-1, points"]
-    head += ["95 % interval", "t (df)", "p", "of each seed", "top-5, points", "95 % interval"]
+    head = ["network minus its twin", "settings that differ", "n", "top-1, points"]
+    head += ["95 % interval", "t (df)", "p", "each seed", "top-5, points (interval)"]
     rows = []
     for one in comparisons:
-        found = one.top1
+        found, top5 = one.top1, one.top5
         differ = "; ".join(f"{k} {as_text(a)} / {as_text(b)}" for k, (a, b) in differing(one))
         rows.append(
             [
@@ -284,8 +293,9 @@ def differences_section(comparisons: list[Comparison]) -> Section | None:
                 DASH if found.t is None else f"{signed(found.t)} ({found.n - 1})",
                 p_value(found.p),
                 ", ".join(f"{seed}: {signed(d)}" for seed, d in found.by_seed.items()) or DASH,
-                DASH if one.top5.mean is None else signed(one.top5.mean),
-                interval(one.top5),
+                DASH
+                if one.top5.mean is None
+                else f"{signed(one.top5.mean)} ({interval(one.top5)})",
             ]
         )
     return Section(
@@ -505,8 +515,9 @@ def _recipe(groups: list[Group]) -> Table:
         for setting in paper.RECIPE:
             printed, ours = setting.of(one.attention), settings.get(setting.key)
             if printed is not None and printed != ours:
-                words = (_last(setting.key), _last(as_text(printed)), _last(as_text(ours)))
-                differ[(*words, paper.SURE[setting.sure])].append(one.label)
+                values = (_last(as_text(printed)), _last(as_text(ours)))
+                key = (_last(setting.key), *values, paper.SURE[setting.sure])
+                differ[key].append(one.label)
     rows = [
         [name, ", ".join(labels), printed, ours, sure]
         for (name, printed, ours, sure), labels in differ.items()
@@ -593,6 +604,13 @@ def spread(scores: dict[int, float]) -> str:
     values = list(scores.values())
     mean = statistics.mean(values)
     return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
+
+
+def by_seed(scores: dict[int, float], same_seeds: bool) -> str:
+    """The raw values; with their seeds, where not all groups have the same."""
+    if same_seeds:
+        return ", ".join(f"{value:.2f}" for value in scores.values())
+    return ", ".join(f"{seed}: {value:.2f}" for seed, value in scores.items())
 
 
 def gflops(flops: float) -> str:
