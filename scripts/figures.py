@@ -37,7 +37,7 @@ STYLE = {
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6000")
 PLAIN, OTHERS = "#222222", "#c4c4c4"
 # More lines than this in one picture cannot be told apart, more rows not be read.
-LINES, ROWS, CLASSES = 8, 30, 12
+LINES, ROWS, CLASSES = 8, 12, 12
 
 
 @contextmanager
@@ -99,27 +99,59 @@ def _lines(
     chosen = colours(groups)
     with _panel() as (_, panel, svg):
         for one in sorted(groups, key=lambda g: chosen[g] != OTHERS):
-            colour = chosen[one]
-            grey = colour == OTHERS
             x = [statistics.mean(at) for at in zip(*map(along, one.runs), strict=True)]
-            columns = [[row[column] for row in run.rows] for run in one.runs]
-            values = list(zip(*columns, strict=True))
-            panel.plot(
-                x,
-                [statistics.mean(v) for v in values],
-                color=colour,
-                linewidth=0.7 if grey else 1.7,
-                linestyle="--" if one.attention == "plain" else "-",
-                marker="." if len(x) <= 20 and not grey else None,
-                label=None if grey else f"{one.label} (n={len(one.runs)})",
-            )
-            if not grey:
-                low, high = [min(v) for v in values], [max(v) for v in values]
-                panel.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+            _spread(panel, x, [[r[column] for r in run.rows] for run in one.runs], one, chosen)
         panel.set_xlabel(x_label)
         panel.set_ylabel(label)
         if x_label == "epoch":
             panel.xaxis.get_major_locator().set_params(integer=True)
+        _legend(panel, chosen)
+    return svg[0]
+
+
+def _spread(
+    panel: Any, x: list[float], seeds: list[list[float]], one: Group, chosen: dict[Group, str]
+) -> None:
+    """A group's line: the mean of the seeds, and a band from the least to the most of them."""
+    colour, values = chosen[one], list(zip(*seeds, strict=True))
+    grey = colour == OTHERS
+    panel.plot(
+        x,
+        [statistics.mean(v) for v in values],
+        color=colour,
+        linewidth=0.7 if grey else 1.7,
+        linestyle="--" if one.attention == "plain" else "-",
+        marker="." if len(x) <= 20 and not grey else None,
+        label=None if grey else f"{one.label} (n={len(seeds)})",
+    )
+    if not grey:
+        low, high = [min(v) for v in values], [max(v) for v in values]
+        panel.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def same_length(one: Comparison) -> bool:
+    """Whether the two are trained for as many epochs, in pairs."""
+    return one.top1.n > 0 and one.group.first["epochs"] == one.twin.first["epochs"]
+
+
+def lead_over_epochs(groups: list[Group], comparisons: list[Comparison]) -> str:
+    """Top-1 minus the plain twin's of the same seed over the epochs, where both have as many."""
+    drawn = {one.group: one for one in comparisons if same_length(one)}
+    chosen = {group: colour for group, colour in colours(groups).items() if group in drawn}
+    with _panel() as (_, panel, svg):
+        panel.axhline(0, color=PLAIN, linewidth=1.2, linestyle="--")
+        for group in sorted(chosen, key=lambda g: chosen[g] != OTHERS):
+            ours = {run.seed: run.rows for run in group.runs}
+            theirs = {run.seed: run.rows for run in drawn[group].twin.runs}
+            pairs = [
+                [a["top1"] - b["top1"] for a, b in zip(ours[seed], theirs[seed], strict=True)]
+                for seed in drawn[group].top1.by_seed
+            ]
+            epochs = [row["epoch"] for row in group.runs[0].rows]
+            _spread(panel, epochs, pairs, group, chosen)
+        panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
+        panel.set_ylabel("top-1 minus plain (points)")
         _legend(panel, chosen)
     return svg[0]
 

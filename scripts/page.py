@@ -75,7 +75,7 @@ def contents(data: str, groups: list[Group], left: list[Left]) -> dict[str, Any]
     sections = [
         scores_section(data, groups),
         differences_section(comparisons),
-        curves_section(groups),
+        curves_section(groups, first),
         cost_section(groups),
         sweep_section(groups),
         classes_section(first),
@@ -102,8 +102,10 @@ def _forest(comparisons: list[Comparison]) -> Picture | None:
         "(circle), their mean (diamond), its 95 % interval (bar; none for one pair)."
     )
     if len(drawn) > figures.ROWS:
-        caption += f" The first {figures.ROWS} of {len(drawn)}."
-    svg = figures.differences(drawn[: figures.ROWS])
+        caption += f" Of {len(drawn)} the {figures.ROWS // 2} highest and the lowest."
+        drawn.sort(key=lambda one: -(one.top1.mean or 0.0))
+        drawn = drawn[: figures.ROWS // 2] + drawn[-figures.ROWS // 2 :]
+    svg = figures.differences(drawn)
     return Picture("differences", "Differences to the plain twin", svg, caption)
 
 
@@ -113,8 +115,8 @@ def _attention_first(comparisons: list[Comparison]) -> list[Comparison]:
 
 def lead(data: str, groups: list[Group], left: list[Left]) -> str:
     """What was compared, in a sentence."""
-    models = ", ".join(dict.fromkeys(one.model for one in groups))
-    epochs = ", ".join(dict.fromkeys(as_text(one.settings["epochs"]) for one in groups))
+    models = " and ".join(dict.fromkeys(one.model for one in groups))
+    epochs = " and ".join(dict.fromkeys(as_text(one.settings["epochs"]) for one in groups))
     name, on = data.split(" ", 1)
     runs = count(sum(len(one.runs) for one in groups), "finished run")
     more = f"; {count(len(left), 'folder')} not counted, listed at the end" if left else ""
@@ -152,7 +154,7 @@ def _card(one: Comparison) -> Card:
     details = [
         f"95 % interval {interval(found)}" if found.low is not None else "no interval",
         f"n = {count(found.n, 'pair')} of seeds"
-        + (f", p = {p_value(found.p)}" if found.p is not None else ""),
+        + (f", p {p_value(found.p)}" if found.p is not None else ""),
     ]
     if found.n:
         top1 = [statistics.mean(g.scores("top1").values()) for g in (one.group, one.twin)]
@@ -232,7 +234,7 @@ def scores_section(data: str, groups: list[Group]) -> Section:
     in_paper = any(_printed(data, one) for one in groups)
     seeds = sorted({run.seed for one in groups for run in one.runs})
     alike = all([run.seed for run in one.runs] == seeds for one in groups)
-    head = ["network", "n", "parameters", "GFLOPs", "top-1 %", "top-5 %", "top-1 of each seed"]
+    head = ["network", "n", "parameters", "GFLOPs", "top-1 %", "top-5 %", "top-1 by seed"]
     rows = []
     for one in groups:
         row = [
@@ -258,7 +260,7 @@ def scores_section(data: str, groups: list[Group]) -> Section:
             )
         rows.append(row)
     if in_paper:
-        head += ["paper: parameters", "GFLOPs", "top-1 %", "top-5 %"]
+        head += ["paper: params", "GFLOPs", "top-1 %", "top-5 %"]
     return Section(
         "Scores",
         ["Mean ± standard deviation over n seeds; one run has no deviation."],
@@ -277,8 +279,8 @@ def differences_section(comparisons: list[Comparison]) -> Section | None:
     """The paired differences and the test behind the intervals."""
     if not comparisons:
         return None
-    head = ["network minus its twin", "settings that differ", "n", "top-1, points"]
-    head += ["95 % interval", "t (df)", "p", "each seed", "top-5, points (interval)"]
+    head = ["network", "settings that differ", "n", "top-1", "95 % interval", "t (df)", "p"]
+    head += ["top-1 of each pair", "top-5 (interval)"]
     rows = []
     for one in comparisons:
         found, top5 = one.top1, one.top5
@@ -291,27 +293,35 @@ def differences_section(comparisons: list[Comparison]) -> Section | None:
                 DASH if found.mean is None else signed(found.mean),
                 interval(found),
                 DASH if found.t is None else f"{signed(found.t)} ({found.n - 1})",
-                p_value(found.p),
+                p_value(found.p).removeprefix("= "),
                 ", ".join(f"{seed}: {signed(d)}" for seed, d in found.by_seed.items()) or DASH,
-                DASH
-                if one.top5.mean is None
-                else f"{signed(one.top5.mean)} ({interval(one.top5)})",
+                DASH if top5.mean is None else f"{signed(top5.mean)} ({interval(top5)})",
             ]
         )
     return Section(
         "Differences to the plain twin",
         [
-            "Runs of the same seed make a pair. The interval and p are those of the two-sided "
-            "paired t-test, which takes the differences to be normal; of one pair there is "
-            "neither. None is corrected for the number of comparisons."
+            "In percentage points. Runs of the same seed make a pair. The interval and p are those "
+            "of the two-sided paired t-test, which takes the differences to be normal; of one pair "
+            "there is neither. None is corrected for the number of comparisons."
         ],
         [Table(head, rows, texts=2)],
     )
 
 
-def curves_section(groups: list[Group]) -> Section:
-    """Loss and accuracy over the epochs."""
+def curves_section(groups: list[Group], comparisons: list[Comparison]) -> Section:
+    """Loss, accuracy and its difference to the plain twin's over the epochs."""
     band = "Mean of the seeds; the band reaches from the least to the most of them."
+    lead = []
+    if any(figures.same_length(one) for one in comparisons):
+        lead.append(
+            Picture(
+                "lead",
+                "Lead over plain",
+                figures.lead_over_epochs(groups, comparisons),
+                "Top-1 minus that of the plain twin with the same seed, after each epoch.",
+            )
+        )
     return Section(
         "Learning curves",
         [band],
@@ -328,6 +338,7 @@ def curves_section(groups: list[Group]) -> Section:
                 figures.over_epochs(groups, "train_loss", "training loss (nats)"),
                 "Mean training loss of each epoch.",
             ),
+            *lead,
         ],
     )
 
@@ -513,7 +524,7 @@ def _recipe(groups: list[Group]) -> Table:
     for one in groups:
         settings = {"model.name": one.model} | one.settings
         for setting in paper.RECIPE:
-            printed, ours = setting.of(one.attention), settings.get(setting.key)
+            printed, ours = setting.of(one.attention), settings.get(setting.key, DASH)
             if printed is not None and printed != ours:
                 values = (_last(as_text(printed)), _last(as_text(ours)))
                 key = (_last(setting.key), *values, paper.SURE[setting.sure])
@@ -597,7 +608,7 @@ def interval(found: Difference) -> str:
 def p_value(p: float | None) -> str:
     if p is None:
         return DASH
-    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
 
 
 def spread(scores: dict[int, float]) -> str:
