@@ -28,7 +28,7 @@ STYLE = {
     "axes.axisbelow": True,
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 8.5,
     "svg.hashsalt": "aaconv",  # the same runs give the same bytes
     "svg.fonttype": "path",
     "path.simplify_threshold": 0.5,
@@ -65,7 +65,7 @@ def colours(groups: list[Group]) -> dict[Group, str]:
     others = [one for one in groups if one.attention != "plain"]
     best = sorted(others, key=lambda g: -statistics.mean(g.scores("top1").values()))
     hued = best[: LINES - 1]
-    by_order = [one for one in groups if one in hued]
+    by_order = sorted(hued, key=lambda g: (g.attention != "aa", groups.index(g)))
     chosen = dict.fromkeys(groups, OTHERS)
     chosen |= dict.fromkeys(plain[:1], PLAIN)
     return chosen | dict(zip(by_order, COLOURS, strict=False))
@@ -97,7 +97,7 @@ def _lines(
     x_label: str,
 ) -> str:
     chosen = colours(groups)
-    with _panel() as (_, panel, svg):
+    with _panel() as (figure, panel, svg):
         for one in sorted(groups, key=lambda g: chosen[g] != OTHERS):
             x = [statistics.mean(at) for at in zip(*map(along, one.runs), strict=True)]
             _spread(panel, x, [[r[column] for r in run.rows] for run in one.runs], one, chosen)
@@ -105,7 +105,7 @@ def _lines(
         panel.set_ylabel(label)
         if x_label == "epoch":
             panel.xaxis.get_major_locator().set_params(integer=True)
-        _legend(panel, chosen)
+        _legend(figure, panel, chosen)
     return svg[0]
 
 
@@ -138,7 +138,7 @@ def lead_over_epochs(groups: list[Group], comparisons: list[Comparison]) -> str:
     """Top-1 minus the plain twin's of the same seed over the epochs, where both have as many."""
     drawn = {one.group: one for one in comparisons if same_length(one)}
     chosen = {group: colour for group, colour in colours(groups).items() if group in drawn}
-    with _panel() as (_, panel, svg):
+    with _panel() as (figure, panel, svg):
         panel.axhline(0, color=PLAIN, linewidth=1.2, linestyle="--")
         for group in sorted(chosen, key=lambda g: chosen[g] != OTHERS):
             ours = {run.seed: run.rows for run in group.runs}
@@ -152,15 +152,17 @@ def lead_over_epochs(groups: list[Group], comparisons: list[Comparison]) -> str:
         panel.set_xlabel("epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylabel("top-1 minus plain (points)")
-        _legend(panel, chosen)
+        _legend(figure, panel, chosen)
     return svg[0]
 
 
-def _legend(panel: Any, chosen: dict[Group, str]) -> None:
+def _legend(figure: Figure, panel: Any, chosen: dict[Group, str]) -> None:
+    """Beside the data, never on them: matplotlib's search for a free place is slow, too."""
     grey = sum(colour == OTHERS for colour in chosen.values())
     if grey:
         panel.plot([], [], color=OTHERS, linewidth=0.7, label=f"{grey} other networks")
-    panel.legend(loc="best")
+    long = max(len(group.label) for group in chosen) > 24
+    figure.legend(loc="outside upper left", ncols=1 if long else 2 if len(chosen) > 4 else 4)
 
 
 def over_flops(groups: list[Group]) -> str:
@@ -169,29 +171,32 @@ def over_flops(groups: list[Group]) -> str:
     unit, name = (
         (1e9, "GFLOPs") if max(g.first["flops"] for g in groups) >= 1e8 else (1e6, "MFLOPs")
     )
-    with _panel() as (_, panel, svg):
-        for one in sorted(groups, key=lambda g: chosen[g] != OTHERS):
+    with _panel() as (figure, panel, svg):
+        others = [one for one in groups if chosen[one] == OTHERS]
+        means = [statistics.mean(one.scores("top1").values()) for one in others]
+        panel.plot([one.first["flops"] / unit for one in others], means, "o", color=OTHERS, ms=4)
+        for one in groups:
+            if one in others:
+                continue
             colour, values = chosen[one], list(one.scores("top1").values())
             x = one.first["flops"] / unit
-            sd = statistics.stdev(values) if len(values) > 1 else 0.0
-            grey = colour == OTHERS
             panel.plot([x] * len(values), values, ".", color=colour, alpha=0.45, markersize=4)
             panel.errorbar(
                 x,
                 statistics.mean(values),
-                yerr=sd if sd else None,
+                yerr=statistics.stdev(values) if len(values) > 1 else None,
                 fmt="s" if one.attention == "plain" else "o",
                 color=colour,
-                markersize=4 if grey else 6,
+                markersize=6,
                 capsize=3,
-                label=None if grey else f"{one.label} (n={len(one.runs)})",
+                label=f"{one.label} (n={len(values)})",
             )
         panel.set_xlabel(f"{name} of the forward pass, one image")
         panel.locator_params(axis="x", nbins=6)
         panel.ticklabel_format(useOffset=False)
         panel.set_ylabel("top-1 accuracy (%)")
         panel.margins(x=0.15)
-        _legend(panel, chosen)
+        _legend(figure, panel, chosen)
     return svg[0]
 
 

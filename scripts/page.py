@@ -158,7 +158,7 @@ def _card(one: Comparison) -> Card:
     ]
     if found.n:
         top1 = [statistics.mean(g.scores("top1").values()) for g in (one.group, one.twin)]
-        details.append(f"top-1 {top1[0]:.2f} % against {top1[1]:.2f} %")
+        details.append(f"{top1[0]:.2f} % against {top1[1]:.2f} %")
     if one.differing:
         details.append(f"the recipes differ: {', '.join(map(short, one.differing))}")
     tone = {1: "better", -1: "worse", 0: "open"}[found.sign]
@@ -332,13 +332,13 @@ def curves_section(groups: list[Group], comparisons: list[Comparison]) -> Sectio
                 figures.over_epochs(groups, "top1", "top-1 accuracy (%)"),
                 "Top-1 accuracy after each epoch.",
             ),
+            *lead,
             Picture(
                 "loss",
                 "Training loss",
                 figures.over_epochs(groups, "train_loss", "training loss (nats)"),
                 "Mean training loss of each epoch.",
             ),
-            *lead,
         ],
     )
 

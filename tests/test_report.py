@@ -231,7 +231,7 @@ def test_the_page_says_better_only_where_the_interval_does(tmp_path):
     ]
     assert cards[0].verdict == "AA is better than plain."
     assert cards[1].verdict == "These runs do not tell the two apart."
-    assert "n = 3 pairs of seeds, p = 0.0008" in cards[0].details[1]
+    assert "n = 3 pairs of seeds, p < 0.001" in cards[0].details[1]
 
 
 # ---- Beside the paper ---------------------------------------------------------------------------

@@ -1,0 +1,142 @@
+"""The report in a real browser: Debian's chromium, without its window and without a network."""
+
+import os
+import shutil
+
+import pytest
+
+import report
+from folders import make_run
+
+pytestmark = pytest.mark.browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not (CHROMIUM and DRIVER):
+        reason = "no chromium with chromedriver in PATH (Debian: chromium, chromium-driver)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",  # containers run as root
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--proxy-server=127.0.0.1:9",  # nothing listens there, and it holds for every host
+        f"--user-data-dir={profile}",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.set_page_load_timeout(60)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A report on a sweep, its twins, and what cannot be counted; its folder."""
+    root = tmp_path_factory.mktemp("runs")
+    for seed, (plain, se, aa) in enumerate([(70.10, 70.52, 71.92), (70.24, 71.16, 72.06)]):
+        make_run(root / f"plain/seed={seed}", plain, seed, epochs=5)
+        make_run(root / f"se/seed={seed}", se, seed, "se", epochs=5, optim__lr=0.1)
+        for dk in (0.2, 0.4):
+            make_run(root / f"aa{dk}/seed={seed}", aa - dk, seed, "aa", epochs=5, attention__dk=dk)
+    make_run(root / f"a-name-without-a-space-{'x' * 90}", 1.0, 5, finished=False)
+    report.report([root], root / "out")
+    return root / "out"
+
+
+@pytest.fixture(params=[1280, 400])
+def opened(browser, written, request):
+    """The page at a window's width in pixels, everything unfolded."""
+    browser.execute_cdp_cmd("Network.enable", {})
+    browser.execute_cdp_cmd(
+        "Network.emulateNetworkConditions",
+        {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0},
+    )
+    size = {"width": request.param, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    for kind in ("browser", "performance"):
+        browser.get_log(kind)
+    browser.get((written / "report.html").as_uri())
+    assert browser.execute_script("return window.innerWidth") == request.param
+    return browser
+
+
+def test_opens_without_network_and_without_errors(opened):
+    assert opened.title == "Does attention help?"
+    assert opened.get_log("browser") == []
+    asked = [entry["message"] for entry in opened.get_log("performance")]
+    asked = [text for text in asked if '"Network.requestWillBeSent"' in text]
+    assert any("report.html" in text for text in asked)
+    assert not any("http://" in text or "https://" in text for text in asked)
+
+
+def test_all_pictures_are_there(opened):
+    pictures = opened.execute_script(
+        """return [...document.images].map(i => {
+             const box = i.getBoundingClientRect();
+             return [i.complete, i.naturalWidth, i.naturalHeight, box.width, box.height];
+           })"""
+    )
+    assert len(pictures) == 8
+    for complete, *sizes in pictures:
+        assert complete
+        assert all(size > 50 for size in sizes)
+
+
+def test_pictures_are_not_blank(opened):
+    shades = opened.execute_async_script(
+        """const done = arguments[0];
+           Promise.all([...document.images].map(async i => {
+             await i.decode();
+             const c = new OffscreenCanvas(200, 150), g = c.getContext("2d");
+             g.drawImage(i, 0, 0, 200, 150);
+             return new Set(new Uint32Array(g.getImageData(0, 0, 200, 150).data.buffer)).size;
+           })).then(done, e => done(String(e)))"""
+    )
+    assert all(different > 20 for different in shades), shades
+
+
+def test_nothing_is_wider_than_the_window(opened):
+    opened.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    widths = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    content, window = opened.execute_script(widths)
+    assert content <= window
+
+
+def test_the_answer_is_on_the_first_screen(opened):
+    card = "return document.querySelector('.card').getBoundingClientRect().bottom"
+    assert opened.execute_script(card) < 900
+    text = opened.execute_script("return document.querySelector('.card').innerText")
+    # 71.92 - 0.2 - 70.10 and 72.06 - 0.2 - 70.24: both 1.62
+    assert "AA dk=0.2 against plain" in text
+    assert "+1.62" in text
+    assert "n = 2 pairs of seeds" in text
+
+
+def test_tables_have_the_summaries_numbers(opened):
+    rows = opened.execute_script(
+        """return [...document.querySelectorAll("table")].map(t =>
+             [...t.rows].map(r => [...r.cells].map(c => c.innerText)))"""
+    )
+    scores = {row[0]: row for row in rows[0]}
+    assert scores["plain"][4:] == ["70.17 ± 0.10", "90.17 ± 0.10", "70.10, 70.24"]
+    assert scores["AA dk=0.4"][4:] == ["71.59 ± 0.10", "91.59 ± 0.10", "71.52, 71.66"]
+    differences = {row[0]: row for row in rows[1]}
+    se = differences["SE \N{MINUS SIGN} plain"]
+    assert se[1] == "optim.lr 0.1 / 0.2"
+    # 0.42 and 0.92: mean 0.67, deviation 0.5 / sqrt 2; t of one degree of freedom is 12.7062
+    assert se[3] == "+0.67"
+    assert se[4] == f"\N{MINUS SIGN}{12.7062 * 0.25 - 0.67:.2f} to +{12.7062 * 0.25 + 0.67:.2f}"
