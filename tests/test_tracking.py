@@ -1,0 +1,332 @@
+"""Weights & Biases as the runs use it, and every way in which it may fail them."""
+
+import errno
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from training import tracking
+
+from conftest import CONFIGS, TINY
+
+
+class FakeRun:
+    def __init__(self, fails=(), hangs=()):
+        self.id, self.url, self.calls = "abc", "somewhere", []
+        self.fails, self.hangs, self.released = fails, hangs, threading.Event()
+        self.summary = self
+        self.settings = type("Settings", (), {"sync_dir": "kept"})
+
+    def _call(self, name, *values):
+        self.calls.append((name, *values))
+        if name in self.fails:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        if name in self.hangs:
+            self.released.wait()
+
+    def log(self, row):
+        self._call("log", row)
+
+    def update(self, values):
+        self._call("update", values)
+
+    def finish(self):
+        self._call("finish")
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """A function that replaces wandb's login and init; it returns the modes init is called with."""
+    seen = []
+
+    def install(*, credentials, runs):
+        def init(mode, **arguments):
+            seen.append(mode)
+            assert arguments["settings"].init_timeout == tracking.INIT_TIMEOUT
+            outcome = runs[mode]
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        monkeypatch.delenv("WANDB_MODE", raising=False)
+        monkeypatch.setattr(tracking.wandb, "login", lambda **_: credentials)
+        monkeypatch.setattr(tracking.wandb, "init", init)
+        return seen
+
+    return install
+
+
+def start(mode, folder, run_id=None):
+    return tracking.track(
+        mode,
+        folder=folder,
+        project="p",
+        entity=None,
+        group="g",
+        name="n",
+        config={},
+        run_id=run_id,
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "credentials", "expected"),
+    [
+        ("auto", True, ["online"]),
+        ("auto", False, ["offline"]),
+        ("online", True, ["online"]),
+        ("online", False, ["offline"]),
+        ("offline", True, ["offline"]),
+        ("disabled", True, []),
+    ],
+)
+def test_modes(wandb, tmp_path, mode, credentials, expected):
+    run = FakeRun()
+    seen = wandb(credentials=credentials, runs={"online": run, "offline": run})
+    with start(mode, tmp_path) as tracker:
+        tracker.log({"epoch": 1})
+        tracker.summarize({"top1": 1.0})
+    assert seen == expected
+    calls = [("log", {"epoch": 1}), ("update", {"top1": 1.0}), ("finish",)]
+    assert run.calls == (calls if expected else [])
+
+
+def test_auto_listens_to_the_environment(wandb, tmp_path, monkeypatch):
+    seen = wandb(credentials=True, runs={})
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    with start("auto", tmp_path) as tracker:
+        assert tracker.id is None
+    assert seen == []
+
+
+def test_a_server_that_does_not_answer_makes_the_run_an_offline_one(wandb, tmp_path, caplog):
+    run = FakeRun()
+    seen = wandb(credentials=True, runs={"online": OSError("timed out"), "offline": run})
+    with start("auto", tmp_path) as tracker:
+        assert tracker.id == "abc"
+    assert seen == ["online", "offline"]
+    assert "timed out; keeping the run on disk instead" in caplog.text
+
+
+def warnings(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+
+def track_three_epochs(folder):
+    with start("auto", folder) as tracker:
+        for epoch in (1, 2, 3):
+            tracker.log({"epoch": epoch})
+        tracker.summarize({})
+    return tracker
+
+
+@pytest.mark.parametrize("failing", ["log", "update", "finish"])
+def test_a_fault_on_the_way_is_one_warning(wandb, tmp_path, caplog, failing):
+    run = FakeRun(fails=[failing])
+    wandb(credentials=False, runs={"offline": run})
+    assert track_three_epochs(tmp_path).id == "abc"
+    assert warnings(caplog) == [
+        "wandb: [Errno 28] No space left on device; "
+        "this run is tracked in metrics.csv alone from here"
+    ]
+    assert [c[0] for c in run.calls].count(failing) == 1
+
+
+@pytest.mark.parametrize("hanging", ["log", "update", "finish"])
+def test_a_call_that_hangs_is_waited_for_once_and_not_long(
+    wandb, tmp_path, caplog, monkeypatch, hanging
+):
+    run = FakeRun(hangs=[hanging])
+    wandb(credentials=False, runs={"offline": run})
+    monkeypatch.setattr(tracking, "LOG_TIMEOUT", 0.2)
+    monkeypatch.setattr(tracking, "CLOSE_TIMEOUT", 0.2)
+    began = time.monotonic()
+    assert track_three_epochs(tmp_path).id == "abc"
+    assert 0.2 <= time.monotonic() - began < 2
+    run.released.set()
+    assert warnings(caplog) == [
+        "wandb: no answer within 0.2 s; this run is tracked in metrics.csv alone from here"
+    ]
+    assert [c[0] for c in run.calls].count(hanging) == 1
+
+
+def test_a_start_that_hangs_is_given_up(wandb, tmp_path, caplog, monkeypatch):
+    released = threading.Event()
+    wandb(credentials=True, runs={})
+    monkeypatch.setattr(tracking.wandb, "init", lambda **_: released.wait())
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT", 0.1)
+    monkeypatch.setattr(tracking, "_MARGIN", 0.1)
+    began = time.monotonic()
+    with start("auto", tmp_path, run_id="before") as tracker:
+        assert tracker.id == "before"
+    assert time.monotonic() - began < 2
+    released.set()
+    assert warnings(caplog) == [
+        "wandb: no answer within 0.2 s; this run is tracked in metrics.csv alone"
+    ]
+
+
+def test_a_file_in_place_of_the_folder_is_one_warning(wandb, tmp_path, caplog):
+    (tmp_path / "wandb").write_bytes(b"")
+    seen = wandb(credentials=True, runs={})
+    with start("online", tmp_path) as tracker:
+        tracker.log({"epoch": 1})
+    assert seen == []
+    (warning,) = warnings(caplog)
+    assert "File exists" in warning
+    assert warning.endswith("this run is tracked in metrics.csv alone")
+
+
+def test_a_run_without_tracking_keeps_the_id_it_was_given(wandb, tmp_path):
+    wandb(credentials=False, runs={"offline": OSError("no")})
+    for mode in ("offline", "disabled"):
+        with start(mode, tmp_path, run_id="before") as tracker:
+            assert tracker.id == "before"
+        with start(mode, tmp_path) as tracker:
+            assert tracker.id is None
+
+
+def test_a_run_is_closed_when_training_raises(wandb, tmp_path):
+    run = FakeRun()
+    wandb(credentials=False, runs={"offline": run})
+    with pytest.raises(FloatingPointError), start("auto", tmp_path):
+        raise FloatingPointError
+    assert run.calls == [("finish",)]
+
+
+# ---- the real wandb -----------------------------------------------------------------------------
+
+
+def service_of(pid):
+    """The running wandb-core processes that a process has started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+        except OSError:  # it has ended meanwhile
+            continue
+        state, parent = rest.split()[:2]
+        if name == "wandb-core" and int(parent) == pid and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux
+def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
+    """Two runs in one process; the first one's wandb process dies after an epoch."""
+    tiny = [w for w in TINY if "tracking" not in w and "epochs" not in w]
+    words = [*tiny, "epochs=40", "seed=0,1", f"out_dir={tmp_path}", "wandb.mode=offline"]
+    process = subprocess.Popen(
+        [sys.executable, "train.py", "-m", *words],
+        cwd=CONFIGS.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not list(tmp_path.rglob("metrics.csv")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    (first,) = tmp_path.rglob("metrics.csv")
+    with first.open() as file:
+        assert len(file.readlines()) < 30
+    (service,) = service_of(process.pid)
+    os.kill(service, signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+    told = [line for line in out.splitlines() if "wandb:" in line and "kept offline" not in line]
+    assert told == ["wandb: Connection lost; this run is tracked in metrics.csv alone from here"]
+    tables = sorted(tmp_path.rglob("metrics.csv"))
+    assert len(tables) == 2
+    for table in tables:
+        lines = table.read_text().splitlines()
+        assert [line.split(",")[0] for line in lines] == ["epoch", *map(str, range(1, 41))]
+        assert json.loads((table.parent / "summary.json").read_text())["epochs"] == 40
+    # The second run had a wandb process of its own.
+    assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
+
+
+# Tracks one short run for each server, with the address of the server as the only difference, and
+# prints how long the run waited, and its id.
+DRIVER = """
+import json, logging, os, sys, time
+from pathlib import Path
+from training import tracking
+logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stdout)
+tracking.INIT_TIMEOUT, tracking.LOG_TIMEOUT, tracking.CLOSE_TIMEOUT = 3, 2, 2
+os.environ["WANDB_API_KEY"] = "0123456789" * 4
+folder = Path(sys.argv[1])
+for address in sys.argv[2:]:
+    os.environ["WANDB_BASE_URL"] = address
+    began = time.monotonic()
+    with tracking.track("online", folder=folder, project="p", entity=None, group="g", name="n",
+                        config={}, run_id=None) as tracker:
+        tracker.log({"epoch": 1})
+    print(json.dumps([tracker.id, time.monotonic() - began]), flush=True)
+"""
+
+
+@pytest.fixture
+def server():
+    """A function that starts a web server that gives one status to all, or None and never."""
+    running, released = [], threading.Event()
+
+    def serve(status):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if status is None:
+                    released.wait()
+                    return
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(b"{}")
+
+            do_GET = do_POST  # noqa: N815
+
+            def log_message(self, *_):
+                pass
+
+        httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+        thread.start()
+        running.append((httpd, thread))
+        return f"http://127.0.0.1:{httpd.server_port}"
+
+    yield serve
+    released.set()
+    for httpd, thread in running:
+        httpd.shutdown()
+        thread.join()
+        httpd.server_close()
+
+
+def test_servers_that_refuse_fail_hang_or_are_not_there_cost_a_bounded_time(server, tmp_path):
+    addresses = [server(401), server(500), server(None), "http://127.0.0.1:9"]
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(tmp_path), *addresses],
+        cwd=CONFIGS.parent,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 * len(addresses), done.stdout
+    for warning, line in zip(lines[::2], lines[1::2], strict=True):
+        assert warning.startswith("WARNING wandb: ")
+        assert warning.endswith("; keeping the run on disk instead")
+        run_id, seconds = json.loads(line)
+        assert list(tmp_path.glob(f"wandb/offline-run-*-{run_id}/*.wandb"))
+        assert seconds < 3 + 10
