@@ -1,0 +1,287 @@
+"""Kill a training run at random moments, resume it each time, and look for any trace of that.
+
+    python scripts/fault_test.py
+    python scripts/fault_test.py --kills 20 --processes 2 -- checkpoint_minutes=0.02
+
+A small run is made once without interruption. Then the same command runs elsewhere, ends by SIGKILL
+and is given again, until it has come to its end and all kills have been given; a run that ends
+before is followed by another. A quarter of the moments lie in the start-up, the others anywhere
+behind it. At the end weights, optimiser, averages, RNGs, rows and summary must be those of the
+first run, to the bit; only what the clock says may differ. Exit code 1 if anything else does.
+
+What stands behind ``--`` goes to train.py. ``--processes`` has torchrun start so many.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from training import checkpoint  # noqa: E402
+
+# A little of everything that has a state, and a checkpoint after every step.
+SMALL = [
+    "experiment=lookup",
+    "data.train_size=96",
+    "data.test_size=96",
+    "data.crop_pad=2",
+    "data.flip=true",
+    "data.cutout=8",
+    "model.widths=[4,8,8]",
+    "model.stem=4",
+    "model.aa={stages:[3],dk:0.5,dv:0.25,Nh:4,min_dkh:8}",
+    "batch_size=16",
+    "epochs=8",
+    "eval_batch_size=16",
+    "ema=0.99",
+    "precision=fp16",
+    "grad_clip=1.0",
+    "checkpoint_minutes=1e-9",
+    "tracking=csv",
+    "resume=auto",
+]
+
+# What the clock or the folder's name decides.
+FREE = {"seconds", "images_per_s", "peak_memory_mb", "out_dir", "wandb_id"}
+
+
+class Kill(NamedTuple):
+    """One SIGKILL: of which run, how long behind the process's start, and what it came into."""
+
+    run: int
+    after_s: float
+    into: str
+    epochs: int  # finished in the newest checkpoint, and steps of the one behind them
+    step: int
+
+
+def differences(a: Any, b: Any, at: str = "") -> list[str]:
+    """The places where two nested values differ, by a bit, other than in ``FREE``."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted((a.keys() | b.keys()) - FREE, key=str)
+        gone = object()
+        return [d for k in keys for d in differences(a.get(k, gone), b.get(k, gone), f"{at}.{k}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        pairs = enumerate(zip(a, b, strict=True))
+        return [d for i, (x, y) in pairs for d in differences(x, y, f"{at}.{i}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [at]
+    return [] if type(a) is type(b) and a == b else [at]
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """All that a finished run has left: its checkpoint, its rows as text, its summary."""
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    return {
+        checkpoint.FILE: torch.load(folder / checkpoint.FILE, weights_only=True),
+        "metrics.csv": rows,
+        "summary.json": json.loads((folder / "summary.json").read_text()),
+    }
+
+
+def begin(folder: Path, overrides: list[str], processes: int) -> subprocess.Popen[bytes]:
+    """The run of ``folder``, or what is left of it; what it prints goes to ``folder``.txt."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    # Quoted for Hydra, which would read the "=" of a folder's name as its own.
+    where = [f"out_dir='{folder.parent}'", f"hydra.run.dir='{folder}'"]
+    with folder.with_suffix(".txt").open("ab") as output:
+        return subprocess.Popen(
+            [*launch, str(ROOT / "train.py"), *overrides, *where],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Sums depend on the number of threads, and processes share the cores.
+            env={"OMP_NUM_THREADS": "1", **os.environ},
+        )
+
+
+def end_well(run: subprocess.Popen[bytes], folder: Path) -> None:
+    """Wait for the run's end.
+
+    Raises:
+        RuntimeError: it did not end with code 0; the message has the last line it has printed.
+    """
+    if run.wait() != 0:
+        said = folder.with_suffix(".txt").read_text().splitlines()[-1:]
+        raise RuntimeError(f"{folder}: train.py ended with code {run.returncode}: {said}")
+
+
+def kill(run: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for a process and all below it: torchrun's would go on without it."""
+    run.send_signal(signal.SIGSTOP)  # it starts no others meanwhile
+    family = [run.pid]
+    for pid in family:
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+            if parent == pid:
+                family.append(int(stat.parent.name))
+    for pid in family:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    run.wait()
+
+
+def saved_at(folder: Path) -> int:
+    """When the newest checkpoint was written, in ns; 0 without one."""
+    try:
+        return (folder / checkpoint.FILE).stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for(run: subprocess.Popen[bytes], folder: Path, seconds: float, training: bool) -> bool:
+    """Whether the run still lives after so long: from now, or from its next checkpoint."""
+    before = saved_at(folder)
+    while training and saved_at(folder) in (0, before):
+        if run.poll() is not None:
+            return False
+        time.sleep(0.001)
+    try:
+        run.wait(seconds)
+    except subprocess.TimeoutExpired:
+        return True
+    return False
+
+
+def seen(folder: Path, launched: int, steps: int) -> tuple[str, int, int]:
+    """What a kill came into, and the epochs and the step in the newest checkpoint behind it."""
+    written = [p for p in folder.glob("*.partial") if p.stat().st_mtime_ns >= launched]
+    epochs = step = 0
+    found = checkpoint.find("auto", folder)
+    if found:
+        state = torch.load(found[0], weights_only=True)
+        epochs, step = len(state["rows"]), state["so_far"]["step"]
+    if written:
+        return f"writing {written[0].stem}", epochs, step
+    if saved_at(folder) < launched:
+        return "start-up", epochs, step
+    return "evaluation" if step == steps else "training", epochs, step
+
+
+def fault_test(
+    out: Path, *, kills: int, seed: int, processes: int, overrides: list[str]
+) -> dict[str, Any]:
+    """Run it all below ``out``; returns what is printed and written to faults.json.
+
+    Raises:
+        FileExistsError: there has been one before.
+        RuntimeError: train.py failed without being killed.
+    """
+    out.mkdir(parents=True)
+    whole, begun = out / "whole", time.monotonic()
+    run = begin(whole, overrides, processes)
+    wait_for(run, whole, 0, training=True)
+    startup = time.monotonic() - begun
+    end_well(run, whole)
+    training = time.monotonic() - begun - startup
+    expected = results(whole)
+    config = expected["summary.json"]["config"]
+    steps = config["data"]["train_size"] // config["batch_size"]
+
+    draw = random.Random(seed)
+    early = set(draw.sample(range(kills), kills // 4))
+    # So that the kills are spread over about one run.
+    longest = 1.6 * training / max(1, kills - len(early))
+    given: list[Kill] = []
+    differing: list[str] = []
+    number = damaged = missing = repeated = 0
+    while number == 0 or len(given) < kills:
+        number += 1
+        folder = out / f"killed-{number}"
+        finished = False
+        while not finished:
+            launched, begun = time.time_ns(), time.monotonic()
+            run = begin(folder, overrides, processes)
+            if len(given) < kills:
+                late = len(given) not in early
+                if wait_for(run, folder, draw.uniform(0, longest if late else startup), late):
+                    kill(run)
+                    after = round(time.monotonic() - begun, 2)
+                    given.append(Kill(number, after, *seen(folder, launched, steps)))
+                    continue
+            end_well(run, folder)
+            finished = True
+        found = results(folder)
+        differing += [f"{folder.name}{place}" for place in differences(expected, found)]
+        epochs = [row["epoch"] for row in found["metrics.csv"]]
+        missing += len({row["epoch"] for row in expected["metrics.csv"]} - set(epochs))
+        repeated += len(epochs) - len(set(epochs))
+        damaged += folder.with_suffix(".txt").read_text().count("is damaged")
+    outcome = {
+        "command": ["train.py", *overrides],
+        "processes": processes,
+        "seed": seed,
+        "kills": len(given),
+        "runs": number,
+        "missing_rows": missing,
+        "repeated_rows": repeated,
+        "damaged_checkpoints": damaged,
+        "differing": differing,
+        "uninterrupted_s": round(startup + training, 2),
+        "startup_s": round(startup, 2),
+        "torch": torch.__version__,
+        "hardware": expected["summary.json"]["hardware"],
+        "commit": expected["summary.json"]["commit"],
+        "moments": [kill._asdict() for kill in given],
+    }
+    (out / "faults.json").write_text(json.dumps(outcome, indent=1) + "\n")
+    return outcome
+
+
+def table(outcome: dict[str, Any]) -> str:
+    """The kills as a table in Markdown, and below it what they have cost."""
+    lines = ["| kill | run | s behind its start | came into | checkpoint behind it |"]
+    lines += ["|---:|---:|---:|---|---|"]
+    for number, one in enumerate(outcome["moments"], start=1):
+        place = f"epoch {one['epochs']}, step {one['step']}"
+        lines += [f"| {number} | {one['run']} | {one['after_s']} | {one['into']} | {place} |"]
+    counts = ", ".join(
+        f"{outcome[key]} {key.replace('_', ' ')}"
+        for key in ("kills", "runs", "missing_rows", "repeated_rows", "damaged_checkpoints")
+    )
+    return "\n".join([*lines, "", f"{counts}, {len(outcome['differing'])} values that differ"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "faults")
+    parser.add_argument("overrides", nargs="*", default=[])
+    given = parser.parse_args()
+    try:
+        outcome = fault_test(
+            given.out,
+            kills=given.kills,
+            seed=given.seed,
+            processes=given.processes,
+            overrides=[*SMALL, *given.overrides],
+        )
+    except (OSError, RuntimeError) as error:
+        sys.exit(f"fault_test.py: {error}")
+    print(table(outcome), *outcome["differing"], f"{given.out / 'faults.json'}", sep="\n")
+    sys.exit(1 if outcome["differing"] else 0)
+
+
+if __name__ == "__main__":
+    main()
