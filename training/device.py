@@ -67,7 +67,8 @@ def set_deterministic(on: bool) -> None:
     if on:
         # cuBLAS reads it when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(on)
+    if on != torch.are_deterministic_algorithms_enabled():  # to ask takes torch seconds
+        torch.use_deterministic_algorithms(on)
     # It would cost time, and tells only of memory that is read before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = on
