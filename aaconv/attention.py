@@ -8,6 +8,7 @@ Letters in the shape comments:
     N  heads (Nh)           D, E  channels per head of queries and keys (dkh), of values (dvh)
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
 
@@ -18,7 +19,9 @@ from torch import Tensor
 from aaconv.autocast import without_autocast
 from aaconv.tiled import TiledAttention
 
-BACKENDS = ("auto", "reference", "fold", "tiled")
+BACKENDS = ("auto", "reference", "fold", "tiled", "fused", "flex")
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 # Folded into the queries, position terms are numbers of the queries' dtype. They are kept smaller
 # by this factor, a power of two and so without rounding, until they are sums in float32: 65504, the
@@ -54,22 +57,85 @@ def attention_2d(
             (which cannot be differentiated again).
             ``"fold"`` writes the position terms as extra channels of query and key and calls
             ``scaled_dot_product_attention``, which keeps no logits where it has a flash kernel.
+            ``"fused"`` adds the position terms to the logits inside Triton kernels of our own,
+            which keep none, on a GPU (nor can it be differentiated again).
+            ``"flex"`` has them added by PyTorch's FlexAttention: compiled on a GPU; on the CPU
+            without gradients and with all logits written out.
             ``"auto"`` is the fastest measured, see `choose_backend`.
 
     Returns:
         (B, Nh, H, W, dvh), in the dtype of ``v``.
 
     Raises:
-        ValueError: a shape does not fit the others, or there is no such backend.
+        ValueError: a shape does not fit the others, there is no such backend, or it cannot
+            compute this here, see `missing`.
     """
     _check_shapes(q, k, v, rel_h, rel_w)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
     if backend == "auto":
         backend = choose_backend(q, relative=rel_h is not None)
+    given = (q, k, v) if rel_h is None or rel_w is None else (q, k, v, rel_h, rel_w)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    check_backend(backend, q.device, q.dtype, needs_grad=needs_grad)
     if backend == "fold":
         return _fold(q, k, v, rel_h, rel_w)
+    if backend == "fused":
+        return _fused(q, k, v, rel_h, rel_w)
+    if backend == "flex":
+        return _flex(q, k, v, rel_h, rel_w)
     return _in_single(_tiled if backend == "tiled" else _reference, q, k, v, rel_h, rel_w)
+
+
+def check_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, *, needs_grad: bool
+) -> None:
+    """Raise ValueError, in one line, unless ``backend`` computes with such tensors here."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    lack = missing(backend, device, dtype, needs_grad=needs_grad)
+    if lack is not None:
+        raise ValueError(f"backend={backend!r} needs {lack}; use backend='auto'")
+
+
+def missing(
+    backend: str, device: torch.device, dtype: torch.dtype, *, needs_grad: bool
+) -> str | None:
+    """What ``backend`` needs and does not have, in words; None if it can be used.
+
+    Args:
+        backend: one of BACKENDS.
+        device: of queries, keys and values.
+        dtype: of the queries as attention gets them, under autocast that of autocast.
+        needs_grad: whether gradients will be asked for.
+    """
+    if backend == "fused":
+        return _missing_for_fused(device, dtype)
+    if backend == "flex" and device.type == "cpu":
+        return "a GPU for gradients (on the CPU FlexAttention has none)" if needs_grad else None
+    if backend == "flex" and device.type != "cuda":
+        return f"the CPU or a CUDA GPU, not the device {device}"
+    if backend == "flex" and dtype == torch.float64:
+        return "float32 or less, not float64, on a GPU"
+    if backend == "flex" and not _HAS_TRITON:
+        return "the package triton"
+    return None
+
+
+def _missing_for_fused(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    from aaconv.fused import INTERPRETED
+
+    if INTERPRETED:
+        # It multiplies the bits of bfloat16 as if they were integers (triton 3.3 to 3.9).
+        return "float32 or float16 in Triton's interpreter" if dtype == torch.bfloat16 else None
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"a CUDA GPU, not the device {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"a GPU of compute capability 8.0, not {major}.{minor}"
+    return None
 
 
 def choose_backend(q: Tensor, *, relative: bool) -> str:
@@ -77,7 +143,8 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
 
     On the CPU (two cores of an AMD EPYC, torch 2.13, forward and backward): tiles take 80 % of
     the fold's time at 16x16 and 45 % at 64x64; at 8x8 all three are within a fifth and writing
-    the logits out is the fastest. On other devices the fold, not measured yet.
+    the logits out is the fastest. On other devices the fold: neither it nor "fused" and "flex"
+    were measured on a GPU yet.
     """
     # A compiler would unroll the loop over the tiles.
     if q.device.type != "cpu" or not relative or torch.compiler.is_compiling():
@@ -171,3 +238,33 @@ def _fold(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor |
     q, k, v = (F.pad(t, (0, width - t.shape[-1])).flatten(2, 3) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, scale=_HEADROOM)
     return out[..., :E].unflatten(2, (H, W))
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
+    # Importing triton takes a while, and not every platform has it.
+    from aaconv.fused import LOG2E, fused_attention
+
+    # In fp16 position terms could overflow, and autocast would take them in it.
+    dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+    with without_autocast(q.device.type):
+        rows, columns = _scaled_terms(q, rel_h, rel_w, LOG2E, dtype)
+        return fused_attention(q * (q.shape[-1] ** -0.5 * LOG2E), k, v, rows, columns)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
+    from aaconv.flex import attend
+
+    # The terms' gradients are sums that FlexAttention takes in the terms' dtype.
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with without_autocast(q.device.type):
+        return attend(q, k, v, *_scaled_terms(q, rel_h, rel_w, 1.0, dtype))
+
+
+def _scaled_terms(
+    q: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, factor: float, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """What rows and columns of the keys add to softmax's logits, times ``factor``, or nothing."""
+    if rel_h is None or rel_w is None:
+        return None, None
+    q = q.to(dtype) * (q.shape[-1] ** -0.5 * factor)
+    return _position_terms(q, rel_h, 2), _position_terms(q, rel_w, 3)

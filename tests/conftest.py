@@ -1,11 +1,17 @@
 """Settings and data small enough for a training step in a test, and what compares two runs."""
 
 import csv
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+
+# Without a GPU, Triton's kernels run in its interpreter. It must be asked for before anything
+# imports triton, as torch's count of operations does.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import train
 
