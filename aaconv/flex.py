@@ -29,7 +29,7 @@ def attend(
     score_mod = None
     if rows is not None and columns is not None:
         score_mod = _adding(rows.flatten(2, 3), columns.flatten(2, 3))
-    call = flex_attention if torch.compiler.is_compiling() else _compiled
+    call: Any = flex_attention if torch.compiler.is_compiling() else _compiled
     out = call(q, k, v, score_mod=score_mod, scale=D**-0.5)
     return out[..., :E].unflatten(2, (H, W))
 

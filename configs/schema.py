@@ -71,7 +71,7 @@ class AugmentedConvolution:
     min_dkh: int = MISSING  # least key channels per head where dk is a fraction
     position: str = MISSING  # relative, none, sine or coord
     stages: list[int] = MISSING
-    backend: str = MISSING  # aaconv.BACKENDS: the same values, computed differently
+    backend: str = MISSING  # auto, reference, fold, tiled, fused or flex: see aaconv.attention_2d
 
 
 @dataclass

@@ -5,7 +5,8 @@
 Times are medians (least to most) of interleaved rounds, forward and forward plus backward;
 memory is the peak above what was there before, each measured in a process of its own. "pad and
 reshape" is how public implementations lay out the relative logits (Bello et al. 2019, figure 5),
-with the same values. Writes bench_layer.md and bench_layer.json.
+with the same values. A backend that cannot be had here says what it needs. Writes
+bench_layer.md and bench_layer.json.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from aaconv import BACKENDS, AugmentedConv
+from aaconv.attention import missing
 from training.device import choose_device, peak_memory_mb
 
 import timing
@@ -142,9 +144,18 @@ def _fits(way: str, case: dict[str, Any], device: torch.device) -> bool:
     return 5 * logits < memory / 2
 
 
+def _obstacle(way: str, case: dict[str, Any], device: torch.device) -> str | None:
+    """Why the way cannot be measured, in words; None if it can."""
+    lack = missing(way, device, _dtype(case), needs_grad=True)
+    if lack is not None:
+        return f"needs {lack}"
+    return None if _fits(way, case, device) else "does not fit"
+
+
 def measure(case: dict[str, Any], device: torch.device, count: int) -> list[dict[str, Any]]:
-    """A row for each way that fits into memory: times and memory of one setting."""
-    ways = [way for way in WAYS if _fits(way, case, device)]
+    """A row for each way: times and memory of one setting, or why there are none."""
+    obstacles = {way: _obstacle(way, case, device) for way in WAYS}
+    ways = [way for way in WAYS if obstacles[way] is None]
     prepared = {way: _prepare(way, case, device) for way in ways}
     x, layer = prepared["fold"]
     expected = layer(x)
@@ -159,7 +170,7 @@ def measure(case: dict[str, Any], device: torch.device, count: int) -> list[dict
     rows = []
     for way in WAYS:
         if way not in ways:
-            rows.append({"way": way, **case})
+            rows.append({"way": way, **case, "obstacle": obstacles[way]})
             continue
         row = {"way": way, **case, "forward_ms": times[False][way], "both_ms": times[True][way]}
         rows.append(row | {"peak_mb": peak(way, case, str(device))})
@@ -173,8 +184,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         cells = [f"{row['size']}x{row['size']}", str(row["batch"]), row["dtype"], row["way"]]
-        if "both_ms" not in row:
-            lines.append([*cells, "does not fit", *[""] * 4])
+        if "obstacle" in row:
+            lines.append([*cells, row["obstacle"], *[""] * 4])
             continue
         base = next(
             r

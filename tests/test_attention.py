@@ -1,10 +1,12 @@
 """`attention_2d`: every backend against the pair-by-pair formula."""
 
+import re
+
 import pytest
 import torch
 
 from aaconv import BACKENDS, attention_2d
-from aaconv.attention import missing
+from aaconv.attention import check_backend, missing
 
 import reference
 
@@ -158,3 +160,41 @@ def test_wrong_arguments_are_named(change, words):
     }
     with pytest.raises(ValueError, match=words):
         attention_2d(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "dtype", "lack"),
+    [
+        ("fused", "cuda", torch.float64, "float32, bfloat16 or float16, not float64"),
+        ("fused", "cpu", torch.bfloat16, "a CUDA GPU, not the device cpu"),
+        ("fused", "meta", torch.float16, "a CUDA GPU, not the device meta"),
+        ("fused", "cuda", torch.float32, "a GPU of compute capability 8.0, not 7.5"),
+        ("flex", "cpu", torch.float32, "a GPU for gradients (on the CPU FlexAttention has none)"),
+        ("flex", "meta", torch.float32, "the CPU or a CUDA GPU, not the device meta"),
+        ("flex", "cuda", torch.float64, "float32 or less, not float64, on a GPU"),
+    ],
+)
+def test_what_a_backend_needs(backend, device, dtype, lack, monkeypatch):
+    if backend == "fused":
+        pytest.importorskip("triton")
+        monkeypatch.setattr("aaconv.fused.INTERPRETED", False)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    device = torch.device(device)
+    assert missing(backend, device, dtype, needs_grad=True) == lack
+    words = re.escape(f"backend='{backend}' needs {lack}; use backend='auto'")
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        check_backend(backend, device, dtype, needs_grad=True)
+
+
+@pytest.mark.parametrize("backend", ["fused", "flex"])
+def test_backends_without_triton(backend, monkeypatch):
+    monkeypatch.setattr("aaconv.attention._HAS_TRITON", False)
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert missing(backend, cuda, torch.float32, needs_grad=True) == "the package triton"
+    tensors = inputs((1, 2), 1, 2, 2)
+    with pytest.raises(ValueError, match=f"backend='{backend}' needs .*; use backend='auto'"):
+        attention_2d(*tensors, backend=backend)
+    assert missing("flex", cpu, torch.float32, needs_grad=False) is None
+    for other in ("auto", "reference", "fold", "tiled"):
+        assert missing(other, cuda, torch.float16, needs_grad=True) is None

@@ -33,6 +33,8 @@ def test_pad_and_reshape_is_the_same_layer():
 
 def test_bench_layer(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_layer, "peak", lambda way, *_: 7.0 + len(way))
+    lack = {"fused": "a CUDA GPU", "flex": "gradients"}
+    monkeypatch.setattr(bench_layer, "missing", lambda way, *_, **__: lack.get(way))
     sizes = ("--channels", 12, "--dk", 6, "--dv", 4, "--Nh", 2, "--rounds", 2)
     go(bench_layer, monkeypatch, "--sizes", 3, 5, "--batches", 1, *sizes, "--out", tmp_path)
     record = json.loads((tmp_path / "bench_layer.json").read_text())
@@ -40,8 +42,11 @@ def test_bench_layer(monkeypatch, tmp_path, capsys):
     assert [(r["size"], r["way"]) for r in record["rows"]] == [
         (size, way) for size in (3, 5) for way in bench_layer.WAYS
     ]
-    assert all(len(r[k]) == 2 for r in record["rows"] for k in ("forward_ms", "both_ms"))
+    timed = [r for r in record["rows"] if r["way"] not in lack]
+    assert all(len(r[k]) == 2 for r in timed for k in ("forward_ms", "both_ms"))
     written = (tmp_path / "bench_layer.md").read_text()
+    assert "| 5x5 | 1 | float32 | fused | needs a CUDA GPU |" in written
+    assert "| 5x5 | 1 | float32 | flex | needs gradients |" in written
     assert written.strip() in capsys.readouterr().out
     assert f"| {(7 + len('tiled')) / (7 + len('pad and reshape')):.2f} |" in written
 
@@ -51,6 +56,7 @@ def test_a_way_that_does_not_fit_is_left_out_by_name(monkeypatch):
     monkeypatch.setattr(bench_layer, "_fits", lambda way, *_: way != "pad and reshape")
     case = {"size": 3, "batch": 1, "dtype": "float32", "channels": 12, "dk": 6, "dv": 4, "Nh": 2}
     rows = bench_layer.measure(case, torch.device("cpu"), 1)
+    assert "| flex | needs a GPU for gradients (on the CPU" in bench_layer.table(rows)
     assert "| pad and reshape | does not fit |" in bench_layer.table(rows)
     huge = case | {"size": 512, "batch": 64, "Nh": 8}
     monkeypatch.undo()
