@@ -24,7 +24,8 @@ def attend(
     H, W, D = q.shape[2:]
     E = v.shape[-1]
     q, k, v = (
-        F.pad(t, (0, max(0, _LEAST_CHANNELS - t.shape[-1]))).flatten(2, 3) for t in (q, k, v)
+        F.pad(t, (0, max(0, _LEAST_CHANNELS - t.shape[-1]))).flatten(2, 3).contiguous()
+        for t in (q, k, v)
     )
     score_mod = None
     if rows is not None and columns is not None:

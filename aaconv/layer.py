@@ -53,11 +53,12 @@ class AugmentedConv(nn.Module):
         groups: of the plain convolution.
         bias: whether the three convolutions have one.
         qkv_kernel_size: kernel of the convolution that gives q, k and v; the paper's is 1.
-        backend: how attention is computed, see `attention_2d`.
+        backend: how attention is computed: ``"auto"``, ``"reference"``, ``"fold"``, ``"tiled"``,
+            ``"fused"`` or ``"flex"``, see `attention_2d`.
 
     Raises:
         ValueError: the arguments contradict each other; the message names the values. In
-            ``forward``: the two branches differ in size.
+            ``forward``: the two branches differ in size, or the backend cannot be had here.
 
     ``load_state_dict`` takes tables made for another ``shape`` and fits them by the same rule.
     """

@@ -44,6 +44,7 @@ def inputs_like(tensors, dtype):
 def with_gradients(function, tensors):
     out = function(*tensors)
     direction = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    direction = direction.to(out.device)
     return [out, *torch.autograd.grad(out, tensors, direction)]
 
 

@@ -6,17 +6,23 @@ from test_attention import inputs, inputs_like, with_gradients
 
 from aaconv import BACKENDS, AugmentedConv, attention_2d
 
+import reference
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # the compiler's advice
 ]
+
+# Products of float64 are beyond the kernels.
+IN_DOUBLE = [b for b in BACKENDS if b not in ("fused", "flex")]
 
 
 def on_gpu(tensors, dtype):
     return [t.cuda().detach().requires_grad_() for t in inputs_like(tensors, dtype)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", IN_DOUBLE)
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 13), (16, 16), (32, 32)])
 def test_equals_the_reference_in_double(backend, size):
     tensors = on_gpu(inputs(size, 3, 20, 2), torch.float64)
@@ -24,6 +30,59 @@ def test_equals_the_reference_in_double(backend, size):
     got = with_gradients(lambda *t: attention_2d(*t, backend=backend), tensors)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 13), (2, 67), (32, 32)])
+@pytest.mark.parametrize(("dkh", "dvh"), [(1, 1), (20, 2), (64, 8)])
+def test_single_precision(backend, size, dkh, dvh):
+    double = on_gpu(inputs(size, 3, dkh, dvh), torch.float64)
+    exact = with_gradients(lambda *t: attention_2d(*t, backend="reference"), double)
+    got = with_gradients(
+        lambda *t: attention_2d(*t, backend=backend), on_gpu(double, torch.float32)
+    )
+    for a, b in zip(got, exact, strict=True):
+        assert (a.double() - b).abs().max() < 1e-4 * max(1.0, b.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", ["fused", "flex"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_errs_no_more_than_the_formula(backend, dtype):
+    """Output within 2x, gradients within 3x of what the formula errs when computed in it."""
+    exact = with_gradients(reference.attention, inputs((7, 11), 2, 20, 2, batch=1))
+    low = inputs_like(inputs((7, 11), 2, 20, 2, batch=1), dtype)
+    plain = with_gradients(reference.attention, low)
+    got = with_gradients(lambda *t: attention_2d(*t, backend=backend), on_gpu(low, dtype))
+    for place, (a, b, e) in enumerate(zip(got, plain, exact, strict=True)):
+        error, allowed = (a.cpu() - e).abs().max(), (b - e).abs().max()
+        assert error <= (2 if place == 0 else 3) * allowed + 1e-6, place
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_large_logits_in_fp16_stay_finite(backend):
+    tensors = on_gpu(inputs((3, 5), 2, 8, 4, torch.float32, scale=300.0), torch.float16)
+    tensors = [t.detach() * (300 if i > 2 else 1) for i, t in enumerate(tensors)]
+    low = [t.requires_grad_() for t in tensors]
+    out, *gradients = with_gradients(lambda *t: attention_2d(*t, backend=backend), low)
+    exact = attention_2d(*(t.detach().double() for t in low), backend="reference")
+    assert (out.double() - exact).abs().max() < 2e-2
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize("backend", ["fused", "flex"])
+def test_memory_grows_with_the_map_not_with_its_square(backend):
+    def peak(size):
+        tensors = on_gpu(inputs((size, size), 8, 20, 2), torch.bfloat16)
+        for _ in range(2):  # compiled in the first
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            with_gradients(lambda *t: attention_2d(*t, backend=backend), tensors)
+        return torch.cuda.max_memory_allocated() - before
+
+    # Position terms grow as 2 HW (H + W), eight times; the logits would sixteen times.
+    assert peak(64) < 9 * peak(32)
+    assert peak(64) < 2 * 8 * 64**4 * 2 / 2  # half of all logits in bf16
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -35,6 +94,7 @@ def test_half_precision_on_a_full_map(backend, dtype):
     got = with_gradients(lambda *t: attention_2d(*t, backend=backend), low)
     for a, b in zip(got, exact, strict=True):
         assert a.isfinite().all()
+        assert a.dtype == dtype
         assert (a.double() - b).abs().max() < 0.05 * b.abs().max()
 
 
@@ -51,10 +111,19 @@ def test_layer_trains_under_autocast_in_channels_last(backend):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-def test_layer_compiles():
-    layer = AugmentedConv(16, 32, 3, 40, 8, 4, 16, True, 2).cuda()
-    x = torch.randn(8, 16, 32, 32, device="cuda")
-    torch.testing.assert_close(torch.compile(layer)(x), layer(x), rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "tiled"])
+def test_layer_compiles(backend):
+    layer = AugmentedConv(16, 32, 3, 40, 8, 4, 16, True, 2, backend=backend).cuda()
+    compiled = torch.compile(layer)
+    for size in (32, 16):
+        x = torch.randn(8, 16, size, size, device="cuda")
+        outputs = [m(x) for m in (compiled, layer)]
+        torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+        gradients = [
+            torch.autograd.grad(out.square().mean(), tuple(layer.parameters())) for out in outputs
+        ]
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])

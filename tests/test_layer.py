@@ -175,7 +175,7 @@ def test_deepcopy_keeps_nothing_of_the_last_batch():
     torch.testing.assert_close(twin(image(2, 5, 3, 5)), out)
 
 
-@pytest.mark.parametrize("backend", usable(torch.float64))
+@pytest.mark.parametrize("backend", ["auto", "reference", "fold"])
 def test_compile(backend):
     layer = build(backend=backend)
     x = image(2, 5, 3, 5)
@@ -183,7 +183,7 @@ def test_compile(backend):
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("backend", usable(torch.float64))
+@pytest.mark.parametrize("backend", ["auto", "reference", "fold"])
 def test_export(backend):
     layer = build(backend=backend)
     x = image(2, 5, 3, 5)
