@@ -33,6 +33,11 @@ class Table:
     rows: list[list[str]]
     texts: int = 1
 
+    @property
+    def long(self) -> bool:
+        """Whether it would push what follows out of sight."""
+        return len(self.rows) > 16
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -118,6 +123,7 @@ def lead(data: str, groups: list[Group], left: list[Left]) -> str:
     models = " and ".join(dict.fromkeys(one.model for one in groups))
     epochs = " and ".join(dict.fromkeys(as_text(one.settings["epochs"]) for one in groups))
     name, on = data.split(" ", 1)
+    name = name.replace("cifar", "CIFAR-")
     runs = count(sum(len(one.runs) for one in groups), "finished run")
     more = f"; {count(len(left), 'folder')} not counted, listed at the end" if left else ""
     return (
@@ -218,7 +224,7 @@ def warnings(groups: list[Group], comparisons: list[Comparison]) -> list[str]:
         mixed = [one for one in groups if len(one.seen(fact)) > 1]
         if mixed:
             names = ", ".join(one.label for one in mixed[:5]) + (", ..." * (len(mixed) > 5))
-            found.append(f"Several {words} within {names}: see the last but one table.")
+            found.append(f"Several {words} within {names}: see Where the numbers come from.")
     return found
 
 
@@ -503,7 +509,7 @@ def paper_section(data: str, groups: list[Group]) -> Section:
         tables.append(Table(head, printed))
     shown = [one for one, _ in matched] or _one_of_each(groups)
     recipe = _recipe(shown)
-    notes = list(paper.NOTES) if matched else []
+    notes = list(paper.NOTES) if any(one.attention == "aa" for one, _ in matched) else []
     if recipe.rows:
         tables.append(recipe)
     else:

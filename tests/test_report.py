@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from scipy import stats
 
+import figures
 import page
 import paired
 import paper
@@ -18,6 +19,18 @@ import runs
 from folders import CLASSES, make_run
 
 MINUS = "\N{MINUS SIGN}"
+
+
+@pytest.fixture(autouse=True)
+def sketches(request, monkeypatch):
+    """Pictures are drawn where a test asks for ``pictures``: they take most of the time."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(figures, "_as_svg", lambda figure: "<svg/>")
+
+
+@pytest.fixture
+def pictures():
+    """See `sketches`."""
 
 
 def groups_of(root):
@@ -303,7 +316,7 @@ def sweep(root):
     make_run(root / "p1", 61.0, 1)
 
 
-def test_the_page_needs_nothing_but_itself(tmp_path):
+def test_the_page_needs_nothing_but_itself(tmp_path, pictures):
     sweep(tmp_path)
     report.report([tmp_path], tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text()
@@ -325,7 +338,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
     assert "sweep.svg" in names
 
 
-def test_the_same_runs_give_the_same_bytes(tmp_path):
+def test_the_same_runs_give_the_same_bytes(tmp_path, pictures):
     sweep(tmp_path / "runs")
     for name in "ab":
         report.report([tmp_path / "runs"], tmp_path / name)
@@ -374,13 +387,13 @@ def test_names_are_text_and_not_html(tmp_path):
 
 
 @pytest.mark.parametrize("attention", ["plain", "aa"])
-def test_one_run_alone_has_a_page(tmp_path, attention):
+def test_one_run_alone_has_a_page(tmp_path, pictures, attention):
     make_run(tmp_path / "a", 70.0, 0, attention, epochs=1)
     text = report.report([tmp_path], tmp_path / "out")
     assert "There is no finished network together with its plain twin." in text
 
 
-def test_two_hundred_runs(tmp_path):
+def test_two_hundred_runs(tmp_path, pictures):
     """All of them are on the page: 64 augmented networks and two plain ones, three seeds each."""
     for number in range(66):
         for seed in range(3):
