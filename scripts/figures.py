@@ -1,6 +1,7 @@
 """The report's pictures, each as the text of an SVG file whose letters need no font."""
 
 import io
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,8 +37,9 @@ STYLE = {
 # Okabe and Ito's colours, which the colour-blind can tell apart; the plain network is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6000")
 PLAIN, OTHERS = "#222222", "#c4c4c4"
-# More lines than this in one picture cannot be told apart, more rows not be read.
-LINES, ROWS, CLASSES = 8, 12, 12
+# More lines than this cannot be told apart: then only the best have a hue. More rows, or more
+# classes at either end, cannot be read.
+LINES, BEST, ROWS, CLASSES = 8, 4, 12, 12
 
 
 @contextmanager
@@ -60,15 +62,19 @@ def _as_svg(figure: Figure) -> str:
 
 
 def colours(groups: list[Group]) -> dict[Group, str]:
-    """A colour for each group: the plain ones dark, the best of the others by top-1 a hue each."""
+    """A colour for each group: a hue, dark for the plain one of most runs, or grey where too many.
+
+    Of many groups the best by top-1 have a hue.
+    """
     plain = [one for one in groups if one.attention == "plain"]
-    others = [one for one in groups if one.attention != "plain"]
-    best = sorted(others, key=lambda g: -statistics.mean(g.scores("top1").values()))
-    hued = best[: LINES - 1]
-    by_order = sorted(hued, key=lambda g: (g.attention != "aa", groups.index(g)))
-    chosen = dict.fromkeys(groups, OTHERS)
-    chosen |= dict.fromkeys(plain[:1], PLAIN)
-    return chosen | dict(zip(by_order, COLOURS, strict=False))
+    plain = [max(plain, key=lambda g: len(g.runs))] if plain else []
+    others = [one for one in groups if one not in plain]
+    if len(groups) > LINES:
+        others.sort(key=lambda g: -statistics.mean(g.scores("top1").values()))
+        others = others[:BEST]
+    others.sort(key=lambda g: (g.attention != "aa", groups.index(g)))
+    chosen = dict.fromkeys(groups, OTHERS) | dict.fromkeys(plain, PLAIN)
+    return chosen | dict(zip(others, COLOURS, strict=False))
 
 
 def over_epochs(groups: list[Group], column: str, label: str) -> str:
@@ -161,8 +167,11 @@ def _legend(figure: Figure, panel: Any, chosen: dict[Group, str]) -> None:
     grey = sum(colour == OTHERS for colour in chosen.values())
     if grey:
         panel.plot([], [], color=OTHERS, linewidth=0.7, label=f"{grey} other networks")
+    entries = len(panel.get_legend_handles_labels()[0])
     long = max(len(group.label) for group in chosen) > 24
-    figure.legend(loc="outside upper left", ncols=1 if long else 2 if len(chosen) > 4 else 4)
+    columns = 1 if long else 2 if entries > 4 else 4
+    figure.set_figheight(figure.get_figheight() + 0.18 * (math.ceil(entries / columns) - 1))
+    figure.legend(loc="outside upper left", ncols=columns)
 
 
 def over_flops(groups: list[Group]) -> str:

@@ -414,3 +414,22 @@ def test_two_hundred_runs(tmp_path, pictures):
     assert text.count("\n| AA ") == 64
     assert len([*(tmp_path / "out").glob("*.svg")]) == 8
     assert (tmp_path / "out" / "report.html").stat().st_size < 3e6
+
+
+def test_colours_of_few_and_of_many(tmp_path):
+    make_run(tmp_path / "p", 70.0, epochs=4)
+    make_run(tmp_path / "q0", 60.0, 0)
+    make_run(tmp_path / "q1", 60.0, 1)
+    make_run(tmp_path / "se", 71.0, attention="se")
+    make_run(tmp_path / "aa", 71.0, attention="aa")
+    few = {one.label: colour for one, colour in figures.colours(groups_of(tmp_path)).items()}
+    assert few["plain epochs=3"] == figures.PLAIN
+    assert few["AA"] == figures.COLOURS[0]
+    assert len(set(few.values())) == 4
+    for dk in range(10, 20):
+        make_run(tmp_path / f"{dk}", 70.0 + dk, attention="aa", attention__dk=dk)
+    many = {one.label: colour for one, colour in figures.colours(groups_of(tmp_path)).items()}
+    hued = [label for label, colour in many.items() if colour in figures.COLOURS]
+    assert hued == [f"AA dk={dk}" for dk in (16, 17, 18, 19)]
+    assert many["plain epochs=3"] == figures.PLAIN
+    assert many["plain epochs=4"] == figures.OTHERS
