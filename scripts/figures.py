@@ -70,7 +70,7 @@ def colours(groups: list[Group]) -> dict[Group, str]:
     plain = [max(plain, key=lambda g: len(g.runs))] if plain else []
     others = [one for one in groups if one not in plain]
     if len(groups) > LINES:
-        others.sort(key=lambda g: -statistics.mean(g.scores("top1").values()))
+        others.sort(key=lambda g: -statistics.fmean(g.scores("top1").values()))
         others = others[:BEST]
     others.sort(key=lambda g: (g.attention != "aa", groups.index(g)))
     chosen = dict.fromkeys(groups, OTHERS) | dict.fromkeys(plain, PLAIN)
@@ -105,7 +105,7 @@ def _lines(
     chosen = colours(groups)
     with _panel() as (figure, panel, svg):
         for one in sorted(groups, key=lambda g: chosen[g] != OTHERS):
-            x = [statistics.mean(at) for at in zip(*map(along, one.runs), strict=True)]
+            x = [statistics.fmean(at) for at in zip(*map(along, one.runs), strict=True)]
             _spread(panel, x, [[r[column] for r in run.rows] for run in one.runs], one, chosen)
         panel.set_xlabel(x_label)
         panel.set_ylabel(label)
@@ -123,7 +123,7 @@ def _spread(
     grey = colour == OTHERS
     panel.plot(
         x,
-        [statistics.mean(v) for v in values],
+        [statistics.fmean(v) for v in values],
         color=colour,
         linewidth=0.7 if grey else 1.7,
         linestyle="--" if one.attention == "plain" else "-",
@@ -182,7 +182,7 @@ def over_flops(groups: list[Group]) -> str:
     )
     with _panel() as (figure, panel, svg):
         others = [one for one in groups if chosen[one] == OTHERS]
-        means = [statistics.mean(one.scores("top1").values()) for one in others]
+        means = [statistics.fmean(one.scores("top1").values()) for one in others]
         panel.plot([one.first["flops"] / unit for one in others], means, "o", color=OTHERS, ms=4)
         for one in groups:
             if one in others:
@@ -192,7 +192,7 @@ def over_flops(groups: list[Group]) -> str:
             panel.plot([x] * len(values), values, ".", color=colour, alpha=0.45, markersize=4)
             panel.errorbar(
                 x,
-                statistics.mean(values),
+                statistics.fmean(values),
                 yerr=statistics.stdev(values) if len(values) > 1 else None,
                 fmt="s" if one.attention == "plain" else "o",
                 color=colour,
@@ -230,46 +230,36 @@ def differences(comparisons: list[Comparison]) -> str:
     return svg[0]
 
 
-def heatmaps(table: dict[Any, dict[tuple[Any, Any], tuple[float, int]]]) -> str:
-    """Mean top-1 over dk and dv, a panel for each Nh: {Nh: {(dk, dv): (mean, n)}}."""
-    rows = sorted({dk for cells in table.values() for dk, _ in cells})
-    columns = sorted({dv for cells in table.values() for _, dv in cells})
-    means = [mean for cells in table.values() for mean, _ in cells.values()]
-    low, high = min(means), max(means)
-    with plt.rc_context({**STYLE, "axes.grid": False}):
-        figure, panels = plt.subplots(
-            1,
-            len(table),
-            figsize=(1.6 + len(table) * (0.8 + 0.75 * len(columns)), 1.3 + 0.62 * len(rows)),
-            squeeze=False,
-            sharey=True,
-            layout="constrained",
+def heatmap(
+    cells: dict[tuple[float, float], tuple[float, int]], low: float, high: float, title: str
+) -> str:
+    """Mean top-1 and n over dk and dv, {(dk, dv): (mean, n)}; the colours go from low to high."""
+    rows = sorted({dk for dk, _ in cells})
+    columns = sorted({dv for _, dv in cells})
+    nothing = (math.nan, 0)
+    grid = [[cells.get((dk, dv), nothing)[0] for dv in columns] for dk in rows]
+    with _panel(5.2, 1.5 + 0.55 * len(rows)) as (figure, panel, svg):
+        panel.grid(visible=False)
+        image = panel.imshow(
+            grid, cmap="cividis", vmin=low, vmax=high, aspect="auto", origin="lower"
         )
-        try:
-            for panel, (heads, cells) in zip(panels[0], sorted(table.items()), strict=True):
-                grid = [
-                    [cells.get((dk, dv), (float("nan"), 0))[0] for dv in columns] for dk in rows
-                ]
-                image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
-                for (dk, dv), (mean, n) in cells.items():
-                    panel.text(
-                        columns.index(dv),
-                        rows.index(dk),
-                        f"{mean:.1f}\nn={n}",
-                        ha="center",
-                        va="center",
-                        fontsize=9,
-                        color="white" if mean < (low + high) / 2 else "black",
-                    )
-                panel.set_xticks(range(len(columns)), [f"{dv:g}" for dv in columns])
-                panel.set_yticks(range(len(rows)), [f"{dk:g}" for dk in rows])
-                panel.set_title(f"Nh = {heads}")
-                panel.set_xlabel("dv")
-            panels[0][0].set_ylabel("dk")
-            figure.colorbar(image, ax=panels[0], label="top-1 accuracy (%)")
-            return _as_svg(figure)
-        finally:
-            plt.close(figure)
+        for (dk, dv), (mean, n) in cells.items():
+            panel.text(
+                columns.index(dv),
+                rows.index(dk),
+                f"{mean:.2f}\nn={n}",
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if mean < (low + high) / 2 else "black",
+            )
+        panel.set_xticks(range(len(columns)), [f"{dv:g}" for dv in columns])
+        panel.set_yticks(range(len(rows)), [f"{dk:g}" for dk in rows])
+        panel.set_title(title)
+        panel.set_xlabel("dv")
+        panel.set_ylabel("dk")
+        figure.colorbar(image, label="top-1 accuracy (%)")
+    return svg[0]
 
 
 def classes(rows: list[tuple[str, float, list[float]]], label: str) -> str:

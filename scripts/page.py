@@ -388,7 +388,7 @@ def cost_section(groups: list[Group]) -> Section:
 
 
 def sweep_section(groups: list[Group]) -> Section | None:
-    """Heatmaps over dk, dv and Nh for all that is otherwise trained alike."""
+    """Heatmaps over dk and dv, one for each Nh, for all that is otherwise trained alike."""
     axes = ("attention.dk", "attention.dv", "attention.Nh")
     alike: dict[str, list[Group]] = defaultdict(list)
     for one in groups:
@@ -398,22 +398,27 @@ def sweep_section(groups: list[Group]) -> Section | None:
     sweeps = [members for members in alike.values() if len(members) > 1]
     pictures = []
     for number, members in enumerate(sweeps):
-        table: dict[Any, dict[tuple[Any, Any], tuple[float, int]]] = defaultdict(dict)
+        table: dict[Any, dict[tuple[float, float], tuple[float, int]]] = defaultdict(dict)
         for one in members:
             dk, dv, heads = (one.settings[axis] for axis in axes)
             values = one.scores("top1").values()
             table[heads][dk, dv] = (statistics.mean(values), len(values))
-        model = members[0].model
-        pictures.append(
-            Picture(
-                f"sweep{number + 1 if len(sweeps) > 1 else ''}",
-                f"{model}: dk, dv and Nh",
-                figures.heatmaps(dict(table)),
-                f"{model}: mean top-1 (%) of the last epoch over n seeds. dk and dv are channels, "
-                "or below 1 fractions of the block's output.",
+        means = [mean for cells in table.values() for mean, _ in cells.values()]
+        for heads, cells in sorted(table.items()):
+            title = f"{members[0].model}, Nh = {heads}"
+            pictures.append(
+                Picture(
+                    f"sweep{number + 1}-Nh{heads}",
+                    title,
+                    figures.heatmap(cells, min(means), max(means), title),
+                    f"{title}: mean top-1 (%) of the last epoch over n seeds.",
+                )
             )
-        )
-    return Section("The attention's size", pictures=pictures) if pictures else None
+    if not pictures:
+        return None
+    text = "dk and dv are channels, or below 1 fractions of the block's output; all panels of a "
+    text += "network have one scale of colours."
+    return Section("The attention's size", [text], pictures=pictures)
 
 
 def classes_section(comparisons: list[Comparison]) -> Section | None:

@@ -335,7 +335,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path, pictures):
         svg = base64.b64decode(picture["src"].partition(",")[2])
         assert svg == (tmp_path / "out" / name).read_bytes()
         assert svg.lstrip().startswith(b"<?xml")
-    assert "sweep.svg" in names
+    assert "sweep1-Nh2.svg" in names
 
 
 def test_the_same_runs_give_the_same_bytes(tmp_path, pictures):
@@ -350,12 +350,16 @@ def test_a_sweep_is_counted_and_drawn_by_cell(tmp_path, monkeypatch):
     sweep(tmp_path)
     groups = groups_of(tmp_path)
     drawn = []
-    monkeypatch.setattr(page.figures, "heatmaps", lambda table: drawn.append(table) or "<svg/>")
-    assert page.sweep_section(groups) is not None
-    (table,) = drawn
-    assert sorted(table) == [2, 4]
-    assert table[4][16, 12] == (pytest.approx(60 + 1.6 + 0.12 + 0.004 + 0.62), 2)
-    assert len(table[2]) == 6
+    monkeypatch.setattr(page.figures, "heatmap", lambda *given: drawn.append(given) or "<svg/>")
+    section = page.sweep_section(groups)
+    assert [picture.name for picture in section.pictures] == ["sweep1-Nh2", "sweep1-Nh4"]
+    (two, low, high, title), four = drawn
+    assert title == "wrn16_4, Nh = 2"
+    assert len(two) == 6
+    assert four[0][16, 12] == (pytest.approx(60 + 1.6 + 0.12 + 0.004 + 0.62), 2)
+    assert (low, high) == four[1:3]
+    assert low == pytest.approx(60 + 0.8 + 0.04 + 0.002 + 0.54)
+    assert high == four[0][16, 12][0]
     head, *_ = page.cards(paired.nearest(paired.compare_with_plain(groups)))
     assert head.title.startswith("12 augmented networks")
     assert "12 not told apart" in head.unit or "better" in head.number
@@ -412,7 +416,7 @@ def test_two_hundred_runs(tmp_path, pictures):
     assert "198 finished runs of 66 networks" in text
     assert "2 folders not counted" in text
     assert text.count("\n| AA ") == 64
-    assert len([*(tmp_path / "out").glob("*.svg")]) == 8
+    assert len([*(tmp_path / "out").glob("*.svg")]) == 11
     assert (tmp_path / "out" / "report.html").stat().st_size < 3e6
 
 
