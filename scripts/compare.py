@@ -374,6 +374,13 @@ def compare(
             see `plan`, `locked` and `train_all`.
     """
     comparison, runs = plan(vary, seeds, overrides, out_dir)
+    if max_minutes is not None:
+        for override in OverridesParser.create().parse_overrides(overrides):
+            if override.get_key_element() == "max_minutes":
+                raise ValueError(
+                    f"{override.input_line} is for each run and --max-minutes={max_minutes:g} for "
+                    "all of them: use one"
+                )
     with locked(comparison, out_dir) as lock:
         failed = train_all(runs, overrides, out_dir, max_minutes, lock)
     if any(run.finished for run in runs):

@@ -220,11 +220,18 @@ def warnings(groups: list[Group], comparisons: list[Comparison]) -> list[str]:
                 + "; ".join(f"{k} {as_text(a)} / {as_text(b)}" for k, (a, b) in differing(one))
                 + "."
             )
-    for fact, words in (("commit", "commits"), ("hardware", "kinds of hardware")):
-        mixed = [one for one in groups if len(one.seen(fact)) > 1]
+    for fact, words in (
+        ("commit", "commits"),
+        ("hardware", "kinds of hardware"),
+        ("precision", "precisions"),
+        ("torch", "versions of torch"),
+    ):
+        mixed = [one.label for one in groups if len(one.seen(fact)) > 1]
         if mixed:
-            names = ", ".join(one.label for one in mixed[:5]) + (", ..." * (len(mixed) > 5))
+            names = ", ".join(mixed[:5]) + (", ..." if len(mixed) > 5 else "")
             found.append(f"Several {words} within {names}: see Where the numbers come from.")
+        elif len({value for one in groups for value in one.seen(fact)}) > 1:
+            found.append(f"The networks are of several {words}: see Where the numbers come from.")
     return found
 
 

@@ -247,6 +247,43 @@ def test_time_to_go_is_that_of_the_variant(tmp_path):
     assert compare.as_time(7000) == "about 1.9 h"
 
 
+def test_a_run_gets_its_settings_and_the_set_its_status(tmp_path, monkeypatch, capsys):
+    (tmp_path / "train.py").write_text(
+        """import pathlib, sys, time
+here = pathlib.Path(__file__).parent
+(here / "words").write_text(chr(10).join(sys.argv[1:]))
+for epochs in (1, 2):
+    (here / "metrics.csv").write_text("epoch,seconds" + chr(10) + ("1,2.0" + chr(10)) * epochs)
+    time.sleep(1.5)
+sys.exit(7)"""
+    )
+    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(compare, "STATUS_EVERY_S", 0)
+    run = compare.Run(("attention=aa", "attention.dk=8"), 3, tmp_path, epochs=5)
+    with (tmp_path / "lock").open("w") as lock:
+        words = (["epochs=5"], tmp_path / "o", 1.5, lock.fileno(), lambda: "status")
+        assert compare.train(run, *words) == 7
+    assert capsys.readouterr().out.count("status") in (1, 2)
+    assert (tmp_path / "words").read_text().splitlines() == [
+        "epochs=5",
+        "attention=aa",
+        "attention.dk=8",
+        "seed=3",
+        "resume=auto",
+        f"out_dir='{tmp_path / 'o'}'",
+        f"hydra.run.dir='{tmp_path}'",
+        "max_minutes=1.500",
+    ]
+
+
+def test_two_limits_contradict_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "plan", lambda *_: (tmp_path / "c", []))
+    words = ([["attention=none"]], [0], ["max_minutes=9"], tmp_path, 28.0)
+    with pytest.raises(ValueError, match="max_minutes=9 is for each run and --max-minutes=28 for"):
+        compare.compare(*words)
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- Being stopped ------------------------------------------------------------------------------
 
 

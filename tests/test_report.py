@@ -163,8 +163,17 @@ def test_mixed_commits_and_hardware_are_noted(tmp_path):
     text = report.report([tmp_path], tmp_path / "out")
     assert "Several commits within plain" in text
     assert "Several kinds of hardware within plain" in text
+    assert "precisions" not in text
     whole = (tmp_path / "out" / "report.md").read_text()
     assert "mixed: 0123456789, ffffffffff-dirty | mixed: A CPU, Some GPU | bfloat16" in whole
+
+
+def test_networks_of_different_commits_are_noted(tmp_path):
+    make_run(tmp_path / "p")
+    make_run(tmp_path / "a", attention="aa", facts={"commit": "f" * 40})
+    text = report.report([tmp_path], tmp_path / "out")
+    assert "The networks are of several commits" in text
+    assert "within" not in text
 
 
 # ---- What is concluded --------------------------------------------------------------------------
