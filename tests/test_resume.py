@@ -1,9 +1,11 @@
 """A run that is stopped or killed anywhere and continued ends as one that never was, to the bit."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 
 import train
 from data import Batches, batches
-from training import cli, stopping
+from training import cli, stopping, tracking
 from training.device import set_deterministic
 
 from conftest import CLOCK, TINY, rows
@@ -226,6 +228,7 @@ def test_slurm_is_asked_to_queue_the_job_again(run, tmp_path, monkeypatch, caplo
     with pytest.raises(SystemExit) as stopped:
         run()
     assert stopped.value.code == 138
+    assert ("this is no job of Slurm" in caplog.text) == (job is None)
     assert (said.read_text() if said.exists() else None) == (job and "requeue 17\n")
     warned = "job 17 is not queued again (no such job); `scontrol requeue 17`" in caplog.text
     assert warned == (code == 1)
@@ -300,6 +303,73 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(run, tmp_path, ca
     ]
     run("resume=auto", folder="parts")
     assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("name", ["last.pt", "metrics.csv", "summary.json"])
+def test_a_full_disk_ends_a_run_with_one_line(run, tmp_path, monkeypatch, capsys, name):
+    """The second time that a file is written, or the first time of the summary."""
+    run(folder="whole")
+    words = [*SMALL, f"out_dir={tmp_path}", f"hydra.run.dir='{tmp_path / 'parts'}'"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    fsync, seen = os.fsync, []
+
+    def full(handle):
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        seen.append(os.path.basename(path).removesuffix(".partial"))
+        if seen.count(name) == (1 if name == "summary.json" else 2):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    monkeypatch.undo()
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"train.py: {tmp_path / 'parts' / name} cannot be written (No space")
+    assert told.count("\n") == 1
+    kept = state(tmp_path / "parts")
+    assert len(kept["rows"]) == (1 if name == "last.pt" else 2)
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    run("resume=auto", folder="parts")
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_dashboard_goes_on_in_the_same_run(run, monkeypatch):
+    asked = []
+
+    @contextmanager
+    def track(mode, *, run_id, **rest):
+        asked.append(run_id)
+        tracker = tracking.Tracker(None)
+        monkeypatch.setattr(tracking.Tracker, "id", "abc")
+        yield tracker
+
+    monkeypatch.setattr(train, "track", track)
+    for _ in range(4):
+        with pytest.raises(SystemExit):
+            run(AT_ONCE, "resume=auto")
+    run("resume=auto")
+    assert asked == [None, "abc", "abc", "abc", "abc"]
+
+
+def test_the_summary_of_a_run_stopped_behind_its_last_epoch(run, tmp_path, monkeypatch):
+    whole = run(folder="whole")
+    write = train.write_json
+
+    def killed(path, content):
+        raise Killed
+
+    monkeypatch.setattr(train, "write_json", killed)
+    with pytest.raises(Killed):
+        run(folder="parts")
+    monkeypatch.setattr(train, "write_json", write)
+    summary = run("resume=auto", folder="parts")
+    assert summary["per_class_top1"] == whole["per_class_top1"] is not None
+    for free in ("seconds", "config"):
+        del summary[free], whole[free]
+    assert summary == whole
 
 
 def test_a_run_that_replaces_another_leaves_nothing_of_it(run, tmp_path):

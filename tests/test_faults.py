@@ -1,0 +1,73 @@
+"""The faults of scripts/fault_test.py in a small form, and that it would see what they cost."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fault_test
+from fault_test import differences
+
+# Four steps in two epochs: most of it is start-up.
+BRIEF = [*fault_test.SMALL, "data.train_size=32", "data.test_size=16", "epochs=2"]
+
+
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
+    outcome = fault_test.fault_test(
+        tmp_path / "faults", kills=2, seed=0, processes=1, overrides=BRIEF
+    )
+    assert outcome["kills"] == len(outcome["moments"]) == 2
+    assert outcome["differing"] == []
+    assert outcome["missing_rows"] == outcome["repeated_rows"] == 0
+    assert outcome["damaged_checkpoints"] == 0
+    printed = fault_test.table(outcome)
+    assert "0 missing rows, 0 repeated rows" in printed
+    assert "0 values that differ" in printed
+
+
+def test_the_comparison_sees_every_difference_but_the_clocks():
+    def made(top1=1.0, weight=0.0, epochs=(1, 2), seconds=3.0):
+        return {
+            "last.pt": {"model": {"w": torch.tensor([weight, 1.0])}, "steps": [{"seconds": 1.0}]},
+            "metrics.csv": [{"epoch": e, "seconds": seconds} for e in epochs],
+            "summary.json": {"top1": top1, "config": {"out_dir": "a"}, "none": None},
+        }
+
+    assert differences(made(), made(seconds=4.0)) == []
+    assert differences(made(), made(weight=1e-45)) == [".last.pt.model.w"]
+    assert differences(made(), made(top1=1 + 2**-52)) == [".summary.json.top1"]
+    assert differences(made(), made(epochs=(1, 1))) == [".metrics.csv.1.epoch"]
+    for epochs in ((1,), (1, 2, 2)):
+        assert differences(made(), made(epochs=epochs)) == [".metrics.csv"]
+    other = made()
+    del other["summary.json"]["none"]
+    assert differences(made(), other) == differences(other, made()) == [".summary.json.none"]
+    assert differences(torch.zeros(1), torch.zeros(1, dtype=torch.float64), "x") == ["x"]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc")
+def test_a_kill_leaves_nothing_alive_of_what_was_started():
+    # As torchrun does it: a process below, in a session of its own.
+    below = "import os, time; os.setsid(); print(os.getpid(), flush=True); time.sleep(60)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {below!r}])"
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    child = Path("/proc") / run.stdout.readline().strip()
+    assert child.exists()
+    fault_test.kill(run)
+    run.stdout.close()
+    assert run.returncode == -9
+    until = time.monotonic() + 5
+    while child.exists() and "State:\tZ" not in (child / "status").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_run_that_fails_by_itself_is_no_result(tmp_path):
+    with pytest.raises(RuntimeError, match=r"ended with code 2: .*epochs=0 must be at least 1"):
+        fault_test.fault_test(
+            tmp_path / "faults", kills=1, seed=0, processes=1, overrides=[*BRIEF, "epochs=0"]
+        )
