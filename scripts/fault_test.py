@@ -199,8 +199,8 @@ def fault_test(
 
     draw = random.Random(seed)
     early = set(draw.sample(range(kills), kills // 4))
-    # So that the kills are spread over about one run.
-    longest = 1.6 * training / max(1, kills - len(early))
+    # So that many kills are spread over about one run, and a few do not miss its end.
+    longest = min(0.8, 1.6 / max(1, kills - len(early))) * training
     given: list[Kill] = []
     differing: list[str] = []
     number = damaged = missing = repeated = 0
