@@ -226,7 +226,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
     """Two runs in one process; the first one's wandb process dies after an epoch."""
     tiny = [w for w in TINY if "tracking" not in w and "epochs" not in w]
-    words = [*tiny, "epochs=40", "seed=0,1", f"out_dir={tmp_path}", "wandb.mode=offline"]
+    words = [*tiny, "epochs=3", "seed=0,1", f"out_dir={tmp_path}", "wandb.mode=offline"]
     process = subprocess.Popen(
         [sys.executable, "train.py", "-m", *words],
         cwd=CONFIGS.parent,
@@ -239,10 +239,10 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
         time.sleep(0.01)
     (first,) = tmp_path.rglob("metrics.csv")
     with first.open() as file:
-        assert len(file.readlines()) < 30
+        assert len(file.readlines()) < 4
     (service,) = service_of(process.pid)
     os.kill(service, signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     told = [line for line in out.splitlines() if "wandb:" in line and "kept offline" not in line]
     assert told == ["wandb: Connection lost; this run is tracked in metrics.csv alone from here"]
@@ -250,8 +250,8 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
     assert len(tables) == 2
     for table in tables:
         lines = table.read_text().splitlines()
-        assert [line.split(",")[0] for line in lines] == ["epoch", *map(str, range(1, 41))]
-        assert json.loads((table.parent / "summary.json").read_text())["epochs"] == 40
+        assert [line.split(",")[0] for line in lines] == ["epoch", *map(str, range(1, 4))]
+        assert json.loads((table.parent / "summary.json").read_text())["epochs"] == 3
     # The second run had a wandb process of its own.
     assert len(list(tmp_path.glob("wandb/offline-run-*"))) == 2
 

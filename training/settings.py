@@ -1,13 +1,28 @@
 """From the resolved settings to what they name; what cannot work is refused by name."""
 
+import dataclasses
 import math
 from typing import Any
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from models import ResNet
+
+# More is a slip of the keyboard, and would end in a run without end or in a lack of memory.
+MOST = {
+    "epochs": 1_000_000,
+    "batch_size": 2**31 - 1,
+    "grad_accum": 2**31 - 1,
+    "eval_batch_size": 2**31 - 1,
+    "log_every": 2**31 - 1,
+    "data.train_size": 1_000_000,
+    "data.test_size": 1_000_000,
+}
+MOST_BLOCKS = 1000
+MOST_PARAMETERS = 10**10
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -18,10 +33,16 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
 
 
 def check(cfg: DictConfig, processes: int = 1) -> None:
-    """Raise ValueError for numbers that no run can have, before anything is read or built."""
-    for name in ("epochs", "batch_size", "grad_accum", "eval_batch_size", "log_every"):
-        if cfg[name] < 1:
-            raise ValueError(f"{name}={cfg[name]} must be at least 1")
+    """Raise ValueError for what no run can have, before anything is read or built.
+
+    What only the data can tell, such as a batch larger than the set, is found when they are read.
+    """
+    _check_keys(cfg)
+    for name, most in MOST.items():
+        value = OmegaConf.select(cfg, name)
+        if value is not None and not 1 <= value <= most:
+            bound = f"at least 1 and at most {most}" if value > most else "at least 1"
+            raise ValueError(f"{name}={value} must be {bound}")
     if cfg.batch_size % (cfg.grad_accum * processes):
         parts = f"grad_accum={cfg.grad_accum}"
         if processes > 1:
@@ -31,17 +52,90 @@ def check(cfg: DictConfig, processes: int = 1) -> None:
         raise ValueError(f"seed={cfg.seed} must be at least 0 and less than 2^32")
     if not 0 <= cfg.label_smoothing < 1:
         raise ValueError(f"label_smoothing={cfg.label_smoothing} must be in [0, 1)")
-    if cfg.grad_clip is not None and not cfg.grad_clip > 0:
+    if cfg.grad_clip is not None and not 0 < cfg.grad_clip < math.inf:
         raise ValueError(f"grad_clip={cfg.grad_clip} must be positive, or null for none")
     if cfg.ema is not None and not 0 < cfg.ema < 1:
         raise ValueError(f"ema={cfg.ema} must lie between 0 and 1, or be null for none")
     for name in ("checkpoint_minutes", "max_minutes"):
         if cfg[name] is not None and not cfg[name] > 0:
             raise ValueError(f"{name}={cfg[name]} must be positive, or null for none")
-    if not 0 < cfg.optim.lr < math.inf:
-        raise ValueError(f"optim.lr={cfg.optim.lr} must be positive")
-    if not 0 <= cfg.optim.weight_decay < math.inf:
-        raise ValueError(f"optim.weight_decay={cfg.optim.weight_decay} must not be negative")
+    for name in ("name", "out_dir"):
+        if not cfg[name]:
+            raise ValueError(f"{name}= must not be empty: it names a folder")
+    _check_project(cfg.wandb.project, cfg.wandb.mode.name)
+    _check_optimizer(cfg)
+    _check_network(cfg)
+
+
+def _check_keys(node: DictConfig, where: str = "") -> None:
+    # Hydra lets `+key=value` through, which nothing would read, and `~key`.
+    kind = OmegaConf.get_type(node)
+    if dataclasses.is_dataclass(kind):
+        known = [f.name for f in dataclasses.fields(kind)]
+        for key in map(str, node):
+            if key not in known:
+                raise ValueError(
+                    f"{where}{key}: there is no setting {key}; "
+                    f"{where.rstrip('.') + ' has' if where else 'there are'} "
+                    f"{', '.join(name for name in known if name[0] != '_')}"
+                )
+        for name in known:
+            if name not in node:
+                raise ValueError(f"{where}{name} has been taken away; leave out ~{where}{name}")
+    for inner, value in node.items():
+        if isinstance(value, DictConfig):
+            _check_keys(value, f"{where}{inner!s}.")
+
+
+def _check_project(project: str, mode: str) -> None:
+    if mode != "disabled" and (not project or set(project) & set("/\\#?%:")):
+        raise ValueError(
+            f"wandb.project={project} must be a name without / \\ # ? % :, "
+            "or wandb.mode be disabled"
+        )
+
+
+def _check_optimizer(cfg: DictConfig) -> None:
+    optim = cfg.optim
+    if not 0 < optim.lr < math.inf:
+        raise ValueError(f"optim.lr={optim.lr} must be positive and finite")
+    if not 0 <= optim.weight_decay < math.inf:
+        raise ValueError(f"optim.weight_decay={optim.weight_decay} must be finite, at least 0")
+    if "betas" in optim and not (len(optim.betas) == 2 and all(0 <= b < 1 for b in optim.betas)):
+        raise ValueError(f"optim.betas={list(optim.betas)} must be two numbers in [0, 1)")
+    if "momentum" in optim:
+        if not 0 <= optim.momentum < 1:
+            raise ValueError(f"optim.momentum={optim.momentum} must be in [0, 1)")
+        if optim.nesterov and not optim.momentum:
+            raise ValueError("optim.nesterov=true needs an optim.momentum above 0")
+    nothing = instantiate(optim, _convert_="all")([nn.Parameter(torch.zeros(1))])
+    instantiate(cfg.schedule)(nothing, 1)
+
+
+def _check_network(cfg: DictConfig) -> None:
+    attention = cfg.attention
+    if OmegaConf.select(attention, "dv") == 0:
+        raise ValueError("attention.dv=0 leaves nothing of the attention; use attention=none")
+    if sum(cfg.model.depths) > MOST_BLOCKS:
+        raise ValueError(
+            f"model.depths={list(cfg.model.depths)} must not be more than {MOST_BLOCKS} blocks"
+        )
+    try:
+        # Without memory; the number of classes and the images' size change little of it.
+        with torch.device("meta"):
+            network = build_model(cfg, num_classes=10, image_size=(32, 32))
+        parameters: float = sum(p.numel() for p in network.parameters())
+    except (RuntimeError, OverflowError, TypeError):
+        parameters = math.inf  # torch counts to 2^63
+    if parameters > MOST_PARAMETERS:
+        sizes = [f"model.{key}={cfg.model[key]}" for key in ("depths", "widths", "stem")]
+        sizes += [
+            f"attention.{key}={attention[key]}" for key in ("dk", "min_dkh") if key in attention
+        ]
+        raise ValueError(
+            f"the network would have more than {MOST_PARAMETERS:.0e} parameters; "
+            f"make one of {', '.join(sizes)} smaller"
+        )
 
 
 def build_model(cfg: DictConfig, *, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
