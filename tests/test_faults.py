@@ -66,8 +66,11 @@ def test_a_kill_leaves_nothing_alive_of_what_was_started():
         time.sleep(0.01)
 
 
-def test_a_run_that_fails_by_itself_is_no_result(tmp_path):
-    with pytest.raises(RuntimeError, match=r"ended with code 2: .*epochs=0 must be at least 1"):
-        fault_test.fault_test(
-            tmp_path / "faults", kills=1, seed=0, processes=1, overrides=[*BRIEF, "epochs=0"]
-        )
+def test_a_run_that_fails_by_itself_is_no_result(tmp_path, monkeypatch):
+    def begin(folder, overrides, processes):
+        folder.with_suffix(".txt").write_text("before\nwhat is wrong\n")
+        return subprocess.Popen(["false"])
+
+    monkeypatch.setattr(fault_test, "begin", begin)
+    with pytest.raises(RuntimeError, match=r"ended with code 1: \['what is wrong'\]"):
+        fault_test.fault_test(tmp_path / "faults", kills=1, seed=0, processes=1, overrides=BRIEF)
