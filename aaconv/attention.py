@@ -128,7 +128,7 @@ def _missing_for_fused(device: torch.device, dtype: torch.dtype) -> str | None:
     from aaconv.fused import INTERPRETED
 
     if INTERPRETED:
-        # It multiplies the bits of bfloat16 as if they were integers (triton 3.3 to 3.9).
+        # It multiplies the bits of bfloat16 as if they were integers (triton 3.7 and 3.9).
         return "float32 or float16 in Triton's interpreter" if dtype == torch.bfloat16 else None
     if device.type != "cuda" or torch.version.cuda is None:
         return f"a CUDA GPU, not the device {device}"
