@@ -97,7 +97,7 @@ def test_an_interrupted_run_says_how_to_go_on(command, monkeypatch, capsys):
         command(*TINY)
     assert stopped.value.code == 130
     assert capsys.readouterr().err == (
-        "train.py: interrupted; resume=auto goes on behind the last epoch\n"
+        "train.py: interrupted before training began\n"
     )
 
 

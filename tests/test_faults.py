@@ -15,11 +15,12 @@ from fault_test import differences
 BRIEF = [*fault_test.SMALL, "data.train_size=32", "data.test_size=16", "epochs=2"]
 
 
-def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path):
+@pytest.mark.parametrize(("processes", "kills"), [(1, 2), (2, 1)])
+def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, processes, kills):
     outcome = fault_test.fault_test(
-        tmp_path / "faults", kills=2, seed=0, processes=1, overrides=BRIEF
+        tmp_path / "faults", kills=kills, seed=0, processes=processes, overrides=BRIEF
     )
-    assert outcome["kills"] == len(outcome["moments"]) == 2
+    assert outcome["kills"] == len(outcome["moments"]) == kills
     assert outcome["differing"] == []
     assert outcome["missing_rows"] == outcome["repeated_rows"] == 0
     assert outcome["damaged_checkpoints"] == 0

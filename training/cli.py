@@ -48,7 +48,7 @@ def run(main: Callable[[], Any]) -> None:
         _stop(f"{_one_line(error)} (given: {' '.join(sys.argv[1:])})")
     except KeyboardInterrupt:
         if world().writes:
-            _say("interrupted; resume=auto goes on behind the last epoch")
+            _say("interrupted before training began")
         sys.exit(130)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
