@@ -88,7 +88,7 @@ def test_a_run_that_diverges_leaves_word_of_it_until_it_is_run_again(command, tm
     assert (tmp_path / "r" / "summary.json").exists()
 
 
-def test_an_interrupted_run_says_how_to_go_on(command, monkeypatch, capsys):
+def test_an_interrupted_start_says_so(command, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
@@ -96,9 +96,7 @@ def test_an_interrupted_run_says_how_to_go_on(command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         command(*TINY)
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == (
-        "train.py: interrupted before training began\n"
-    )
+    assert capsys.readouterr().err == ("train.py: interrupted before training began\n")
 
 
 def test_a_full_traceback_on_request(tmp_path):
