@@ -141,10 +141,10 @@ def _missing_for_fused(device: torch.device, dtype: torch.dtype) -> str | None:
 def choose_backend(q: Tensor, *, relative: bool) -> str:
     """What ``"auto"`` stands for with queries such as these.
 
-    On the CPU (two cores of an AMD EPYC, torch 2.13, forward and backward): tiles take 80 % of
-    the fold's time at 16x16 and 45 % at 64x64; at 8x8 all three are within a fifth and writing
-    the logits out is the fastest. On other devices the fold: neither it nor "fused" and "flex"
-    were measured on a GPU yet.
+    On the CPU (two cores of an AMD EPYC, torch 2.13, forward and backward, batch 8): tiles take
+    88 % of the fold's time at 16x16, 50 % at 32x32 and 40 % at 64x64; at 8x8 all three are within
+    the noise, and the simplest is taken. On other devices the fold: neither it nor "fused" and
+    "flex" were measured on a GPU yet. docs/benchmarks.md has the whole table.
     """
     # A compiler would unroll the loop over the tiles.
     if q.device.type != "cpu" or not relative or torch.compiler.is_compiling():
