@@ -48,10 +48,10 @@ def _adding(rows: Tensor, columns: Tensor) -> Any:
 def _compiled(q: Tensor, *args: Any, **options: Any) -> Any:
     """flex_attention, compiled.
 
-    Batches of many sizes share what is compiled. Heads, channels, width of the map, dtype, and
-    whether there are gradients each ask for their own; a network of several stages would soon be
-    over dynamo's limit, behind which flex_attention raises (or, were it not for fullgraph, writes
-    the logits out).
+    Each size of batch and map, number of heads and channels, dtype, and whether there are
+    gradients, gets kernels of its own. A network of several stages would soon be over dynamo's
+    limit, behind which flex_attention raises (were it not for fullgraph, it would write the
+    logits out).
     """
     with torch._dynamo.config.patch(recompile_limit=_MOST_VARIANTS):
         return _compiler(q.device.type)(q, *args, **options)
@@ -61,4 +61,5 @@ def _compiled(q: Tensor, *args: Any, **options: Any) -> Any:
 def _compiler(device: str) -> Any:
     # On the CPU the steps one by one: its compiled kernel wants a C++ compiler.
     backend = "inductor" if device == "cuda" else "eager"
-    return torch.compile(flex_attention, backend=backend, fullgraph=True)
+    # Not with sizes as variables: torch 2.13 makes code of that which does not compile on the CPU.
+    return torch.compile(flex_attention, backend=backend, fullgraph=True, dynamic=False)
