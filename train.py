@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from aaconv.attention import check_backend
 from configs.schema import register
 from data import Batches, evaluation_batches
 from models import count_flops, count_parameters, layer_table
@@ -67,6 +68,8 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     check(cfg, world.size)
     device = choose_device(cfg.device, world)
     dtype = choose_dtype(config["precision"], device)
+    if "backend" in cfg.attention:
+        check_backend(cfg.attention.backend, device, dtype, needs_grad=True)
     resumed, state, in_the_way = distributed.from_first(
         lambda: checkpoint.begin(cfg.resume, run_dir, config, cfg.overwrite)
     )
