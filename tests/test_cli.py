@@ -25,47 +25,6 @@ def command(monkeypatch, tmp_path):
     return call
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["optim.lrr=1"], "optim.lrr: there is no setting lrr; optim has lr, betas, weight_decay"),
-        (["epoch=3"], "epoch: there is no setting epoch; there are model, attention"),
-        (["attention=se", "attention.dk=3"], "there is no setting dk; attention has ratio"),
-        (["model.depht=3"], "there is no setting depht; model has name, block, depths"),
-        (["epochs=ten"], "epochs: Value 'ten' of type 'str' could not be converted to Integer"),
-        (["attention.dk=many"], "attention.dk: Value 'many' of type 'str' is incompatible"),
-        (["precision=fp8"], "precision: Invalid value 'fp8', expected one of [auto, fp32, bf16"),
-        (["model=resnet9"], "Could not find 'model/resnet9' Available options in 'model': resnet"),
-        (["attention"], "Error parsing override 'attention'"),
-        (["epochs=0"], "epochs=0 must be at least 1"),
-        (["attention.Nh=3"], "dv=8 must be divisible by Nh=3"),
-        (["attention.dk=0.2", "attention.dv=2.0"], "attention.dv=2.0 as a fraction must not"),
-        (["resume=nowhere"], "resume=nowhere: there is no checkpoint"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_a_mistake_is_one_line_and_leaves_nothing(command, tmp_path, capsys, words, message):
-    given = [*TINY, "attention.dk=12", "attention.dv=8", *words]
-    with pytest.raises(SystemExit) as stopped:
-        command(*(given if words[0] not in ("attention=se", "attention") else [*TINY, *words]))
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert error.startswith("train.py: ")
-    assert message in error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_absent_data_is_one_line(command, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        command("data=cifar100", "data.download=false", f"data.root={tmp_path}")
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert f"no CIFAR100 in {tmp_path}" in error
-    assert "set data.root=..." in error
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_mistake_does_not_touch_a_finished_run(command, tmp_path, capsys):
     command(*TINY)
     (summary,) = tmp_path.rglob("summary.json")
@@ -97,20 +56,6 @@ def test_an_interrupted_start_says_so(command, monkeypatch, capsys):
         command(*TINY)
     assert stopped.value.code == 130
     assert capsys.readouterr().err == ("train.py: interrupted before training began\n")
-
-
-def test_a_full_traceback_on_request(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "train.py", "epochs=0", f"out_dir={tmp_path}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={"HYDRA_FULL_ERROR": "1", "PATH": ""},
-        check=False,
-    )
-    assert done.returncode != 0
-    assert "Traceback" in done.stderr
-    assert "epochs=0 must be at least 1" in done.stderr
 
 
 def test_a_sweep_makes_a_folder_for_each_variant_and_seed(command, tmp_path):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from hydra._internal.utils import get_args_parser
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from training.distributed import world
@@ -123,6 +123,8 @@ def explain(error: BaseException) -> str:
             f"not enough memory ({_one_line(error)}); a smaller batch_size, eval_batch_size, "
             "model or data set, or a larger grad_accum, needs less"
         )
+    if isinstance(error, OverrideParseException) and error.override not in str(error):
+        return f"{error.override}: {_one_line(error)}"
     settings = cause if isinstance(cause, OmegaConfBaseException) else error
     if isinstance(settings, ConfigKeyError | ConfigAttributeError) and dataclasses.is_dataclass(
         settings.object_type

@@ -53,7 +53,7 @@ def check(cfg: DictConfig, processes: int = 1) -> None:
     if not 0 <= cfg.label_smoothing < 1:
         raise ValueError(f"label_smoothing={cfg.label_smoothing} must be in [0, 1)")
     if cfg.grad_clip is not None and not 0 < cfg.grad_clip < math.inf:
-        raise ValueError(f"grad_clip={cfg.grad_clip} must be positive, or null for none")
+        raise ValueError(f"grad_clip={cfg.grad_clip} must be positive and finite, or null for none")
     if cfg.ema is not None and not 0 < cfg.ema < 1:
         raise ValueError(f"ema={cfg.ema} must lie between 0 and 1, or be null for none")
     for name in ("checkpoint_minutes", "max_minutes"):
@@ -108,8 +108,6 @@ def _check_optimizer(cfg: DictConfig) -> None:
             raise ValueError(f"optim.momentum={optim.momentum} must be in [0, 1)")
         if optim.nesterov and not optim.momentum:
             raise ValueError("optim.nesterov=true needs an optim.momentum above 0")
-    nothing = instantiate(optim, _convert_="all")([nn.Parameter(torch.zeros(1))])
-    instantiate(cfg.schedule)(nothing, 1)
 
 
 def _check_network(cfg: DictConfig) -> None:

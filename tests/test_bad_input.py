@@ -1,0 +1,398 @@
+"""Wrong command lines, settings and files: each is one line that says what is wrong, and no more.
+
+Most are run in this process, through the same `cli.run(main)` as on the command line; a sample,
+and the scripts, in processes of their own.
+"""
+
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from hydra._internal.hydra import Hydra
+from hydra.types import RunMode
+
+import train
+from training import cli
+
+import compare
+import report
+from conftest import CONFIGS, TINY
+
+ROOT = CONFIGS.parent
+LONGEST = 10  # seconds of the processor: how long others hold it is not what is tested
+
+
+@pytest.fixture
+def stops(monkeypatch, tmp_path, capfd):
+    """A function that runs train.py on wrong words and returns its one line.
+
+    It finds the exit code to be 2 and the time to be short, nothing said on stdout, and
+    ``tmp_path`` as it was before.
+    """
+
+    # Where runs go; Hydra makes it, and what is not a run's own is left alone.
+    (tmp_path / "outputs").mkdir()
+
+    def call(*words):
+        before = everything_below(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        monkeypatch.chdir(tmp_path)
+        began = time.process_time()
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(train.main)
+        assert time.process_time() - began < LONGEST
+        assert stopped.value.code == 2
+        said = capfd.readouterr()
+        check_line(said.err)
+        assert everything_below(tmp_path) == before
+        return said.err
+
+    return call
+
+
+def check_line(text):
+    assert text.startswith("train.py: ")
+    assert text.count("\n") == 1
+    assert "Traceback" not in text
+
+
+def everything_below(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+# Behind the settings of a tiny run: the words, and what the line must have of them and of the cure.
+SETTINGS = [
+    # types
+    ("epochs=ten", "epochs: Value 'ten' of type 'str' could not be converted to Integer"),
+    ("epochs=1.5", "epochs: Value '1.5' of type 'float' could not be converted to Integer"),
+    ("epochs=", "epochs: Value '' of type 'str' could not be converted to Integer"),
+    ("batch_size=1e9", "batch_size: Value '1000000000.0' of type 'float' could not be converted"),
+    ("seed=abc", "seed: Value 'abc' of type 'str' could not be converted to Integer"),
+    ("optim.lr=fast", "optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
+    ("attention.dk=many", "attention.dk: Value 'many' of type 'str' is incompatible"),
+    ("attention.stages=all", "attention.stages: Invalid value assigned: str is not a ListConfig"),
+    ("model.widths=[4,8,eight]", "model.widths[2]: Value 'eight' of type 'str' could not be"),
+    ("precision=fp8", "precision: Invalid value 'fp8', expected one of [auto, fp32, bf16, fp16]"),
+    ("wandb.mode=onlin", "wandb.mode: Invalid value 'onlin', expected one of [auto, online"),
+    # keys and groups
+    ("epoch=3", "epoch: there is no setting epoch; there are model, attention"),
+    ("optim.lrr=1", "optim.lrr: there is no setting lrr; optim has lr, betas, weight_decay"),
+    ("wandb.mod=offline", "wandb.mod: there is no setting mod; wandb has mode, project"),
+    ("data.image_size=64", "data.image_size: there is no setting image_size; data has train_size"),
+    ("attention=se attention.dk=3", "there is no setting dk; attention has ratio"),
+    ("schedule=warmup_cosine schedule.start=0.1", "there is no setting start; schedule has warmup"),
+    ("+nothing=1", "nothing: there is no setting nothing; there are model, attention"),
+    ("++optim.momentum=0.9", "optim.momentum: there is no setting momentum; optim has lr"),
+    ("~epochs", "epochs has been taken away; leave out ~epochs"),
+    ("~attention", "attention: Missing mandatory value: attention"),
+    ("~nothing", "Could not delete from config. 'nothing' does not exist"),
+    ("model=resnet9", "Could not find 'model/resnet9' Available options in 'model': resnet110"),
+    ("attention=sea", "Could not find 'attention/sea' Available options in 'attention': aa ge"),
+    ("data=imagenet", "Could not find 'data/imagenet' Available options in 'data': cifar10"),
+    ("tracking=tensorboard", "Could not find 'tracking/tensorboard'"),
+    ("experiment=tabel1", "Could not find 'experiment/tabel1'"),
+    ("model=null", "Config group override must be a string or a list. Got NoneType (given: "),
+    ("attention=[aa,se]", "SqueezeExcite is not a subclass of AugmentedConvolution"),
+    # Hydra's grammar
+    ("attention", "Error parsing override 'attention'"),
+    ("epochs:3", "epochs:3"),
+    ("model.widths=[4,8", "model.widths=[4,8: no viable alternative at input"),
+    ("seed=0,1", "Ambiguous value for argument 'seed=0,1'"),
+    ("seed=${nothing}", "Interpolation key 'nothing' not found"),
+    ("seed=${oc.env:NOT_SET_ANYWHERE}", "Environment variable 'NOT_SET_ANYWHERE' not found"),
+    ("--epochs=3", "unrecognized arguments: --epochs=3; settings are NAME=VALUE"),
+    ("-m seed=0,1", "unrecognized arguments: seed=0,1; settings are NAME=VALUE, and options"),
+    ("--cfg=jobs", "invalid choice: 'jobs'"),
+    ("--config-name=other", "Cannot find primary config 'other'"),
+    # sizes
+    ("epochs=0", "epochs=0 must be at least 1"),
+    ("epochs=99999999999999999999", "epochs=99999999999999999999 must be at least 1 and at most"),
+    ("batch_size=0", "batch_size=0 must be at least 1"),
+    ("batch_size=97", "batch_size=97 does not fit 96 training images; give 1 to 96"),
+    ("grad_accum=0", "grad_accum=0 must be at least 1"),
+    ("grad_accum=5", "batch_size=32 must be divisible by grad_accum=5"),
+    ("eval_batch_size=0", "eval_batch_size=0 must be at least 1"),
+    ("eval_batch_size=99999999999999999999", "eval_batch_size=99999999999999999999 must be"),
+    ("seed=-1", "seed=-1 must be at least 0"),
+    ("data.train_size=0", "data.train_size=0 must be at least 1"),
+    ("data.train_size=10000000000000", "data.train_size=10000000000000 must be at least 1 and at"),
+    ("data.test_size=-5", "data.test_size=-5 must be at least 1"),
+    ("data.val_size=96", "val_size=96 cannot be held out of 96 training images"),
+    ("data.crop_pad=32", "crop_pad=32 could crop away a whole image of 32x32; give less than 32"),
+    ("data.cutout=33", "cutout=33 is larger than an image of 32x32; give at most 32"),
+    # numbers
+    ("optim.lr=0", "optim.lr=0.0 must be positive and finite"),
+    ("optim.lr=nan", "optim.lr=nan must be positive and finite"),
+    ("optim.lr=inf", "optim.lr=inf must be positive and finite"),
+    ("optim.weight_decay=nan", "optim.weight_decay=nan must be finite, at least 0"),
+    ("optim.betas=[0.9]", "optim.betas=[0.9] must be two numbers in [0, 1)"),
+    ("optim=sgd optim.momentum=nan", "optim.momentum=nan must be in [0, 1)"),
+    ("optim=sgd optim.momentum=0", "optim.nesterov=true needs an optim.momentum above 0"),
+    ("schedule.warmup=2", "schedule.warmup=2.0 must be at least 0 and at most 1"),
+    ("schedule.warmup=nan", "schedule.warmup=nan must be at least 0 and at most 1"),
+    ("schedule=warmup_cosine schedule.warmup=1", "schedule.warmup=1.0 must be at least 0 and less"),
+    ("label_smoothing=1", "label_smoothing=1.0 must be in [0, 1)"),
+    ("grad_clip=inf", "grad_clip=inf must be positive and finite, or null for none"),
+    ("ema=0", "ema=0.0 must lie between 0 and 1, or be null for none"),
+    ("ema=nan", "ema=nan must lie between 0 and 1, or be null for none"),
+    ("data.noise=nan", "noise=nan lies outside 0 to 1"),
+    # the network and its attention
+    ("attention.dk=0", "attention in stage 2: dk=0 must be at least 1"),
+    ("attention.dk=7", "attention in stage 2: dk=7 must be divisible by Nh=4"),
+    ("attention.dk=nan", "attention.dk=nan must be a positive fraction, or an int"),
+    ("attention.dk=1e9", "attention.dk=1000000000.0, attention.min_dkh=8 smaller"),
+    ("attention.dk=1000000000000000000", "would have more than 1e+10 parameters; make one of"),
+    ("attention.dv=0", "attention.dv=0 leaves nothing of the attention; use attention=none"),
+    ("attention.dv=7", "attention in stage 2: dv=7 must be divisible by Nh=4"),
+    ("attention.dv=64", "attention in stage 2: dv=64 must lie between 0 and out_channels=8"),
+    ("attention.dv=1.5", "attention.dv=1.5 as a fraction must not exceed 1"),
+    ("attention.Nh=0", "attention.Nh=0 must be at least 1"),
+    ("attention.position=absolute", "attention.position=absolute is unknown; choose one of"),
+    ("attention.stages=[]", "attention.stages=[] must name some of the network's stages 1 to 3"),
+    ("attention.stages=[4]", "attention.stages=[4] must name some of the network's stages 1 to 3"),
+    ("attention.backend=cudnn", "backend='cudnn' is unknown; choose one of auto"),
+    ("attention=se attention.ratio=0", "attention.ratio=0 must be at least 1"),
+    ("model.depths=[1,1]", "depths=[1, 1] and widths=[4, 8, 8] must be as many"),
+    ("model.depths=[1,1,1000000]", "model.depths=[1, 1, 1000000] must not be more than 1000"),
+    ("model.widths=[4,8,1000000000]", "model.widths=[4, 8, 1000000000]"),
+    ("model.stem=0", "stem=0"),
+    ("model.block=dense", "block='dense' must be one of basic, bottleneck, preact"),
+    # where it runs and what it is called
+    ("device=tpu", "device=tpu is not a device; use auto, cpu or cuda"),
+    ("name=", "name= must not be empty: it names a folder"),
+    ("wandb.mode=offline wandb.project=a/b", "wandb.project=a/b must be a name without /"),
+    # resuming
+    ("resume=nowhere", "resume=nowhere: there is no checkpoint; resume=auto starts afresh"),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), SETTINGS, ids=[words for words, _ in SETTINGS])
+def test_a_wrong_setting(stops, monkeypatch, words, line):
+    # Hydra composes everything twice, first to know whether it is a sweep; here it need not.
+    monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: RunMode.RUN)
+    assert line in stops(*TINY, *words.split())
+
+
+def test_the_table_is_as_long_as_it_says():
+    assert len({words for words, _ in SETTINGS}) == len(SETTINGS) > 80
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(stops):
+    assert "device=cuda, but torch finds no GPU here; use device=cpu" in stops(*TINY, "device=cuda")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("epochs=0,1", "epochs=0 must be at least 1"),
+        ("seed=range(0,3", "seed=range(0,3: no viable alternative at input"),
+    ],
+)
+def test_a_wrong_value_in_a_sweep_leaves_nothing(stops, words, line):
+    assert line in stops("-m", *TINY, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("seed=0,abc", "seed: Value 'abc' of type 'str' could not be converted to Integer"),
+        ("attention=none,ae", "Could not find 'attention/ae'"),
+    ],
+)
+def test_a_sweep_of_which_one_does_not_compose_runs_none(monkeypatch, tmp_path, capfd, words, line):
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *TINY, words, f"out_dir={tmp_path}"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    assert stopped.value.code == 2
+    said = capfd.readouterr().err
+    check_line(said)
+    assert line in said
+    # Hydra has noted the sweep by then, and nothing else.
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["multirun.yaml"]
+
+
+def test_the_right_runs_of_a_sweep_are_kept(monkeypatch, tmp_path, capfd):
+    words = ["-m", *TINY, "epochs=1", "attention.stages=[2],[9]", f"out_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    assert stopped.value.code == 2
+    assert "attention.stages=[9] must name" in capfd.readouterr().err
+    assert len(list(tmp_path.rglob("summary.json"))) == 1
+    assert len(list(tmp_path.rglob(".hydra"))) == 1
+
+
+# ---- folders and files --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["out_dir=file"], "Not a directory: 'file/"),
+        (["out_dir=file/below"], "Not a directory: 'file/"),
+        (["hydra.run.dir=file"], "File exists: 'file'; set out_dir=... to a folder that can be"),
+        (["out_dir="], "out_dir= must not be empty: it names a folder"),
+        (["out_dir=null"], "out_dir: field 'out_dir' is not Optional"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_folder_that_cannot_be(stops, tmp_path, words, line):
+    (tmp_path / "file").write_bytes(b"")
+    assert line in stops(*TINY, *words)
+
+
+def test_the_folder_one_stands_in_is_not_removed(monkeypatch, tmp_path, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "hydra.run.dir=.", "epochs=0"])
+    with pytest.raises(SystemExit):
+        cli.run(train.main)
+    check_line(capfd.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello\n", b"PK\x03\x04" + bytes(1000), pickle.dumps(["a list"])]
+)
+def test_a_checkpoint_that_is_none(stops, tmp_path, content):
+    (tmp_path / "last.pt").write_bytes(content)
+    for place in (".", "last.pt"):
+        line = stops(*TINY, f"resume={place}")
+        assert "last.pt" in line
+        assert "no checkpoint" in line
+
+
+def cifar_folder(root, name="data_batch_1", content=b"no pickle"):
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("make", "words", "line"),
+    [
+        (None, ["data=cifar100"], "no CIFAR100 in"),
+        (None, ["data=cifar100", "data.root=missing"], "set data.root=... to the folder that"),
+        (None, ["data=cifar100", "data.name=cifar1000"], "name='cifar1000' is unknown; choose"),
+        (None, ["data=cifar100", "data.val_size=50000"], "val_size=50000 cannot be held out"),
+        (None, ["data=cifar100", "data.root=file"], "no CIFAR100 in"),
+        (cifar_folder, ["data=cifar10"], "missing or damaged files (data_batch_1, data_batch_2"),
+    ],
+    ids=["absent", "no-root", "name", "val_size", "file-as-root", "damaged"],
+)
+def test_data_that_are_not_there_or_damaged(stops, tmp_path, make, words, line):
+    (tmp_path / "file").write_bytes(b"")
+    if make:
+        make(tmp_path)
+    root = [] if any("root" in word for word in words) else ["data.root=."]
+    assert line in stops(*words, *root, "data.download=false", "tracking=csv")
+
+
+def test_what_cannot_be_allocated_is_one_line(stops, monkeypatch):
+    def build(*_, **__):
+        torch.empty(2**60)
+
+    monkeypatch.setattr(train, "build_model", build)
+    line = stops(*TINY)
+    assert "not enough memory" in line
+    assert "a smaller batch_size" in line
+
+
+def test_a_mistake_of_the_program_is_not_dressed_up(monkeypatch, tmp_path):
+    def build(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(train, "build_model", build)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"out_dir={tmp_path}"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.run(train.main)
+
+
+# ---- processes of their own ---------------------------------------------------------------------
+
+
+def process(script, *words, cwd, **environment):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *words],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        timeout=60,
+        check=False,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["epochs=0", "model=resnet9", "--epochs=3", "device=cuda:99"],
+)
+def test_the_real_command(tmp_path, words):
+    done, seconds = process("train.py", *TINY, *words.split(), cwd=tmp_path)
+    assert done.returncode == 2
+    check_line(done.stderr)
+    assert list(tmp_path.iterdir()) in ([], [tmp_path / "outputs"])
+    assert not list(tmp_path.glob("outputs/*"))
+    assert seconds < LONGEST
+
+
+def test_a_full_traceback_on_request(tmp_path):
+    done, _ = process("train.py", *TINY, "epochs=0", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "epochs=0 must be at least 1" in done.stderr
+    assert not list(tmp_path.glob("outputs/*"))
+
+
+def script(main, *words):
+    """The code and the line with which a script's ``main`` ends."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [main.__module__ + ".py", *map(str, words)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["no-folder", "file", "empty", "unfinished", "broken-json", "broken-csv"],
+)
+def test_report_on_runs_that_are_none(tmp_path, damage):
+    runs = tmp_path / "runs"
+    if damage == "file":
+        runs.write_bytes(b"")
+    elif damage != "no-folder":
+        runs.mkdir()
+    if damage not in ("no-folder", "file", "empty"):
+        (runs / "metrics.csv").write_text("epoch,top1\n1,x\n" if damage == "broken-csv" else "a\n")
+    if damage.startswith("broken"):
+        (runs / "summary.json").write_text("{" if damage == "broken-json" else "{}")
+    before = everything_below(tmp_path)
+    said = script(report.main, runs)
+    assert isinstance(said, str)
+    assert said.startswith("report.py: ")
+    assert str(runs) in said
+    assert "\n" not in said
+    assert everything_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("words", [["--seeds", "x"], ["--seeds"], ["--variant"]])
+def test_compare_with_wrong_options(tmp_path, capfd, words):
+    assert script(compare.main, "--out", tmp_path, *words) == 2
+    assert "error: " in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--variants", "ae"], ["--", "epoch=1"]])
+def test_compare_passes_on_what_train_says(tmp_path, capfd, words):
+    assert script(compare.main, "--out", tmp_path, *words) == 2
+    check_line(capfd.readouterr().err)
+    assert list(tmp_path.iterdir()) == []
