@@ -363,7 +363,7 @@ def script(main, *words):
 
 @pytest.mark.parametrize(
     "damage",
-    ["no-folder", "file", "empty", "unfinished", "broken-json", "broken-csv"],
+    ["no-folder", "file", "empty", "unfinished", "broken-json", "broken-keys", "broken-csv"],
 )
 def test_report_on_runs_that_are_none(tmp_path, damage):
     runs = tmp_path / "runs"
@@ -384,14 +384,14 @@ def test_report_on_runs_that_are_none(tmp_path, damage):
     assert everything_below(tmp_path) == before
 
 
-@pytest.mark.parametrize("words", [["--seeds", "x"], ["--seeds"], ["--variant"]])
+@pytest.mark.parametrize("words", [["--seeds", "x"], ["--seeds"], ["--vary"]])
 def test_compare_with_wrong_options(tmp_path, capfd, words):
     assert script(compare.main, "--out", tmp_path, *words) == 2
     assert "error: " in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("words", [["--variants", "ae"], ["--", "epoch=1"]])
+@pytest.mark.parametrize("words", [["--vary", "attention=ae"], ["--", "epoch=1"]])
 def test_compare_passes_on_what_train_says(tmp_path, capfd, words):
     assert script(compare.main, "--out", tmp_path, *words) == 2
     check_line(capfd.readouterr().err)
