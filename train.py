@@ -103,11 +103,12 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     average = None
     if cfg.ema is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
-    network = distributed.averaging(model, device)
-    evaluated: Callable[..., Tensor] = model if average is None else average
+    network: Any = distributed.averaging(model, device)
     if cfg.compile:
         network = torch.compile(network)
-        evaluated = evaluated if average is not None else torch.compile(model)
+    evaluated: Callable[..., Tensor] = network if world.size == 1 else model
+    if average is not None:
+        evaluated = average
 
     # ---- Where it begins: with nothing, or behind a step of before ------------------------------
     parts: dict[str, Any] = {

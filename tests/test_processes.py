@@ -96,19 +96,6 @@ def test_normalised_apart_the_curve_is_another(runs):
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
-def test_stopped_and_continued_it_is_the_same_to_the_bit(tmp_path, runs):
-    folder = tmp_path / "stopped"
-    process = start(folder, *SETTINGS, "max_minutes=0.001")  # the time is over at the first step
-    assert "stopped (max_minutes=0.001) behind epoch 0, step 1;" in finished(process)
-    assert not (folder / "summary.json").exists()
-    finished(start(folder, *SETTINGS, "resume=auto"))
-    assert rows(folder) == rows(runs["two"])
-    a, b = (torch.load(f / "last.pt", weights_only=True) for f in (folder, runs["two"]))
-    for part in ("model", "average"):
-        for name, value in a[part].items():
-            assert torch.equal(value, b[part][name]), name
-
-
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes by Linux's /proc")
 def test_a_dead_process_ends_the_other_with_a_message(tmp_path):
     process = start(tmp_path / "dead", *NEVER_ENDING)
