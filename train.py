@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 import torch
@@ -25,13 +25,13 @@ import torch.nn.functional as F
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from aaconv.attention import check_backend
 from configs.schema import register
-from data import Batches, evaluation_batches
+from data import Batches, Dataset, evaluation_batches
 from models import count_flops, count_parameters, layer_table
 from training import checkpoint, cli, distributed, provenance, stopping
 from training.device import (
@@ -48,6 +48,27 @@ from training.tracking import track
 
 log = logging.getLogger("train")
 register()
+
+
+class Parts(NamedTuple):
+    """What a run is made of."""
+
+    world: distributed.World
+    device: torch.device
+    dataset: Dataset
+    batches: Batches
+    model: nn.Module
+    network: Any  # the model as training calls it: compiled, averaging over processes
+    average: AveragedModel | None
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    autocast: torch.autocast
+    scaler: torch.amp.GradScaler
+
+    def kept(self) -> dict[str, Any]:
+        """Those whose states a checkpoint keeps."""
+        names = ("model", "optimizer", "schedule", "scaler", "average")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
@@ -75,56 +96,15 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     )
     with distributed.first_of_machine():  # which may have to download it
         dataset = instantiate(cfg.data, _convert_="all").to(device)
+    parts = build(cfg, dataset, world, device, dtype)
+    steps = len(parts.batches)
 
-    torch.manual_seed(cfg.seed)
-    set_deterministic(cfg.deterministic)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
-    model = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
-    model = place(model, device, cfg.channels_last)
-    if cfg.sync_batchnorm:
-        model = distributed.synchronise_normalisation(model, device)
-    batches = Batches(
-        dataset.train,
-        cfg.batch_size,
-        dataset.augmentation,
-        dataset.mean,
-        dataset.std,
-        cfg.seed,
-        part=(world.rank, world.size),
-        pieces=cfg.grad_accum,
-    )
-    evaluation = dataset.evaluation.part(world.rank, world.size)
-    optimizer = instantiate(cfg.optim, _convert_="all")(model.parameters())
-    schedule = instantiate(cfg.schedule)(optimizer, cfg.epochs * len(batches))
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    # Only fp16 has too little range for gradients.
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    average = None
-    if cfg.ema is not None:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
-    network: Any = distributed.averaging(model, device)
-    if cfg.compile:
-        network = torch.compile(network)
-    evaluated: Callable[..., Tensor] = network if world.size == 1 else model
-    if average is not None:
-        evaluated = average
-
-    # ---- Where it begins: with nothing, or behind a step of before ------------------------------
-    parts: dict[str, Any] = {
-        "model": model,
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "scaler": scaler,
-    }
-    if average is not None:
-        parts["average"] = average
+    # ---- Where it begins: with nothing, or behind a step of before ----------------------------
     rows: list[dict[str, Any]] = []
     per_class: list[float | None] | None = None
-    so_far = begin_epoch(len(batches))
-    run_id = None
+    so_far, run_id = begin_epoch(steps), None
     if resumed is not None:
-        checkpoint.restore(state, parts, device, resumed)
+        checkpoint.restore(state, parts.kept(), device, resumed)
         rows, per_class = state["rows"], state["per_class_top1"]
         so_far, run_id = state["so_far"], state["wandb_id"]
         log.info("resumed %s behind epoch %d, step %d", resumed, len(rows), so_far["step"])
@@ -133,33 +113,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             path.unlink(missing_ok=True)
     if rows and world.writes:
         write_csv(run_dir / "metrics.csv", rows)  # a kill may have come between the two files
-
-    # ---- What will run ------------------------------------------------------------------------
-    facts = {
-        "model": cfg.model.name,
-        "attention": cfg.attention._target_.rpartition(".")[2].lower(),
-        "data": dataset.name,
-        "evaluated_on": dataset.evaluated_on,
-        "parameters": count_parameters(model),
-        "flops": count_flops(model, dataset.image_size),
-        "precision": str(dtype).removeprefix("torch."),
-        "hardware": provenance.hardware(device),
-        "processes": world.size,
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
-    }
-    log.info(
-        "%s (%s) on %s: %s parameters, %.4g GFLOPs an image, %s on %s",
-        facts["model"],
-        facts["attention"],
-        facts["data"],
-        f"{facts['parameters']:,}",
-        facts["flops"] / 1e9,
-        facts["precision"],
-        facts["hardware"],
-    )
-    for line in layer_table(model):
-        log.info(line)
+    facts = describe(cfg, parts, dtype)
 
     with (
         stopping.Stop(cfg.max_minutes, launched=world.size > 1) as stop,
@@ -174,100 +128,36 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             run_id=run_id,
         ) as tracker,
     ):
-        save = partial(checkpoint.save, run_dir, parts, device, config=config, wandb_id=tracker.id)
-        saved = time.monotonic()
         for epoch in range(len(rows), cfg.epochs):
-            # ---- An epoch, or what a checkpoint inside of it has left to do -------------------
-            loss_sum = so_far["loss_sum"].to(device)
-            # The first step whose loss is not finite, kept on the device: reading the loss at
-            # every step would make the GPU wait for the CPU.
-            broken_at = so_far["broken_at"].to(device)
-            started = time.perf_counter() - so_far["seconds"]
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
-            model.train()
-            progress = tqdm(
-                batches.epoch(epoch, so_far["step"]),
-                f"epoch {epoch + 1}/{cfg.epochs}",
-                initial=so_far["step"],
-                total=len(batches),
-                disable=None if world.writes else True,
-                leave=False,
+            # ---- An epoch, its score, and everything to go on from here -----------------------
+            save = partial(
+                checkpoint.save, run_dir, parts.kept(), device, config=config, wandb_id=tracker.id
             )
-            stops = False
-            for step, (images, labels) in enumerate(progress, start=so_far["step"]):
-                step_loss = distributed.mean(
-                    add_gradients(network, images, labels, cfg, autocast, scaler)
-                )
-                if cfg.grad_clip is not None:
-                    scaler.unscale_(optimizer)
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-                schedule.step()
-                if average is not None:
-                    average.update_parameters(model)
-                loss_sum = loss_sum + step_loss
-                broken_at = torch.where(step_loss.isfinite(), broken_at, broken_at.clamp(max=step))
-
-                done = step + 1 == len(batches)
-                stops = distributed.agreed(stop.why() is not None)
-                age = time.monotonic() - saved
-                due = world.writes and age >= 60 * (cfg.checkpoint_minutes or math.inf)
-                if done or stops or due or (step + 1) % cfg.log_every == 0:
-                    stop_if_broken(broken_at, epoch, len(batches))
-                    seen, seconds = (step + 1) * cfg.batch_size, time.perf_counter() - started
-                    progress.set_postfix_str(
-                        f"loss {loss_sum.item() / (step + 1):.3f}, {seen / seconds:.0f} images/s"
-                    )
-                if done or stops or due:
-                    so_far = {
-                        "step": step + 1,
-                        "loss_sum": loss_sum,
-                        "broken_at": broken_at,
-                        "seconds": time.perf_counter() - started,
-                        "peak_memory_mb": max(so_far["peak_memory_mb"], peak_memory_mb(device)),
-                    }
-                if stops:
-                    break
-                if due:
-                    save(rows=rows, per_class_top1=per_class, so_far=so_far)
-                    saved, started = time.monotonic(), time.perf_counter() - so_far["seconds"]
-
-            # ---- Its score, and everything to go on from here ---------------------------------
+            inside = partial(save, rows=rows, per_class_top1=per_class)
+            so_far, stops = train_epoch(cfg, parts, epoch, so_far, stop, inside)
+            trained = time.perf_counter()
             if not stops:
-                distributed.same_buffers(model if average is None else average)
-                scores, per_class_now = evaluate(
-                    evaluated,
-                    stop.until_signalled(
-                        evaluation_batches(
-                            evaluation, cfg.eval_batch_size, dataset.mean, dataset.std
-                        )
-                    ),
-                    autocast,
-                )
-                # One broken off begins anew.
+                scores, per_class_now = score(cfg, parts, stop)
+                # One that a signal has broken off begins anew.
                 stops = distributed.agreed(stop.signal is not None)
             if stops:
                 if world.writes:
-                    save(rows=rows, per_class_top1=per_class, so_far=so_far)
+                    inside(so_far=so_far)
                 break
             row = {
                 "epoch": epoch + 1,
-                "train_loss": loss_sum.item() / len(batches),
+                "train_loss": so_far["loss_sum"].item() / steps,
                 **scores,
-                "lr": optimizer.param_groups[0]["lr"],
-                "images_per_s": len(batches) * cfg.batch_size / so_far["seconds"],
+                "lr": parts.optimizer.param_groups[0]["lr"],
+                "images_per_s": steps * cfg.batch_size / so_far["seconds"],
                 "peak_memory_mb": max(so_far["peak_memory_mb"], peak_memory_mb(device)),
-                "seconds": time.perf_counter() - started,
+                "seconds": so_far["seconds"] + time.perf_counter() - trained,
             }
-            rows, per_class, so_far = [*rows, row], per_class_now, begin_epoch(len(batches))
+            rows, per_class, so_far = [*rows, row], per_class_now, begin_epoch(steps)
             if world.writes:
                 save(rows=rows, per_class_top1=per_class, so_far=so_far)
                 write_csv(run_dir / "metrics.csv", rows)
                 tracker.log(row)
-            saved = time.monotonic()
             log.info(
                 "epoch %d/%d: loss %.4f, %s top-1 %.2f, top-5 %.2f, lr %.3g, %.0f images/s",
                 epoch + 1,
@@ -314,6 +204,83 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     return summary
 
 
+def build(
+    cfg: DictConfig,
+    dataset: Dataset,
+    world: distributed.World,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Parts:
+    """Everything that trains, at its beginning."""
+    torch.manual_seed(cfg.seed)
+    set_deterministic(cfg.deterministic)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
+    model = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
+    model = place(model, device, cfg.channels_last)
+    if cfg.sync_batchnorm:
+        model = distributed.synchronise_normalisation(model, device)
+    batches = Batches(
+        dataset.train,
+        cfg.batch_size,
+        dataset.augmentation,
+        dataset.mean,
+        dataset.std,
+        cfg.seed,
+        part=(world.rank, world.size),
+        pieces=cfg.grad_accum,
+    )
+    optimizer = instantiate(cfg.optim, _convert_="all")(model.parameters())
+    average = None
+    if cfg.ema is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
+    network = distributed.averaging(model, device)
+    return Parts(
+        world=world,
+        device=device,
+        dataset=dataset,
+        batches=batches,
+        model=model,
+        network=torch.compile(network) if cfg.compile else network,
+        average=average,
+        optimizer=optimizer,
+        schedule=instantiate(cfg.schedule)(optimizer, cfg.epochs * len(batches)),
+        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        # Only fp16 has too little range for gradients.
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+    )
+
+
+def describe(cfg: DictConfig, parts: Parts, dtype: torch.dtype) -> dict[str, Any]:
+    """What will run, and on what; logged, and returned for summary and dashboard."""
+    facts = {
+        "model": cfg.model.name,
+        "attention": cfg.attention._target_.rpartition(".")[2].lower(),
+        "data": parts.dataset.name,
+        "evaluated_on": parts.dataset.evaluated_on,
+        "parameters": count_parameters(parts.model),
+        "flops": count_flops(parts.model, parts.dataset.image_size),
+        "precision": str(dtype).removeprefix("torch."),
+        "hardware": provenance.hardware(parts.device),
+        "processes": parts.world.size,
+        "commit": provenance.commit(),
+        "versions": provenance.versions(),
+    }
+    log.info(
+        "%s (%s) on %s: %s parameters, %.4g GFLOPs an image, %s on %s",
+        facts["model"],
+        facts["attention"],
+        facts["data"],
+        f"{facts['parameters']:,}",
+        facts["flops"] / 1e9,
+        facts["precision"],
+        facts["hardware"],
+    )
+    for line in layer_table(parts.model):
+        log.info(line)
+    return facts
+
+
 def begin_epoch(steps: int) -> dict[str, Any]:
     """What an epoch has come to before its first step; checkpoints inside of it hold the same."""
     return {
@@ -325,27 +292,115 @@ def begin_epoch(steps: int) -> dict[str, Any]:
     }
 
 
-def add_gradients(
-    network: Any,
-    images: Tensor,
-    labels: Tensor,
+def train_epoch(
     cfg: DictConfig,
-    autocast: torch.autocast,
-    scaler: torch.amp.GradScaler,
-) -> Tensor:
-    """The mean loss of a batch, whose gradients are added up piece by piece."""
+    parts: Parts,
+    epoch: int,
+    so_far: dict[str, Any],
+    stop: stopping.Stop,
+    save: Callable[..., None],
+) -> tuple[dict[str, Any], bool]:
+    """Train from where ``so_far`` is in the epoch to its end, or to where ``stop`` asks for an end.
+
+    ``save`` is called every ``checkpoint_minutes``. Returns what the epoch has come to, and whether
+    it was stopped.
+    """
+    device, steps = parts.device, len(parts.batches)
+    loss_sum = so_far["loss_sum"].to(device)
+    # The first step whose loss is not finite, kept on the device: reading the loss at every step
+    # would make the GPU wait for the CPU.
+    broken_at = so_far["broken_at"].to(device)
+    started, saved = time.perf_counter() - so_far["seconds"], time.monotonic()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    parts.model.train()
+    progress = tqdm(
+        parts.batches.epoch(epoch, so_far["step"]),
+        f"epoch {epoch + 1}/{cfg.epochs}",
+        initial=so_far["step"],
+        total=steps,
+        disable=None if parts.world.writes else True,
+        leave=False,
+    )
+    stops = False
+    for step, (images, labels) in enumerate(progress, start=so_far["step"]):
+        step_loss = take_step(cfg, parts, images, labels)
+        loss_sum = loss_sum + step_loss
+        broken_at = torch.where(step_loss.isfinite(), broken_at, broken_at.clamp(max=step))
+
+        done = step + 1 == steps
+        stops = distributed.agreed(stop.why() is not None)
+        age = time.monotonic() - saved
+        due = parts.world.writes and age >= 60 * (cfg.checkpoint_minutes or math.inf)
+        if done or stops or due or (step + 1) % cfg.log_every == 0:
+            stop_if_broken(broken_at, epoch, steps)
+            seen, seconds = (step + 1) * cfg.batch_size, time.perf_counter() - started
+            progress.set_postfix_str(
+                f"loss {loss_sum.item() / (step + 1):.3f}, {seen / seconds:.0f} images/s"
+            )
+        if done or stops or due:
+            so_far = {
+                "step": step + 1,
+                "loss_sum": loss_sum,
+                "broken_at": broken_at,
+                "seconds": time.perf_counter() - started,
+                "peak_memory_mb": max(so_far["peak_memory_mb"], peak_memory_mb(device)),
+            }
+        if stops:
+            break
+        if due:
+            save(so_far=so_far)
+            started, saved = time.perf_counter() - so_far["seconds"], time.monotonic()
+    return so_far, stops
+
+
+def take_step(cfg: DictConfig, parts: Parts, images: Tensor, labels: Tensor) -> Tensor:
+    """One step of the optimizer; the mean loss of the whole batch, before it."""
+    loss = distributed.mean(add_gradients(cfg, parts, images, labels))
+    if cfg.grad_clip is not None:
+        parts.scaler.unscale_(parts.optimizer)
+        torch.nn.utils.clip_grad_norm_(parts.model.parameters(), cfg.grad_clip)
+    parts.scaler.step(parts.optimizer)
+    parts.scaler.update()
+    parts.optimizer.zero_grad(set_to_none=True)
+    parts.schedule.step()
+    if parts.average is not None:
+        parts.average.update_parameters(parts.model)
+    return loss
+
+
+def add_gradients(cfg: DictConfig, parts: Parts, images: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of this process's part of a batch, whose gradients are added up by pieces."""
     mean = torch.zeros((), device=images.device)
     pieces = zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
     for number, (piece, target) in enumerate(pieces, start=1):
         last = number == cfg.grad_accum
-        with nullcontext() if last else distributed.unaveraged(network):
-            with autocast:
-                logits = network(piece)
+        with nullcontext() if last else distributed.unaveraged(parts.network):
+            with parts.autocast:
+                logits = parts.network(piece)
             loss = F.cross_entropy(logits.float(), target, label_smoothing=cfg.label_smoothing)
             loss = loss / cfg.grad_accum
-            scaler.scale(loss).backward()
+            parts.scaler.scale(loss).backward()
         mean += loss.detach()
     return mean
+
+
+def score(
+    cfg: DictConfig, parts: Parts, stop: stopping.Stop
+) -> tuple[dict[str, float], list[float | None]]:
+    """What `evaluate` says of the network, or of its average where there is one."""
+    distributed.same_buffers(parts.model if parts.average is None else parts.average)
+    # Called as in training, it would ask the other processes for theirs at each batch.
+    network = parts.network if parts.world.size == 1 else parts.model
+    dataset = parts.dataset
+    images = dataset.evaluation.part(parts.world.rank, parts.world.size)
+    return evaluate(
+        network if parts.average is None else parts.average,
+        stop.until_signalled(
+            evaluation_batches(images, cfg.eval_batch_size, dataset.mean, dataset.std)
+        ),
+        parts.autocast,
+    )
 
 
 def stop_if_broken(broken_at: Tensor, epoch: int, steps: int) -> None:
