@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from training import stopping
+
 from conftest import CLOCK, TINY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +109,17 @@ def test_a_dead_process_ends_the_other_with_a_message(tmp_path):
     assert process.returncode != 0
     assert said.count("another one has died or does not answer") == 1
     assert "resume=auto goes on" in said
+
+
+def test_an_error_is_told_before_torchrun_ends_the_process():
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    try:
+        with pytest.raises(ConnectionError), stopping.Stop(None, launched=True):
+            raise ConnectionError
+        os.kill(os.getpid(), signal.SIGTERM)  # it would end here
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_terminals_interrupt_which_torchrun_repeats_is_saved_once(tmp_path):

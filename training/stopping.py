@@ -54,7 +54,10 @@ class Stop:
         self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is not None and self._launched:
+            # Where another process has died torchrun ends this one: not before it has said so.
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
