@@ -385,6 +385,7 @@ def compare(
         failed = train_all(runs, overrides, out_dir, max_minutes, lock)
     if any(run.finished for run in runs):
         print("", report([comparison], comparison), sep="\n")
+        print(f"written: {comparison / 'report.html'}")
     else:
         print("no run is finished: there is nothing to report yet")
     for run, reason in failed.items():

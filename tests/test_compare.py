@@ -136,6 +136,7 @@ def test_trains_what_is_missing_and_reports(tmp_path, capfd):
     capfd.readouterr()
     assert compare.compare(*words) == 0
     printed = capfd.readouterr().out
+    assert "/report.html\n" in printed
     assert "[1/2] attention=none seed=0: behind epoch 1 of 1 (1 done" in printed
     assert "resumed" in printed
     assert "[2/2] attention=aa seed=0: finished before" in printed
