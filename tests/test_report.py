@@ -8,7 +8,12 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
+from hydra import compose, initialize_config_dir
 from scipy import stats
+
+from models import augmented_layers, count_flops, count_parameters
+from training.settings import build_model
 
 import figures
 import page
@@ -16,6 +21,7 @@ import paired
 import paper
 import report
 import runs
+from conftest import CONFIGS
 from folders import CLASSES, make_run
 
 MINUS = "\N{MINUS SIGN}"
@@ -289,6 +295,22 @@ def test_other_networks_are_not_held_against_the_papers_scores(tmp_path):
 def test_the_papers_numbers():
     assert [paper.TABLE1[k].top1 for k in ("plain", "ge", "se", "aa")] == [80.3, 79.8, 81.0, 81.6]
     assert all(one.sure in paper.SURE for one in paper.RECIPE)
+
+
+def test_our_numbers_in_the_notes_on_the_paper():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("config", ["experiment=table1", "attention=aa"])
+    with torch.device("meta"):
+        model = build_model(cfg, num_classes=100, image_size=(32, 32))
+    parameters = count_parameters(model)
+    tables = sum(
+        (layer.Nh - 1) * (layer.key_rel_h.numel() + layer.key_rel_w.numel())
+        for layer in augmented_layers(model).values()
+    )
+    flops, sizes = paper.NOTES
+    assert f"come to {count_flops(model, (32, 32)) / 1e9:.1f} " in flops
+    assert f"({parameters / 1e6:.2f} M)" in sizes
+    assert f"give {(parameters + tables) / 1e6:.2f} M" in sizes
 
 
 # ---- The files ----------------------------------------------------------------------------------
