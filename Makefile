@@ -3,13 +3,20 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: compare test lint install clean
+# Two test processes: the machines of CI have two cores.
+PYTEST := $(BIN)/python -m pytest -n 2
+
+.PHONY: compare test test-fast lint install clean
 
 compare: install
 	$(BIN)/python scripts/compare.py
 
 test: install lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# What a change is tried with while it is made; under two minutes.
+test-fast: install
+	$(PYTEST) -m 'not slow and not browser'
 
 lint: install
 	$(BIN)/ruff check .

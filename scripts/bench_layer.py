@@ -26,9 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from aaconv import BACKENDS, AugmentedConv
 from aaconv.attention import missing
+from reporting import timing
 from training.device import choose_device, peak_memory_mb
-
-import timing
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,10 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from configs.schema import register
 from models import augmented_layers, count_flops
+from reporting import timing
 from training.device import choose_device, choose_dtype, peak_memory_mb, place
 from training.settings import build_model
-
-import timing
 
 ROOT = Path(__file__).resolve().parent.parent
 IMAGE_SIZE = (32, 32)

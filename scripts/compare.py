@@ -46,11 +46,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from configs.schema import register  # noqa: E402
+from reporting.render import report  # noqa: E402
 from training.cli import explain  # noqa: E402
 from training.files import FAILED  # noqa: E402
 from training.variants import RESULT_FREE  # noqa: E402
-
-from report import report  # noqa: E402
 
 register()
 

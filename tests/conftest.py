@@ -1,8 +1,6 @@
-"""Settings and data small enough for a training step in a test, and what compares two runs."""
+"""Fixtures that compose settings and train tiny runs."""
 
-import csv
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,32 +13,10 @@ if not torch.cuda.is_available():
 
 import train
 
+from helpers import CONFIGS, TINY
+
 # Networks this small run no faster on two threads, and the suite runs in two processes.
 torch.set_num_threads(1)
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-
-# A network of three blocks on 96 images: a run of two epochs takes about a second.
-TINY = [
-    "experiment=lookup",
-    "data.train_size=96",
-    "data.test_size=40",
-    "batch_size=32",
-    "epochs=2",
-    "model.widths=[4,8,8]",
-    "model.stem=4",
-    "model.aa={stages:[2,3],dk:0.5,dv:0.25,Nh:4,min_dkh:8}",
-    "tracking=csv",
-]
-
-# What may differ between two runs of the same settings.
-CLOCK = ("images_per_s", "peak_memory_mb", "seconds")
-
-
-def rows(folder):
-    """The lines of a run's metrics.csv but for what depends on the clock."""
-    with (folder / "metrics.csv").open() as file:
-        return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
 
 
 @pytest.fixture

@@ -5,47 +5,11 @@ import re
 import pytest
 import torch
 
-from aaconv import BACKENDS, attention_2d
+from aaconv import attention_2d
 from aaconv.attention import check_backend, missing
 
 import reference
-
-# (H, W), heads, dkh, dvh
-CASES = [
-    ((1, 1), 1, 1, 1),
-    ((1, 5), 3, 2, 1),
-    ((7, 13), 1, 64, 2),
-    ((5, 3), 2, 3, 5),
-    ((3, 7), 1, 20, 2),
-    ((4, 2), 3, 1, 13),
-]
-
-
-def usable(dtype, device="cpu"):
-    """The backends that compute such tensors here, and their gradients."""
-    device = torch.device(device)
-    return [b for b in BACKENDS if missing(b, device, dtype, needs_grad=True) is None]
-
-
-def inputs(size, heads, dkh, dvh, dtype=torch.float64, batch=2, scale=1.0):
-    torch.manual_seed(0)
-    q = torch.randn(batch, heads, *size, dkh, dtype=dtype) * scale
-    k = torch.randn(batch, heads, *size, dkh, dtype=dtype) * scale
-    v = torch.randn(batch, heads, *size, dvh, dtype=dtype)
-    rel_h = torch.randn(2 * size[0] - 1, dkh, dtype=dtype)
-    rel_w = torch.randn(2 * size[1] - 1, dkh, dtype=dtype)
-    return [t.requires_grad_() for t in (q, k, v, rel_h, rel_w)]
-
-
-def inputs_like(tensors, dtype):
-    return [t.detach().to(dtype).requires_grad_() for t in tensors]
-
-
-def with_gradients(function, tensors):
-    out = function(*tensors)
-    direction = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
-    direction = direction.to(out.device)
-    return [out, *torch.autograd.grad(out, tensors, direction)]
+from helpers import CASES, inputs, inputs_like, usable, with_gradients
 
 
 @pytest.mark.parametrize("backend", usable(torch.float64))

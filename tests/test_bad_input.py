@@ -17,13 +17,11 @@ from hydra._internal.hydra import Hydra
 from hydra.types import RunMode
 
 import train
+from scripts import compare, report
 from training import cli
 
-import compare
-import report
-from conftest import CONFIGS, TINY
+from helpers import ROOT, TINY
 
-ROOT = CONFIGS.parent
 LONGEST = 10  # seconds of the processor: how long others hold it is not what is tested
 
 

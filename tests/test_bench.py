@@ -7,9 +7,8 @@ import sys
 import pytest
 import torch
 
-import bench_layer
-import bench_step
-import timing
+from reporting import timing
+from scripts import bench_layer, bench_step
 
 
 def go(script, monkeypatch, *arguments):

@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-import report
+from reporting import render
+
 from folders import make_run
 
 pytestmark = pytest.mark.browser
@@ -53,7 +54,7 @@ def written(tmp_path_factory):
         for dk in (0.2, 0.4):
             make_run(root / f"aa{dk}/seed={seed}", aa - dk, seed, "aa", epochs=5, attention__dk=dk)
     make_run(root / f"a-name-without-a-space-{'x' * 90}", 1.0, 5, finished=False)
-    report.report([root], root / "out")
+    render.report([root], root / "out")
     return root / "out"
 
 

@@ -9,9 +9,7 @@ import pytest
 import train
 from training import cli
 
-from conftest import CONFIGS, TINY
-
-ROOT = CONFIGS.parent
+from helpers import ROOT, TINY
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from contextlib import contextmanager
 
 import pytest
 
-import compare
-from conftest import CONFIGS, TINY
+from scripts import compare
 
-ROOT = CONFIGS.parent
+from helpers import ROOT, TINY
+
 SHORT = [word for word in TINY if "epochs" not in word]
 
 

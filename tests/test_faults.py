@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import fault_test
-from fault_test import differences
+from scripts import fault_test
+from scripts.fault_test import differences
 
 # Four steps in two epochs: most of it is start-up.
 BRIEF = [*fault_test.SMALL, "data.train_size=32", "data.test_size=16", "epochs=2"]

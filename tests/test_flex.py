@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_attention import CASES, inputs, inputs_like
 
 from aaconv import AugmentedConv, attention_2d
 
 import reference
+from helpers import CASES, inputs, inputs_like
 
 
 def flex(*tensors):

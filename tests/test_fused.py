@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_attention import inputs, inputs_like, with_gradients
 
 from aaconv import AugmentedConv, attention_2d
 
 import reference
+from helpers import inputs, inputs_like, with_gradients
 
 pytest.importorskip("triton")
 

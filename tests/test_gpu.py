@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from test_attention import inputs, inputs_like, with_gradients
 
 from aaconv import BACKENDS, AugmentedConv, attention_2d
 
 import reference
+from helpers import inputs, inputs_like, with_gradients
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from test_attention import usable
 from torch import nn
 
 from aaconv import AugmentedConv
 
 import reference
+from helpers import usable
 
 
 def build(**change):

@@ -13,9 +13,8 @@ import torch
 
 from training import stopping
 
-from conftest import TINY, rows
+from helpers import ROOT, TINY, rows
 
-ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 NEVER_ENDING = ["epochs=10000", "data.train_size=64"]
 

@@ -13,16 +13,12 @@ from hydra import compose, initialize_config_dir
 from scipy import stats
 
 from models import augmented_layers, count_flops, count_parameters
+from reporting import figures, page, paired, paper, render, runs
+from scripts import report as report_command
 from training.settings import build_model
 
-import figures
-import page
-import paired
-import paper
-import report
-import runs
-from conftest import CONFIGS
 from folders import CLASSES, make_run
+from helpers import CONFIGS
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -51,7 +47,7 @@ def test_mean_and_deviation_over_the_seeds(tmp_path):
     for seed, top1 in enumerate((70.0, 74.0, 75.0)):
         make_run(tmp_path / f"aa/seed={seed}", top1, seed, "aa")
     make_run(tmp_path / "none/seed=0", 20.0)
-    text = report.report([tmp_path], tmp_path / "out")
+    text = render.report([tmp_path], tmp_path / "out")
     # mean 73, deviations -3, 1, 2: variance 14 / 2
     row = (
         "| AA | 3 | 2,700,000 | 1.11 | 73.00 ± 2.65 | 93.00 ± 2.65 | 0: 70.00, 1: 74.00, 2: 75.00 |"
@@ -98,7 +94,7 @@ def test_what_is_no_result_is_listed_and_in_no_number(tmp_path):
         "j": ("unfinished", "0 of 9 epochs"),
         "seed=1": ("repeated", f"seed 1 of the same settings is in {tmp_path / 'f'}"),
     }
-    report.report([tmp_path], tmp_path / "out")
+    render.report([tmp_path], tmp_path / "out")
     for name in ("report.md", "report.html"):
         text = (tmp_path / "out" / name).read_text()
         assert all(str(tmp_path / folder) in text for folder in "abcdeghij")
@@ -108,31 +104,31 @@ def test_the_data_set_can_be_chosen(tmp_path):
     make_run(tmp_path / "a", 70.0, 0)
     make_run(tmp_path / "b", 71.0, 1)
     make_run(tmp_path / "c", 90.0, 0, data__name="cifar10")
-    assert "| plain | 2 |" in report.report([tmp_path], tmp_path / "o")
-    assert "90.00" in report.report([tmp_path], tmp_path / "o", "cifar10")
+    assert "| plain | 2 |" in render.report([tmp_path], tmp_path / "o")
+    assert "90.00" in render.report([tmp_path], tmp_path / "o", "cifar10")
     with pytest.raises(ValueError, match="--data svhn: no finished run is of it; there are cifar1"):
-        report.report([tmp_path], tmp_path / "o", "svhn")
+        render.report([tmp_path], tmp_path / "o", "svhn")
 
 
 def test_without_runs_it_says_so_and_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere is no folder"):
-        report.report([tmp_path / "nowhere"], tmp_path)
+        render.report([tmp_path / "nowhere"], tmp_path)
     with pytest.raises(ValueError, match=r"there is no metrics\.csv"):
-        report.report([tmp_path], tmp_path)
+        render.report([tmp_path], tmp_path)
     make_run(tmp_path / "a", 1.0, finished=False)
     with pytest.raises(ValueError, match=r"no finished run in .*a unfinished \(3 epochs\)"):
-        report.report([tmp_path], tmp_path / "out")
+        render.report([tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command_writes_both_files_and_says_where(tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "a")
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
-    report.main()
+    report_command.main()
     assert f"written: {tmp_path / 'report.html'}" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "x")])
     with pytest.raises(SystemExit, match=r"report\.py: .*x is no folder"):
-        report.main()
+        report_command.main()
 
 
 # ---- What belongs together ----------------------------------------------------------------------
@@ -166,7 +162,7 @@ def test_names_and_places_do_not_part_runs_and_settings_do(tmp_path):
 def test_mixed_commits_and_hardware_are_noted(tmp_path):
     make_run(tmp_path / "a", seed=0)
     make_run(tmp_path / "b", seed=1, facts={"commit": "f" * 40 + "-dirty", "hardware": "A CPU"})
-    text = report.report([tmp_path], tmp_path / "out")
+    text = render.report([tmp_path], tmp_path / "out")
     assert "Several commits within plain" in text
     assert "Several kinds of hardware within plain" in text
     assert "precisions" not in text
@@ -177,7 +173,7 @@ def test_mixed_commits_and_hardware_are_noted(tmp_path):
 def test_networks_of_different_commits_are_noted(tmp_path):
     make_run(tmp_path / "p")
     make_run(tmp_path / "a", attention="aa", facts={"commit": "f" * 40})
-    text = report.report([tmp_path], tmp_path / "out")
+    text = render.report([tmp_path], tmp_path / "out")
     assert "The networks are of several commits" in text
     assert "within" not in text
 
@@ -229,7 +225,7 @@ def test_unequal_recipes_are_said(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / f"p{seed}", 70.0 + seed, seed, batch_size=1024)
         make_run(tmp_path / f"a{seed}", 72.0 + 3 * seed, seed, "aa")
-    text = report.report([tmp_path], tmp_path / "out")
+    text = render.report([tmp_path], tmp_path / "out")
     assert "AA and plain are not trained alike: batch_size 256 / 1024." in text
     assert "the recipes differ: batch_size" in text
 
@@ -269,7 +265,7 @@ def test_the_papers_rows_stand_beside_ours(tmp_path):
     ours = {"model": "wrn28_10", "parameters": 36_278_324, "flops": 10_430_000_000}
     make_run(tmp_path / "p", 81.0, facts=ours, model__name="wrn28_10")
     make_run(tmp_path / "a", 80.0, attention="aa", facts=ours, model__name="wrn28_10")
-    text = report.report([tmp_path], tmp_path / "out")
+    text = render.report([tmp_path], tmp_path / "out")
     assert "| 81.00 | 36.3 M | 10.4 | 80.3 | 95.0 |" in text
     assert "| 80.00 | 36.2 M | 10.9 | 81.6 | 95.2 |" in text
     whole = (tmp_path / "out" / "report.md").read_text()
@@ -286,7 +282,7 @@ def test_the_papers_rows_stand_beside_ours(tmp_path):
 
 def test_other_networks_are_not_held_against_the_papers_scores(tmp_path):
     make_run(tmp_path / "p", 81.0)
-    report.report([tmp_path], tmp_path / "out")
+    render.report([tmp_path], tmp_path / "out")
     whole = (tmp_path / "out" / "report.md").read_text()
     assert "None of these runs is a Wide-ResNet-28-10" in whole
     assert "81.00 / 80.3" not in whole
@@ -349,7 +345,7 @@ def sweep(root):
 
 def test_the_page_needs_nothing_but_itself(tmp_path, pictures):
     sweep(tmp_path)
-    report.report([tmp_path], tmp_path / "out")
+    render.report([tmp_path], tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text()
     found = Page(text)
     assert found.open == []
@@ -372,7 +368,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path, pictures):
 def test_the_same_runs_give_the_same_bytes(tmp_path, pictures):
     sweep(tmp_path / "runs")
     for name in "ab":
-        report.report([tmp_path / "runs"], tmp_path / name)
+        render.report([tmp_path / "runs"], tmp_path / name)
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in "ab")
     assert first == second
 
@@ -414,7 +410,7 @@ def test_classes_are_compared_by_pair(tmp_path):
 def test_names_are_text_and_not_html(tmp_path):
     make_run(tmp_path / "p", 70.0)
     make_run(tmp_path / "a", 71.0, attention="aa")
-    report.report([tmp_path], tmp_path / "out")
+    render.report([tmp_path], tmp_path / "out")
     assert "<rocket>" in CLASSES
     text = (tmp_path / "out" / "report.html").read_text()
     assert "&lt;rocket&gt;" in text
@@ -424,7 +420,7 @@ def test_names_are_text_and_not_html(tmp_path):
 @pytest.mark.parametrize("attention", ["plain", "aa"])
 def test_one_run_alone_has_a_page(tmp_path, pictures, attention):
     make_run(tmp_path / "a", 70.0, 0, attention, epochs=1)
-    text = report.report([tmp_path], tmp_path / "out")
+    text = render.report([tmp_path], tmp_path / "out")
     assert "There is no finished network together with its plain twin." in text
 
 
@@ -443,7 +439,7 @@ def test_two_hundred_runs(tmp_path, pictures):
             )  # fmt: skip
     make_run(tmp_path / "x/0", 1.0, 3, finished=False)
     make_run(tmp_path / "x/1", 1.0, 0, data__name="cifar10")
-    text = report.report([tmp_path], tmp_path / "out")
+    text = render.report([tmp_path], tmp_path / "out")
     assert "198 finished runs of 66 networks" in text
     assert "2 folders not counted" in text
     assert text.count("\n| AA ") == 64

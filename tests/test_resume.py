@@ -14,11 +14,11 @@ from torch import nn
 
 import train
 from data import Batches, batches
+from scripts.fault_test import differences
 from training import cli, stopping, tracking
 from training.device import set_deterministic
 
-from conftest import TINY, rows
-from fault_test import differences
+from helpers import TINY, rows
 
 # Over before the first step: a process is older.
 AT_ONCE = "max_minutes=1e-9"

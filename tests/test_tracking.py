@@ -15,7 +15,7 @@ import pytest
 
 from training import tracking
 
-from conftest import CONFIGS, TINY
+from helpers import ROOT, TINY
 
 
 class FakeRun:
@@ -229,7 +229,7 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
     words = [*tiny, "epochs=3", "seed=0,1", f"out_dir={tmp_path}", "wandb.mode=offline"]
     process = subprocess.Popen(
         [sys.executable, "train.py", "-m", *words],
-        cwd=CONFIGS.parent,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -315,7 +315,7 @@ def test_servers_that_refuse_fail_hang_or_are_not_there_cost_a_bounded_time(serv
     addresses = [server(401), server(500), server(None), "http://127.0.0.1:9"]
     done = subprocess.run(
         [sys.executable, "-c", DRIVER, str(tmp_path), *addresses],
-        cwd=CONFIGS.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=100,

@@ -10,7 +10,7 @@ from torch import nn
 
 import train
 
-from conftest import CONFIGS, TINY, rows
+from helpers import CONFIGS, TINY, rows
 
 
 def weights(folder):

@@ -13,7 +13,7 @@ from training.device import choose_device, choose_dtype, peak_memory_mb
 from training.schedule import one_cycle, warmup_cosine
 from training.scores import correct_in_top, evaluate
 
-from conftest import CONFIGS
+from helpers import ROOT
 
 # ---- schedule -----------------------------------------------------------------------------------
 
@@ -105,7 +105,7 @@ def test_peak_memory_is_this_process_own():
     code = "import torch; from training.device import peak_memory_mb as p; "
     code += "print(p(torch.device('cpu'))); x = torch.ones(2**25); print(p(torch.device('cpu')))"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=CONFIGS.parent, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     before, after = map(float, done.stdout.split())
     assert before < peak_memory_mb(torch.device("cpu")) - hoard.nbytes / 2**20 / 2

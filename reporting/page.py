@@ -8,10 +8,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-import figures
-import paper
-from paired import Comparison, Difference, compare_with_plain, nearest
-from runs import ATTENTION, Group, Left, as_text, short
+from reporting import figures, paper
+from reporting.paired import Comparison, Difference, compare_with_plain, nearest
+from reporting.runs import ATTENTION, Group, Left, as_text, short
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 # Comparisons that get a card at the head of the page; of more, the first card counts them.

@@ -6,7 +6,7 @@ from typing import Any
 
 from scipy import stats
 
-from runs import Group
+from reporting.runs import Group
 
 LEVEL = 0.95
 

@@ -13,8 +13,8 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from paired import Comparison
-from runs import Group
+from reporting.paired import Comparison
+from reporting.runs import Group
 
 Figure = Any  # matplotlib is not typed
 

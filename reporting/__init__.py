@@ -1,0 +1,1 @@
+"""From run folders to the page that answers whether attention helps, as HTML and as Markdown."""
