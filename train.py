@@ -41,7 +41,8 @@ from training.device import (
     place,
     set_deterministic,
 )
-from training.files import FAILED, write_csv, write_json
+from training.files import write_csv, write_json
+from training.run_folder import FAILURE
 from training.scores import evaluate
 from training.settings import build_model, check, resolve
 from training.tracking import track
@@ -109,7 +110,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         so_far, run_id = state["so_far"], state["wandb_id"]
         log.info("resumed %s behind epoch %d, step %d", resumed, len(rows), so_far["step"])
     if world.writes:
-        for path in (*in_the_way, run_dir / FAILED):  # now that nothing is wrong with the settings
+        for path in (*in_the_way, run_dir / FAILURE):  # now that nothing is wrong with the settings
             path.unlink(missing_ok=True)
     if rows and world.writes:
         write_csv(run_dir / "metrics.csv", rows)  # a kill may have come between the two files

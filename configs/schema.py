@@ -11,6 +11,26 @@ from typing import Any, Optional, Union
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
+# They name, place, speed up or report a run, and change nothing of its result: Hydra names no
+# folder by them, a checkpoint may be continued with others, and compare.py hands them to every run.
+NO_EFFECT_ON_RESULT = (
+    "name",
+    "out_dir",
+    "resume",
+    "overwrite",
+    "device",
+    "eval_batch_size",
+    "log_every",
+    "checkpoint_minutes",
+    "max_minutes",
+    "wandb.mode",
+    "wandb.project",
+    "wandb.entity",
+    "wandb.group",
+    "data.root",
+    "data.download",
+)
+
 # OmegaConf reads these annotations at run time and knows `Union` and `Optional`, not `X | Y`.
 # ruff: noqa: UP007, UP045
 

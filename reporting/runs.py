@@ -13,11 +13,11 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from training.files import FAILED
-from training.variants import deciding
+from training.run_folder import FAILURE
+from training.variants import result_settings
 
 # Any of these makes a folder a run's.
-TRACES = {"metrics.csv", "summary.json", "last.pt", FAILED}
+TRACES = {"metrics.csv", "summary.json", "last.pt", FAILURE}
 # As the paper's Table 1 orders and writes them.
 ATTENTION = {"plain": "plain", "ge": "GE", "se": "SE", "aa": "AA"}
 # The settings that are named first where several would tell two groups apart.
@@ -44,7 +44,7 @@ class Run:
     def settings(self) -> dict[str, Any]:
         """What decides the result, but for the seed; flat."""
         # model.aa is where attention.* has its defaults from, and says nothing beside them.
-        settings = deciding(self.summary["config"])
+        settings = result_settings(self.summary["config"])
         return {k: v for k, v in settings.items() if k != "seed" and not k.startswith("model.aa.")}
 
 
@@ -119,8 +119,8 @@ def read(folders: list[Path]) -> tuple[list[Run], list[Left]]:
 
 def _read(folder: Path) -> Run | Left:
     try:
-        if (folder / FAILED).exists():
-            return Left(folder, "diverged", json.loads((folder / FAILED).read_text())["error"])
+        if (folder / FAILURE).exists():
+            return Left(folder, "diverged", json.loads((folder / FAILURE).read_text())["error"])
         rows = []
         if (folder / "metrics.csv").exists():
             with (folder / "metrics.csv").open() as file:

@@ -45,11 +45,10 @@ from omegaconf.errors import OmegaConfBaseException
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs.schema import register  # noqa: E402
+from configs.schema import NO_EFFECT_ON_RESULT, register  # noqa: E402
 from reporting.render import report  # noqa: E402
 from training.cli import explain  # noqa: E402
-from training.files import FAILED  # noqa: E402
-from training.variants import RESULT_FREE  # noqa: E402
+from training.run_folder import FAILURE  # noqa: E402
 
 register()
 
@@ -61,7 +60,7 @@ OURS = {
     "hydra.run.dir": "--out",
 }
 # What goes to every run and names no folder: it changes no result.
-NAMELESS = (*RESULT_FREE, "tracking", "max_minutes")
+NAMELESS = (*NO_EFFECT_ON_RESULT, "tracking", "max_minutes")
 # How long a run may take to end after Ctrl-C, and a killed comparison's run to be gone.
 PATIENCE_S = 30.0
 LOCK_WAIT_S = 5.0
@@ -107,7 +106,7 @@ class Run:
     def failure(self) -> str | None:
         """Why the run has no result, where its loss stopped being finite."""
         try:
-            return str(json.loads((self.folder / FAILED).read_text())["error"])
+            return str(json.loads((self.folder / FAILURE).read_text())["error"])
         except FileNotFoundError:
             return None
 

@@ -8,7 +8,7 @@ from typing import IO, Any
 import torch
 
 from training.files import write_whole
-from training.variants import deciding
+from training.variants import result_settings
 
 FILE = "last.pt"
 BEFORE = "previous.pt"
@@ -110,7 +110,7 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
                     "overwrite=true without resume starts afresh"
                 ) from error
             log.warning("%s is damaged (%s); going on from %s", path, reason, paths[place + 1])
-    here, there = deciding(config), deciding(state["config"])
+    here, there = result_settings(config), result_settings(state["config"])
     differing = [
         f"{key} ({there.get(key, 'absent')} there, {here.get(key, 'absent')} here)"
         for key in sorted(here.keys() | there.keys())

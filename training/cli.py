@@ -16,7 +16,8 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from training.distributed import world
-from training.files import FAILED, write_json
+from training.files import write_json
+from training.run_folder import FAILURE
 
 # Read before `run` sets the variable for its own purpose.
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -89,7 +90,7 @@ def one_line_errors(run_dir: Path, out_dir: Path) -> Iterator[None]:
             raise
         if world().writes:
             if isinstance(error, FloatingPointError):
-                write_json(run_dir / FAILED, {"error": str(error)})
+                write_json(run_dir / FAILURE, {"error": str(error)})
             _remove_unused(run_dir, out_dir)
         if FULL_ERROR:
             raise

@@ -1,19 +1,19 @@
-"""Files that are whole or absent, whenever the process is killed or the machine fails."""
+"""Files that are whole or absent, whenever the process is killed or the machine fails.
+
+Text is UTF-8, whatever the locale says.
+"""
 
 import csv
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-# What a run whose loss stopped being finite leaves instead of summary.json: the error, in JSON.
-FAILED = "failed.json"
-
 
 def write_whole(path: Path, write: Callable[[IO[bytes]], Any], before: Path | None = None) -> None:
-    """Call ``write`` with an open file that then takes the place of ``path`` in one move.
+    """Call ``write`` with an open file that then replaces ``path`` in one move.
 
     Whatever ``write`` raises leaves ``path`` as it was. With ``before`` the file that was at
     ``path`` is kept there; a kill between the two moves leaves that one alone, whole.
@@ -21,12 +21,9 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], before: Path | No
     Raises:
         OSError: the disk is full or the folder cannot be written; the message names ``path``.
     """
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _partial(path)
     try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        _stage(partial, write)
         if before is not None and path.exists():
             os.replace(path, before)
         os.replace(partial, path)
@@ -34,10 +31,40 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], before: Path | No
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            raise OSError(
-                f"{path} cannot be written ({error.strerror or error}); what was written before "
-                "is whole, and resume=auto goes on from there once this is mended"
-            ) from error
+            raise OSError(f"{path} cannot be written ({error.strerror or error})") from error
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """``text`` as a file; see `write_whole`."""
+    write_texts({path: text})
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Several text files, all of them staged before the first one is replaced.
+
+    A disk that fills up meanwhile leaves every file as it was.
+
+    Raises:
+        OSError: the disk is full or a folder cannot be written; the message names the file.
+    """
+    staged: list[Path] = []
+    path = None
+    try:
+        for path, text in texts.items():
+            staged.append(_partial(path))
+            # Names of folders may hold bytes that are no UTF-8; they come out as they went in.
+            content = text.encode(errors="surrogateescape")
+            _stage(staged[-1], lambda file, content=content: file.write(content))  # type: ignore[misc]
+        for path in texts:
+            os.replace(_partial(path), path)
+        for folder in {path.parent for path in texts}:
+            _sync_folder(folder)
+    except BaseException as error:
+        for partial in staged:
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(f"{path} cannot be written ({error.strerror or error})") from error
         raise
 
 
@@ -47,16 +74,29 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """``value`` as indented JSON."""
-    write_whole(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+    """``value`` as indented JSON, which has no NaN and no infinity: those raise ValueError."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def _stage(partial: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    with partial.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
-    # A rename is on the disk only once its folder is.
+    # A rename is on the disk only once its folder is. Windows has no such call.
+    if os.name == "nt":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,22 +1,8 @@
-"""Which settings make a run another variant, and which leave its result alone."""
+"""Settings as flat keys, and those of them that decide a result."""
 
 from typing import Any
 
-# They name, place, speed up or report a run.
-RESULT_FREE = (
-    "name",
-    "out_dir",
-    "resume",
-    "overwrite",
-    "device",
-    "eval_batch_size",
-    "log_every",
-    "checkpoint_minutes",
-    "max_minutes",
-    "wandb.",
-    "data.root",
-    "data.download",
-)
+from configs.schema import NO_EFFECT_ON_RESULT
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -30,6 +16,6 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def deciding(config: dict[str, Any]) -> dict[str, Any]:
+def result_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide a result, flattened."""
-    return {k: v for k, v in flatten(config).items() if not k.startswith(RESULT_FREE)}
+    return {k: v for k, v in flatten(config).items() if k not in NO_EFFECT_ON_RESULT}
