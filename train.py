@@ -4,17 +4,22 @@
     python train.py -m attention=none,aa seed=0,1,2
     torchrun --nproc_per_node=4 train.py attention=aa
 
-configs/ holds the settings, configs/schema.py says what each one means. Everything that a run
-writes lies in its folder below outputs/: metrics.csv, summary.json, last.pt and previous.pt (its
-checkpoints), train.log; where the loss stopped being finite, failed.json instead of a summary.
-Of several processes, which torchrun starts, the first writes and speaks.
+configs/ holds the settings, docs/settings.md says what each one means. Everything that a run
+writes lies in its folder below outputs/, which training/run_folder.py describes. Of several
+processes, which torchrun starts, the main one writes and prints.
 """
+
+from training import console
+
+if __name__ == "__main__":
+    console.prepare("train.py")
 
 import logging
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +27,6 @@ from typing import Any, NamedTuple
 import hydra
 import torch
 import torch.nn.functional as F
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -33,16 +37,16 @@ from aaconv.attention import check_backend
 from configs.schema import register
 from data import Batches, Dataset, evaluation_batches
 from models import count_flops, count_parameters, layer_table
-from training import checkpoint, cli, distributed, provenance, stopping
+from training import checkpoint, cli, distributed, provenance, run_folder, stopping
 from training.device import (
     choose_device,
     choose_dtype,
-    peak_memory_mb,
-    place,
+    peak_memory_mib,
     set_deterministic,
+    to_device,
 )
-from training.files import write_csv, write_json
-from training.run_folder import FAILURE
+from training.progress import EpochState, Progress
+from training.run_folder import RunFolder
 from training.scores import evaluate
 from training.settings import build_model, check, resolve
 from training.tracking import track
@@ -51,34 +55,37 @@ log = logging.getLogger("train")
 register()
 
 
-class Parts(NamedTuple):
-    """What a run is made of."""
+class RunState(NamedTuple):
+    """What trains: data, model, optimiser, and where they are."""
 
     world: distributed.World
     device: torch.device
+    dtype: torch.dtype
     dataset: Dataset
     batches: Batches
     model: nn.Module
-    network: Any  # the model as training calls it: compiled, averaging over processes
-    average: AveragedModel | None
+    wrapped_model: Any  # the model as training calls it: compiled, DistributedDataParallel
+    ema_model: AveragedModel | None
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     autocast: torch.autocast
     scaler: torch.amp.GradScaler
 
-    def kept(self) -> dict[str, Any]:
-        """Those whose states a checkpoint keeps."""
-        names = ("model", "optimizer", "schedule", "scaler", "average")
+    def stateful(self) -> dict[str, Any]:
+        """The objects whose states a checkpoint keeps."""
+        names = ("model", "optimizer", "schedule", "scaler", "ema_model")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """Run ``cfg`` in ``run_dir`` and return what its summary.json says.
+    """Run ``cfg`` in ``run_dir`` and return what its summary.json holds.
 
     Raises:
-        ValueError: settings that contradict each other or what is at hand.
+        ValueError: settings that contradict each other or what is there; another process
+            writes to ``run_dir``, or it holds another run.
         FileNotFoundError: no data or no checkpoint where ``cfg`` says.
-        FloatingPointError: the loss stopped being finite; the message names epoch and step.
+        FloatingPointError: a loss or a score was not finite; the message names the epoch, and
+            failed.json holds it.
         OSError: the disk is full or ``run_dir`` cannot be written; the checkpoints are whole.
         SystemExit: a signal or ``max_minutes`` stopped the run, which ``resume`` continues; the
             code is that of `training.stopping.Stop`.
@@ -92,117 +99,61 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     dtype = choose_dtype(config["precision"], device)
     if "backend" in cfg.attention:
         check_backend(cfg.attention.backend, device, dtype, needs_grad=True)
-    resumed, state, in_the_way = distributed.from_first(
-        lambda: checkpoint.begin(cfg.resume, run_dir, config, cfg.overwrite)
-    )
-    with distributed.first_of_machine():  # which may have to download it
-        dataset = instantiate(cfg.data, _convert_="all").to(device)
-    parts = build(cfg, dataset, world, device, dtype)
-    steps = len(parts.batches)
 
-    # ---- Where it begins: with nothing, or behind a step of before ----------------------------
-    rows: list[dict[str, Any]] = []
-    per_class: list[float | None] | None = None
-    so_far, run_id = begin_epoch(steps), None
-    if resumed is not None:
-        checkpoint.restore(state, parts.kept(), device, resumed)
-        rows, per_class = state["rows"], state["per_class_top1"]
-        so_far, run_id = state["so_far"], state["wandb_id"]
-        log.info("resumed %s behind epoch %d, step %d", resumed, len(rows), so_far["step"])
-    if world.writes:
-        for path in (*in_the_way, run_dir / FAILURE):  # now that nothing is wrong with the settings
-            path.unlink(missing_ok=True)
-    if rows and world.writes:
-        write_csv(run_dir / "metrics.csv", rows)  # a kill may have come between the two files
-    facts = describe(cfg, parts, dtype)
+    with ExitStack() as stack:
+        folder = stack.enter_context(run_folder.claimed(run_dir)) if world.is_main else None
+        resumed, saved, replaced = distributed.broadcast_from_main(
+            lambda: checkpoint.begin(cfg.resume, run_dir, config, cfg.overwrite)
+        )
+        if resumed is not None and is_finished(run_dir, resumed, saved, cfg):
+            return finished_before(run_dir)
+        if resumed is not None:
+            checkpoint.check_precision(saved, name_of(dtype), config["precision"], run_dir)
 
-    with (
-        stopping.Stop(cfg.max_minutes, launched=world.size > 1) as stop,
-        track(
-            config["wandb"]["mode"] if world.writes else "disabled",
-            folder=Path(cfg.out_dir),
-            project=cfg.wandb.project,
-            entity=cfg.wandb.entity,
-            group=cfg.wandb.group,
-            name=f"{run_dir.parent.name} {run_dir.name}",
-            config=config | {"facts": facts},
-            run_id=run_id,
-        ) as tracker,
-    ):
-        for epoch in range(len(rows), cfg.epochs):
-            # ---- An epoch, its score, and everything to go on from here -----------------------
-            save = partial(
-                checkpoint.save, run_dir, parts.kept(), device, config=config, wandb_id=tracker.id
-            )
-            inside = partial(save, rows=rows, per_class_top1=per_class)
-            so_far, stops = train_epoch(cfg, parts, epoch, so_far, stop, inside)
-            trained = time.perf_counter()
-            if not stops:
-                scores, per_class_now = score(cfg, parts, stop)
-                # One that a signal has broken off begins anew.
-                stops = distributed.agreed(stop.signal is not None)
-            if stops:
-                if world.writes:
-                    inside(so_far=so_far)
+        # ---- Data, model, and the step to begin with: the first, or the one after `resumed` ----
+        with distributed.local_main_first():  # which may have to download the data
+            dataset = instantiate(cfg.data, _convert_="all").to(device)
+        state = build(cfg, dataset, world, device, dtype)
+        progress = begin(state, resumed, saved)
+        facts = describe(cfg, state)
+        if len(progress.rows) < cfg.epochs:
+            progress.continue_on(provenance.place(device, facts["precision"], world.size))
+        if folder is not None:
+            folder.start(cfg, replaced)
+            if progress.rows:  # a kill may have come between the checkpoint and the rows
+                folder.write_metrics(progress.rows)
+
+        # ---- The epochs, each with its scores and a checkpoint to continue from ----------------
+        stop = stack.enter_context(stopping.Stop(cfg.max_minutes, launched=world.size > 1))
+        tracker = stack.enter_context(start_tracking(cfg, config, run_dir, facts, progress, world))
+        progress.wandb_id = tracker.id
+        save = partial(save_progress, folder, state, config)
+        while len(progress.rows) < cfg.epochs:
+            stopped = train_epoch(cfg, state, progress, stop, save)
+            if stopped or not finish_epoch(cfg, state, progress, stop):
+                save(progress)
                 break
-            row = {
-                "epoch": epoch + 1,
-                "train_loss": so_far["loss_sum"].item() / steps,
-                **scores,
-                "lr": parts.optimizer.param_groups[0]["lr"],
-                "images_per_s": steps * cfg.batch_size / so_far["seconds"],
-                "peak_memory_mb": max(so_far["peak_memory_mb"], peak_memory_mb(device)),
-                "seconds": so_far["seconds"] + time.perf_counter() - trained,
-            }
-            rows, per_class, so_far = [*rows, row], per_class_now, begin_epoch(steps)
-            if world.writes:
-                save(rows=rows, per_class_top1=per_class, so_far=so_far)
-                write_csv(run_dir / "metrics.csv", rows)
-                tracker.log(row)
-            log.info(
-                "epoch %d/%d: loss %.4f, %s top-1 %.2f, top-5 %.2f, lr %.3g, %.0f images/s",
-                epoch + 1,
-                cfg.epochs,
-                row["train_loss"],
-                dataset.evaluated_on,
-                row["top1"],
-                row["top5"],
-                row["lr"],
-                row["images_per_s"],
-            )
-            if distributed.agreed(stop.why() is not None):
+            raise_if_nonfinite(progress.rows[-1])
+            save(progress)
+            if folder is not None:
+                folder.write_metrics(progress.rows)
+                tracker.log(progress.rows[-1])
+            log.info("%s", epoch_line(progress.rows[-1], cfg.epochs, dataset.evaluated_on))
+            if distributed.any_rank(stop.why() is not None):
                 break
 
-        # ---- The last epoch's figures, never the best one's ------------------------------------
-        finished = len(rows) == cfg.epochs
-        if finished:
-            last = {k: rows[-1][k] for k in ("train_loss", "eval_loss", "top1", "top5")}
-            summary = {
-                **last,
-                "epochs": len(rows),
-                "seed": cfg.seed,
-                "seconds": sum(row["seconds"] for row in rows),
-                "per_class_top1": per_class,
-                "class_names": list(dataset.class_names),
-                **facts,
-                "config": config,
-            }
-            if world.writes:
-                write_json(run_dir / "summary.json", summary)
-                tracker.summarize(last | {"seconds": summary["seconds"]})
-            log.info("top-1 %.2f, top-5 %.2f: %s", last["top1"], last["top5"], run_dir)
-        else:
-            log.info(
-                "stopped (%s) behind epoch %d, step %d; the same command with resume=auto goes "
-                "on: %s",
-                stop.why(),
-                len(rows),
-                so_far["step"],
-                run_dir,
-            )
+        # ---- The last epoch's figures, never the best one's -------------------------------------
+        finished = len(progress.rows) == cfg.epochs
+        summary = summarize(cfg, config, progress, dataset, facts) if finished else {}
+        if finished and folder is not None:
+            folder.write_summary(summary)
+            tracker.summarize({k: v for k, v in summary.items() if "/" in k})
+        log.info(
+            "%s: %s", summary_line(summary) if finished else stop_line(stop, progress), run_dir
+        )
 
     stop.leave(finished)
-    return summary
+    return {"format": run_folder.FORMAT, **summary}
 
 
 def build(
@@ -211,16 +162,16 @@ def build(
     world: distributed.World,
     device: torch.device,
     dtype: torch.dtype,
-) -> Parts:
+) -> RunState:
     """Everything that trains, at its beginning."""
     torch.manual_seed(cfg.seed)
     set_deterministic(cfg.deterministic)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
     model = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
-    model = place(model, device, cfg.channels_last)
+    model = to_device(model, device, cfg.channels_last)
     if cfg.sync_batchnorm:
-        model = distributed.synchronise_normalisation(model, device)
+        model = distributed.convert_sync_batchnorm(model, device)
     batches = Batches(
         dataset.train,
         cfg.batch_size,
@@ -228,22 +179,25 @@ def build(
         dataset.mean,
         dataset.std,
         cfg.seed,
-        part=(world.rank, world.size),
-        pieces=cfg.grad_accum,
+        shard=(world.rank, world.size),
+        micro_batches=cfg.grad_accum,
     )
     optimizer = instantiate(cfg.optim, _convert_="all")(model.parameters())
-    average = None
+    ema_model = None
     if cfg.ema is not None:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True)
-    network = distributed.averaging(model, device)
-    return Parts(
+        ema_model = AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True
+        )
+    wrapped_model = distributed.wrap_ddp(model, device)
+    return RunState(
         world=world,
         device=device,
+        dtype=dtype,
         dataset=dataset,
         batches=batches,
         model=model,
-        network=torch.compile(network) if cfg.compile else network,
-        average=average,
+        wrapped_model=torch.compile(wrapped_model) if cfg.compile else wrapped_model,
+        ema_model=ema_model,
         optimizer=optimizer,
         schedule=instantiate(cfg.schedule)(optimizer, cfg.epochs * len(batches)),
         autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
@@ -252,174 +206,308 @@ def build(
     )
 
 
-def describe(cfg: DictConfig, parts: Parts, dtype: torch.dtype) -> dict[str, Any]:
-    """What will run, and on what; logged, and returned for summary and dashboard."""
+def begin(state: RunState, resumed: Path | None, saved: dict[str, Any]) -> Progress:
+    """The progress of a new run, or ``state`` and progress as the checkpoint has them.
+
+    Raises:
+        ValueError: the checkpoint was written by other code than this.
+    """
+    if resumed is None:
+        return Progress(EpochState.begin(len(state.batches)))
+    checkpoint.restore(saved, state.stateful(), state.device, resumed)
+    progress = Progress.from_state(saved)
+    log.info("resumed %s %s", resumed, position(progress))
+    return progress
+
+
+def is_finished(run_dir: Path, resumed: Path, saved: dict[str, Any], cfg: DictConfig) -> bool:
+    """Whether ``run_dir`` itself holds the finished run, with its summary."""
+    own = resumed.parent.resolve() == run_dir.resolve()
+    there = (run_dir / run_folder.SUMMARY).exists()
+    return own and there and len(saved["rows"]) == cfg.epochs
+
+
+def finished_before(run_dir: Path) -> dict[str, Any]:
+    """The summary of a run that needs nothing more; it stays as it is.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        summary = run_folder.read_summary(run_dir)
+    except run_folder.UnreadableError as error:
+        raise ValueError(f"{error}; without that file resume=auto writes it again") from error
+    log.info("already finished: %s: %s", summary_line(summary), run_dir)
+    return summary
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``float32`` for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(cfg: DictConfig, state: RunState) -> dict[str, Any]:
+    """What will be trained; logged, and returned for summary and dashboard."""
     facts = {
         "model": cfg.model.name,
-        "attention": cfg.attention._target_.rpartition(".")[2].lower(),
-        "data": parts.dataset.name,
-        "evaluated_on": parts.dataset.evaluated_on,
-        "parameters": count_parameters(parts.model),
-        "flops": count_flops(parts.model, parts.dataset.image_size),
-        "precision": str(dtype).removeprefix("torch."),
-        "hardware": provenance.hardware(parts.device),
-        "processes": parts.world.size,
-        "commit": provenance.commit(),
-        "versions": provenance.versions(),
+        "attention": {"Plain": "none"}.get(
+            type(instantiate(cfg.attention)).__name__,
+            type(instantiate(cfg.attention)).__name__.lower(),
+        ),
+        "data": state.dataset.name,
+        "evaluated_on": state.dataset.evaluated_on,
+        "parameters": count_parameters(state.model),
+        "flops": count_flops(state.model, state.dataset.image_size),
+        "precision": name_of(state.dtype),
     }
     log.info(
-        "%s (%s) on %s: %s parameters, %.4g GFLOPs an image, %s on %s",
+        "%s (attention: %s) on %s: %s parameters, %.4g GFLOPs per image, %s on %s",
         facts["model"],
         facts["attention"],
         facts["data"],
         f"{facts['parameters']:,}",
         facts["flops"] / 1e9,
         facts["precision"],
-        facts["hardware"],
+        provenance.hardware(state.device),
     )
-    for line in layer_table(parts.model):
+    for line in layer_table(state.model):
         log.info(line)
     return facts
 
 
-def begin_epoch(steps: int) -> dict[str, Any]:
-    """What an epoch has come to before its first step; checkpoints inside of it hold the same."""
-    return {
-        "step": 0,
-        "loss_sum": torch.zeros(()),
-        "broken_at": torch.tensor(steps),
-        "seconds": 0.0,
-        "peak_memory_mb": 0.0,
-    }
+def start_tracking(
+    cfg: DictConfig,
+    config: dict[str, Any],
+    run_dir: Path,
+    facts: dict[str, Any],
+    progress: Progress,
+    world: distributed.World,
+) -> Any:
+    """The context manager of the run on the dashboard, which continues if it was there before."""
+    return track(
+        config["wandb"]["mode"] if world.is_main else "disabled",
+        folder=Path(cfg.out_dir),
+        project=cfg.wandb.project,
+        entity=cfg.wandb.entity,
+        group=cfg.wandb.group,
+        name=f"{run_dir.parent.name} {run_dir.name}",
+        config=config | {"facts": facts | {"stretches": progress.stretches}},
+        run_id=progress.wandb_id,
+    )
+
+
+def save_progress(
+    folder: RunFolder | None, state: RunState, config: dict[str, Any], progress: Progress
+) -> None:
+    """Write a checkpoint, if this is the main process."""
+    if folder is not None:
+        checkpoint.save(
+            folder.path,
+            state.stateful(),
+            state.device,
+            config=config,
+            progress=progress.state_dict(),
+        )
+        folder.keep()
 
 
 def train_epoch(
     cfg: DictConfig,
-    parts: Parts,
-    epoch: int,
-    so_far: dict[str, Any],
+    state: RunState,
+    progress: Progress,
     stop: stopping.Stop,
-    save: Callable[..., None],
-) -> tuple[dict[str, Any], bool]:
-    """Train from where ``so_far`` is in the epoch to its end, or to where ``stop`` asks for an end.
+    save: Callable[[Progress], None],
+) -> bool:
+    """Train from where ``progress`` is in its epoch to the end, or to where ``stop`` asks for one.
 
-    ``save`` is called every ``checkpoint_minutes``. Returns what the epoch has come to, and whether
-    it was stopped.
+    ``save`` is called every ``checkpoint_minutes``. Returns whether the epoch was stopped.
     """
-    device, steps = parts.device, len(parts.batches)
-    loss_sum = so_far["loss_sum"].to(device)
-    # The first step whose loss is not finite, kept on the device: reading the loss at every step
-    # would make the GPU wait for the CPU.
-    broken_at = so_far["broken_at"].to(device)
-    started, saved = time.perf_counter() - so_far["seconds"], time.monotonic()
+    device, steps, epoch = state.device, len(state.batches), len(progress.rows)
+    before = progress.epoch_state.to(device)
+    epoch_state = before
+    started, saved = time.perf_counter() - before.seconds, time.monotonic()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    parts.model.train()
-    progress = tqdm(
-        parts.batches.epoch(epoch, so_far["step"]),
+    state.model.train()
+    bar = tqdm(
+        state.batches.epoch(epoch, before.step),
         f"epoch {epoch + 1}/{cfg.epochs}",
-        initial=so_far["step"],
+        initial=before.step,
         total=steps,
-        disable=None if parts.world.writes else True,
+        disable=None if state.world.is_main else True,
         leave=False,
     )
-    stops = False
-    for step, (images, labels) in enumerate(progress, start=so_far["step"]):
-        step_loss = take_step(cfg, parts, images, labels)
-        loss_sum = loss_sum + step_loss
-        broken_at = torch.where(step_loss.isfinite(), broken_at, broken_at.clamp(max=step))
-
-        done = step + 1 == steps
-        stops = distributed.agreed(stop.why() is not None)
+    should_stop = False
+    for images, labels in bar:
+        lr = state.optimizer.param_groups[0]["lr"]
+        epoch_state = epoch_state.after_step(take_step(cfg, state, images, labels), lr)
+        should_stop = distributed.any_rank(stop.why() is not None)
         age = time.monotonic() - saved
-        due = parts.world.writes and age >= 60 * (cfg.checkpoint_minutes or math.inf)
-        if done or stops or due or (step + 1) % cfg.log_every == 0:
-            stop_if_broken(broken_at, epoch, steps)
-            seen, seconds = (step + 1) * cfg.batch_size, time.perf_counter() - started
-            progress.set_postfix_str(
-                f"loss {loss_sum.item() / (step + 1):.3f}, {seen / seconds:.0f} images/s"
+        due = state.world.is_main and age >= 60 * (cfg.checkpoint_minutes or math.inf)
+        leaving = epoch_state.step == steps or should_stop or due
+        if leaving or epoch_state.step % cfg.log_every == 0:
+            epoch_state.raise_if_nonfinite(epoch, steps)
+            rate = epoch_state.step * cfg.batch_size / (time.perf_counter() - started)
+            mean_loss = epoch_state.loss_sum.item() / epoch_state.step
+            bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:.0f} images/s")
+        if leaving:
+            progress.epoch_state = replace(
+                epoch_state,
+                seconds=time.perf_counter() - started,
+                peak_memory_mib=max(before.peak_memory_mib, peak_memory_mib(device)),
             )
-        if done or stops or due:
-            so_far = {
-                "step": step + 1,
-                "loss_sum": loss_sum,
-                "broken_at": broken_at,
-                "seconds": time.perf_counter() - started,
-                "peak_memory_mb": max(so_far["peak_memory_mb"], peak_memory_mb(device)),
-            }
-        if stops:
+        if should_stop:
             break
         if due:
-            save(so_far=so_far)
-            started, saved = time.perf_counter() - so_far["seconds"], time.monotonic()
-    return so_far, stops
+            save(progress)
+            started, saved = time.perf_counter() - progress.epoch_state.seconds, time.monotonic()
+    return should_stop
 
 
-def take_step(cfg: DictConfig, parts: Parts, images: Tensor, labels: Tensor) -> Tensor:
-    """One step of the optimizer; the mean loss of the whole batch, before it."""
-    loss = distributed.mean(add_gradients(cfg, parts, images, labels))
+def take_step(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) -> Tensor:
+    """One step of the optimiser; the mean loss of the whole batch, before it."""
+    loss = distributed.all_reduce_mean(add_gradients(cfg, state, images, labels))
     if cfg.grad_clip is not None:
-        parts.scaler.unscale_(parts.optimizer)
-        torch.nn.utils.clip_grad_norm_(parts.model.parameters(), cfg.grad_clip)
-    parts.scaler.step(parts.optimizer)
-    parts.scaler.update()
-    parts.optimizer.zero_grad(set_to_none=True)
-    parts.schedule.step()
-    if parts.average is not None:
-        parts.average.update_parameters(parts.model)
+        state.scaler.unscale_(state.optimizer)
+        torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.schedule.step()
+    if state.ema_model is not None:
+        state.ema_model.update_parameters(state.model)
     return loss
 
 
-def add_gradients(cfg: DictConfig, parts: Parts, images: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss of this process's part of a batch, whose gradients are added up by pieces."""
+def add_gradients(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) -> Tensor:
+    """The mean loss of this rank's shard of a batch, whose gradients add up over micro-batches."""
     mean = torch.zeros((), device=images.device)
-    pieces = zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
-    for number, (piece, target) in enumerate(pieces, start=1):
+    micro_batches = zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
+    for number, (inputs, targets) in enumerate(micro_batches, start=1):
         last = number == cfg.grad_accum
-        with nullcontext() if last else distributed.unaveraged(parts.network):
-            with parts.autocast:
-                logits = parts.network(piece)
-            loss = F.cross_entropy(logits.float(), target, label_smoothing=cfg.label_smoothing)
+        with nullcontext() if last else distributed.no_sync(state.wrapped_model):
+            with state.autocast:
+                logits = state.wrapped_model(inputs)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.label_smoothing)
             loss = loss / cfg.grad_accum
-            parts.scaler.scale(loss).backward()
+            state.scaler.scale(loss).backward()
         mean += loss.detach()
     return mean
 
 
+def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: stopping.Stop) -> bool:
+    """Score the model and add the epoch's row; False if a signal interrupted the evaluation.
+
+    That one is begun again by whoever continues the run.
+    """
+    trained, evaluating = progress.epoch_state, time.perf_counter()
+    scores, per_class_top1 = score(cfg, state, stop)
+    if distributed.any_rank(stop.signal is not None):
+        return False
+    steps = len(state.batches)
+    row = {
+        "epoch": len(progress.rows) + 1,
+        "train/loss": trained.loss_sum.item() / steps,
+        "train/lr": trained.lr,
+        **{f"{state.dataset.evaluated_on}/{name}": value for name, value in scores.items()},
+        "perf/images_per_s": steps * cfg.batch_size / trained.seconds,
+        "perf/peak_memory_mib": max(trained.peak_memory_mib, peak_memory_mib(state.device)),
+        "perf/epoch_seconds": trained.seconds + time.perf_counter() - evaluating,
+    }
+    progress.finish_epoch(row, per_class_top1, steps)
+    return True
+
+
 def score(
-    cfg: DictConfig, parts: Parts, stop: stopping.Stop
+    cfg: DictConfig, state: RunState, stop: stopping.Stop
 ) -> tuple[dict[str, float], list[float | None]]:
-    """What `evaluate` says of the network, or of its average where there is one."""
-    distributed.same_buffers(parts.model if parts.average is None else parts.average)
+    """What `evaluate` says of the model, or of its averaged weights where there are some."""
+    distributed.broadcast_buffers(state.model if state.ema_model is None else state.ema_model)
     # Called as in training, it would ask the other processes for theirs at each batch.
-    network = parts.network if parts.world.size == 1 else parts.model
-    dataset = parts.dataset
-    images = dataset.evaluation.part(parts.world.rank, parts.world.size)
+    model = state.wrapped_model if state.world.size == 1 else state.model
+    dataset = state.dataset
+    images = dataset.evaluation.shard(state.world.rank, state.world.size)
     return evaluate(
-        network if parts.average is None else parts.average,
+        model if state.ema_model is None else state.ema_model,
         stop.until_signalled(
             evaluation_batches(images, cfg.eval_batch_size, dataset.mean, dataset.std)
         ),
-        parts.autocast,
+        state.autocast,
     )
 
 
-def stop_if_broken(broken_at: Tensor, epoch: int, steps: int) -> None:
-    """Raise FloatingPointError if a loss of this epoch was not finite."""
-    step = int(broken_at)
-    if step < steps:
+def raise_if_nonfinite(row: dict[str, Any]) -> None:
+    """Raise FloatingPointError if a number of the epoch's row is not finite."""
+    name = run_folder.first_nonfinite(row)
+    if name is not None:
         raise FloatingPointError(
-            f"the loss is not finite at epoch {epoch + 1}, step {step + 1} of {steps}; "
-            "a lower optim.lr or grad_clip may help"
+            f"{name} is {row[name]} after epoch {row['epoch']}; a lower optim.lr or grad_clip may "
+            "help"
         )
 
 
-@hydra.main(version_base="1.3", config_path="configs", config_name="config")
+def summarize(
+    cfg: DictConfig,
+    config: dict[str, Any],
+    progress: Progress,
+    dataset: Dataset,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """What summary.json holds of a finished run: the last epoch's scores and their origin."""
+    last = progress.rows[-1]
+    return {
+        "epochs": len(progress.rows),
+        "seed": cfg.seed,
+        **{key: last[key] for key in last if "/" in key and not key.startswith("perf/")},
+        "perf/total_seconds": sum(row["perf/epoch_seconds"] for row in progress.rows),
+        "per_class_top1": progress.per_class_top1,
+        "class_names": list(dataset.class_names),
+        **{key: facts[key] for key in facts if key != "precision"},
+        "stretches": progress.stretches,
+        "config": config,
+    }
+
+
+def position(progress: Progress) -> str:
+    """Where a run is, in words."""
+    step = progress.epoch_state.step
+    inside = f", step {step} of the next" if step else ""
+    return f"after epoch {len(progress.rows)}{inside}"
+
+
+def epoch_line(row: dict[str, Any], epochs: int, on: str) -> str:
+    """An epoch's metrics in a line of the log."""
+    return (
+        f"epoch {row['epoch']}/{epochs}: loss {row['train/loss']:.4f}, {on} top-1 "
+        f"{row[f'{on}/top1']:.2f}, top-5 {row[f'{on}/top5']:.2f}, lr {row['train/lr']:.3g}, "
+        f"{row['perf/images_per_s']:.0f} images/s"
+    )
+
+
+def summary_line(summary: dict[str, Any]) -> str:
+    """A finished run's scores in a line of the log."""
+    on = summary["evaluated_on"]
+    return f"{on} top-1 {summary[f'{on}/top1']:.2f}, top-5 {summary[f'{on}/top5']:.2f}"
+
+
+def stop_line(stop: stopping.Stop, progress: Progress) -> str:
+    """Why and where a run has stopped, and how to continue it."""
+    return (
+        f"stopped ({stop.why()}) {position(progress)}; run the same command with resume=auto to "
+        "continue"
+    )
+
+
+@hydra.main(
+    version_base="1.3",
+    config_path=str(Path(__file__).resolve().parent / "configs"),
+    config_name="config",
+)
 def main(cfg: DictConfig) -> float:
-    """Train ``cfg`` in Hydra's folder for it; the last epoch's top-1 accuracy in per cent."""
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
-    with cli.one_line_errors(run_dir, Path(cfg.out_dir)), distributed.joined():
-        return train(cfg, run_dir)["top1"]
+    """Train ``cfg`` in its own folder; returns the last epoch's top-1 accuracy in per cent."""
+    with cli.one_line_errors(), distributed.process_group():
+        summary = train(cfg, cli.run_dir(cfg))
+    return float(summary[f"{summary['evaluated_on']}/top1"])
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ The comments say what a setting means; its value stands in the YAML file beside,
 is one place to read it and one to change it.
 """
 
+import textwrap
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any, Optional, Union
 
 from hydra.core.config_store import ConfigStore
@@ -207,17 +209,35 @@ class Config:
     log_every: int = MISSING  # steps between readings of the loss
 
 
+def _option_groups() -> str:
+    groups = sorted(path for path in Path(__file__).parent.iterdir() if any(path.glob("*.yaml")))
+    lines = []
+    for group in groups:
+        options = " ".join(sorted(path.stem for path in group.glob("*.yaml")))
+        lines.append(
+            textwrap.fill(
+                options, 88, initial_indent=f"  {group.name:<12}", subsequent_indent=" " * 14
+            )
+        )
+    return textwrap.indent("\n".join(lines), "  ")
+
+
 def register() -> None:
-    """Make known to Hydra the types, under the names that the YAML files use, and a resolver.
+    """Make known to Hydra the types, under the names that the YAML files use, and resolvers.
 
     ``${if_augmented:${attention._target_},A,B}`` is A for networks with augmented convolutions and
-    B for the others: the paper trains the two differently.
+    B for the others: the paper trains the two differently. ``${no_effect_on_folder:}`` are the
+    settings that name no folder, ``${option_groups:}`` the groups and their options as text.
     """
     OmegaConf.register_new_resolver(
         "if_augmented",
         lambda target, there, otherwise: there if target == "models.AA" else otherwise,
         replace=True,
     )
+    OmegaConf.register_new_resolver(
+        "no_effect_on_folder", lambda: ["seed", "tracking", *NO_EFFECT_ON_RESULT], replace=True
+    )
+    OmegaConf.register_new_resolver("option_groups", _option_groups, replace=True)
     store = ConfigStore.instance().store
     store(name="schema", node=Config)
     for group, name, node in (

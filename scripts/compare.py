@@ -4,37 +4,42 @@
     python scripts/compare.py --seeds 0 1 2 --vary attention=none,se,aa -- model=resnet20 epochs=30
     python scripts/compare.py --vary attention=none --vary attention=aa attention.dk=0.1,0.2
 
-A --vary stands for all combinations of its values, which are written as for train.py -m; several
-add up. What stands behind ``--`` goes to every run; by default that is experiment=lookup, and it
+Each --vary stands for all combinations of its values, which are written as for train.py -m; several
+add up. What comes after ``--`` goes to every run; by default that is experiment=lookup, and it
 names the comparison's folder below outputs/compare/. The same command again skips the runs that are
-finished and continues the others from their last checkpoint, whatever stopped them. A run whose
-loss stops being finite has a result, too: it is not run again, and the others go on.
+finished and continues the others from their last checkpoint, whatever stopped them. A run that
+diverged has a result, too: it is not run again, and the others are. Several compare.py may work on
+one comparison: each takes the runs that no other process is training.
 
 On a machine that is lent for half an hour, ``--max-minutes 28`` leaves two for the report: the run
-in progress stops with a checkpoint when they are over, and the same command goes on next time.
+in progress stops with a checkpoint when they are over, and the same command continues next time.
 
 Exit codes: 0 all is well, also when the time is over; 1 a run failed; 2 a mistake in the settings;
-130 Ctrl-C and 143 SIGTERM, of compare.py or of the run in progress.
+130 Ctrl-C, 143 SIGTERM, 129 a closed terminal, of compare.py or of the run in progress (which may
+also end with 138, SIGUSR1).
 """
 
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from training import console
+
+if __name__ == "__main__":
+    console.prepare("compare.py")
+
 import argparse
-import csv
-import fcntl
-import hashlib
 import itertools
-import json
-import os
-import re
 import shlex
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -42,13 +47,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from configs.schema import NO_EFFECT_ON_RESULT, register  # noqa: E402
-from reporting.render import report  # noqa: E402
-from training.cli import explain  # noqa: E402
-from training.run_folder import FAILURE  # noqa: E402
+from configs.schema import NO_EFFECT_ON_RESULT, register
+from reporting.render import report
+from training import launch, run_folder
+from training.cli import explain
+from training.run_folder import UnreadableError, folder_name
 
 register()
 
@@ -59,23 +62,14 @@ OURS = {
     "resume": "nothing, for it always continues,",
     "hydra.run.dir": "--out",
 }
-# What goes to every run and names no folder: it changes no result.
-NAMELESS = (*NO_EFFECT_ON_RESULT, "tracking", "max_minutes")
-# How long a run may take to end after Ctrl-C, and a killed comparison's run to be gone.
-PATIENCE_S = 30.0
-LOCK_WAIT_S = 5.0
-# A line about the whole set at most this often while a run goes on.
+# The status of the whole set is printed at most this often while a run is training.
 STATUS_EVERY_S = 60.0
-# Exit codes of a run that a signal has stopped: SIGINT, SIGTERM, SIGUSR1, as shells have it.
-STOPPED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))
-
-# Not Popen's preexec_fn, which runs between fork and exec, where only C code is safe.
-DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, which outlasts exec
-if os.getppid() == int(sys.argv[1]):  # else it was gone before the kernel was asked
-    os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
+# Exit codes of a run that a signal has stopped, as shells have them.
+STOPPED = tuple(
+    128 + getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1")
+    if hasattr(signal, name)
+)
 
 
 class RefusedError(Exception):
@@ -87,8 +81,8 @@ class StoppedError(Exception):
 
 
 @dataclass(frozen=True)
-class Run:
-    """One run of the comparison: what makes it, where it lies, and how long it is."""
+class PlannedRun:
+    """One run of the comparison: what makes it, its folder, and how many epochs it has."""
 
     variant: tuple[str, ...]
     seed: int
@@ -100,24 +94,41 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / "summary.json").exists()
+        """Whether there is a summary that can be read."""
+        try:
+            run_folder.read_summary(self.folder)
+        except (FileNotFoundError, UnreadableError):
+            return False
+        return True
 
     @property
     def failure(self) -> str | None:
-        """Why the run has no result, where its loss stopped being finite."""
+        """Why the run has no result and gets none by training: it diverged, or is damaged."""
         try:
-            return str(json.loads((self.folder / FAILURE).read_text())["error"])
-        except FileNotFoundError:
-            return None
+            error = run_folder.read_failure(self.folder)
+            self.done()
+            with suppress(FileNotFoundError):
+                run_folder.read_summary(self.folder)
+        except UnreadableError as damage:
+            return f"{damage}; remove that file to train the run again"
+        return error and f"{error}; remove {self.folder} to train the run again"
+
+    @property
+    def missing(self) -> bool:
+        """Whether there is something left to train."""
+        return not self.finished and self.failure is None
 
     def done(self) -> tuple[int, float]:
-        """Epochs that need not be trained again, and the seconds that they took."""
+        """Epochs that need not be trained again, and the seconds that they took.
+
+        Raises:
+            UnreadableError: metrics.csv is damaged.
+        """
         try:
-            with (self.folder / "metrics.csv").open() as file:
-                seconds = [float(row["seconds"]) for row in csv.DictReader(file)]
+            rows = run_folder.read_metrics(self.folder)
         except FileNotFoundError:
             return 0, 0.0
-        return len(seconds), sum(seconds)
+        return len(rows), sum(row["perf/epoch_seconds"] for row in rows)
 
 
 def expand(vary: list[list[str]]) -> list[tuple[str, ...]]:
@@ -143,10 +154,10 @@ def expand(vary: list[list[str]]) -> list[tuple[str, ...]]:
 
 def plan(
     vary: list[list[str]], seeds: list[int], overrides: list[str], out_dir: Path
-) -> tuple[Path, list[Run]]:
+) -> tuple[Path, list[PlannedRun]]:
     """The comparison's folder and its runs, seed after seed, all of their settings composed.
 
-    Settings that change no result do not name the folder: ``max_minutes=9`` goes on where
+    Settings that change no result do not name the folder: ``max_minutes=9`` continues where
     ``max_minutes=5`` has stopped.
 
     Raises:
@@ -161,60 +172,38 @@ def plan(
     naming = [
         str(override.input_line)
         for override in parse(overrides)
-        if not override.get_key_element().startswith(NAMELESS)
+        if override.get_key_element() not in (*NO_EFFECT_ON_RESULT, "tracking")
     ]
-    comparison = (out_dir / "compare" / (as_name(naming) or "default")).absolute()
+    comparison = (out_dir / "compare" / (folder_name(naming) or "default")).absolute()
     lengths = {}
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         for variant in expand(vary):
             lengths[variant] = int(compose("config", [*overrides, *variant]).epochs)
     runs = [
-        Run(variant, seed, comparison / as_name(variant) / f"seed={seed}", epochs)
+        PlannedRun(variant, seed, comparison / folder_name(variant) / f"seed={seed}", epochs)
         for seed in dict.fromkeys(seeds)
         for variant, epochs in lengths.items()
     ]
     return comparison, runs
 
 
-def as_name(overrides: list[str] | tuple[str, ...]) -> str:
-    """A folder's name for these overrides, with a digest where it cannot show all of them."""
-    text = ",".join(overrides)
-    name = re.sub(r"[^\w.,=+\[\]-]+", "-", text)[:150]
-    if name == text:
-        return name
-    return f"{name}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
-
-
 def train(
-    run: Run,
+    run: PlannedRun,
     overrides: list[str],
     out_dir: Path,
     minutes: float | None,
-    lock: int,
     status: Callable[[], str],
 ) -> int:
-    """One run of train.py, continued if there is a part of it; its exit code.
+    """Train one run with train.py, or what is missing of it; its exit code.
 
-    Now and then ``status`` is printed, behind an epoch.
-
-    It ends with this process, however that ends, so that two never write to one folder: on Linux
-    the kernel sees to it. Elsewhere a run that outlives a killed compare.py keeps ``lock``, and the
-    next compare.py waits for it. Ctrl-C reaches this process alone, which passes it on once.
+    Now and then ``status`` is printed, after an epoch. Ctrl-C reaches this process alone, which
+    passes it on once. A run that outlives a killed compare.py keeps its folder and is left to
+    finish.
     """
-    command = [sys.executable]
-    if sys.platform == "linux":
-        command += ["-c", DIE_WITH_PARENT, str(os.getpid())]
-    command += [str(ROOT / "train.py"), *overrides, *run.variant]
-    command += [f"seed={run.seed}", "resume=auto"]
-    command += [f"out_dir={quoted(out_dir.absolute())}", f"hydra.run.dir={quoted(run.folder)}"]
+    words = [*overrides, *run.variant, f"seed={run.seed}", "resume=auto"]
     if minutes is not None:
-        command.append(f"max_minutes={minutes:.3f}")
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        pass_fds=(lock,),
-        start_new_session=True,
-    )
+        words.append(f"max_minutes={minutes:.3f}")
+    process = launch.start(words, run.folder, out_dir, train=ROOT / "train.py")
     try:
         epochs, printed = run.done()[0], time.monotonic()
         while True:
@@ -224,70 +213,18 @@ def train(
                 epochs, printed = run.done()[0], time.monotonic()
                 print(status(), flush=True)
     except BaseException:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(PATIENCE_S)
-        finally:
-            process.kill()
+        launch.interrupt(process)
         raise
 
 
-def quoted(path: Path) -> str:
-    """For Hydra, which would read the "=" of a folder's name as its own."""
-    text = str(path).replace("'", "\\'")
-    return f"'{text}'"
-
-
-@contextmanager
-def locked(comparison: Path, out_dir: Path) -> Iterator[int]:
-    """Hold the comparison's folder; yields the open file whose inheritors hold it as well.
-
-    Raises:
-        ValueError: it is held by others.
-    """
-    path, deadline = comparison / "lock", time.monotonic() + LOCK_WAIT_S
-    while True:
-        comparison.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The one who held it before may have removed the file between the two lines above.
-            if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                file.close()
-                raise ValueError(
-                    f"another compare.py, or a run that it left, is at work in {comparison}"
-                ) from None
-        file.close()
-        time.sleep(0.1)
-    with file:
-        try:
-            yield file.fileno()
-        finally:
-            remove_unused(path, out_dir)
-
-
-def remove_unused(lock: Path, out_dir: Path) -> None:
-    """Remove the lock's folder if no run has written to it, and those above up to ``out_dir``."""
-    if list(lock.parent.iterdir()) != [lock]:
-        return
-    lock.unlink()
-    for folder in lock.parents:
-        if out_dir.absolute() not in folder.parents or any(folder.iterdir()):
-            return
-        folder.rmdir()
-
-
-def seconds_left(runs: list[Run]) -> float | None:
+def seconds_left(runs: list[PlannedRun]) -> float | None:
     """What the unfinished of ``runs`` will take, at the pace of their variant's epochs so far.
 
     A variant without any takes the pace of all the others; None if there is no epoch at all.
     """
-    done = {run: run.done() for run in runs}
+    done = {run: (0, 0.0) if run.failure is not None else run.done() for run in runs}
 
-    def pace(group: list[Run]) -> float | None:
+    def pace(group: list[PlannedRun]) -> float | None:
         epochs, seconds = map(sum, zip(*(done[run] for run in group), strict=True))
         return seconds / epochs if epochs else None
 
@@ -296,7 +233,7 @@ def seconds_left(runs: list[Run]) -> float | None:
         return None
     total = 0.0
     for run in runs:
-        if not run.finished and run.failure is None:
+        if run.missing:
             own = pace([other for other in runs if other.variant == run.variant])
             total += (run.epochs - done[run][0]) * (overall if own is None else own)
     return total
@@ -305,28 +242,30 @@ def seconds_left(runs: list[Run]) -> float | None:
 def as_time(seconds: float | None) -> str:
     """Seconds in words, to two digits or so."""
     if seconds is None:
-        return "time unknown"
+        return "time left unknown"
     if seconds < 100:
-        return f"about {seconds:.0f} s"
-    return f"about {seconds / 60:.0f} min" if seconds < 6000 else f"about {seconds / 3600:.1f} h"
+        return f"about {seconds:.0f} s left"
+    if seconds < 6000:
+        return f"about {seconds / 60:.0f} min left"
+    return f"about {seconds / 3600:.1f} h left"
 
 
-def progress(runs: list[Run], number: int) -> str:
-    """One line on run ``number`` (from 0), and where the whole set stands."""
+def progress(runs: list[PlannedRun], number: int) -> str:
+    """One line on run ``number`` (from 0), and where the whole set is."""
     run = runs[number]
     head = f"[{number + 1}/{len(runs)}] {run}:"
-    if run.finished:
-        return f"{head} finished before"
     if run.failure is not None:
-        return f"{head} failed before, and is left so: {run.failure}"
+        return f"{head} failed before: {run.failure}"
+    if run.finished:
+        return f"{head} already finished"
     finished, epochs = sum(r.finished for r in runs), run.done()[0]
-    what = f"behind epoch {epochs} of {run.epochs}" if epochs else "training"
-    return f"{head} {what} ({finished} done, {as_time(seconds_left(runs))} to go)"
+    what = f"after epoch {epochs} of {run.epochs}" if epochs else "training"
+    return f"{head} {what} ({finished} finished, {as_time(seconds_left(runs))})"
 
 
 def train_all(
-    runs: list[Run], overrides: list[str], out_dir: Path, max_minutes: float | None, lock: int
-) -> dict[Run, str]:
+    runs: list[PlannedRun], overrides: list[str], out_dir: Path, max_minutes: float | None
+) -> dict[PlannedRun, str]:
     """Train what is missing, until all is done or the time is up; the runs that failed, and why.
 
     Raises:
@@ -336,26 +275,36 @@ def train_all(
     deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
     failed = {}
     for number, run in enumerate(runs):
+        if run.missing and skipped(run, f"[{number + 1}/{len(runs)}] "):
+            continue
         print(progress(runs, number), flush=True)
-        if not run.finished and run.failure is None:
+        if run.missing:
             minutes = None if deadline is None else (deadline - time.monotonic()) / 60
             code = 0
             if minutes is None or minutes > 0:
-                status = partial(progress, runs, number)
-                code = train(run, overrides, out_dir, minutes, lock, status)
-            if code == 0 and not run.finished:
-                left = sum(not r.finished and r.failure is None for r in runs)
-                print(f"the time is over with {left} runs to go; the same command goes on")
+                code = train(run, overrides, out_dir, minutes, partial(progress, runs, number))
+            if code == 0 and run.missing:
+                left = sum(r.missing for r in runs)
+                what = "1 run" if left == 1 else f"{left} runs"
+                print(f"the time is over with {what} left; the same command continues")
                 break
             if code in STOPPED:
                 raise StoppedError(code)
-            if code == 2 and run.failure is None:
+            if code == 2 and run.missing and not skipped(run):
                 raise RefusedError
-            if code != 0 and run.failure is None:
+            if code not in (0, 2) and run.missing:
                 failed[run] = f"train.py ended with code {code}"
         if run.failure is not None:
-            failed[run] = f"{run.failure}; without {run.folder} it would be run again"
+            failed[run] = run.failure
     return failed
+
+
+def skipped(run: PlannedRun, head: str = "") -> bool:
+    """Whether another process trains the run; if so, it is printed."""
+    holder = run_folder.holder(run.folder)
+    if holder is not None:
+        print(f"{head}{run}: skipped, in progress in {holder}", flush=True)
+    return holder is not None
 
 
 def compare(
@@ -369,7 +318,7 @@ def compare(
 
     Raises:
         RefusedError, StoppedError, ValueError, OSError, HydraException, OmegaConfBaseException:
-            see `plan`, `locked` and `train_all`.
+            see `plan` and `train_all`.
     """
     comparison, runs = plan(vary, seeds, overrides, out_dir)
     if max_minutes is not None:
@@ -379,8 +328,7 @@ def compare(
                     f"{override.input_line} is for each run and --max-minutes={max_minutes:g} for "
                     "all of them: use one"
                 )
-    with locked(comparison, out_dir) as lock:
-        failed = train_all(runs, overrides, out_dir, max_minutes, lock)
+    failed = train_all(runs, overrides, out_dir, max_minutes)
     if any(run.finished for run in runs):
         print("", report([comparison], comparison), sep="\n")
         print(f"written: {comparison / 'report.html'}")
@@ -395,10 +343,21 @@ def interrupt(signum: int, _: Any) -> None:
     raise KeyboardInterrupt(128 + signum)
 
 
+def handle_signals() -> None:
+    """A queue's SIGTERM and a terminal that closes end the running train.py as Ctrl-C does."""
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
+
+
 def main() -> None:
     assert __doc__ is not None
+    summary, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], epilog="see the head of this file for examples"
+        description=summary,
+        epilog="examples:\n" + rest.partition("\n\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--vary",
@@ -414,21 +373,18 @@ def main() -> None:
     given = parser.parse_args()
     if given.max_minutes is not None and not given.max_minutes > 0:
         parser.error(f"--max-minutes={given.max_minutes} must be positive")
-    # A queue's SIGTERM and a terminal that closes end the running train.py as cleanly as Ctrl-C.
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, interrupt)
+    handle_signals()
     vary = given.vary or [["attention=none,aa"]]
     try:
         sys.exit(compare(vary, given.seeds, given.overrides, given.out, given.max_minutes))
     except RefusedError:
         sys.exit(2)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        print(f"compare.py: {explain(error)}", file=sys.stderr)
-        sys.exit(2)
+        console.stop("compare.py", explain(error))
     except (KeyboardInterrupt, StoppedError) as stopped:
         again = shlex.join(["python", *sys.argv])
-        print(f"compare.py: stopped; the same command goes on: {again}", file=sys.stderr)
-        sys.exit(stopped.args[0] if stopped.args else STOPPED[0])
+        code = stopped.args[0] if stopped.args else STOPPED[0]
+        console.stop("compare.py", f"stopped; the same command continues: {again}", code)
 
 
 if __name__ == "__main__":

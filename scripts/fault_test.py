@@ -3,14 +3,26 @@
     python scripts/fault_test.py
     python scripts/fault_test.py --kills 20 --processes 2 -- checkpoint_minutes=0.02
 
-A small run is made once without interruption. Then the same command runs elsewhere, ends by SIGKILL
-and is given again, until it has come to its end and all kills have been given; a run that ends
-before is followed by another. A quarter of the moments lie in the start-up, the others anywhere
-behind it. At the end weights, optimiser, averages, RNGs, rows and summary must be those of the
-first run, to the bit; only what the clock says may differ. Exit code 1 if anything else does.
+A small run is made once without interruption. Then the same command runs in another folder, is
+ended by SIGKILL and started again, until it is finished and all kills have been given; a run that
+finishes before is followed by another. A quarter of the moments are in the start-up, the others
+anywhere after it. At the end weights, optimiser, averaged weights, RNGs, rows and summary must be
+those of the first run, to the bit; only times and memory may differ. Exit code 1 if anything else
+does.
 
-What stands behind ``--`` goes to train.py. ``--processes`` has torchrun start so many.
+What comes after ``--`` goes to train.py. With ``--processes`` torchrun starts that many.
 """
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from training import console
+
+if __name__ == "__main__":
+    console.prepare("fault_test.py")
 
 import argparse
 import csv
@@ -19,17 +31,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from training import checkpoint  # noqa: E402
+from training import checkpoint, launch, run_folder
 
 # A little of everything that has a state, and a checkpoint after every step.
 SMALL = [
@@ -54,17 +61,26 @@ SMALL = [
 ]
 
 # What the clock or the folder's name decides.
-FREE = {"seconds", "images_per_s", "peak_memory_mb", "out_dir", "wandb_id"}
+FREE = {
+    "seconds",
+    "peak_memory_mib",
+    "perf/images_per_s",
+    "perf/peak_memory_mib",
+    "perf/epoch_seconds",
+    "perf/total_seconds",
+    "out_dir",
+    "wandb_id",
+}
 
 
 class Kill(NamedTuple):
-    """One SIGKILL: of which run, how long behind the process's start, and what it came into."""
+    """One SIGKILL: of which run, how long after the process's start, and what it interrupted."""
 
     run: int
     after_s: float
-    into: str
-    epochs: int  # finished in the newest checkpoint, and steps of the one behind them
-    step: int
+    during: str
+    epochs: int  # finished in the newest checkpoint
+    step: int  # and steps of the next one
 
 
 def differences(a: Any, b: Any, at: str = "") -> list[str]:
@@ -83,25 +99,23 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
 
 def results(folder: Path) -> dict[str, Any]:
     """All that a finished run has left: its checkpoint, its rows as text, its summary."""
-    with (folder / "metrics.csv").open() as file:
+    with (folder / run_folder.METRICS).open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {
-        checkpoint.FILE: torch.load(folder / checkpoint.FILE, weights_only=True),
-        "metrics.csv": rows,
-        "summary.json": json.loads((folder / "summary.json").read_text()),
+        run_folder.LAST: torch.load(folder / run_folder.LAST, weights_only=True),
+        run_folder.METRICS: rows,
+        run_folder.SUMMARY: run_folder.read_summary(folder),
     }
 
 
 def begin(folder: Path, overrides: list[str], processes: int) -> subprocess.Popen[bytes]:
     """The run of ``folder``, or what is left of it; what it prints goes to ``folder``.txt."""
-    launch = [sys.executable]
-    if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    # Quoted for Hydra, which would read the "=" of a folder's name as its own.
-    where = [f"out_dir='{folder.parent}'", f"hydra.run.dir='{folder}'"]
     with folder.with_suffix(".txt").open("ab") as output:
-        return subprocess.Popen(
-            [*launch, str(ROOT / "train.py"), *overrides, *where],
+        return launch.start(
+            overrides,
+            folder,
+            folder.parent,
+            processes=processes,
             stdout=output,
             stderr=subprocess.STDOUT,
             # Sums depend on the number of threads, and processes share the cores.
@@ -143,7 +157,7 @@ def kill(run: subprocess.Popen[bytes]) -> None:
 def saved_at(folder: Path) -> int:
     """When the newest checkpoint was written, in ns; 0 without one."""
     try:
-        return (folder / checkpoint.FILE).stat().st_mtime_ns
+        return (folder / run_folder.LAST).stat().st_mtime_ns
     except FileNotFoundError:
         return 0
 
@@ -163,13 +177,13 @@ def wait_for(run: subprocess.Popen[bytes], folder: Path, seconds: float, trainin
 
 
 def seen(folder: Path, launched: int, steps: int) -> tuple[str, int, int]:
-    """What a kill came into, and the epochs and the step in the newest checkpoint behind it."""
+    """What a kill interrupted, and the epochs and the step in the newest checkpoint after it."""
     written = [p for p in folder.glob("*.partial") if p.stat().st_mtime_ns >= launched]
     epochs = step = 0
     found = checkpoint.find("auto", folder)
     if found:
         state = torch.load(found[0], weights_only=True)
-        epochs, step = len(state["rows"]), state["so_far"]["step"]
+        epochs, step = len(state["rows"]), state["epoch_state"]["step"]
     if written:
         return f"writing {written[0].stem}", epochs, step
     if saved_at(folder) < launched:
@@ -180,7 +194,7 @@ def seen(folder: Path, launched: int, steps: int) -> tuple[str, int, int]:
 def fault_test(
     out: Path, *, kills: int, seed: int, processes: int, overrides: list[str]
 ) -> dict[str, Any]:
-    """Run it all below ``out``; returns what is printed and written to faults.json.
+    """Run all of it below ``out``; returns what is printed and written to faults.json.
 
     Raises:
         FileExistsError: there has been one before.
@@ -194,7 +208,7 @@ def fault_test(
     end_well(run, whole)
     training = time.monotonic() - begun - startup
     expected = results(whole)
-    config = expected["summary.json"]["config"]
+    config = expected[run_folder.SUMMARY]["config"]
     steps = config["data"]["train_size"] // config["batch_size"]
 
     draw = random.Random(seed)
@@ -222,8 +236,8 @@ def fault_test(
             finished = True
         found = results(folder)
         differing += [f"{folder.name}{place}" for place in differences(expected, found)]
-        epochs = [row["epoch"] for row in found["metrics.csv"]]
-        missing += len({row["epoch"] for row in expected["metrics.csv"]} - set(epochs))
+        epochs = [row["epoch"] for row in found[run_folder.METRICS]]
+        missing += len({row["epoch"] for row in expected[run_folder.METRICS]} - set(epochs))
         repeated += len(epochs) - len(set(epochs))
         damaged += folder.with_suffix(".txt").read_text().count("is damaged")
     outcome = {
@@ -239,8 +253,8 @@ def fault_test(
         "uninterrupted_s": round(startup + training, 2),
         "startup_s": round(startup, 2),
         "torch": torch.__version__,
-        "hardware": expected["summary.json"]["hardware"],
-        "commit": expected["summary.json"]["commit"],
+        "hardware": expected[run_folder.SUMMARY]["stretches"][0]["hardware"],
+        "commit": expected[run_folder.SUMMARY]["stretches"][0]["commit"],
         "moments": [kill._asdict() for kill in given],
     }
     (out / "faults.json").write_text(json.dumps(outcome, indent=1) + "\n")
@@ -248,12 +262,12 @@ def fault_test(
 
 
 def table(outcome: dict[str, Any]) -> str:
-    """The kills as a table in Markdown, and below it what they have cost."""
-    lines = ["| kill | run | s behind its start | came into | checkpoint behind it |"]
+    """The kills as a Markdown table, and below it what they have cost."""
+    lines = ["| kill | run | s after its start | during | checkpoint after it |"]
     lines += ["|---:|---:|---:|---|---|"]
-    for number, one in enumerate(outcome["moments"], start=1):
-        place = f"epoch {one['epochs']}, step {one['step']}"
-        lines += [f"| {number} | {one['run']} | {one['after_s']} | {one['into']} | {place} |"]
+    for number, kill in enumerate(outcome["moments"], start=1):
+        saved = f"epoch {kill['epochs']}, step {kill['step']}"
+        lines += [f"| {number} | {kill['run']} | {kill['after_s']} | {kill['during']} | {saved} |"]
     counts = ", ".join(
         f"{outcome[key]} {key.replace('_', ' ')}"
         for key in ("kills", "runs", "missing_rows", "repeated_rows", "damaged_checkpoints")
@@ -278,7 +292,7 @@ def main() -> None:
             overrides=[*SMALL, *given.overrides],
         )
     except (OSError, RuntimeError) as error:
-        sys.exit(f"fault_test.py: {error}")
+        console.stop("fault_test.py", console.one_line(error), 1)
     print(table(outcome), *outcome["differing"], f"{given.out / 'faults.json'}", sep="\n")
     sys.exit(1 if outcome["differing"] else 0)
 

@@ -25,7 +25,7 @@ TINY = [
 ]
 
 # What may differ between two runs of the same settings.
-CLOCK = ("images_per_s", "peak_memory_mb", "seconds")
+CLOCK = ("perf/images_per_s", "perf/peak_memory_mib", "perf/epoch_seconds")
 
 
 def rows(folder):

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,19 +12,33 @@ from torch import nn
 
 from training import checkpoint, files
 from training.files import write_csv, write_json, write_whole
+from training.progress import EpochState, Progress
 
 CPU = torch.device("cpu")
 CONFIG = {"seed": 1, "wandb": {"mode": "offline"}, "data": {"root": "a", "val_size": 0}}
 
 
+def model(size=20):
+    """With a tensor of bytes 7, which a test may look for."""
+    made = nn.Linear(size, size)
+    made.register_buffer("sevens", torch.full((1000,), 7, dtype=torch.uint8))
+    return made
+
+
+def at_step(number):
+    progress = Progress(EpochState.begin(9))
+    progress.epoch_state = replace(progress.epoch_state, step=number)
+    return progress.state_dict()
+
+
 def save(folder, number, config=CONFIG):
-    checkpoint.save(folder, {}, CPU, so_far={"step": number}, config=config)
+    checkpoint.save(folder, {"model": model()}, CPU, config=config, progress=at_step(number))
 
 
 def read(folder, config=CONFIG):
     """The number of the checkpoint that is used, after the file's name."""
     path, state = checkpoint.load(checkpoint.find("auto", folder), config)
-    return path.name, state["so_far"]["step"]
+    return path.name, state["epoch_state"]["step"]
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -145,28 +160,23 @@ def damage_one_bit(path):
     path.write_bytes(content)
 
 
-def damage_other_content(path):
-    torch.save({"weights": torch.zeros(3)}, path)
-
-
 def damage_code(path):
     torch.save(nn.Linear(2, 2), path)
 
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_truncated, damage_empty, damage_one_bit, damage_other_content, damage_code],
+    [damage_truncated, damage_empty, damage_one_bit, damage_code],
 )
 def test_a_damaged_one_is_reported_and_the_one_before_is_used(tmp_path, caplog, damage):
     for number in (1, 2):
-        ballast = torch.full((1000,), 7, dtype=torch.uint8)
-        checkpoint.save(tmp_path, {}, CPU, so_far={"step": number}, config=CONFIG, x=ballast)
+        save(tmp_path, number)
     damage(tmp_path / "last.pt")
     with caplog.at_level(logging.WARNING):
         assert read(tmp_path) == ("previous.pt", 1)
     (message,) = [r.getMessage() for r in caplog.records]
     assert message.startswith(f"{tmp_path / 'last.pt'} is damaged (")
-    assert message.endswith(f"going on from {tmp_path / 'previous.pt'}")
+    assert message.endswith(f"continuing from {tmp_path / 'previous.pt'}")
     assert "\n" not in message
     damage(tmp_path / "previous.pt")
     with pytest.raises(ValueError, match=r"no checkpoint that can be read .*overwrite=true"):
@@ -183,14 +193,45 @@ def test_settings_that_change_no_result_may_differ(tmp_path):
         read(tmp_path, {"seed": 2, "data": {"root": "a", "val_size": 5}})
 
 
-def test_of_other_code(tmp_path):
-    checkpoint.save(tmp_path, {"model": nn.Linear(2, 3)}, CPU, so_far={"step": 1}, config=CONFIG)
+def test_states_of_other_code(tmp_path):
+    save(tmp_path, 1)
     path, state = checkpoint.load(checkpoint.find("auto", tmp_path), CONFIG)
-    for part in (nn.Linear(3, 3), nn.Conv2d(2, 3, 1)):
-        with pytest.raises(ValueError, match=r"last\.pt is of other code than this: .*weight"):
-            checkpoint.restore(state, {"model": part}, CPU, path)
-    with pytest.raises(ValueError, match="of other code than this: 'average'"):
-        checkpoint.restore(state, {"average": nn.Linear(2, 3)}, CPU, path)
+    for other in (nn.Linear(3, 3), nn.Conv2d(2, 3, 1)):
+        with pytest.raises(
+            ValueError, match=r"last\.pt was written by other code than this: .*weig"
+        ):
+            checkpoint.restore(state, {"model": other}, CPU, path)
+    with pytest.raises(ValueError, match="written by other code than this: .ema_model is missing"):
+        checkpoint.restore(state, {"ema_model": nn.Linear(2, 3)}, CPU, path)
+
+
+KEYS = ["format", "config", "rng", "model", "epoch_state", "rows", "per_class_top1", "stretches"]
+
+
+@pytest.mark.parametrize("key", [*KEYS, "wandb_id", "epoch_state.step", "epoch_state.loss_sum"])
+@pytest.mark.parametrize("value", ["gone", 7.5, "a word", {"a": 1}, [3]], ids=str)
+def test_a_checkpoint_without_a_key_or_with_another_type(tmp_path, key, value):
+    save(tmp_path, 1)
+    path = tmp_path / "last.pt"
+    state = torch.load(path, weights_only=True)
+    group, _, name = key.rpartition(".")
+    inside = state[group] if group else state
+    valid = {"config": dict, "model": dict, "per_class_top1": list, "stretches": list, "rows": list}
+    if (
+        isinstance(value, valid.get(key, str if key == "wandb_id" else type(None)))
+        and value != "gone"
+    ):
+        pytest.skip("of the right type")
+    if value == "gone":
+        del inside[name]
+    else:
+        inside[name] = value
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"last\.pt was written by other code than this: ") as told:
+        _, state = checkpoint.load([path], CONFIG)
+        checkpoint.restore(state, {"model": model()}, CPU, path)
+    assert name in str(told.value)
+    assert "\n" not in str(told.value)
 
 
 @pytest.fixture
@@ -206,6 +247,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, full_disk, size):
     save(tmp_path, 1)
     full_disk(size)
     with pytest.raises(OSError, match=r"last\.pt cannot be written \(File too large\)"):
-        checkpoint.save(tmp_path, {}, CPU, so_far={"step": 2}, x=torch.zeros(100_000))
+        checkpoint.save(tmp_path, {"model": model(400)}, CPU, config=CONFIG, progress=at_step(2))
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     assert read(tmp_path) == ("last.pt", 1)

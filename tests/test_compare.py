@@ -1,8 +1,8 @@
 """Many runs by one command: what it makes of its words, of what is there, and of being stopped."""
 
 import csv
-import fcntl
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,6 +13,8 @@ from contextlib import contextmanager
 import pytest
 
 from scripts import compare
+from training import run_folder
+from training.run_folder import RunFolder, claimed
 
 from helpers import ROOT, TINY
 
@@ -54,9 +56,9 @@ def test_runs_go_seed_after_seed_and_know_their_length(tmp_path):
 
 def test_folders_of_different_words_differ():
     plain = ["experiment=lookup", "model.widths=[4,8,8]"]
-    assert compare.as_name(plain) == "experiment=lookup,model.widths=[4,8,8]"
+    assert run_folder.folder_name(plain) == "experiment=lookup,model.widths=[4,8,8]"
     odd = [["a={b:1}"], ["a={b;1}"], ["a/b=1"], ["a-b=1"], ["a" * 400], ["a" * 401]]
-    names = [compare.as_name(words) for words in odd]
+    names = [run_folder.folder_name(words) for words in odd]
     assert len(set(names)) == len(odd)
     assert all(len(name) < 200 and "/" not in name for name in names)
 
@@ -102,7 +104,7 @@ def pretend(monkeypatch):
     def install(act):
         calls = []
 
-        def train(run, overrides, out_dir, minutes, lock, status):
+        def train(run, overrides, out_dir, minutes, status):
             run.folder.mkdir(parents=True, exist_ok=True)
             calls.append((str(run), minutes))
             return act(run)
@@ -116,14 +118,28 @@ def pretend(monkeypatch):
 
 def finish(run):
     write_rows(run.folder, epochs=run.epochs)
-    (run.folder / "summary.json").write_text("{}")
+    write_summary(run.folder)
     return 0
+
+
+def write_summary(folder):
+    """As much of it as its reader asks for."""
+    summary = {key: kind() for key, kind in KINDS.items()} | {"evaluated_on": "test"}
+    summary |= {f"{key}": 1.0 for key in ("test/loss", "test/top1", "test/top5")}
+    stretch = {key: kind() for key, kind in run_folder.STRETCH_KEYS.items()}
+    config = {"seed": 0, "epochs": 1, "attention": {}, "data": {}}
+    RunFolder(folder).write_summary(summary | {"stretches": [stretch], "config": config})
+
+
+KINDS = {k: v[0] if isinstance(v, tuple) else v for k, v in run_folder._SUMMARY_KEYS.items()}
 
 
 def write_rows(folder, epochs, seconds=1.0):
     folder.mkdir(parents=True, exist_ok=True)
-    rows = "".join(f"{epoch},{seconds}\n" for epoch in range(1, epochs + 1))
-    (folder / "metrics.csv").write_text(f"epoch,seconds\n{rows}")
+    rest = {"train/loss": 1.0, "train/lr": 0.1, "test/loss": 1, "test/top1": 1, "test/top5": 1}
+    RunFolder(folder).write_metrics(
+        [{"epoch": e, **rest, "perf/epoch_seconds": seconds} for e in range(1, epochs + 1)]
+    )
 
 
 def test_trains_what_is_missing_and_reports(tmp_path, capfd):
@@ -137,9 +153,9 @@ def test_trains_what_is_missing_and_reports(tmp_path, capfd):
     assert compare.compare(*words) == 0
     printed = capfd.readouterr().out
     assert "/report.html\n" in printed
-    assert "[1/2] attention=none seed=0: behind epoch 1 of 1 (1 done" in printed
+    assert "[1/2] attention=none seed=0: after epoch 1 of 1 (1 finished" in printed
     assert "resumed" in printed
-    assert "[2/2] attention=aa seed=0: finished before" in printed
+    assert "[2/2] attention=aa seed=0: already finished" in printed
     assert runs[1].folder.joinpath("summary.json").stat().st_mtime_ns == before
 
 
@@ -147,14 +163,14 @@ def test_a_run_that_diverges_does_not_stop_the_others_and_is_not_repeated(tmp_pa
     words = ([["optim.lr=1e+30,2e-3"]], [0], [*SHORT, "epochs=1"], tmp_path)
     assert compare.compare(*words) == 1
     printed = capfd.readouterr()
-    assert "failed: optim.lr=1e+30 seed=0: the loss is not finite at epoch 1" in printed.err
+    assert "failed: optim.lr=1e+30 seed=0: the loss is not finite in epoch 1" in printed.err
     _, (diverged, other) = compare.plan(*words)
     assert other.finished
     assert not diverged.finished
     before = (diverged.folder / "failed.json").stat().st_mtime_ns
     assert compare.compare(*words) == 1
     printed = capfd.readouterr()
-    assert "[1/2] optim.lr=1e+30 seed=0: failed before, and is left so: the loss" in printed.out
+    assert "[1/2] optim.lr=1e+30 seed=0: failed before: the loss" in printed.out
     assert "failed: optim.lr=1e+30 seed=0" in printed.err
     assert (diverged.folder / "failed.json").stat().st_mtime_ns == before
 
@@ -183,7 +199,7 @@ def test_the_time_of_all_runs_is_shared_out(tmp_path, pretend, monkeypatch, caps
     assert compare.compare(*words, max_minutes=11) == 0
     assert [minutes for _, minutes in calls] == [pytest.approx(11 - 4 * i) for i in range(3)]
     printed = capsys.readouterr().out
-    assert "the time is over with 2 runs to go; the same command goes on" in printed
+    assert "the time is over with 2 runs left; the same command continues" in printed
     assert "attention=ge" not in printed
     assert "report of experiment=lookup" in printed
 
@@ -199,7 +215,7 @@ def test_no_run_starts_when_the_time_is_over(tmp_path, pretend, monkeypatch, cap
     calls = pretend(act)
     assert compare.compare([["attention=none,aa"]], [0], TINY, tmp_path, max_minutes=1) == 0
     assert len(calls) == 1
-    assert "the time is over with 1 runs to go" in capsys.readouterr().out
+    assert "the time is over with 1 run left" in capsys.readouterr().out
 
 
 def test_a_run_that_stops_by_its_own_limit_stops_the_comparison(tmp_path, pretend, capsys):
@@ -208,7 +224,7 @@ def test_a_run_that_stops_by_its_own_limit_stops_the_comparison(tmp_path, preten
     assert compare.compare(*words) == 0
     assert [minutes for _, minutes in calls] == [None]
     printed = capsys.readouterr().out
-    assert "the time is over with 2 runs to go" in printed
+    assert "the time is over with 2 runs left" in printed
     assert "nothing to report yet" in printed
 
 
@@ -234,36 +250,37 @@ def test_time_to_go_is_that_of_the_variant(tmp_path):
     assert compare.seconds_left(runs) is None
     none, aa = runs[0::2], runs[1::2]
     write_rows(none[0].folder, 10, seconds=2)
-    (none[0].folder / "summary.json").write_text("{}")
+    write_summary(none[0].folder)
     # Nothing is known of aa: it takes none's pace. 5 runs of 10 epochs of 2 seconds.
     assert compare.seconds_left(runs) == pytest.approx(100)
     write_rows(aa[0].folder, 4, seconds=5)
     assert compare.seconds_left(runs) == pytest.approx(2 * 10 * 2 + 26 * 5)
     (aa[1].folder).mkdir(parents=True)
-    (aa[1].folder / "failed.json").write_text(json.dumps({"error": "diverged"}))
+    RunFolder(aa[1].folder).write_failure(FloatingPointError("diverged"))
     assert compare.seconds_left(runs) == pytest.approx(2 * 10 * 2 + 16 * 5)
     assert compare.progress(runs, 1) == (
-        "[2/6] attention=aa seed=0: behind epoch 4 of 10 (1 done, about 2 min to go)"
+        "[2/6] attention=aa seed=0: after epoch 4 of 10 (1 finished, about 2 min left)"
     )
-    assert compare.as_time(7000) == "about 1.9 h"
+    assert compare.as_time(7000) == "about 1.9 h left"
 
 
 def test_a_run_gets_its_settings_and_the_set_its_status(tmp_path, monkeypatch, capsys):
+    header = "epoch,train/loss,train/lr,perf/epoch_seconds"
     (tmp_path / "train.py").write_text(
-        """import pathlib, sys, time
+        f"""import pathlib, sys, time
 here = pathlib.Path(__file__).parent
 (here / "words").write_text(chr(10).join(sys.argv[1:]))
-for epochs in (1, 2):
-    (here / "metrics.csv").write_text("epoch,seconds" + chr(10) + ("1,2.0" + chr(10)) * epochs)
+lines = [{header!r}]
+for epoch in (1, 2):
+    lines.append(f"{{epoch}},1,1,2.0")
+    (here / "metrics.csv").write_text(chr(10).join(lines))
     time.sleep(1.5)
 sys.exit(7)"""
     )
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(compare, "STATUS_EVERY_S", 0)
-    run = compare.Run(("attention=aa", "attention.dk=8"), 3, tmp_path, epochs=5)
-    with (tmp_path / "lock").open("w") as lock:
-        words = (["epochs=5"], tmp_path / "o", 1.5, lock.fileno(), lambda: "status")
-        assert compare.train(run, *words) == 7
+    run = compare.PlannedRun(("attention=aa", "attention.dk=8"), 3, tmp_path, epochs=5)
+    assert compare.train(run, ["epochs=5"], tmp_path / "o", 1.5, lambda: "status") == 7
     assert capsys.readouterr().out.count("status") in (1, 2)
     assert (tmp_path / "words").read_text().splitlines() == [
         "epochs=5",
@@ -271,9 +288,9 @@ sys.exit(7)"""
         "attention.dk=8",
         "seed=3",
         "resume=auto",
+        "max_minutes=1.500",
         f"out_dir='{tmp_path / 'o'}'",
         f"hydra.run.dir='{tmp_path}'",
-        "max_minutes=1.500",
     ]
 
 
@@ -288,15 +305,37 @@ def test_two_limits_contradict_each_other(tmp_path, monkeypatch):
 # ---- Being stopped ------------------------------------------------------------------------------
 
 
-def test_two_at_work_on_one_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "LOCK_WAIT_S", 0.2)
-    with compare.locked(tmp_path / "c", tmp_path):
-        (tmp_path / "c" / "run").mkdir()
-        with pytest.raises(ValueError, match="another compare"):
-            compare.locked(tmp_path / "c", tmp_path).__enter__()
-    with compare.locked(tmp_path / "c", tmp_path):
-        pass
-    assert (tmp_path / "c" / "run").exists()
+def test_a_run_in_progress_elsewhere_is_left_to_it(tmp_path, pretend, capsys):
+    """Two compare.py share the work: what one is training the other one skips."""
+    calls = pretend(finish)
+    words = ([["attention=none,aa"]], [0], TINY, tmp_path)
+    _, runs = compare.plan(*words)
+    with claimed(runs[0].folder):
+        assert compare.compare(*words) == 0
+    assert [name for name, _ in calls] == ["attention=aa seed=0"]
+    printed = capsys.readouterr().out
+    assert (
+        f"[1/2] attention=none seed=0: skipped, in progress in process {os.getpid()} on " in printed
+    )
+    assert "report of experiment=lookup" in printed
+    assert compare.compare(*words) == 0
+    assert [name for name, _ in calls][1:] == ["attention=none seed=0"]
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.csv", "failed.json"])
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"format": 1}', b"\xff\xfe", b"epoch\nx\n"])
+def test_a_damaged_run_is_named_and_the_others_go_on(tmp_path, pretend, capsys, name, content):
+    calls = pretend(finish)
+    words = ([["attention=none,aa"]], [0], TINY, tmp_path)
+    _, (damaged, _) = compare.plan(*words)
+    damaged.folder.mkdir(parents=True)
+    (damaged.folder / name).write_bytes(content)
+    assert compare.compare(*words) == 1
+    assert [call for call, _ in calls] == ["attention=aa seed=0"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"failed: attention=none seed=0: {damaged.folder / name}")
+    assert line.endswith("remove that file to train the run again")
+    assert (damaged.folder / name).read_bytes() == content
 
 
 # The first run is over at once; the second one would take minutes.
@@ -316,31 +355,27 @@ def started(out):
             process.kill()
 
 
-def wait_until(true, seconds=60.0):
+def wait_until(true, seconds=240.0):
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def nobody_is_at_work(folder):
-    with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-    return True
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a run with its parent")
 def test_killed_started_again_and_interrupted(tmp_path):
+    """A run outlives a killed compare.py and keeps its folder; the next compare.py leaves it to it."""
     vary = [["attention=none", "epochs=1"], ["attention=none", "epochs=500"]]
     folder, (first, second) = compare.plan(vary, [0], SHORT, tmp_path)
     with started(tmp_path) as process:
         wait_until(lambda: second.done()[0] >= 2)
-        assert not nobody_is_at_work(folder)
         process.kill()
-        wait_until(lambda: nobody_is_at_work(folder), seconds=5)
+    pid = json.loads((second.folder / ".holder").read_text())["pid"]
+    with started(tmp_path) as process:
+        printed = process.communicate(timeout=240)[0]
+    assert process.returncode == 0
+    assert f"epochs=500 seed=0: skipped, in progress in process {pid} on" in printed
+    os.kill(pid, signal.SIGTERM)
+    wait_until(lambda: run_folder.holder(second.folder) is None)
     there = second.done()[0]
     time.sleep(0.5)
     assert second.done()[0] == there < 500  # nobody writes there any more
@@ -350,19 +385,21 @@ def test_killed_started_again_and_interrupted(tmp_path):
     with started(tmp_path) as process:
         wait_until(lambda: second.done()[0] > there + 1)
         process.send_signal(signal.SIGINT)
-        printed = process.communicate(timeout=60)[0].splitlines()
+        printed = process.communicate(timeout=240)[0].splitlines()
         assert process.returncode == 130
-        assert nobody_is_at_work(folder)
-    assert "[1/2] attention=none epochs=1 seed=0: finished before" in printed
+        assert run_folder.holder(second.folder) is None
+    assert "[1/2] attention=none epochs=1 seed=0: already finished" in printed
     assert finished.read_bytes() == summary
     assert finished.stat().st_mtime_ns == written
-    head = f"[2/2] attention=none epochs=500 seed=0: behind epoch {there} of 500"
+    head = f"[2/2] attention=none epochs=500 seed=0: after epoch {there} of 500"
     assert any(line.startswith(head) for line in printed)
     # The checkpoint may be one epoch ahead of the figures, never behind them.
     (resumed,) = (line for line in printed if line.startswith("resumed "))
-    assert int(re.search(r"behind epoch (\d+)", resumed)[1]) in (there, there + 1)
+    assert int(re.search(r"after epoch (\d+)", resumed)[1]) in (there, there + 1)
     with (second.folder / "metrics.csv").open() as file:
         epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
     assert epochs == list(range(1, len(epochs) + 1))
-    assert printed[-1].startswith("compare.py: stopped; the same command goes on: python scripts/")
+    assert printed[-1].startswith(
+        "compare.py: stopped; the same command continues: python scripts/"
+    )
     assert not any("Traceback" in line for line in printed)

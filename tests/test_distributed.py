@@ -29,10 +29,10 @@ def results_of(model, forward, x):
     """Loss, gradients, running statistics, and the evaluated output after a training step."""
     loss = forward(x).square().mean()
     loss.backward()
-    distributed.same_buffers(model)
+    distributed.broadcast_buffers(model)
     model.eval()
     return [
-        distributed.total(loss.detach()) / distributed.world().size,
+        distributed.all_reduce_sum(loss.detach()) / distributed.world().size,
         *(p.grad for p in model.parameters()),
         *model.buffers(),
         model(example(x.dtype)).detach(),
@@ -48,21 +48,21 @@ def one_of_two(rank, port, synchronised, folder):
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
-    with distributed.joined() as world:
-        assert (world.rank, world.size, world.writes) == (rank, 2, rank == 0)
+    with distributed.process_group() as world:
+        assert (world.rank, world.size, world.is_main) == (rank, 2, rank == 0)
         model = network(torch.float64)
         if synchronised:
-            distributed.synchronise_normalisation(model, CPU)
+            distributed.convert_sync_batchnorm(model, CPU)
         names = set(model.state_dict())
         x = example(torch.float64).chunk(2)[rank]
-        results = results_of(model, distributed.averaging(model, CPU), x)
-        assert distributed.agreed(rank == 1)
-        assert not distributed.agreed(False)
-        assert distributed.total(torch.tensor(rank + 1)).item() == 3
-        assert distributed.mean(torch.tensor(float(rank))).item() == 0.5
-        assert distributed.from_first(lambda: {"rank": rank}) == {"rank": 0}
+        results = results_of(model, distributed.wrap_ddp(model, CPU), x)
+        assert distributed.any_rank(rank == 1)
+        assert not distributed.any_rank(False)
+        assert distributed.all_reduce_sum(torch.tensor(rank + 1)).item() == 3
+        assert distributed.all_reduce_mean(torch.tensor(float(rank))).item() == 0.5
+        assert distributed.broadcast_from_main(lambda: {"rank": rank}) == {"rank": 0}
         marker = Path(folder) / f"first{synchronised}"
-        with distributed.first_of_machine():
+        with distributed.local_main_first():
             assert marker.exists() == (rank == 1)
             marker.touch()
     assert names == set(network(torch.float64).state_dict())
@@ -102,19 +102,19 @@ def test_without_it_each_normalises_its_part_and_the_first_ones_statistics_count
 def test_one_process_is_left_as_it_is(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    with distributed.joined() as world:
+    with distributed.process_group() as world:
         assert world == (0, 1, 0)
-        assert world.writes
+        assert world.is_main
         model = network(torch.float32)
-        assert distributed.averaging(model, CPU) is model
-        assert distributed.synchronise_normalisation(model, CPU) is model
+        assert distributed.wrap_ddp(model, CPU) is model
+        assert distributed.convert_sync_batchnorm(model, CPU) is model
         assert type(model[1]) is nn.BatchNorm2d
-        assert distributed.agreed(True)
+        assert distributed.any_rank(True)
         value = torch.tensor(3.0)
-        assert distributed.total(value) is value
-        assert distributed.mean(value) is value
-        assert distributed.from_first(lambda: value) is value
-        with distributed.first_of_machine(), distributed.unaveraged(model):
+        assert distributed.all_reduce_sum(value) is value
+        assert distributed.all_reduce_mean(value) is value
+        assert distributed.broadcast_from_main(lambda: value) is value
+        with distributed.local_main_first(), distributed.no_sync(model):
             pass
 
 

@@ -75,16 +75,16 @@ def test_two_processes_give_the_curve_of_one(runs):
         for name, value in a.items():
             assert float(b[name]) == pytest.approx(float(value), rel=1e-5, abs=1e-5), name
     a, b = (json.loads((runs[n] / "summary.json").read_text()) for n in ("one", "two"))
-    assert (a["processes"], b["processes"]) == (1, 2)
+    assert [s["stretches"][0]["processes"] for s in (a, b)] == [1, 2]
     assert a["per_class_top1"] == pytest.approx(b["per_class_top1"])
     a, b = (torch.load(runs[n] / "last.pt", weights_only=True) for n in ("one", "two"))
-    for part in ("model", "average"):
+    for part in ("model", "ema_model"):
         for name, value in a[part].items():
             torch.testing.assert_close(b[part][name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_normalised_apart_the_curve_is_another(runs):
-    losses = [float(rows(runs[name])[-1]["train_loss"]) for name in ("two", "apart")]
+    losses = [float(rows(runs[name])[-1]["train/loss"]) for name in ("two", "apart")]
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
@@ -97,8 +97,8 @@ def test_a_dead_process_ends_the_other_with_a_message(tmp_path):
     said = process.communicate(timeout=60)[0]
     assert time.monotonic() - killed < 60
     assert process.returncode != 0
-    assert said.count("another one has died or does not answer") == 1
-    assert "resume=auto goes on" in said
+    assert said.count("another process has died or does not answer") == 1
+    assert "with resume=auto to continue" in said
 
 
 def test_an_error_is_told_before_torchrun_ends_the_process():
@@ -118,10 +118,12 @@ def test_a_terminals_interrupt_which_torchrun_repeats_is_saved_once(tmp_path):
     after_an_epoch(folder, process)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[0]
-    assert said.count("stopped (SIGINT) behind epoch") == 1
-    behind = torch.load(folder / "last.pt", weights_only=True)
-    assert len(behind["rows"]) == len(rows(folder))
-    assert f"behind epoch {len(behind['rows'])}, step {behind['so_far']['step']}" in said
+    assert said.count("stopped (SIGINT) after epoch") == 1
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    assert len(saved["rows"]) == len(rows(folder))
+    step = saved["epoch_state"]["step"]
+    inside = f", step {step} of the next" if step else ""
+    assert f"after epoch {len(saved['rows'])}{inside}; run the same command" in said
 
 
 def test_a_mistake_is_told_once(tmp_path):

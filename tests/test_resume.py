@@ -17,6 +17,7 @@ from data import Batches, batches
 from scripts.fault_test import differences
 from training import cli, stopping, tracking
 from training.device import set_deterministic
+from training.run_folder import RunFolder
 
 from helpers import TINY, rows
 
@@ -52,7 +53,10 @@ def assert_same(a, b):
     a, b = state(a), state(b)
     assert differences(a, b) == []
     # Which those of a killed run may differ in, and these may not.
-    assert (a["wandb_id"], a["so_far"]["seconds"]) == (b["wandb_id"], b["so_far"]["seconds"])
+    assert (a["wandb_id"], a["epoch_state"]["seconds"]) == (
+        b["wandb_id"],
+        b["epoch_state"]["seconds"],
+    )
 
 
 def dropping_out(build):
@@ -83,7 +87,7 @@ def test_stopped_after_every_step(run, tmp_path, monkeypatch, overrides):
             run(*overrides, AT_ONCE, "resume=auto", folder="parts")
         assert stopped.value.code == 0
         kept = state(tmp_path / "parts")
-        assert (len(kept["rows"]), kept["so_far"]["step"]) == place
+        assert (len(kept["rows"]), kept["epoch_state"]["step"]) == place
         assert not (tmp_path / "parts" / "summary.json").exists()
     assert len(rows(tmp_path / "parts")) == 1
     run(*overrides, "resume=auto", folder="parts")
@@ -95,7 +99,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5, 6, 8])
-def test_killed_behind_a_checkpoint_inside_of_an_epoch(run, tmp_path, monkeypatch, steps):
+def test_killed_after_a_checkpoint_inside_an_epoch(run, tmp_path, monkeypatch, steps):
     """Checkpoints after every second step: the others are done again."""
     overrides = ["data.train_size=32", "ema=0.9"]
     run(*overrides, folder="whole")
@@ -113,23 +117,23 @@ def test_killed_behind_a_checkpoint_inside_of_an_epoch(run, tmp_path, monkeypatc
         with pytest.raises(Killed):
             run(*overrides, "checkpoint_minutes=2", folder="parts")
         monkeypatch.undo()
-        behind = state(tmp_path / "parts")["so_far"]["step"] if steps > 1 else 0
-        assert behind == (0, 0, 2, 2, 0, 0, 2, 2)[steps]
+        saved = state(tmp_path / "parts")["epoch_state"]["step"] if steps > 1 else 0
+        assert saved == (0, 0, 2, 2, 0, 0, 2, 2)[steps]
         run(*overrides, "resume=auto", folder="parts")
     else:
         run(*overrides, "checkpoint_minutes=2", folder="parts")
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("name", ["write_csv", "write_json"])
-def test_killed_behind_the_checkpoint_of_an_epoch(run, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["write_metrics", "write_summary"])
+def test_killed_after_the_checkpoint_of_an_epoch(run, tmp_path, monkeypatch, name):
     """Before the rows, or the summary, that belong to it are written."""
     run(folder="whole")
 
-    def killed(path, content):
+    def killed(folder, content):
         raise Killed
 
-    monkeypatch.setattr(train, name, killed)
+    monkeypatch.setattr(RunFolder, name, killed)
     with pytest.raises(Killed):
         run(folder="parts")
     monkeypatch.undo()
@@ -172,21 +176,21 @@ def test_signals_finish_the_step_and_save(
     monkeypatch.undo()
     assert stopped.value.code == 128 + number
     assert [signal.getsignal(s) for s in stopping.SIGNALS] == handlers
-    assert f"{number.name}: saving behind this step" in capfd.readouterr().err
+    assert f"{number.name}: saving after this step" in capfd.readouterr().err
     kept = state(tmp_path / "parts")
-    assert (len(kept["rows"]), kept["so_far"]["step"]) == (epochs, step)
+    assert (len(kept["rows"]), kept["epoch_state"]["step"]) == (epochs, step)
     run("resume=auto", folder="parts")
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_a_signal_at_the_very_end_leaves_a_finished_run(run, tmp_path, monkeypatch):
-    write = train.write_json
+    write = RunFolder.write_summary
 
     def signal_and_write(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         write(*arguments)
 
-    monkeypatch.setattr(train, "write_json", signal_and_write)
+    monkeypatch.setattr(RunFolder, "write_summary", signal_and_write)
     with pytest.raises(SystemExit) as stopped:
         run()
     assert stopped.value.code == 143
@@ -230,7 +234,7 @@ def test_the_end_of_the_time_between_epochs(run, tmp_path, monkeypatch, caplog):
     assert len(rows(tmp_path / "parts")) == 1
     (told,) = [r.getMessage() for r in caplog.records if "stopped" in r.getMessage()]
     assert told.startswith(
-        "stopped (max_minutes=30) behind epoch 1, step 0; the same command with resume=auto goes"
+        "stopped (max_minutes=30) after epoch 1; run the same command with resume=auto to continue"
     )
     # The last epoch's evaluation: there is nothing left to stop.
     monkeypatch.setattr(stopping, "BEGUN", stopping.time.monotonic())
@@ -251,16 +255,16 @@ def test_an_interrupted_epoch_tells_its_whole_time(run, tmp_path):
         run(AT_ONCE)
     path = tmp_path / "run" / "last.pt"
     kept = torch.load(path, weights_only=True)
-    assert 0 < kept["so_far"]["seconds"] < 60
-    kept["so_far"] |= {"seconds": 1000.0, "peak_memory_mb": 1e6}
+    assert 0 < kept["epoch_state"]["seconds"] < 60
+    kept["epoch_state"] |= {"seconds": 1000.0, "peak_memory_mib": 1e6}
     torch.save(kept, path)
     run("resume=auto")
     first, second = torch.load(path, weights_only=True)["rows"]
-    assert 1000 < first["seconds"] < 1060
-    assert 24 / 1060 < first["images_per_s"] < 24 / 1000
-    assert first["peak_memory_mb"] == 1e6
-    assert second["seconds"] < 60
-    assert second["peak_memory_mb"] < 1e6
+    assert 1000 < first["perf/epoch_seconds"] < 1060
+    assert 24 / 1060 < first["perf/images_per_s"] < 24 / 1000
+    assert first["perf/peak_memory_mib"] == 1e6
+    assert second["perf/epoch_seconds"] < 60
+    assert second["perf/peak_memory_mib"] < 1e6
 
 
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(run, tmp_path, caplog):
@@ -333,20 +337,18 @@ def test_the_dashboard_goes_on_in_the_same_run(run, monkeypatch):
     assert asked == [None, "abc", "abc", "abc", "abc"]
 
 
-def test_the_summary_of_a_run_stopped_behind_its_last_epoch(run, tmp_path, monkeypatch):
+def test_the_summary_of_a_run_stopped_after_its_last_epoch(run, tmp_path, monkeypatch):
     whole = run(folder="whole")
-    write = train.write_json
 
-    def killed(path, content):
+    def killed(folder, content):
         raise Killed
 
-    monkeypatch.setattr(train, "write_json", killed)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(RunFolder, "write_summary", killed)
         run(folder="parts")
-    monkeypatch.setattr(train, "write_json", write)
     summary = run("resume=auto", folder="parts")
     assert summary["per_class_top1"] == whole["per_class_top1"] is not None
-    for free in ("seconds", "config"):
+    for free in ("perf/total_seconds", "config"):
         del summary[free], whole[free]
     assert summary == whole
 
@@ -355,7 +357,7 @@ def test_a_run_that_replaces_another_leaves_nothing_of_it(run, tmp_path):
     run("seed=5")
     with pytest.raises(SystemExit):
         run(AT_ONCE, "overwrite=true")
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"last.pt"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"last.pt", "train.log", ".hydra"}
 
 
 def test_a_signal_ends_a_sweep(monkeypatch, tmp_path):

@@ -25,13 +25,14 @@ def assert_same_weights(a, b):
 def test_what_a_run_writes(run, tmp_path):
     summary = run()
     folder = tmp_path / "run"
-    written = {"last.pt", "previous.pt", "metrics.csv", "summary.json"}
+    written = {"last.pt", "previous.pt", "metrics.csv", "summary.json", "train.log", ".hydra"}
     assert {p.name for p in folder.iterdir()} == written
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     table = rows(folder)
     assert [row["epoch"] for row in table] == ["1", "2"]
-    assert list(table[0]) == ["epoch", "train_loss", "eval_loss", "top1", "top5", "lr"]
-    assert summary["top1"] == float(table[-1]["top1"])
+    scores = ["test/loss", "test/top1", "test/top5"]
+    assert list(table[0]) == ["epoch", "train/loss", "train/lr", *scores]
+    assert summary["test/top1"] == float(table[-1]["test/top1"])
     assert summary["epochs"] == 2
     assert summary["attention"] == "aa"
     assert summary["model"] == "resnet8"
@@ -40,8 +41,10 @@ def test_what_a_run_writes(run, tmp_path):
     assert summary["parameters"] > 0
     assert summary["flops"] > 0
     assert len(summary["per_class_top1"]) == len(summary["class_names"]) == 8
-    assert summary["versions"]["torch"] == torch.__version__
-    assert len(summary["commit"].removesuffix("-dirty")) in (40, len("unknown"))
+    (stretch,) = summary["stretches"]
+    assert stretch["versions"]["torch"] == torch.__version__
+    assert len(stretch["commit"].removesuffix("-dirty")) in (40, len("unknown"))
+    assert (stretch["first_epoch"], stretch["precision"], stretch["processes"]) == (1, "float32", 1)
 
 
 def test_what_the_dashboard_is_told(run, monkeypatch):
@@ -64,9 +67,9 @@ def test_what_the_dashboard_is_told(run, monkeypatch):
 def test_the_last_epoch_counts_not_the_best(run, tmp_path, monkeypatch):
     scores = iter([90.0, 10.0])
     monkeypatch.setattr(
-        train, "evaluate", lambda *_: ({"eval_loss": 1.0, "top1": next(scores), "top5": 99.0}, [])
+        train, "evaluate", lambda *_: ({"loss": 1.0, "top1": next(scores), "top5": 99.0}, [])
     )
-    assert run()["top1"] == 10.0
+    assert run()["test/top1"] == 10.0
 
 
 def test_same_seed_same_run_and_another_seed_another(run, tmp_path):
@@ -80,7 +83,7 @@ def test_same_seed_same_run_and_another_seed_another(run, tmp_path):
 def test_resume_from_a_path_and_of_a_finished_run(run, tmp_path):
     first = run(folder="a")
     again = run(f"resume={tmp_path / 'a'}", folder="b")
-    assert again["top1"] == first["top1"]
+    assert again["test/top1"] == first["test/top1"]
     assert again["per_class_top1"] == first["per_class_top1"]
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     assert run("resume=auto", folder="new")["epochs"] == 2
@@ -130,7 +133,7 @@ def test_learns_a_batch_by_heart(run):
         "optim.lr=0.01",
     ]
     summary = run(*overrides, "model.widths=[16,32,64]", "model.stem=16")
-    assert summary["train_loss"] < 0.05
+    assert summary["train/loss"] < 0.05
 
 
 # Each changes the numbers of the run's two epochs.
@@ -215,7 +218,7 @@ def test_compile_is_called_and_agrees(run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", by_eager)
     run("epochs=1", "compile=true", folder="compiled")
     assert len(compiled) == 1
-    loss = [float(rows(tmp_path / folder)[0]["train_loss"]) for folder in ("base", "compiled")]
+    loss = [float(rows(tmp_path / folder)[0]["train/loss"]) for folder in ("base", "compiled")]
     assert loss[1] == pytest.approx(loss[0], rel=1e-3)
 
 
@@ -259,14 +262,14 @@ def test_averaged_weights_are_what_is_evaluated(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", remember)
     run("ema=0.9", "epochs=1")
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    name = "classify.weight"
+    name = "head.weight"
     averaged = dict(judged[0].module.named_parameters())[name]
-    assert torch.equal(averaged, state["average"][f"module.{name}"])
+    assert torch.equal(averaged, state["ema_model"][f"module.{name}"])
     assert not torch.equal(averaged, state["model"][name])
 
 
 def test_a_loss_that_is_not_finite_names_epoch_and_step(run, tmp_path):
-    with pytest.raises(FloatingPointError, match=r"not finite at epoch 1, step [23] of 3"):
+    with pytest.raises(FloatingPointError, match=r"not finite in epoch 1, step [23] of 3"):
         run("optim=sgd", "optim.lr=1e30", "schedule=warmup_cosine", "schedule.warmup=0.0")
     assert not (tmp_path / "run" / "last.pt").exists()
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -304,7 +307,7 @@ def test_every_experiment_trains(run, experiment):
     ]
     summary = run(f"experiment={experiment}", *small, base=[])
     assert summary["config"]["name"] == experiment
-    assert 0 <= summary["top1"] <= 100
+    assert 0 <= summary["test/top1"] <= 100
 
 
 @pytest.mark.parametrize("attention", ["none", "ge", "se", "aa"])

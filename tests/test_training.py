@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from training import provenance
-from training.device import choose_device, choose_dtype, peak_memory_mb
+from training.device import choose_device, choose_dtype, peak_memory_mib
 from training.schedule import one_cycle, warmup_cosine
 from training.scores import correct_in_top, evaluate
 
@@ -84,7 +84,7 @@ def test_evaluate_counts_every_image_once_and_leaves_no_gradient():
     log_likelihood = [
         row[label] - row.exp().sum().log() for row, label in zip(logits, labels, strict=True)
     ]
-    assert scores["eval_loss"] == pytest.approx(-sum(log_likelihood).item() / 23, rel=1e-5)
+    assert scores["loss"] == pytest.approx(-sum(log_likelihood).item() / 23, rel=1e-5)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -96,19 +96,19 @@ def test_auto_on_the_cpu():
     assert choose_dtype("auto", device) == torch.float32
     assert choose_dtype("bf16", device) == torch.bfloat16
     assert choose_dtype("fp16", device) == torch.float16
-    assert peak_memory_mb(device) > 10
+    assert peak_memory_mib(device) > 10
 
 
 def test_peak_memory_is_this_process_own():
     """Started from a process that once held much, one that holds little says little."""
     hoard = torch.ones(2**27)  # 512 MiB
-    code = "import torch; from training.device import peak_memory_mb as p; "
+    code = "import torch; from training.device import peak_memory_mib as p; "
     code += "print(p(torch.device('cpu'))); x = torch.ones(2**25); print(p(torch.device('cpu')))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     before, after = map(float, done.stdout.split())
-    assert before < peak_memory_mb(torch.device("cpu")) - hoard.nbytes / 2**20 / 2
+    assert before < peak_memory_mib(torch.device("cpu")) - hoard.nbytes / 2**20 / 2
     assert 100 < after - before < 200  # 128 MiB
 
 

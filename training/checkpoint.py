@@ -1,4 +1,4 @@
-"""Everything a run needs to go on: the last two checkpoints, each whole or absent."""
+"""Everything a run needs to continue: the last two checkpoints, each whole or absent."""
 
 import logging
 import zipfile
@@ -7,33 +7,56 @@ from typing import IO, Any
 
 import torch
 
+from training import progress, run_folder
+from training.console import one_line
+from training.device import get_rng_state, set_rng_state
 from training.files import write_whole
+from training.launch import quoted
+from training.run_folder import FORMAT, LAST, PREVIOUS, UnreadableError, check_keys
 from training.variants import result_settings
-
-FILE = "last.pt"
-BEFORE = "previous.pt"
 
 log = logging.getLogger(__name__)
 
+_KEYS: dict[str, Any] = {"config": dict, "rng": torch.Tensor, "model": dict, **progress.KINDS}
+_EPOCH_KEYS: dict[str, Any] = {
+    "step": int,
+    "loss_sum": torch.Tensor,
+    "first_nonfinite_step": torch.Tensor,
+    "lr": float,
+    "seconds": float,
+    "peak_memory_mib": float,
+}
 
-def save(folder: Path, parts: dict[str, Any], device: torch.device, **rest: Any) -> None:
-    """Write the folder's checkpoint: the states of ``parts``, of torch's RNGs, and ``rest``.
+
+def save(
+    folder: Path,
+    stateful: dict[str, Any],
+    device: torch.device,
+    *,
+    config: dict[str, Any],
+    progress: dict[str, Any],
+) -> None:
+    """Write the folder's checkpoint: all states of ``stateful``, torch's RNGs', and the rest.
 
     The one that was there becomes ``previous.pt``. See `training.files.write_whole` for what
     stays after a kill or on a full disk.
+
+    Raises:
+        OSError: it cannot be written.
     """
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state |= {"rng": torch.get_rng_state(), **rest}
-    if device.type == "cuda":
-        state["cuda_rng"] = torch.cuda.get_rng_state(device)
-    write_whole(folder / FILE, lambda file: _write(state, file), before=folder / BEFORE)
+    state: dict[str, Any] = {"format": FORMAT}
+    state |= {name: part.state_dict() for name, part in stateful.items()}
+    state |= {"rng": torch.get_rng_state(), "config": config, **progress}
+    if device.type != "cpu":
+        state["device_rng"] = get_rng_state(device)
+    write_whole(folder / LAST, lambda file: _write(state, file), before=folder / PREVIOUS)
 
 
 def _write(state: dict[str, Any], file: IO[bytes]) -> None:
     try:
         torch.save(state, file)
     except RuntimeError as error:
-        # torch hides what the file has raised, a full disk for example, behind its own error.
+        # torch hides what the file has raised, a full disk for example, in an error of its own.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
@@ -50,11 +73,11 @@ def find(resume: str | None, folder: Path) -> list[Path]:
     if resume is None:
         return []
     path = folder if resume == "auto" else Path(resume).expanduser()
-    files = [path] if path.is_file() else [path / FILE, path / BEFORE]
+    files = [path] if path.is_file() else [path / LAST, path / PREVIOUS]
     found = [file for file in files if file.is_file()]
     if not found and resume != "auto":
         raise FileNotFoundError(
-            f"resume={resume}: there is no checkpoint; resume=auto starts afresh"
+            f"resume={resume}: there is no checkpoint; resume=auto continues the run's own, if any"
         )
     return found
 
@@ -62,10 +85,9 @@ def find(resume: str | None, folder: Path) -> list[Path]:
 def begin(
     resume: str | None, folder: Path, config: dict[str, Any], overwrite: bool
 ) -> tuple[Path | None, dict[str, Any], list[Path]]:
-    """Where a run in ``folder`` begins: a checkpoint or None, its state, and what is in the way.
+    """Where a run in ``folder`` begins: a checkpoint or None, its state, and what it replaces.
 
-    What is in the way, of a run that is replaced or damaged, is to be removed in this order: a
-    kill meanwhile leaves what can be continued or replaced.
+    What it replaces, of another run or damaged, is to be removed in the order given.
 
     Raises:
         ValueError: see `load`; or ``folder`` holds a run that is neither resumed nor to be
@@ -74,13 +96,13 @@ def begin(
     """
     found = find(resume, folder)
     used, state = load(found, config) if found else (None, {})
-    results = [folder / "summary.json", folder / "metrics.csv"]
+    results = [folder / run_folder.SUMMARY, folder / run_folder.METRICS]
     if used is not None and used.parent.resolve() == folder.resolve():
         # Kept, a damaged one would push the good one out at the next save. The results may be
         # ahead of the good one.
         damaged = found[: found.index(used)]
         return used, state, [*results, *damaged] if damaged else []
-    there = [p for p in (*results, folder / BEFORE, folder / FILE) if p.exists()]
+    there = [p for p in (*results, folder / PREVIOUS, folder / LAST) if p.exists()]
     if there and not overwrite:
         raise ValueError(
             f"{folder} already holds a run; resume=auto continues it, overwrite=true replaces it"
@@ -89,28 +111,30 @@ def begin(
 
 
 def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The first of ``paths`` that can be read, and the state in it, on the CPU.
+    """The first of ``paths`` that is not damaged, and the state in it, on the CPU.
 
-    One that is damaged is reported, and the one behind it is used.
+    A damaged one is reported, and the one before it is used.
 
     Raises:
-        ValueError: none can be read, or the first that can is of a run with other settings; the
-            message names those that differ.
+        ValueError: all are damaged, or the first one that is not was written by another version
+            of the code, or by a run with other settings; the message names those that differ.
     """
-    for place, path in enumerate(paths):
+    for index, path in enumerate(paths):
         try:
             state = _read(path)
             break
         except Exception as error:
+            # torch goes on for a page after its first line.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if path == paths[-1]:
                 names = " and ".join(map(str, paths))
                 raise ValueError(
                     f"{names}: no checkpoint that can be read ({reason}); "
-                    "overwrite=true without resume starts afresh"
+                    "overwrite=true without resume starts from scratch"
                 ) from error
-            log.warning("%s is damaged (%s); going on from %s", path, reason, paths[place + 1])
-    here, there = result_settings(config), result_settings(state["config"])
+            log.warning("%s is damaged (%s); continuing from %s", path, reason, paths[index + 1])
+    _check(state, path)
+    here, there = _comparable(config), _comparable(state["config"])
     differing = [
         f"{key} ({there.get(key, 'absent')} there, {here.get(key, 'absent')} here)"
         for key in sorted(here.keys() | there.keys())
@@ -121,30 +145,67 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
     return path, state
 
 
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    # What `auto` stands for depends on the machine: `check_precision` compares that.
+    return {k: v for k, v in result_settings(config).items() if k != "precision"}
+
+
+def check_precision(state: dict[str, Any], precision: str, asked: str, folder: Path) -> None:
+    """Raise ValueError unless the run of ``state`` trains in ``precision``, as it did before.
+
+    ``precision`` is what the setting ``asked`` stands for on this machine.
+    """
+    before = state["stretches"][-1]["precision"] if state["stretches"] else precision
+    if before != precision:
+        short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[before]
+        raise ValueError(
+            f"precision={asked} is {precision} here, and the run was trained in {before} so far; "
+            f"precision={short} hydra.run.dir={quoted(folder)} continues it"
+        )
+
+
 def _read(path: Path) -> dict[str, Any]:
     # torch.load does not look at the checksums that torch.save writes.
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(f"wrong checksum of {damaged}")
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or "so_far" not in state:
-        raise ValueError("not written by this version of train.py")
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 
-def restore(state: dict[str, Any], parts: dict[str, Any], device: torch.device, path: Path) -> None:
-    """Put ``parts`` and torch's RNGs where the state from ``path`` left them.
+def _check(state: Any, path: Path) -> None:
+    """Raise UnreadableError unless the keys are there and of their types."""
+    try:
+        run_folder.check_format(state)
+        check_keys(state, _KEYS)
+        check_keys(state["epoch_state"], _EPOCH_KEYS, "epoch_state.")
+        for row in state["rows"]:
+            check_keys({"rows": row}, {"rows": dict})
+        run_folder.check_stretches(state["stretches"])
+    except UnreadableError as error:
+        raise _of_other_code(path, error) from None
+
+
+def _of_other_code(path: Path, error: Exception) -> ValueError:
+    return UnreadableError(f"{path} was written by other code than this: {one_line(error)}")
+
+
+def restore(
+    state: dict[str, Any], stateful: dict[str, Any], device: torch.device, path: Path
+) -> None:
+    """Put ``stateful`` and torch's RNGs where the state from ``path`` left them.
 
     Raises:
         ValueError: the state does not fit, being of another version of the code.
     """
     try:
-        for name, part in parts.items():
+        for name, part in stateful.items():
+            if name not in state:
+                raise KeyError(f"{name} is missing")
             part.load_state_dict(state[name])
-    except (KeyError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is of other code than this: {reason}") from error
-    torch.set_rng_state(state["rng"])
-    if device.type == "cuda" and "cuda_rng" in state:
-        torch.cuda.set_rng_state(state["cuda_rng"], device)
+        torch.set_rng_state(state["rng"])
+        if device.type != "cpu" and "device_rng" in state:
+            set_rng_state(state["device_rng"], device)
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise _of_other_code(path, error) from error

@@ -1,30 +1,37 @@
-"""User mistakes as one line on stderr, whether Hydra finds them or the run does."""
+"""train.py's command line: user mistakes as one line on stderr, whoever finds them.
+
+Hydra makes folders and writes multirun.yaml before a run begins. What it has made is noted, so that
+exactly that is removed again where no run has begun.
+"""
 
 import dataclasses
+import errno
+import importlib.metadata
 import io
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+import aaconv
+from training import console, run_folder
+from training.console import one_line
 from training.distributed import world
-from training.files import write_json
-from training.run_folder import FAILURE
+from training.settings import unknown_setting
 
 # Read before `run` sets the variable for its own purpose.
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
-
-# What Hydra itself leaves before a run begins, in its folder and in that of a sweep.
-HYDRAS_OWN = {".hydra", "train.log"}
-SWEEPS_OWN = {"multirun.yaml"}
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -33,47 +40,144 @@ def run(main: Callable[[], Any]) -> None:
     Ctrl-C ends it with one line too, and code 130. With HYDRA_FULL_ERROR=1 in the environment the
     traceback is shown instead.
     """
-    if FULL_ERROR:
-        main()
-        return
+    console.ready()
+    try:
+        world()
+    except ValueError as error:
+        console.stop("train.py", str(error))
     _check_options()
+    _Made.by_hydra = _Made()
+    run_folder.begun.clear()
     # Without this Hydra prints several lines itself; with it, it raises.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         main()
-    except (HydraException, OmegaConfBaseException) as error:
-        _stop(explain(error))
-    except OSError as error:  # Hydra has not been able to make the run's folder
-        _stop(f"{_one_line(error)}; set out_dir=... to a folder that can be written")
-    except ValueError as error:  # of Hydra's own, which names nothing
-        _stop(f"{_one_line(error)} (given: {' '.join(sys.argv[1:])})")
+        _Made.by_hydra = _Made()
     except KeyboardInterrupt:
-        if world().writes:
+        if world().is_main:
             _say("interrupted before training began")
         sys.exit(130)
+    except Exception as error:
+        line = None if FULL_ERROR else _explain_outside_of_a_run(error)
+        if line is None:
+            raise
+        _stop(line)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
+        _Made.by_hydra.remove()
+
+
+def _explain_outside_of_a_run(error: Exception) -> str | None:
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return explain(error)
+    if isinstance(error, OSError):  # Hydra was not able to make a folder
+        if error.errno == errno.ENAMETOOLONG:
+            return f"{one_line(error)}; give a shorter name= or out_dir="
+        return f"{one_line(error)}; set out_dir=... to a folder that can be written"
+    if isinstance(error, ValueError):  # of Hydra's own, which names nothing
+        return f"{one_line(error)} (given: {' '.join(sys.argv[1:])})"
+    return None
 
 
 def _check_options() -> None:
     """What Hydra's argparse says of options that do not exist, without its page of usage."""
     said = io.StringIO()
     try:
-        with redirect_stderr(said):
-            get_args_parser().parse_args()
-    except SystemExit:
+        with redirect_stderr(said), redirect_stdout(io.StringIO()):
+            arguments = get_args_parser().parse_args()
+    except SystemExit as stopped:
+        if not stopped.code:  # --version
+            print(f"train.py {aaconv.__version__}, {_version('hydra-core')}, {_version('torch')}")
+            sys.exit(0)
         fault = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
-        _stop(f"{fault}; settings are NAME=VALUE, and options such as -m stand before them")
+        _stop(f"{fault}; settings are NAME=VALUE, and options such as -m come before them")
+    for word in arguments.overrides:
+        key, _, _ = word.partition("=")
+        group, _, name = key.lstrip("+~").rpartition(".")
+        if name.startswith("_") and not key.lstrip("+~").startswith("hydra."):
+            _stop(f"{word}: {name} cannot be set; choose another option of the group {group}")
+
+
+def _version(package: str) -> str:
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def run_dir(cfg: DictConfig) -> Path:
+    """The folder of the run that Hydra has begun: below the comparison's, unless one was chosen.
+
+    Below it by the overrides that change the result, with a digest where they are too long, and
+    then by the seed. ``hydra.run.dir=`` and ``hydra.sweep.subdir=`` choose it themselves.
+    """
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    if hydra.mode == RunMode.MULTIRUN:
+        shared = hydra.sweep.subdir == "."
+    else:
+        shared = folder == Path(cfg.out_dir, cfg.name).absolute()
+    if not shared:
+        return folder
+    overrides = hydra.job.override_dirname
+    name = run_folder.folder_name([overrides]) if overrides else "default"
+    return folder / name / f"seed={cfg.seed}"
+
+
+class HydraFolders(Callback):
+    """Notes what Hydra is about to make; ``hydra.callbacks`` in configs/config.yaml names it."""
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Called before Hydra makes ``hydra.run.dir``."""
+        _Made.by_hydra.note(Path(config.hydra.run.dir))
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Called before Hydra makes ``hydra.sweep.dir`` and writes multirun.yaml there."""
+        folder = Path(config.hydra.sweep.dir)
+        _Made.by_hydra.note(folder, folder / "multirun.yaml")
+        # The runs of other launchers are begun by other processes, of which this one knows nothing.
+        _Made.by_hydra.elsewhere = "basic_launcher" not in config.hydra.launcher._target_
+
+
+class _Made:
+    """Folders that were not there, and a file as it was, before Hydra made them."""
+
+    by_hydra: "_Made"
+
+    def __init__(self) -> None:
+        self.elsewhere = False
+        self._folders: list[Path] = []
+        self._file: Path | None = None
+        self._before: bytes | None = None
+
+    def note(self, folder: Path, file: Path | None = None) -> None:
+        """Remember which of ``folder`` and those above it are absent, and what ``file`` holds."""
+        folder = folder.absolute()
+        self._folders = [f for f in (folder, *folder.parents) if not f.exists()]
+        self._file = file
+        with suppress(OSError):
+            self._before = file.read_bytes() if file is not None else None
+
+    def remove(self) -> None:
+        """If no run has begun, put everything back as it was."""
+        if self.elsewhere or run_folder.begun:
+            return
+        with suppress(OSError):
+            if self._file is not None and self._before is not None:
+                self._file.write_bytes(self._before)
+            elif self._file is not None:
+                self._file.unlink(missing_ok=True)
+        for folder in self._folders:
+            with suppress(OSError):  # not there, or others have put something into it
+                folder.rmdir()
+
+
+_Made.by_hydra = _Made()
 
 
 @contextmanager
-def one_line_errors(run_dir: Path, out_dir: Path) -> Iterator[None]:
+def one_line_errors() -> Iterator[None]:
     """Inside a run: what the user can mend ends it with one line and code 2.
 
-    These are ValueError, OSError, too little memory, a loss that is not finite, and Hydra's own
-    errors. A folder in which the run has not yet written anything is removed again, with those
-    above it that are then empty, up to ``out_dir``; a loss that is not finite is a result, and
-    leaves failed.json there.
+    These are ValueError, OSError, too little memory, a number that is not finite, and Hydra's own
+    errors.
     """
     try:
         yield
@@ -88,18 +192,14 @@ def one_line_errors(run_dir: Path, out_dir: Path) -> Iterator[None]:
     ) as error:
         if isinstance(error, RuntimeError) and not _lacks_memory(error):
             raise
-        if world().writes:
-            if isinstance(error, FloatingPointError):
-                write_json(run_dir / FAILURE, {"error": str(error)})
-            _remove_unused(run_dir, out_dir)
         if FULL_ERROR:
             raise
-        # Each process tells of another's death: the one that else speaks may be the dead one.
+        # Each process tells of another's death: the main one may be the dead one.
         _stop(explain(error), always=isinstance(error, ConnectionError))
 
 
 def _stop(line: str, always: bool = False) -> NoReturn:
-    if world().writes or always:
+    if world().is_main or always:
         _say(line)
     sys.exit(2)
 
@@ -121,42 +221,23 @@ def explain(error: BaseException) -> str:
         return explain(cause)
     if _lacks_memory(error):
         return (
-            f"not enough memory ({_one_line(error)}); a smaller batch_size, eval_batch_size, "
+            f"not enough memory ({_first_part(error)}); a smaller batch_size, eval_batch_size, "
             "model or data set, or a larger grad_accum, needs less"
         )
     if isinstance(error, OverrideParseException) and error.override not in str(error):
-        return f"{error.override}: {_one_line(error)}"
+        return f"{error.override}: {_first_part(error)}"
     settings = cause if isinstance(cause, OmegaConfBaseException) else error
     if isinstance(settings, ConfigKeyError | ConfigAttributeError) and dataclasses.is_dataclass(
         settings.object_type
     ):
         group, _, key = str(settings.full_key).rpartition(".")
-        known = [f.name for f in dataclasses.fields(settings.object_type) if f.name[0] != "_"]
-        where = f"{group} has" if group else "there are"
-        return f"{settings.full_key}: there is no setting {key}; {where} {', '.join(known)}"
+        return unknown_setting(f"{group}." if group else "", key, settings.object_type)
     if isinstance(settings, OmegaConfBaseException) and settings.full_key:
-        return f"{settings.full_key}: {_one_line(settings)}"
-    return _one_line(error)
+        return f"{settings.full_key}: {_first_part(settings)}"
+    return _first_part(error)
 
 
-def _one_line(error: BaseException) -> str:
-    # Behind these words Hydra and OmegaConf go on about their own insides.
+def _first_part(error: BaseException) -> str:
+    # After these words Hydra and OmegaConf tell of their own insides.
     text = str(error).partition("\n    full_key:")[0].partition("\nConfig search path:")[0]
-    return " ".join(text.split())
-
-
-def _remove_unused(run_dir: Path, out_dir: Path) -> None:
-    if not run_dir.is_dir():
-        return
-    run_dir, out_dir, here = run_dir.resolve(), out_dir.resolve(), Path.cwd()
-    for folder in (run_dir, *run_dir.parents):
-        own = HYDRAS_OWN if folder == run_dir else SWEEPS_OWN
-        left = list(folder.iterdir())
-        if {path.name for path in left} - own or (folder == out_dir and not left):
-            return
-        for path in left:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if folder == out_dir or folder in (here, *here.parents):
-            return
-        with suppress(OSError):  # it may be a mount, or in a folder that only its owner may change
-            folder.rmdir()
+    return " ".join(text.split()) or type(error).__name__

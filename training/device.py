@@ -1,7 +1,6 @@
 """Where a run computes and in which precision."""
 
 import os
-import resource
 import sys
 from pathlib import Path
 
@@ -10,13 +9,20 @@ from torch import nn
 
 from training.distributed import World
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str, world: World | None = None) -> torch.device:
-    """The device of that name; ``auto`` is the GPU if there is one, else the CPU.
+    """The device of that name; ``auto`` is the CUDA GPU if there is one, else the CPU.
 
-    Each of several processes on a machine, of which ``world`` tells, gets a GPU of its own.
+    Other accelerators that torch knows (``mps``, ``xpu``) are taken by their name; they have not
+    been tried. Each of several processes on a machine, of which ``world`` tells, gets a GPU of
+    its own.
 
     Raises:
         ValueError: torch knows no such device, or this machine has none or too few.
@@ -29,33 +35,64 @@ def choose_device(name: str, world: World | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device={name} is not a device; use auto, cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name} is not supported; use auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name}, but torch finds no GPU here; use device=cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name}, but there are {torch.cuda.device_count()} GPUs")
-    if world is not None and world.size > 1 and device.type == "cuda":
+    _check_device(name, device)
+    if world is not None and world.size > 1 and device.type != "cpu":
         if device.index != world.local_rank:
             raise ValueError(f"device={name} is one GPU for {world.size} processes; use cuda")
         torch.cuda.set_device(device)
     return device
 
 
+def _check_device(name: str, device: torch.device) -> None:
+    if device.type == "cpu":
+        return
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if device.type == "cuda" and (here is None or here.type != "cuda"):
+        raise ValueError(f"device={name}, but torch finds no GPU here; use device=cpu")
+    if here is None or here.type != device.type:
+        known = "auto or cpu" if here is None else f"auto, cpu or {here.type}"
+        raise ValueError(f"device={name} is not available here; use {known}")
+    if (device.index or 0) >= torch.accelerator.device_count():
+        raise ValueError(
+            f"device={name}, but the number of GPUs here is {torch.accelerator.device_count()}"
+        )
+
+
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast: ``auto`` is bf16 on a GPU that has it, else fp16, fp32 on the CPU.
+    """The dtype of autocast: ``auto`` is bf16 on a CUDA GPU that has it, else fp16.
+
+    On the CPU, and on accelerators that are not CUDA's, ``auto`` is fp32.
 
     Raises:
-        ValueError: bf16 on a GPU without it.
+        ValueError: bf16 on a GPU without it; bf16 or fp16 on another accelerator.
     """
-    if precision == "auto" and device.type == "cpu":
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        if precision == "auto":
+            return torch.bfloat16 if has_bf16 else torch.float16
+        if precision == "bf16" and not has_bf16:
+            raise ValueError("precision=bf16, but this GPU has no bf16; use precision=fp16")
+    elif precision == "auto":
         return torch.float32
-    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "auto":
-        return torch.bfloat16 if has_bf16 else torch.float16
-    if precision == "bf16" and not has_bf16:
-        raise ValueError("precision=bf16, but this GPU has no bf16; use precision=fp16")
+    elif device.type != "cpu" and precision != "fp32":
+        raise ValueError(f"precision={precision} is for CPU and CUDA; use fp32 on {device.type}")
     return _DTYPES[precision]
+
+
+def get_rng_state(device: torch.device) -> torch.Tensor:
+    """The state of the accelerator's own random generator, on the CPU."""
+    state = torch.get_device_module(device).get_rng_state(*_whose(device))
+    assert isinstance(state, torch.Tensor)
+    return state
+
+
+def set_rng_state(state: torch.Tensor, device: torch.device) -> None:
+    """Put the accelerator's random generator where `get_rng_state` found it."""
+    torch.get_device_module(device).set_rng_state(state, *_whose(device))
+
+
+def _whose(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # of which there is only one
 
 
 def set_deterministic(on: bool) -> None:
@@ -75,15 +112,18 @@ def set_deterministic(on: bool) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def place(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+def to_device(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
     """The model on ``device``, its weights in the chosen memory format."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     # torch's own annotations leave memory_format out.
     return model.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
-def peak_memory_mb(device: torch.device) -> float:
-    """Most memory used so far, in MiB: of the GPU's allocator, or of the whole process."""
+def peak_memory_mib(device: torch.device) -> float:
+    """Most memory used so far, in MiB: of the GPU's allocator, or of the whole process.
+
+    0 where the system does not tell.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -94,5 +134,7 @@ def peak_memory_mb(device: torch.device) -> float:
                 return int(line.split()[1]) / 2**10
     except OSError:
         pass
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB; bytes on macOS
     return peak / (2**20 if sys.platform == "darwin" else 2**10)

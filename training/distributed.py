@@ -1,6 +1,7 @@
-"""Several processes as torchrun starts them, one to a GPU: shares of the work, and sums over all.
+"""Several processes as torchrun starts them, one to a GPU: who is who, and sums over all.
 
-Without torchrun there is one process, and everything here leaves things as they are.
+The process of rank 0 is the main one: it writes files and prints. Without torchrun there is one
+process, and everything here leaves things as they are.
 """
 
 import datetime
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 T = TypeVar("T")
 
-# A process that does not come to a sum within this time is given up, and all end.
+# A process that does not reach a collective operation within this time is given up, and all end.
 PATIENCE = datetime.timedelta(seconds=50)
 
 
@@ -29,31 +30,65 @@ class World(NamedTuple):
     local_rank: int
 
     @property
-    def writes(self) -> bool:
-        """Whether this is the one process that writes files and speaks."""
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes files and prints."""
         return self.rank == 0
 
 
 def world() -> World:
-    """This process among those that torchrun has started, by its environment variables."""
+    """This process among those that torchrun has started, by its environment variables.
+
+    Raises:
+        ValueError: they are incomplete or are no ranks; or Slurm has started several processes,
+            which do not know each other, without torchrun.
+    """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if not all(name in os.environ for name in names):
-        return World(0, 1, 0)
-    return World(*(int(os.environ[name]) for name in names))
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    for name, text in given.items():
+        if not text.isdecimal():
+            raise ValueError(f"{name}={text} in the environment must be a number, as torchrun sets")
+    size = int(given.get("WORLD_SIZE", 1))
+    if len(given) == len(names):
+        rank, local_rank = int(given["RANK"]), int(given["LOCAL_RANK"])
+        if not local_rank <= rank < size:
+            raise ValueError(
+                f"RANK={rank}, LOCAL_RANK={local_rank} and WORLD_SIZE={size} in the environment "
+                "contradict each other; torchrun sets all three"
+            )
+        return World(rank, size, local_rank)
+    if size > 1:
+        missing = ", ".join(name for name in names if name not in given)
+        raise ValueError(
+            f"WORLD_SIZE={size} in the environment, but not {missing}; start several processes "
+            "with torchrun, which sets all of them"
+        )
+    _refuse_slurm_tasks()
+    return World(0, 1, 0)
+
+
+def _refuse_slurm_tasks() -> None:
+    # Of a job's step; the batch script itself is one process, whatever the job has asked for.
+    tasks, rank = (os.environ.get(n, "") for n in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
+    if (tasks.isdecimal() and int(tasks) > 1) or (rank.isdecimal() and int(rank) > 0):
+        of = f" of {tasks}" if tasks else ""
+        raise ValueError(
+            f"this is task {rank or 0}{of} of a Slurm step, which would be a run of its own; "
+            "use srun --ntasks-per-node=1 torchrun --nproc_per_node=N train.py ..."
+        )
 
 
 @contextmanager
-def joined() -> Iterator[World]:
-    """The processes know each other inside: they exchange by nccl on GPUs, by gloo on CPUs.
+def process_group() -> Iterator[World]:
+    """Within the ``with`` the processes communicate, by nccl on GPUs and by gloo on CPUs.
 
     Raises:
-        ConnectionError: another process has died, or did not come to an exchange in time.
+        ConnectionError: another process has died, or did not answer in time.
     """
     here = world()
     if here.size == 1:
         yield here
         return
-    if not here.writes:
+    if not here.is_main:
         logging.disable(logging.WARNING)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=PATIENCE)
@@ -63,8 +98,8 @@ def joined() -> Iterator[World]:
         # Gloo has no error of its own; its messages name its source file.
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise ConnectionError(
-                f"process {here.rank} of {here.size}: another one has died or does not answer "
-                f"({str(error).splitlines()[0]}); the same command with resume=auto goes on"
+                f"rank {here.rank} of {here.size}: another process has died or does not answer "
+                f"({str(error).splitlines()[0]}); run the same command with resume=auto to continue"
             ) from error
         raise
     # Not after an error: where another process is missing, nccl would wait for it.
@@ -72,10 +107,10 @@ def joined() -> Iterator[World]:
 
 
 @contextmanager
-def first_of_machine() -> Iterator[None]:
-    """Each machine's first process goes through the ``with`` before its others begin with it.
+def local_main_first() -> Iterator[None]:
+    """On each machine local rank 0 goes through the ``with`` before the other processes enter it.
 
-    What it does there, a download for example, may take longer than an exchange.
+    What it does there, a download for example, may take longer than a collective operation.
     """
     here = world()
     if not dist.is_initialized():
@@ -89,16 +124,16 @@ def first_of_machine() -> Iterator[None]:
         dist.barrier(group)
 
 
-def from_first(make: Callable[[], T]) -> T:
-    """What ``make`` gives in the first process, which alone calls it."""
+def broadcast_from_main(make: Callable[[], T]) -> T:
+    """What ``make`` returns in the main process, which alone calls it."""
     if not dist.is_initialized():
         return make()
-    value = [make() if world().writes else None]
+    value = [make() if world().is_main else None]
     dist.broadcast_object_list(value, 0, device=torch.device("cpu"))
     return cast(T, value[0])
 
 
-def total(value: Tensor) -> Tensor:
+def all_reduce_sum(value: Tensor) -> Tensor:
     """The sum over all processes."""
     if dist.is_initialized():
         value = value.clone()
@@ -106,38 +141,38 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
-def mean(value: Tensor) -> Tensor:
+def all_reduce_mean(value: Tensor) -> Tensor:
     """The mean over all processes."""
-    return total(value) / world().size if dist.is_initialized() else value
+    return all_reduce_sum(value) / world().size if dist.is_initialized() else value
 
 
-def agreed(flag: bool) -> bool:
-    """Whether it is true in any process; all must ask."""
+def any_rank(flag: bool) -> bool:
+    """Whether ``flag`` is true in any process; all must call this."""
     # On the CPU whatever the device: a GPU is not waited for.
-    return flag if not dist.is_initialized() else total(torch.tensor(int(flag))).item() > 0
+    return flag if not dist.is_initialized() else all_reduce_sum(torch.tensor(int(flag))).item() > 0
 
 
-def averaging(network: Any, device: torch.device) -> Any:
-    """``network`` such that gradients are the mean over the processes, and buffers the first's."""
+def wrap_ddp(model: nn.Module, device: torch.device) -> Any:
+    """``model`` with gradients averaged over the processes, and the main process's buffers."""
     if not dist.is_initialized():
-        return network
-    return DistributedDataParallel(network, [device.index] if device.type == "cuda" else None)
+        return model
+    return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
 
 
-def unaveraged(network: Any) -> AbstractContextManager[None]:
-    """Gradients inside stay with their process, to be averaged with the next ones outside."""
-    return network.no_sync() if dist.is_initialized() else nullcontext()
+def no_sync(wrapped_model: Any) -> AbstractContextManager[None]:
+    """Within the ``with`` gradients are added up in each process and averaged only after it."""
+    return wrapped_model.no_sync() if dist.is_initialized() else nullcontext()
 
 
-def same_buffers(model: nn.Module) -> None:
-    """Running statistics of all processes become those of the first, which its checkpoint has."""
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give all processes the main one's running statistics, which its checkpoint has."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
-def synchronise_normalisation(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` with batch normalisation over the batches of all processes, names unchanged."""
+def convert_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """``model`` with batch normalisation over the shards of all processes, names unchanged."""
     if not dist.is_initialized():
         return model
     if device.type == "cuda":
@@ -176,8 +211,8 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        return total(value)
+        return all_reduce_sum(value)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return total(grad)
+        return all_reduce_sum(grad)

@@ -4,14 +4,26 @@ import importlib.metadata
 import platform
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
 
+def place(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
+    """Where a stretch of a run is trained: commit, versions, hardware, precision, processes."""
+    return {
+        "commit": commit(),
+        "versions": versions(),
+        "hardware": hardware(device),
+        "precision": precision,
+        "processes": processes,
+    }
+
+
 def versions() -> dict[str, str]:
-    """Versions of Python and of what the numbers depend on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("torchvision", "hydra-core", "wandb"):
+    """Versions of Python and of the packages that a result may depend on."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("numpy", "torchvision", "triton", "hydra-core"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -20,7 +32,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The clone's commit, with ``-dirty`` behind it where tracked files differ; else "unknown"."""
+    """The clone's commit, followed by ``-dirty`` where tracked files differ; else "unknown"."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],

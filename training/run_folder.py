@@ -1,4 +1,4 @@
-"""The folder of a run: what its files are called, how they are read back, and what they must hold.
+"""The folder of a run: its files' names, who may write there, and reading back what they hold.
 
     metrics.csv      a row for each epoch
     summary.json     the last epoch's scores and where they come from; only of a finished run
@@ -6,19 +6,39 @@
     last.pt          the newest checkpoint, and previous.pt the one before
     train.log        what the run printed
     .hydra/          the settings, as Hydra writes them
+    .lock, .holder   while a process writes here: its claim, and who it is
+
+A process claims the folder before it writes anything there and holds it to its end; another one is
+refused. What a process has made, and nothing else, is removed again where it ends before it has
+anything to keep.
 
 Every reader checks the format's version and the keys it promises: what is damaged is named in one
 line, file and key, and nothing after that has to guess.
 """
 
 import csv
+import datetime
 import hashlib
 import json
+import logging
+import logging.handlers
 import math
+import os
+import platform
 import re
-from collections.abc import Iterable
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+import filelock
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from training import console
+from training.files import write_csv, write_json, write_text
 
 # Of everything in a run's folder. A change of names or meanings raises it.
 FORMAT = 2
@@ -28,7 +48,13 @@ SUMMARY = "summary.json"
 FAILURE = "failed.json"
 LAST = "last.pt"
 PREVIOUS = "previous.pt"
-CONFIG = Path(".hydra") / "config.yaml"
+LOG = "train.log"
+HYDRA = ".hydra"
+LOCK = ".lock"
+HOLDER = ".holder"
+
+# The folders in which this process has begun a run, that is, has written.
+begun: list[Path] = []
 
 _NUMBER = (int, float)
 _SUMMARY_KEYS: dict[str, Any] = {
@@ -47,7 +73,7 @@ _SUMMARY_KEYS: dict[str, Any] = {
     "stretches": list,
     "config": dict,
 }
-_STRETCH_KEYS: dict[str, Any] = {
+STRETCH_KEYS: dict[str, Any] = {
     "first_epoch": int,
     "commit": str,
     "versions": dict,
@@ -60,8 +86,212 @@ _TRAINING_COLUMNS = ("epoch", "train/loss", "train/lr", "perf/epoch_seconds")
 SCORES = ("loss", "top1", "top5")
 
 
+class HeldError(ValueError):
+    """Another process writes to the folder; the message is one line that says which."""
+
+
 class UnreadableError(ValueError):
     """A file of a run is damaged or of another format; the message is one line that says how."""
+
+
+# ---- Claiming and writing -----------------------------------------------------------------------
+
+
+class RunFolder:
+    """A run's folder that this process has claimed; see `claimed`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._made: list[Path] = []  # in the order in which they were made
+        self._kept = False
+        self._log: _LogFile | None = None
+        # What is logged before the run may write to its folder.
+        self._early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
+
+    def start(self, cfg: DictConfig, replaced: Iterable[Path] = ()) -> None:
+        """Begin to write: remove the files that are ``replaced``, keep settings and log.
+
+        Called when nothing is wrong with the settings any more. Of replaced files the first go
+        first: a kill meanwhile leaves what can be continued or replaced.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        begun.append(self.path)
+        for path in (*replaced, self.path / FAILURE):
+            path.unlink(missing_ok=True)
+        self._make_folder(self.path / HYDRA)
+        self._write_new(self.path / HYDRA / "config.yaml", OmegaConf.to_yaml(cfg))
+        if HydraConfig.initialized():
+            hydra = HydraConfig.get()
+            self._write_new(self.path / HYDRA / "hydra.yaml", OmegaConf.to_yaml({"hydra": hydra}))
+            words = OmegaConf.to_yaml(hydra.overrides.task)
+            self._write_new(self.path / HYDRA / "overrides.yaml", words)
+        if not (self.path / LOG).exists():
+            self._made.append(self.path / LOG)
+        self._log = _LogFile(self.path / LOG)
+        self._early.setTarget(self._log)
+        self._early.flush()
+        logging.getLogger().addHandler(self._log)
+        logging.getLogger().removeHandler(self._early)
+
+    def keep(self) -> None:
+        """From now on what was written is worth keeping, however the process ends."""
+        self._kept = True
+
+    def write_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Write metrics.csv, a row for each epoch."""
+        write_csv(self.path / METRICS, rows)
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        """Write summary.json, which makes the run a finished one."""
+        write_json(self.path / SUMMARY, {"format": FORMAT, **summary})
+
+    def write_failure(self, error: FloatingPointError) -> None:
+        """Write failed.json: why the run has no result."""
+        write_json(self.path / FAILURE, {"format": FORMAT, "error": str(error)})
+        self.keep()
+
+    def _make_folder(self, path: Path) -> None:
+        missing = []
+        while not path.is_dir():
+            missing.append(path)
+            path = path.parent
+        for folder in reversed(missing):
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                if not folder.is_dir():
+                    raise
+            else:
+                self._made.append(folder)
+
+    def _write_new(self, path: Path, text: str) -> None:
+        if not path.exists():
+            self._made.append(path)
+        write_text(path, text)
+
+    def _acquire(self) -> filelock.BaseFileLock:
+        while True:
+            self._make_folder(self.path)
+            # A second, because `holder` takes the lock for a moment, too.
+            lock = filelock.FileLock(self.path / LOCK, timeout=1)
+            try:
+                lock.acquire()
+            except filelock.Timeout:
+                raise HeldError(
+                    f"{self.path} is in use by {holder(self.path) or 'another process'}; wait for "
+                    "it, stop it, or give another name=, out_dir= or hydra.run.dir="
+                ) from None
+            # The one that held it before may have removed the file between the two steps above.
+            if (self.path / LOCK).exists():
+                break
+            lock.release(force=True)
+        write_text(self.path / HOLDER, json.dumps(_this_process()))
+        return lock
+
+    def _close(self, lock: filelock.BaseFileLock | None) -> None:
+        """End the claim; first remove what was made, where it is not worth keeping."""
+        root = logging.getLogger()
+        root.removeHandler(self._early)
+        if self._log is not None:
+            root.removeHandler(self._log)
+            self._log.close()
+        made = [] if self._kept else self._made[::-1]
+        for path in made:
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+        if lock is not None:
+            for name in (HOLDER, LOCK):
+                with suppress(OSError):  # Windows removes no file that is open
+                    (self.path / name).unlink()
+            lock.release(force=True)
+        for path in made:
+            if path.is_dir():
+                with suppress(OSError):  # others may have put something there meanwhile
+                    path.rmdir()
+
+
+@contextmanager
+def claimed(path: Path) -> Iterator[RunFolder]:
+    """Hold the folder ``path``, made if need be, until the ``with`` ends, in whatever way.
+
+    A run that ends before `RunFolder.keep` leaves nothing of what it has made.
+
+    Raises:
+        HeldError: another process holds it.
+        OSError: it cannot be made or written.
+    """
+    folder = RunFolder(path)
+    lock = None
+    try:
+        lock = folder._acquire()
+        logging.getLogger().addHandler(folder._early)
+        yield folder
+    except FloatingPointError as error:
+        folder.write_failure(error)
+        raise
+    finally:
+        folder._close(lock)
+
+
+def holder(path: Path) -> str | None:
+    """Which process holds the folder, in words; None if none does."""
+    if not (path / LOCK).exists():
+        return None
+    lock = filelock.FileLock(path / LOCK, timeout=0)
+    try:
+        with lock:
+            return None
+    except filelock.Timeout:
+        pass
+    try:
+        process = json.loads((path / HOLDER).read_text(encoding="utf-8"))
+        return (
+            f"process {process['pid']} on {process['host']}, started {process['started']} "
+            f"({process['command']})"
+        )
+    except (OSError, ValueError, TypeError, KeyError):  # it is about to write it
+        return "another process"
+
+
+def _this_process() -> dict[str, Any]:
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {
+        "pid": os.getpid(),
+        "host": platform.node(),
+        "started": datetime.datetime.now().astimezone().isoformat(" ", "seconds"),
+        "command": command if len(command) <= 200 else f"{command[:197]}...",
+    }
+
+
+class _LogFile(logging.FileHandler):
+    """A log that says once, in one line, that it cannot be written, and is silent after that."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="surrogateescape")
+        self.setFormatter(logging.Formatter("[%(asctime)s][%(levelname)s] %(message)s"))
+        self._failed = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._failed:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        self._failed = True
+        error = sys.exc_info()[1]
+        assert error is not None
+        console.write_stderr(
+            f"{self.baseFilename} cannot be written ({console.one_line(error)}); training "
+            "continues without it\n"
+        )
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is left in its buffer may not fit on the disk
+            super().close()
+
+
+# ---- Reading ------------------------------------------------------------------------------------
 
 
 def is_run(names: Iterable[str]) -> bool:
@@ -78,14 +308,13 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     path = folder / SUMMARY
     summary = _read_json(path)
-    _check_keys(summary, _SUMMARY_KEYS, path)
-    _check_keys(summary["config"], _CONFIG_KEYS, path, "config.")
-    _check_keys(summary, {f"{summary['evaluated_on']}/{s}": _NUMBER for s in SCORES}, path)
-    if not summary["stretches"]:
-        raise UnreadableError(f"{path}: stretches is empty")
-    for stretch in summary["stretches"]:
-        _check_type(stretch, dict, path, "stretches")
-        _check_keys(stretch, _STRETCH_KEYS, path, "stretches.")
+    with _naming(path):
+        check_keys(summary, _SUMMARY_KEYS)
+        check_keys(summary["config"], _CONFIG_KEYS, "config.")
+        check_keys(summary, {f"{summary['evaluated_on']}/{s}": _NUMBER for s in SCORES})
+        check_stretches(summary["stretches"])
+        if not summary["stretches"]:
+            raise UnreadableError("stretches is empty")
     return summary
 
 
@@ -102,7 +331,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
             reader = csv.DictReader(file)
             header, texts = reader.fieldnames or [], list(reader)
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UnreadableError(f"{path} is damaged: {_reason(error)}") from None
+        raise UnreadableError(f"{path} is damaged: {console.one_line(error)}") from None
     for column in _TRAINING_COLUMNS:
         if column not in header:
             raise UnreadableError(f"{path} has no column {column}: it is of another format")
@@ -133,14 +362,15 @@ def read_failure(folder: Path) -> str | None:
         failure = _read_json(path)
     except FileNotFoundError:
         return None
-    _check_keys(failure, {"error": str}, path)
+    with _naming(path):
+        check_keys(failure, {"error": str})
     return str(failure["error"])
 
 
 def planned_epochs(folder: Path) -> int | None:
     """How many epochs the run is meant to have, by its settings; None where they do not tell."""
     try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
+        text = (folder / HYDRA / "config.yaml").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None
     found = re.search(r"^epochs: (\d+)$", text, flags=re.MULTILINE)
@@ -164,35 +394,56 @@ def first_nonfinite(values: dict[str, Any]) -> str | None:
     return None
 
 
+# ---- Checks -------------------------------------------------------------------------------------
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UnreadableError(f"{path} is damaged: {_reason(error)}") from None
-    _check_type(value, dict, path, "the whole")
-    if value.get("format") != FORMAT:
-        raise UnreadableError(
-            f"{path} has format {value.get('format', 1)}; this version reads format {FORMAT}"
-        )
+        raise UnreadableError(f"{path} is damaged: {console.one_line(error)}") from None
+    with _naming(path):
+        check_format(value)
     return value
 
 
-def _check_keys(value: dict[str, Any], kinds: dict[str, Any], path: Path, where: str = "") -> None:
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except UnreadableError as error:
+        raise UnreadableError(f"{path}: {error}") from None
+
+
+def check_format(value: Any) -> None:
+    """Raise UnreadableError unless ``value`` is a dict of this version's format."""
+    if not isinstance(value, dict):
+        raise UnreadableError(f"it holds {_shortened(value)} instead of named values")
+    if value.get("format") != FORMAT:
+        raise UnreadableError(
+            f"it has format {value.get('format', 1)}, and this version reads format {FORMAT}"
+        )
+
+
+def check_stretches(stretches: list[Any]) -> None:
+    """Raise UnreadableError unless all of a run's stretches have their keys."""
+    for stretch in stretches:
+        check_keys({"stretches": stretch}, {"stretches": dict})
+        check_keys(stretch, STRETCH_KEYS, "stretches.")
+
+
+def check_keys(value: dict[str, Any], kinds: dict[str, Any], where: str = "") -> None:
+    """Raise UnreadableError, which names the key, unless ``value`` has keys of these types.
+
+    ``kinds`` are as for isinstance; a bool is no number. ``where`` is put before each name.
+    """
     for key, kind in kinds.items():
         if key not in value:
-            raise UnreadableError(f"{path}: {where}{key} is missing")
-        _check_type(value[key], kind, path, f"{where}{key}")
-
-
-def _check_type(value: Any, kind: Any, path: Path, key: str) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UnreadableError(f"{path}: {key} is {_shortened(value)}, which it cannot be")
+            raise UnreadableError(f"{where}{key} is missing")
+        if not isinstance(value[key], kind) or isinstance(value[key], bool):
+            raise UnreadableError(f"{where}{key} cannot be {_shortened(value[key])}")
 
 
 def _shortened(value: Any) -> str:
     text = " ".join(repr(value).split())
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

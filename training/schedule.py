@@ -1,4 +1,4 @@
-"""Learning rate over the steps of a run; the optimiser's own rate is the highest."""
+"""Learning rate over the steps of a run; the optimiser's own rate is the highest of them."""
 
 import math
 
@@ -31,8 +31,9 @@ def one_cycle(
 ) -> LRScheduler:
     """Up from ``start`` times the rate over the fraction ``warmup``, then down to ``end`` times it.
 
-    Both are half a cosine (Smith and Topin, 2018). Unlike torch's OneCycleLR it leaves the
-    momentum alone and works for any number of steps.
+    Both are half a cosine (Smith and Topin, 2018). The momentum stays as it is. Unlike
+    torch's OneCycleLR it works for any number of steps, and its ends are fractions of the highest
+    rate.
 
     Raises:
         ValueError: a fraction is out of range.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training.distributed import total
+from training.distributed import all_reduce_sum
 
 
 def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
@@ -24,10 +24,10 @@ def evaluate(
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: torch.autocast,
 ) -> tuple[dict[str, float], list[float | None]]:
-    """Mean cross-entropy (nats) and top-1 and top-5 accuracy (per cent) over all images.
+    """``loss`` (mean cross-entropy, nats), ``top1`` and ``top5`` (accuracy, %) over all images.
 
-    Beside them the top-1 accuracy of each class, None for a class without images. Where there are
-    several processes, all call this, each with its part of the images.
+    Returned with them: the top-1 accuracy of each class, None for a class without images. Where
+    there are several processes, all call this, each with its shard of the images.
     """
     if isinstance(model, nn.Module):
         model.eval()
@@ -38,6 +38,8 @@ def evaluate(
         with autocast:
             logits = model(images)
         logits = logits.float()
+        if logits.device.type == "mps":  # it has no float64
+            logits, labels = logits.cpu(), labels.cpu()
         losses.append(F.cross_entropy(logits, labels, reduction="sum").double())
         in_top5.append(correct_in_top(logits, labels, 5))
         right = (logits.argmax(dim=1) == labels).double()
@@ -45,12 +47,12 @@ def evaluate(
         counts = right.new_zeros(2, logits.shape[1])
         by_class.append(counts.index_add_(1, labels, torch.stack((right, torch.ones_like(right)))))
     assert by_class
-    right_in, images_of = total(torch.stack(by_class).sum(0)).tolist()
+    right_in, images_of = all_reduce_sum(torch.stack(by_class).sum(0)).tolist()
     images_seen = sum(images_of)
     scores = {
-        "eval_loss": total(torch.stack(losses).sum()).item() / images_seen,
+        "loss": all_reduce_sum(torch.stack(losses).sum()).item() / images_seen,
         "top1": 100 * sum(right_in) / images_seen,
-        "top5": 100 * total(torch.stack(in_top5).sum()).item() / images_seen,
+        "top5": 100 * all_reduce_sum(torch.stack(in_top5).sum()).item() / images_seen,
     }
     classes = zip(right_in, images_of, strict=True)
     return scores, [100 * right / seen if seen else None for right, seen in classes]

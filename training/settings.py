@@ -32,7 +32,7 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
-def check(cfg: DictConfig, processes: int = 1) -> None:
+def check(cfg: DictConfig, world_size: int = 1) -> None:
     """Raise ValueError for what no run can have, before anything is read or built.
 
     What only the data can tell, such as a batch larger than the set, is found when they are read.
@@ -43,10 +43,10 @@ def check(cfg: DictConfig, processes: int = 1) -> None:
         if value is not None and not 1 <= value <= most:
             bound = f"at least 1 and at most {most}" if value > most else "at least 1"
             raise ValueError(f"{name}={value} must be {bound}")
-    if cfg.batch_size % (cfg.grad_accum * processes):
+    if cfg.batch_size % (cfg.grad_accum * world_size):
         parts = f"grad_accum={cfg.grad_accum}"
-        if processes > 1:
-            parts += f" times {processes} processes"
+        if world_size > 1:
+            parts += f" times {world_size} processes"
         raise ValueError(f"batch_size={cfg.batch_size} must be divisible by {parts}")
     if not 0 <= cfg.seed < 2**32:
         raise ValueError(f"seed={cfg.seed} must be at least 0 and less than 2^32")
@@ -68,23 +68,32 @@ def check(cfg: DictConfig, processes: int = 1) -> None:
 
 
 def _check_keys(node: DictConfig, where: str = "") -> None:
-    # Hydra lets `+key=value` through, which nothing would read, and `~key`.
+    # Hydra lets `+key=value` through, which nothing would read, and `~key`; `_target_` is a class
+    # and belongs to the option of a group.
     kind = OmegaConf.get_type(node)
     if dataclasses.is_dataclass(kind):
-        known = [f.name for f in dataclasses.fields(kind)]
+        known = {f.name: f for f in dataclasses.fields(kind)}
         for key in map(str, node):
             if key not in known:
-                raise ValueError(
-                    f"{where}{key}: there is no setting {key}; "
-                    f"{where.rstrip('.') + ' has' if where else 'there are'} "
-                    f"{', '.join(name for name in known if name[0] != '_')}"
-                )
-        for name in known:
+                raise ValueError(unknown_setting(where, key, kind))
+        for name, field in known.items():
             if name not in node:
                 raise ValueError(f"{where}{name} has been taken away; leave out ~{where}{name}")
+            if name[0] == "_" and node[name] != field.default:
+                raise ValueError(
+                    f"{where}{name}={node[name]} cannot be set; choose another option of the group "
+                    f"{where.rstrip('.')}"
+                )
     for inner, value in node.items():
         if isinstance(value, DictConfig):
             _check_keys(value, f"{where}{inner!s}.")
+
+
+def unknown_setting(where: str, key: str, kind: Any) -> str:
+    """One line on a key that the config type ``kind``, found at ``where``, does not have."""
+    known = [f.name for f in dataclasses.fields(kind) if f.name[0] != "_"]
+    there = f"{where.rstrip('.')} has" if where else "there are"
+    return f"{where}{key}: unknown setting {key}; {there} {', '.join(known) or 'no settings'}"
 
 
 def _check_project(project: str, mode: str) -> None:

@@ -6,19 +6,25 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
+from training import console
+
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
-# Seconds within which torchrun passes a signal on that all processes of a terminal have had.
+# Seconds within which torchrun passes on a signal that all processes of a terminal have had.
 ECHO = 2.0
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Windows has no SIGUSR1.
+SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)
+)
 
 
 def _process_age() -> float:
@@ -38,9 +44,10 @@ class Stop:
     """Asked after each step whether a run should stop, and why.
 
     Within the ``with``, SIGTERM, SIGINT and SIGUSR1 are remembered instead of ending the process;
-    a SIGINT behind another of them ends it at once, with code 130. ``max_minutes`` counts from
-    the process's beginning. One of several processes, which torchrun has ``launched``, gets the
-    terminal's SIGINT twice, from there and from torchrun: an echo ends nothing.
+    a SIGINT after another of them ends it at once, with code 130. Signals that were ignored stay
+    ignored, and outside of the main thread, where Python allows no handlers, all are left alone.
+    ``max_minutes`` counts from the process's beginning. A process that torchrun has ``launched``
+    gets the terminal's SIGINT twice, from there and from torchrun: an echo ends nothing.
     """
 
     def __init__(self, max_minutes: float | None, launched: bool = False) -> None:
@@ -51,7 +58,9 @@ class Stop:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+        if threading.current_thread() is threading.main_thread():
+            heeded = [n for n in SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+            self._before = {number: signal.signal(number, self._remember) for number in heeded}
         return self
 
     def __exit__(self, error: object, *_: object) -> None:
@@ -71,8 +80,9 @@ class Stop:
         if self._launched:
             self._echo_until = now + ECHO
         # Not by print or a logger: the signal may have come in the middle of one.
-        name = signal.Signals(number).name
-        os.write(2, f"{name}: saving behind this step; SIGINT leaves at once\n".encode())
+        console.write_stderr(
+            f"{self.signal.name}: saving after this step; press Ctrl-C again to exit at once\n"
+        )
 
     def why(self) -> str | None:
         """What asks for a stop: a signal's name, the end of the time, or None."""
@@ -99,7 +109,7 @@ class Stop:
         is 128 and the signal's number, as shells have it, or 0 at the end of the time. SIGUSR1
         has Slurm queue the job again.
         """
-        if self.signal is signal.SIGUSR1:
+        if self.signal is not None and self.signal.name == "SIGUSR1":
             _requeue()
         if self.signal is not None:
             sys.exit(128 + self.signal)
@@ -110,7 +120,7 @@ class Stop:
 def _requeue() -> None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
-        log.warning("SIGUSR1 asks for the job to be queued again, but this is no job of Slurm")
+        log.warning("SIGUSR1 asks for the job to be queued again, but this is not a Slurm job")
         return
     try:
         subprocess.run(
@@ -118,4 +128,4 @@ def _requeue() -> None:
         )
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
-        log.warning("job %s is not queued again (%s); `scontrol requeue %s`", job, said, job)
+        log.warning("job %s was not queued again (%s); run `scontrol requeue %s`", job, said, job)

@@ -152,11 +152,7 @@ def _resolve(mode: str) -> str:
         return mode
     if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
         return os.environ["WANDB_MODE"]
-    try:
-        # Not verified here: that would wait for the network. `_start` finds out with a limit.
-        return "online" if wandb.login(prompt=False, verify=False) else "offline"
-    except Exception:
-        return "offline"
+    return "online" if _has_credentials() else "offline"
 
 
 def _start(mode: str, **arguments: Any) -> Any | None:
@@ -187,7 +183,7 @@ def _start(mode: str, **arguments: Any) -> Any | None:
 
 def _init(mode: Any, **arguments: Any) -> Any:
     Path(arguments["dir"], "wandb").mkdir(parents=True, exist_ok=True)
-    # create_new: or a run behind one that could not be closed would be taken for that one.
+    # create_new: or a run after one that could not be closed would be taken for that one.
     settings = wandb.Settings(console="off", init_timeout=INIT_TIMEOUT, reinit="create_new")
     return within(
         INIT_TIMEOUT + _MARGIN, lambda: wandb.init(mode=mode, settings=settings, **arguments)
@@ -195,7 +191,8 @@ def _init(mode: Any, **arguments: Any) -> Any:
 
 
 def _has_credentials() -> bool:
-    # wandb.init without credentials raises, or on a terminal prompts and waits for ever.
+    # wandb.init without credentials raises, or on a terminal prompts and waits for ever. They are
+    # not verified here: that would wait for the network, and `_start` finds out with a limit.
     try:
         return bool(wandb.login(prompt=False, verify=False))
     except Exception:

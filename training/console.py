@@ -1,0 +1,85 @@
+"""A command's standard streams and Ctrl-C, made safe before anything heavy is imported.
+
+Needs the standard library alone: importing torch takes seconds, in which a user may press Ctrl-C.
+"""
+
+import io
+import os
+import signal
+import sys
+from contextlib import suppress
+from types import FrameType
+from typing import NoReturn
+
+
+class _Unbroken(io.FileIO):
+    """A stream whose reader may be gone or whose disk may be full: what fails is dropped."""
+
+    def write(self, data: object) -> int:
+        try:
+            return super().write(data)  # type: ignore[arg-type]
+        except OSError:
+            return len(data)  # type: ignore[arg-type]
+
+
+def prepare(program: str) -> None:
+    """Open what is closed of the standard streams, make them UTF-8, and handle Ctrl-C.
+
+    A run must not end, nor lose anything, because nobody reads what it prints. Until `ready` is
+    called Ctrl-C ends the process at once with one line and code 130.
+    """
+    _open_closed_streams()
+    if os.name == "nt":
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    else:
+        sys.stdout = sys.__stdout__ = _text_stream(1)  # type: ignore[misc]
+        sys.stderr = sys.__stderr__ = _text_stream(2)  # type: ignore[misc]
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        write_stderr(f"{program}: interrupted while starting\n")
+        os._exit(130)
+
+    # Where it is ignored, as in the background of a script, it stays ignored.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
+
+
+def ready() -> None:
+    """Give Ctrl-C back to Python, which raises KeyboardInterrupt."""
+    if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == __name__:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def write_stderr(text: str) -> None:
+    """Write to the process's stderr, past Python's streams: fit for a signal handler."""
+    with suppress(OSError):
+        os.write(2, text.encode())
+
+
+def stop(program: str, line: str, code: int = 2) -> NoReturn:
+    """End the process with one line on stderr."""
+    print(f"{program}: {line}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def one_line(error: BaseException) -> str:
+    """What the error says, without line breaks; its type's name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _open_closed_streams() -> None:
+    # Otherwise the next file that is opened, a checkpoint for example, would be taken for stderr.
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+
+
+def _text_stream(number: int) -> io.TextIOWrapper:
+    raw = _Unbroken(number, "w", closefd=False)
+    # Names of files may hold bytes that are no UTF-8: they are printed as they are.
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw), encoding="utf-8", errors="surrogateescape", line_buffering=True
+    )

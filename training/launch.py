@@ -1,0 +1,57 @@
+"""Starting train.py in a process of its own, and ending it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+
+# How long a run may take to save and end after it was interrupted.
+PATIENCE_S = 60.0
+
+
+def quoted(value: object) -> str:
+    """For Hydra, which would read the "=" or "," of a folder's name as its own."""
+    # In Hydra's grammar a backslash is itself, except before a quote.
+    text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), str(value))
+    return f"'{text}'"
+
+
+def start(
+    overrides: Iterable[str],
+    run_dir: Path,
+    out_dir: Path,
+    *,
+    processes: int = 1,
+    train: Path = TRAIN,
+    **options: Any,
+) -> subprocess.Popen[bytes]:
+    """train.py with these settings, in the folder ``run_dir``; ``options`` are Popen's.
+
+    With several ``processes`` torchrun starts them. A terminal's Ctrl-C does not reach the run:
+    who has started it passes it on, see `interrupt`.
+    """
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    where = [f"out_dir={quoted(out_dir.absolute())}", f"hydra.run.dir={quoted(run_dir.absolute())}"]
+    return subprocess.Popen(
+        [*command, str(train), *overrides, *where],
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        **options,
+    )
+
+
+def interrupt(run: subprocess.Popen[bytes]) -> None:
+    """Ask a run to save and end, as Ctrl-C does; one that does not is killed."""
+    run.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+    try:
+        run.wait(PATIENCE_S)
+    finally:
+        run.kill()

@@ -1,0 +1,125 @@
+"""How far a run has come: its finished epochs, the one in progress, and where they were trained."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EpochState:
+    """What the epoch in progress has come to; checkpoints inside it keep the same.
+
+    Attributes:
+        step: steps taken.
+        loss_sum: sum of their losses.
+        first_nonfinite_step: the first step whose loss was not finite, or the number of steps.
+            On the device, like the sum: reading it at every step would make a GPU wait.
+        lr: learning rate of the last step.
+        seconds: time spent training.
+        peak_memory_mib: most memory used.
+    """
+
+    step: int
+    loss_sum: Tensor
+    first_nonfinite_step: Tensor
+    lr: float = 0.0
+    seconds: float = 0.0
+    peak_memory_mib: float = 0.0
+
+    @classmethod
+    def begin(cls, steps: int) -> "EpochState":
+        """Before the first of ``steps`` steps."""
+        return cls(0, torch.zeros(()), torch.tensor(steps))
+
+    def to(self, device: torch.device) -> "EpochState":
+        """The same with its tensors on ``device``."""
+        return replace(
+            self,
+            loss_sum=self.loss_sum.to(device),
+            first_nonfinite_step=self.first_nonfinite_step.to(device),
+        )
+
+    def after_step(self, loss: Tensor, lr: float) -> "EpochState":
+        """One step later, its loss being ``loss``."""
+        first = self.first_nonfinite_step
+        first = torch.where(loss.isfinite(), first, first.clamp(max=self.step))
+        return replace(
+            self,
+            step=self.step + 1,
+            loss_sum=self.loss_sum + loss,
+            first_nonfinite_step=first,
+            lr=lr,
+        )
+
+    def raise_if_nonfinite(self, epoch: int, steps: int) -> None:
+        """Raise FloatingPointError, naming epoch and step, if a loss was not finite.
+
+        Epoch and step are counted from 0 here and from 1 in the message.
+        """
+        step = int(self.first_nonfinite_step)
+        if step < steps:
+            raise FloatingPointError(
+                f"the loss is not finite in epoch {epoch + 1}, step {step + 1} of {steps}; "
+                "a lower optim.lr or grad_clip may help"
+            )
+
+
+@dataclass
+class Progress:
+    """All that a run has done so far; a checkpoint keeps it beside the weights.
+
+    Attributes:
+        epoch_state: of the epoch in progress.
+        rows: the metrics of each finished epoch.
+        per_class_top1: top-1 accuracy of each class after the last of them, in per cent.
+        stretches: where the epochs were trained: a run that is continued elsewhere has several.
+        wandb_id: of the run on the dashboard.
+    """
+
+    epoch_state: EpochState
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    per_class_top1: list[float | None] | None = None
+    stretches: list[dict[str, Any]] = field(default_factory=list)
+    wandb_id: str | None = None
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Progress":
+        """What `state_dict` has kept."""
+        kept = {name: state[name] for name in KEYS}
+        return cls(**kept | {"epoch_state": EpochState(**kept["epoch_state"])})
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {
+            "epoch_state": vars(self.epoch_state).copy(),
+            "rows": self.rows,
+            "per_class_top1": self.per_class_top1,
+            "stretches": self.stretches,
+            "wandb_id": self.wandb_id,
+        }
+
+    def continue_on(self, place: dict[str, Any]) -> None:
+        """Note commit, versions, hardware, precision and processes of what is trained next."""
+        if self.stretches and self.stretches[-1] == self.stretches[-1] | place:
+            return
+        self.stretches = [*self.stretches, {"first_epoch": len(self.rows) + 1, **place}]
+
+    def finish_epoch(
+        self, row: dict[str, Any], per_class_top1: list[float | None], steps: int
+    ) -> None:
+        """Add a finished epoch's metrics; the next one is before its first step."""
+        self.rows = [*self.rows, row]
+        self.per_class_top1 = per_class_top1
+        self.epoch_state = EpochState.begin(steps)
+
+
+KEYS = ("epoch_state", "rows", "per_class_top1", "stretches", "wandb_id")
+KINDS: dict[str, Any] = {
+    "epoch_state": dict,
+    "rows": list,
+    "per_class_top1": (list, type(None)),
+    "stretches": list,
+    "wandb_id": (str, type(None)),
+}
