@@ -228,8 +228,8 @@ def build(
         dataset.mean,
         dataset.std,
         cfg.seed,
-        part=(world.rank, world.size),
-        pieces=cfg.grad_accum,
+        shard=(world.rank, world.size),
+        micro_batches=cfg.grad_accum,
     )
     optimizer = instantiate(cfg.optim, _convert_="all")(model.parameters())
     average = None
@@ -394,7 +394,7 @@ def score(
     # Called as in training, it would ask the other processes for theirs at each batch.
     network = parts.network if parts.world.size == 1 else parts.model
     dataset = parts.dataset
-    images = dataset.evaluation.part(parts.world.rank, parts.world.size)
+    images = dataset.evaluation.shard(parts.world.rank, parts.world.size)
     return evaluate(
         network if parts.average is None else parts.average,
         stop.until_signalled(
