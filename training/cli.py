@@ -17,6 +17,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from training.distributed import world
 from training.files import write_json
+from training.hydra_compat import lazy_help_allowed
 from training.run_folder import FAILURE
 
 # Read before `run` sets the variable for its own purpose.
@@ -27,6 +28,7 @@ HYDRAS_OWN = {".hydra", "train.log"}
 SWEEPS_OWN = {"multirun.yaml"}
 
 
+@lazy_help_allowed()
 def run(main: Callable[[], Any]) -> None:
     """Call a Hydra main function; a mistake in the command line ends it with one line, code 2.
 
