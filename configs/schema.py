@@ -1,7 +1,12 @@
-"""Types of all settings. A key or a type that is not here stops `train.py` at its start.
+"""Every setting of train.py: its type, and a comment with its meaning, unit and range.
 
-The comments say what a setting means; its value stands in the YAML file beside, so that there
-is one place to read it and one to change it.
+train.py refuses an unknown setting or a value of another type before it reads any data. Default
+values are not here but in the YAML files next to this one: config.yaml, and a file for each option
+of a group. docs/settings.md shows both together; after a change here or there,
+``python scripts/settings.py`` writes it again.
+
+``_target_`` names what Hydra builds from an option of a group; it is part of the option, not a
+setting. ``_partial_`` leaves the rest of the arguments to train.py.
 """
 
 import textwrap
@@ -13,8 +18,9 @@ from typing import Any, Optional, Union
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 
-# They name, place, speed up or report a run, and change nothing of its result: Hydra names no
-# folder by them, a checkpoint may be continued with others, and compare.py hands them to every run.
+# These name, locate, speed up or report a run and change nothing in its result: Hydra names no
+# folder after them, a checkpoint can be continued with other values, and compare.py passes them on
+# to every run.
 NO_EFFECT_ON_RESULT = (
     "name",
     "out_dir",
@@ -44,7 +50,7 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
-class Shortcut(Enum):
+class ShortcutKind(Enum):
     projection = "projection"
     pad = "pad"
     subsample = "subsample"
@@ -58,155 +64,266 @@ class WandbMode(Enum):
 
 
 @dataclass
-class Augment:
-    """The attention that a network takes with attention=aa unless told otherwise."""
+class AttentionDefaultsConfig:
+    """The attention that suits a network: what ``attention=aa`` takes unless told otherwise."""
 
+    # Default of attention.dk for this network.
     dk: Union[int, float] = MISSING
+    # Default of attention.dv for this network.
     dv: Union[int, float] = MISSING
+    # Default of attention.Nh for this network.
     Nh: int = MISSING
+    # Default of attention.min_dkh for this network.
     min_dkh: int = MISSING
+    # Default of attention.stages for this network.
     stages: list[int] = MISSING
 
 
 @dataclass
-class Model:
+class ModelConfig:
+    # What the network is called in summaries and reports.
     name: str = MISSING
-    block: str = MISSING  # basic, bottleneck or preact
-    depths: list[int] = MISSING  # blocks of each stage
-    widths: list[int] = MISSING  # channels of each stage
-    stem: int = MISSING  # channels of the first convolution
-    shortcut: Shortcut = MISSING
-    aa: Augment = field(default_factory=Augment)
+    # Kind of residual block: basic, bottleneck or preact (pre-activation, as in wide ResNets).
+    block: str = MISSING
+    # Blocks in each stage, at least 1 each and 1000 in all. Every stage but the first halves height
+    # and width.
+    depths: list[int] = MISSING
+    # Channels of each stage, at least 1, as many entries as model.depths; a bottleneck block puts
+    # out four times as many.
+    widths: list[int] = MISSING
+    # Output channels of the first convolution, at least 1.
+    stem: int = MISSING
+    # How a shortcut changes shape: projection (1x1 convolution), pad (average pooling, then zero
+    # channels) or subsample (drops pixels, then zero channels).
+    shortcut: ShortcutKind = MISSING
+    # Where and how much to augment this network by default; attention=aa reads it.
+    aa: AttentionDefaultsConfig = field(default_factory=AttentionDefaultsConfig)
 
 
 @dataclass
-class NoAttention:
+class NoAttentionConfig:
     _target_: str = "models.Plain"
 
 
 @dataclass
-class AugmentedConvolution:
+class AugmentedConvConfig:
     _target_: str = "models.AA"
-    dk: Union[int, float] = MISSING  # channels (20) or a fraction of the block's output (0.2)
+    # Key channels of an augmented convolution: a number of channels (an int such as 20, divisible
+    # by attention.Nh) or a fraction above 0 of its output channels (a float such as 0.2, the
+    # paper's kappa).
+    dk: Union[int, float] = MISSING
+    # Value channels, taken out of its output channels: a number of channels (int, divisible by
+    # attention.Nh) or a fraction above 0 and at most 1 (float, the paper's upsilon).
     dv: Union[int, float] = MISSING
+    # Attention heads, at least 1.
     Nh: int = MISSING
-    min_dkh: int = MISSING  # least key channels per head where dk is a fraction
-    position: str = MISSING  # relative, none, sine or coord
+    # Minimum key channels per head, at least 1, where attention.dk is a fraction.
+    min_dkh: int = MISSING
+    # How attention knows where a pixel is: relative (learned, the paper's), none, sine or coord.
+    position: str = MISSING
+    # Stages to augment, counted from 1, at least one of them.
     stages: list[int] = MISSING
-    backend: str = MISSING  # auto, reference, fold, tiled, fused or flex: see aaconv.attention_2d
+    # Implementation of attention: auto (the fastest measured), reference, sdpa, tiled, fused or
+    # flex; see aaconv.attention_2d. All compute the same, up to rounding.
+    backend: str = MISSING
 
 
 @dataclass
-class SqueezeExcite:
+class SqueezeExciteConfig:
     _target_: str = "models.SE"
+    # Reduction: C channels are squeezed to C / ratio, at least 1.
     ratio: int = MISSING
 
 
 @dataclass
-class GatherExcite:
+class GatherExciteConfig:
     _target_: str = "models.GE"
 
 
 @dataclass
-class Cifar:
+class CifarConfig:
     _target_: str = "data.load_cifar"
+    # Which of the two to load, cifar10 or cifar100. Choose data=cifar10 or data=cifar100 instead of
+    # setting it.
     name: str = MISSING
-    root: str = MISSING  # folder that holds, or gets, torchvision's files
+    # Folder that holds torchvision's files, or that they are downloaded into.
+    root: str = MISSING
+    # Whether to download files that are missing or damaged.
     download: bool = MISSING
-    val_size: int = MISSING  # training images held out and evaluated instead of the test set
-    crop_pad: int = MISSING
-    flip: bool = MISSING
-    cutout: int = MISSING  # side in pixels, 0 for none
-
-
-@dataclass
-class Lookup:
-    _target_: str = "data.make_lookup"
-    train_size: int = MISSING
-    test_size: int = MISSING
-    noise: float = MISSING
-    data_seed: int = MISSING
+    # Training images to hold out and evaluate on instead of the test set, for tuning: 0 (evaluate
+    # on the test set) to 49,999.
     val_size: int = MISSING
+    # Pixels of zeros on each side before a random crop to 32x32: 0 (no crop) to 31.
     crop_pad: int = MISSING
+    # Whether to mirror training images left to right with probability 1/2.
     flip: bool = MISSING
+    # Side in pixels of a square of the mean colour at a random position: 0 (no cutout) to 32.
     cutout: int = MISSING
 
 
 @dataclass
-class SGD:
+class LookupConfig:
+    _target_: str = "data.make_lookup"
+    # Training images to generate, held-out ones included, 1 to 1,000,000.
+    train_size: int = MISSING
+    # Test images to generate, 1 to 1,000,000.
+    test_size: int = MISSING
+    # Standard deviation of the noise on each pixel value, 0 to 1, where white is 1.
+    noise: float = MISSING
+    # Seed of the images themselves; apart from `seed`, so that seeds share the same images.
+    data_seed: int = MISSING
+    # Training images to hold out and evaluate on instead of the test set: 0 (evaluate on the test
+    # set) to data.train_size - 1.
+    val_size: int = MISSING
+    # Pixels of zeros on each side before a random crop to 32x32: 0 (no crop) to 31. A crop may
+    # remove the cue.
+    crop_pad: int = MISSING
+    # Whether to mirror training images left to right with probability 1/2.
+    flip: bool = MISSING
+    # Side in pixels of a square of the mean colour at a random position: 0 (no cutout) to 32. It
+    # may cover the cue.
+    cutout: int = MISSING
+
+
+@dataclass
+class SGDConfig:
     _target_: str = "torch.optim.SGD"
     _partial_: bool = True
-    lr: float = MISSING  # the highest of the schedule
+    # Learning rate at the peak of the schedule, above 0.
+    lr: float = MISSING
+    # Momentum, in [0, 1).
     momentum: float = MISSING
+    # Whether momentum is Nesterov's; needs optim.momentum above 0.
     nesterov: bool = MISSING
+    # Factor of the weights that is added to their gradients, at least 0.
     weight_decay: float = MISSING
 
 
 @dataclass
-class AdamW:
+class AdamWConfig:
     _target_: str = "torch.optim.AdamW"
     _partial_: bool = True
+    # Learning rate at the peak of the schedule, above 0.
     lr: float = MISSING
+    # Decay rates of the running means of gradients and of their squares: two numbers in [0, 1).
     betas: list[float] = MISSING
+    # Weights shrink by this times the learning rate at each step, at least 0.
     weight_decay: float = MISSING
 
 
 @dataclass
-class WarmupCosine:
+class WarmupCosineConfig:
     _target_: str = "training.schedule.warmup_cosine"
     _partial_: bool = True
-    warmup: float = MISSING  # fraction of all steps
+    # Fraction of all steps in which the learning rate rises, in [0, 1).
+    warmup: float = MISSING
 
 
 @dataclass
-class OneCycle:
+class OneCycleConfig:
     _target_: str = "training.schedule.one_cycle"
     _partial_: bool = True
-    warmup: float = MISSING  # fraction of all steps
-    start: float = MISSING  # first learning rate as a fraction of optim.lr
-    end: float = MISSING  # last one likewise
+    # Fraction of all steps in which the learning rate rises, 0 to 1.
+    warmup: float = MISSING
+    # Learning rate of the first step as a fraction of optim.lr, above 0 and at most 1.
+    start: float = MISSING
+    # Learning rate of the last step as a fraction of optim.lr, above 0 and at most 1.
+    end: float = MISSING
 
 
 @dataclass
-class Wandb:
+class WandbConfig:
+    # Where Weights & Biases keeps the run: online, offline (on disk), disabled, or auto (what the
+    # environment's WANDB_MODE says; without it online if credentials are found, else offline).
     mode: WandbMode = MISSING
+    # Project on the dashboard; must not be empty or contain a slash, a backslash or any of # ? % :
     project: str = MISSING
-    entity: Optional[str] = None
+    # User or team that owns the project; null is the default one of the account.
+    entity: Optional[str] = MISSING
+    # Group of the run on the dashboard.
     group: str = MISSING
 
 
 @dataclass
 class Config:
-    model: Model = field(default_factory=Model)
-    # Choices of different types: each option brings its own from the classes above.
+    # The residual network; see the group model.
+    model: ModelConfig = field(default_factory=ModelConfig)
+    # What its blocks have in addition to convolutions; see the group attention. This group and the
+    # next three are of type Any because each option has a class of its own.
     attention: Any = MISSING
+    # The images; see the group data.
     data: Any = MISSING
+    # The optimizer; see the group optim.
     optim: Any = MISSING
+    # The learning rate over the steps; see the group schedule.
     schedule: Any = MISSING
-    wandb: Wandb = field(default_factory=Wandb)
+    # Tracking with Weights & Biases; see the group tracking.
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
-    name: str = MISSING  # of the comparison a run belongs to
+    # Name of the experiment; runs go to out_dir/name. Must not be empty.
+    name: str = MISSING
+    # Folder for the results of all experiments. Must not be empty.
     out_dir: str = MISSING
+    # Seed of initialisation, order and augmentation, 0 to 2^32 - 1.
     seed: int = MISSING
+    # Epochs to train, 1 to 1,000,000.
     epochs: int = MISSING
-    batch_size: int = MISSING  # images per optimiser step
-    grad_accum: int = MISSING  # pieces in which a batch passes the network
+    # Images in each optimizer step, over all processes; at least 1 and divisible by grad_accum
+    # times the number of processes.
+    batch_size: int = MISSING
+    # Micro-batches that each batch is split into to save memory, at least 1.
+    grad_accum: int = MISSING
+    # Images in each batch of an evaluation, per process, at least 1.
     eval_batch_size: int = MISSING
+    # Label smoothing of the cross-entropy loss, in [0, 1).
     label_smoothing: float = MISSING
-    grad_clip: Optional[float] = MISSING  # largest norm of the gradient
-    ema: Optional[float] = MISSING  # decay of the averaged weights, which are then evaluated
-    device: str = MISSING  # auto, or a device of torch
+    # Maximum norm of the gradient, above 0; null does not clip.
+    grad_clip: Optional[float] = MISSING
+    # Decay per step of an exponential moving average of the weights, which is then evaluated
+    # instead of the weights, between 0 and 1; null keeps none.
+    ema: Optional[float] = MISSING
+    # Device to train on: auto (a GPU if there is one, else the CPU) or a device of torch such as
+    # cpu, cuda or cuda:1.
+    device: str = MISSING
+    # Precision of convolutions and matrix products: auto (bf16 on a GPU that has it, else fp16;
+    # fp32 on the CPU), fp32 (TF32 on a GPU), bf16 or fp16.
     precision: Precision = MISSING
+    # Whether to store feature maps with the channels last, which is faster on most devices.
     channels_last: bool = MISSING
+    # Whether to compile the network with torch.compile.
     compile: bool = MISSING
-    # Of several processes: normalise over the whole batch, as one process does, or each its part.
+    # With several processes, whether batch normalisation takes its statistics over the whole batch,
+    # as a single process does, instead of over each process's shard.
     sync_batchnorm: bool = MISSING
-    deterministic: bool = MISSING  # the same bits each time on a GPU too, more slowly
-    resume: Optional[str] = MISSING  # auto: the run's own last checkpoint; or a checkpoint's path
-    overwrite: bool = MISSING  # replace a run that is in the way
-    checkpoint_minutes: Optional[float] = MISSING  # between checkpoints inside of an epoch
-    max_minutes: Optional[float] = MISSING  # of the process, then stop; resume=auto goes on
-    log_every: int = MISSING  # steps between readings of the loss
+    # Whether to use only deterministic algorithms, so that a GPU repeats a run bit for bit; slower.
+    deterministic: bool = MISSING
+    # Checkpoint to continue from: null (start from scratch), auto (the run's own last one, if there
+    # is one) or a path.
+    resume: Optional[str] = MISSING
+    # Whether to replace a run that is already in the folder.
+    overwrite: bool = MISSING
+    # Minutes between checkpoints within an epoch, above 0; null saves only at the end of an epoch.
+    checkpoint_minutes: Optional[float] = MISSING
+    # Minutes after which the process saves a checkpoint and stops, above 0; resume=auto continues
+    # it. null sets no limit.
+    max_minutes: Optional[float] = MISSING
+    # Steps between readings of the loss, which wait for the GPU, at least 1.
+    log_every: int = MISSING
+
+
+# Group, name and type of the schemas that the YAML files of a group's options refer to.
+OPTIONS = (
+    ("attention", "none", NoAttentionConfig),
+    ("attention", "aa", AugmentedConvConfig),
+    ("attention", "se", SqueezeExciteConfig),
+    ("attention", "ge", GatherExciteConfig),
+    ("data", "cifar", CifarConfig),
+    ("data", "lookup", LookupConfig),
+    ("optim", "sgd", SGDConfig),
+    ("optim", "adamw", AdamWConfig),
+    ("schedule", "warmup_cosine", WarmupCosineConfig),
+    ("schedule", "one_cycle", OneCycleConfig),
+)
 
 
 def _option_groups() -> str:
@@ -214,20 +331,16 @@ def _option_groups() -> str:
     lines = []
     for group in groups:
         options = " ".join(sorted(path.stem for path in group.glob("*.yaml")))
-        lines.append(
-            textwrap.fill(
-                options, 88, initial_indent=f"  {group.name:<12}", subsequent_indent=" " * 14
-            )
-        )
+        lines.append(textwrap.fill(f"{group.name:<12}{options}", 90, subsequent_indent=" " * 12))
     return textwrap.indent("\n".join(lines), "  ")
 
 
 def register() -> None:
-    """Make known to Hydra the types, under the names that the YAML files use, and resolvers.
+    """Register the types with Hydra, under the names that the YAML files use, and resolvers.
 
     ``${if_augmented:${attention._target_},A,B}`` is A for networks with augmented convolutions and
-    B for the others: the paper trains the two differently. ``${no_effect_on_folder:}`` are the
-    settings that name no folder, ``${option_groups:}`` the groups and their options as text.
+    B for all others: the paper trains the two differently. ``${no_effect_on_folder:}`` lists the
+    settings that no folder is named by, ``${option_groups:}`` the groups and their options.
     """
     OmegaConf.register_new_resolver(
         "if_augmented",
@@ -240,16 +353,5 @@ def register() -> None:
     OmegaConf.register_new_resolver("option_groups", _option_groups, replace=True)
     store = ConfigStore.instance().store
     store(name="schema", node=Config)
-    for group, name, node in (
-        ("attention", "none", NoAttention),
-        ("attention", "aa", AugmentedConvolution),
-        ("attention", "se", SqueezeExcite),
-        ("attention", "ge", GatherExcite),
-        ("data", "cifar", Cifar),
-        ("data", "lookup", Lookup),
-        ("optim", "sgd", SGD),
-        ("optim", "adamw", AdamW),
-        ("schedule", "warmup_cosine", WarmupCosine),
-        ("schedule", "one_cycle", OneCycle),
-    ):
+    for group, name, node in OPTIONS:
         store(group=f"schema/{group}", name=name, node=node)

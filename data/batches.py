@@ -1,4 +1,4 @@
-"""Batches of normalised images, augmented per sample on the device that holds the set."""
+"""Batches of normalised images, each image augmented on the device that holds the data set."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Colour = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class _Draws:
-    """One epoch's random numbers; entry k of each (N,) vector belongs to the k-th sample drawn."""
+    """One epoch's random numbers, (N,) each; entry k belongs to the k-th sample of the epoch."""
 
     order: Tensor
     top: Tensor
@@ -28,27 +28,28 @@ class _Draws:
     def to(self, device: torch.device) -> _Draws:
         return _Draws(*(vector.to(device) for vector in vars(self).values()))
 
-    def part(self, places: Tensor) -> _Draws:
-        return _Draws(*(vector[places] for vector in vars(self).values()))
+    def select(self, positions: Tensor) -> _Draws:
+        return _Draws(*(vector[positions] for vector in vars(self).values()))
 
 
 class Batches:
-    """Shuffled, augmented training batches of ``images``, made where ``images`` lie.
+    """Shuffled and augmented training batches, made on the device that holds ``images``.
 
-    ``mean`` and ``std`` are per channel on the scale where white is 1; ``len()`` is the number of
-    full batches in an epoch, the incomplete last one being dropped.
+    ``mean`` and ``std`` are per channel, on a scale where white is 1. ``len()`` is the number of
+    full batches in an epoch; an incomplete last batch is dropped.
 
-    All random draws of an epoch come from one CPU generator seeded by
-    ``seeded_generator("epoch", seed, epoch)``, one vector of length N each. They are therefore the
-    same on every device, do not depend on the batch size or on which augmentations are on, and an
-    epoch resumed at batch ``start`` needs no saved state.
+    All random draws of an epoch come from one CPU generator, seeded by
+    ``seeded_generator("epoch", seed, epoch)``, as one vector of length N each. They are therefore
+    the same on every device, do not depend on the batch size or on which augmentations are on, and
+    an epoch can be resumed at batch ``start`` without any saved state.
 
-    With ``part`` = (p, n) only the p-th of n equal parts of each batch is made, p counted from 0:
-    put behind each other, those of n processes are the batches of one. Where a batch passes the
-    network in several ``pieces``, that holds for each of its pieces.
+    With ``shard=(rank, world_size)`` only this rank's share of each batch is made,
+    batch_size / world_size images: concatenated in the order of the ranks, the shards are the batch
+    that one process makes. A batch that goes through the network in ``micro_batches`` is sharded
+    micro-batch by micro-batch, so that this holds for each of them.
 
     Raises ValueError if ``batch_size`` is below 1, above the number of images or not divisible by
-    the number of parts and pieces, or if the augmentation does not fit the image.
+    world_size * micro_batches, or if the augmentation does not fit the images.
     """
 
     def __init__(
@@ -59,48 +60,48 @@ class Batches:
         mean: Colour,
         std: Colour,
         seed: int,
-        part: tuple[int, int] = (0, 1),
-        pieces: int = 1,
+        shard: tuple[int, int] = (0, 1),
+        micro_batches: int = 1,
     ) -> None:
         if not 1 <= batch_size <= len(images):
             raise ValueError(
                 f"batch_size={batch_size} does not fit {len(images)} training images; "
                 f"give 1 to {len(images)}"
             )
-        if batch_size % (part[1] * pieces):
+        if batch_size % (shard[1] * micro_batches):
             raise ValueError(
-                f"batch_size={batch_size} must be divisible by {part[1]} parts times "
-                f"{pieces} pieces"
+                f"batch_size={batch_size} must be divisible by world_size * micro_batches = "
+                f"{shard[1]} * {micro_batches}"
             )
         augmentation.check_fits(images.pixels.shape[1], images.pixels.shape[2])
         self.images = images
         self.batch_size = batch_size
         self.augmentation = augmentation
         self.seed = seed
-        self.part = part
-        self.pieces = pieces
+        self.shard = shard
+        self.micro_batches = micro_batches
         self._scale, self._shift = _scale_and_shift(mean, std, images.pixels.device)
 
     def __len__(self) -> int:
         return len(self.images) // self.batch_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches ``start`` to ``len(self) - 1`` of an epoch, counted from 0.
+        """The batches of an epoch from number ``start`` on; epochs and batches count from 0.
 
-        Yields images (B, 3, H, W), float32 in channels_last memory, and labels (B,). Raises
-        ValueError at once if ``start`` lies outside 0 to ``len(self)``.
+        Yields images (B, 3, H, W), float32 in channels_last memory format, and labels (B,). Raises
+        ValueError, before the first batch, unless ``start`` is from 0 to ``len(self)``.
         """
         if not 0 <= start <= len(self):
-            raise ValueError(f"start={start} lies outside the epoch; give 0 to {len(self)}")
+            raise ValueError(f"start={start} is outside the epoch; give 0 to {len(self)}")
         return self._iterate(epoch, start)
 
     def _iterate(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         draws = self._draw(epoch).to(self.images.pixels.device)
-        index, parts = self.part
-        places = torch.arange(self.batch_size, device=self.images.pixels.device)
-        places = places.view(self.pieces, parts, -1)[:, index].flatten()
+        rank, world_size = self.shard
+        positions = torch.arange(self.batch_size, device=self.images.pixels.device)
+        positions = positions.view(self.micro_batches, world_size, -1)[:, rank].flatten()
         for batch in range(start, len(self)):
-            yield self._make(draws.part(batch * self.batch_size + places))
+            yield self._make(draws.select(batch * self.batch_size + positions))
 
     def _draw(self, epoch: int) -> _Draws:
         number, height, width, _ = self.images.pixels.shape
@@ -109,8 +110,8 @@ class Batches:
         def integers(stop: int) -> Tensor:
             return torch.randint(stop, (number,), generator=generator)
 
-        # Every vector is drawn whether it is used or not: switching one augmentation on must not
-        # change the others.
+        # Every vector is drawn whether it is used or not: turning one augmentation on must not
+        # change the draws of the others.
         return _Draws(
             order=torch.randperm(number, generator=generator),
             top=integers(2 * self.augmentation.crop_pad + 1),
@@ -126,7 +127,7 @@ class Batches:
             pixels = _crop_and_flip(pixels, draws, self.augmentation)
         images = _normalise(pixels, self._scale, self._shift)
         if self.augmentation.cutout:
-            # The mean colour is 0 once normalised.
+            # After normalisation the mean colour is 0.
             images.masked_fill_(_cut(images, draws, self.augmentation.cutout), 0.0)
         return images, self.images.labels[draws.order]
 
@@ -134,9 +135,10 @@ class Batches:
 def evaluation_batches(
     images: Images, batch_size: int, mean: Colour, std: Colour
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All of ``images`` in order and unchanged but for normalisation; the last batch may be short.
+    """All of ``images`` in order, normalised and not augmented; the last batch may be smaller.
 
-    Yields what ``Batches.epoch`` yields. Raises ValueError at once if ``batch_size`` is below 1.
+    Yields what ``Batches.epoch`` yields. Raises ValueError, before the first batch, if
+    ``batch_size`` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is below 1; give 1 or more")
@@ -157,7 +159,7 @@ def _scale_and_shift(mean: Colour, std: Colour, device: torch.device) -> tuple[T
 
 def _normalise(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     images = pixels.float().mul_(scale).add_(shift)
-    # (B, H, W, 3) in memory seen as (B, 3, H, W) is what torch calls channels_last.
+    # A (B, 3, H, W) view of (B, H, W, 3) memory is what torch calls channels_last.
     return images.permute(0, 3, 1, 2)
 
 
@@ -173,17 +175,17 @@ def _crop_and_flip(pixels: Tensor, draws: _Draws, augmentation: Augmentation) ->
 
 
 def _gather(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Pixel (rows[b, i], columns[b, j]) of image b at (b, i, j)."""
+    """The (B, H, W, C) images whose pixel (b, i, j) is pixel (rows[b, i], columns[b, j]) of b."""
     number, height, width, channels = pixels.shape
     image = torch.arange(number, device=pixels.device)[:, None, None]
     flat = (image * height + rows[:, :, None]) * width + columns[:, None, :]
-    # One flat index takes a quarter of the time of three broadcast ones.
+    # One flat index takes a quarter of the time that three broadcast ones take.
     picked = pixels.reshape(-1, channels).index_select(0, flat.flatten())
     return picked.view(*flat.shape, channels)
 
 
 def _cut(images: Tensor, draws: _Draws, side: int) -> Tensor:
-    """Mask (B, 1, H, W), true inside each sample's square."""
+    """Mask (B, 1, H, W), true inside the square cut out of each sample."""
     _, _, height, width = images.shape
     rows = torch.arange(height, device=images.device) - (draws.cut_row[:, None] - side // 2)
     columns = torch.arange(width, device=images.device) - (draws.cut_column[:, None] - side // 2)

@@ -1,15 +1,14 @@
-"""CIFAR-10 and CIFAR-100, read and if need be downloaded by torchvision."""
+"""CIFAR-10 and CIFAR-100, read by torchvision and downloaded where they are missing."""
 
 from __future__ import annotations
 
 import http.client
 import os
-import shutil
 import socket
 import tempfile
 import urllib.error
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +18,15 @@ from data.dataset import Augmentation, Dataset, Images, check_val_size, hold_out
 
 TRAIN_SIZE = 50_000
 IMAGE_SIZE = 32
-# Each network operation of a download must advance within this time; it bounds the wait for a
-# connection too, so that a machine without network says so soon.
+# Limit for each network operation of a download, connecting included, so that a machine without a
+# network says so soon.
 _NETWORK_TIMEOUT_S = 5.0
 _DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where torchvision keeps a set, and its training pixels' mean and standard deviation."""
+    """torchvision's class and folder for a data set; mean and std of all its training pixels."""
 
     class_name: str
     folder: str
@@ -62,14 +61,14 @@ def load_cifar(
 ) -> Dataset:
     """CIFAR-10 ("cifar10") or CIFAR-100 ("cifar100") in memory: 32x32 images.
 
-    ``root`` holds torchvision's folder ("cifar-10-batches-py", "cifar-100-python"); with
-    ``download`` a set that is not there, or is damaged, is fetched into it. ``val_size`` > 0
-    evaluates on that many held-out training images and leaves the test images alone. The
-    normalisation constants are those of all 50,000 training images in either case.
+    ``root`` holds torchvision's folder ("cifar-10-batches-py" or "cifar-100-python"). With
+    ``download`` a missing data set, or the damaged files of one, are downloaded. ``val_size`` > 0
+    holds that many training images out and evaluates on them; the test images are then not read.
+    Mean and standard deviation are those of all 50,000 training images in either case.
 
-    Raises ValueError for an unknown name, a ``val_size`` or augmentation that does not fit, a
-    ``root`` that cannot be read and damaged files, and FileNotFoundError for an absent set; a
-    download that fails removes what it left.
+    Raises ValueError for an unknown name, a ``val_size`` or an augmentation that does not fit, a
+    ``root`` that cannot be read, and damaged files; FileNotFoundError for a missing data set. A
+    download that fails or is interrupted removes everything it made, and nothing else.
     """
     if name not in SOURCES:
         raise ValueError(f"name={name!r} is unknown; choose one of {', '.join(SOURCES)}")
@@ -88,7 +87,7 @@ def load_cifar(
         name=name,
         train=train,
         evaluation=evaluation,
-        evaluated_on="held-out" if val_size else "test",
+        evaluated_on="val" if val_size else "test",
         num_classes=len(whole.classes),
         class_names=tuple(whole.classes),
         mean=source.mean,
@@ -97,14 +96,15 @@ def load_cifar(
     )
 
 
-def _images(part: Any) -> Images:
-    # The files hold planes, (N, 3, H, W), which torchvision shows transposed.
-    pixels = torch.from_numpy(part.data).contiguous()
-    return Images(pixels, torch.tensor(part.targets))
+def _images(split: Any) -> Images:
+    # The files hold planes, (N, 3, H, W); torchvision returns a transposed view of them.
+    pixels = torch.from_numpy(split.data).contiguous()
+    return Images(pixels, torch.tensor(split.targets))
 
 
 def _torchvision_class(source: Source) -> Any:
-    # Here and not above: importing torchvision takes seconds, and the lookup set needs none of it.
+    # Not imported at the top: torchvision takes seconds to import, and the lookup set needs none
+    # of it.
     from data.vision import datasets
 
     return getattr(datasets, source.class_name)
@@ -115,11 +115,11 @@ def _read(source: Source, root: str, train: bool, download: bool = False) -> Any
 
 
 def _open(source: Source, root: str, download: bool) -> Any:
-    """The training part, downloaded if it is not in ``root`` as it should be."""
+    """The training split, downloaded first if files of the data set are missing or damaged."""
     try:
         return _read(source, root, train=True)
     except RuntimeError:
-        # torchvision's word for files that are absent or fail their checksum.
+        # What torchvision raises for files that are missing or fail their checksum.
         pass
     except OSError as error:
         raise ValueError(
@@ -127,26 +127,75 @@ def _open(source: Source, root: str, download: bool) -> Any:
         ) from error
     if not download:
         raise _unusable(source, root, "data.download is off")
-    if list(_damaged(source, root)) == [_names(source)]:
-        # torchvision takes a set to be complete without looking at this file.
-        raise _unusable(source, root, "torchvision does not download that file alone")
-    with _removing_leftovers(source, root):
-        return _download(source, root)
+    _download(source, root)
+    return _read(source, root, train=True)
 
 
-def _download(source: Source, root: str) -> Any:
+def _download(source: Source, root: str) -> None:
+    """Downloads into a temporary folder in ``root``, then moves out of it what ``root`` lacks."""
+    what = f"data.root={root} cannot be written"
     try:
-        os.makedirs(root, exist_ok=True)
-        tempfile.TemporaryFile(dir=root).close()
-    except OSError as error:
-        failure = f"data.root={root} cannot be written ({_short(error)})"
-        raise _unusable(source, root, failure) from error
-    try:
-        with _network_timeout(_NETWORK_TIMEOUT_S):
-            return _read(source, root, train=True, download=True)
+        with (
+            _ensure_folder(root),
+            tempfile.TemporaryDirectory(
+                dir=root, prefix="download-", ignore_cleanup_errors=True
+            ) as staging,
+        ):
+            what = "the download failed"
+            _fetch(source, root, staging)
+            _move(source, staging, root)
     except _DOWNLOAD_ERRORS as error:
-        failure = f"the download failed ({_short(error)})"
-        raise _unusable(source, root, failure) from error
+        raise _unusable(source, root, f"{what} ({_short(error)})") from error
+
+
+def _fetch(source: Source, root: str, staging: str) -> None:
+    """Puts the whole data set into ``staging``, from an intact archive in ``root`` if there is."""
+    from data.vision import datasets
+
+    kind = _torchvision_class(source)
+    archive = os.path.join(root, kind.filename)
+    if datasets.utils.check_integrity(archive, kind.tgz_md5):
+        datasets.utils.extract_archive(archive, staging)
+    with _network_timeout(_NETWORK_TIMEOUT_S):
+        _read(source, staging, train=True, download=True)  # only checks what was extracted
+
+
+def _move(source: Source, staging: str, root: str) -> None:
+    """Moves the data set's folder, or only the files that ``root`` lacks, and the archive."""
+    new, target = (os.path.join(folder, source.folder) for folder in (staging, root))
+    with suppress(OSError):  # the folder exists: only damaged files are replaced
+        os.rename(new, target)
+    for file in _damaged(source, root):
+        os.replace(os.path.join(new, file), os.path.join(target, file))
+    archive = _torchvision_class(source).filename
+    with suppress(OSError):  # there may be none, and the data set is complete without it
+        os.replace(os.path.join(staging, archive), os.path.join(root, archive))
+
+
+@contextmanager
+def _ensure_folder(path: str) -> Iterator[None]:
+    """Makes ``path`` and its parents; on failure removes those it made, unless they are in use."""
+    made: list[str] = []
+    try:
+        for folder in reversed(list(_absent_folders(path))):
+            with suppress(FileExistsError):  # another process was quicker, so it is not ours
+                os.mkdir(folder)
+                made.append(folder)
+        yield
+    except BaseException:
+        for folder in reversed(made):
+            with suppress(OSError):  # it holds files of somebody else
+                os.rmdir(folder)
+        raise
+
+
+def _absent_folders(path: str) -> Iterator[str]:
+    """``path`` and those of its parents that do not exist, the deepest first."""
+    while not os.path.lexists(path):
+        yield path
+        if path == os.path.dirname(path):  # the root of a drive that is not there
+            return
+        path = os.path.dirname(path)
 
 
 def _unusable(source: Source, root: str, failure: str) -> Exception:
@@ -159,51 +208,19 @@ def _unusable(source: Source, root: str, failure: str) -> Exception:
     damaged = ", ".join(_damaged(source, root))
     return ValueError(
         f"{source.class_name} in {folder} has missing or damaged files ({damaged}), and {failure}; "
-        f"delete that folder and load it anew, or set data.root=... to another copy"
+        f"delete that folder to download it again, or set data.root=... to another copy"
     )
 
 
-def _names(source: Source) -> str:
-    """The file that holds the names of the classes."""
-    return str(_torchvision_class(source).meta["filename"])
-
-
 def _damaged(source: Source, root: str) -> Iterator[str]:
-    """The set's files that are missing or do not have their checksum."""
+    """The files of the data set that are missing or fail their checksum."""
     from data.vision import datasets
 
     kind = _torchvision_class(source)
-    checksums = dict([*kind.train_list, *kind.test_list])
-    for file, md5 in [*checksums.items(), (_names(source), kind.meta["md5"])]:
+    class_names = (kind.meta["filename"], kind.meta["md5"])
+    for file, md5 in [*kind.train_list, *kind.test_list, class_names]:
         if not datasets.utils.check_integrity(os.path.join(root, source.folder, file), md5):
             yield file
-
-
-@contextmanager
-def _removing_leftovers(source: Source, root: str) -> Iterator[None]:
-    """On any failure, an interrupt included, removes what was not there before."""
-    archive = os.path.join(root, _torchvision_class(source).filename)
-    new = [p for p in (os.path.join(root, source.folder), archive) if not os.path.lexists(p)]
-    new_parents = list(_absent_folders(root))
-    try:
-        yield
-    except BaseException:
-        for path in new:
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            elif os.path.exists(path):
-                os.remove(path)
-        for folder in new_parents:
-            if os.path.isdir(folder) and not os.listdir(folder):
-                os.rmdir(folder)
-        raise
-
-
-def _absent_folders(path: str) -> Iterator[str]:
-    """``path`` and those above it that do not exist, the deepest first."""
-    while not os.path.lexists(path):
-        yield path
-        path = os.path.dirname(path)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The types that every data set is made of, and the split that holds images out."""
+"""The types that every data set is made of, and the split into training and validation images."""
 
 from __future__ import annotations
 
@@ -11,17 +11,28 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Images:
-    """Labelled RGB images: ``pixels`` (N, H, W, 3) uint8 and ``labels`` (N,) int64."""
+    """RGB images with their labels: ``pixels`` (N, H, W, 3) uint8 and ``labels`` (N,) int64.
+
+    Raises ValueError if dtype or shape of either is another.
+    """
 
     pixels: Tensor
     labels: Tensor
 
     def __post_init__(self) -> None:
-        assert self.pixels.dtype == torch.uint8, self.pixels.dtype
-        assert self.labels.dtype == torch.int64, self.labels.dtype
-        assert self.pixels.ndim == 4, self.pixels.shape
-        assert self.pixels.shape[3] == 3, self.pixels.shape
-        assert self.labels.shape == self.pixels.shape[:1], (self.labels.shape, self.pixels.shape)
+        _check_dtype("pixels", self.pixels, torch.uint8)
+        _check_dtype("labels", self.labels, torch.int64)
+        shape = tuple(self.pixels.shape)
+        if len(shape) != 4 or shape[3] != 3:
+            raise ValueError(
+                f"pixels has shape {shape}; expected (N, H, W, 3), RGB with the channels last"
+                f"{_shape_hint(shape)}"
+            )
+        if tuple(self.labels.shape) != shape[:1]:
+            raise ValueError(
+                f"labels has shape {tuple(self.labels.shape)}; expected {shape[:1]}, "
+                f"one label for each of the {shape[0]} images in pixels"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -30,19 +41,34 @@ class Images:
         """The same images with both tensors on ``device``."""
         return Images(self.pixels.to(device), self.labels.to(device))
 
-    def part(self, index: int, parts: int) -> Images:
-        """Every ``parts``-th image from ``index`` on: for index 0 to parts - 1 each one once."""
-        return Images(self.pixels[index::parts], self.labels[index::parts])
+    def shard(self, rank: int, world_size: int) -> Images:
+        """Images ``rank``, ``rank + world_size``, ...: over all ranks, each image exactly once."""
+        return Images(self.pixels[rank::world_size], self.labels[rank::world_size])
+
+
+def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name} is a {type(tensor).__name__}; expected a tensor of {dtype}")
+    if tensor.dtype != dtype:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected {dtype}")
+
+
+def _shape_hint(shape: tuple[int, ...]) -> str:
+    if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
+        return "; for grey images repeat the one channel three times"
+    if len(shape) == 4 and shape[1] == 3:
+        return "; use pixels.permute(0, 2, 3, 1)"
+    return ""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes to a training image, in the order crop, flip, cutout.
+    """Random changes to a training image, applied in the order crop, flip, cutout.
 
-    ``crop_pad``: pixels of zeros added on each side before a random crop back to the image's size.
-    ``flip``: mirror left to right with probability 1/2.
-    ``cutout``: side in pixels of a square set to the mean colour; its centre is uniform over the
-    image, so that it may reach beyond the edge. 0 or False turns each off.
+    ``crop_pad``: zeros padded on each side, in pixels, before a random crop to the original size.
+    ``flip``: whether to mirror left to right with probability 1/2.
+    ``cutout``: side in pixels of a square that is set to the mean colour; its centre is uniform
+    over the image, so it may extend past the edge. 0 turns crop and cutout off.
 
     Raises ValueError if ``crop_pad`` or ``cutout`` is negative.
     """
@@ -57,7 +83,7 @@ class Augmentation:
                 raise ValueError(f"{name}={value} is negative; give 0 (off) or a number of pixels")
 
     def check_fits(self, height: int, width: int) -> None:
-        """Raises ValueError if a crop could miss the image or the cutout is larger than it."""
+        """Raises ValueError if a crop could miss the whole image or the cutout is larger."""
         side = min(height, width)
         if self.crop_pad >= side:
             raise ValueError(
@@ -73,10 +99,14 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training set, the images it is evaluated on, and what belongs to them.
+    """A training set, the images it is evaluated on, and what both have in common.
 
-    ``evaluated_on`` is "test" or "held-out" (a part of the training set). ``mean`` and ``std`` are
-    those of the training pixels per channel, on the scale where white is 1.
+    ``evaluated_on`` is "test", or "val" where ``evaluation`` was held out of the training images.
+    ``mean`` and ``std`` normalise the pixels, per channel, on a scale where white is 1; they are
+    those of all training images, the held-out ones included.
+
+    Raises ValueError if the fields contradict each other, such as a label that is not from 0 to
+    num_classes - 1.
     """
 
     name: str
@@ -90,9 +120,26 @@ class Dataset:
     augmentation: Augmentation
 
     def __post_init__(self) -> None:
-        assert self.evaluated_on in ("test", "held-out"), self.evaluated_on
-        assert len(self.class_names) == self.num_classes, (self.class_names, self.num_classes)
-        assert self.train.pixels.shape[1:] == self.evaluation.pixels.shape[1:]
+        if self.evaluated_on not in ("test", "val"):
+            raise ValueError(f"evaluated_on={self.evaluated_on!r} is unknown; give 'test' or 'val'")
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(
+                f"class_names has {len(self.class_names)} names; "
+                f"expected num_classes={self.num_classes} of them"
+            )
+        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
+            raise ValueError(
+                f"mean={self.mean} and std={self.std} must have three values each, "
+                "those of std above 0"
+            )
+        train_size, size = (tuple(i.pixels.shape[1:3]) for i in (self.train, self.evaluation))
+        if train_size != size:
+            raise ValueError(
+                f"the images of evaluation are {size[0]}x{size[1]}; "
+                f"expected {train_size[0]}x{train_size[1]} as in train"
+            )
+        _check_labels("train", self.train.labels, self.num_classes)
+        _check_labels("evaluation", self.evaluation.labels, self.num_classes)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -104,10 +151,23 @@ class Dataset:
         return replace(self, train=self.train.to(device), evaluation=self.evaluation.to(device))
 
 
-def seeded_generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by the first 4 bytes of BLAKE2b of the parts joined by ":".
+def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
+    if not len(labels):
+        raise ValueError(f"{name} has no images; give at least one")
+    if labels.is_meta:  # a meta tensor has no values
+        return
+    lowest, highest = labels.min().item(), labels.max().item()
+    if lowest < 0 or highest >= num_classes:
+        raise ValueError(
+            f"the labels of {name} go from {lowest} to {highest}; "
+            f"expected 0 to {num_classes - 1}, since num_classes={num_classes}"
+        )
 
-    Four bytes, because the CPU generator drops the upper half of a 64-bit seed.
+
+def seeded_generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator seeded with a 4-byte BLAKE2b digest of ``parts`` joined by ":".
+
+    Four bytes, because the CPU generator ignores the upper half of a 64-bit seed.
     """
     digest = hashlib.blake2b(":".join(map(str, parts)).encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
@@ -123,17 +183,17 @@ def check_val_size(val_size: int, train_size: int) -> None:
 
 
 def hold_out(train: Images, size: int) -> tuple[Images, Images]:
-    """Splits ``train`` into the rest and ``size`` random images, both in their first order.
+    """Splits off ``size`` random images: the rest and the split, both in their original order.
 
-    Which images are held out depends on ``len(train)`` and ``size`` alone, so that runs with
+    Which images are held out depends only on ``len(train)`` and ``size``, so that runs with
     different seeds are evaluated on the same images. Raises ValueError if ``size`` is negative or
     leaves nothing to train on.
     """
     check_val_size(size, len(train))
     order = torch.randperm(len(train), generator=seeded_generator("hold-out"))
     order = order.to(train.labels.device)
-    held, rest = order[:size].sort().values, order[size:].sort().values
+    held_out, rest = order[:size].sort().values, order[size:].sort().values
     return (
         Images(train.pixels[rest], train.labels[rest]),
-        Images(train.pixels[held], train.labels[held]),
+        Images(train.pixels[held_out], train.labels[held_out]),
     )

@@ -1,4 +1,4 @@
-"""A set that needs no download and that no sum of local evidence can solve."""
+"""A data set that needs no download and that no sum of local evidence can solve."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ COLOURS = {
     "white": (216, 216, 216),
 }
 
-# Each is its own mirror image, so that a flip leaves the class as it is, and has 20 pixels set,
-# so that an amount of colour does not tell the shape.
+# Each is its own mirror image, so that a flip does not change the class, and has 20 pixels set, so
+# that the amount of a colour does not reveal the shape.
 SHAPES = {
     "frame": ("######", "#....#", "#....#", "#....#", "#....#", "######"),
     "plus": ("..##..", "..##..", "######", "######", "..##..", "..##.."),
@@ -38,9 +38,9 @@ SHAPES = {
     "cup": ("#....#", "#....#", "#....#", "##..##", "######", ".####."),
 }
 
-# Top left pixels of the places for shapes: along the right and the bottom side, two pixels apart.
-# With the cue in rows and columns 0 and 1, a window of 25 that holds a pixel of it ends at column
-# and row 25, where the shapes have not begun.
+# Top left pixels of the slots for shapes, along the right and the bottom side, two pixels apart.
+# With the cue in rows and columns 0 and 1, a window of 25 pixels that holds one of its pixels ends
+# at row and column 25 at the latest, and the shapes begin at 26.
 _FAR = IMAGE_SIZE - SHAPE_SIZE
 SLOTS = tuple((row, _FAR) for row in (1, 9, 17, 25)) + tuple((_FAR, col) for col in (1, 9, 17))
 
@@ -55,27 +55,27 @@ def make_lookup(
     flip: bool = False,
     cutout: int = 0,
 ) -> Dataset:
-    """32x32 images in which the cue's colour has to be looked up among far shapes; 8 classes.
+    """32x32 images whose class is the shape that has the colour of a far-away cue; 8 classes.
 
     The cue is a 2x2 patch in the top left corner. Five of eight 6x6 shapes, in five of eight
-    colours, stand on five of seven places along the right and the bottom side. The cue has one of
-    the five colours, each equally likely, and the class is the shape in that colour. ``noise`` is
-    the standard deviation of Gaussian noise on every pixel value, with white at 1. Training and
-    test images come from different generator streams of ``data_seed``; ``val_size`` > 0 evaluates
-    on held-out training images. There is no augmentation unless asked for: a crop or a cutout may
-    remove the cue.
+    colours, are drawn in five of seven slots along the right and the bottom side. The cue has one
+    of these five colours, each equally likely, and the class is the shape in that colour. ``noise``
+    is the standard deviation of the Gaussian noise on every pixel value, on a scale where white is
+    1. Training and test images come from different generator streams of ``data_seed``;
+    ``val_size`` > 0 holds that many training images out and evaluates on them. Augmentation is off
+    by default, since a crop or a cutout may remove the cue.
 
     No 25x25 window (a ResNet-8's receptive field) holds a pixel of the cue and a pixel of a shape.
     A network that adds up what such windows show can therefore only compute
-    argmax_s [a_s(cue colour) + D_s(shapes, colours, places)]. What that can reach, as
-    ``python -m data.lookup_bound`` computes it, where guessing a shape that is there gives 20 %:
+    argmax_s [a_s(cue colour) + D_s(shapes, colours, slots)]. How accurate that can be, as
+    ``python -m data.lookup_bound`` computes it, where guessing one of the shapes shown gives 20 %:
 
     - at most 64.2 %, proven for any a and D;
     - 55.8 % is reached with a D that sees all the shapes at once;
     - 48 % is the best found, by fitting from 12 random starts and scoring on all 1,881,600 scenes,
-      where every shape adds on its own, D_s = sum_i d_s(shape_i, colour_i).
+      where every shape contributes on its own, D_s = sum_i d_s(shape_i, colour_i).
 
-    Raises ValueError for sizes, noise or augmentation that make no sense.
+    Raises ValueError for sizes, noise or augmentation out of range.
     """
     _check(train_size, test_size, noise)
     check_val_size(val_size, train_size)
@@ -92,7 +92,7 @@ def make_lookup(
         name="lookup",
         train=train,
         evaluation=evaluation,
-        evaluated_on="held-out" if val_size else "test",
+        evaluated_on="val" if val_size else "test",
         num_classes=len(SHAPES),
         class_names=tuple(SHAPES),
         mean=mean,
@@ -104,22 +104,22 @@ def make_lookup(
 def _check(train_size: int, test_size: int, noise: float) -> None:
     for name, size in (("train_size", train_size), ("test_size", test_size)):
         if size < 1:
-            raise ValueError(f"{name}={size} is below 1; give the number of images to make")
+            raise ValueError(f"{name}={size} is below 1; give the number of images to generate")
     if not 0 <= noise <= 1:
-        raise ValueError(f"noise={noise} lies outside 0 to 1, where 1 is the step to white")
+        raise ValueError(f"noise={noise} lies outside 0 to 1; white is 1")
 
 
 def _draw(number: int, noise: float, generator: torch.Generator) -> Images:
     shapes = _distinct(number, len(SHAPES), generator)
     colours = _distinct(number, len(COLOURS), generator)
     slots = _distinct(number, len(SLOTS), generator)
-    asked = torch.randint(SHAPES_SHOWN, (number, 1), generator=generator)
-    clean = _paint(shapes, colours, slots, cue=colours.gather(1, asked))
-    return Images(_add_noise(clean, noise, generator), shapes.gather(1, asked)[:, 0])
+    cued = torch.randint(SHAPES_SHOWN, (number, 1), generator=generator)
+    clean = _paint(shapes, colours, slots, cue=colours.gather(1, cued))
+    return Images(_add_noise(clean, noise, generator), shapes.gather(1, cued)[:, 0])
 
 
 def _distinct(number: int, kinds: int, generator: torch.Generator) -> Tensor:
-    """(number, SHAPES_SHOWN): in each row, distinct integers below ``kinds`` in random order."""
+    """(number, SHAPES_SHOWN): each row holds distinct integers below ``kinds`` in random order."""
     return torch.rand(number, kinds, generator=generator).argsort(1)[:, :SHAPES_SHOWN]
 
 
@@ -136,14 +136,14 @@ def _paint(shapes: Tensor, colours: Tensor, slots: Tensor, cue: Tensor) -> Tenso
 
 
 def _patterns() -> Tensor:
-    """(8, 36) bool: which pixels each shape sets, row by row."""
+    """(8, 36) bool: which pixels each shape sets, in row-major order."""
     return torch.tensor(
         [[pixel == "#" for row in rows for pixel in row] for rows in SHAPES.values()]
     )
 
 
 def _pixels_of(corners: tuple[tuple[int, int], ...], side: int) -> Tensor:
-    """(len(corners), side * side): flat places of the pixels of a square at each corner."""
+    """(len(corners), side * side): flat indices of the pixels of the square at each corner."""
     steps = torch.arange(side)
     square = (steps[:, None] * IMAGE_SIZE + steps).flatten()
     return torch.tensor([row * IMAGE_SIZE + col for row, col in corners])[:, None] + square
@@ -157,7 +157,7 @@ def _add_noise(clean: Tensor, noise: float, generator: torch.Generator) -> Tenso
 
 
 def _mean_and_std(pixels: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Per channel over all pixels, with white at 1."""
+    """Per channel over all pixels, on a scale where white is 1."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
     for channel in pixels.flatten(0, 2).unbind(1):

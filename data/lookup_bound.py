@@ -1,22 +1,22 @@
-"""What a sum of local evidence can reach on the lookup set: ``python -m data.lookup_bound``.
+"""What a sum of local evidence can reach on the lookup data set: ``python -m data.lookup_bound``.
 
-Three figures, all on noiseless symbolic scenes. A scene is a colour for each of the five shapes
-shown and a cue among those colours. The docstring of ``make_lookup`` states them. Takes minutes.
+Three figures, all on noiseless symbolic scenes; the docstring of ``make_lookup`` states them. A
+scene is a colour for each of the five shapes shown and a cue among those colours. Takes minutes.
 
 The ceiling, proven: no argmax_s [a_s(cue) + D_s(scene without cue)] is right more often. Fix five
-shapes, five colours and the places, leaving 120 ways to colour the shapes. In colouring p let C be
-the cues answered rightly. For k cues and k shapes at most one matching of them is answered rightly
-by all k cues: if p and q both were, then summing a_p(c)(c) + D_p(c) >= a_q(c)(c) + D_q(c) over the
-k cues c, where the D cancel, and the same with p and q exchanged, shows every one of these to be a
-tie, and a tie goes the same way each time. A matching of k extends to (5 - k)! colourings, hence
-the sum over colourings of binomial(|C|, k) is at most binomial(5, k)^2 (5 - k)!. The ceiling is the
-largest mean of |C| / 5 under these counts.
+shapes, five colours and the slots, which leaves 120 ways to colour the shapes. For a colouring p
+let C be the set of cues that are answered correctly. For k cues and k shapes, at most one matching
+of the two is answered correctly for all k cues: suppose p and q both were. Summing a_p(c)(c) +
+D_p(c) >= a_q(c)(c) + D_q(c) over the k cues c, where the D cancel, and the same with p and q
+exchanged, shows that all of these are ties, and a tie is always broken the same way. A matching of
+k extends to (5 - k)! colourings, hence the sum over colourings of binomial(|C|, k) is at most
+binomial(5, k)^2 (5 - k)!. The ceiling is the largest mean of |C| / 5 under these constraints.
 
-What is reached with D: a_s(c) = s c, colours and shapes being numbered. D can make any set of cues
+What is reached with D: a_s(c) = s c, with colours and shapes numbered. D can make any set of cues
 right whose shapes increase with their colours, so that |C| is the length of the longest increasing
-subsequence. D sees all the shapes at once here, which takes windows that do.
+subsequence. Here D sees all the shapes at once, which takes windows that do.
 
-What is reached when every shape adds on its own: argmax_s [a_s(cue) + sum_i d_s(shape_i,
+What is reached when every shape contributes on its own: argmax_s [a_s(cue) + sum_i d_s(shape_i,
 colour_i)]. All a and d are fitted by gradient descent from several random starts and the best is
 scored on all 1,881,600 scenes. That is the best found, not a limit.
 """
@@ -40,12 +40,12 @@ SCENES_PER_STEP = 1024
 
 
 def ceiling() -> Fraction:
-    """The proven ceiling, as a share of the scenes."""
+    """The proven ceiling, as a fraction of the scenes."""
     shown, colourings = SHAPES_SHOWN, factorial(SHAPES_SHOWN)
     limits = {k: comb(shown, k) ** 2 * factorial(shown - k) for k in (3, 4, 5)}
     best = 0
     for five, four, three in product(*(range(min(limits[k], colourings) + 1) for k in (5, 4, 3))):
-        # Two right cues for each of the others is generous, and so still a ceiling.
+        # Two correct cues for every other colouring is generous, and therefore still a ceiling.
         counts = {5: five, 4: four, 3: three, 2: colourings - five - four - three}
         if counts[2] >= 0 and all(
             sum(n * comb(right, k) for right, n in counts.items()) <= limit
@@ -64,8 +64,8 @@ def joint_reached() -> Fraction:
 def _longest_increasing(order: tuple[int, ...]) -> int:
     tails: list[int] = []
     for value in order:
-        place = bisect_left(tails, value)
-        tails[place : place + 1] = [value]
+        index = bisect_left(tails, value)
+        tails[index : index + 1] = [value]
     return len(tails)
 
 
@@ -77,7 +77,7 @@ def arrangements() -> tuple[Tensor, Tensor]:
 
 
 def additive_accuracy(cue: Tensor, shown: Tensor, shapes: Tensor, colours: Tensor) -> float:
-    """Share of right answers over all five cues of each scene in ``shapes``, ``colours`` (M, 5).
+    """Fraction of correct answers over the five cues of M scenes ``shapes``, ``colours`` (M, 5).
 
     ``cue`` (8 colours, 8 classes) is a, ``shown`` (8 shapes, 8 colours, 8 classes) is d.
     """
@@ -94,9 +94,9 @@ def fit_additive(
 ) -> tuple[Tensor, Tensor]:
     """``cue`` and ``shown`` of ``additive_accuracy``, fitted to random scenes from a random start.
 
-    The loss goes from cross-entropy to the expected error in the first quarter of the steps:
-    cross-entropy spends the parameters on scenes that are lost anyway, and the expected error alone
-    gets nowhere from a random start.
+    In the first quarter of the steps the loss changes from cross-entropy to the expected error:
+    cross-entropy spends parameters on scenes that are lost anyway, and the expected error alone
+    makes no progress from a random start.
     """
     generator = torch.Generator().manual_seed(seed)
     classes = len(SHAPES)
@@ -108,7 +108,7 @@ def fit_additive(
     for step in range(steps):
         scene = torch.randint(len(shapes), (SCENES_PER_STEP,), generator=generator)
         pairs = shapes[scene] * len(COLOURS) + colours[scene]
-        # embedding and not indexing: the gradient of an index is an order of magnitude slower.
+        # embedding instead of indexing, whose gradient is an order of magnitude slower.
         scores = F.embedding(pairs, shown).sum(1)[:, None] + F.embedding(colours[scene], cue)
         right = scores.log_softmax(2).gather(2, shapes[scene][:, :, None])
         sharp = min(1.0, 4 * step / steps)
@@ -131,7 +131,7 @@ def main() -> None:
         found = additive_accuracy(*fit_additive(seed, shapes, colours), shapes, colours)
         best = max(best, found)
         print(f"start {seed}: {100 * found:.2f} %", flush=True)
-    print(f"best found where every shape adds on its own: {100 * best:.0f} %")
+    print(f"best found where every shape contributes on its own: {100 * best:.0f} %")
 
 
 if __name__ == "__main__":

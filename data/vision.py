@@ -1,8 +1,8 @@
-"""torchvision's data sets, also from a torchvision that was built for another torch.
+"""torchvision.datasets, even from a torchvision that was built for another torch.
 
-A torchvision built for CUDA beside a CPU-only torch cannot load its C++ operators, and its import
-then fails at the first operator that it describes to torch. The data sets need none of them, so
-the two missing schemas are declared here and the import repeated.
+A CUDA build of torchvision next to a CPU build of torch cannot load its C++ operators, and its
+import fails at the first operator it describes to torch. The data sets need none of them, so the
+two missing schemas are declared here and the import is repeated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _declare_operators() -> None:
 def import_datasets(
     import_module: Callable[[str], ModuleType] = importlib.import_module,
 ) -> ModuleType:
-    """torchvision.datasets; what the import raises beyond the one known error is passed on."""
+    """torchvision.datasets; any error of the import but the known one is passed on."""
     try:
         return import_module("torchvision.datasets")
     except RuntimeError as error:
@@ -45,7 +45,7 @@ def import_datasets(
     _forget_torchvision()
     _declare_operators()
     with warnings.catch_warnings():
-        # The image codecs are C++ as well; the CIFAR files are not image files.
+        # The image codecs are C++ too, and the CIFAR files are not image files.
         warnings.filterwarnings("ignore", "Failed to load image Python extension")
         return import_module("torchvision.datasets")
 

@@ -95,7 +95,7 @@ SETTINGS = [
     ("tracking=tensorboard", "Could not find 'tracking/tensorboard'"),
     ("experiment=tabel1", "Could not find 'experiment/tabel1'"),
     ("model=null", "Config group override must be a string or a list. Got NoneType (given: "),
-    ("attention=[aa,se]", "SqueezeExcite is not a subclass of AugmentedConvolution"),
+    ("attention=[aa,se]", "SqueezeExciteConfig is not a subclass of AugmentedConvConfig"),
     # Hydra's grammar
     ("attention", "Error parsing override 'attention'"),
     ("epochs:3", "epochs:3"),

@@ -11,7 +11,7 @@ MEAN, STD = (0.3, 0.5, 0.7), (0.2, 0.25, 0.4)
 
 def random_images(number: int = NUMBER, height: int = HEIGHT, width: int = WIDTH) -> Images:
     generator = torch.Generator().manual_seed(5)
-    # No zeros: where one turns up, it comes from padding.
+    # No zeros: any that turns up comes from padding.
     pixels = torch.randint(1, 256, (number, height, width, 3), generator=generator)
     return Images(pixels.to(torch.uint8), torch.arange(number))
 
@@ -23,8 +23,8 @@ def batches(augmentation=None, batch_size=5, seed=3, images=None) -> Batches:
 
 
 def whole_epoch(source: Batches, epoch: int = 0, start: int = 0):
-    parts = list(source.epoch(epoch, start))
-    return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
+    drawn = list(source.epoch(epoch, start))
+    return torch.cat([x for x, _ in drawn]), torch.cat([y for _, y in drawn])
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -38,10 +38,10 @@ def reference(source: Batches, epoch: int) -> list[torch.Tensor]:
     augmentation, pad = source.augmentation, source.augmentation.crop_pad
     draws = source._draw(epoch)
     made = []
-    for k, place in enumerate(draws.order.tolist()):
-        height, width, _ = source.images.pixels[place].shape
+    for k, index in enumerate(draws.order.tolist()):
+        height, width, _ = source.images.pixels[index].shape
         padded = torch.zeros(height + 2 * pad, width + 2 * pad, 3)
-        padded[pad : pad + height, pad : pad + width] = source.images.pixels[place]
+        padded[pad : pad + height, pad : pad + width] = source.images.pixels[index]
         top, left = int(draws.top[k]), int(draws.left[k])
         image = padded[top : top + height, left : left + width].clone()
         if augmentation.flip and draws.mirrored[k]:
@@ -76,7 +76,7 @@ def test_epoch_is_the_sample_by_sample_one(augmentation):
     assert labels.tolist() == source._draw(2).order[:25].tolist()
 
 
-def test_kind_and_memory_of_a_batch():
+def test_dtype_and_memory_format_of_a_batch():
     for images, labels in (
         next(batches(Augmentation(1, True, 2)).epoch(0)),
         next(evaluation_batches(random_images(), 5, MEAN, STD)),
@@ -90,8 +90,7 @@ def test_kind_and_memory_of_a_batch():
 
 def test_incomplete_last_batch_is_dropped_and_no_image_comes_twice():
     source = batches(batch_size=5)
-    parts = list(source.epoch(0))
-    assert len(source) == len(parts) == 5
+    assert len(source) == len(list(source.epoch(0))) == 5
     labels = whole_epoch(source)[1].tolist()
     assert len(set(labels)) == 25
     assert labels != sorted(labels)
@@ -121,7 +120,7 @@ def test_every_option_changes_what_it_names_and_leaves_the_rest():
     assert sizes.min() >= 4
 
 
-def test_switching_one_augmentation_on_keeps_the_draws_of_the_others():
+def test_turning_one_augmentation_on_keeps_the_draws_of_the_others():
     alone = batches(Augmentation(crop_pad=2))._draw(0)
     together = batches(Augmentation(crop_pad=2, flip=True, cutout=4))._draw(0)
     for name, vector in vars(alone).items():
@@ -149,7 +148,7 @@ def test_draws_reach_every_value_evenly():
 
 
 @pytest.mark.parametrize(("seed", "epoch"), [(3, 1), (4, 0), (1, 3), (0, 3)])
-def test_other_seeds_and_epochs_draw_otherwise(seed, epoch):
+def test_other_seeds_and_epochs_draw_differently(seed, epoch):
     draws, others = batches(seed=3)._draw(0), batches(seed=seed)._draw(epoch)
     for name in ("order", "mirrored", "cut_row", "cut_column"):
         assert not torch.equal(getattr(draws, name), getattr(others, name)), name
@@ -199,53 +198,55 @@ def test_the_images_themselves_stay_as_they_are():
     assert torch.equal(images.pixels, before)
 
 
-def test_the_parts_of_several_processes_are_the_batches_of_one():
+def test_the_shards_of_several_ranks_make_up_the_batches_of_one():
     augmentation = Augmentation(crop_pad=2, flip=True, cutout=3)
     whole = list(batches(augmentation, 6).epoch(2))
-    parts = [
-        list(Batches(random_images(), 6, augmentation, MEAN, STD, 3, part=(p, 3)).epoch(2))
-        for p in range(3)
+    shards = [
+        list(Batches(random_images(), 6, augmentation, MEAN, STD, 3, shard=(rank, 3)).epoch(2))
+        for rank in range(3)
     ]
     assert len(whole) == 4
-    for together, *shares in zip(whole, *parts, strict=True):
-        for both, pieces in zip(together, zip(*shares, strict=True), strict=True):
-            assert torch.equal(both, torch.cat(pieces))
-    with pytest.raises(
-        ValueError, match="batch_size=5 must be divisible by 3 parts times 1 pieces"
-    ):
-        Batches(random_images(), 5, augmentation, MEAN, STD, 3, part=(0, 3))
+    for batch, *shares in zip(whole, *shards, strict=True):
+        for expected, got in zip(batch, zip(*shares, strict=True), strict=True):
+            assert torch.equal(expected, torch.cat(got))
+    with pytest.raises(ValueError, match=r"batch_size=5 must be divisible by .* = 3 \* 1"):
+        Batches(random_images(), 5, augmentation, MEAN, STD, 3, shard=(0, 3))
+    with pytest.raises(ValueError, match=r"batch_size=9 must be divisible by .* = 3 \* 2"):
+        Batches(random_images(), 9, augmentation, MEAN, STD, 3, shard=(0, 3), micro_batches=2)
 
 
-def test_parts_of_a_batch_in_pieces_make_up_its_pieces():
+def test_each_micro_batch_is_sharded_by_itself():
     augmentation = Augmentation(crop_pad=2, flip=True)
     whole = list(batches(augmentation, 12).epoch(1))
-    parts = [
+    shards = [
         list(
-            Batches(random_images(), 12, augmentation, MEAN, STD, 3, part=(p, 3), pieces=2).epoch(1)
+            Batches(
+                random_images(), 12, augmentation, MEAN, STD, 3, shard=(rank, 3), micro_batches=2
+            ).epoch(1)
         )
-        for p in range(3)
+        for rank in range(3)
     ]
-    for together, *shares in zip(whole, *parts, strict=True):
-        for both, mine in zip(together, zip(*shares, strict=True), strict=True):
-            for piece, expected in enumerate(both.chunk(2)):
-                assert torch.equal(expected, torch.cat([x.chunk(2)[piece] for x in mine]))
+    for batch, *shares in zip(whole, *shards, strict=True):
+        for expected, got in zip(batch, zip(*shares, strict=True), strict=True):
+            for number, micro_batch in enumerate(expected.chunk(2)):
+                assert torch.equal(micro_batch, torch.cat([x.chunk(2)[number] for x in got]))
 
 
-def test_parts_of_a_set_have_each_image_once():
+def test_shards_of_a_set_have_each_image_once():
     images = random_images()
-    parts = [images.part(p, 4) for p in range(4)]
-    assert sorted(len(p) for p in parts) == [7, 7, 7, 8]
-    labels = torch.cat([p.labels for p in parts])
+    shards = [images.shard(rank, 4) for rank in range(4)]
+    assert sorted(len(p) for p in shards) == [7, 7, 7, 8]
+    labels = torch.cat([p.labels for p in shards])
     assert labels.sort().values.tolist() == list(range(NUMBER))
-    assert all(torch.equal(p.pixels, images.pixels[p.labels]) for p in parts)
+    assert all(torch.equal(p.pixels, images.pixels[p.labels]) for p in shards)
 
 
 def test_evaluation_is_in_order_and_whole():
     images = random_images()
-    parts = list(evaluation_batches(images, 8, MEAN, STD))
-    assert [len(y) for _, y in parts] == [8, 8, 8, 5]
-    assert torch.cat([y for _, y in parts]).tolist() == list(range(NUMBER))
-    pixels = to_pixels(torch.cat([x for x, _ in parts]))
+    drawn = list(evaluation_batches(images, 8, MEAN, STD))
+    assert [len(y) for _, y in drawn] == [8, 8, 8, 5]
+    assert torch.cat([y for _, y in drawn]).tolist() == list(range(NUMBER))
+    pixels = to_pixels(torch.cat([x for x, _ in drawn]))
     torch.testing.assert_close(pixels, images.pixels.double(), rtol=0, atol=1e-3)
 
 

@@ -1,13 +1,16 @@
 import hashlib
 import http.server
 import io
+import ntpath
 import os
 import pickle
 import re
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
-import time
+import types
 import urllib.request
 from pathlib import Path
 
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from data import load_cifar
+from data import cifar, load_cifar
 from data.cifar import SOURCES, Source
 from data.vision import datasets
 
@@ -84,7 +87,7 @@ def present(files, tmp_path):
 
 @pytest.fixture
 def server(files, monkeypatch):
-    """A web server for the archive; ``state`` says what it sends and counts what it was asked."""
+    """A web server for the archive; ``state`` says what it sends and counts the downloads."""
     state = {"content": archive_of(files), "cut_at": None, "gets": 0}
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(state["content"]))
 
@@ -95,7 +98,7 @@ def server(files, monkeypatch):
             self.end_headers()
 
         def do_GET(self):
-            # torchvision asks for the address first, by a GET that it marks so.
+            # torchvision resolves redirects first, with a GET that it marks as HEAD.
             state["gets"] += self.headers["Method"] != "HEAD"
             self.do_HEAD()
             self.wfile.write(state["content"][: state["cut_at"]])
@@ -116,7 +119,7 @@ def server(files, monkeypatch):
 
 
 def raised(kind: type[Exception], *args, **kwargs) -> str:
-    """The message with which load_cifar fails, found to be one line."""
+    """The message that load_cifar fails with, checked to be one line."""
     with pytest.raises(kind) as caught:
         load_cifar(*args, **kwargs)
     assert type(caught.value) is kind
@@ -134,17 +137,17 @@ def everything_below(folder: Path) -> dict[str, bytes | None]:
 
 def test_reads_every_image_with_its_label(present, files):
     dataset = load_cifar("cifar10", str(present))
-    for part, names in (
+    for split, names in (
         (dataset.train, ["data_batch_1", "data_batch_2"]),
         (dataset.evaluation, ["test_batch"]),
     ):
         entries = [pickle.loads(files[name]) for name in names]
         rows = [row for entry in entries for row in entry["data"]]
-        assert part.labels.tolist() == [label for entry in entries for label in entry["labels"]]
-        assert part.pixels.shape == (len(rows), 32, 32, 3)
-        assert part.pixels.is_contiguous()
+        assert split.labels.tolist() == [label for entry in entries for label in entry["labels"]]
+        assert split.pixels.shape == (len(rows), 32, 32, 3)
+        assert split.pixels.is_contiguous()
         for n, channel, i, j in [(0, 0, 0, 1), (4, 1, 5, 0), (3, 2, 31, 30)]:
-            assert part.pixels[n, i, j, channel] == rows[n][channel * 1024 + i * 32 + j]
+            assert split.pixels[n, i, j, channel] == rows[n][channel * 1024 + i * 32 + j]
     assert (dataset.name, dataset.evaluated_on) == ("cifar10", "test")
     assert (dataset.num_classes, dataset.class_names) == (3, tuple(NAMES))
     assert dataset.image_size == (32, 32)
@@ -154,7 +157,7 @@ def test_reads_every_image_with_its_label(present, files):
 def test_holding_out_takes_the_evaluation_from_the_training_set(present):
     whole = load_cifar("cifar10", str(present)).train
     dataset = load_cifar("cifar10", str(present), val_size=4)
-    assert dataset.evaluated_on == "held-out"
+    assert dataset.evaluated_on == "val"
     assert (len(dataset.train), len(dataset.evaluation)) == (9, 4)
     split = [*dataset.train.pixels, *dataset.evaluation.pixels]
     assert sorted(p.flatten().tolist() for p in split) == sorted(
@@ -191,18 +194,16 @@ def test_mistakes_are_reported_before_the_files_are_looked_at(files, tmp_path, o
     assert not (tmp_path / "no").exists()
 
 
-def test_absent_set_without_network_fails_soon_and_leaves_nothing(files, tmp_path):
+def test_a_missing_set_without_network_leaves_nothing(files, tmp_path):
     root = tmp_path / "a" / "b"
-    began = time.monotonic()
     message = raised(FileNotFoundError, "cifar10", str(root))
-    assert time.monotonic() - began < 3
     assert str(root / FOLDER) in message
     assert "the download failed (Connection refused)" in message
     assert "data.root=" in message
     assert everything_below(tmp_path) == {}
 
 
-def test_a_silent_network_fails_soon(files, tmp_path, monkeypatch):
+def test_a_silent_network_times_out(files, tmp_path, monkeypatch):
     monkeypatch.setattr("data.cifar._NETWORK_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
@@ -245,17 +246,69 @@ def test_download_that_breaks_off_leaves_what_was_there(server, tmp_path, there_
     assert everything_below(tmp_path) == expected
 
 
-def test_download_that_is_interrupted_leaves_nothing(server, tmp_path, monkeypatch):
-    def interrupted(self):
-        Path(self.root, ARCHIVE).write_bytes(b"half")
-        Path(self.root, FOLDER).mkdir()
-        Path(self.root, FOLDER, "data_batch_1").write_bytes(b"half")
-        raise KeyboardInterrupt
+@pytest.fixture
+def interrupted(monkeypatch):
+    """A function that loads the set into a root and is interrupted in the middle of a download.
 
-    monkeypatch.setattr(datasets.CIFAR10, "download", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load_cifar("cifar10", str(tmp_path / "root"))
+    What ``meanwhile`` does happens during that download.
+    """
+
+    def load(root, meanwhile=lambda: None):
+        def download(self):
+            Path(self.root, ARCHIVE).write_bytes(b"half")
+            Path(self.root, FOLDER).mkdir()
+            Path(self.root, FOLDER, "data_batch_1").write_bytes(b"half")
+            meanwhile()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(datasets.CIFAR10, "download", download)
+        with pytest.raises(KeyboardInterrupt):
+            load_cifar("cifar10", str(root))
+
+    return load
+
+
+def test_download_that_is_interrupted_leaves_nothing(files, tmp_path, interrupted):
+    interrupted(tmp_path / "new" / "root")
     assert everything_below(tmp_path) == {}
+
+
+@pytest.mark.parametrize("theirs", [FOLDER + "/data_batch_1", ARCHIVE, "notes.txt"])
+def test_download_that_is_interrupted_leaves_the_files_of_others(
+    files, tmp_path, interrupted, theirs
+):
+    root = tmp_path / "new" / "root"
+
+    def meanwhile():
+        (root / theirs).parent.mkdir(exist_ok=True)
+        (root / theirs).write_bytes(b"theirs")
+
+    interrupted(root, meanwhile)
+    left = everything_below(root)
+    assert left.pop(theirs) == b"theirs"
+    assert left in ({}, {FOLDER: None})
+
+
+def test_a_folder_that_was_empty_before_is_left(files, tmp_path, interrupted):
+    (tmp_path / "root").mkdir()
+    interrupted(tmp_path / "root")
+    assert everything_below(tmp_path) == {"root": None}
+
+
+@pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
+def test_two_downloads_at_once_both_end_well(server, tmp_path, monkeypatch):
+    plain = datasets.CIFAR10.download
+
+    def download(self):
+        monkeypatch.setattr(datasets.CIFAR10, "download", plain)
+        other = load_cifar("cifar10", str(tmp_path))
+        assert len(other.train) == 13
+        plain(self)
+
+    monkeypatch.setattr(datasets.CIFAR10, "download", download)
+    assert len(load_cifar("cifar10", str(tmp_path)).train) == 13
+    assert server["gets"] == 2
+    assert {path.name for path in tmp_path.iterdir()} == {FOLDER, ARCHIVE}
 
 
 @pytest.mark.parametrize("name", ["data_batch_2", "test_batch", "batches.meta"])
@@ -274,10 +327,46 @@ def test_damaged_files_are_named_and_left_alone(present, name, damage, download)
 
 
 @pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
-def test_damaged_files_are_fetched_anew(server, present):
-    (present / FOLDER / "data_batch_2").write_bytes(b"damaged")
+@pytest.mark.parametrize("name", ["data_batch_2", "test_batch", "batches.meta"])
+def test_damaged_files_are_downloaded_again_and_the_others_left(server, present, files, name):
+    (present / FOLDER / "mine").write_bytes(b"kept")
+    intact = {n: (present / FOLDER / n).stat().st_ino for n in files if n != name}
+    (present / FOLDER / name).write_bytes(b"damaged")
     assert len(load_cifar("cifar10", str(present)).train) == 13
     assert server["gets"] == 1
+    assert (present / FOLDER / name).read_bytes() == files[name]
+    assert (present / FOLDER / "mine").read_bytes() == b"kept"
+    assert {n: (present / FOLDER / n).stat().st_ino for n in intact} == intact
+
+
+@pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
+@pytest.mark.parametrize("intact", [True, False])
+def test_an_archive_that_is_there_is_used_if_intact(server, tmp_path, intact):
+    (tmp_path / ARCHIVE).write_bytes(server["content"][: None if intact else 100])
+    assert len(load_cifar("cifar10", str(tmp_path)).train) == 13
+    assert server["gets"] == (0 if intact else 1)
+    assert (tmp_path / ARCHIVE).read_bytes() == server["content"]
+    assert {path.name for path in tmp_path.iterdir()} == {FOLDER, ARCHIVE}
+
+
+def test_modules_that_windows_lacks_are_not_needed():
+    script = (
+        "import sys, data.vision\n"  # torch and torchvision are not ours to change
+        "for name in [n for n in sys.modules if n.split('.')[0] == 'data']:\n"
+        "    del sys.modules[name]\n"
+        "for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios', 'posix'):\n"
+        "    sys.modules[name] = None\n"
+        "import data.cifar, data.lookup, data.vision\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script], check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_the_absent_folders_of_a_drive_that_is_not_there_are_finitely_many(monkeypatch):
+    monkeypatch.setattr(cifar, "os", types.SimpleNamespace(path=ntpath))
+    assert list(cifar._absent_folders("Q:\\a\\b")) == ["Q:\\a\\b", "Q:\\a", "Q:\\"]
 
 
 def test_a_root_that_cannot_be_written_is_named(files, tmp_path):

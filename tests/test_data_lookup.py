@@ -38,7 +38,7 @@ def coloured(image: torch.Tensor) -> dict[tuple[int, int], str]:
 
 
 def read_shapes(pixels: dict[tuple[int, int], str]) -> dict[str, str]:
-    """Shape and colour at each place that holds one, found by comparing every pattern."""
+    """Shape and colour in each slot that holds one, found by comparing every pattern."""
     found = {}
     for row, column in SLOTS:
         here = {
@@ -58,7 +58,7 @@ def read_shapes(pixels: dict[tuple[int, int], str]) -> dict[str, str]:
 def test_the_class_is_the_shape_in_the_colour_of_the_cue(clean):
     for image, label in zip(clean.pixels, clean.labels.tolist(), strict=True):
         pixels = coloured(image)
-        cue = {pixels.pop(place) for place in itertools.product(range(2), repeat=2)}
+        cue = {pixels.pop(position) for position in itertools.product(range(2), repeat=2)}
         shown = read_shapes(pixels)
         assert len(pixels) == 20 * SHAPES_SHOWN
         assert len(shown) == len(set(shown.values())) == SHAPES_SHOWN
@@ -83,7 +83,7 @@ def test_no_window_of_the_receptive_field_holds_cue_and_shape(clean):
     assert windows_with_both(RECEPTIVE_FIELD + 1) > 0
 
 
-def test_every_shape_colour_place_and_class_is_equally_likely():
+def test_every_shape_colour_slot_and_class_is_equally_likely():
     images = make_lookup(train_size=2000, test_size=1, noise=0.0).train
     drawn = [
         (c, read_shapes(coloured(x)))
@@ -93,7 +93,7 @@ def test_every_shape_colour_place_and_class_is_equally_likely():
         (torch.bincount(images.labels, minlength=8), 1 / 8),
         (count(shape for _, shown in drawn for shape in shown), 1 / 8),
         (count(colour for _, shown in drawn for colour in shown.values()), 1 / 8),
-        (place_counts(images.pixels), 1 / 7),
+        (slot_counts(images.pixels), 1 / 7),
     ):
         expected = counts.sum() * share
         assert len(counts) == round(1 / share)
@@ -106,7 +106,7 @@ def count(names) -> torch.Tensor:
     return torch.tensor([names.count(name) for name in sorted(set(names))])
 
 
-def place_counts(pixels: torch.Tensor) -> torch.Tensor:
+def slot_counts(pixels: torch.Tensor) -> torch.Tensor:
     inked = (pixels != torch.tensor(BACKGROUND)).any(-1)
     return torch.stack([inked[:, i : i + 6, j : j + 6].flatten(1).any(1).sum() for i, j in SLOTS])
 
@@ -115,8 +115,8 @@ def test_patterns_are_alike_in_size_and_unlike_in_form():
     for lines in SHAPES.values():
         assert sum(line.count("#") for line in lines) == 20
         assert all(len(line) == 6 and line == line[::-1] for line in lines)
-    for one, other in itertools.combinations(SHAPES.values(), 2):
-        assert sum(a != b for a, b in zip("".join(one), "".join(other), strict=True)) >= 12
+    for first, second in itertools.combinations(SHAPES.values(), 2):
+        assert sum(a != b for a, b in zip("".join(first), "".join(second), strict=True)) >= 12
 
 
 def test_noise_is_as_strong_as_it_says_and_changes_nothing_else():
@@ -137,7 +137,7 @@ def test_strong_noise_stays_within_a_byte_without_wrapping():
     assert black < 85
 
 
-def test_seeds_and_splits_draw_otherwise():
+def test_seeds_and_splits_draw_differently():
     base = make_lookup(40, 40)
     assert torch.equal(base.train.pixels, make_lookup(40, 40).train.pixels)
     for other in (make_lookup(40, 40, data_seed=1).train, base.evaluation):
@@ -159,7 +159,7 @@ def test_sizes_names_and_held_out_images():
     assert not any(vars(make_lookup(1, 1).augmentation).values())
 
     held = make_lookup(50, 20, val_size=7)
-    assert (len(held.train), len(held.evaluation), held.evaluated_on) == (43, 7, "held-out")
+    assert (len(held.train), len(held.evaluation), held.evaluated_on) == (43, 7, "val")
     assert sorted(torch.cat([held.train.labels, held.evaluation.labels]).tolist()) == sorted(
         dataset.train.labels.tolist()
     )
@@ -209,9 +209,9 @@ def test_ceiling_is_the_one_counted_by_hand():
 
 def chain_prices(colours: tuple[int, ...]) -> list[float]:
     """For shapes 0 to 4 in ``colours``, D that makes a longest increasing choice of them right."""
-    places = range(len(colours))
+    slots = range(len(colours))
     chain = max(
-        (c for k in range(1, 6) for c in itertools.combinations(places, k)
+        (c for k in range(1, 6) for c in itertools.combinations(slots, k)
          if all(colours[i] < colours[j] for i, j in itertools.pairwise(c))),
         key=len,
     )  # fmt: skip
@@ -234,18 +234,18 @@ def test_a_classifier_reaches_what_is_said_to_be_reached():
     assert joint_reached() < ceiling() < 1
 
 
-def test_of_the_colourings_of_three_shapes_one_can_be_answered_wholly():
-    # The step on which the proof of the ceiling rests, seen on a fine grid of all prices.
+def test_only_one_colouring_of_three_shapes_can_be_answered_completely():
+    # The step on which the proof of the ceiling rests, checked on a fine grid of all D.
     generator = random.Random(3)
     grid = [x / 4 for x in range(-16, 17)]
     for _ in range(5):
         a = [[generator.uniform(-1, 1) for _ in range(3)] for _ in range(3)]
-        wholly_right = set()
+        all_correct = set()
         for d in itertools.product([0.0], grid, grid):
             chosen = tuple(max(range(3), key=lambda s: a[c][s] + d[s]) for c in range(3))
             if len(set(chosen)) == 3:
-                wholly_right.add(chosen)
-        assert len(wholly_right) == 1
+                all_correct.add(chosen)
+        assert len(all_correct) == 1
 
 
 def test_arrangements_are_all_there_are():

@@ -28,12 +28,14 @@ import aaconv
 from training import console, run_folder
 from training.console import one_line
 from training.distributed import world
+from training.hydra_compat import lazy_help_allowed
 from training.settings import unknown_setting
 
 # Read before `run` sets the variable for its own purpose.
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 
+@lazy_help_allowed()
 def run(main: Callable[[], Any]) -> None:
     """Call a Hydra main function; a mistake in the command line ends it with one line, code 2.
 

@@ -1,0 +1,319 @@
+"""Write docs/settings.md: every setting of train.py with its type, default and meaning.
+
+    python scripts/settings.py            # after a change in configs/
+    python scripts/settings.py --check    # exits with 1 and one line if the page is out of date
+
+Types and meanings are those of configs/schema.py, whose comment above a field is its meaning;
+defaults are those of the YAML files, before anything that refers to another setting is resolved.
+"""
+
+import argparse
+import ast
+import re
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configs.schema import NO_EFFECT_ON_RESULT, OPTIONS
+from training.files import write_text
+
+CONFIGS = ROOT / "configs"
+PAGE = ROOT / "docs" / "settings.md"
+COMMAND = "python scripts/settings.py"
+
+INTRO = f"""# Settings
+
+<!-- Written by `{COMMAND}` from configs/schema.py and the YAML files in configs/. -->
+
+`python train.py NAME=VALUE ...` sets any of these, `GROUP=OPTION` chooses an option of a group, and
+`python train.py --cfg job` prints all values that a command would use. A default such as
+`${{out_dir}}` takes the value of another setting. Those marked *no effect* change nothing in a
+result: they do not name a run's folder, and a run can be continued with other values.
+"""
+
+# What each group is, in the order of the page; a group's settings begin with the second name.
+GROUPS = {
+    "model": ("model", "The network: the residual network that all comparisons share."),
+    "attention": ("attention", "What the network's blocks have in addition to convolutions."),
+    "data": ("data", "The images it is trained and evaluated on."),
+    "optim": ("optim", "The optimizer."),
+    "schedule": ("schedule", "The learning rate over the steps of a run."),
+    "tracking": ("wandb", "The dashboard. `metrics.csv` and `summary.json` are always written."),
+}
+
+
+class Field(NamedTuple):
+    """A field of a config class: its annotation as source text, and the comment above it."""
+
+    name: str
+    type: str
+    comment: str
+
+
+class Schema(NamedTuple):
+    """configs/schema.py as source: the fields of its config classes, the members of its enums."""
+
+    fields: dict[str, list[Field]]
+    choices: dict[str, list[str]]
+
+
+def read_schema(source: str) -> Schema:
+    """The classes in ``source``; a field of Hydra's own, such as ``_target_``, is left out."""
+    lines = source.splitlines()
+    fields: dict[str, list[Field]] = {}
+    choices: dict[str, list[str]] = {}
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        if any(ast.unparse(base) == "Enum" for base in node.bases):
+            members = [a.targets[0] for a in node.body if isinstance(a, ast.Assign)]
+            choices[node.name] = [m.id for m in members if isinstance(m, ast.Name)]
+        else:
+            fields[node.name] = [
+                Field(a.target.id, ast.unparse(a.annotation), comment_above(lines, a.lineno))
+                for a in node.body
+                if isinstance(a, ast.AnnAssign)
+                and isinstance(a.target, ast.Name)
+                and not a.target.id.startswith("_")
+            ]
+    return Schema(fields, choices)
+
+
+def comment_above(lines: list[str], number: int) -> str:
+    """The comment on the whole lines directly above line ``number``, counted from 1."""
+    found: list[str] = []
+    for line in reversed(lines[: number - 1]):
+        if not line.strip().startswith("#"):
+            break
+        found.insert(0, line.strip().removeprefix("#").strip())
+    return " ".join(found)
+
+
+def settings(schema: Schema, class_name: str, prefix: str) -> list[Field]:
+    """All settings of a config class under their dotted names, those of nested classes included."""
+    found: list[Field] = []
+    for field in schema.fields[class_name]:
+        if field.type in schema.fields:
+            found += settings(schema, field.type, f"{prefix}{field.name}.")
+        else:
+            found.append(field._replace(name=prefix + field.name))
+    return found
+
+
+def type_in_words(schema: Schema, annotation: str) -> str:
+    """``Optional[float]`` is "float or null"; an enum is the list of its members."""
+    if annotation in schema.choices:
+        return ", ".join(map(code, schema.choices[annotation]))
+    name, bracket, inner = annotation.rstrip("]").partition("[")
+    if not bracket:
+        return annotation
+    words = [type_in_words(schema, part) for part in inner.split(", ")]
+    if name == "list":
+        return f"list of {words[0]}"
+    return " or ".join([*words, "null"] if name == "Optional" else words)
+
+
+def read_yaml(path: Path) -> tuple[list[Any], dict[str, Any]]:
+    """The defaults list of a YAML file, and its own values under dotted keys, not resolved."""
+    content = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(content, dict)
+    defaults = content.pop("defaults", [])
+    return defaults, flat({str(key): value for key, value in content.items()})
+
+
+def load_values(path: Path) -> dict[str, Any]:
+    """The values of a YAML file, those of files in the same folder that it builds on included."""
+    defaults, values = read_yaml(path)
+    inherited: dict[str, Any] = {}
+    for entry in defaults:
+        if isinstance(entry, str) and (path.parent / f"{entry}.yaml").is_file():
+            inherited |= load_values(path.parent / f"{entry}.yaml")
+    return inherited | values
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= (
+            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found
+
+
+def schema_name(path: Path) -> str | None:
+    """NAME of the ``/schema/GROUP/NAME@_here_`` that the file of an option builds on, if any."""
+    for entry in read_yaml(path)[0]:
+        if isinstance(entry, str) and entry.startswith("/schema/"):
+            return entry.removesuffix("@_here_").rpartition("/")[2]
+    return None
+
+
+def head_comment(path: Path) -> str:
+    """The comment at the top of a YAML file, up to an empty line, a list or a command in it."""
+    words: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# @package"):
+            continue
+        if not line.startswith("# ") or line.startswith("#  "):
+            break
+        words.append(line.removeprefix("# "))
+    return " ".join(words)
+
+
+def in_yaml(value: Any) -> str:
+    """A value as one writes it on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return f"[{', '.join(map(in_yaml, value))}]"
+    return str(value)
+
+
+def section(schema: Schema, configs: Path, group: str) -> str:
+    """A group: its options, with the defaults that differ between them, and its settings."""
+    _, text = GROUPS[group]
+    own, values = read_options(schema, configs, group)
+    default_option = chosen_option(configs, group)
+    options_of: dict[Field, list[str]] = {}
+    for option, fields in own.items():
+        for field in fields:
+            options_of.setdefault(field, []).append(option)
+    defaults = {
+        field: {in_yaml(values[option][field.name]) for option in options}
+        for field, options in options_of.items()
+    }
+    differing = [field for field in options_of if len(defaults[field]) > 1]
+    options_table = table(
+        ["option", "", *(code(field.name) for field in differing)],
+        [
+            [
+                code(option),
+                head_comment(configs / group / f"{option}.yaml"),
+                *(code(in_yaml(values[option][f.name])) if f in fields else "" for f in differing),
+            ]
+            for option, fields in own.items()
+        ],
+    )
+    parts = [f"## {group}", f"{text} The default is `{group}={default_option}`.", options_table]
+    if options_of:
+        rows = [
+            [
+                code(field.name),
+                "" if len(options) == len(own) else ", ".join(map(code, options)),
+                type_in_words(schema, field.type),
+                "see above" if field in differing else code(*defaults[field]),
+                meaning(field),
+            ]
+            for field, options in options_of.items()
+        ]
+        parts.append(table(["setting", "only with", "type", "default", "meaning"], rows))
+    return "\n\n".join(parts)
+
+
+def read_options(
+    schema: Schema, configs: Path, group: str
+) -> tuple[dict[str, list[Field]], dict[str, dict[str, Any]]]:
+    """Of each option of a group its settings, and their default values by name."""
+    prefix, _ = GROUPS[group]
+    classes = {name: node.__name__ for g, name, node in OPTIONS if g == group}
+    fields: dict[str, list[Field]] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for path in sorted((configs / group).glob("*.yaml"), key=natural):
+        loaded = load_values(path)
+        name = schema_name(path)
+        if name is None:  # no schema of its own: that of the field of Config
+            class_name = next(f.type for f in schema.fields["Config"] if f.name == prefix)
+        else:
+            class_name = classes[name]
+        fields[path.stem] = settings(schema, class_name, f"{prefix}.")
+        # A file for the whole configuration has the prefix already.
+        values[path.stem] = {
+            f.name: loaded[f.name] if f.name in loaded else loaded[f.name.partition(".")[2]]
+            for f in fields[path.stem]
+        }
+    return fields, values
+
+
+def natural(path: Path) -> list[Any]:
+    """A key that sorts resnet8 before resnet20."""
+    return [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", path.stem)]
+
+
+def chosen_option(configs: Path, group: str) -> str:
+    """What config.yaml chooses of a group."""
+    defaults, _ = read_yaml(configs / "config.yaml")
+    return next(str(e[group]) for e in defaults if isinstance(e, dict) and group in e)
+
+
+def meaning(field: Field) -> str:
+    return field.comment + (" *No effect.*" if field.name in NO_EFFECT_ON_RESULT else "")
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines
+    )
+
+
+def code(text: str) -> str:
+    return f"`{text}`"
+
+
+def run_section(schema: Schema, configs: Path) -> str:
+    """The settings that belong to no group."""
+    values = load_values(configs / "config.yaml")
+    grouped = {prefix for prefix, _ in GROUPS.values()}
+    rows = [
+        [
+            code(field.name),
+            type_in_words(schema, field.type),
+            code(in_yaml(values[field.name])),
+            meaning(field),
+        ]
+        for field in schema.fields["Config"]
+        if field.name not in grouped
+    ]
+    text = "Settings of the run itself."
+    return f"## run\n\n{text}\n\n{table(['setting', 'type', 'default', 'meaning'], rows)}"
+
+
+def experiment_section(configs: Path) -> str:
+    rows = [
+        [code(path.stem), head_comment(path)]
+        for path in sorted((configs / "experiment").glob("*.yaml"), key=natural)
+    ]
+    text = (
+        "Whole recipes, which set several of the above at once; none by default. Each file in "
+        "configs/experiment/ begins with its command, the hardware and the expected result."
+    )
+    return f"## experiment\n\n{text}\n\n{table(['option', ''], rows)}"
+
+
+def page(configs: Path) -> str:
+    """The text of docs/settings.md for the schema and the YAML files in ``configs``."""
+    schema = read_schema((configs / "schema.py").read_text(encoding="utf-8"))
+    sections = [section(schema, configs, group) for group in GROUPS]
+    parts = [INTRO.strip(), run_section(schema, configs), *sections, experiment_section(configs)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
+    arguments = parser.parse_args()
+    text = page(CONFIGS)
+    if not arguments.check:
+        write_text(PAGE, text)
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+        sys.exit(f"settings.py: {PAGE.name} is out of date; run {COMMAND}")
+
+
+if __name__ == "__main__":
+    main()
