@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from aaconv.attention import check_backend
+from aaconv.functional import check_backend
 from configs.schema import register
 from data import Batches, Dataset, evaluation_batches
 from models import count_flops, count_parameters, layer_table
@@ -256,7 +256,7 @@ def describe(cfg: DictConfig, parts: Parts, dtype: torch.dtype) -> dict[str, Any
     """What will run, and on what; logged, and returned for summary and dashboard."""
     facts = {
         "model": cfg.model.name,
-        "attention": cfg.attention._target_.rpartition(".")[2].lower(),
+        "attention": instantiate(cfg.attention, _convert_="all").name,
         "data": parts.dataset.name,
         "evaluated_on": parts.dataset.evaluated_on,
         "parameters": count_parameters(parts.model),

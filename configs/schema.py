@@ -42,7 +42,7 @@ class Precision(Enum):
     fp16 = "fp16"
 
 
-class Shortcut(Enum):
+class ShortcutKind(Enum):
     projection = "projection"
     pad = "pad"
     subsample = "subsample"
@@ -56,7 +56,7 @@ class WandbMode(Enum):
 
 
 @dataclass
-class Augment:
+class AugmentConfig:
     """The attention that a network takes with attention=aa unless told otherwise."""
 
     dk: Union[int, float] = MISSING
@@ -67,23 +67,23 @@ class Augment:
 
 
 @dataclass
-class Model:
+class ModelConfig:
     name: str = MISSING
     block: str = MISSING  # basic, bottleneck or preact
     depths: list[int] = MISSING  # blocks of each stage
     widths: list[int] = MISSING  # channels of each stage
     stem: int = MISSING  # channels of the first convolution
-    shortcut: Shortcut = MISSING
-    aa: Augment = field(default_factory=Augment)
+    shortcut: ShortcutKind = MISSING
+    aa: AugmentConfig = field(default_factory=AugmentConfig)
 
 
 @dataclass
-class NoAttention:
-    _target_: str = "models.Plain"
+class NoAttentionConfig:
+    _target_: str = "models.NoAttention"
 
 
 @dataclass
-class AugmentedConvolution:
+class AugmentedConvConfig:
     _target_: str = "models.AA"
     dk: Union[int, float] = MISSING  # channels (20) or a fraction of the block's output (0.2)
     dv: Union[int, float] = MISSING
@@ -91,17 +91,17 @@ class AugmentedConvolution:
     min_dkh: int = MISSING  # least key channels per head where dk is a fraction
     position: str = MISSING  # relative, none, sine or coord
     stages: list[int] = MISSING
-    backend: str = MISSING  # auto, reference, fold, tiled, fused or flex: see aaconv.attention_2d
+    backend: str = MISSING  # auto, reference, sdpa, tiled, fused or flex: see aaconv.attention_2d
 
 
 @dataclass
-class SqueezeExcite:
+class SqueezeExciteConfig:
     _target_: str = "models.SE"
     ratio: int = MISSING
 
 
 @dataclass
-class GatherExcite:
+class GatherExciteConfig:
     _target_: str = "models.GE"
 
 
@@ -175,7 +175,7 @@ class Wandb:
 
 @dataclass
 class Config:
-    model: Model = field(default_factory=Model)
+    model: ModelConfig = field(default_factory=ModelConfig)
     # Choices of different types: each option brings its own from the classes above.
     attention: Any = MISSING
     data: Any = MISSING
@@ -221,10 +221,10 @@ def register() -> None:
     store = ConfigStore.instance().store
     store(name="schema", node=Config)
     for group, name, node in (
-        ("attention", "none", NoAttention),
-        ("attention", "aa", AugmentedConvolution),
-        ("attention", "se", SqueezeExcite),
-        ("attention", "ge", GatherExcite),
+        ("attention", "none", NoAttentionConfig),
+        ("attention", "aa", AugmentedConvConfig),
+        ("attention", "se", SqueezeExciteConfig),
+        ("attention", "ge", GatherExciteConfig),
         ("data", "cifar", Cifar),
         ("data", "lookup", Lookup),
         ("optim", "sgd", SGD),

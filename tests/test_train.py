@@ -259,7 +259,7 @@ def test_averaged_weights_are_what_is_evaluated(run, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", remember)
     run("ema=0.9", "epochs=1")
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    name = "classify.weight"
+    name = "head.weight"
     averaged = dict(judged[0].module.named_parameters())[name]
     assert torch.equal(averaged, state["average"][f"module.{name}"])
     assert not torch.equal(averaged, state["model"][name])
