@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from aaconv.attention import check_backend
+from aaconv.functional import check_backend
 from configs.schema import register
 from data import Batches, Dataset, evaluation_batches
 from models import count_flops, count_parameters, layer_table
@@ -250,10 +250,7 @@ def describe(cfg: DictConfig, state: RunState) -> dict[str, Any]:
     """What will be trained; logged, and returned for summary and dashboard."""
     facts = {
         "model": cfg.model.name,
-        "attention": {"Plain": "none"}.get(
-            type(instantiate(cfg.attention)).__name__,
-            type(instantiate(cfg.attention)).__name__.lower(),
-        ),
+        "attention": instantiate(cfg.attention).name,
         "data": state.dataset.name,
         "evaluated_on": state.dataset.evaluated_on,
         "parameters": count_parameters(state.model),

@@ -1,6 +1,7 @@
 """Attention-augmented convolution (Bello et al., ICCV 2019) for PyTorch."""
 
-from aaconv.attention import BACKENDS, attention_2d
-from aaconv.layer import AugmentedConv
+from aaconv.functional import BACKENDS, attention_2d
+from aaconv.modules import AugmentedConv
 
 __all__ = ["BACKENDS", "AugmentedConv", "attention_2d"]
+__version__ = "0.1.0"

@@ -1,13 +1,13 @@
-"""What `AugmentedConv` accepts, checked before anything is built."""
+"""Checks of the arguments of `AugmentedConv`."""
 
 Size = int | tuple[int, int]
 
 
 def pair(name: str, value: Size) -> tuple[int, int]:
-    """``value`` as (vertical, horizontal), an int standing for both.
+    """``value`` as (vertical, horizontal); an int is used for both.
 
     Raises:
-        ValueError: neither an int nor two ints.
+        ValueError: ``value`` is neither an int nor a pair of ints.
     """
     if isinstance(value, int):
         return value, value
@@ -33,7 +33,7 @@ def check_channels(in_channels: int, out_channels: int, dk: int, dv: int, Nh: in
 def check_convolution(
     in_channels: int, conv_channels: int, groups: int, qkv_kernel_size: int
 ) -> None:
-    """Raise ValueError for groups or a qkv kernel that no convolution of the layer can have."""
+    """Raise ValueError unless the layer's convolutions can have these groups and this kernel."""
     if groups < 1 or in_channels % groups or conv_channels % groups:
         raise ValueError(
             f"groups={groups} must divide in_channels={in_channels} and the "
@@ -51,9 +51,9 @@ def check_same_output_size(
 ) -> None:
     """Raise ValueError if convolution and attention differ in output size for every input.
 
-    The attention branch gives ``ceil(L / stride)`` positions for L pixels. The convolution is
-    off by ``(excess) / stride`` before rounding, which some L can absorb only while
-    ``|excess| < stride``.
+    The attention gives ``ceil(L / stride)`` positions for L pixels. The convolution differs by
+    ``excess / stride`` before rounding, with ``excess`` as below; both round to the same size for
+    some L only if ``|excess| < stride``.
     """
     for k, s, p, d in zip(kernel_size, stride, padding, dilation, strict=True):
         if min(k, s, d) < 1 or p < 0:
@@ -65,7 +65,7 @@ def check_same_output_size(
         if abs(excess) >= s:
             raise ValueError(
                 f"padding={p} with kernel_size={k}, dilation={d} and stride={s} gives the "
-                "convolution another output size than the attention beside it; "
+                "convolution another output size than the attention; "
                 f"use padding={d * (k - 1) // 2}"
                 + ("" if d * (k - 1) % 2 == 0 else " and an odd kernel_size")
             )

@@ -1,6 +1,8 @@
-"""Absolute positions for the input of the attention, which Bello et al. compare relative ones with.
+"""Absolute positions for the input of the attention, with which Bello et al. compare relative ones.
 
-Both are computed anew for every size: they have no parameters and fit any map.
+Both encodings are computed from the size of the map: they have no parameters and fit any size.
+
+Letters: B batch, C channels, H x W map.
 """
 
 import math
@@ -13,9 +15,9 @@ from torch import Tensor
 def add_sine(x: Tensor) -> Tensor:
     """``x`` (B, C, H, W) plus sines and cosines of each pixel's row and column.
 
-    As the Image Transformer does (Parmar et al., ICML 2018): C // 4 wavelengths per axis, from 2 pi
-    to 20000 pi pixels in geometric steps, as sines and cosines of the row, then of the column;
-    0 to 3 channels at the end get nothing.
+    As in the Image Transformer (Parmar et al., ICML 2018): C // 4 wavelengths per axis, from 2 pi
+    to 20000 pi pixels in geometric progression. The channels are sines of the row, cosines of the
+    row, sines of the column, cosines of the column; nothing is added to the last C % 4 channels.
 
     Raises:
         ValueError: ``x`` has fewer than 4 channels.
@@ -26,20 +28,20 @@ def add_sine(x: Tensor) -> Tensor:
         raise ValueError(f"sine positions need at least 4 input channels, not {channels}")
     step = math.log(1e4) / max(count - 1, 1)
     rates = torch.exp(-step * torch.arange(count, device=x.device, dtype=torch.float32))
-    rows, columns = (
+    by_row, by_column = (
         torch.cat((angle.sin(), angle.cos()))  # (2 count, L)
         for angle in (rates[:, None] * torch.arange(L, device=x.device) for L in (H, W))
     )
-    rest = rows.new_zeros(channels - 4 * count, H, W)
-    waves = (rows[:, :, None].expand(-1, H, W), columns[:, None].expand(-1, H, W), rest)
+    rest = by_row.new_zeros(channels - 4 * count, H, W)
+    waves = (by_row[:, :, None].expand(-1, H, W), by_column[:, None].expand(-1, H, W), rest)
     return x + torch.cat(waves).to(x.dtype)
 
 
 def append_coordinates(x: Tensor) -> Tensor:
-    """``x`` (B, C, H, W) with three more channels: its column, row and distance to the centre.
+    """``x`` (B, C, H, W) with three more channels: each pixel's column, row and radius.
 
-    CoordConv (Liu et al., NeurIPS 2018): column and row run from -1 to 1, and are 0 where there is
-    only one.
+    As in CoordConv (Liu et al., NeurIPS 2018): column and row run from -1 to 1, and are 0 on an
+    axis of one pixel; the radius is the distance from the centre in these coordinates.
     """
     B, _, H, W = x.shape
     row, column = (
@@ -48,12 +50,13 @@ def append_coordinates(x: Tensor) -> Tensor:
     )
     row, column = row[:, None].expand(H, W), column.expand(H, W)
     coordinates = torch.stack((column, row, torch.hypot(row, column))).to(x.dtype)
-    # Concatenation takes the layout of channels_last inputs only if all are so.
-    layout = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
-    return torch.cat((x, coordinates.expand(B, -1, -1, -1)), dim=1).contiguous(memory_format=layout)
+    # torch.cat returns channels_last only if all of its inputs are.
+    memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
+    out = torch.cat((x, coordinates.expand(B, -1, -1, -1)), dim=1)
+    return out.contiguous(memory_format=memory_format)
 
 
-# The function, and how many channels it adds.
+# Name: (function, number of channels that it appends).
 ABSOLUTE: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "none": (lambda x: x, 0),
     "sine": (add_sine, 0),

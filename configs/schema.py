@@ -102,7 +102,7 @@ class ModelConfig:
 
 @dataclass
 class NoAttentionConfig:
-    _target_: str = "models.Plain"
+    _target_: str = "models.NoAttention"
 
 
 @dataclass

@@ -4,30 +4,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.switch import Attention, first_convolution, recalibration
+from models.attention import Attention, first_convolution, recalibration
 
 
 class Shortcut(nn.Module):
-    """The other way around a block, where the shape changes.
+    """The shortcut of a block that changes the shape.
 
     ``projection`` is a strided 1x1 convolution. The other two have no parameters: ``pad``
-    averages over stride x stride and appends zero channels, ``subsample`` drops pixels instead
-    of averaging (option A of He et al., CVPR 2016).
+    averages over stride x stride pixels and appends zero channels, ``subsample`` keeps every
+    stride-th pixel instead of averaging (option A of He et al., CVPR 2016).
 
-    Raises ValueError for another kind, or channels that cannot be appended.
+    Raises:
+        ValueError: ``kind`` is unknown, or it has no parameters and there are fewer output than
+            input channels.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, kind: str) -> None:
         super().__init__()
         self.stride, self.kind = stride, kind
-        self.missing = out_channels - in_channels
+        self.added_channels = out_channels - in_channels
         self.conv = None
         if kind == "projection":
-            # Unstrided behind dropped pixels, for the reason given in aaconv/layer.py.
+            # Unstrided, after subsampling, for the reason given in aaconv/modules.py.
             self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         elif kind not in ("pad", "subsample"):
             raise ValueError(f"shortcut={kind!r} must be projection, pad or subsample")
-        elif self.missing < 0:
+        elif self.added_channels < 0:
             raise ValueError(
                 f"shortcut={kind} cannot narrow {in_channels} channels to {out_channels}; "
                 "use shortcut=projection"
@@ -40,7 +42,7 @@ class Shortcut(nn.Module):
             x = x[:, :, :: self.stride, :: self.stride]
         if self.conv is not None:
             return self.conv(x)
-        return F.pad(x, (0, 0, 0, 0, 0, self.missing))
+        return F.pad(x, (0, 0, 0, 0, 0, self.added_channels))
 
 
 class BasicBlock(nn.Module):
@@ -75,8 +77,8 @@ class BasicBlock(nn.Module):
 class Bottleneck(nn.Module):
     """1x1, 3x3 and 1x1 convolution, 4 x ``channels`` out (He et al., CVPR 2016).
 
-    The 3x3 one, the first that sees more than a pixel, is the one `AA` augments; that gives the
-    parameter counts which the paper prints for its ResNet-50.
+    `AA` augments the 3x3 one, the only one that sees more than one pixel; that gives the parameter
+    counts which Bello et al. print for their ResNet-50.
     """
 
     expansion = 4
@@ -112,7 +114,7 @@ class Bottleneck(nn.Module):
 class PreActBlock(nn.Module):
     """Two 3x3 convolutions, normalised before each (Zagoruyko and Komodakis, BMVC 2016).
 
-    Where the shape changes the shortcut starts behind the first normalisation.
+    Where the shape changes, the shortcut starts after the first normalisation and ReLU.
     """
 
     expansion = 1

@@ -1,4 +1,4 @@
-"""What a network is made of and what it costs: parameters, FLOPs, its augmented layers."""
+"""Parameters, FLOPs and augmented layers of a network."""
 
 import copy
 
@@ -10,7 +10,7 @@ from aaconv import AugmentedConv
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of learned values."""
+    """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
@@ -18,11 +18,11 @@ def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
     """FLOPs of the forward pass for one (3, H, W) image, two per multiply-add.
 
     Counts convolutions and matrix products, nothing elementwise (no softmax, no normalisation).
-    Attention is counted by its formula: queries with keys, queries with both position tables,
-    weights with values, whichever backend runs it. Nothing is computed: it runs on the meta
-    device.
+    Attention is counted by its formula whichever backend runs it: queries times keys, queries
+    times both position tables, weights times values. It runs on the meta device, where nothing is
+    computed.
     """
-    # In evaluation: normalisation over several processes would ask the others.
+    # In evaluation mode, because synchronised normalisation would communicate with other processes.
     shadow = copy.deepcopy(model).to("meta").eval()
     for layer in augmented_layers(shadow).values():
         layer.backend = "reference"
@@ -33,14 +33,14 @@ def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
 
 
 def augmented_layers(model: nn.Module) -> dict[str, AugmentedConv]:
-    """The augmented convolutions of a network by their place in it."""
+    """The augmented convolutions of a network by their module names."""
     return {name: m for name, m in model.named_modules() if isinstance(m, AugmentedConv)}
 
 
 def layer_table(model: nn.Module) -> list[str]:
-    """Lines of a table with dk, dv, Nh, channels per head and map size of each augmented layer.
+    """A table of dk, dv, Nh, channels per head and map size of each augmented layer, as lines.
 
-    Empty for a network without any.
+    Empty for a network without augmented layers.
     """
     layers = augmented_layers(model)
     if not layers:
@@ -51,5 +51,7 @@ def layer_table(model: nn.Module) -> list[str]:
         out = layer.dv + (layer.conv_out.out_channels if layer.conv_out is not None else 0)
         size = "x".join(map(str, layer.shape))
         rows.append((name, *map(str, (out, layer.dk, layer.dv, layer.Nh, *heads)), size))
-    wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(wide[0]), *map(str.rjust, row[1:], wide[1:])]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    ]

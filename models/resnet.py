@@ -1,12 +1,12 @@
-"""One residual network for all of the comparison: CIFAR ResNets, wide ones, bottlenecks."""
+"""The residual network of the comparison: CIFAR ResNets, wide ResNets, bottlenecks."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from models.attention import Attention, NoAttention, check_attention
 from models.blocks import BasicBlock, Bottleneck, PreActBlock
-from models.switch import Attention, Plain, check_switch
 
 BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck] | type[PreActBlock]] = {
     "basic": BasicBlock,
@@ -16,21 +16,22 @@ BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck] | type[PreActBlock]] = {
 
 
 class ResNet(nn.Module):
-    """A residual network for small images; its twins differ in ``attention`` alone.
+    """A residual network for small images, plain or with attention.
 
-    (B, 3, H, W) images to (B, num_classes) logits: a 3x3 convolution, stages of blocks, mean
-    over the map, a linear layer. Every stage but the first halves the map.
+    Maps (B, 3, H, W) images to (B, num_classes) logits: a 3x3 convolution, stages of blocks, the
+    mean over the map, a linear layer. Every stage but the first halves the map.
 
     Args:
         block: ``basic`` or ``bottleneck`` (He et al., CVPR 2016), or ``preact`` as in wide
             ResNets (Zagoruyko and Komodakis, BMVC 2016).
-        depths: blocks of each stage.
+        depths: number of blocks of each stage.
         widths: channels of each stage, before a bottleneck's fourfold expansion.
-        stem: channels of the first convolution.
+        stem: output channels of the first convolution.
         shortcut: ``projection``, ``pad`` or ``subsample``, see `models.blocks.Shortcut`.
-        num_classes: logits.
+        num_classes: number of logits.
         image_size: (H, W) of the images, which sizes the relative tables of `AA`.
-        attention: the switch, see `models.switch`.
+        attention: what the blocks have beside plain convolutions, see `models.attention`. Networks
+            to compare differ in this argument alone.
 
     Raises:
         ValueError: the arguments contradict each other; the message names the values.
@@ -45,31 +46,33 @@ class ResNet(nn.Module):
         shortcut: str,
         num_classes: int,
         image_size: tuple[int, int] = (32, 32),
-        attention: Attention = Plain(),  # noqa: B008 (a frozen dataclass)
+        attention: Attention = NoAttention(),  # noqa: B008 (a frozen dataclass)
     ) -> None:
         super().__init__()
         if block not in BLOCKS:
             raise ValueError(f"block={block!r} must be one of {', '.join(BLOCKS)}")
         if not depths or len(depths) != len(widths):
-            raise ValueError(f"depths={list(depths)} and widths={list(widths)} must be as many")
+            raise ValueError(
+                f"depths={list(depths)} and widths={list(widths)} must be equally long, not empty"
+            )
         if min(*depths, *widths, stem, num_classes) < 1:
             raise ValueError(
                 f"depths={list(depths)}, widths={list(widths)}, stem={stem} and "
                 f"num_classes={num_classes} must be at least 1"
             )
-        check_switch(attention, len(depths))
+        check_attention(attention, len(depths))
         make_block = BLOCKS[block]
         self.conv = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         # Pre-activation blocks normalise their own input, so the normalisation that the others
-        # have behind the stem stands behind the last block instead.
+        # have after the stem comes after the last block instead.
         preact = block == "preact"
         self.bn_in = nn.Identity() if preact else nn.BatchNorm2d(stem)
         self.stages = nn.Sequential()
         channels, size = stem, image_size
         for index, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             blocks = nn.Sequential()
-            for place in range(depth):
-                stride = 2 if index > 0 and place == 0 else 1
+            for position in range(depth):
+                stride = 2 if index > 0 and position == 0 else 1
                 size = (-(-size[0] // stride), -(-size[1] // stride))
                 blocks.append(
                     make_block(channels, width, stride, size, index + 1, shortcut, attention)
@@ -77,7 +80,7 @@ class ResNet(nn.Module):
                 channels = width * make_block.expansion
             self.stages.append(blocks)
         self.bn_out = nn.BatchNorm2d(channels) if preact else nn.Identity()
-        self.classify = nn.Linear(channels, num_classes)
+        self.head = nn.Linear(channels, num_classes)
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +90,7 @@ class ResNet(nn.Module):
         x = self.stages(x)
         if not isinstance(self.bn_out, nn.Identity):
             x = torch.relu(self.bn_out(x))
-        return self.classify(x.mean(dim=(2, 3)))
+        return self.head(x.mean(dim=(2, 3)))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, and the facts that stand beside every figure."""
+"""What the benchmarks share: interleaved rounds, and the facts that go with every figure."""
 
 import json
 import statistics
@@ -16,16 +16,16 @@ from training import provenance
 def rounds(
     steps: Mapping[str, Callable[[], object]], device: torch.device, count: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of each step in ``count`` rounds, all steps in every round.
+    """Milliseconds of each step in ``count`` rounds; every round runs all steps.
 
-    A machine that is slower for a while is so for all of them.
+    A machine that is slow for a while then slows down all of them.
     """
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(count + 1):
-        for name, one in steps.items():
+        for name, step in steps.items():
             wait(device)
             started = time.perf_counter()
-            one()
+            step()
             wait(device)
             if number:  # the first round warms up
                 taken[name].append(1e3 * (time.perf_counter() - started))
@@ -33,13 +33,13 @@ def rounds(
 
 
 def wait(device: torch.device) -> None:
-    """Return when the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def spread(milliseconds: list[float]) -> str:
-    """Median and range, for a cell of a table."""
+    """Median (minimum to maximum), for a cell of a table."""
     low, middle, high = min(milliseconds), statistics.median(milliseconds), max(milliseconds)
     return f"{middle:.1f} ({low:.1f} to {high:.1f})"
 
@@ -55,7 +55,7 @@ def facts(device: torch.device) -> dict[str, Any]:
 
 
 def markdown(header: list[str], rows: list[list[str]], text_columns: int) -> str:
-    """A table whose columns behind the first ``text_columns`` are numbers."""
+    """A table whose columns are right-aligned numbers after the first ``text_columns``."""
     marks = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, marks, *rows])
 

@@ -1,11 +1,11 @@
-"""Time the layer's ways to compute attention against a convolution and the published route.
+"""Time the layer's backends against a plain convolution and the published implementation.
 
     python scripts/bench_layer.py [--device cpu] [--sizes 8 16 32 64] [--batches 1 8] [--out FOLDER]
 
-Times are medians (least to most) of interleaved rounds, forward and forward plus backward;
-memory is the peak above what was there before, each measured in a process of its own. "pad and
-reshape" is how public implementations lay out the relative logits (Bello et al. 2019, figure 5),
-with the same values. A backend that cannot be had here says what it needs. Writes
+Times are medians (minimum to maximum) of interleaved rounds, forward and forward plus backward.
+Memory is the peak above what was allocated before, each measured in a new process. "pad and
+reshape" is how public implementations arrange the relative logits (Bello et al. 2019, figure 5);
+its results are the same. A backend that is unavailable here is listed with the reason. Writes
 bench_layer.md and bench_layer.json.
 """
 
@@ -25,18 +25,18 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from aaconv import BACKENDS, AugmentedConv
-from aaconv.attention import missing
+from aaconv.functional import unavailable_reason
 from reporting import timing
 from training.device import choose_device, peak_memory_mb
 
 ROOT = Path(__file__).resolve().parent.parent
 
 Step = Callable[[], Tensor]
-WAYS = ("convolution", "pad and reshape", *(b for b in BACKENDS if b != "auto"))
+METHODS = ("convolution", "pad and reshape", *(b for b in BACKENDS if b != "auto"))
 
 
 class PadAndReshape(AugmentedConv):
-    """The layer as public implementations compute it: all logits, relative ones by reshaping."""
+    """The layer as public implementations compute it, relative logits by reshaping."""
 
     def _attend(self, x: Tensor) -> Tensor:
         assert self.qkv_conv is not None
@@ -51,9 +51,9 @@ class PadAndReshape(AugmentedConv):
         q, k, v = (t.reshape(B, self.Nh, -1, H, W) for t in (q, k, v))
         logits = torch.matmul(q.flatten(3).transpose(2, 3), k.flatten(3))
         q = q.permute(0, 1, 3, 4, 2)
-        columns = _relative(q, self.key_rel_w)  # (B, N, H, W, W): by key column
-        rows = _relative(q.transpose(2, 3), self.key_rel_h).transpose(2, 3)
-        relative = rows[..., None] + columns[..., None, :]
+        col_bias = _relative(q, self.key_rel_w)  # (B, N, H, W, W): by key column
+        row_bias = _relative(q.transpose(2, 3), self.key_rel_h).transpose(2, 3)
+        relative = row_bias[..., None] + col_bias[..., None, :]
         weights = torch.softmax(logits + relative.reshape(B, self.Nh, H * W, H * W), dim=-1)
         out = torch.matmul(weights, v.flatten(3).transpose(2, 3))
         return self.attn_out(out.transpose(2, 3).reshape(B, self.dv, H, W))
@@ -68,12 +68,12 @@ def _relative(q: Tensor, table: Tensor) -> Tensor:
     return flat[:, :, :W, W - 1 :].reshape(B, N, H, W, W)
 
 
-def build(way: str, size: int, channels: int, dk: int, dv: int, Nh: int) -> nn.Module:
-    """The layer, or the plain convolution that it takes the place of."""
-    if way == "convolution":
+def build(method: str, size: int, channels: int, dk: int, dv: int, Nh: int) -> nn.Module:
+    """The layer, or the plain convolution that it replaces."""
+    if method == "convolution":
         return nn.Conv2d(channels, channels, 3, padding=1)
-    kind = PadAndReshape if way == "pad and reshape" else AugmentedConv
-    backend = way if way in BACKENDS else "auto"
+    kind = PadAndReshape if method == "pad and reshape" else AugmentedConv
+    backend = method if method in BACKENDS else "auto"
     torch.manual_seed(0)
     return kind(channels, channels, 3, dk, dv, Nh, size, True, backend=backend)
 
@@ -99,18 +99,18 @@ def step(layer: nn.Module, x: Tensor, dtype: torch.dtype, backward: bool) -> Ste
     return both if backward else only_forward
 
 
-def peak(way: str, case: dict[str, Any], device_name: str) -> float:
-    """MiB that forward plus backward needs above the layer and its input, in a new process."""
+def peak(method: str, case: dict[str, Any], device_name: str) -> float:
+    """Peak MiB of forward plus backward above the layer and its input, in a new process."""
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_peak_here, (way, case, device_name))
+        return pool.apply(_peak_here, (method, case, device_name))
 
 
-def _peak_here(way: str, case: dict[str, Any], device_name: str) -> float:
+def _peak_here(method: str, case: dict[str, Any], device_name: str) -> float:
     device = torch.device(device_name)
-    x, layer = _prepare(way, case, device)
-    # A small pass first: libraries take memory of their own when first used.
-    small, little = _prepare(way, case | {"batch": 1, "size": 4}, device)
+    x, layer = _prepare(method, case, device)
+    # A small pass first: libraries allocate memory of their own when they are first used.
+    small, little = _prepare(method, case | {"batch": 1, "size": 4}, device)
     step(little, small, _dtype(case), backward=True)()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -121,9 +121,9 @@ def _peak_here(way: str, case: dict[str, Any], device_name: str) -> float:
     return peak_memory_mb(device) - before
 
 
-def _prepare(way: str, case: dict[str, Any], device: torch.device) -> tuple[Tensor, nn.Module]:
+def _prepare(method: str, case: dict[str, Any], device: torch.device) -> tuple[Tensor, nn.Module]:
     channels, size = case["channels"], case["size"]
-    layer = build(way, size, channels, case["dk"], case["dv"], case["Nh"]).to(device)
+    layer = build(method, size, channels, case["dk"], case["dv"], case["Nh"]).to(device)
     x = torch.randn(case["batch"], channels, size, size, device=device, requires_grad=True)
     return x, layer
 
@@ -132,9 +132,9 @@ def _dtype(case: dict[str, Any]) -> torch.dtype:
     return getattr(torch, case["dtype"])
 
 
-def _fits(way: str, case: dict[str, Any], device: torch.device) -> bool:
-    """Whether the way's logits, about five times over, leave half of the memory free."""
-    if way not in ("pad and reshape", "reference"):
+def _fits(method: str, case: dict[str, Any], device: torch.device) -> bool:
+    """Whether five times the method's logits fit into free GPU memory, or half of the RAM."""
+    if method not in ("pad and reshape", "reference"):
         return True
     logits = case["batch"] * case["Nh"] * case["size"] ** 4 * 4
     if device.type == "cuda":
@@ -143,58 +143,64 @@ def _fits(way: str, case: dict[str, Any], device: torch.device) -> bool:
     return 5 * logits < memory / 2
 
 
-def _obstacle(way: str, case: dict[str, Any], device: torch.device) -> str | None:
-    """Why the way cannot be measured, in words; None if it can."""
-    lack = missing(way, device, _dtype(case), needs_grad=True)
-    if lack is not None:
-        return f"needs {lack}"
-    return None if _fits(way, case, device) else "does not fit"
+def _obstacle(method: str, case: dict[str, Any], device: torch.device) -> str | None:
+    """Why the method cannot be measured, in words, or None."""
+    if method in BACKENDS:
+        reason = unavailable_reason(method, device, _dtype(case), needs_grad=True)
+        if reason is not None:
+            return reason
+    return None if _fits(method, case, device) else "does not fit into memory"
 
 
 def measure(case: dict[str, Any], device: torch.device, count: int) -> list[dict[str, Any]]:
-    """A row for each way: times and memory of one setting, or why there are none."""
-    obstacles = {way: _obstacle(way, case, device) for way in WAYS}
-    ways = [way for way in WAYS if obstacles[way] is None]
-    prepared = {way: _prepare(way, case, device) for way in ways}
-    x, layer = prepared["fold"]
+    """A row for each method: its times and memory in this case, or why it has none."""
+    obstacles = {method: _obstacle(method, case, device) for method in METHODS}
+    methods = [method for method in METHODS if obstacles[method] is None]
+    prepared = {method: _prepare(method, case, device) for method in methods}
+    x, layer = prepared["sdpa"]
     expected = layer(x)
-    for way in ways:
-        if way != "convolution":  # every way computes the same
-            out = prepared[way][1](x)
-            assert (out - expected).abs().max() < 1e-3 * expected.abs().max(), way
+    for method in methods:
+        if method != "convolution":  # every other method computes the same
+            out = prepared[method][1](x)
+            assert (out - expected).abs().max() < 1e-3 * expected.abs().max(), method
     times = {}
     for backward in (False, True):
-        steps = {w: step(layer, x, _dtype(case), backward) for w, (x, layer) in prepared.items()}
+        steps = {m: step(layer, x, _dtype(case), backward) for m, (x, layer) in prepared.items()}
         times[backward] = timing.rounds(steps, device, count)
     rows = []
-    for way in WAYS:
-        if way not in ways:
-            rows.append({"way": way, **case, "obstacle": obstacles[way]})
+    for method in METHODS:
+        if method not in methods:
+            rows.append({"method": method, **case, "obstacle": obstacles[method]})
             continue
-        row = {"way": way, **case, "forward_ms": times[False][way], "both_ms": times[True][way]}
-        rows.append(row | {"peak_mb": peak(way, case, str(device))})
+        row = {
+            "method": method,
+            **case,
+            "forward_ms": times[False][method],
+            "both_ms": times[True][method],
+        }
+        rows.append(row | {"peak_mib": peak(method, case, str(device))})
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, with each way's time and memory as a ratio to pad and reshape."""
-    header = ["map", "batch", "dtype", "way", "forward ms", "forward + backward ms"]
+    """Markdown, with time and memory of each method as a ratio to "pad and reshape"."""
+    header = ["map", "batch", "dtype", "method", "forward ms", "forward + backward ms"]
     header += ["time ratio", "peak MiB", "memory ratio"]
     lines = []
     for row in rows:
-        cells = [f"{row['size']}x{row['size']}", str(row["batch"]), row["dtype"], row["way"]]
+        cells = [f"{row['size']}x{row['size']}", str(row["batch"]), row["dtype"], row["method"]]
         if "obstacle" in row:
             lines.append([*cells, row["obstacle"], *[""] * 4])
             continue
         base = next(
             r
             for r in rows
-            if r["way"] == "pad and reshape"
+            if r["method"] == "pad and reshape"
             and all(r[k] == row[k] for k in ("size", "batch", "dtype"))
         )
         cells += [timing.spread(row["forward_ms"]), timing.spread(row["both_ms"])]
-        cells += [_ratio(row, base, "both_ms"), f"{row['peak_mb']:.0f}"]
-        lines.append([*cells, _ratio(row, base, "peak_mb")])
+        cells += [_ratio(row, base, "both_ms"), f"{row['peak_mib']:.0f}"]
+        lines.append([*cells, _ratio(row, base, "peak_mib")])
     return timing.markdown(header, lines, text_columns=4)
 
 
@@ -204,7 +210,7 @@ def _ratio(row: dict[str, Any], base: dict[str, Any], key: str) -> str:
     ours, theirs = (
         statistics.median(r[key]) if isinstance(r[key], list) else r[key] for r in (row, base)
     )
-    # A small map may fit into what the process had already.
+    # A small map may fit into memory that the process already had.
     return f"{ours / theirs:.2f}" if theirs > 0 else ""
 
 
@@ -229,7 +235,7 @@ def main() -> None:
             for dtype in arguments.dtypes:
                 case = {"size": size, "batch": batch, "dtype": dtype, **layer}
                 rows += measure(case, device, arguments.rounds)
-                print(*table(rows).splitlines()[-len(WAYS) :], sep="\n", flush=True)
+                print(*table(rows).splitlines()[-len(METHODS) :], sep="\n", flush=True)
     about = timing.facts(device) | {"layer": layer, "rounds": arguments.rounds}
     print(timing.write(arguments.out, "bench_layer", about, rows, table(rows)))
 

@@ -1,13 +1,13 @@
-"""Time a whole training step, augmented against plain, and say how far it is from its limit.
+"""Time a whole training step, augmented against plain, and compare it with a lower bound.
 
     python scripts/bench_step.py [--device cpu] [--models resnet20 wrn16_4] [--batch 32]
 
-A step is forward, loss, backward and optimizer on random images. Its floor is the least it could
-take: its multiply-adds at the rate of one large matrix product measured on the same device, plus,
-where logits are, their exponentials (once forward, once backward) at the rate of exp2 on a tensor
-that stays in the cache. Everything elementwise is missing from the floor. Times are medians (least
-to most) of interleaved rounds; memory is the peak of a process of its own, above that before the
-step. Writes bench_step.md and bench_step.json.
+A step is forward, loss, backward and optimizer on random images. Its floor is a lower bound of its
+time: its multiply-adds at the rate of one large matrix product measured on the same device, plus
+the exponentials of its logits (once forward, once backward) at the rate of exp2 on a tensor that
+stays in the cache. Everything else that is elementwise is not counted. Times are medians (minimum
+to maximum) of interleaved rounds; memory is the peak of a new process above what was allocated
+before the step. Writes bench_step.md and bench_step.json.
 """
 
 import argparse
@@ -39,7 +39,7 @@ register()
 
 
 def build(model: str, attention: str, backend: str) -> nn.Module:
-    """The network of the configs for CIFAR-100."""
+    """The network that the configs describe, for CIFAR-100."""
     overrides = [f"model={model}", f"attention={attention}"]
     if attention == "aa":
         overrides.append(f"attention.backend={backend}")
@@ -50,7 +50,7 @@ def build(model: str, attention: str, backend: str) -> nn.Module:
 
 
 def training_step(case: dict[str, Any], device: torch.device) -> Callable[[], None]:
-    """A function that takes one step of ``case`` and leaves the network ready for the next."""
+    """A function that takes one training step of ``case``."""
     dtype = choose_dtype(case["precision"], device)
     plain = build(case["model"], case["attention"], case["backend"])
     network = place(plain, device, case["channels_last"])
@@ -72,7 +72,7 @@ def training_step(case: dict[str, Any], device: torch.device) -> Callable[[], No
 
 
 def peak(case: dict[str, Any], device_name: str) -> float:
-    """MiB that a step needs above what was there before it, in a new process."""
+    """Peak MiB of a step above what was allocated before it, in a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_here, (case, device_name))
 
@@ -81,7 +81,7 @@ def _peak_here(case: dict[str, Any], device_name: str) -> float:
     device = torch.device(device_name)
     step = training_step(case, device)
     if device.type == "cuda":
-        step()  # what compilation and the optimizer keep is not the step's
+        step()  # what compilation and the optimizer keep does not count
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) / 2**20
     else:
@@ -91,30 +91,32 @@ def _peak_here(case: dict[str, Any], device_name: str) -> float:
 
 
 def exponentials(network: nn.Module) -> int:
-    """Logits of one image, the paper's (Nh, HW, HW) in every augmented layer."""
+    """The number of logits of one image: Nh (HW)^2 in every augmented layer."""
     layers = augmented_layers(network).values()
     return sum(m.Nh * (m.shape[0] * m.shape[1]) ** 2 for m in layers)
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """FLOP/s of a large matrix product and exponentials a second, the best of ten."""
+    """FLOP/s of a large matrix product and exponentials per second, each the best of ten."""
     size = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     values = torch.rand(2**22 if device.type == "cuda" else 2**18, device=device)
     repeats = 100
 
-    def many() -> None:
+    def exp_and_clamp() -> None:
         for _ in range(repeats):
             torch.exp2(values, out=values).clamp_(max=1)
 
-    def clamps() -> None:
+    def clamp() -> None:
         for _ in range(repeats):
             values.clamp_(max=1)
 
     product = _best(lambda: a @ b, device)
     return {
         "matmul_flops": 2 * size**3 / product,
-        "exp_per_s": repeats * values.numel() / (_best(many, device) - _best(clamps, device)),
+        "exp_per_s": repeats
+        * values.numel()
+        / (_best(exp_and_clamp, device) - _best(clamp, device)),
     }
 
 
@@ -141,7 +143,7 @@ def measure(
     for attention, case in cases.items():
         network = build(model, attention, "reference")
         images = shared["batch"]
-        # A backward pass has two products for each of the forward pass.
+        # The backward pass has two products for each product of the forward pass.
         flops = 3 * count_flops(network, IMAGE_SIZE) * images
         seconds = statistics.median(times[attention]) / 1e3
         products = flops / limit["matmul_flops"]
@@ -156,7 +158,7 @@ def measure(
                 "of_matmul_rate": products / seconds,
                 "floor_ms": {"products": 1e3 * products, "exponentials": 1e3 * powers},
                 "of_floor": seconds / (products + powers),
-                "peak_mb": peak(case, str(device)),
+                "peak_mib": peak(case, str(device)),
                 **limit,
             }
         )
@@ -164,7 +166,7 @@ def measure(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; ratios are to the same network without attention."""
+    """Markdown; ratios are to the plain network."""
     header = ["network", "attention", "batch", "step ms", "to plain", "images/s", "peak MiB"]
     header += ["to plain", "GFLOP/s", "% of matmul", "floor ms: products + exp", "times the floor"]
     lines = []
@@ -180,8 +182,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 timing.spread(row["step_ms"]),
                 f"{time_ratio:.2f}",
                 f"{row['images_per_s']:.0f}",
-                f"{row['peak_mb']:.0f}",
-                f"{row['peak_mb'] / plain['peak_mb']:.2f}",
+                f"{row['peak_mib']:.0f}",
+                f"{row['peak_mib'] / plain['peak_mib']:.2f}",
                 f"{row['flop_per_s'] / 1e9:.0f}",
                 f"{100 * row['of_matmul_rate']:.0f}",
                 f"{floor['products']:.1f} + {floor['exponentials']:.1f}",
@@ -198,14 +200,16 @@ def main() -> None:
     parser.add_argument("--attentions", nargs="+", default=["none", "aa"])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-    parser.add_argument("--backend", default="auto", help="how attention is computed")
+    parser.add_argument(
+        "--backend", default="auto", help="backend of the attention, see aaconv.attention_2d"
+    )
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "bench")
     arguments = parser.parse_args()
     if "none" not in arguments.attentions:
-        parser.error("--attentions needs none, the network that ratios are to")
+        parser.error("--attentions must contain none: ratios are to the plain network")
     device = choose_device(arguments.device)
     names = ("batch", "precision", "backend", "channels_last", "compile")
     shared = {name: getattr(arguments, name) for name in names}

@@ -2,8 +2,8 @@
 
     python tests/compile_kernels.py 90 float32 bfloat16
 
-Prints each kernel's name, dtype and bytes of shared memory. A program of its own because Triton
-decides when it is imported whether it compiles or interprets.
+Prints each kernel's name, dtype and bytes of shared memory. This is a separate program because
+Triton decides when it is imported whether it compiles or interprets.
 """
 
 import sys
@@ -16,11 +16,11 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from aaconv import fused
+from aaconv.backends import fused_ops
 
 
 class Driver:
-    """As much of a GPU as the compiler asks about."""
+    """The part of a GPU's driver that the compiler asks."""
 
     def get_current_device(self):
         return 0
@@ -46,8 +46,8 @@ JITFunction.run = compile_only
 for dtype in (getattr(torch, name) for name in sys.argv[2:]):
     q, k = torch.zeros(2, 2, 8, 32, 32, 20, dtype=dtype).unbind()
     v = torch.zeros(2, 8, 32, 32, 2, dtype=dtype)
-    # In fp16 the position terms are numbers of float32.
-    terms = torch.float32 if dtype == torch.float16 else dtype
-    rows, columns = torch.zeros(2, 2, 8, 32, 32, 32, dtype=terms).unbind()
-    out, lse = fused._attend(q, k, v, rows, columns)
-    fused._attend_backward(torch.zeros_like(v), q, k, v, rows, columns, out, lse, True)
+    # In fp16 the position bias is float32.
+    bias_dtype = torch.float32 if dtype == torch.float16 else dtype
+    row_bias, col_bias = torch.zeros(2, 2, 8, 32, 32, 32, dtype=bias_dtype).unbind()
+    out, lse = fused_ops._attend(q, k, v, row_bias, col_bias)
+    fused_ops._attend_backward(torch.zeros_like(v), q, k, v, row_bias, col_bias, out, lse, True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from aaconv import BACKENDS
-from aaconv.attention import missing
+from aaconv.functional import unavailable_reason
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -48,7 +48,7 @@ CASES = [
 def usable(dtype, device="cpu"):
     """The backends that compute such tensors here, and their gradients."""
     device = torch.device(device)
-    return [b for b in BACKENDS if missing(b, device, dtype, needs_grad=True) is None]
+    return [b for b in BACKENDS if unavailable_reason(b, device, dtype, needs_grad=True) is None]
 
 
 def inputs(size, heads, dkh, dvh, dtype=torch.float64, batch=2, scale=1.0):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aaconv import attention_2d
-from aaconv.attention import check_backend, missing
+from aaconv.functional import check_backend, unavailable_reason
 
 import reference
 from helpers import CASES, inputs, inputs_like, usable, with_gradients
@@ -28,7 +28,7 @@ def test_equals_the_formula_with_gradients(backend, size, heads, dkh, dvh, relat
 @pytest.mark.parametrize("tile_bytes", [1, 8 * 17, 8 * 21 * 5, 8 * 2 * 21**2, 8 * 5 * 21**2])
 def test_tiles_of_any_size_cover_all(monkeypatch, tile_bytes):
     """From one query at a time, over uneven parts of a head, to several heads at once."""
-    monkeypatch.setattr("aaconv.tiled.TILE_BYTES", tile_bytes)
+    monkeypatch.setattr("aaconv.backends.tiled.TILE_BYTES", tile_bytes)
     tensors = inputs((3, 7), 3, 5, 2)
     expected = with_gradients(lambda *t: attention_2d(*t, backend="reference"), tensors)
     got = with_gradients(lambda *t: attention_2d(*t, backend="tiled"), tensors)
@@ -66,16 +66,16 @@ def test_half_precision_errs_no_more_than_the_naive_way(backend):
     low = inputs_like(inputs((7, 5), 3, 8, 5), torch.bfloat16)
     got = with_gradients(lambda *t: attention_2d(*t, backend=backend), low)
     plain = with_gradients(naive, low)
-    for place, (a, b, e) in enumerate(zip(got, plain, exact, strict=True)):
+    for index, (a, b, e) in enumerate(zip(got, plain, exact, strict=True)):
         error, allowed = (a - e).abs().max(), (b - e).abs().max()
-        assert error <= (2 if place == 0 else 3) * allowed + 1e-6, place
+        assert error <= (2 if index == 0 else 3) * allowed + 1e-6, index
 
 
 @pytest.mark.parametrize("backend", usable(torch.float16))
 def test_large_logits_in_fp16_stay_finite(backend):
     """Logits of up to 1e6, position terms too: beyond fp16's 65504, harmless in float32."""
     tensors = inputs((3, 5), 2, 8, 4, torch.float32, scale=300.0)
-    tensors = [t.detach() * 300 if place > 2 else t.detach() for place, t in enumerate(tensors)]
+    tensors = [t.detach() * 300 if index > 2 else t.detach() for index, t in enumerate(tensors)]
     low = [t.half().requires_grad_() for t in tensors]
     with torch.autocast("cpu", torch.float16):
         out, *gradients = with_gradients(lambda *t: attention_2d(*t, backend=backend), low)
@@ -85,7 +85,7 @@ def test_large_logits_in_fp16_stay_finite(backend):
     assert all(g.isfinite().all() for g in gradients)
 
 
-def test_position_is_what_tells_pixels_apart():
+def test_only_positions_distinguish_pixels():
     """Permuting the pixels permutes the output without positions, and not with them."""
     q, k, v, rel_h, rel_w = (t.detach() for t in inputs((5, 3), 2, 3, 4))
     order = torch.randperm(15, generator=torch.Generator().manual_seed(1))
@@ -95,8 +95,8 @@ def test_position_is_what_tells_pixels_apart():
 
     plain = attention_2d(shuffled(q), shuffled(k), shuffled(v))
     torch.testing.assert_close(plain, shuffled(attention_2d(q, k, v)))
-    placed = attention_2d(shuffled(q), shuffled(k), shuffled(v), rel_h, rel_w)
-    assert (placed - shuffled(attention_2d(q, k, v, rel_h, rel_w))).abs().max() > 0.1
+    relative = attention_2d(shuffled(q), shuffled(k), shuffled(v), rel_h, rel_w)
+    assert (relative - shuffled(attention_2d(q, k, v, rel_h, rel_w))).abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -128,38 +128,46 @@ def test_wrong_arguments_are_named(change, words):
 
 
 @pytest.mark.parametrize(
-    ("backend", "device", "dtype", "lack"),
+    ("backend", "device", "dtype", "reason"),
     [
-        ("fused", "cuda", torch.float64, "float32, bfloat16 or float16, not float64"),
-        ("fused", "cpu", torch.bfloat16, "a CUDA GPU, not the device cpu"),
-        ("fused", "meta", torch.float16, "a CUDA GPU, not the device meta"),
-        ("fused", "cuda", torch.float32, "a GPU of compute capability 8.0, not 7.5"),
-        ("flex", "cpu", torch.float32, "a GPU for gradients (on the CPU FlexAttention has none)"),
-        ("flex", "meta", torch.float32, "the CPU or a CUDA GPU, not the device meta"),
-        ("flex", "cuda", torch.float64, "float32 or less, not float64, on a GPU"),
+        ("fused", "cuda", torch.float64, "needs float32, bfloat16 or float16, not float64"),
+        ("fused", "cpu", torch.bfloat16, "needs a CUDA GPU, not the device cpu"),
+        ("fused", "meta", torch.float16, "needs a CUDA GPU, not the device meta"),
+        ("fused", "cuda", torch.float32, "needs a GPU of compute capability 8.0, not 7.5"),
+        (
+            "flex",
+            "cpu",
+            torch.float32,
+            "needs a GPU for gradients (on the CPU FlexAttention has none)",
+        ),
+        ("flex", "meta", torch.float32, "needs the CPU or a CUDA GPU, not the device meta"),
+        ("flex", "cuda", torch.float64, "needs float32 or less, not float64, on a GPU"),
     ],
 )
-def test_what_a_backend_needs(backend, device, dtype, lack, monkeypatch):
+def test_why_a_backend_is_unavailable(backend, device, dtype, reason, monkeypatch):
     if backend == "fused":
         pytest.importorskip("triton")
-        monkeypatch.setattr("aaconv.fused.INTERPRETED", False)
+        monkeypatch.setattr("aaconv.backends.fused_ops.INTERPRETED", False)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     device = torch.device(device)
-    assert missing(backend, device, dtype, needs_grad=True) == lack
-    words = re.escape(f"backend='{backend}' needs {lack}; use backend='auto'")
+    assert unavailable_reason(backend, device, dtype, needs_grad=True) == reason
+    words = re.escape(f"backend='{backend}' {reason}; use backend='auto'")
     with pytest.raises(ValueError, match=f"^{words}$"):
         check_backend(backend, device, dtype, needs_grad=True)
 
 
 @pytest.mark.parametrize("backend", ["fused", "flex"])
 def test_backends_without_triton(backend, monkeypatch):
-    monkeypatch.setattr("aaconv.attention._HAS_TRITON", False)
+    monkeypatch.setattr(f"aaconv.backends.{backend}.HAS_TRITON", False)
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert missing(backend, cuda, torch.float32, needs_grad=True) == "the package triton"
+    assert (
+        unavailable_reason(backend, cuda, torch.float32, needs_grad=True)
+        == "needs the package triton"
+    )
     tensors = inputs((1, 2), 1, 2, 2)
     with pytest.raises(ValueError, match=f"backend='{backend}' needs .*; use backend='auto'"):
         attention_2d(*tensors, backend=backend)
-    assert missing("flex", cpu, torch.float32, needs_grad=False) is None
-    for other in ("auto", "reference", "fold", "tiled"):
-        assert missing(other, cuda, torch.float16, needs_grad=True) is None
+    assert unavailable_reason("flex", cpu, torch.float32, needs_grad=False) is None
+    for other in ("auto", "reference", "sdpa", "tiled"):
+        assert unavailable_reason(other, cuda, torch.float16, needs_grad=True) is None

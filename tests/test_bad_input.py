@@ -155,7 +155,7 @@ SETTINGS = [
     ("attention.stages=[4]", "attention.stages=[4] must name some of the network's stages 1 to 3"),
     ("attention.backend=cudnn", "backend='cudnn' is unknown; choose one of auto"),
     ("attention=se attention.ratio=0", "attention.ratio=0 must be at least 1"),
-    ("model.depths=[1,1]", "depths=[1, 1] and widths=[4, 8, 8] must be as many"),
+    ("model.depths=[1,1]", "depths=[1, 1] and widths=[4, 8, 8] must be equally long"),
     ("model.depths=[1,1,1000000]", "model.depths=[1, 1, 1000000] must not be more than 1000"),
     ("model.widths=[4,8,1000000000]", "model.widths=[4, 8, 1000000000]"),
     ("model.stem=0", "stem=0"),

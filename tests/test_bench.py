@@ -17,31 +17,32 @@ def go(script, monkeypatch, *arguments):
 
 
 def test_pad_and_reshape_is_the_same_layer():
-    way, ours = (
-        bench_layer.build(w, 7, 12, dk=6, dv=4, Nh=2).double() for w in ("pad and reshape", "tiled")
+    theirs, ours = (
+        bench_layer.build(method, 7, 12, dk=6, dv=4, Nh=2).double()
+        for method in ("pad and reshape", "tiled")
     )
-    assert [n for n, _ in way.named_parameters()] == [n for n, _ in ours.named_parameters()]
+    assert [n for n, _ in theirs.named_parameters()] == [n for n, _ in ours.named_parameters()]
     x = torch.randn(2, 12, 7, 7, dtype=torch.float64)
-    torch.testing.assert_close(way(x), ours(x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(theirs(x), ours(x), rtol=0, atol=1e-10)
     gradients = [
-        torch.autograd.grad(m(x).square().sum(), tuple(m.parameters())) for m in (way, ours)
+        torch.autograd.grad(m(x).square().sum(), tuple(m.parameters())) for m in (theirs, ours)
     ]
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
 def test_bench_layer(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench_layer, "peak", lambda way, *_: 7.0 + len(way))
-    lack = {"fused": "a CUDA GPU", "flex": "gradients"}
-    monkeypatch.setattr(bench_layer, "missing", lambda way, *_, **__: lack.get(way))
+    monkeypatch.setattr(bench_layer, "peak", lambda method, *_: 7.0 + len(method))
+    reasons = {"fused": "needs a CUDA GPU", "flex": "needs gradients"}
+    monkeypatch.setattr(bench_layer, "unavailable_reason", lambda name, *_, **__: reasons.get(name))
     sizes = ("--channels", 12, "--dk", 6, "--dv", 4, "--Nh", 2, "--rounds", 2)
     go(bench_layer, monkeypatch, "--sizes", 3, 5, "--batches", 1, *sizes, "--out", tmp_path)
     record = json.loads((tmp_path / "bench_layer.json").read_text())
     assert {"hardware", "versions", "commit", "command", "layer"} <= record.keys()
-    assert [(r["size"], r["way"]) for r in record["rows"]] == [
-        (size, way) for size in (3, 5) for way in bench_layer.WAYS
+    assert [(r["size"], r["method"]) for r in record["rows"]] == [
+        (size, method) for size in (3, 5) for method in bench_layer.METHODS
     ]
-    timed = [r for r in record["rows"] if r["way"] not in lack]
+    timed = [r for r in record["rows"] if r["method"] not in reasons]
     assert all(len(r[k]) == 2 for r in timed for k in ("forward_ms", "both_ms"))
     written = (tmp_path / "bench_layer.md").read_text()
     assert "| 5x5 | 1 | float32 | fused | needs a CUDA GPU |" in written
@@ -50,20 +51,20 @@ def test_bench_layer(monkeypatch, tmp_path, capsys):
     assert f"| {(7 + len('tiled')) / (7 + len('pad and reshape')):.2f} |" in written
 
 
-def test_a_way_that_does_not_fit_is_left_out_by_name(monkeypatch):
+def test_a_method_that_does_not_fit_is_listed_without_times(monkeypatch):
     monkeypatch.setattr(bench_layer, "peak", lambda *_: 1.0)
-    monkeypatch.setattr(bench_layer, "_fits", lambda way, *_: way != "pad and reshape")
+    monkeypatch.setattr(bench_layer, "_fits", lambda method, *_: method != "pad and reshape")
     case = {"size": 3, "batch": 1, "dtype": "float32", "channels": 12, "dk": 6, "dv": 4, "Nh": 2}
     rows = bench_layer.measure(case, torch.device("cpu"), 1)
     assert "| flex | needs a GPU for gradients (on the CPU" in bench_layer.table(rows)
-    assert "| pad and reshape | does not fit |" in bench_layer.table(rows)
+    assert "| pad and reshape | does not fit into memory |" in bench_layer.table(rows)
     huge = case | {"size": 512, "batch": 64, "Nh": 8}
     monkeypatch.undo()
     assert not bench_layer._fits("reference", huge, torch.device("cpu"))
     assert bench_layer._fits("tiled", huge, torch.device("cpu"))
 
 
-def test_memory_is_what_a_pass_needs_above_what_was_there():
+def test_peak_memory_of_a_pass_covers_its_logits():
     case = {"size": 16, "batch": 8, "dtype": "float32", "channels": 8, "dk": 8, "dv": 8, "Nh": 8}
     logits = 8 * 8 * 16**4 * 4 / 2**20  # 16 MiB
     assert bench_layer.peak("reference", case, "cpu") > 2 * logits
@@ -89,8 +90,8 @@ def test_bench_step(monkeypatch, tmp_path):
 
 
 def test_bench_step_takes_its_options(monkeypatch):
-    layers = bench_step.augmented_layers(bench_step.build("resnet8", "aa", "fold"))
-    assert {m.backend for m in layers.values()} == {"fold"}
+    layers = bench_step.augmented_layers(bench_step.build("resnet8", "aa", "sdpa"))
+    assert {m.backend for m in layers.values()} == {"sdpa"}
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
     case = {

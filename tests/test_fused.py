@@ -18,7 +18,9 @@ pytest.importorskip("triton")
 
 from triton.runtime import interpreter
 
-from aaconv import attention, fused
+from aaconv import functional
+from aaconv.backends import fused_ops
+from aaconv.backends.position_bias import position_bias
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -43,10 +45,10 @@ def on_device(tensors, dtype):
 
 def assert_close(got, expected, error):
     """Within ``error`` of the largest value, or of 1: some gradients are sums that cancel."""
-    for place, (a, b) in enumerate(zip(got, expected, strict=True)):
+    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
         assert a.dtype == got[0].dtype
         worst = (a.double().cpu() - b).abs().max().item()
-        assert worst <= error * max(1.0, b.abs().max().item()), place
+        assert worst <= error * max(1.0, b.abs().max().item()), index
 
 
 @pytest.mark.parametrize(("size", "heads", "dkh", "dvh", "batch"), CASES)
@@ -67,17 +69,17 @@ def test_without_tables(size):
 @pytest.mark.parametrize(("size", "heads"), [((3, 5), 2), ((7, 11), 1)])
 def test_half_precision_errs_no_more_than_the_formula(dtype, size, heads, monkeypatch):
     """Output within 2x, gradients within 3x of what the formula errs when computed in it."""
-    if fused.INTERPRETED and dtype == torch.bfloat16:
+    if fused_ops.INTERPRETED and dtype == torch.bfloat16:
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", bfloat16_product)
-        monkeypatch.setattr(attention, "check_backend", lambda *_, **__: None)
+        monkeypatch.setattr(functional, "check_backend", lambda *_, **__: None)
     exact = with_gradients(reference.attention, inputs(size, heads, 20, 2, batch=1))
     low = inputs_like(inputs(size, heads, 20, 2, batch=1), dtype)
     plain = with_gradients(reference.attention, low)
     got = with_gradients(by_kernels, on_device(low, dtype))
-    for place, (a, b, e) in enumerate(zip(got, plain, exact, strict=True)):
+    for index, (a, b, e) in enumerate(zip(got, plain, exact, strict=True)):
         assert a.dtype == dtype
         error, allowed = (a.cpu() - e).abs().max(), (b - e).abs().max()
-        assert error <= (2 if place == 0 else 3) * allowed + 1e-6, place
+        assert error <= (2 if index == 0 else 3) * allowed + 1e-6, index
 
 
 def bfloat16_product(self, a, b, d, *_):
@@ -119,15 +121,15 @@ def test_a_gradient_that_is_one_number_everywhere():
     assert_close(torch.autograd.grad(by_kernels(*low).sum(), low), expected, 5e-6)
 
 
-@pytest.mark.parametrize("place", range(5))
-def test_each_input_alone_has_its_gradient(place):
+@pytest.mark.parametrize("index", range(5))
+def test_each_input_alone_has_its_gradient(index):
     tensors = inputs((3, 5), 2, 6, 4)
-    expected = with_gradients(reference.attention, tensors)[place + 1]
+    expected = with_gradients(reference.attention, tensors)[index + 1]
     low = [t.detach() for t in on_device(tensors, torch.float32)]
-    low[place].requires_grad_()
+    low[index].requires_grad_()
     out = by_kernels(*low)
     direction = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape)
-    assert_close(torch.autograd.grad(out, low[place], direction), [expected], 5e-6)
+    assert_close(torch.autograd.grad(out, low[index], direction), [expected], 5e-6)
 
 
 def test_second_derivatives_are_refused():
@@ -139,18 +141,17 @@ def test_second_derivatives_are_refused():
 
 # torch 2.14's own opcheck reads .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_the_operations_are_what_torch_takes_them_for():
+def test_the_operations_pass_opcheck():
     q, k, v, rel_h, rel_w = on_device(inputs((3, 2), 2, 6, 4), torch.float32)
-    rows, columns = (
-        attention._position_terms(q, t, axis).detach().requires_grad_()
-        for t, axis in ((rel_h, 2), (rel_w, 3))
+    row_bias, col_bias = (
+        position_bias(q, t, axis).detach().requires_grad_() for t, axis in ((rel_h, 2), (rel_w, 3))
     )
-    torch.library.opcheck(fused._attend, (q, k, v, rows, columns))
-    given = [t.detach() for t in (q, k, v, rows, columns)]
-    out, lse = fused._attend(*given)
+    torch.library.opcheck(fused_ops._attend, (q, k, v, row_bias, col_bias))
+    given = [t.detach() for t in (q, k, v, row_bias, col_bias)]
+    out, lse = fused_ops._attend(*given)
     for relative in (True, False):
         torch.library.opcheck(
-            fused._attend_backward, (torch.ones_like(out), *given, out, lse, relative)
+            fused_ops._attend_backward, (torch.ones_like(out), *given, out, lse, relative)
         )
 
 

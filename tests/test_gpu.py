@@ -14,7 +14,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # the compiler's advice
 ]
 
-# Products of float64 are beyond the kernels.
+# The kernels have no products of float64.
 IN_DOUBLE = [b for b in BACKENDS if b not in ("fused", "flex")]
 
 
@@ -53,9 +53,9 @@ def test_half_precision_errs_no_more_than_the_formula(backend, dtype):
     low = inputs_like(inputs((7, 11), 2, 20, 2, batch=1), dtype)
     plain = with_gradients(reference.attention, low)
     got = with_gradients(lambda *t: attention_2d(*t, backend=backend), on_gpu(low, dtype))
-    for place, (a, b, e) in enumerate(zip(got, plain, exact, strict=True)):
+    for index, (a, b, e) in enumerate(zip(got, plain, exact, strict=True)):
         error, allowed = (a.cpu() - e).abs().max(), (b - e).abs().max()
-        assert error <= (2 if place == 0 else 3) * allowed + 1e-6, place
+        assert error <= (2 if index == 0 else 3) * allowed + 1e-6, index
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -175,7 +175,7 @@ def test_deepcopy_keeps_nothing_of_the_last_batch():
     torch.testing.assert_close(twin(image(2, 5, 3, 5)), out)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "fold"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
 def test_compile(backend):
     layer = build(backend=backend)
     x = image(2, 5, 3, 5)
@@ -183,7 +183,7 @@ def test_compile(backend):
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "fold"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
 def test_export(backend):
     layer = build(backend=backend)
     x = image(2, 5, 3, 5)
@@ -267,9 +267,9 @@ def test_a_larger_map_stretches_the_offsets():
     def stretched(table, length):
         rows, middle = [], (len(table) - 1) / 2
         for offset in range(1 - length, length):
-            place = middle + offset * middle / (length - 1)
-            low = min(int(place), len(table) - 2)
-            part = place - low
+            position = middle + offset * middle / (length - 1)
+            low = min(int(position), len(table) - 2)
+            part = position - low
             rows.append((1 - part) * table[low] + part * table[low + 1])
         return torch.stack(rows)
 
@@ -319,12 +319,12 @@ def test_tables_of_other_queries_are_not_loaded():
         build().load_state_dict(state)
 
 
-def test_without_relative_positions_shape_binds_nothing():
+def test_without_relative_positions_any_map_will_do():
     x = image(2, 5, 5, 3)
     torch.testing.assert_close(build(relative=False)(x), build(relative=False, shape=0)(x))
 
 
-def place_by_hand(x, absolute):
+def encode_by_hand(x, absolute):
     """Each pixel's position written into the input, one channel after the other."""
     B, C, H, W = x.shape
     planes = []
@@ -355,7 +355,7 @@ def place_by_hand(x, absolute):
 
 @pytest.mark.parametrize("absolute", ["sine", "coord"])
 @pytest.mark.parametrize(("stride", "size"), [(1, (7, 5)), (2, (5, 9)), (1, (1, 3))])
-def test_absolute_positions_stand_in_the_input_of_the_attention(absolute, stride, size):
+def test_absolute_positions_are_in_the_input_of_the_attention_only(absolute, stride, size):
     channels = 11
     layer = build(in_channels=channels, relative=False, absolute=absolute, stride=stride)
     extra = 3 if absolute == "coord" else 0
@@ -363,11 +363,11 @@ def test_absolute_positions_stand_in_the_input_of_the_attention(absolute, stride
     x = image(2, channels, *size)
     attention = dict(layer.named_parameters())
     convolution = {n: attention.pop(n) for n in ("conv_out.weight", "conv_out.bias")}
-    placed = place_by_hand(x[:, :, ::stride, ::stride], absolute)
+    encoded = encode_by_hand(x[:, :, ::stride, ::stride], absolute)
     expected = torch.cat(
         (
             nn.functional.conv2d(x, *convolution.values(), stride=stride, padding=1),
-            reference.augmented_conv(placed, attention, dk=6, dv=4, Nh=2),
+            reference.augmented_conv(encoded, attention, dk=6, dv=4, Nh=2),
         ),
         dim=1,
     )

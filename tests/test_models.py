@@ -1,4 +1,4 @@
-"""The networks: sizes and counts that can be checked by hand, and what the switch refuses."""
+"""The networks: sizes and counts that can be checked by hand, and the settings they reject."""
 
 import pytest
 import torch
@@ -9,15 +9,15 @@ from models import (
     AA,
     GE,
     SE,
-    Plain,
+    NoAttention,
     ResNet,
     augmented_layers,
     count_flops,
     count_parameters,
     layer_table,
 )
+from models.attention import GatherExcite, SqueezeExcite
 from models.blocks import Shortcut
-from models.switch import GatherExcite, SqueezeExcite
 
 PAPER = AA(dk=0.2, dv=0.1, Nh=8, min_dkh=20, position="relative", stages=[1, 2, 3])
 
@@ -27,7 +27,7 @@ def wide(shortcut, attention):
         return ResNet("preact", [4, 4, 4], [160, 320, 640], 16, shortcut, 100, attention=attention)
 
 
-def tiny(attention=Plain(), **change):  # noqa: B008
+def tiny(attention=NoAttention(), **change):  # noqa: B008
     torch.manual_seed(0)
     arguments = {
         "block": "basic",
@@ -61,8 +61,8 @@ def aa(**change):
 @pytest.mark.parametrize(
     ("shortcut", "attention", "expected"),
     [
-        ("projection", Plain(), 36_536_884),
-        ("pad", Plain(), 36_278_324),
+        ("projection", NoAttention(), 36_536_884),
+        ("pad", NoAttention(), 36_278_324),
         ("pad", GE(), 36_278_324),
         ("pad", SE(16), 36_278_324 + 268_800),
         ("pad", PAPER, 36_278_324 - 224_224),
@@ -81,7 +81,7 @@ def test_flops_of_wide_resnet_28_10():
         + 9 * (320 * 640 + 7 * 640**2) * 8**2
     )
     plain = 2 * (convolutions + 640 * 100)
-    assert count_flops(wide("pad", Plain()), (32, 32)) == plain
+    assert count_flops(wide("pad", NoAttention()), (32, 32)) == plain
     assert round(plain / 1e9, 2) == 10.43
     extra = 0
     for size, width, before, dv in ((32, 160, 16, 16), (16, 320, 160, 32), (8, 640, 320, 64)):
@@ -141,7 +141,7 @@ def test_parameters_of_cifar_resnets(n):
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck", "preact"])
 @pytest.mark.parametrize("shortcut", ["projection", "pad", "subsample"])
-@pytest.mark.parametrize("attention", [Plain(), SE(4), GE(), aa()], ids=str)
+@pytest.mark.parametrize("attention", [NoAttention(), SE(4), GE(), aa()], ids=str)
 def test_every_kind_learns_on_odd_sizes(block, shortcut, attention):
     model = tiny(attention, block=block, shortcut=shortcut)
     out = model(torch.randn(3, 3, 11, 13))
@@ -150,16 +150,16 @@ def test_every_kind_learns_on_odd_sizes(block, shortcut, attention):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_attention_stands_in_the_first_convolution_of_the_named_stages():
+def test_attention_is_in_the_first_convolution_of_the_named_stages():
     assert list(augmented_layers(tiny(aa(stages=[2])))) == ["stages.1.0.conv1", "stages.1.1.conv1"]
     assert [m.shape for m in augmented_layers(tiny(aa())).values()] == [(11, 13), (6, 7), (6, 7)]
     assert list(augmented_layers(tiny(aa(stages=[1]), block="bottleneck"))) == ["stages.0.0.conv2"]
     assert augmented_layers(tiny()) == {}
 
 
-def test_twins_differ_in_the_switch_alone():
-    plain, twin = tiny().state_dict(), tiny(aa(stages=[2])).state_dict()
-    same = {k for k in plain if k in twin and plain[k].shape == twin[k].shape}
+def test_networks_differ_in_the_augmented_convolutions_alone():
+    plain, augmented = tiny().state_dict(), tiny(aa(stages=[2])).state_dict()
+    same = {k for k in plain if k in augmented and plain[k].shape == augmented[k].shape}
     assert set(plain) - same == {"stages.1.0.conv1.weight", "stages.1.1.conv1.weight"}
 
 
@@ -198,7 +198,7 @@ def test_the_table_shows_what_was_resolved():
 def test_flops_do_not_depend_on_the_backend():
     counts = {
         count_flops(tiny(aa(backend=backend)), (11, 13))
-        for backend in ("auto", "reference", "fold")
+        for backend in ("auto", "reference", "sdpa")
     }
     assert len(counts) == 1
 
@@ -248,7 +248,7 @@ def test_initialisation():
     conv = model.stages[1][1].conv2
     assert isinstance(conv, nn.Conv2d)
     assert conv.weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
-    assert model.classify.bias.abs().max() == 0
+    assert model.head.bias.abs().max() == 0
 
 
 @pytest.mark.parametrize(
@@ -269,13 +269,13 @@ def test_initialisation():
         (aa(stages=[3]), {}, r"attention.stages=\[3\]"),
         (aa(backend="quick"), {}, "backend='quick'"),
         (SE(0), {}, "attention.ratio=0"),
-        (SE(9), {}, "attention.ratio=9 leaves nothing of 8 channels"),
-        (Plain(), {"block": "dense"}, "block='dense'"),
-        (Plain(), {"shortcut": "skip"}, "shortcut='skip'"),
-        (Plain(), {"widths": [16, 8]}, "cannot narrow 16 channels to 8"),
-        (Plain(), {"widths": [8]}, r"widths=\[8\]"),
-        (Plain(), {"depths": [0, 1]}, r"depths=\[0, 1\]"),
-        (Plain(), {"stem": 0}, "stem=0"),
+        (SE(9), {}, "attention.ratio=9 leaves no hidden channel in a block of 8 channels"),
+        (NoAttention(), {"block": "dense"}, "block='dense'"),
+        (NoAttention(), {"shortcut": "skip"}, "shortcut='skip'"),
+        (NoAttention(), {"widths": [16, 8]}, "cannot narrow 16 channels to 8"),
+        (NoAttention(), {"widths": [8]}, r"widths=\[8\]"),
+        (NoAttention(), {"depths": [0, 1]}, r"depths=\[0, 1\]"),
+        (NoAttention(), {"stem": 0}, "stem=0"),
     ],
 )
 def test_wrong_settings_are_named(attention, change, words):

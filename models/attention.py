@@ -1,42 +1,49 @@
-"""The switch of the comparison: what a residual block has beside its convolutions.
+"""The kinds of attention that the residual blocks can have.
 
-`Plain` nothing, `AA` an attention-augmented first convolution (Bello et al., ICCV 2019), `SE`
-squeeze-and-excitation (Hu et al., CVPR 2018), `GE` gather-excite without parameters and with
-global extent (Hu et al., NeurIPS 2018).
+`NoAttention` is the baseline. `AA` is an attention-augmented first convolution (Bello et al.,
+ICCV 2019), `SE` squeeze-and-excitation (Hu et al., CVPR 2018), `GE` gather-excite without
+parameters and with global extent (Hu et al., NeurIPS 2018).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from aaconv import AugmentedConv
+from aaconv.functional import check_backend_name
 
 POSITIONS = ("relative", "none", "sine", "coord")
 
 
 @dataclass(frozen=True)
-class Plain:
-    """Nothing: the baseline."""
+class NoAttention:
+    """Plain convolutions: the baseline."""
+
+    name: ClassVar[str] = "none"
 
 
 @dataclass(frozen=True)
 class AA:
-    """Attention-augmented convolutions.
+    """An attention-augmented first convolution.
 
     Attributes:
-        dk: key channels of a block, as channels (int) or as a fraction of its output channels
+        dk: key channels of a block, as a number (int) or as a fraction of its output channels
             (float, the paper's kappa).
-        dv: value channels likewise (upsilon), a fraction being at most 1.
-        Nh: heads. Fractions are rounded to a multiple of it, at least one channel per head.
-        min_dkh: least key channels per head that a fraction may give; an int ``dk`` is taken
+        dv: value channels in the same way (upsilon); a fraction is at most 1.
+        Nh: number of heads. Fractions are rounded to a multiple of it, at least one channel per
+            head.
+        min_dkh: minimum key channels per head where ``dk`` is a fraction; an int ``dk`` is used
             as it is.
-        position: how attention knows where a pixel is: ``relative`` (learned, the paper's own),
-            ``none``, ``sine`` or ``coord`` (see `aaconv.AugmentedConv`'s ``absolute``).
+        position: the encoding of positions: ``relative`` (learned, as in the paper), ``none``,
+            ``sine`` or ``coord`` (see ``absolute`` of `aaconv.AugmentedConv`).
         stages: the stages, counted from 1, whose blocks are augmented.
         backend: how attention is computed, see `aaconv.attention_2d`.
     """
+
+    name: ClassVar[str] = "aa"
 
     dk: int | float
     dv: int | float
@@ -47,7 +54,7 @@ class AA:
     backend: str = "auto"
 
     def channels(self, out_channels: int) -> tuple[int, int]:
-        """dk and dv of a block with so many output channels."""
+        """dk and dv of a block with ``out_channels`` output channels."""
         return (
             _channels(self.dk, out_channels, self.Nh, self.min_dkh),
             _channels(self.dv, out_channels, self.Nh, 1),
@@ -56,27 +63,34 @@ class AA:
 
 @dataclass(frozen=True)
 class SE:
-    """Squeeze-and-excitation at the end of every residual branch, C/ratio channels inside."""
+    """Squeeze-and-excitation at the end of every residual branch.
 
+    Attributes:
+        ratio: C / ratio is the number of hidden channels, see `SqueezeExcite`.
+    """
+
+    name: ClassVar[str] = "se"
     ratio: int
 
 
 @dataclass(frozen=True)
 class GE:
-    """Gather-excite without parameters, global extent, at the end of every residual branch."""
+    """Gather-excite at the end of every residual branch, see `GatherExcite`."""
+
+    name: ClassVar[str] = "ge"
 
 
-Attention = Plain | AA | SE | GE
+Attention = NoAttention | AA | SE | GE
 
 
-def _channels(amount: int | float, out_channels: int, Nh: int, least_per_head: int) -> int:
+def _channels(amount: int | float, out_channels: int, Nh: int, min_per_head: int) -> int:
     if isinstance(amount, int):
         return amount
-    return Nh * max(least_per_head, round(amount * out_channels / Nh))
+    return Nh * max(min_per_head, round(amount * out_channels / Nh))
 
 
-def check_switch(attention: Attention, stages: int) -> None:
-    """Raise ValueError for settings that fit no network of so many stages."""
+def check_attention(attention: Attention, stages: int) -> None:
+    """Raise ValueError for settings that no network of ``stages`` stages can have."""
     if isinstance(attention, SE) and attention.ratio < 1:
         raise ValueError(f"attention.ratio={attention.ratio} must be at least 1")
     if not isinstance(attention, AA):
@@ -90,6 +104,7 @@ def check_switch(attention: Attention, stages: int) -> None:
             f"attention.position={attention.position} is unknown; "
             f"choose one of {', '.join(POSITIONS)}"
         )
+    check_backend_name(attention.backend)
     for name, amount in (("dk", attention.dk), ("dv", attention.dv)):
         if isinstance(amount, float) and not 0 < amount < float("inf"):
             raise ValueError(f"attention.{name}={amount} must be a positive fraction, or an int")
@@ -97,8 +112,8 @@ def check_switch(attention: Attention, stages: int) -> None:
         raise ValueError(f"attention.dv={attention.dv} as a fraction must not exceed 1")
     if not attention.stages or not set(attention.stages) <= set(range(1, stages + 1)):
         raise ValueError(
-            f"attention.stages={list(attention.stages)} must name some of the network's stages "
-            f"1 to {stages}; for none of them use attention=none"
+            f"attention.stages={list(attention.stages)} must be some of the network's stages "
+            f"1 to {stages}; use attention=none to augment no stage"
         )
 
 
@@ -110,10 +125,12 @@ def first_convolution(
     stage: int,
     attention: Attention,
 ) -> nn.Module:
-    """The 3x3 convolution that ``attention`` may augment, its output being of ``size`` (H, W).
+    """The first 3x3 convolution of a block, augmented if ``attention`` says so for ``stage``.
+
+    ``size`` is (H, W) of its output.
 
     Raises:
-        ValueError: dk, dv and Nh do not fit ``out_channels``; the message names the stage.
+        ValueError: `AugmentedConv` rejects the arguments; the message names the stage.
     """
     if not isinstance(attention, AA) or stage not in attention.stages:
         return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
@@ -138,10 +155,10 @@ def first_convolution(
 
 
 def recalibration(channels: int, attention: Attention) -> nn.Module:
-    """What `SE` and `GE` put at the end of a residual branch; the identity for the others.
+    """The module that ends a residual branch: a gate for `SE` and `GE`, else the identity.
 
     Raises:
-        ValueError: the ratio of `SE` leaves no channel inside.
+        ValueError: the ratio of `SE` is larger than ``channels``.
     """
     if isinstance(attention, SE):
         return SqueezeExcite(channels, attention.ratio)
@@ -151,14 +168,20 @@ def recalibration(channels: int, attention: Attention) -> nn.Module:
 class SqueezeExcite(nn.Module):
     """Scale each channel by a gate computed from all channel means (Hu et al., CVPR 2018).
 
-    ``x * sigmoid(W2 relu(W1 mean(x)))`` with W1 (C/ratio, C) and W2 (C, C/ratio), no biases.
-    (B, C, H, W) to the same. Raises ValueError if C/ratio is below 1.
+    ``x * sigmoid(W2 relu(W1 mean(x)))`` with W1 (C // ratio, C) and W2 (C, C // ratio), without
+    biases. Input and output are (B, C, H, W).
+
+    Raises:
+        ValueError: ``ratio`` is larger than ``channels``.
     """
 
     def __init__(self, channels: int, ratio: int) -> None:
         super().__init__()
         if channels // ratio < 1:
-            raise ValueError(f"attention.ratio={ratio} leaves nothing of {channels} channels")
+            raise ValueError(
+                f"attention.ratio={ratio} leaves no hidden channel in a block of {channels} "
+                "channels; use a smaller one"
+            )
         self.squeeze = nn.Conv2d(channels, channels // ratio, 1, bias=False)
         self.excite = nn.Conv2d(channels // ratio, channels, 1, bias=False)
 
@@ -168,9 +191,9 @@ class SqueezeExcite(nn.Module):
 
 
 class GatherExcite(nn.Module):
-    """Scale each channel by the sigmoid of its mean: GE-theta-minus, global (Hu et al. 2018).
+    """Scale each channel by the sigmoid of its mean over the map (Hu et al., NeurIPS 2018).
 
-    (B, C, H, W) to the same.
+    GE-theta-minus with global extent, without parameters. Input and output are (B, C, H, W).
     """
 
     def forward(self, x: Tensor) -> Tensor:

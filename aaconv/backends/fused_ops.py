@@ -1,4 +1,9 @@
-"""Exact attention over a map in Triton kernels that never store a logit."""
+"""Torch operations that launch the kernels of `aaconv.backends.fused_kernels`.
+
+Importing this module imports triton.
+
+Letters: B batch, N heads, H x W map, D and E channels per head of queries/keys and of values.
+"""
 
 import math
 from typing import Any
@@ -8,35 +13,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aaconv import kernels
+from aaconv.backends import fused_kernels as kernels
 
 LOG2E = math.log2(math.e)
 
-# Under TRITON_INTERPRET=1 the kernels run in Python, on any device.
+# With TRITON_INTERPRET=1 the kernels run in Python, on any device.
 INTERPRETED = not isinstance(kernels.attend, triton.JITFunction)
 
 
 def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None = None, columns: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None
 ) -> Tensor:
-    """2^(q k^T + rows + columns), normalised, times v: softmax with logits in powers of two.
+    """Attention with weights 2^(q k^T + row_bias + col_bias), normalised over the keys.
 
-    q, k: (B, N, H, W, D); v: (B, N, H, W, E); rows (B, N, H, W, H) and columns (B, N, H, W, W)
-    are added to the logits of every key in that row and column. q, rows and columns carry the
-    softmax's scale and the factor LOG2E. Any strides; returns (B, N, H, W, E).
+    q and k are (B, N, H, W, D), v is (B, N, H, W, E), row_bias (B, N, H, W, H) and col_bias
+    (B, N, H, W, W), with any strides. q and both biases are scaled by LOG2E / sqrt(D) already.
+    Returns (B, N, H, W, E).
     """
-    if rows is None or columns is None:
-        nothing = q.new_zeros(())
-        rows, columns = (nothing.expand(*q.shape[:-1], size) for size in q.shape[2:4])
-    return _attend(q, k, v, rows, columns)[0]
+    if row_bias is None or col_bias is None:
+        zero = q.new_zeros(())
+        row_bias, col_bias = (zero.expand(*q.shape[:-1], size) for size in q.shape[2:4])
+    return _attend(q, k, v, row_bias, col_bias)[0]
 
 
 @torch.library.custom_op("aaconv::attend", mutates_args=())
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor
+    q: Tensor, k: Tensor, v: Tensor, row_bias: Tensor, col_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_outputs(q, k, v, rows, columns)
-    maps = (q, k, v, rows, columns, out)
+    out, lse = _empty_outputs(q, k, v, row_bias, col_bias)
+    maps = (q, k, v, row_bias, col_bias, out)
     sizes = _sizes("attend", q, v)
     with torch.cuda.device_of(q):
         kernels.attend[_query_grid(q, sizes)](*maps, lse, *map(_strides, maps), q.shape[1], **sizes)
@@ -45,7 +50,7 @@ def _attend(
 
 @_attend.register_fake
 def _empty_outputs(
-    q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor
+    q: Tensor, k: Tensor, v: Tensor, row_bias: Tensor, col_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(v), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
@@ -56,24 +61,25 @@ def _attend_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    row_bias: Tensor,
+    col_bias: Tensor,
     out: Tensor,
     lse: Tensor,
     relative: bool,
 ) -> list[Tensor]:
-    """Gradients of q, k and v, and of rows and columns if ``relative``."""
-    dq, dk, dv, *dterms = gradients = _empty_gradients(
-        grad, q, k, v, rows, columns, out, lse, relative
+    """Gradients of q, k and v, and if ``relative`` of row_bias and col_bias."""
+    dq, dk, dv, *dbias = gradients = _empty_gradients(
+        grad, q, k, v, row_bias, col_bias, out, lse, relative
     )
-    drows, dcolumns = dterms if relative else (rows, columns)
+    drow_bias, dcol_bias = dbias if relative else (row_bias, col_bias)
     delta = torch.empty_like(lse)
-    given, N, W = (grad, q, k, v, rows, columns), q.shape[1], q.shape[3]
+    given, N, W = (grad, q, k, v, row_bias, col_bias), q.shape[1], q.shape[3]
     sizes = _sizes("query_gradients", q, v)
-    parts = drows[None]
-    if sizes["BW"] < W:  # a map wider than a tile
-        parts = drows.new_empty(triton.cdiv(W, sizes["BW"]), *drows.shape, dtype=torch.float32)
-    maps = (*given, out, dq, parts[0], dcolumns)
+    partial_sums = drow_bias[None]
+    if sizes["BW"] < W:  # the map is wider than a tile
+        count = triton.cdiv(W, sizes["BW"])
+        partial_sums = drow_bias.new_empty(count, *drow_bias.shape, dtype=torch.float32)
+    maps = (*given, out, dq, partial_sums[0], dcol_bias)
     with torch.cuda.device_of(q):
         kernels.query_gradients[_query_grid(q, sizes)](
             *given,
@@ -81,10 +87,10 @@ def _attend_backward(
             lse,
             delta,
             dq,
-            parts,
-            dcolumns,
+            partial_sums,
+            dcol_bias,
             *map(_strides, maps),
-            parts.stride(0),
+            partial_sums.stride(0),
             N,
             RELATIVE=relative,
             **sizes,
@@ -93,8 +99,8 @@ def _attend_backward(
         kernels.key_gradients[_key_grid(q, sizes)](
             *given, lse, delta, dk, dv, *map(_strides, (*given, dk, dv)), N, **sizes
         )
-    if relative and len(parts) > 1:
-        drows.copy_(parts.sum(0))
+    if relative and len(partial_sums) > 1:
+        drow_bias.copy_(partial_sums.sum(0))
     return gradients
 
 
@@ -104,13 +110,13 @@ def _empty_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Tensor,
-    columns: Tensor,
+    row_bias: Tensor,
+    col_bias: Tensor,
     out: Tensor,
     lse: Tensor,
     relative: bool,
 ) -> list[Tensor]:
-    return [torch.empty_like(t) for t in ((q, k, v, rows, columns) if relative else (q, k, v))]
+    return [torch.empty_like(t) for t in ((q, k, v, row_bias, col_bias) if relative else (q, k, v))]
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -128,9 +134,9 @@ _attend.register_autograd(_differentiate, setup_context=_save)
 
 
 def _strides(t: Tensor) -> tuple[object, ...]:
-    """Strides, and behind them a power of two up to 16 that divides all but the channels'.
+    """The strides, then the largest power of two up to 16 that divides all but the last of them.
 
-    The compiler looks for factors of 16 alone; heads of 20 channels lie 20 apart.
+    The compiler by itself looks only for factors of 16, but heads of 20 channels are 20 apart.
     """
     moved = (s for s, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1)
     return (*t.stride(), tl.constexpr(math.gcd(16, *moved)))
@@ -147,14 +153,14 @@ def _key_grid(q: Tensor, sizes: dict[str, Any]) -> tuple[int]:
 
 
 def _sizes(kernel: str, q: Tensor, v: Tensor) -> dict[str, Any]:
-    """Shapes, tile sizes and launch options of a kernel."""
+    """Sizes, tile sizes and launch options of a kernel."""
     H, W, D = q.shape[2:]
     E = v.shape[-1]
     BD, BE = (max(16, triton.next_power_of_2(n)) for n in (D, E))
     precision = _precision()
     queries, keys, warps, registers = _tile(kernel, q.dtype, precision, BD + BE, H * W)
     BW = min(triton.next_power_of_2(W), 64)
-    # No more rows than the map has, and no fewer keys than the product of two tiles takes.
+    # No more rows than the map has, but no fewer keys than tl.dot accepts.
     keys = max(16, min(keys, triton.next_power_of_2(H) * BW))
     return {
         "H": H,
@@ -176,11 +182,11 @@ def _sizes(kernel: str, q: Tensor, v: Tensor) -> dict[str, Any]:
 def _tile(
     kernel: str, dtype: torch.dtype, precision: str, channels: int, positions: int
 ) -> tuple[int, int, int, int | None]:
-    """Queries and keys of a tile, warps, and the most registers of a thread.
+    """Queries and keys per tile, number of warps, and maximum registers per thread.
 
-    Chosen by what the compiler makes of them for compute capability 9.0, not by timing: no
-    spilled registers, few instructions for each logit, and 12 to 16 warps at a time on a
-    multiprocessor, whose other warps go on while one waits for a product.
+    Chosen from the compiler's output for compute capability 9.0, not from timings: no spilled
+    registers, few instructions per logit, and 12 to 16 resident warps per multiprocessor, so that
+    some run while others wait for a product.
     """
     if dtype == torch.float32:
         if channels > 128:
@@ -198,8 +204,8 @@ def _tile(
 
 
 def _precision() -> str:
-    """How products of float32 are taken, as the user has set it for matrix products."""
+    """The precision of float32 products that the user has set for torch's matrix products."""
     matmul = torch.backends.cuda.matmul
-    # Asking for the older of the two names raises once the newer (torch 2.9) was used.
+    # Reading the older setting raises once the newer one (torch 2.9) has been used.
     newer = getattr(matmul, "fp32_precision", None)
     return "tf32" if (matmul.allow_tf32 if newer is None else newer == "tf32") else "ieee"

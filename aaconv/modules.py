@@ -1,19 +1,30 @@
 """Attention-augmented convolution, the layer.
 
 Bello, Zoph, Vaswani, Shlens, Le: "Attention Augmented Convolutional Networks", ICCV 2019
-(arXiv 1904.09925), section 3. One 1x1 convolution gives queries, keys and values, Nh heads
-attend over all positions of the map, a 1x1 convolution mixes the heads, and the result is
-concatenated behind the channels of a plain convolution: ``[Conv(X), MHA(X)]``.
+(arXiv 1904.09925), section 3. Numbers are those of the paper's equations:
 
-Two things the paper leaves open. Stride is on both branches' first convolutions, so attention
-runs at the output's resolution. The relative tables are drawn with mean 0 and standard
-deviation dkh^-0.5, which is how the paper's pseudo-code reads with its argument named.
+    (1)     O_h = softmax(Q K^T / sqrt(dkh)) V     attention of head h over all positions
+    (2)     MHA(X) = Concat(O_1, ..., O_Nh) W^O    a 1x1 convolution mixes the heads
+    (3-5)   Q K^T + S_H + S_W instead of Q K^T     relative positions, by row and by column
+    (7)     [Conv(X), MHA(X)]                      concatenation over the channels
+
+One 1x1 convolution gives queries, keys and values.
+
+What the paper leaves open or we do differently:
+
+- A stride is that of the plain convolution and of the 1x1 one that gives queries, keys and values,
+  so attention runs at the resolution of the output. (The paper's pseudo-code has no stride.)
+- The relative tables are initialised with mean 0 and standard deviation dkh^-0.5. The paper's
+  pseudo-code passes dkh^-0.5 to random_normal_initializer without naming the argument, and by
+  position that would be the mean.
+- Maps of another size than the tables are made for are accepted, see `fit_table`.
+
+Letters: B batch, H x W map, Nh heads, dkh = dk / Nh and dvh = dv / Nh channels per head.
 """
 
 import torch
 from torch import Tensor, nn
 
-from aaconv.attention import BACKENDS, attention_2d
 from aaconv.checks import (
     Size,
     check_channels,
@@ -22,16 +33,17 @@ from aaconv.checks import (
     pair,
 )
 from aaconv.encodings import ABSOLUTE
+from aaconv.functional import attention_2d, check_backend_name
 from aaconv.tables import fit_table
 
 
 class AugmentedConv(nn.Module):
-    """Convolution with self-attention beside it: ``[Conv(X), MHA(X)]`` over the channels.
+    """Convolution and self-attention in parallel, ``[Conv(X), MHA(X)]`` over the channels.
 
     Maps (B, in_channels, H, W) to (B, out_channels, H/stride, W/stride), rounded up. The first
     ``out_channels - dv`` channels are the convolution's, the last ``dv`` the attention's
-    (Bello et al. 2019, equation 7). ``dv=0`` is the plain convolution (dk and the arguments of
-    the attention then have no part in it), ``dv=out_channels`` attention alone.
+    (Bello et al. 2019, equation 7). ``dv=0`` is the plain convolution (dk and the other arguments
+    of the attention then have no effect), ``dv=out_channels`` attention alone.
 
     Args:
         in_channels: channels of the input.
@@ -39,28 +51,29 @@ class AugmentedConv(nn.Module):
         kernel_size: kernel of the plain convolution.
         dk: key channels of all heads together, kappa * Fout in the paper.
         dv: value channels of all heads together, upsilon * Fout in the paper.
-        Nh: heads.
+        Nh: number of heads.
         shape: output size that the relative tables are made for, an int for square maps or (H, W);
-            0 leaves it open, which only ``relative=False`` allows. Inputs that give another size
-            are welcome all the same: `fit_table` says which relative positions they get.
+            0 leaves it open, which only ``relative=False`` allows. Inputs that give another output
+            size work too: `fit_table` says which relative positions they get.
         relative: learn relative positions, tables ``key_rel_h`` (2H-1, dk/Nh) and ``key_rel_w``
             (2W-1, dk/Nh) shared by the heads (equations 3 to 5).
-        absolute: positions that queries, keys and values are told by their input: ``"none"``,
-            ``"sine"`` (`encodings.add_sine`) or ``"coord"`` (`encodings.append_coordinates`).
+        absolute: absolute positions that the input of queries, keys and values contains:
+            ``"none"``, ``"sine"`` (`encodings.add_sine`) or ``"coord"``
+            (`encodings.append_coordinates`).
         stride: of the plain convolution and of the one that gives q, k and v.
         padding: of the plain convolution; by default ``dilation * (kernel_size - 1) // 2``.
         dilation: of the plain convolution.
         groups: of the plain convolution.
-        bias: whether the three convolutions have one.
-        qkv_kernel_size: kernel of the convolution that gives q, k and v; the paper's is 1.
-        backend: how attention is computed: ``"auto"``, ``"reference"``, ``"fold"``, ``"tiled"``,
+        bias: whether the three convolutions have a bias.
+        qkv_kernel_size: kernel of the convolution that gives q, k and v; 1 in the paper.
+        backend: how attention is computed: ``"auto"``, ``"reference"``, ``"sdpa"``, ``"tiled"``,
             ``"fused"`` or ``"flex"``, see `attention_2d`.
 
     Raises:
-        ValueError: the arguments contradict each other; the message names the values. In
-            ``forward``: the two branches differ in size, or the backend cannot be had here.
+        ValueError: the arguments contradict each other; the message names their values. In
+            ``forward``: the two branches differ in output size, or the backend is unavailable.
 
-    ``load_state_dict`` takes tables made for another ``shape`` and fits them by the same rule.
+    ``load_state_dict`` accepts tables made for another ``shape`` and converts them by `fit_table`.
     """
 
     def __init__(
@@ -104,8 +117,7 @@ class AugmentedConv(nn.Module):
             )
         if absolute == "sine" and in_channels < 4:
             raise ValueError(f"absolute=sine needs in_channels of at least 4, not {in_channels}")
-        if backend not in BACKENDS:
-            raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        check_backend_name(backend)
         self.dk, self.dv, self.Nh = dk, dv, Nh
         self.relative = relative and dv > 0
         self.absolute = absolute
@@ -117,8 +129,9 @@ class AugmentedConv(nn.Module):
                 in_channels, out_channels - dv, kernel, stride, padding, dilation, groups, bias
             )
         # A strided 1x1 convolution is an unstrided one of every stride-th pixel. It is computed
-        # so because oneDNN's own writes beyond its buffer in the backward pass of channels_last
-        # inputs with few channels (uxlfoundation/oneDNN issue 6035, in torch 2.13).
+        # that way because oneDNN's strided one writes past the end of its buffer in the backward
+        # pass of channels_last inputs with few channels (uxlfoundation/oneDNN issue 6035, in
+        # torch 2.13).
         self.subsample = stride if qkv_kernel_size == 1 else (1, 1)
         self.qkv_conv: nn.Conv2d | None = None
         self.attn_out: nn.Conv2d | None = None
@@ -162,10 +175,10 @@ class AugmentedConv(nn.Module):
         assert self.qkv_conv is not None
         assert self.attn_out is not None
         down, right = self.subsample
-        place, _ = ABSOLUTE[self.absolute]
-        qkv = self.qkv_conv(place(x[:, :, ::down, ::right]))  # (B, 2 dk + dv, H, W)
+        encode, _ = ABSOLUTE[self.absolute]
+        qkv = self.qkv_conv(encode(x[:, :, ::down, ::right]))  # (B, 2 dk + dv, H, W)
         q, k, v = (
-            t.unflatten(1, (self.Nh, -1)).permute(0, 1, 3, 4, 2)  # (B, Nh, H, W, per head)
+            t.unflatten(1, (self.Nh, -1)).permute(0, 1, 3, 4, 2)  # (B, Nh, H, W, dkh or dvh)
             for t in qkv.split((self.dk, self.dk, self.dv), dim=1)
         )
         rel_h = rel_w = None
@@ -176,10 +189,10 @@ class AugmentedConv(nn.Module):
             )
         out = attention_2d(q, k, v, rel_h, rel_w, backend=self.backend)
         out = out.permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, dv, H, W), head-major
-        # Backends return what layout suits them; the branches are concatenated in the input's.
+        # Backends differ in the memory format they return; the output has that of the input.
         last = qkv.is_contiguous(memory_format=torch.channels_last) and not qkv.is_contiguous()
-        layout = torch.channels_last if last else torch.contiguous_format
-        return self.attn_out(out.contiguous(memory_format=layout))
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        return self.attn_out(out.contiguous(memory_format=memory_format))
 
     def extra_repr(self) -> str:
         text = f"dk={self.dk}, dv={self.dv}, Nh={self.Nh}, shape={self.shape}"
@@ -191,6 +204,6 @@ def _fit_loaded_tables(
 ) -> None:
     for name in ("key_rel_h", "key_rel_w"):
         own, given = getattr(layer, name), state_dict.get(prefix + name)
-        # Anything that is no table of such queries is left for load_state_dict to name.
+        # Anything that cannot be such a table is left for load_state_dict to report.
         if given is not None and given.dim() == 2 and given.shape[0] % 2 == 1:
             state_dict[prefix + name] = fit_table(given, (own.shape[0] + 1) // 2)

@@ -1,9 +1,9 @@
-"""Exact attention in tiles of the logits that stay in the processor's cache.
+"""Exact attention in tiles of logits that fit into the processor's cache.
 
-Letters: G heads of all images together, L = H * W positions, D and E channels per head of
-queries/keys and of values. Channels come before positions throughout: the products of a tile with
-a few channels are several times faster that way round. Powers are of two because exp2 takes half
-the time of exp.
+Letters: G = B * N heads of all images, L = H * W positions, D and E channels per head of
+queries/keys and of values. Channels come before positions in every tensor: products of a tile with
+a few channels are several times faster that way. Powers are of two because exp2 takes half the
+time of exp.
 """
 
 import math
@@ -13,15 +13,32 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from aaconv.autocast import without_autocast
+from aaconv.backends.precision import in_float32, without_autocast
 
-# Logits of one tile, in bytes: small enough for the cache beside its gradient, large enough that
-# starting an operation costs little against it.
+# Size of the logits of one tile: small enough for the cache together with their gradients, large
+# enough that the cost of launching an operation hardly counts.
 TILE_BYTES = 2**23
 
 
+def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: bool) -> str | None:
+    """Always None; see `aaconv.backends.Backend`."""
+    return None
+
+
+@in_float32
+def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
+    """`aaconv.attention_2d` tile by tile. It cannot be differentiated twice."""
+    B, N, H, W, D = q.shape
+    # (B, N, H, W, D) to (B N, D, HW): channels before positions.
+    scaled = q * (D**-0.5 * math.log2(math.e))
+    channels_first = [t.flatten(2, 3).mT.flatten(0, 1) for t in (scaled, k, v)]
+    tables = None if rel_h is None or rel_w is None else torch.cat((rel_h, rel_w))
+    out = TiledAttention.apply(*channels_first, tables, (H, W))
+    return out.unflatten(0, (B, N)).mT.unflatten(2, (H, W))
+
+
 class Tile(NamedTuple):
-    """Some heads, and for each of them some queries, that are computed at once."""
+    """The heads and the queries that are computed together."""
 
     heads: slice
     queries: slice
@@ -32,10 +49,11 @@ class Tile(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """The map's size (H, W), and what positions add to a query's logits.
+    """The size (H, W) of the map and its relative position embeddings.
 
-    tables (2H-1 + 2W-1, D), that of the rows before that of the columns, or None; table_row
-    (L, H + W), the row of them for each query and every key row, then every key column.
+    tables is (2H-1 + 2W-1, D), those of the row offsets before those of the column offsets, or
+    None. table_row is (L, H + W): for each query the index into tables of every key row, then of
+    every key column.
     """
 
     size: tuple[int, int]
@@ -52,11 +70,11 @@ class Positions(NamedTuple):
 
 
 class TiledAttention(torch.autograd.Function):
-    """Attention in powers of two, 2^(q^T (k + positions)), without ever holding the (L, L) logits.
+    """Attention with weights 2^(q^T (k + positions)), without ever holding the (L, L) logits.
 
-    q (G, D, L), scaled by what softmax's logits want and by log2(e); k (G, D, L); v (G, E, L);
-    tables and size as in `Positions`. Returns (G, E, L). The backward pass computes each tile of
-    the weights anew from their normalisers; what is kept for it, and what it needs, grows like L.
+    q is (G, D, L), scaled by log2(e) / sqrt(D); k (G, D, L); v (G, E, L); tables and size as in
+    `Positions`. Returns (G, E, L). The backward pass recomputes each tile of the weights from the
+    saved normalisers; the memory for both grows in proportion to L.
     """
 
     @staticmethod
@@ -97,7 +115,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dtables = None if tables is None else torch.zeros_like(tables)
-    # With these in the products, no pass over a tile is needed to subtract them.
+    # Part of the product, delta need not be subtracted in a pass of its own over each tile.
     delta = (grad * out).sum(dim=1, keepdim=True)
     grad_and_delta = torch.cat((grad, -delta), dim=1) * math.log(2)
     v_and_one = torch.cat((v, torch.ones_like(delta)), dim=1)
@@ -114,9 +132,9 @@ def _backward(
         dk[heads] += torch.bmm(tile.of(q), dlogits)
         if tables is not None and dtables is not None:
             on_map = dlogits.unflatten(-1, size)
-            dterms = torch.cat((on_map.sum(dim=-1), on_map.sum(dim=-2)), dim=-1)
-            index = positions.table_row[tile.queries].expand_as(dterms)
-            by_row = dterms.new_zeros(*dterms.shape[:2], len(tables)).scatter_(2, index, dterms)
+            dbias = torch.cat((on_map.sum(dim=-1), on_map.sum(dim=-2)), dim=-1)
+            index = positions.table_row[tile.queries].expand_as(dbias)
+            by_row = dbias.new_zeros(*dbias.shape[:2], len(tables)).scatter_(2, index, dbias)
             dq_tile += (by_row @ tables).mT
             dtables += (tile.of(q) @ by_row).sum(dim=0).T
         tile.of(dq).copy_(dq_tile)
@@ -124,7 +142,7 @@ def _backward(
 
 
 def _split(q: Tensor) -> tuple[int, int]:
-    """How many heads and how many queries a tile has."""
+    """The number of heads and of queries in a tile."""
     heads, _, positions = q.shape
     budget = max(1, TILE_BYTES // q.element_size())
     if positions**2 <= budget:
@@ -138,7 +156,7 @@ def _tile_size(q: Tensor) -> int:
 
 
 def _tiles(q: Tensor) -> list[Tile]:
-    """Tiles that cover all heads and queries once."""
+    """Tiles that together cover every head and query exactly once."""
     heads, queries = _split(q)
     return [
         Tile(slice(h, h + heads), slice(i, min(i + queries, q.shape[2])))
@@ -155,7 +173,10 @@ def _logits(
     buffer: Tensor,
     minus: Tensor | None = None,
 ) -> Tensor:
-    """The tile's logits (heads, queries, L), in ``buffer``, less its queries' part of ``minus``."""
+    """The tile's logits, (heads, queries, L), written to ``buffer``.
+
+    ``minus``, (G, 1, L), is subtracted from the logits of each query.
+    """
     queries = tile.of(q).mT
     heads, count, keys = *queries.shape[:2], k.shape[2]
     logits = buffer[: heads * count * keys].view(heads, count, keys)
@@ -164,8 +185,8 @@ def _logits(
         logits.copy_(start.expand_as(logits))
     else:
         index = positions.table_row[tile.queries].expand(heads, -1, -1)
-        terms = (queries @ positions.tables.T).gather(2, index)
-        rows, columns = terms.split(positions.size, dim=2)
+        bias = (queries @ positions.tables.T).gather(2, index)
+        row_bias, col_bias = bias.split(positions.size, dim=2)
         on_map = logits.unflatten(2, positions.size)
-        torch.add((rows + start)[..., :, None], columns[..., None, :], out=on_map)
+        torch.add((row_bias + start)[..., :, None], col_bias[..., None, :], out=on_map)
     return torch.baddbmm(logits, queries, k[tile.heads], out=logits)

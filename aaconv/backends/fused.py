@@ -1,0 +1,48 @@
+"""Attention by the project's own Triton kernels, which add the position bias and keep no logits.
+
+The kernels are in `fused_kernels`, the torch operations that launch them in `fused_ops`. Both
+import triton, which takes a while and does not exist on every platform, so this module imports
+them only when they are used.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from aaconv.backends.position_bias import scaled_position_bias
+from aaconv.backends.precision import without_autocast
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: bool) -> str | None:
+    """Why the kernels cannot be used, or None; see `aaconv.backends.Backend`."""
+    if not HAS_TRITON:
+        return "needs the package triton"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"needs float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    from aaconv.backends.fused_ops import INTERPRETED
+
+    if INTERPRETED:
+        # It multiplies the bits of bfloat16 as if they were integers (triton 3.7 and 3.9).
+        if dtype == torch.bfloat16:
+            return "needs float32 or float16 in Triton's interpreter"
+        return None
+    if device.type != "cuda" or torch.version.cuda is None:
+        return f"needs a CUDA GPU, not the device {device}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"needs a GPU of compute capability 8.0, not {major}.{minor}"
+    return None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
+    """`aaconv.attention_2d` in one kernel. It cannot be differentiated twice."""
+    from aaconv.backends.fused_ops import LOG2E, fused_attention
+
+    # In fp16 the position bias could overflow, and autocast would compute it in fp16.
+    dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+    with without_autocast(q.device.type):
+        row_bias, col_bias = scaled_position_bias(q, rel_h, rel_w, LOG2E, dtype)
+        return fused_attention(q * (q.shape[-1] ** -0.5 * LOG2E), k, v, row_bias, col_bias)

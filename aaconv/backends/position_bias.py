@@ -1,0 +1,40 @@
+"""What relative positions add to the logits (Bello et al. 2019, section 3.2).
+
+A query's bias depends on the key's row and on its column separately, so it is kept as two tensors,
+``row_bias`` (B, N, H, W, H) and ``col_bias`` (B, N, H, W, W): one number per query and key row,
+and one per query and key column. They are called bias because they are added to the logits; they
+are computed from the queries.
+
+Letters: B batch, N heads, H x W map, D channels per head of queries and keys.
+"""
+
+import torch
+from torch import Tensor
+
+
+def position_bias(q: Tensor, table: Tensor, axis: int) -> Tensor:
+    """Inner products of each query with the embeddings of its offsets to all key rows or columns.
+
+    Args:
+        q: queries, (B, N, H, W, D).
+        table: the embedding of offset o in its row o + L - 1, (2L-1, D), L being the size of
+            ``axis``.
+        axis: 2 for key rows, 3 for key columns.
+
+    Returns:
+        (B, N, H, W, L), in the dtype of ``q``.
+    """
+    length = q.shape[axis]
+    index = torch.arange(length, device=q.device)
+    by_offset = table.to(q.dtype)[index - index[:, None] + length - 1]  # (L query, L key, D)
+    return torch.einsum("bnhwd,hgd->bnhwg" if axis == 2 else "bnhwd,wud->bnhwu", q, by_offset)
+
+
+def scaled_position_bias(
+    q: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, factor: float, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """row_bias and col_bias over sqrt(D), times ``factor``, in ``dtype``; None without tables."""
+    if rel_h is None or rel_w is None:
+        return None, None
+    q = q.to(dtype) * (q.shape[-1] ** -0.5 * factor)
+    return position_bias(q, rel_h, 2), position_bias(q, rel_w, 3)

@@ -1,0 +1,135 @@
+"""Two-dimensional relative self-attention (Bello et al., ICCV 2019, equations 1 to 5).
+
+This module checks the arguments and chooses the backend; `aaconv.backends` computes.
+"""
+
+import torch
+from torch import Tensor
+
+from aaconv import backends
+
+BACKENDS = ("auto", *backends.NAMES)
+
+# Former names and what they are called now.
+_RENAMED = {"fold": "sdpa"}
+
+
+def attention_2d(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor | None = None,
+    rel_w: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Multi-head attention over all positions of a map, with learned relative positions.
+
+    For every head, ``softmax((Q K^T + S_H + S_W) / sqrt(dkh)) V`` with
+    ``S_H[i, j] = q_i . rel_h[jy - iy + H - 1]`` and ``S_W[i, j] = q_i . rel_w[jx - ix + W - 1]``
+    (Bello et al. 2019, equations 3 to 5). Without tables it is plain attention (equation 1).
+
+    Args:
+        q: queries, not yet scaled, (B, Nh, H, W, dkh).
+        k: keys, (B, Nh, H, W, dkh).
+        v: values, (B, Nh, H, W, dvh).
+        rel_h: embeddings of the row offsets -(H-1) .. H-1, (2H-1, dkh), shared by the heads.
+        rel_w: embeddings of the column offsets -(W-1) .. W-1, (2W-1, dkh). Give both tables or
+            neither.
+        backend: how the result is computed; up to rounding it is the same for all.
+            ``"reference"`` holds all logits, (B, Nh, HW, HW), in at least float32.
+            ``"sdpa"`` appends the position bias to query and key as extra channels and calls
+            ``scaled_dot_product_attention``, which holds no logits where it has a flash kernel.
+            ``"tiled"`` computes the logits a tile at a time, in at least float32, and recomputes
+            them in the backward pass (which cannot be differentiated again).
+            ``"fused"`` adds the position bias inside the project's Triton kernels, which hold no
+            logits; it needs a GPU (and cannot be differentiated twice either).
+            ``"flex"`` has PyTorch's FlexAttention add the position bias: compiled on a GPU; on
+            the CPU without gradients and with all logits in memory.
+            ``"auto"`` is the fastest one measured, see `choose_backend`.
+
+    Returns:
+        (B, Nh, H, W, dvh), in the dtype of ``v``.
+
+    Raises:
+        ValueError: the shapes do not match, ``backend`` is unknown, or it cannot be used with
+            these tensors, see `unavailable_reason`.
+    """
+    _check_shapes(q, k, v, rel_h, rel_w)
+    if backend == "auto":
+        backend = choose_backend(q, relative=rel_h is not None)
+    given = (q, k, v) if rel_h is None or rel_w is None else (q, k, v, rel_h, rel_w)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    check_backend(backend, q.device, q.dtype, needs_grad=needs_grad)
+    return backends.MODULES[backend].attend(q, k, v, rel_h, rel_w)
+
+
+def check_backend(
+    backend: str, device: torch.device, dtype: torch.dtype, *, needs_grad: bool
+) -> None:
+    """Raise ValueError, in one line, unless ``backend`` can be used with such tensors here."""
+    reason = unavailable_reason(backend, device, dtype, needs_grad=needs_grad)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} {reason}; use backend='auto'")
+
+
+def check_backend_name(backend: str) -> None:
+    """Raise ValueError, in one line, unless ``backend`` is one of BACKENDS."""
+    if backend in _RENAMED:
+        name = _RENAMED[backend]
+        raise ValueError(f"backend={backend!r} is called {name!r} now; use backend={name!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+
+
+def unavailable_reason(
+    backend: str, device: torch.device, dtype: torch.dtype, *, needs_grad: bool
+) -> str | None:
+    """Why ``backend`` cannot be used ("needs a CUDA GPU, not the device cpu"), None if it can.
+
+    Args:
+        backend: one of BACKENDS.
+        device: of queries, keys and values.
+        dtype: of the queries that `attention_2d` gets, which under autocast is autocast's.
+        needs_grad: whether gradients will be computed.
+
+    Raises:
+        ValueError: ``backend`` is unknown.
+    """
+    check_backend_name(backend)
+    if backend == "auto":
+        return None
+    return backends.MODULES[backend].unavailable_reason(device, dtype, needs_grad=needs_grad)
+
+
+def choose_backend(q: Tensor, *, relative: bool) -> str:
+    """The backend that ``"auto"`` means for these queries.
+
+    On the CPU (two cores of an AMD EPYC, torch 2.13, forward and backward, batch 8) "tiled" takes
+    88 % of the time of "sdpa" on 16x16 maps, 50 % on 32x32 and 40 % on 64x64. On 8x8 all three are
+    within the noise and the simplest is chosen. On other devices it is "sdpa": no backend has been
+    measured on a GPU yet. docs/benchmarks.md has the whole table.
+    """
+    # A compiler would unroll the loop over the tiles.
+    if q.device.type != "cpu" or not relative or torch.compiler.is_compiling():
+        return "sdpa"
+    return "tiled" if q.shape[2] * q.shape[3] > 64 else "reference"
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
+) -> None:
+    if q.dim() != 5 or q.shape != k.shape or q.shape[:-1] != v.shape[:-1]:
+        raise ValueError(
+            "q, k and v must be (B, Nh, H, W, channels per head) and agree in all but the last "
+            f"dimension; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    if (rel_h is None) != (rel_w is None):
+        raise ValueError("rel_h and rel_w go together: give both or neither")
+    height, width, dkh = q.shape[2:]
+    for name, table, size in (("rel_h", rel_h, height), ("rel_w", rel_w, width)):
+        if table is not None and table.shape != (2 * size - 1, dkh):
+            raise ValueError(
+                f"{name} must be {(2 * size - 1, dkh)} for a {height}x{width} map with "
+                f"dkh={dkh}; got {tuple(table.shape)}"
+            )
