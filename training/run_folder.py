@@ -13,10 +13,10 @@ line, file and key, and nothing after that has to guess.
 
 import csv
 import hashlib
+import io
 import json
-import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,34 +30,81 @@ LAST = "last.pt"
 PREVIOUS = "previous.pt"
 CONFIG = Path(".hydra") / "config.yaml"
 
-_NUMBER = (int, float)
-_SUMMARY_KEYS: dict[str, Any] = {
-    "epochs": int,
-    "seed": int,
-    "train/loss": _NUMBER,
-    "perf/total_seconds": _NUMBER,
-    "per_class_top1": list,
-    "class_names": list,
-    "model": str,
-    "attention": str,
-    "data": str,
-    "evaluated_on": str,
-    "parameters": int,
-    "flops": int,
-    "stretches": list,
-    "config": dict,
-}
-_STRETCH_KEYS: dict[str, Any] = {
-    "first_epoch": int,
-    "commit": str,
-    "versions": dict,
-    "hardware": str,
-    "precision": str,
-    "processes": int,
-}
-_CONFIG_KEYS: dict[str, Any] = {"seed": int, "epochs": int, "attention": dict, "data": dict}
-_TRAINING_COLUMNS = ("epoch", "train/loss", "train/lr", "perf/epoch_seconds")
+# What a value must be, in words, and whether it is. Nothing that a run measures is beyond float32;
+# so sums and squares of what is read here stay finite.
+_Kind = tuple[str, Callable[[Any], bool]]
+_LARGEST = 3.5e38
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    """Whether ``value`` is a number of at most float32's range, neither NaN nor infinite."""
+    return _is_number(value) and -_LARGEST <= value <= _LARGEST
+
+
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**64
+
+
+def _is_percentage(value: Any) -> bool:
+    return is_finite(value) and 0 <= value <= 100
+
+
+_COUNT: _Kind = ("a whole number of at least 1", lambda v: _is_whole(v, 1))
+_SEED: _Kind = ("a whole number of at least 0", lambda v: _is_whole(v, 0))
+_AMOUNT: _Kind = ("a number of at least 0", lambda v: is_finite(v) and v >= 0)
+# A run whose losses or scores are not finite has diverged; its files are not damaged by that.
+_LOSS: _Kind = ("a number", _is_number)
+_SCORE: _Kind = (
+    "a number from 0 to 100",
+    lambda v: _is_percentage(v) or (_is_number(v) and not is_finite(v)),
+)
+_TEXT: _Kind = ("text", lambda v: isinstance(v, str) and v != "")
+_TEXTS: _Kind = ("a list of texts", lambda v: isinstance(v, list) and all(_TEXT[1](t) for t in v))
+_OBJECT: _Kind = ("an object", lambda v: isinstance(v, dict))
+_BY_CLASS: _Kind = (
+    "a list of numbers from 0 to 100, or null for a class without images",
+    lambda v: isinstance(v, list) and all(x is None or _is_percentage(x) for x in v),
+)
+
 SCORES = ("loss", "top1", "top5")
+_SPLITS = ("test", "val")
+_SCORE_KINDS = {"loss": _LOSS, "top1": _SCORE, "top5": _SCORE}
+_SUMMARY_KEYS: dict[str, _Kind] = {
+    "epochs": _COUNT,
+    "seed": _SEED,
+    "train/loss": _LOSS,
+    "train/lr": _AMOUNT,
+    "perf/total_seconds": _AMOUNT,
+    "class_names": _TEXTS,
+    "per_class_top1": _BY_CLASS,
+    "model": _TEXT,
+    "attention": _TEXT,
+    "data": _TEXT,
+    "evaluated_on": ("test or val", lambda v: v in _SPLITS),
+    "parameters": _COUNT,
+    "flops": _COUNT,
+    "stretches": ("a list of at least one object", lambda v: isinstance(v, list) and v != []),
+    "config": _OBJECT,
+}
+_STRETCH_KEYS: dict[str, _Kind] = {
+    "first_epoch": _COUNT,
+    "commit": _TEXT,
+    "versions": ("an object of texts", lambda v: isinstance(v, dict) and _TEXTS[1]([*v.values()])),
+    "hardware": _TEXT,
+    "precision": _TEXT,
+    "processes": _COUNT,
+}
+_CONFIG_KEYS: dict[str, _Kind] = {
+    "seed": _SEED,
+    "epochs": _COUNT,
+    "attention": _OBJECT,
+    "data": _OBJECT,
+}
+_TRAINING_COLUMNS = ("epoch", "train/loss", "train/lr", "perf/epoch_seconds")
 
 
 class UnreadableError(ValueError):
@@ -70,7 +117,7 @@ def is_run(names: Iterable[str]) -> bool:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What summary.json holds, checked.
+    """What summary.json holds, checked; its losses and scores may be NaN or infinite.
 
     Raises:
         FileNotFoundError: there is none.
@@ -80,46 +127,104 @@ def read_summary(folder: Path) -> dict[str, Any]:
     summary = _read_json(path)
     _check_keys(summary, _SUMMARY_KEYS, path)
     _check_keys(summary["config"], _CONFIG_KEYS, path, "config.")
-    _check_keys(summary, {f"{summary['evaluated_on']}/{s}": _NUMBER for s in SCORES}, path)
-    if not summary["stretches"]:
-        raise UnreadableError(f"{path}: stretches is empty")
-    for stretch in summary["stretches"]:
-        _check_type(stretch, dict, path, "stretches")
-        _check_keys(stretch, _STRETCH_KEYS, path, "stretches.")
+    _check_values(summary["config"], path, "config")
+    on = summary["evaluated_on"]
+    _check_keys(summary, {f"{on}/{name}": kind for name, kind in _SCORE_KINDS.items()}, path)
+    for number, stretch in enumerate(summary["stretches"]):
+        _check_kind(stretch, _OBJECT, path, f"stretches[{number}]")
+        _check_keys(stretch, _STRETCH_KEYS, path, f"stretches[{number}].")
+    for key in ("epochs", "seed"):
+        if summary[key] != summary["config"][key]:
+            raise UnreadableError(
+                f"{path}: {key} is {summary[key]}, but config.{key} is {summary['config'][key]}"
+            )
+    names, scores = summary["class_names"], summary["per_class_top1"]
+    if len(names) != len(scores):
+        raise UnreadableError(
+            f"{path}: per_class_top1 has {len(scores)} values for {len(names)} class_names"
+        )
     return summary
+
+
+def read_result(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """summary.json and metrics.csv of a finished run, checked against each other.
+
+    Raises:
+        FileNotFoundError: there is no summary.json: the run is not finished.
+        UnreadableError: either file is damaged or of another format, or they disagree.
+    """
+    summary = read_summary(folder)
+    path = folder / METRICS
+    try:
+        rows = read_metrics(folder)
+    except FileNotFoundError:
+        raise UnreadableError(f"{path} is missing, but there is a {SUMMARY}") from None
+    if len(rows) != summary["epochs"]:
+        raise UnreadableError(
+            f"{path} has {len(rows)} epochs, but {SUMMARY} says epochs is {summary['epochs']}"
+        )
+    if f"{summary['evaluated_on']}/top1" not in rows[0]:
+        raise UnreadableError(
+            f"{path} has no column {summary['evaluated_on']}/top1, but {SUMMARY} says "
+            f"evaluated_on is {summary['evaluated_on']}"
+        )
+    return summary, rows
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The rows of metrics.csv, one for each epoch from 1 on, all values as numbers.
+
+    Losses and scores may be NaN or infinite.
 
     Raises:
         FileNotFoundError: there is none.
         UnreadableError: it is damaged or of another format.
     """
     path = folder / METRICS
+    content = _read_text(path)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            header, texts = reader.fieldnames or [], list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(content, newline=""))
+        header, texts = list(reader.fieldnames or []), list(reader)
+    except csv.Error as error:
         raise UnreadableError(f"{path} is damaged: {_reason(error)}") from None
-    for column in _TRAINING_COLUMNS:
-        if column not in header:
-            raise UnreadableError(f"{path} has no column {column}: it is of another format")
-    rows = []
-    for number, text in enumerate(texts, start=1):
-        row = {}
-        for column in header:
-            try:
-                row[column] = float(text[column])
-            except (TypeError, ValueError):
-                raise UnreadableError(
-                    f"{path}, row {number}: {column} is {text[column]!r}, not a number"
-                ) from None
-        if row["epoch"] != number:
-            raise UnreadableError(f"{path}, row {number}: epoch is {text['epoch']!r}")
-        rows.append(row)
-    return rows
+    _check_header(header, path)
+    if not content.endswith("\n"):
+        raise UnreadableError(f"{path}, row {len(texts)}: the line is cut short")
+    return [_read_row(text, header, number, path) for number, text in enumerate(texts, start=1)]
+
+
+def _check_header(header: list[str], path: Path) -> None:
+    if not header:
+        raise UnreadableError(f"{path} is empty")
+    on = next((s for s in _SPLITS if any(c.startswith(f"{s}/") for c in header)), _SPLITS[0])
+    for column in (*_TRAINING_COLUMNS, *(f"{on}/{name}" for name in SCORES)):
+        if header.count(column) != 1:
+            what = "no column" if column not in header else "more than one column"
+            raise UnreadableError(f"{path} has {what} {column}: it is damaged or of another format")
+
+
+def _read_row(text: dict[Any, Any], header: list[str], number: int, path: Path) -> dict[str, float]:
+    row = {}
+    where = f"{path}, row {number}"
+    if None in text:
+        raise UnreadableError(f"{where} has more values than there are columns")
+    for column in header:
+        try:
+            row[column] = float(text[column])
+        except (TypeError, ValueError):
+            raise UnreadableError(
+                f"{where}: {column} is {_shortened(text[column])}, not a number"
+            ) from None
+        group, _, name = column.partition("/")
+        if group in _SPLITS or column == "train/loss":
+            kind = _SCORE_KINDS.get(name, _LOSS)
+        else:
+            kind = _AMOUNT
+        if not kind[1](row[column]):
+            raise UnreadableError(f"{where}: {column} is {text[column]}, not {kind[0]}")
+    if row["epoch"] != number:
+        raise UnreadableError(f"{where}: epoch is {text['epoch']}, not {number}")
+    return row
 
 
 def read_failure(folder: Path) -> str | None:
@@ -133,17 +238,17 @@ def read_failure(folder: Path) -> str | None:
         failure = _read_json(path)
     except FileNotFoundError:
         return None
-    _check_keys(failure, {"error": str}, path)
+    _check_keys(failure, {"error": _TEXT}, path)
     return str(failure["error"])
 
 
 def planned_epochs(folder: Path) -> int | None:
     """How many epochs the run is meant to have, by its settings; None where they do not tell."""
     try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = _read_text(folder / CONFIG)
+    except (FileNotFoundError, UnreadableError):
         return None
-    found = re.search(r"^epochs: (\d+)$", text, flags=re.MULTILINE)
+    found = re.search(r"^epochs: ([0-9]{1,9})$", text, flags=re.MULTILINE)
     return int(found[1]) if found else None
 
 
@@ -159,38 +264,75 @@ def folder_name(words: Iterable[str]) -> str:
 def first_nonfinite(values: dict[str, Any]) -> str | None:
     """The first of ``values`` that is a number and not finite, by name; None if all are."""
     for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if _is_number(value) and not is_finite(value):
             return name
     return None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_text(path: Path) -> str:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        if path.exists() and not path.is_file():  # to open a named pipe would wait for ever
+            raise UnreadableError(f"{path} is not a file")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
         raise UnreadableError(f"{path} is damaged: {_reason(error)}") from None
-    _check_type(value, dict, path, "the whole")
-    if value.get("format") != FORMAT:
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"{path} is damaged: {_reason(error)}") from None
+    if not isinstance(value, dict):
+        raise UnreadableError(f"{path} is damaged: it holds {_shortened(value)}, not an object")
+    if not _is_whole(value.get("format", 1), 1) or value.get("format", 1) != FORMAT:
         raise UnreadableError(
-            f"{path} has format {value.get('format', 1)}; this version reads format {FORMAT}"
+            f"{path}: format is {_shortened(value.get('format', 1))}; this version reads format "
+            f"{FORMAT}"
         )
     return value
 
 
-def _check_keys(value: dict[str, Any], kinds: dict[str, Any], path: Path, where: str = "") -> None:
+def _check_keys(
+    value: dict[str, Any], kinds: dict[str, _Kind], path: Path, where: str = ""
+) -> None:
     for key, kind in kinds.items():
         if key not in value:
             raise UnreadableError(f"{path}: {where}{key} is missing")
-        _check_type(value[key], kind, path, f"{where}{key}")
+        _check_kind(value[key], kind, path, f"{where}{key}")
 
 
-def _check_type(value: Any, kind: Any, path: Path, key: str) -> None:
-    if not isinstance(value, kind) or isinstance(value, bool):
-        raise UnreadableError(f"{path}: {key} is {_shortened(value)}, which it cannot be")
+def _check_kind(value: Any, kind: _Kind, path: Path, key: str) -> None:
+    words, accepts = kind
+    if not accepts(value):
+        raise UnreadableError(f"{path}: {key} is {_shortened(value)}, not {words}")
+
+
+def _check_values(value: Any, path: Path, key: str, depth: int = 0) -> None:
+    """Settings may be whatever JSON has, but finite, and not nested without end."""
+    if depth > 20:
+        raise UnreadableError(f"{path}: {key[:40]}... is nested too deeply")
+    if _is_number(value) and not is_finite(value):
+        raise UnreadableError(f"{path}: {key} is {_shortened(value)}, not a finite number")
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _check_values(inner, path, f"{key}.{name}", depth + 1)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            _check_values(inner, path, f"{key}[{number}]", depth + 1)
 
 
 def _shortened(value: Any) -> str:
-    text = " ".join(repr(value).split())
+    """For a message. JSON's own words for what JSON holds: null and not None."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (RecursionError, ValueError):
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
