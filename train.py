@@ -45,6 +45,7 @@ from training.device import (
     set_deterministic,
     to_device,
 )
+from training.kinds import UnreadableError
 from training.progress import EpochState, Progress
 from training.run_folder import RunFolder
 from training.scores import evaluate
@@ -235,7 +236,7 @@ def finished_before(run_dir: Path) -> dict[str, Any]:
     """
     try:
         summary = run_folder.read_summary(run_dir)
-    except run_folder.UnreadableError as error:
+    except UnreadableError as error:
         raise ValueError(f"{error}; without that file resume=auto writes it again") from error
     log.info("already finished: %s: %s", summary_line(summary), run_dir)
     return summary

@@ -1,8 +1,10 @@
-"""The report's pictures, each as the text of an SVG file whose letters need no font."""
+"""The report's pictures, each as the text of an SVG file that brings its letters as outlines."""
 
 import io
+import itertools
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +16,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from reporting.paired import Comparison
-from reporting.runs import Group
+from reporting.runs import Run, Variant
+from reporting.text import one_line
 
 Figure = Any  # matplotlib is not typed
 
@@ -33,6 +36,7 @@ STYLE = {
     "svg.hashsalt": "aaconv",  # the same runs give the same bytes
     "svg.fonttype": "path",
     "path.simplify_threshold": 0.5,
+    "text.parse_math": False,  # a class may be called $x$
 }
 # Okabe and Ito's colours, which the colour-blind can tell apart; the plain network is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6000")
@@ -40,6 +44,8 @@ PLAIN, OTHERS = "#222222", "#c4c4c4"
 # More lines than this cannot be told apart: then only the best have a hue. More rows, or more
 # classes at either end, cannot be read.
 LINES, BEST, ROWS, CLASSES = 8, 4, 12, 12
+# Characters of a label. A longer one would leave no room for the data.
+LABEL = 60
 
 
 @contextmanager
@@ -57,56 +63,70 @@ def _panel(width: float = 5.2, height: float = 3.5) -> Iterator[tuple[Figure, An
 
 def _as_svg(figure: Figure) -> str:
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        # Letters that matplotlib's font lacks become boxes; the tables have them.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()
 
 
-def colours(groups: list[Group]) -> dict[Group, str]:
-    """A colour for each group: a hue, dark for the plain one of most runs, or grey where too many.
+def _label(text: str, n: int | None = None) -> str:
+    """A name for an axis or a legend, short enough for it, with the number of samples."""
+    text = one_line(text)
+    if len(text) > LABEL:
+        text = f"{text[: LABEL - 1]}\N{HORIZONTAL ELLIPSIS}"
+    if text.startswith("_"):
+        text = f" {text}"  # matplotlib keeps such names out of legends
+    return text if n is None else f"{text} (n={n})"
 
-    Of many groups the best by top-1 have a hue.
+
+def colours(variants: list[Variant]) -> dict[Variant, str]:
+    """A colour for each: black for the plain one of most runs, a hue, or grey where too many.
+
+    Of many variants the best by top-1 have a hue.
     """
-    plain = [one for one in groups if one.attention == "plain"]
-    plain = [max(plain, key=lambda g: len(g.runs))] if plain else []
-    others = [one for one in groups if one not in plain]
-    if len(groups) > LINES:
-        others.sort(key=lambda g: -statistics.fmean(g.scores("top1").values()))
+    plain = [variant for variant in variants if variant.attention == "none"]
+    plain = [max(plain, key=lambda v: len(v.runs))] if plain else []
+    others = [variant for variant in variants if variant not in plain]
+    if len(variants) > LINES:
+        others.sort(key=lambda v: -_mean_top1(v))
         others = others[:BEST]
-    others.sort(key=lambda g: (g.attention != "aa", groups.index(g)))
-    chosen = dict.fromkeys(groups, OTHERS) | dict.fromkeys(plain, PLAIN)
+    others.sort(key=lambda v: (v.attention != "aa", variants.index(v)))
+    chosen = dict.fromkeys(variants, OTHERS) | dict.fromkeys(plain, PLAIN)
     return chosen | dict(zip(others, COLOURS, strict=False))
 
 
-def over_epochs(groups: list[Group], column: str, label: str) -> str:
-    """A column of metrics.csv over the epochs: the mean of the seeds, a band from least to most."""
-    return _lines(groups, column, label, lambda run: [r["epoch"] for r in run.rows], "epoch")
+def _mean_top1(variant: Variant) -> float:
+    return statistics.fmean(variant.by_seed("top1").values())
 
 
-def over_time(groups: list[Group], column: str, label: str) -> str:
+def over_epochs(variants: list[Variant], column: str, label: str) -> str:
+    """A column of metrics.csv over the epochs: mean of the seeds, a band from lowest to highest."""
+    return _lines(variants, column, label, lambda run: run.each_epoch("epoch"), "epoch")
+
+
+def over_time(variants: list[Variant], column: str, label: str) -> str:
     """The same over the minutes that training and evaluation have taken, mean of the seeds."""
 
-    def minutes(run: Any) -> list[float]:
-        total, at = 0.0, []
-        for row in run.rows:
-            total += row["seconds"] / 60
-            at.append(total)
-        return at
+    def minutes(run: Run) -> list[float]:
+        return [s / 60 for s in itertools.accumulate(run.each_epoch("perf/epoch_seconds"))]
 
-    return _lines(groups, column, label, minutes, "training time (minutes)")
+    return _lines(variants, column, label, minutes, "training time (minutes)")
 
 
 def _lines(
-    groups: list[Group],
+    variants: list[Variant],
     column: str,
     label: str,
-    along: Callable[[Any], list[float]],
+    along: Callable[[Run], list[float]],
     x_label: str,
 ) -> str:
-    chosen = colours(groups)
+    chosen = colours(variants)
     with _panel() as (figure, panel, svg):
-        for one in sorted(groups, key=lambda g: chosen[g] != OTHERS):
-            x = [statistics.fmean(at) for at in zip(*map(along, one.runs), strict=True)]
-            _spread(panel, x, [[r[column] for r in run.rows] for run in one.runs], one, chosen)
+        for variant in _grey_first(chosen):
+            x = [statistics.fmean(at) for at in zip(*map(along, variant.runs), strict=True)]
+            seeds = [run.each_epoch(column) for run in variant.runs]
+            _line_and_band(panel, x, seeds, variant, chosen[variant])
         panel.set_xlabel(x_label)
         panel.set_ylabel(label)
         if x_label == "epoch":
@@ -115,90 +135,93 @@ def _lines(
     return svg[0]
 
 
-def _spread(
-    panel: Any, x: list[float], seeds: list[list[float]], one: Group, chosen: dict[Group, str]
+def _grey_first(chosen: dict[Variant, str]) -> list[Variant]:
+    """In the order of drawing: what has a hue comes on top."""
+    return sorted(chosen, key=lambda variant: chosen[variant] != OTHERS)
+
+
+def _line_and_band(
+    panel: Any, x: list[float], seeds: list[list[float]], variant: Variant, colour: str
 ) -> None:
-    """A group's line: the mean of the seeds, and a band from the least to the most of them."""
-    colour, values = chosen[one], list(zip(*seeds, strict=True))
+    """A variant's line, the mean of its seeds, and a band from the lowest to the highest."""
+    values = list(zip(*seeds, strict=True))
     grey = colour == OTHERS
     panel.plot(
         x,
         [statistics.fmean(v) for v in values],
         color=colour,
         linewidth=0.7 if grey else 1.7,
-        linestyle="--" if one.attention == "plain" else "-",
+        linestyle="--" if variant.attention == "none" else "-",
         marker="." if len(x) <= 20 and not grey else None,
-        label=None if grey else f"{one.label} (n={len(seeds)})",
+        label=None if grey else _label(variant.label, len(seeds)),
     )
     if not grey:
         low, high = [min(v) for v in values], [max(v) for v in values]
         panel.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
-def same_length(one: Comparison) -> bool:
-    """Whether the two are trained for as many epochs, in pairs."""
-    return one.top1.n > 0 and one.group.first["epochs"] == one.twin.first["epochs"]
+def gain_by_epoch(comparison: Comparison) -> dict[int, list[float]]:
+    """Top-1 minus the baseline's after each epoch, by seed; empty if their epochs differ."""
+    ours = {run.seed: run.each_epoch("top1") for run in comparison.variant.runs}
+    theirs = {run.seed: run.each_epoch("top1") for run in comparison.baseline.runs}
+    if comparison.variant.first["epochs"] != comparison.baseline.first["epochs"]:
+        return {}
+    return {
+        seed: [a - b for a, b in zip(ours[seed], theirs[seed], strict=True)]
+        for seed in comparison.top1.by_seed
+    }
 
 
-def lead_over_epochs(groups: list[Group], comparisons: list[Comparison]) -> str:
-    """Top-1 minus the plain twin's of the same seed over the epochs, where both have as many."""
-    drawn = {one.group: one for one in comparisons if same_length(one)}
-    chosen = {group: colour for group, colour in colours(groups).items() if group in drawn}
+def gain_over_epochs(variants: list[Variant], comparisons: list[Comparison]) -> str:
+    """`gain_by_epoch` of every comparison that has one; colours as in the other pictures."""
+    gains = {c.variant: list(gain_by_epoch(c).values()) for c in comparisons}
+    chosen = {v: colour for v, colour in colours(variants).items() if gains.get(v)}
     with _panel() as (figure, panel, svg):
         panel.axhline(0, color=PLAIN, linewidth=1.2, linestyle="--")
-        for group in sorted(chosen, key=lambda g: chosen[g] != OTHERS):
-            ours = {run.seed: run.rows for run in group.runs}
-            theirs = {run.seed: run.rows for run in drawn[group].twin.runs}
-            pairs = [
-                [a["top1"] - b["top1"] for a, b in zip(ours[seed], theirs[seed], strict=True)]
-                for seed in drawn[group].top1.by_seed
-            ]
-            epochs = [row["epoch"] for row in group.runs[0].rows]
-            _spread(panel, epochs, pairs, group, chosen)
+        for variant in _grey_first(chosen):
+            epochs = variant.runs[0].each_epoch("epoch")
+            _line_and_band(panel, epochs, gains[variant], variant, chosen[variant])
         panel.set_xlabel("epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.set_ylabel("top-1 minus plain (points)")
+        panel.set_ylabel("top-1 minus plain (percentage points)")
         _legend(figure, panel, chosen)
     return svg[0]
 
 
-def _legend(figure: Figure, panel: Any, chosen: dict[Group, str]) -> None:
-    """Beside the data, never on them: matplotlib's search for a free place is slow, too."""
+def _legend(figure: Figure, panel: Any, chosen: dict[Variant, str]) -> None:
+    """Above the data, never on them: matplotlib's search for a free place is slow, too."""
     grey = sum(colour == OTHERS for colour in chosen.values())
     if grey:
-        panel.plot([], [], color=OTHERS, linewidth=0.7, label=f"{grey} other networks")
-    entries = len(panel.get_legend_handles_labels()[0])
-    long = max(len(group.label) for group in chosen) > 24
-    columns = 1 if long else 2 if entries > 4 else 4
-    figure.set_figheight(figure.get_figheight() + 0.18 * (math.ceil(entries / columns) - 1))
+        name = "1 other variant" if grey == 1 else f"{grey} other variants"
+        panel.plot([], [], color=OTHERS, linewidth=0.7, label=name)
+    names = panel.get_legend_handles_labels()[1]
+    columns = 1 if max(map(len, names)) > 30 else 2 if len(names) > 4 else 4
+    figure.set_figheight(figure.get_figheight() + 0.18 * (math.ceil(len(names) / columns) - 1))
     figure.legend(loc="outside upper left", ncols=columns)
 
 
-def over_flops(groups: list[Group]) -> str:
+def over_flops(variants: list[Variant]) -> str:
     """Top-1 of the last epoch against the cost of an image: each seed, and mean with deviation."""
-    chosen = colours(groups)
-    unit, name = (
-        (1e9, "GFLOPs") if max(g.first["flops"] for g in groups) >= 1e8 else (1e6, "MFLOPs")
-    )
+    chosen = colours(variants)
+    large = max(variant.first["flops"] for variant in variants) >= 1e8
+    unit, name = (1e9, "GFLOPs") if large else (1e6, "MFLOPs")
     with _panel() as (figure, panel, svg):
-        others = [one for one in groups if chosen[one] == OTHERS]
-        means = [statistics.fmean(one.scores("top1").values()) for one in others]
-        panel.plot([one.first["flops"] / unit for one in others], means, "o", color=OTHERS, ms=4)
-        for one in groups:
-            if one in others:
+        for variant in _grey_first(chosen):
+            colour, values = chosen[variant], list(variant.by_seed("top1").values())
+            x, mean = variant.first["flops"] / unit, statistics.fmean(values)
+            if colour == OTHERS:
+                panel.plot([x], [mean], "o", color=OTHERS, markersize=4)
                 continue
-            colour, values = chosen[one], list(one.scores("top1").values())
-            x = one.first["flops"] / unit
             panel.plot([x] * len(values), values, ".", color=colour, alpha=0.45, markersize=4)
             panel.errorbar(
                 x,
-                statistics.fmean(values),
+                mean,
                 yerr=statistics.stdev(values) if len(values) > 1 else None,
-                fmt="s" if one.attention == "plain" else "o",
+                fmt="s" if variant.attention == "none" else "o",
                 color=colour,
                 markersize=6,
                 capsize=3,
-                label=f"{one.label} (n={len(values)})",
+                label=_label(variant.label, len(values)),
             )
         panel.set_xlabel(f"{name} of the forward pass, one image")
         panel.locator_params(axis="x", nbins=6)
@@ -210,20 +233,18 @@ def over_flops(groups: list[Group]) -> str:
 
 
 def differences(comparisons: list[Comparison]) -> str:
-    """Differences in top-1 to the plain twin: each pair of seeds, their mean, its interval."""
+    """Differences in top-1 from the plain baseline: each pair, their mean, its interval."""
     with _panel(5.2, 1.1 + 0.36 * len(comparisons)) as (_, panel, svg):
         panel.axvline(0, color="#555", linewidth=1)
-        for row, one in enumerate(comparisons):
-            found, y = one.top1, len(comparisons) - 1 - row
+        for y, comparison in enumerate(reversed(comparisons)):
+            found = comparison.top1
             pairs = list(found.by_seed.values())
             panel.plot(pairs, [y] * len(pairs), "o", color="#888", markersize=4, fillstyle="none")
             if found.low is not None:
                 panel.plot([found.low, found.high], [y, y], color=COLOURS[0], linewidth=2.2)
             panel.plot(found.mean, y, "D", color=COLOURS[0], markersize=6)
-        panel.set_yticks(
-            range(len(comparisons)),
-            [f"{one.group.label} (n={one.top1.n})" for one in reversed(comparisons)],
-        )
+        names = [_label(c.variant.label, c.top1.n) for c in reversed(comparisons)]
+        panel.set_yticks(range(len(names)), names)
         panel.set_ylim(-0.6, len(comparisons) - 0.4)
         panel.grid(axis="y", visible=False)
         panel.set_xlabel("top-1 minus plain (percentage points)")
@@ -231,11 +252,11 @@ def differences(comparisons: list[Comparison]) -> str:
 
 
 def heatmap(
-    cells: dict[tuple[float, float], tuple[float, int]], low: float, high: float, title: str
+    cells: dict[tuple[str, str], tuple[float, int]], low: float, high: float, title: str
 ) -> str:
     """Mean top-1 and n over dk and dv, {(dk, dv): (mean, n)}; the colours go from low to high."""
-    rows = sorted({dk for dk, _ in cells})
-    columns = sorted({dv for _, dv in cells})
+    rows = sorted({dk for dk, _ in cells}, key=float)
+    columns = sorted({dv for _, dv in cells}, key=float)
     nothing = (math.nan, 0)
     grid = [[cells.get((dk, dv), nothing)[0] for dv in columns] for dk in rows]
     with _panel(5.2, 1.5 + 0.55 * len(rows)) as (figure, panel, svg):
@@ -253,9 +274,9 @@ def heatmap(
                 fontsize=9,
                 color="white" if mean < (low + high) / 2 else "black",
             )
-        panel.set_xticks(range(len(columns)), [f"{dv:g}" for dv in columns])
-        panel.set_yticks(range(len(rows)), [f"{dk:g}" for dk in rows])
-        panel.set_title(title)
+        panel.set_xticks(range(len(columns)), columns)
+        panel.set_yticks(range(len(rows)), rows)
+        panel.set_title(_label(title))
         panel.set_xlabel("dv")
         panel.set_ylabel("dk")
         figure.colorbar(image, label="top-1 accuracy (%)")
@@ -263,7 +284,7 @@ def heatmap(
 
 
 def classes(rows: list[tuple[str, float, list[float]]], label: str) -> str:
-    """Differences by class, given from least to most: (name, mean, each pair of seeds).
+    """Differences by class, given in ascending order: (name, mean, each pair of seeds).
 
     Of many classes only the two ends are drawn.
     """
@@ -277,7 +298,7 @@ def classes(rows: list[tuple[str, float, list[float]]], label: str) -> str:
         if len(ends) < len(rows):
             panel.axhline(CLASSES - 0.5, color="#999", linewidth=0.8, linestyle=":")
         panel.axvline(0, color="#555", linewidth=1)
-        panel.set_yticks(range(len(ends)), [name.replace("_", " ") for name, _, _ in ends])
+        panel.set_yticks(range(len(ends)), [_label(name.replace("_", " ")) for name, _, _ in ends])
         panel.set_ylim(-0.7, len(ends) - 0.3)
         panel.tick_params(axis="y", labelsize=8)
         panel.grid(axis="y", visible=False)

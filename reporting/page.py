@@ -10,17 +10,38 @@ from typing import Any
 
 from reporting import figures, paper
 from reporting.paired import Comparison, Difference, compare_with_plain, nearest
-from reporting.runs import ATTENTION, Group, Left, as_text, short
+from reporting.runs import KINDS, NOT_SET, Excluded, Run, Variant
+from reporting.text import (
+    DASH,
+    MINUS,
+    against,
+    as_text,
+    by_seed,
+    commit,
+    count,
+    dataset,
+    gflops,
+    interval,
+    last_name,
+    p_value,
+    short,
+    shortened,
+    signed,
+    signed_or_dash,
+    spread,
+)
+from training.run_folder import is_finite
 
-MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 # Comparisons that get a card at the head of the page; of more, the first card counts them.
 CARDS = 3
-KINDS = {
-    "diverged": "diverged: the loss stopped being finite",
-    "unfinished": "unfinished",
-    "other data": "of another data set",
-    "repeated": "there twice",
-    "unreadable": "not readable",
+PROVENANCE = "Where the numbers come from"
+# What is no setting and yet may change a number, and how to say that runs differ in it.
+FACTS = {
+    "commit": "at different commits",
+    "hardware": "on different hardware",
+    "precision": "in different precisions",
+    "torch": "with different versions of torch",
+    "processes": "with different numbers of processes",
 }
 
 
@@ -31,6 +52,7 @@ class Table:
     head: list[str]
     rows: list[list[str]]
     texts: int = 1
+    caption: str = ""
 
     @property
     def long(self) -> bool:
@@ -62,7 +84,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it; ``folded`` is shown on demand."""
+    """A heading and its contents; ``folded``, a title and a table, is shown on demand."""
 
     title: str
     text: list[str] = field(default_factory=list)
@@ -72,63 +94,46 @@ class Section:
     folded: tuple[str, Table] | None = None
 
 
-def contents(data: str, groups: list[Group], left: list[Left]) -> dict[str, Any]:
-    """Everything that the templates show of the groups, which are all of one data set."""
-    comparisons = compare_with_plain(groups)
+def contents(data: str, variants: list[Variant], excluded: list[Excluded]) -> dict[str, Any]:
+    """Everything that the templates show of the variants, which are all of one data set."""
+    comparisons = compare_with_plain(variants)
     first = nearest(comparisons)
     sections = [
-        scores_section(data, groups),
+        scores_section(data, variants),
         differences_section(comparisons),
-        curves_section(groups, first),
-        cost_section(groups),
-        sweep_section(groups),
+        curves_section(variants, first),
+        cost_section(variants),
+        sweep_section(variants),
         classes_section(first),
-        paper_section(data, groups),
-        provenance_section(groups),
-        left_section(left),
+        paper_section(data, variants),
+        provenance_section(variants),
+        excluded_section(excluded),
     ]
     return {
         "title": "Does attention help?",
-        "lead": lead(data, groups, left),
+        "summary": summary_line(data, variants, excluded),
         "cards": cards(first),
         "forest": _forest(first),
-        "warnings": warnings(groups, first),
-        "sections": [one for one in sections if one is not None],
+        "caveats": caveats(variants, first),
+        "sections": [section for section in sections if section is not None],
     }
 
 
-def _forest(comparisons: list[Comparison]) -> Picture | None:
-    drawn = [one for one in _attention_first(comparisons) if one.top1.n]
-    if not drawn:
-        return None
-    caption = (
-        "Top-1 of the last epoch minus that of the plain network with the same seed: each pair "
-        "(circle), their mean (diamond), its 95 % interval (bar; none for one pair)."
+def summary_line(data: str, variants: list[Variant], excluded: list[Excluded]) -> str:
+    """What was compared, in a few words."""
+    name, _, on = data.rpartition(" ")
+    where = {"test": "test set", "val": "validation set, held out from the training images"}[on]
+    runs = count(sum(len(variant.runs) for variant in variants), "finished run")
+    models = shortened(dict.fromkeys(variant.model for variant in variants))
+    epochs = shortened(dict.fromkeys(variant.setting("epochs") for variant in variants))
+    line = (
+        f"{runs} of {count(len(variants), 'variant')} on {dataset(name)}, evaluated on the "
+        f"{where}. Network: {models}; epochs: {epochs}. Scores are those of the last epoch, not "
+        "of the best one."
     )
-    if len(drawn) > figures.ROWS:
-        caption += f" Of {len(drawn)} the {figures.ROWS // 2} highest and the lowest."
-        drawn.sort(key=lambda one: -(one.top1.mean or 0.0))
-        drawn = drawn[: figures.ROWS // 2] + drawn[-figures.ROWS // 2 :]
-    svg = figures.differences(drawn)
-    return Picture("differences", "Differences to the plain twin", svg, caption)
-
-
-def _attention_first(comparisons: list[Comparison]) -> list[Comparison]:
-    return sorted(comparisons, key=lambda one: one.group.attention != "aa")
-
-
-def lead(data: str, groups: list[Group], left: list[Left]) -> str:
-    """What was compared, in a sentence."""
-    models = " and ".join(dict.fromkeys(one.model for one in groups))
-    epochs = " and ".join(dict.fromkeys(as_text(one.settings["epochs"]) for one in groups))
-    name, on = data.split(" ", 1)
-    name = name.replace("cifar", "CIFAR-")
-    runs = count(sum(len(one.runs) for one in groups), "finished run")
-    more = f"; {count(len(left), 'folder')} not counted, listed at the end" if left else ""
-    return (
-        f"{runs} of {count(len(groups), 'network')} on {name} ({on} images): {models}, {epochs} "
-        f"epochs. Scores are the last epoch's, never the best one's{more}."
-    )
+    if excluded:
+        line += f" {count(len(excluded), 'folder')} excluded, listed at the end."
+    return line
 
 
 # ---- The answer ---------------------------------------------------------------------------------
@@ -136,256 +141,261 @@ def lead(data: str, groups: list[Group], left: list[Left]) -> str:
 
 def cards(comparisons: list[Comparison]) -> list[Card]:
     """The outcomes that the page begins with, attention's first."""
-    augmented = [one for one in comparisons if one.group.attention == "aa"]
-    others = [one for one in comparisons if one.group.attention != "aa"]
+    augmented = [c for c in comparisons if c.variant.attention == "aa"]
+    others = [c for c in comparisons if c.variant.attention != "aa"]
     if not comparisons:
         return [
             Card(
                 "No comparison",
                 DASH,
                 "",
-                "There is no finished network together with its plain twin.",
+                "There are no finished runs of both a plain network and one with attention.",
                 "open",
-                ["The twin has the same network and data and attention=none."],
+                ["A variant is compared with attention=none on the same network and data."],
             )
         ]
     if len(augmented) > CARDS:
-        return [_counted(augmented), *map(_card, others[: CARDS - 1])]
-    return [_card(one) for one in _attention_first(comparisons)[:CARDS]]
+        return [_card_of_many(augmented), *map(_card, others[: CARDS - 1])]
+    return [_card(comparison) for comparison in [*augmented, *others][:CARDS]]
 
 
-def _card(one: Comparison) -> Card:
-    found, label = one.top1, one.group.label
+def _card(comparison: Comparison) -> Card:
+    found, label = comparison.top1, comparison.variant.label
     details = [
-        f"95 % interval {interval(found)}" if found.low is not None else "no interval",
+        "no interval" if found.low is None else f"95 % interval {interval(found.low, found.high)}",
         f"n = {count(found.n, 'pair')} of seeds"
         + (f", p {p_value(found.p)}" if found.p is not None else ""),
     ]
     if found.n:
-        top1 = [statistics.mean(g.scores("top1").values()) for g in (one.group, one.twin)]
-        details.append(f"{top1[0]:.2f} % against {top1[1]:.2f} %")
-    if one.differing:
-        details.append(f"the recipes differ: {', '.join(map(short, one.differing))}")
-    tone = {1: "better", -1: "worse", 0: "open"}[found.sign]
+        ours, theirs = (
+            statistics.mean(variant.by_seed("top1")[seed] for seed in found.by_seed)
+            for variant in (comparison.variant, comparison.baseline)
+        )
+        details.append(f"{ours:.2f} % vs. {theirs:.2f} %")
+    if comparison.differing:
+        details.append(f"other settings differ: {', '.join(map(short, comparison.differing))}")
     return Card(
-        f"{label} against {one.twin.label}",
-        DASH if found.mean is None else signed(found.mean),
-        "percentage points of top-1",
+        f"{label} vs. {comparison.baseline.label}",
+        signed_or_dash(found.mean),
+        "percentage points of top-1 accuracy",
         verdict(found, label),
-        tone,
+        {1: "better", -1: "worse", 0: "open"}[found.sign],
         details,
     )
 
 
 def verdict(found: Difference, label: str) -> str:
-    """What the paired differences allow to say."""
+    """What the paired differences allow one to say."""
     if found.n == 0:
-        return "No seed in common: no paired difference."
+        return "No seed in common, so there is no paired difference."
     if found.n == 1:
-        return "One pair of seeds: how much of this is chance cannot be said."
+        return "A single pair of seeds: this may be chance."
     if found.low is None:
-        return "All pairs differ by the same: there is no spread to test against."
+        return "All pairs differ by the same amount, so there is no spread to test against."
     if found.sign:
         return f"{label} is {'better' if found.sign > 0 else 'worse'} than plain."
-    return "These runs do not tell the two apart."
+    return "No significant difference."
 
 
-def _counted(comparisons: list[Comparison]) -> Card:
-    signs = [one.top1.sign for one in comparisons]
-    tested = [one for one in comparisons if one.top1.low is not None]
-    means = [one.top1.mean for one in comparisons if one.top1.mean is not None]
-    spread = f"from {signed(min(means))} to {signed(max(means))}" if means else DASH
+def _card_of_many(comparisons: list[Comparison]) -> Card:
+    signs = [comparison.top1.sign for comparison in comparisons]
+    tested = [comparison for comparison in comparisons if comparison.top1.low is not None]
+    means = [comparison.top1.mean for comparison in comparisons if comparison.top1.mean is not None]
+    outcome = "No variant shares a seed with its plain baseline."
+    if means:
+        low, high = signed(min(means)), signed(max(means))
+        outcome = f"Mean differences in top-1 range from {low} to {high} percentage points."
     return Card(
-        f"{len(comparisons)} augmented networks, each against its plain twin",
+        f"{len(comparisons)} augmented variants, each vs. its plain baseline",
         f"{signs.count(1)} better, {signs.count(-1)} worse",
-        f"{signs.count(0)} not told apart",
-        f"Mean differences in top-1 range {spread} percentage points.",
+        f"{signs.count(0)} undecided",
+        outcome,
         "open",
         [
-            f"{len(tested)} of them have the two pairs of seeds that an interval needs",
-            f"95 % intervals, one by one: about {0.05 * len(tested):.1f} of {len(tested)} would "
-            "exclude zero by chance alone",
+            f"{len(tested)} of them have at least two pairs of seeds, as an interval needs",
+            "95 % intervals, not corrected for multiple comparisons: by chance alone, about "
+            f"{0.05 * len(tested):.1f} of {len(tested)} would exclude zero",
         ],
     )
 
 
-def warnings(groups: list[Group], comparisons: list[Comparison]) -> list[str]:
+def caveats(variants: list[Variant], comparisons: list[Comparison]) -> list[str]:
     """What a reader must know before believing the differences."""
     found = []
-    for one in comparisons:
-        if one.differing and len(comparisons) <= figures.ROWS:
+    for comparison in comparisons if len(comparisons) <= figures.ROWS else []:
+        if comparison.differing:
             found.append(
-                f"{one.group.label} and {one.twin.label} are not trained alike: "
-                + "; ".join(f"{k} {as_text(a)} / {as_text(b)}" for k, (a, b) in differing(one))
-                + "."
+                f"{comparison.variant.label} and {comparison.baseline.label} were not trained with "
+                f"the same settings: {_differing(comparison)}."
             )
-    for fact, words in (
-        ("commit", "commits"),
-        ("hardware", "kinds of hardware"),
-        ("precision", "precisions"),
-        ("torch", "versions of torch"),
-    ):
-        mixed = [one.label for one in groups if len(one.seen(fact)) > 1]
-        if mixed:
-            names = ", ".join(mixed[:5]) + (", ..." if len(mixed) > 5 else "")
-            found.append(f"Several {words} within {names}: see Where the numbers come from.")
-        elif len({value for one in groups for value in one.seen(fact)}) > 1:
-            found.append(f"The networks are of several {words}: see Where the numbers come from.")
+    for fact, differently in FACTS.items():
+        values = sorted({value for variant in variants for value in variant.facts(fact)})
+        if len(values) == 1:
+            continue
+        mixed = [variant.label for variant in variants if len(variant.facts(fact)) > 1]
+        who = f"The runs of {shortened(mixed)}" if mixed else "The variants"
+        shown = shortened(commit(value) if fact == "commit" else value for value in values)
+        found.append(f"{who} were trained {differently} ({shown}); see “{PROVENANCE}”.")
     return found
 
 
-def differing(one: Comparison) -> list[tuple[str, tuple[Any, Any]]]:
-    return list(one.differing.items())
+def _differing(comparison: Comparison) -> str:
+    return "; ".join(f"{key} {a} vs. {b}" for key, (a, b) in comparison.differing.items())
+
+
+def _forest(comparisons: list[Comparison]) -> Picture | None:
+    drawn = [comparison for comparison in comparisons if comparison.top1.n]
+    drawn.sort(key=lambda c: c.variant.attention != "aa")
+    if not drawn:
+        return None
+    caption = (
+        "Top-1 of the last epoch minus that of the plain network with the same seed: each pair "
+        "(circle), their mean (diamond) and its 95 % interval (bar; none for a single pair)."
+    )
+    if len(drawn) > figures.ROWS:
+        half = figures.ROWS // 2
+        caption += f" Of {len(drawn)} variants, the {half} highest and the {half} lowest."
+        drawn.sort(key=lambda c: -(c.top1.mean or 0.0))
+        drawn = drawn[:half] + drawn[-half:]
+    svg = figures.differences(drawn)
+    return Picture("differences", "Differences from the plain baseline", svg, caption)
 
 
 # ---- The sections -------------------------------------------------------------------------------
 
 
-def scores_section(data: str, groups: list[Group]) -> Section:
-    """Table 1, beside the paper's where it has these networks."""
-    in_paper = any(_printed(data, one) for one in groups)
-    seeds = sorted({run.seed for one in groups for run in one.runs})
-    alike = all([run.seed for run in one.runs] == seeds for one in groups)
-    head = ["network", "n", "parameters", "GFLOPs", "top-1 %", "top-5 %", "top-1 by seed"]
+def scores_section(data: str, variants: list[Variant]) -> Section:
+    """Table 1 of these runs, with the paper's numbers where it has such a network."""
+    in_paper = any(_printed(data, variant) for variant in variants)
+    seeds = sorted({run.seed for variant in variants for run in variant.runs})
+    alike = all([run.seed for run in variant.runs] == seeds for variant in variants)
+    head = ["variant", "n", "parameters", "GFLOPs", "top-1 %", "top-5 %", "top-1 by seed"]
+    if in_paper:
+        head += ["paper: parameters", "paper: GFLOPs", "paper: top-1 %", "paper: top-5 %"]
     rows = []
-    for one in groups:
+    for variant in variants:
+        top1, top5 = variant.by_seed("top1"), variant.by_seed("top5")
         row = [
-            one.label,
-            str(len(one.runs)),
-            f"{one.first['parameters']:,}",
-            gflops(one.first["flops"]),
-            spread(one.scores("top1")),
-            spread(one.scores("top5")),
-            by_seed(one.scores("top1"), alike),
+            variant.label,
+            str(len(variant.runs)),
+            f"{variant.first['parameters']:,}",
+            gflops(variant.first["flops"]),
+            spread(top1.values()),
+            spread(top5.values()),
+            by_seed(top1, alike),
         ]
         if in_paper:
-            printed = _printed(data, one)
-            row += (
-                [DASH] * 4
-                if printed is None
-                else [
-                    f"{printed.parameters} M",
-                    str(printed.gflops),
-                    str(printed.top1),
-                    str(printed.top5),
-                ]
-            )
+            row += _cells(_printed(data, variant))
         rows.append(row)
-    if in_paper:
-        head += ["paper: params", "GFLOPs", "top-1 %", "top-5 %"]
     return Section(
         "Scores",
-        ["Mean ± standard deviation over n seeds; one run has no deviation."],
+        ["Mean ± standard deviation over n seeds; a single run has no deviation."],
         [Table(head, rows)],
         notes=[f"Seeds, in this order: {', '.join(map(str, seeds))}."] if alike else [],
     )
 
 
-def _printed(data: str, one: Group) -> paper.Row | None:
-    if data != paper.DATA or one.model != paper.MODEL:
+def _printed(data: str, variant: Variant) -> paper.Row | None:
+    if data != paper.DATA or variant.model != paper.MODEL:
         return None
-    return paper.TABLE1.get(one.attention)
+    return paper.TABLE1[variant.attention]
+
+
+def _cells(row: paper.Row | None) -> list[str]:
+    if row is None:
+        return [DASH] * 4
+    return [f"{row.parameters} M", str(row.gflops), str(row.top1), str(row.top5)]
 
 
 def differences_section(comparisons: list[Comparison]) -> Section | None:
-    """The paired differences and the test behind the intervals."""
+    """The paired differences and the test that the intervals come from."""
     if not comparisons:
         return None
-    head = ["network", "settings that differ", "n", "top-1", "95 % interval", "t (df)", "p"]
-    head += ["top-1 of each pair", "top-5 (interval)"]
+    head = ["variant", "other settings that differ", "n", "top-1", "95 % interval", "t (df)", "p"]
+    head += ["top-1 by seed", "top-5 (interval)"]
     rows = []
-    for one in comparisons:
-        found, top5 = one.top1, one.top5
-        differ = "; ".join(f"{k} {as_text(a)} / {as_text(b)}" for k, (a, b) in differing(one))
+    for comparison in comparisons:
+        found, top5 = comparison.top1, comparison.top5
         rows.append(
             [
-                f"{one.group.label} {MINUS} {one.twin.label}",
-                differ or "none but attention",
+                f"{comparison.variant.label} {MINUS} {comparison.baseline.label}",
+                _differing(comparison) or "none",
                 str(found.n),
-                DASH if found.mean is None else signed(found.mean),
-                interval(found),
+                signed_or_dash(found.mean),
+                interval(found.low, found.high),
                 DASH if found.t is None else f"{signed(found.t)} ({found.n - 1})",
                 p_value(found.p).removeprefix("= "),
                 ", ".join(f"{seed}: {signed(d)}" for seed, d in found.by_seed.items()) or DASH,
-                DASH if top5.mean is None else f"{signed(top5.mean)} ({interval(top5)})",
+                DASH
+                if top5.mean is None
+                else f"{signed(top5.mean)} ({interval(top5.low, top5.high)})",
             ]
         )
     return Section(
-        "Differences to the plain twin",
+        "Differences from the plain baseline",
         [
-            "In percentage points. Runs of the same seed make a pair. The interval and p are those "
-            "of the two-sided paired t-test, which takes the differences to be normal; of one pair "
-            "there is neither. None is corrected for the number of comparisons."
+            "In percentage points. Runs with the same seed form a pair. The interval and p are "
+            "from a two-sided paired t-test, which assumes normally distributed differences; a "
+            "single pair has neither. They are not corrected for multiple comparisons."
         ],
         [Table(head, rows, texts=2)],
     )
 
 
-def curves_section(groups: list[Group], comparisons: list[Comparison]) -> Section:
-    """Loss, accuracy and its difference to the plain twin's over the epochs."""
-    band = "Mean of the seeds; the band reaches from the least to the most of them."
-    lead = []
-    if any(figures.same_length(one) for one in comparisons):
-        lead.append(
-            Picture(
-                "lead",
-                "Lead over plain",
-                figures.lead_over_epochs(groups, comparisons),
-                "Top-1 minus that of the plain twin with the same seed, after each epoch.",
-            )
+def curves_section(variants: list[Variant], comparisons: list[Comparison]) -> Section:
+    """Loss, accuracy and the gain over the plain baseline by epoch."""
+    pictures = [
+        Picture(
+            "top1",
+            "Accuracy",
+            figures.over_epochs(variants, "top1", "top-1 accuracy (%)"),
+            "Top-1 accuracy after each epoch.",
+        ),
+        Picture(
+            "loss",
+            "Training loss",
+            figures.over_epochs(variants, "train/loss", "training loss (nats)"),
+            "Mean training loss of each epoch.",
+        ),
+    ]
+    if any(figures.gain_by_epoch(comparison) for comparison in comparisons):
+        gain = Picture(
+            "gain",
+            "Gain over plain",
+            figures.gain_over_epochs(variants, comparisons),
+            "Top-1 minus that of the plain baseline with the same seed, after each epoch.",
         )
-    return Section(
-        "Learning curves",
-        [band],
-        pictures=[
-            Picture(
-                "top1",
-                "Accuracy",
-                figures.over_epochs(groups, "top1", "top-1 accuracy (%)"),
-                "Top-1 accuracy after each epoch.",
-            ),
-            *lead,
-            Picture(
-                "loss",
-                "Training loss",
-                figures.over_epochs(groups, "train_loss", "training loss (nats)"),
-                "Mean training loss of each epoch.",
-            ),
-        ],
-    )
+        pictures.insert(1, gain)
+    text = "Lines are means over seeds; bands span the lowest to the highest seed."
+    return Section("Learning curves", [text], pictures=pictures)
 
 
-def cost_section(groups: list[Group]) -> Section:
-    """Accuracy for the price of it."""
-    hardware = sorted({value for one in groups for value in one.seen("hardware")})
+def cost_section(variants: list[Variant]) -> Section:
+    """Accuracy against time and FLOPs."""
+    hardware = sorted({value for variant in variants for value in variant.facts("hardware")})
     where = f"Measured on {', '.join(hardware)}."
     if len(hardware) > 1:
-        where += " Times on different hardware do not compare."
-    rows = [
-        [
-            one.label,
-            str(len(one.runs)),
-            minutes(one),
-            gflops(one.first["flops"]),
-            spread(one.scores("top1")),
-        ]
-        for one in groups
-    ]
+        where += " Times on different hardware are not comparable."
+    rows = []
+    for variant in variants:
+        minutes = [run.last("perf/total_seconds") / 60 for run in variant.runs]
+        cost, top1 = gflops(variant.first["flops"]), spread(variant.by_seed("top1").values())
+        rows.append([variant.label, str(len(variant.runs)), spread(minutes), cost, top1])
     return Section(
-        "What it costs",
+        "Cost",
         [where],
-        [Table(["network", "n", "minutes of training", "GFLOPs", "top-1 %"], rows)],
+        [Table(["variant", "n", "minutes of training", "GFLOPs", "top-1 %"], rows)],
         [
             Picture(
                 "time",
                 "Accuracy against time",
-                figures.over_time(groups, "top1", "top-1 accuracy (%)"),
-                "Top-1 over the time that training and evaluation took, mean of the seeds.",
+                figures.over_time(variants, "top1", "top-1 accuracy (%)"),
+                "Top-1 against the time spent on training and evaluation, mean over seeds.",
             ),
             Picture(
                 "flops",
                 "Accuracy against FLOPs",
-                figures.over_flops(groups),
+                figures.over_flops(variants),
                 "Top-1 against the forward pass of one image, two FLOPs per multiply-add: each "
                 "seed (dot), mean and standard deviation.",
             ),
@@ -393,270 +403,223 @@ def cost_section(groups: list[Group]) -> Section:
     )
 
 
-def sweep_section(groups: list[Group]) -> Section | None:
-    """Heatmaps over dk and dv, one for each Nh, for all that is otherwise trained alike."""
+def sweep_section(variants: list[Variant]) -> Section | None:
+    """Heatmaps over dk and dv, one for each Nh, of what is otherwise trained alike."""
     axes = ("attention.dk", "attention.dv", "attention.Nh")
-    alike: dict[str, list[Group]] = defaultdict(list)
-    for one in groups:
-        if one.attention == "aa" and all(axis in one.settings for axis in axes):
-            rest = {k: v for k, v in one.settings.items() if k not in axes}
-            alike[f"{one.model} {sorted(rest.items(), key=str)}"].append(one)
-    sweeps = [members for members in alike.values() if len(members) > 1]
+    sweeps: dict[str, list[Variant]] = defaultdict(list)
+    for variant in variants:
+        if all(is_finite(variant.settings.get(axis)) for axis in axes):
+            rest = {k: v for k, v in variant.settings.items() if k not in axes}
+            sweeps[f"{variant.model} {sorted(rest.items(), key=str)}"].append(variant)
     pictures = []
-    for number, members in enumerate(sweeps):
-        table: dict[Any, dict[tuple[float, float], tuple[float, int]]] = defaultdict(dict)
-        for one in members:
-            dk, dv, heads = (one.settings[axis] for axis in axes)
-            values = one.scores("top1").values()
-            table[heads][dk, dv] = (statistics.mean(values), len(values))
-        means = [mean for cells in table.values() for mean, _ in cells.values()]
-        for heads, cells in sorted(table.items()):
+    for number, members in enumerate((m for m in sweeps.values() if len(m) > 1), start=1):
+        panels: dict[str, dict[tuple[str, str], tuple[float, int]]] = defaultdict(dict)
+        for variant in members:
+            dk, dv, heads = (variant.setting(axis) for axis in axes)
+            values = variant.by_seed("top1").values()
+            panels[heads][dk, dv] = (statistics.mean(values), len(values))
+        means = [mean for cells in panels.values() for mean, _ in cells.values()]
+        for heads, cells in sorted(panels.items(), key=lambda item: float(item[0])):
             title = f"{members[0].model}, Nh = {heads}"
-            pictures.append(
-                Picture(
-                    f"sweep{number + 1}-Nh{heads}",
-                    title,
-                    figures.heatmap(cells, min(means), max(means), title),
-                    f"{title}: mean top-1 (%) of the last epoch over n seeds.",
-                )
-            )
+            svg = figures.heatmap(cells, min(means), max(means), title)
+            caption = f"{title}: mean top-1 (%) of the last epoch over n seeds."
+            pictures.append(Picture(f"sweep{number}-Nh{heads}", title, svg, caption))
     if not pictures:
         return None
-    text = "dk and dv are channels, or below 1 fractions of the block's output; all panels of a "
-    text += "network have one scale of colours."
-    return Section("The attention's size", [text], pictures=pictures)
+    text = (
+        "dk and dv are numbers of channels or, written with a decimal point, fractions of the "
+        "block's output channels. All panels of a network share one colour scale."
+    )
+    return Section("Size of the attention", [text], pictures=pictures)
 
 
 def classes_section(comparisons: list[Comparison]) -> Section | None:
-    """Which classes gain and lose, for the first augmented network that has a twin."""
-    for one in comparisons:
-        names = one.group.first.get("class_names")
-        rows = _by_class(one, names) if one.group.attention == "aa" and names else []
+    """Which classes gain and lose, for the first augmented variant that shares seeds with plain."""
+    for comparison in comparisons:
+        rows = _by_class(comparison) if comparison.variant.attention == "aa" else []
         if rows:
             break
     else:
         return None
-    n = one.top1.n
-    unit = "AA minus plain, top-1 (percentage points)"
+    n = comparison.top1.n
     cut = len(rows) > 2 * figures.CLASSES
-    what = f"the {figures.CLASSES} classes at either end" if cut else "all classes"
+    ends = f"the {figures.CLASSES} classes that lose and that gain most" if cut else "all classes"
+    unit = "AA minus plain, top-1 (percentage points)"
     table = [
         [name, signed(mean), ", ".join(map(signed, pairs))] for name, mean, pairs in reversed(rows)
     ]
     return Section(
-        "Class by class",
+        "Classes",
         [
-            f"{one.group.label} minus {one.twin.label}, n = {count(n, 'pair')} of seeds. A class "
-            "has few test images: of many classes some differ much by chance alone."
+            f"{comparison.variant.label} minus {comparison.baseline.label}, n = "
+            f"{count(n, 'pair')} of seeds. With few test images per class and many classes, "
+            "some differ a lot by chance alone."
         ],
         pictures=[
             Picture(
                 "classes",
                 "Differences by class",
                 figures.classes(rows, unit),
-                f"Mean difference of {what}" + ("; dots are the pairs." if n > 1 else "."),
+                f"Mean difference of {ends}" + ("; dots are the pairs." if n > 1 else "."),
             )
         ],
-        folded=(
-            f"all {len(rows)} classes",
-            Table(["class", "AA minus plain, points", "of each pair"], table),
-        ),
+        folded=(f"all {len(rows)} classes", Table(["class", "AA minus plain", "by pair"], table)),
     )
 
 
-def _by_class(one: Comparison, names: list[str]) -> list[tuple[str, float, list[float]]]:
-    ours = {run.seed: run.summary.get("per_class_top1") for run in one.group.runs}
-    theirs = {run.seed: run.summary.get("per_class_top1") for run in one.twin.runs}
+def _by_class(comparison: Comparison) -> list[tuple[str, float, list[float]]]:
+    names = comparison.variant.first["class_names"]
+    ours, theirs = (
+        {run.seed: run.summary["per_class_top1"] for run in variant.runs if _classes(run) == names}
+        for variant in (comparison.variant, comparison.baseline)
+    )
     rows = []
     for number, name in enumerate(names):
-        pairs = []
-        for seed in one.top1.by_seed:
-            a, b = ours[seed], theirs[seed]
-            if a and b and a[number] is not None and b[number] is not None:
-                pairs.append(a[number] - b[number])
+        both = [s for s in comparison.top1.by_seed if s in ours and s in theirs]
+        scores = [(ours[seed][number], theirs[seed][number]) for seed in both]
+        pairs = [a - b for a, b in scores if a is not None and b is not None]
         if pairs:
             rows.append((name, statistics.mean(pairs), pairs))
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
-def paper_section(data: str, groups: list[Group]) -> Section:
-    """By how much the paper's scores and ours differ, and in what the recipe does."""
-    gain = paper.TABLE1["aa"].top1 - paper.TABLE1["plain"].top1
-    matched = [(one, row) for one in groups if (row := _printed(data, one)) is not None]
+def _classes(run: Run) -> list[str]:
+    return list(run.summary["class_names"])
+
+
+def paper_section(data: str, variants: list[Variant]) -> Section:
+    """How far the paper's scores and ours differ, and how the recipes do."""
+    gain = paper.TABLE1["aa"].top1 - paper.TABLE1["none"].top1
+    matched = [(variant, row) for variant in variants if (row := _printed(data, variant))]
     text = [
         f"The paper (Bello et al., ICCV 2019, Table 1: {paper.NETWORK} on CIFAR-100) prints single "
-        f"numbers without n or spread; by them, attention gains {signed(gain, 1)} points of top-1."
+        "numbers, without the number of runs or a spread. By them, attention gains "
+        f"{signed(gain, 1)} points of top-1."
     ]
-    tables = []
+    notes: list[str] = []
     if matched:
-        rows = []
-        for one, row in matched:
-            top1 = statistics.mean(one.scores("top1").values())
-            top5 = statistics.mean(one.scores("top5").values())
-            millions = one.first["parameters"] / 1e6
-            cost = one.first["flops"] / 1e9
-            rows.append(
-                [
-                    one.label,
-                    str(len(one.runs)),
-                    f"{top1:.2f} / {row.top1} ({signed(top1 - row.top1)})",
-                    f"{top5:.2f} / {row.top5} ({signed(top5 - row.top5)})",
-                    f"{millions:.2f} / {row.parameters} ({signed(millions - row.parameters)})",
-                    f"{cost:.2f} / {row.gflops} ({signed(cost - row.gflops)})",
-                ]
-            )
-        head = ["ours / paper (difference)", "n", "top-1 %", "top-5 %", "parameters, M", "GFLOPs"]
-        tables.append(Table(head, rows))
+        tables = [_beside_the_paper(matched)]
+        if any(variant.attention == "aa" for variant, _ in matched):
+            notes += paper.NOTES
     else:
         text.append(
-            f"None of these runs is a {paper.NETWORK} on CIFAR-100's test images, so there is "
-            "nothing here to hold against its scores, which are:"
+            f"None of these runs is a {paper.NETWORK} evaluated on CIFAR-100's test set, so they "
+            "are not comparable with its scores, which are:"
         )
-        printed = [
-            [row.name, f"{row.parameters} M", str(row.gflops), str(row.top1), str(row.top5)]
-            for row in paper.TABLE1.values()
-        ]
         head = ["the paper's network", "parameters", "GFLOPs", "top-1 %", "top-5 %"]
-        tables.append(Table(head, printed))
-    shown = [one for one, _ in matched] or _one_of_each(groups)
-    recipe = _recipe(shown)
-    notes = list(paper.NOTES) if any(one.attention == "aa" for one, _ in matched) else []
+        tables = [Table(head, [[row.name, *_cells(row)] for row in paper.TABLE1.values()])]
+    recipe = _recipe([variant for variant, _ in matched] or _one_of_each(variants))
     if recipe.rows:
         tables.append(recipe)
     else:
         notes.append("The recipe is the paper's, as far as that is known.")
-    return Section("Beside the paper", text, tables, notes=notes)
+    return Section("Comparison with the paper", text, tables, notes=notes)
 
 
-def _one_of_each(groups: list[Group]) -> list[Group]:
-    first: dict[str, Group] = {}
-    for one in groups:
-        first.setdefault(one.attention, one)
+def _beside_the_paper(matched: list[tuple[Variant, paper.Row]]) -> Table:
+    rows = []
+    for variant, row in matched:
+        top1, top5 = (statistics.mean(variant.by_seed(s).values()) for s in ("top1", "top5"))
+        rows.append(
+            [
+                variant.label,
+                str(len(variant.runs)),
+                against(top1, row.top1),
+                against(top5, row.top5),
+                against(variant.first["parameters"] / 1e6, row.parameters),
+                against(variant.first["flops"] / 1e9, row.gflops),
+            ]
+        )
+    head = ["ours / paper (difference)", "n", "top-1 %", "top-5 %", "parameters, M", "GFLOPs"]
+    return Table(head, rows)
+
+
+def _one_of_each(variants: list[Variant]) -> list[Variant]:
+    first: dict[str, Variant] = {}
+    for variant in variants:
+        first.setdefault(variant.attention, variant)
     return list(first.values())
 
 
-def _recipe(groups: list[Group]) -> Table:
-    """What the paper does otherwise, one row for each group and setting that differ."""
+def _recipe(variants: list[Variant]) -> Table:
+    """Where the paper's settings are others, a row for each setting and pair of values."""
     differ: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
-    for one in groups:
-        settings = {"model.name": one.model} | one.settings
-        for setting in paper.RECIPE:
-            printed, ours = setting.of(one.attention), settings.get(setting.key, DASH)
+    for setting in paper.RECIPE:
+        for variant in variants:
+            printed = setting.of(variant.attention)
+            ours = ({"model.name": variant.model} | variant.settings).get(setting.key, NOT_SET)
             if printed is not None and printed != ours:
-                values = (_last(as_text(printed)), _last(as_text(ours)))
-                key = (_last(setting.key), *values, paper.SURE[setting.sure])
-                differ[key].append(one.label)
+                values = (last_name(as_text(printed)), last_name(as_text(ours)))
+                key = (last_name(setting.key), *values, paper.SURE[setting.sure])
+                differ[key].append(variant.label)
     rows = [
         [name, ", ".join(labels), printed, ours, sure]
         for (name, printed, ours, sure), labels in differ.items()
     ]
-    rows.sort(key=lambda row: [_last(s.key) for s in paper.RECIPE].index(row[0]))
-    return Table(["what differs", "in", "paper", "here", "the paper's value is"], rows, texts=5)
+    head = ["setting", "variants", "paper", "here", "the paper's value is"]
+    return Table(head, rows, texts=5, caption="Settings that differ from the paper's.")
 
 
-def _last(name: str) -> str:
-    """`optim._target_` is the optimiser; `torch.optim.SGD` is SGD; numbers stay."""
-    if name.endswith("._target_"):
-        return {"optim": "optimiser", "schedule": "schedule"}[name.partition(".")[0]]
-    return name.rpartition(".")[2] if name.startswith(("torch.", "training.")) else name
-
-
-def provenance_section(groups: list[Group]) -> Section:
-    """Where each group's runs come from, and the settings behind the labels."""
+def provenance_section(variants: list[Variant]) -> Section:
+    """Where each variant's runs come from, and the settings that the labels leave out."""
     rows = []
-    for one in groups:
-        facts = [one.seen(fact) for fact in ("commit", "hardware", "precision", "torch")]
-        facts[0] = [commit(value) for value in facts[0]]
-        mixed = [("mixed: " if len(values) > 1 else "") + ", ".join(values) for values in facts]
-        rows.append([one.label, ", ".join(str(run.seed) for run in one.runs), *mixed])
-    keys = sorted({key for one in groups for key in one.settings})
-    common = [
-        [key, as_text(groups[0].settings.get(key))]
-        for key in keys
-        if len({as_text(one.settings.get(key)) for one in groups}) == 1
-    ]
-    head = ["network", "seeds", "commit", "hardware", "precision", "torch"]
+    for variant in variants:
+        seeds = ", ".join(str(run.seed) for run in variant.runs)
+        rows.append([variant.label, seeds, *(_fact(variant.facts(fact), fact) for fact in FACTS)])
+    tables = [Table(["variant", "seeds", *FACTS], rows, texts=2 + len(FACTS))]
+    runs = [(variant, run) for variant in variants for run in variant.runs]
+    continued = [(v, run) for v, run in runs if len(run.summary["stretches"]) > 1]
+    moved = [(v, run) for v, run in continued if any(len(run.facts(f)) > 1 for f in FACTS)]
+    notes = []
+    if continued:
+        notes.append(
+            f"{len(continued)} of {count(len(runs), 'run')} "
+            f"{'was' if len(continued) == 1 else 'were'} interrupted and continued, {len(moved)} "
+            "under other conditions than before."
+        )
+    if moved:
+        tables.append(_stretches(moved))
+    keys = sorted({key for variant in variants for key in variant.settings})
+    shared = [key for key in keys if len({variant.setting(key) for variant in variants}) == 1]
+    settings = Table(["setting", "value"], [[k, variants[0].setting(k)] for k in shared], texts=2)
     return Section(
-        "Where the numbers come from",
-        [f"From the summary.json and metrics.csv of {count(len(groups), 'network')}."],
-        [Table(head, rows, texts=6)],
-        folded=("settings that all of them share", Table(["setting", "value"], common, texts=2)),
+        PROVENANCE,
+        [f"Read from the summary.json and metrics.csv of {count(len(runs), 'run')}."],
+        tables,
+        notes=notes,
+        folded=("settings that all variants share", settings),
     )
 
 
-def left_section(left: list[Left]) -> Section | None:
+def _fact(values: list[str], fact: str) -> str:
+    if fact == "commit":
+        values = [commit(value) for value in values]
+    return ("mixed: " if len(values) > 1 else "") + ", ".join(values)
+
+
+def _stretches(runs: list[tuple[Variant, Run]]) -> Table:
+    """Each stretch of runs that were continued under other conditions."""
+    rows = []
+    for variant, run in runs:
+        for stretch in run.summary["stretches"]:
+            facts = stretch["versions"] | stretch
+            values = [_fact([str(facts.get(fact, "unknown"))], fact) for fact in FACTS]
+            rows.append([variant.label, str(run.seed), str(stretch["first_epoch"]), *values])
+    head = ["variant", "seed", "from epoch", *FACTS]
+    caption = "Runs that were continued under other conditions, stretch by stretch."
+    return Table(head, rows, texts=len(head), caption=caption)
+
+
+def excluded_section(excluded: list[Excluded]) -> Section | None:
     """What was found and is in no number above."""
-    if not left:
+    if not excluded:
         return None
-    order = list(KINDS)
-    rows = [
-        [KINDS[one.kind], one.why, str(one.folder)]
-        for one in sorted(left, key=lambda one: (order.index(one.kind), str(one.folder)))
-    ]
-    counts = ", ".join(
-        f"{sum(one.kind == kind for one in left)} {words.partition(':')[0]}"
-        for kind, words in KINDS.items()
-        if any(one.kind == kind for one in left)
-    )
+    excluded = sorted(excluded, key=lambda e: (KINDS.index(e.kind), str(e.folder)))
+    counts = {kind: sum(e.kind == kind for e in excluded) for kind in KINDS}
+    text = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+    rows = [[e.kind, e.why, str(e.folder)] for e in excluded]
     return Section(
-        "Not counted",
-        [f"These folders are in no number above: {counts}."],
-        [Table(["what", "why", "folder"], rows, texts=3)],
+        "Excluded",
+        [f"These folders are in none of the numbers above: {text}."],
+        [Table(["kind", "reason", "folder"], rows, texts=3)],
     )
-
-
-# ---- Words for numbers --------------------------------------------------------------------------
-
-
-def signed(value: float, digits: int = 2) -> str:
-    """With its sign, a real minus; zero has none."""
-    text = f"{abs(value):.{digits}f}"
-    if float(text) == 0:
-        return text
-    return f"+{text}" if value > 0 else f"{MINUS}{text}"
-
-
-def interval(found: Difference) -> str:
-    if found.low is None or found.high is None:
-        return DASH
-    return f"{signed(found.low)} to {signed(found.high)}"
-
-
-def p_value(p: float | None) -> str:
-    if p is None:
-        return DASH
-    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
-
-
-def spread(scores: dict[int, float]) -> str:
-    values = list(scores.values())
-    mean = statistics.mean(values)
-    return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
-
-
-def by_seed(scores: dict[int, float], same_seeds: bool) -> str:
-    """The raw values; with their seeds, where not all groups have the same."""
-    if same_seeds:
-        return ", ".join(f"{value:.2f}" for value in scores.values())
-    return ", ".join(f"{seed}: {value:.2f}" for seed, value in scores.items())
-
-
-def gflops(flops: float) -> str:
-    return f"{flops / 1e9:.3g}"
-
-
-def minutes(one: Group) -> str:
-    return spread({run.seed: run.summary["seconds"] / 60 for run in one.runs})
-
-
-def commit(name: str) -> str:
-    """Its first ten digits, and whether the tree was clean."""
-    digits, _, state = name.partition("-")
-    return f"{digits[:10]}{'-' if state else ''}{state}"
-
-
-def count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
-
-
-assert set(ATTENTION) == set(paper.TABLE1)

@@ -1,4 +1,4 @@
-"""Differences of a network to its plain twin, paired by seed, and what can be concluded."""
+"""Differences of a variant from a plain network, paired by seed, and what they show."""
 
 import statistics
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from typing import Any
 
 from scipy import stats
 
-from reporting.runs import Group
+from reporting.runs import Variant
 
 LEVEL = 0.95
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Differences by seed; the interval and the test are None where nothing bears them."""
+    """Differences by seed; the interval and the test are None where there is no basis for them."""
 
     by_seed: dict[int, float]
     mean: float | None = None
@@ -29,7 +29,7 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval is on one side of zero, else 0."""
+        """1 or -1 where the interval excludes zero, else 0."""
         if self.low is None or self.high is None:
             return 0
         return (self.low > 0) - (self.high < 0)
@@ -37,11 +37,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A group, its plain twin, and what differs between them beside the attention."""
+    """A variant, a plain network as its baseline, and how they differ besides the attention."""
 
-    group: Group
-    twin: Group
-    differing: dict[str, tuple[Any, Any]]  # setting: (the group's, the twin's)
+    variant: Variant
+    baseline: Variant
+    differing: dict[str, tuple[str, str]]  # setting: (the variant's value, the baseline's)
     top1: Difference
     top5: Difference
 
@@ -49,8 +49,8 @@ class Comparison:
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> Difference:
     """``ours`` minus ``theirs`` over the seeds of both; two-sided paired t-test, 95 % interval.
 
-    One pair has no interval, and neither have pairs that all differ by the same: the spread that
-    the test divides by is then unknown or zero.
+    There is no interval for a single pair, and none for pairs that all differ by the same amount:
+    the spread that the test divides by is then unknown or zero.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     by_seed = {seed: ours[seed] - theirs[seed] for seed in seeds}
@@ -68,39 +68,46 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> Difference:
     return Difference(by_seed, mean, sd, low, high, float(test.statistic), float(test.pvalue))
 
 
-def compare_with_plain(groups: list[Group]) -> list[Comparison]:
-    """Each group against the plain network whose settings are nearest to its own.
+def compare_with_plain(variants: list[Variant]) -> list[Comparison]:
+    """Each variant with attention against the plain network whose settings are nearest to its own.
 
-    Networks and data must be the same. Other plain twins that are trained for as many epochs
-    follow: a recipe that differs is one more answer, and `Comparison.differing` says in what.
+    Network and data must be the same. Other plain networks that are trained for as many epochs
+    follow: a different recipe gives another answer, and `Comparison.differing` says how it differs.
     """
-    found = []
-    for one in groups:
-        if one.attention == "plain":
+    comparisons = []
+    for variant in variants:
+        if variant.attention == "none":
             continue
-        twins = [g for g in groups if g.attention == "plain" and _subject(g) == _subject(one)]
-        twins.sort(key=lambda g: len(_differing(one, g)))
-        for twin in twins:
-            if twin is twins[0] or twin.settings.get("epochs") == one.settings.get("epochs"):
-                top1 = paired(one.scores("top1"), twin.scores("top1"))
-                top5 = paired(one.scores("top5"), twin.scores("top5"))
-                found.append(Comparison(one, twin, _differing(one, twin), top1, top5))
-    return found
+        baselines = [
+            v for v in variants if v.attention == "none" and _subject(v) == _subject(variant)
+        ]
+        baselines.sort(key=lambda v: len(_differing(variant, v)))
+        for baseline in baselines:
+            same_epochs = baseline.settings["epochs"] == variant.settings["epochs"]
+            if baseline is baselines[0] or same_epochs:
+                comparisons.append(_compare(variant, baseline))
+    return comparisons
 
 
 def nearest(comparisons: list[Comparison]) -> list[Comparison]:
-    """Of each group the comparison with its nearest twin."""
-    first: dict[Group, Comparison] = {}
-    for one in comparisons:
-        first.setdefault(one.group, one)
+    """For each variant the comparison with its nearest baseline."""
+    first: dict[Variant, Comparison] = {}
+    for comparison in comparisons:
+        first.setdefault(comparison.variant, comparison)
     return list(first.values())
 
 
-def _subject(one: Group) -> dict[str, Any]:
-    return {k: v for k, v in one.settings.items() if k.startswith(("model.", "data."))}
+def _compare(variant: Variant, baseline: Variant) -> Comparison:
+    top1, top5 = (paired(variant.by_seed(s), baseline.by_seed(s)) for s in ("top1", "top5"))
+    return Comparison(variant, baseline, _differing(variant, baseline), top1, top5)
 
 
-def _differing(ours: Group, theirs: Group) -> dict[str, tuple[Any, Any]]:
+def _subject(variant: Variant) -> dict[str, Any]:
+    return {k: v for k, v in variant.settings.items() if k.startswith(("model.", "data."))}
+
+
+def _differing(ours: Variant, theirs: Variant) -> dict[str, tuple[str, str]]:
     keys = sorted(ours.settings.keys() | theirs.settings.keys())
-    pairs = {k: (ours.settings.get(k), theirs.settings.get(k)) for k in keys}
-    return {k: v for k, v in pairs.items() if v[0] != v[1] and not k.startswith("attention.")}
+    keys = [key for key in keys if not key.startswith("attention.")]
+    pairs = {key: (ours.setting(key), theirs.setting(key)) for key in keys}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}

@@ -29,7 +29,7 @@ class Row:
 
 # Sure by "table".
 TABLE1 = {
-    "plain": Row("Wide-ResNet-28-10", 36.3, 10.4, 80.3, 95.0),
+    "none": Row("Wide-ResNet-28-10", 36.3, 10.4, 80.3, 95.0),
     "ge": Row("GE-Wide-ResNet (no parameters)", 36.3, 10.4, 79.8, 95.0),
     "se": Row("SE-Wide-ResNet", 36.5, 10.4, 81.0, 95.3),
     "aa": Row("AA-Wide-ResNet", 36.2, 10.9, 81.6, 95.2),

@@ -1,45 +1,53 @@
-"""Run folders in, report.html, report.md and its pictures out."""
+"""Run folders in; report.html, report.md and its pictures out."""
 
 import base64
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from reporting.page import contents
-from reporting.runs import group, of_one_data, read
+from reporting.page import Picture, contents
+from reporting.runs import group_by_variant, read, select_data
+from reporting.text import markdown, one_line, printable
+from training.files import write_texts
 
 
 def report(folders: list[Path], out: Path, data: str | None = None) -> str:
-    """Write report.html, report.md and its pictures to ``out``; return the Markdown's head.
+    """Write report.html, report.md and its pictures to ``out``; return the head for a terminal.
 
-    ``data`` is the data set that the report is about, by default the one of most runs.
+    ``data`` is the data set that the report is about, by default the one of most runs. A report
+    that is in ``out`` already is replaced as a whole or not at all.
 
     Raises:
-        ValueError: no finished run; nothing is written.
+        ValueError: no finished run, or none of ``data``; nothing is written.
+        OSError: ``out`` cannot be written to, or its disk is full.
     """
-    runs, left = read(folders)
+    runs, excluded = read(folders)
     if not runs:
-        reasons = "; ".join(f"{one.folder.name} {one.kind} ({one.why})" for one in left[:3])
+        reasons = "; ".join(f"{e.folder.name} {e.kind} ({e.why})" for e in excluded[:3])
         raise ValueError(f"no finished run in {', '.join(map(str, folders))}: {reasons}")
-    data, runs, others = of_one_data(runs, data)
-    groups, repeated = group(runs)
-    page = contents(data, groups, left + others + repeated)
+    data, runs, others = select_data(runs, data)
+    variants, duplicates = group_by_variant(runs)
+    page = contents(data, variants, excluded + others + duplicates)
+    texts = {out / f"{picture.name}.svg": picture.svg for picture in _pictures(page)}
+    texts[out / "report.html"] = _fill("report.html", page, str)
+    texts[out / "report.md"] = _fill("report.md", page, markdown)
     out.mkdir(parents=True, exist_ok=True)
-    for picture in _pictures(page):
-        (out / f"{picture.name}.svg").write_text(picture.svg)
-    (out / "report.html").write_text(_fill("report.html", page))
-    (out / "report.md").write_text(_fill("report.md", page))
-    return _fill("short.md", page)
+    write_texts(texts)
+    return _fill("short.md", page, one_line)
 
 
-def _pictures(page: dict[str, Any]) -> list[Any]:
+def _pictures(page: dict[str, Any]) -> list[Picture]:
     forest = [page["forest"]] if page["forest"] is not None else []
     return forest + [picture for section in page["sections"] for picture in section.pictures]
 
 
-def _fill(name: str, page: dict[str, Any]) -> str:
-    """The template ``name`` of the folder templates/, filled; HTML is escaped."""
+def _fill(name: str, page: dict[str, Any], shown: Callable[[str], str]) -> str:
+    """The template ``name`` of the folder templates/, filled.
+
+    Text is HTML-escaped in .html; in .md templates the filter ``shown`` makes of it what shows it.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=jinja2.select_autoescape(),
@@ -49,5 +57,5 @@ def _fill(name: str, page: dict[str, Any]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
-    environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
-    return environment.get_template(name).render(page)
+    environment.filters["shown"] = shown
+    return printable(environment.get_template(name).render(page))

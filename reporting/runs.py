@@ -1,32 +1,31 @@
-"""Run folders as they lie on disk: which are results, and which of those belong together."""
+"""Run folders as they are on disk: which hold a result, and which results belong together."""
 
-import csv
 import json
-import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from training.run_folder import FAILURE
+from reporting.text import as_text, natural, one_line, short
+from training import run_folder
+from training.run_folder import SUMMARY, UnreadableError
 from training.variants import result_settings
 
-# Any of these makes a folder a run's.
-TRACES = {"metrics.csv", "summary.json", "last.pt", FAILURE}
-# As the paper's Table 1 orders and writes them.
-ATTENTION = {"plain": "plain", "ge": "GE", "se": "SE", "aa": "AA"}
-# The settings that are named first where several would tell two groups apart.
-TELLING = ("epochs", "batch_size", "optim.lr", "optim.weight_decay", "data.val_size")
+# How Table 1 of the paper writes the choices of attention, in its order.
+ATTENTION = {"none": "plain", "ge": "GE", "se": "SE", "aa": "AA"}
+# The settings that are named first where several would tell two variants apart.
+NAMED_FIRST = ("epochs", "batch_size", "optim.lr", "optim.weight_decay", "data.val_size")
+NOT_SET = "not set"
+# Kinds of excluded folders, in the order in which they are listed.
+KINDS = ("diverged", "unfinished", "of another data set", "duplicate", "unreadable")
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run: its folder, its summary, and its figures of every epoch."""
+    """A finished run: its folder, its summary, and a row of metrics for each epoch."""
 
     folder: Path
     summary: dict[str, Any]
@@ -34,32 +33,52 @@ class Run:
 
     @property
     def seed(self) -> int:
-        return int(self.summary["config"]["seed"])
+        return int(self.summary["seed"])
 
     @property
     def data(self) -> str:
+        """The data set and which part of it was evaluated: `cifar100 test`."""
         return f"{self.summary['data']} {self.summary['evaluated_on']}"
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What decides the result, but for the seed; flat."""
-        # model.aa is where attention.* has its defaults from, and says nothing beside them.
+        """What decides the result except for the seed; flat."""
+        # model.aa holds the defaults of attention.*, which say it all.
         settings = result_settings(self.summary["config"])
         return {k: v for k, v in settings.items() if k != "seed" and not k.startswith("model.aa.")}
 
+    def last(self, name: str) -> float:
+        """A score or a measurement of the summary; `top1` is that of what was evaluated."""
+        return float(self.summary[self._key(name)])
+
+    def each_epoch(self, name: str) -> list[float]:
+        """The same, a value for each epoch."""
+        return [row[self._key(name)] for row in self.rows]
+
+    def facts(self, fact: str) -> list[str]:
+        """The different values of a fact that is no setting, over the run's stretches in order.
+
+        ``fact`` is commit, hardware, precision, processes, or a package for its version.
+        """
+        stretches = [s["versions"] | s for s in self.summary["stretches"]]
+        return list(dict.fromkeys(str(s.get(fact, "unknown")) for s in stretches))
+
+    def _key(self, name: str) -> str:
+        return f"{self.summary['evaluated_on']}/{name}" if name in run_folder.SCORES else name
+
 
 @dataclass(frozen=True)
-class Left:
-    """A folder that is not counted, and why."""
+class Excluded:
+    """A folder whose run is in no number, and why."""
 
     folder: Path
-    kind: str  # unfinished, diverged, other data, repeated or unreadable
+    kind: str  # one of KINDS
     why: str
 
 
 @dataclass(frozen=True, eq=False)
-class Group:
-    """Runs that differ in the seed alone, under a name that tells them from the others."""
+class Variant:
+    """Runs that differ in nothing but the seed, under a label that no other variant has."""
 
     label: str
     runs: list[Run]  # by seed, no seed twice
@@ -80,165 +99,170 @@ class Group:
     def settings(self) -> dict[str, Any]:
         return self.runs[0].settings
 
-    def scores(self, name: str) -> dict[int, float]:
-        """A score of the last epoch by seed."""
-        return {run.seed: float(run.summary[name]) for run in self.runs}
+    def setting(self, key: str) -> str:
+        return as_text(self.settings[key]) if key in self.settings else NOT_SET
 
-    def seen(self, fact: str) -> list[str]:
-        """The different values of a fact that is no setting: commit, hardware, precision, torch."""
-        facts = (run.summary | run.summary.get("versions", {}) for run in self.runs)
-        return sorted({str(one.get(fact, "unknown")) for one in facts})
+    def by_seed(self, name: str) -> dict[int, float]:
+        """A score of the last epoch, or another number of the summary, by seed."""
+        return {run.seed: run.last(name) for run in self.runs}
+
+    def facts(self, fact: str) -> list[str]:
+        """The different values of a fact over all stretches of all runs; see `Run.facts`."""
+        return sorted({value for run in self.runs for value in run.facts(fact)})
 
 
-def read(folders: list[Path]) -> tuple[list[Run], list[Left]]:
-    """The finished runs below ``folders``, and what else lies there.
+# ---- Reading ------------------------------------------------------------------------------------
+
+
+def read(folders: list[Path]) -> tuple[list[Run], list[Excluded]]:
+    """The finished runs in and below ``folders``, and what else is there.
+
+    A file that is damaged or of another format excludes its own folder and nothing more.
 
     Raises:
         ValueError: a folder does not exist, or there is no run in any; the message names it.
     """
-    places: set[Path] = set()
+    runs: list[Run] = []
+    excluded: list[Excluded] = []
+    # The same folder may be given twice, or by two names.
+    found = {path.resolve(): path for path in _run_folders(folders, excluded)}
+    for path in sorted(found.values()):
+        result = _read_run(path)
+        if isinstance(result, Run):
+            runs.append(result)
+        else:
+            excluded.append(result)
+    if not runs and not excluded:
+        raise ValueError(
+            f"no run in {', '.join(map(str, folders))}: no folder there has a metrics.csv, a "
+            "summary.json, a failed.json or a checkpoint"
+        )
+    return runs, excluded
+
+
+def _run_folders(folders: list[Path], excluded: list[Excluded]) -> Iterator[Path]:
+    def note(error: OSError) -> None:
+        why = f"the folder cannot be read ({error.strerror})"
+        excluded.append(Excluded(Path(error.filename), "unreadable", why))
+
     for folder in folders:
         if not folder.is_dir():
-            raise ValueError(f"{folder} is no folder")
-        for path, _, names in os.walk(folder):
-            if TRACES.intersection(names):
-                places.add(Path(path))
-    if not places:
-        raise ValueError(
-            f"no run in {', '.join(map(str, folders))}: there is no metrics.csv below it"
-        )
-    runs, left = [], []
-    for place in sorted(places):
-        found = _read(place)
-        if isinstance(found, Run):
-            runs.append(found)
-        else:
-            left.append(found)
-    return runs, left
+            raise ValueError(
+                f"{folder} is not a folder" if folder.exists() else f"there is no {folder}"
+            )
+        for path, subfolders, files in os.walk(folder, onerror=note):
+            if run_folder.is_run([*subfolders, *files]):
+                yield Path(path)
 
 
-def _read(folder: Path) -> Run | Left:
+def _read_run(folder: Path) -> Run | Excluded:
     try:
-        if (folder / FAILURE).exists():
-            return Left(folder, "diverged", json.loads((folder / FAILURE).read_text())["error"])
-        rows = []
-        if (folder / "metrics.csv").exists():
-            with (folder / "metrics.csv").open() as file:
-                rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
-        if not (folder / "summary.json").exists():
-            return Left(folder, "unfinished", f"{len(rows)}{_wanted(folder)} epochs")
-        run = Run(folder, json.loads((folder / "summary.json").read_text()), rows)
-        epochs, wanted = run.summary["epochs"], run.summary["config"]["epochs"]
-        if epochs != wanted or len(rows) != wanted:
-            return Left(folder, "unfinished", f"{min(epochs, len(rows))} of {wanted} epochs")
-        if not all(math.isfinite(run.summary[k]) for k in ("train_loss", "eval_loss", "top1")):
-            return Left(folder, "diverged", "a figure of the last epoch is not finite")
-        assert run.data
-        assert run.seed >= 0
-        assert run.settings
-    except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
-        return Left(folder, "unreadable", f"{type(error).__name__}: {error}")
-    return run
+        failure = run_folder.read_failure(folder)
+        if failure is not None:
+            return Excluded(folder, "diverged", failure)
+        try:
+            summary, rows = run_folder.read_result(folder)
+        except FileNotFoundError:
+            return Excluded(folder, "unfinished", _progress(folder))
+        if summary["attention"] not in ATTENTION:
+            raise UnreadableError(
+                f"{folder / SUMMARY}: attention is {summary['attention']}, not "
+                f"{', '.join(ATTENTION)}"
+            )
+    except UnreadableError as error:
+        # The folder is named beside it.
+        return Excluded(folder, "unreadable", str(error).removeprefix(f"{folder}{os.sep}"))
+    run = Run(folder, summary, rows)
+    broken = _not_finite(run)
+    return run if broken is None else Excluded(folder, "diverged", broken)
 
 
-def _wanted(folder: Path) -> str:
-    """The length of an unfinished run, as far as Hydra's copy of its settings tells."""
+def _progress(folder: Path) -> str:
     try:
-        return f" of {OmegaConf.load(folder / '.hydra' / 'config.yaml').epochs}"
-    except (OSError, AttributeError, OmegaConfBaseException):
-        return ""
+        epochs = len(run_folder.read_metrics(folder))
+    except FileNotFoundError:
+        epochs = 0
+    planned = run_folder.planned_epochs(folder)
+    return f"{epochs} epochs" if planned is None else f"{epochs} of {planned} epochs"
 
 
-def of_one_data(runs: list[Run], wanted: str | None) -> tuple[str, list[Run], list[Left]]:
-    """The data set that most runs are of, or the ``wanted`` one; its runs, and the others.
+def _not_finite(run: Run) -> str | None:
+    """What of a run's losses and scores is not finite, in words."""
+    for name in ("train/loss", *run_folder.SCORES):
+        for epoch, value in enumerate(run.each_epoch(name), start=1):
+            if not run_folder.is_finite(value):
+                return f"{name} is {value:g} at epoch {epoch}"
+        if not run_folder.is_finite(run.last(name)):
+            return f"{name} is {run.last(name):g} in {SUMMARY}"
+    return None
+
+
+# ---- Grouping -----------------------------------------------------------------------------------
+
+
+def select_data(runs: list[Run], wanted: str | None) -> tuple[str, list[Run], list[Excluded]]:
+    """The data set of most runs, or the ``wanted`` one; its runs, and the others.
 
     Raises:
         ValueError: no run is of the data set ``wanted``.
     """
     counts = Counter(run.data for run in runs)
     if wanted is not None:
-        counts = Counter({k: n for k, n in counts.items() if wanted in (k, k.partition(" ")[0])})
+        wanted = one_line(wanted)  # by way of a command line, whose bytes the locale decodes
+        known = ", ".join(sorted(counts))
+        for data in list(counts):
+            if wanted not in (one_line(data), one_line(data.rpartition(" ")[0])):
+                del counts[data]
         if not counts:
-            known = ", ".join(sorted({run.data for run in runs}))
-            raise ValueError(f"--data {wanted}: no finished run is of it; there are {known}")
+            raise ValueError(f"--data {wanted}: no finished run uses it; there are {known}")
     data = max(sorted(counts), key=counts.__getitem__)
-    others = [Left(r.folder, "other data", r.data) for r in runs if r.data != data]
-    return data, [run for run in runs if run.data == data], others
+    chosen = [run for run in runs if run.data == data]
+    others = [run for run in runs if run.data != data]
+    return data, chosen, [Excluded(r.folder, "of another data set", r.data) for r in others]
 
 
-def group(runs: list[Run]) -> tuple[list[Group], list[Left]]:
-    """Runs by everything that decides a result but the seed, in the order of Table 1.
+def group_by_variant(runs: list[Run]) -> tuple[list[Variant], list[Excluded]]:
+    """Runs by everything that decides a result except for the seed, in the order of Table 1.
 
-    A seed that is there twice is no second sample: the first folder counts.
+    The same seed a second time is no second sample: the first folder counts.
     """
     members: dict[str, dict[int, Run]] = {}
-    left = []
+    duplicates = []
     for run in runs:
         facts = [run.summary["model"], run.summary["attention"], run.settings]
         same = members.setdefault(json.dumps(facts, sort_keys=True), {})
         if run.seed in same:
             why = f"seed {run.seed} of the same settings is in {same[run.seed].folder}"
-            left.append(Left(run.folder, "repeated", why))
+            duplicates.append(Excluded(run.folder, "duplicate", why))
         else:
             same[run.seed] = run
-    groups = [Group("", [same[seed] for seed in sorted(same)]) for same in members.values()]
+    unnamed = [Variant("", [same[seed] for seed in sorted(same)]) for same in members.values()]
+    variants = [Variant(_label(variant, unnamed), variant.runs) for variant in unnamed]
     order = list(ATTENTION)
-    labels = _labels(groups)
-    groups = [Group(labels[one], one.runs) for one in groups]
-    groups.sort(key=lambda g: (g.model, order.index(g.attention), _natural(g.label)))
-    return groups, left
+    variants.sort(key=lambda v: (v.model, order.index(v.attention), natural(v.label)))
+    return variants, duplicates
 
 
-def _labels(groups: list[Group]) -> dict[Group, str]:
-    models = {one.model for one in groups}
-    labels = {}
-    for one in groups:
-        like = [g for g in groups if (g.model, g.attention) == (one.model, one.attention)]
-        words = [one.model] if len(models) > 1 else []
-        words.append(ATTENTION[one.attention])
-        words += [f"{short(k)}={as_text(one.settings.get(k))}" for k in _telling(like)]
-        labels[one] = " ".join(words)
-    return labels
+def _label(variant: Variant, variants: list[Variant]) -> str:
+    kin = [(v.model, v.attention) == (variant.model, variant.attention) for v in variants]
+    alike = [v for v, is_kin in zip(variants, kin, strict=True) if is_kin]
+    words = [variant.model] if len({v.model for v in variants}) > 1 else []
+    words.append(ATTENTION[variant.attention])
+    words += [f"{short(key)}={variant.setting(key)}" for key in distinguishing(alike)]
+    return one_line(" ".join(words))
 
 
-def _telling(groups: list[Group]) -> list[str]:
-    """The attention's settings in which the groups differ, and few others that tell them apart."""
-    keys = sorted({key for one in groups for key in one.settings})
-    keys = [k for k in keys if len({as_text(g.settings.get(k)) for g in groups}) > 1]
-    told = [k for k in keys if k.startswith("attention.")]
+def distinguishing(variants: list[Variant]) -> list[str]:
+    """The settings that tell the variants apart: all of the attention's, few of the others."""
 
-    def apart(by: list[str]) -> int:
-        return len({tuple(as_text(g.settings.get(k)) for k in by) for g in groups})
+    def values(keys: list[str]) -> set[tuple[str, ...]]:
+        return {tuple(variant.setting(key) for key in keys) for variant in variants}
 
-    for key in sorted(keys, key=lambda k: (TELLING.index(k) if k in TELLING else 99, k)):
-        if apart([*told, key]) > apart(told):
-            told.append(key)
-    return told
-
-
-def short(key: str) -> str:
-    """A setting's name without its group, where that is clear."""
-    return key.removeprefix("attention.").removeprefix("optim.")
-
-
-def as_text(value: Any) -> str:
-    """A setting's value as its override is written."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    return json.dumps(value) if isinstance(value, list) else str(value)
-
-
-def _natural(text: str) -> list[tuple[float, str]]:
-    """Sorts dk=8 before dk=16."""
-
-    def part(word: str) -> tuple[float, str]:
-        try:
-            return float(word), ""
-        except ValueError:
-            return math.inf, word
-
-    return [part(word) for word in text.replace("=", " ").split()]
+    keys = sorted({key for variant in variants for key in variant.settings})
+    keys = [key for key in keys if len(values([key])) > 1]
+    named = [key for key in keys if key.startswith("attention.")]
+    rank = {key: number for number, key in enumerate(NAMED_FIRST)}
+    for key in sorted(keys, key=lambda k: (rank.get(k, len(rank)), k)):
+        if len(values([*named, key])) > len(values(named)):
+            named.append(key)
+    return named

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aaconv import BACKENDS, AugmentedConv
 from aaconv.functional import unavailable_reason
 from reporting import timing
-from training.device import choose_device, peak_memory_mb
+from training.device import choose_device, peak_memory_mib
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -116,9 +116,9 @@ def _peak_here(method: str, case: dict[str, Any], device_name: str) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) / 2**20
     else:
-        before = peak_memory_mb(device)
+        before = peak_memory_mib(device)
     step(layer, x, _dtype(case), backward=True)()
-    return peak_memory_mb(device) - before
+    return peak_memory_mib(device) - before
 
 
 def _prepare(method: str, case: dict[str, Any], device: torch.device) -> tuple[Tensor, nn.Module]:

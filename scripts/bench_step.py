@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import register
 from models import augmented_layers, count_flops
 from reporting import timing
-from training.device import choose_device, choose_dtype, peak_memory_mb, place
+from training.device import choose_device, choose_dtype, peak_memory_mib, to_device
 from training.settings import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +53,7 @@ def training_step(case: dict[str, Any], device: torch.device) -> Callable[[], No
     """A function that takes one training step of ``case``."""
     dtype = choose_dtype(case["precision"], device)
     plain = build(case["model"], case["attention"], case["backend"])
-    network = place(plain, device, case["channels_last"])
+    network = to_device(plain, device, case["channels_last"])
     images = torch.randn(case["batch"], 3, *IMAGE_SIZE, device=device)
     if case["channels_last"]:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -85,9 +85,9 @@ def _peak_here(case: dict[str, Any], device_name: str) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) / 2**20
     else:
-        before = peak_memory_mb(device)
+        before = peak_memory_mib(device)
     step()
-    return peak_memory_mb(device) - before
+    return peak_memory_mib(device) - before
 
 
 def exponentials(network: nn.Module) -> int:

@@ -51,7 +51,8 @@ from configs.schema import NO_EFFECT_ON_RESULT, register
 from reporting.render import report
 from training import launch, run_folder
 from training.cli import explain
-from training.run_folder import UnreadableError, folder_name
+from training.kinds import UnreadableError
+from training.run_folder import folder_name
 
 register()
 
@@ -94,21 +95,19 @@ class PlannedRun:
 
     @property
     def finished(self) -> bool:
-        """Whether there is a summary that can be read."""
-        try:
-            run_folder.read_summary(self.folder)
-        except (FileNotFoundError, UnreadableError):
-            return False
-        return True
+        """Whether there is a result: a summary that can be read, of finite scores."""
+        return self.failure is None and (self.folder / run_folder.SUMMARY).exists()
 
     @property
     def failure(self) -> str | None:
-        """Why the run has no result and gets none by training: it diverged, or is damaged."""
+        """Why the run has no result and gets none by more training: it diverged or is damaged."""
         try:
             error = run_folder.read_failure(self.folder)
+            if error is None and (self.folder / run_folder.SUMMARY).exists():
+                summary, _ = run_folder.read_result(self.folder)
+                name = run_folder.first_nonfinite(summary)
+                error = name and f"{name} is {summary[name]} in its summary"
             self.done()
-            with suppress(FileNotFoundError):
-                run_folder.read_summary(self.folder)
         except UnreadableError as damage:
             return f"{damage}; remove that file to train the run again"
         return error and f"{error}; remove {self.folder} to train the run again"

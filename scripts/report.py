@@ -1,11 +1,12 @@
-"""Turn run folders into a page that answers whether attention helps, and the same as Markdown.
+"""Report on finished runs: does attention help? As report.html, and as report.md.
 
-    python scripts/report.py outputs/compare/NAME [--data cifar100] [--out FOLDER]
+    python scripts/report.py outputs/compare/NAME
+    python scripts/report.py outputs --data cifar100 --out report
 
-Every folder below the given ones that holds a metrics.csv is a run. It writes report.html, one
-file that needs nothing else, and report.md with its pictures beside it. Runs that differ in the
-seed alone are one row; those that are unfinished, diverged, of another data set or there twice are
-listed and in no number.
+Every folder in and below the given ones with a run's files (metrics.csv, summary.json, failed.json
+or a checkpoint) is a run. report.html is one file that needs no other; report.md has its pictures
+beside it. Runs that differ only in the seed are one variant. Runs that are unfinished, diverged,
+unreadable, duplicates or of another data set are listed and in none of the numbers.
 """
 
 import argparse
@@ -15,20 +16,37 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from reporting.render import report
+from reporting.text import printable
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders, or folders above them")
-    parser.add_argument("--out", type=Path, help="where to write; default: the first folder given")
-    parser.add_argument("--data", metavar="NAME", help="default: the data set of most runs")
+    set_up_console()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="FOLDER", help="run folders, or folders above them"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where to write; default: the first FOLDER"
+    )
+    parser.add_argument(
+        "--data", metavar="NAME", help="cifar100, cifar10, ...; default: that of most runs"
+    )
     arguments = parser.parse_args()
     out = arguments.out or arguments.runs[0]
     try:
         print(report(arguments.runs, out, arguments.data))
     except (ValueError, OSError) as error:
-        sys.exit(f"report.py: {error}")
-    print(f"written: {out / 'report.html'}, {out / 'report.md'}")
+        sys.exit(f"report.py: {printable(str(error))}")
+    print(printable(f"written: {out / 'report.html'}, {out / 'report.md'}"))
+
+
+def set_up_console() -> None:
+    """UTF-8 on stdout and stderr, whatever the locale says."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 if __name__ == "__main__":

@@ -6,22 +6,41 @@ import math
 import random
 
 CLASSES = ["apple", "aquarium_fish", "bear", "maple_tree", "pickup_truck", "<rocket>", "sea"]
-TARGETS = {"plain": "Plain", "aa": "AA", "se": "SE", "ge": "GE"}
+TARGETS = {"none": "NoAttention", "aa": "AA", "se": "SE", "ge": "GE"}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def stretch(first_epoch=1, **facts):
+    """An entry of a summary's stretches; ``facts`` replace its own, ``torch`` the version."""
+    versions = {"python": "3.11.7", "torch": facts.pop("torch", "2.13.0")}
+    return {
+        "first_epoch": first_epoch,
+        "commit": COMMIT,
+        "versions": versions,
+        "hardware": "Some GPU",
+        "precision": "bfloat16",
+        "processes": 1,
+        **facts,
+    }
 
 
 def make_run(
     folder,
     top1=70.0,
     seed=0,
-    attention="plain",
+    attention="none",
     *,
     epochs=3,
     classes=CLASSES,
     finished=True,
+    evaluated_on="test",
     facts=(),
     **overrides,
 ):
-    """One run; ``overrides`` are settings, "__" for a dot, and ``facts`` replace the summary's."""
+    """One run; ``overrides`` are settings, "__" for a dot, and ``facts`` replace the summary's.
+
+    A fact that is none of the summary's is one of its only stretch: commit, hardware, ...
+    """
     config = {
         "model": {"name": "wrn16_4", "depths": [2, 2, 2], "aa": {"dk": 0.2}},
         "attention": {"_target_": f"models.{TARGETS[attention]}"},
@@ -39,10 +58,10 @@ def make_run(
         config["attention"] |= {"dk": 0.2, "dv": 0.1, "Nh": 8, "position": "relative"}
     for key, value in overrides.items():
         *groups, last = key.split("__")
-        place = config
+        parent = config
         for name in groups:
-            place = place[name]
-        place[last] = value
+            parent = parent[name]
+        parent[last] = value
     draw = random.Random(f"{attention} {seed} {top1}")
     rows = []
     for epoch in range(1, epochs + 1):
@@ -50,42 +69,52 @@ def make_run(
         rows.append(
             {
                 "epoch": epoch,
-                "train_loss": 4.6 * math.exp(-2 * epoch / epochs) + draw.random() / 9,
-                "eval_loss": 4.6 * math.exp(-1.5 * epoch / epochs),
-                "top1": top1 - missing,
-                "top5": min(100.0, top1 - missing + 20),
-                "lr": 0.1,
-                "images_per_s": 5e4 / 12,
-                "peak_memory_mb": 900.0,
-                "seconds": 12.0 if attention == "plain" else 15.0,
+                "train/loss": 4.6 * math.exp(-2 * epoch / epochs) + draw.random() / 9,
+                "train/lr": 0.1,
+                f"{evaluated_on}/loss": 4.6 * math.exp(-1.5 * epoch / epochs),
+                f"{evaluated_on}/top1": top1 - missing,
+                f"{evaluated_on}/top5": min(100.0, top1 - missing + 20),
+                "perf/images_per_s": 5e4 / 12,
+                "perf/peak_memory_mib": 900.0,
+                "perf/epoch_seconds": 12.0 if attention == "none" else 15.0,
             }
         )
     folder.mkdir(parents=True)
-    with (folder / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+    with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    by_class = [top1 + draw.gauss(0, 6) for _ in classes]
+    by_class = [min(100.0, max(0.0, top1 + draw.gauss(0, 6))) for _ in classes]
+    last = rows[-1]
     summary = {
-        **{key: rows[-1][key] for key in ("train_loss", "eval_loss", "top1", "top5")},
+        "format": 2,
         "epochs": epochs,
         "seed": seed,
-        "seconds": sum(row["seconds"] for row in rows),
+        **{key: last[key] for key in last if key.startswith(("train/", f"{evaluated_on}/"))},
+        "perf/total_seconds": sum(row["perf/epoch_seconds"] for row in rows),
         "per_class_top1": by_class,
         "class_names": list(classes),
         "model": config["model"]["name"],
         "attention": attention,
         "data": config["data"]["name"],
-        "evaluated_on": "test",
-        "parameters": {"plain": 2_750_000, "aa": 2_700_000}.get(attention, 2_780_000),
-        "flops": {"plain": 776_000_000, "aa": 1_110_000_000}.get(attention, 777_000_000),
-        "precision": "bfloat16",
-        "hardware": "Some GPU",
-        "commit": "0123456789abcdef0123456789abcdef01234567",
-        "versions": {"python": "3.11.7", "torch": "2.13.0"},
-        **dict(facts),
+        "evaluated_on": evaluated_on,
+        "parameters": {"none": 2_750_000, "aa": 2_700_000}.get(attention, 2_780_000),
+        "flops": {"none": 776_000_000, "aa": 1_110_000_000}.get(attention, 777_000_000),
+        "stretches": [stretch()],
         "config": config,
     }
+    facts = dict(facts)
+    summary |= {key: facts.pop(key) for key in list(facts) if key in summary}
+    if facts:
+        summary["stretches"] = [stretch(**facts)]
     if finished:
-        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    return folder
+
+
+def failed(folder, error="the loss is not finite at epoch 2"):
+    """Make of ``folder`` one whose run has diverged."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"format": 2, "error": error})
+    (folder / "failed.json").write_text(text, encoding="utf-8")
     return folder

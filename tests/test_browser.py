@@ -122,7 +122,7 @@ def test_the_answer_is_on_the_first_screen(opened):
     assert opened.execute_script(card) < 900
     text = opened.execute_script("return document.querySelector('.card').innerText")
     # 71.92 - 0.2 - 70.10 and 72.06 - 0.2 - 70.24: both 1.62
-    assert "AA dk=0.2 against plain" in text
+    assert "AA dk=0.2 vs. plain" in text
     assert "+1.62" in text
     assert "n = 2 pairs of seeds" in text
 
@@ -137,7 +137,7 @@ def test_tables_have_the_summaries_numbers(opened):
     assert scores["AA dk=0.4"][4:] == ["71.59 ± 0.10", "91.59 ± 0.10", "71.52, 71.66"]
     differences = {row[0]: row for row in rows[1]}
     se = differences["SE \N{MINUS SIGN} plain"]
-    assert se[1] == "optim.lr 0.1 / 0.2"
+    assert se[1] == "optim.lr 0.1 vs. 0.2"
     # 0.42 and 0.92: mean 0.67, deviation 0.5 / sqrt 2; t of one degree of freedom is 12.7062
     assert se[3] == "+0.67"
     assert se[4] == f"\N{MINUS SIGN}{12.7062 * 0.25 - 0.67:.2f} to +{12.7062 * 0.25 + 0.67:.2f}"

@@ -201,7 +201,7 @@ def test_states_of_other_code(tmp_path):
             ValueError, match=r"last\.pt was written by other code than this: .*weig"
         ):
             checkpoint.restore(state, {"model": other}, CPU, path)
-    with pytest.raises(ValueError, match="written by other code than this: .ema_model is missing"):
+    with pytest.raises(ValueError, match=r"by other code than this: .ema_model is missing"):
         checkpoint.restore(state, {"ema_model": nn.Linear(2, 3)}, CPU, path)
 
 
@@ -209,29 +209,28 @@ KEYS = ["format", "config", "rng", "model", "epoch_state", "rows", "per_class_to
 
 
 @pytest.mark.parametrize("key", [*KEYS, "wandb_id", "epoch_state.step", "epoch_state.loss_sum"])
-@pytest.mark.parametrize("value", ["gone", 7.5, "a word", {"a": 1}, [3]], ids=str)
+@pytest.mark.parametrize("value", ["gone", -7.5, "a word", {"a": 1}, [3], None, True], ids=str)
 def test_a_checkpoint_without_a_key_or_with_another_type(tmp_path, key, value):
     save(tmp_path, 1)
     path = tmp_path / "last.pt"
     state = torch.load(path, weights_only=True)
     group, _, name = key.rpartition(".")
     inside = state[group] if group else state
-    valid = {"config": dict, "model": dict, "per_class_top1": list, "stretches": list, "rows": list}
-    if (
-        isinstance(value, valid.get(key, str if key == "wandb_id" else type(None)))
-        and value != "gone"
-    ):
-        pytest.skip("of the right type")
+    inside[name] = value
     if value == "gone":
         del inside[name]
-    else:
-        inside[name] = value
     torch.save(state, path)
+    if key in ("wandb_id", "per_class_top1") and (value is None or isinstance(value, str | list)):
+        return  # may be so
     with pytest.raises(ValueError, match=r"last\.pt was written by other code than this: ") as told:
-        _, state = checkpoint.load([path], CONFIG)
-        checkpoint.restore(state, {"model": model()}, CPU, path)
-    assert name in str(told.value)
+        load_and_restore(path)
+    assert name in str(told.value) or key in ("model", "config")
     assert "\n" not in str(told.value)
+
+
+def load_and_restore(path):
+    _, state = checkpoint.load([path], CONFIG)
+    checkpoint.restore(state, {"model": model()}, CPU, path)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from scripts import compare
 from training import run_folder
 from training.run_folder import RunFolder, claimed
 
+from folders import make_run
 from helpers import ROOT, TINY
 
 SHORT = [word for word in TINY if "epochs" not in word]
@@ -118,20 +119,14 @@ def pretend(monkeypatch):
 
 def finish(run):
     write_rows(run.folder, epochs=run.epochs)
-    write_summary(run.folder)
+    write_summary(run.folder, run.epochs)
     return 0
 
 
-def write_summary(folder):
+def write_summary(folder, epochs=1):
     """As much of it as its reader asks for."""
-    summary = {key: kind() for key, kind in KINDS.items()} | {"evaluated_on": "test"}
-    summary |= {f"{key}": 1.0 for key in ("test/loss", "test/top1", "test/top5")}
-    stretch = {key: kind() for key, kind in run_folder.STRETCH_KEYS.items()}
-    config = {"seed": 0, "epochs": 1, "attention": {}, "data": {}}
-    RunFolder(folder).write_summary(summary | {"stretches": [stretch], "config": config})
-
-
-KINDS = {k: v[0] if isinstance(v, tuple) else v for k, v in run_folder._SUMMARY_KEYS.items()}
+    made = json.loads((make_run(folder / "made", epochs=epochs) / "summary.json").read_text())
+    RunFolder(folder).write_summary(made)
 
 
 def write_rows(folder, epochs, seconds=1.0):
@@ -250,7 +245,7 @@ def test_time_to_go_is_that_of_the_variant(tmp_path):
     assert compare.seconds_left(runs) is None
     none, aa = runs[0::2], runs[1::2]
     write_rows(none[0].folder, 10, seconds=2)
-    write_summary(none[0].folder)
+    write_summary(none[0].folder, 10)
     # Nothing is known of aa: it takes none's pace. 5 runs of 10 epochs of 2 seconds.
     assert compare.seconds_left(runs) == pytest.approx(100)
     write_rows(aa[0].folder, 4, seconds=5)
@@ -363,9 +358,9 @@ def wait_until(true, seconds=240.0):
 
 
 def test_killed_started_again_and_interrupted(tmp_path):
-    """A run outlives a killed compare.py and keeps its folder; the next compare.py leaves it to it."""
+    """A run outlives a killed compare.py and keeps its folder, which the next one respects."""
     vary = [["attention=none", "epochs=1"], ["attention=none", "epochs=500"]]
-    folder, (first, second) = compare.plan(vary, [0], SHORT, tmp_path)
+    _, (first, second) = compare.plan(vary, [0], SHORT, tmp_path)
     with started(tmp_path) as process:
         wait_until(lambda: second.done()[0] >= 2)
         process.kill()

@@ -1,7 +1,6 @@
 """The report: what is counted, what is concluded from it, and what the two files say."""
 
 import base64
-import json
 import math
 import re
 import sys
@@ -13,11 +12,11 @@ from hydra import compose, initialize_config_dir
 from scipy import stats
 
 from models import augmented_layers, count_flops, count_parameters
-from reporting import figures, page, paired, paper, render, runs
+from reporting import figures, page, paired, paper, render, runs, text
 from scripts import report as report_command
 from training.settings import build_model
 
-from folders import CLASSES, make_run
+from folders import CLASSES, failed, make_run, stretch
 from helpers import CONFIGS
 
 MINUS = "\N{MINUS SIGN}"
@@ -35,9 +34,9 @@ def pictures():
     """See `sketches`."""
 
 
-def groups_of(root):
+def variants_of(root):
     found, _ = runs.read([root])
-    return runs.group(found)[0]
+    return runs.group_by_variant(found)[0]
 
 
 # ---- What is counted ----------------------------------------------------------------------------
@@ -47,57 +46,75 @@ def test_mean_and_deviation_over_the_seeds(tmp_path):
     for seed, top1 in enumerate((70.0, 74.0, 75.0)):
         make_run(tmp_path / f"aa/seed={seed}", top1, seed, "aa")
     make_run(tmp_path / "none/seed=0", 20.0)
-    text = render.report([tmp_path], tmp_path / "out")
+    written = render.report([tmp_path], tmp_path / "out")
     # mean 73, deviations -3, 1, 2: variance 14 / 2
     row = (
         "| AA | 3 | 2,700,000 | 1.11 | 73.00 ± 2.65 | 93.00 ± 2.65 | 0: 70.00, 1: 74.00, 2: 75.00 |"
     )
-    assert row in text
-    assert "| plain | 1 | 2,750,000 | 0.776 | 20.00 | 40.00 | 0: 20.00 |" in text
-    assert row in (tmp_path / "out" / "report.md").read_text()
+    assert row in written
+    assert "| plain | 1 | 2,750,000 | 0.776 | 20.00 | 40.00 | 0: 20.00 |" in written
+    assert row in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 
 def test_what_is_no_result_is_listed_and_in_no_number(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / f"none/seed={seed}", 70.0, seed)
     make_run(tmp_path / "a", 1.0, 2, finished=False)
-    (make_run(tmp_path / "b", 1.0, 3, finished=False) / "failed.json").write_text(
-        json.dumps({"error": "the loss is not finite at epoch 2"})
-    )
-    make_run(tmp_path / "c", 1.0, 4, facts={"eval_loss": math.nan})
+    failed(make_run(tmp_path / "b", 1.0, 3, finished=False))
+    make_run(tmp_path / "c", 1.0, 4, facts={"test/loss": math.nan})
     make_run(tmp_path / "d", 1.0, 5, data__name="cifar10")
-    make_run(tmp_path / "e", 1.0, 6, facts={"evaluated_on": "validation"})
+    make_run(tmp_path / "e", 1.0, 6, evaluated_on="val")
     make_run(tmp_path / "f", 1.0, 1)
     (make_run(tmp_path / "g", 1.0, 7) / "summary.json").write_text("{")
     make_run(tmp_path / "h", 1.0, 8, facts={"epochs": 2})
-    (tmp_path / "i").mkdir()
-    (tmp_path / "i" / "failed.json").write_text(json.dumps({"error": "at epoch 1"}))
+    failed(tmp_path / "i", "at epoch 1")
     (tmp_path / "j" / ".hydra").mkdir(parents=True)
     (tmp_path / "j" / ".hydra" / "config.yaml").write_text("epochs: 9\n")
     (tmp_path / "j" / "last.pt").write_bytes(b"")
-    found, left = runs.read([tmp_path])
-    data, found, others = runs.of_one_data(found, None)
-    groups, repeated = runs.group(found)
+    diverging = make_run(tmp_path / "k", 70.0, 9) / "metrics.csv"
+    lines = diverging.read_text(encoding="utf-8").splitlines()
+    cells = lines[2].split(",")
+    lines[2] = ",".join([cells[0], "inf", *cells[2:]])
+    diverging.write_text("\n".join(lines) + "\n")
+    found, excluded = runs.read([tmp_path])
+    data, found, others = runs.select_data(found, None)
+    variants, duplicates = runs.group_by_variant(found)
     assert data == "cifar100 test"
     # f comes before none/seed=1 and has the same settings and seed.
-    assert [(r.folder.name, r.seed) for r in groups[0].runs] == [("seed=0", 0), ("f", 1)]
-    kinds = {one.folder.name: (one.kind, one.why) for one in left + others + repeated}
-    assert kinds == {
+    assert [(r.folder.name, r.seed) for r in variants[0].runs] == [("seed=0", 0), ("f", 1)]
+    excluded += others + duplicates
+    assert {one.folder.name: (one.kind, one.why) for one in excluded} == {
         "a": ("unfinished", "3 epochs"),
         "b": ("diverged", "the loss is not finite at epoch 2"),
-        "c": ("diverged", "a figure of the last epoch is not finite"),
-        "d": ("other data", "cifar10 test"),
-        "e": ("other data", "cifar100 validation"),
-        "g": ("unreadable", kinds["g"][1]),
-        "h": ("unfinished", "2 of 3 epochs"),
+        "c": ("diverged", "loss is nan in summary.json"),
+        "d": ("of another data set", "cifar10 test"),
+        "e": ("of another data set", "cifar100 val"),
+        "g": (
+            "unreadable",
+            "summary.json is damaged: Expecting property name enclosed in double quotes: "
+            "line 1 column 2 (char 1)",
+        ),
+        "h": ("unreadable", "summary.json: epochs is 2, but config.epochs is 3"),
         "i": ("diverged", "at epoch 1"),
         "j": ("unfinished", "0 of 9 epochs"),
-        "seed=1": ("repeated", f"seed 1 of the same settings is in {tmp_path / 'f'}"),
+        "k": ("diverged", "train/loss is inf at epoch 2"),
+        "seed=1": ("duplicate", f"seed 1 of the same settings is in {tmp_path / 'f'}"),
     }
     render.report([tmp_path], tmp_path / "out")
     for name in ("report.md", "report.html"):
-        text = (tmp_path / "out" / name).read_text()
-        assert all(str(tmp_path / folder) in text for folder in "abcdeghij")
+        written = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert all(str(tmp_path / folder) in written for folder in "abcdeghijk")
+        assert (
+            "4 diverged, 2 unfinished, 2 of another data set, 1 duplicate, 2 unreadable" in written
+        )
+
+
+def test_a_folder_given_twice_is_read_once(tmp_path):
+    make_run(tmp_path / "a" / "b")
+    folders = [tmp_path, tmp_path / "a", tmp_path / "a" / ".." / "a" / "b"]
+    found, excluded = runs.read(folders)
+    assert len(found) == 1
+    assert excluded == []
 
 
 def test_the_data_set_can_be_chosen(tmp_path):
@@ -106,14 +123,25 @@ def test_the_data_set_can_be_chosen(tmp_path):
     make_run(tmp_path / "c", 90.0, 0, data__name="cifar10")
     assert "| plain | 2 |" in render.report([tmp_path], tmp_path / "o")
     assert "90.00" in render.report([tmp_path], tmp_path / "o", "cifar10")
-    with pytest.raises(ValueError, match="--data svhn: no finished run is of it; there are cifar1"):
+    with pytest.raises(ValueError, match="--data svhn: no finished run uses it; there are cifar1"):
         render.report([tmp_path], tmp_path / "o", "svhn")
 
 
+def test_validation_scores_are_reported_as_such(tmp_path):
+    make_run(tmp_path / "a", 70.0, evaluated_on="val")
+    make_run(tmp_path / "b", 72.0, attention="aa", evaluated_on="val")
+    head = render.report([tmp_path], tmp_path / "out")
+    assert "2 finished runs of 2 variants on CIFAR-100, evaluated on the validation set" in head
+    assert "AA vs. plain: +2.00" in head
+
+
 def test_without_runs_it_says_so_and_writes_nothing(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is no folder"):
+    with pytest.raises(ValueError, match=r"^there is no .*nowhere$"):
         render.report([tmp_path / "nowhere"], tmp_path)
-    with pytest.raises(ValueError, match=r"there is no metrics\.csv"):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"file is not a folder"):
+        render.report([tmp_path / "file"], tmp_path)
+    with pytest.raises(ValueError, match=r"no folder there has a metrics\.csv"):
         render.report([tmp_path], tmp_path)
     make_run(tmp_path / "a", 1.0, finished=False)
     with pytest.raises(ValueError, match=r"no finished run in .*a unfinished \(3 epochs\)"):
@@ -127,20 +155,20 @@ def test_the_command_writes_both_files_and_says_where(tmp_path, monkeypatch, cap
     report_command.main()
     assert f"written: {tmp_path / 'report.html'}" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "x")])
-    with pytest.raises(SystemExit, match=r"report\.py: .*x is no folder"):
+    with pytest.raises(SystemExit, match=r"report\.py: there is no .*x"):
         report_command.main()
 
 
 # ---- What belongs together ----------------------------------------------------------------------
 
 
-def test_groups_are_named_by_what_tells_them_apart(tmp_path):
-    make_run(tmp_path / "a", attention="plain")
+def test_variants_are_named_by_what_tells_them_apart(tmp_path):
+    make_run(tmp_path / "a", attention="none")
     make_run(tmp_path / "b", attention="aa", attention__dk=8, attention__dv=16)
     make_run(tmp_path / "c", attention="aa", attention__dk=16, attention__dv=4)
     make_run(tmp_path / "d", attention="aa", attention__dk=8, attention__dv=16, epochs=4)
     make_run(tmp_path / "e", attention="ge")
-    assert [one.label for one in groups_of(tmp_path)] == [
+    assert [variant.label for variant in variants_of(tmp_path)] == [
         "plain",
         "GE",
         "AA dk=8 dv=16 epochs=3",
@@ -148,34 +176,84 @@ def test_groups_are_named_by_what_tells_them_apart(tmp_path):
         "AA dk=16 dv=4 epochs=3",
     ]
     make_run(tmp_path / "f", facts={"model": "wrn28_10"}, model__name="wrn28_10")
-    assert "wrn28_10 plain" in [one.label for one in groups_of(tmp_path)]
+    assert "wrn28_10 plain" in [variant.label for variant in variants_of(tmp_path)]
 
 
 def test_names_and_places_do_not_part_runs_and_settings_do(tmp_path):
     make_run(tmp_path / "a", seed=0, name="x", data__root="y", wandb__mode="offline")
     make_run(tmp_path / "b", seed=1)
-    assert [len(one.runs) for one in groups_of(tmp_path)] == [2]
+    assert [len(variant.runs) for variant in variants_of(tmp_path)] == [2]
     make_run(tmp_path / "c", seed=2, label_smoothing=0.1)
-    assert sorted(len(one.runs) for one in groups_of(tmp_path)) == [1, 2]
+    assert sorted(len(variant.runs) for variant in variants_of(tmp_path)) == [1, 2]
+
+
+def test_a_setting_that_is_missing_or_of_another_type_parts_runs(tmp_path):
+    make_run(tmp_path / "a", attention="aa", attention__dk=1)
+    make_run(tmp_path / "b", attention="aa", attention__dk=1.0)
+    make_run(tmp_path / "c", attention="aa", attention__dk=1, grad_clip=None)
+    assert {variant.label for variant in variants_of(tmp_path)} == {
+        "AA dk=1.0",
+        "AA dk=1 grad_clip=not set",
+        "AA dk=1 grad_clip=null",
+    } or {variant.label for variant in variants_of(tmp_path)} == {
+        "AA dk=1 grad_clip=not set",
+        "AA dk=1.0 grad_clip=not set",
+        "AA dk=1 grad_clip=null",
+    }
+
+
+# ---- Where it comes from ------------------------------------------------------------------------
 
 
 def test_mixed_commits_and_hardware_are_noted(tmp_path):
     make_run(tmp_path / "a", seed=0)
     make_run(tmp_path / "b", seed=1, facts={"commit": "f" * 40 + "-dirty", "hardware": "A CPU"})
-    text = render.report([tmp_path], tmp_path / "out")
-    assert "Several commits within plain" in text
-    assert "Several kinds of hardware within plain" in text
-    assert "precisions" not in text
-    whole = (tmp_path / "out" / "report.md").read_text()
+    head = render.report([tmp_path], tmp_path / "out")
+    assert (
+        "Caveat: The runs of plain were trained at different commits (0123456789, "
+        "ffffffffff-dirty); see “Where the numbers come from”." in head
+    )
+    assert "The runs of plain were trained on different hardware (A CPU, Some GPU)" in head
+    assert "precisions" not in head
+    whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "mixed: 0123456789, ffffffffff-dirty | mixed: A CPU, Some GPU | bfloat16" in whole
+    assert "interrupted" not in whole
 
 
-def test_networks_of_different_commits_are_noted(tmp_path):
+def test_variants_of_different_commits_are_noted(tmp_path):
     make_run(tmp_path / "p")
     make_run(tmp_path / "a", attention="aa", facts={"commit": "f" * 40})
-    text = render.report([tmp_path], tmp_path / "out")
-    assert "The networks are of several commits" in text
-    assert "within" not in text
+    head = render.report([tmp_path], tmp_path / "out")
+    assert "The variants were trained at different commits (0123456789, ffffffffff)" in head
+    assert "The runs of" not in head
+
+
+def test_a_continued_run_names_all_that_it_was_trained_on(tmp_path):
+    other = stretch(2, commit="f" * 40, hardware="A CPU", torch="2.14.1", precision="float32")
+    make_run(tmp_path / "p")
+    make_run(tmp_path / "a", attention="aa", facts={"stretches": [stretch(), other]})
+    make_run(tmp_path / "b", seed=1, facts={"stretches": [stretch(), stretch(3)]})
+    head = render.report([tmp_path], tmp_path / "out")
+    for differently in (
+        "at different commits (0123456789, ffffffffff)",
+        "on different hardware (A CPU, Some GPU)",
+        "in different precisions (bfloat16, float32)",
+        "with different versions of torch (2.13.0, 2.14.1)",
+    ):
+        assert f"The runs of AA were trained {differently};" in head
+    assert "numbers of processes" not in head
+    whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert (
+        "| AA | 0 | mixed: 0123456789, ffffffffff | mixed: A CPU, Some GPU | "
+        "mixed: bfloat16, float32 | mixed: 2.13.0, 2.14.1 | 1 |" in whole
+    )
+    stretches = whole[whole.index("Runs that were continued under other conditions") :]
+    assert (
+        "| AA | 0 | 1 | 0123456789 | Some GPU | bfloat16 | 2.13.0 | 1 |\n"
+        "| AA | 0 | 2 | ffffffffff | A CPU | float32 | 2.14.1 | 1 |\n\n" in stretches
+    )
+    assert "2 of 3 runs were interrupted and continued, 1 under other conditions" in whole
+    assert "Measured on A CPU, Some GPU. Times on different hardware are not comparable." in whole
 
 
 # ---- What is concluded --------------------------------------------------------------------------
@@ -209,7 +287,7 @@ def test_an_interval_covers_as_often_as_it_says():
 @pytest.mark.parametrize(
     ("ours", "theirs", "n", "mean", "verdict"),
     [
-        ({0: 71.0}, {0: 70.0}, 1, 1.0, "One pair of seeds"),
+        ({0: 71.0}, {0: 70.0}, 1, 1.0, "A single pair of seeds"),
         ({0: 71.0}, {1: 70.0}, 0, None, "No seed in common"),
         ({0: 71.0, 1: 72.0}, {0: 70.0, 1: 71.0}, 2, 1.0, "All pairs differ by the same"),
     ],
@@ -218,16 +296,19 @@ def test_no_interval_is_made_up(ours, theirs, n, mean, verdict):
     found = paired.paired(ours, theirs)
     assert (found.n, found.mean, found.low, found.high, found.t, found.p) == (n, mean, *[None] * 4)
     assert page.verdict(found, "AA").startswith(verdict)
-    assert page.interval(found) == page.DASH
+    assert text.interval(found.low, found.high) == text.DASH
 
 
 def test_unequal_recipes_are_said(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / f"p{seed}", 70.0 + seed, seed, batch_size=1024)
         make_run(tmp_path / f"a{seed}", 72.0 + 3 * seed, seed, "aa")
-    text = render.report([tmp_path], tmp_path / "out")
-    assert "AA and plain are not trained alike: batch_size 256 / 1024." in text
-    assert "the recipes differ: batch_size" in text
+    written = render.report([tmp_path], tmp_path / "out")
+    assert (
+        "Caveat: AA and plain were not trained with the same settings: batch_size 256 vs. 1024."
+        in written
+    )
+    assert "other settings differ: batch_size" in written
 
 
 def test_the_twin_is_the_plain_network_of_the_nearest_recipe(tmp_path):
@@ -235,12 +316,15 @@ def test_the_twin_is_the_plain_network_of_the_nearest_recipe(tmp_path):
     make_run(tmp_path / "near", 70.0)
     make_run(tmp_path / "other", 50.0, model__depths=[4, 4, 4])
     make_run(tmp_path / "aa", 71.0, attention="aa")
-    comparisons = paired.compare_with_plain(groups_of(tmp_path))
-    assert [c.twin.runs[0].folder.name for c in comparisons] == ["near", "far"]
+    comparisons = paired.compare_with_plain(variants_of(tmp_path))
+    assert [c.baseline.runs[0].folder.name for c in comparisons] == ["near", "far"]
     assert [c.top1.mean for c in comparisons] == [pytest.approx(1), pytest.approx(11)]
     assert comparisons[0].differing == {}
-    assert comparisons[1].differing == {"batch_size": (256, 1024), "optim.lr": (0.2, 0.8)}
-    assert [c.twin.runs[0].folder.name for c in paired.nearest(comparisons)] == ["near"]
+    assert comparisons[1].differing == {
+        "batch_size": ("256", "1024"),
+        "optim.lr": ("0.2", "0.8"),
+    }
+    assert [c.baseline.runs[0].folder.name for c in paired.nearest(comparisons)] == ["near"]
 
 
 def test_the_page_says_better_only_where_the_interval_does(tmp_path):
@@ -248,30 +332,30 @@ def test_the_page_says_better_only_where_the_interval_does(tmp_path):
         make_run(tmp_path / f"p{seed}", float(plain), seed)
         make_run(tmp_path / f"a{seed}", float(aa), seed, "aa")
         make_run(tmp_path / f"s{seed}", float(se), seed, "se")
-    cards = page.cards(paired.compare_with_plain(groups_of(tmp_path)))
+    cards = page.cards(paired.compare_with_plain(variants_of(tmp_path)))
     assert [(c.title, c.number, c.tone) for c in cards] == [
-        ("AA against plain", "+2.00", "better"),
-        ("SE against plain", "+0.50", "open"),
+        ("AA vs. plain", "+2.00", "better"),
+        ("SE vs. plain", "+0.50", "open"),
     ]
     assert cards[0].verdict == "AA is better than plain."
-    assert cards[1].verdict == "These runs do not tell the two apart."
+    assert cards[1].verdict == "No significant difference."
     assert "n = 3 pairs of seeds, p < 0.001" in cards[0].details[1]
 
 
 # ---- Beside the paper ---------------------------------------------------------------------------
 
 
-def test_the_papers_rows_stand_beside_ours(tmp_path):
+def test_the_papers_rows_are_shown_with_ours(tmp_path):
     ours = {"model": "wrn28_10", "parameters": 36_278_324, "flops": 10_430_000_000}
     make_run(tmp_path / "p", 81.0, facts=ours, model__name="wrn28_10")
     make_run(tmp_path / "a", 80.0, attention="aa", facts=ours, model__name="wrn28_10")
-    text = render.report([tmp_path], tmp_path / "out")
-    assert "| 81.00 | 36.3 M | 10.4 | 80.3 | 95.0 |" in text
-    assert "| 80.00 | 36.2 M | 10.9 | 81.6 | 95.2 |" in text
-    whole = (tmp_path / "out" / "report.md").read_text()
+    written = render.report([tmp_path], tmp_path / "out")
+    assert "| 81.00 | 36.3 M | 10.4 | 80.3 | 95.0 |" in written
+    assert "| 80.00 | 36.2 M | 10.9 | 81.6 | 95.2 |" in written
+    whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert f"80.00 / 81.6 ({MINUS}1.60)" in whole
     assert "81.00 / 80.3 (+0.70)" in whole
-    recipe = whole[whole.index("| what differs |") :]
+    recipe = whole[whole.index("Settings that differ from the paper's.") :]
     assert "| epochs | plain, AA | 500 | 3 |" in recipe
     assert "| batch_size | plain | 1024 | 256 | from memory, not checked |" in recipe
     assert "| schedule | plain, AA | warmup_cosine | one_cycle |" in recipe
@@ -283,13 +367,13 @@ def test_the_papers_rows_stand_beside_ours(tmp_path):
 def test_other_networks_are_not_held_against_the_papers_scores(tmp_path):
     make_run(tmp_path / "p", 81.0)
     render.report([tmp_path], tmp_path / "out")
-    whole = (tmp_path / "out" / "report.md").read_text()
-    assert "None of these runs is a Wide-ResNet-28-10" in whole
+    whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "None of these runs is a Wide-ResNet-28-10 evaluated" in whole
     assert "81.00 / 80.3" not in whole
 
 
 def test_the_papers_numbers():
-    assert [paper.TABLE1[k].top1 for k in ("plain", "ge", "se", "aa")] == [80.3, 79.8, 81.0, 81.6]
+    assert [paper.TABLE1[k].top1 for k in ("none", "ge", "se", "aa")] == [80.3, 79.8, 81.0, 81.6]
     assert all(one.sure in paper.SURE for one in paper.RECIPE)
 
 
@@ -346,18 +430,20 @@ def sweep(root):
 def test_the_page_needs_nothing_but_itself(tmp_path, pictures):
     sweep(tmp_path)
     render.report([tmp_path], tmp_path / "out")
-    text = (tmp_path / "out" / "report.html").read_text()
-    found = Page(text)
+    written = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    found = Page(written)
     assert found.open == []
     assert not [tag for tag, _ in found.tags if tag in ("script", "iframe", "object")]
     links = [a[k] for _, a in found.tags for k in ("src", "href") if k in a]
     assert len(links) > 6
     assert all(link.startswith("data:") for link in links)
-    assert "url(" not in text
-    assert "@import" not in text
+    assert "url(" not in written
+    assert "@import" not in written
     pictures = [a for tag, a in found.tags if tag == "img"]
     assert all(len(a["alt"]) > 20 for a in pictures)
-    names = re.findall(r"!\[.*\]\((.+)\)", (tmp_path / "out" / "report.md").read_text())
+    names = re.findall(
+        r"!\[.*\]\((.+)\)", (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    )
     for name, picture in zip(names, pictures, strict=True):
         svg = base64.b64decode(picture["src"].partition(",")[2])
         assert svg == (tmp_path / "out" / name).read_bytes()
@@ -375,21 +461,33 @@ def test_the_same_runs_give_the_same_bytes(tmp_path, pictures):
 
 def test_a_sweep_is_counted_and_drawn_by_cell(tmp_path, monkeypatch):
     sweep(tmp_path)
-    groups = groups_of(tmp_path)
+    variants = variants_of(tmp_path)
     drawn = []
     monkeypatch.setattr(page.figures, "heatmap", lambda *given: drawn.append(given) or "<svg/>")
-    section = page.sweep_section(groups)
+    section = page.sweep_section(variants)
     assert [picture.name for picture in section.pictures] == ["sweep1-Nh2", "sweep1-Nh4"]
     (two, low, high, title), four = drawn
     assert title == "wrn16_4, Nh = 2"
     assert len(two) == 6
-    assert four[0][16, 12] == (pytest.approx(60 + 1.6 + 0.12 + 0.004 + 0.62), 2)
+    assert four[0]["16", "12"] == (pytest.approx(60 + 1.6 + 0.12 + 0.004 + 0.62), 2)
     assert (low, high) == four[1:3]
     assert low == pytest.approx(60 + 0.8 + 0.04 + 0.002 + 0.54)
-    assert high == four[0][16, 12][0]
-    head, *_ = page.cards(paired.nearest(paired.compare_with_plain(groups)))
-    assert head.title.startswith("12 augmented networks")
-    assert "12 not told apart" in head.unit or "better" in head.number
+    assert high == four[0]["16", "12"][0]
+    head, *_ = page.cards(paired.nearest(paired.compare_with_plain(variants)))
+    assert head.title.startswith("12 augmented variants")
+    # Differences by seed: dk / 10 + dv / 100 + heads / 1000, and dv / 50 more at seed 1. With one
+    # degree of freedom t must pass 12.7: only a mean above 6.35 * dv / 50 would do.
+    decided = {
+        (dk, dv, heads)
+        for dk in (8, 16) for dv in (4, 8, 12) for heads in (2, 4)
+        if dk / 10 + dv / 100 + heads / 1000 + dv / 100 > 12.7062 * dv / 100
+    }  # fmt: skip
+    assert 0 < len(decided) < 12
+    assert head.number == f"{len(decided)} better, 0 worse"
+    assert head.unit == f"{12 - len(decided)} undecided"
+    assert "12 of them have at least two pairs" in head.details[0]
+    assert "about 0.6 of 12 would exclude zero" in head.details[1]
+    assert head.verdict == "Mean differences in top-1 range from +0.88 to +1.84 percentage points."
 
 
 def test_classes_are_compared_by_pair(tmp_path):
@@ -400,7 +498,7 @@ def test_classes_are_compared_by_pair(tmp_path):
     make_run(tmp_path / "p1", 71.0, 1, facts=by_class(30, 40))
     make_run(tmp_path / "a0", 70.0, 0, "aa", facts=by_class(15, 10))
     make_run(tmp_path / "a1", 72.0, 1, "aa", facts=by_class(33, 38))
-    section = page.classes_section(paired.compare_with_plain(groups_of(tmp_path)))
+    section = page.classes_section(paired.compare_with_plain(variants_of(tmp_path)))
     assert section.folded[1].rows == [
         ["a", "+4.00", "+5.00, +3.00"],
         ["b", f"{MINUS}6.00", f"{MINUS}10.00, {MINUS}2.00"],
@@ -412,23 +510,23 @@ def test_names_are_text_and_not_html(tmp_path):
     make_run(tmp_path / "a", 71.0, attention="aa")
     render.report([tmp_path], tmp_path / "out")
     assert "<rocket>" in CLASSES
-    text = (tmp_path / "out" / "report.html").read_text()
-    assert "&lt;rocket&gt;" in text
-    assert "<rocket>" not in text
+    written = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "&lt;rocket&gt;" in written
+    assert "<rocket>" not in written
 
 
-@pytest.mark.parametrize("attention", ["plain", "aa"])
+@pytest.mark.parametrize("attention", ["none", "aa"])
 def test_one_run_alone_has_a_page(tmp_path, pictures, attention):
     make_run(tmp_path / "a", 70.0, 0, attention, epochs=1)
-    text = render.report([tmp_path], tmp_path / "out")
-    assert "There is no finished network together with its plain twin." in text
+    written = render.report([tmp_path], tmp_path / "out")
+    assert "There are no finished runs of both a plain network and one with attention." in written
 
 
 def test_two_hundred_runs(tmp_path, pictures):
-    """All of them are on the page: 64 augmented networks and two plain ones, three seeds each."""
+    """All of them are on the page: 64 augmented variants and two plain ones, three seeds each."""
     for number in range(66):
         for seed in range(3):
-            attention = "aa" if number < 64 else "plain"
+            attention = "aa" if number < 64 else "none"
             settings = {"batch_size": 256 if number < 65 else 512}
             if attention == "aa":
                 dk, dv, heads = 8 * (1 + number % 4), 4 * (1 + number // 4 % 4), 2 ** (number // 16)
@@ -439,10 +537,10 @@ def test_two_hundred_runs(tmp_path, pictures):
             )  # fmt: skip
     make_run(tmp_path / "x/0", 1.0, 3, finished=False)
     make_run(tmp_path / "x/1", 1.0, 0, data__name="cifar10")
-    text = render.report([tmp_path], tmp_path / "out")
-    assert "198 finished runs of 66 networks" in text
-    assert "2 folders not counted" in text
-    assert text.count("\n| AA ") == 64
+    written = render.report([tmp_path], tmp_path / "out")
+    assert "198 finished runs of 66 variants" in written
+    assert "2 folders excluded" in written
+    assert written.count("\n| AA ") == 64
     assert len([*(tmp_path / "out").glob("*.svg")]) == 11
     assert (tmp_path / "out" / "report.html").stat().st_size < 3e6
 
@@ -453,13 +551,13 @@ def test_colours_of_few_and_of_many(tmp_path):
     make_run(tmp_path / "q1", 60.0, 1)
     make_run(tmp_path / "se", 71.0, attention="se")
     make_run(tmp_path / "aa", 71.0, attention="aa")
-    few = {one.label: colour for one, colour in figures.colours(groups_of(tmp_path)).items()}
+    few = {one.label: colour for one, colour in figures.colours(variants_of(tmp_path)).items()}
     assert few["plain epochs=3"] == figures.PLAIN
     assert few["AA"] == figures.COLOURS[0]
     assert len(set(few.values())) == 4
     for dk in range(10, 20):
         make_run(tmp_path / f"{dk}", 70.0 + dk, attention="aa", attention__dk=dk)
-    many = {one.label: colour for one, colour in figures.colours(groups_of(tmp_path)).items()}
+    many = {one.label: colour for one, colour in figures.colours(variants_of(tmp_path)).items()}
     hued = [label for label, colour in many.items() if colour in figures.COLOURS]
     assert hued == [f"AA dk={dk}" for dk in (16, 17, 18, 19)]
     assert many["plain epochs=3"] == figures.PLAIN

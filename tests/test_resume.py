@@ -343,9 +343,10 @@ def test_the_summary_of_a_run_stopped_after_its_last_epoch(run, tmp_path, monkey
     def killed(folder, content):
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write_summary", killed)
-        run(folder="parts")
+        with pytest.raises(Killed):
+            run(folder="parts")
     summary = run("resume=auto", folder="parts")
     assert summary["per_class_top1"] == whole["per_class_top1"] is not None
     for free in ("perf/total_seconds", "config"):

@@ -11,20 +11,25 @@ from training import progress, run_folder
 from training.console import one_line
 from training.device import get_rng_state, set_rng_state
 from training.files import write_whole
+from training.kinds import (
+    OBJECT,
+    Kind,
+    UnreadableError,
+    check_keys,
+    check_kind,
+    check_stretches,
+)
 from training.launch import quoted
-from training.run_folder import FORMAT, LAST, PREVIOUS, UnreadableError, check_keys
+from training.run_folder import FORMAT, LAST, PREVIOUS
 from training.variants import result_settings
 
 log = logging.getLogger(__name__)
 
-_KEYS: dict[str, Any] = {"config": dict, "rng": torch.Tensor, "model": dict, **progress.KINDS}
-_EPOCH_KEYS: dict[str, Any] = {
-    "step": int,
-    "loss_sum": torch.Tensor,
-    "first_nonfinite_step": torch.Tensor,
-    "lr": float,
-    "seconds": float,
-    "peak_memory_mib": float,
+_KINDS: dict[str, Kind] = {
+    "config": OBJECT,
+    "rng": progress.TENSOR,
+    "model": OBJECT,
+    **progress.KINDS,
 }
 
 
@@ -177,12 +182,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _check(state: Any, path: Path) -> None:
     """Raise UnreadableError unless the keys are there and of their types."""
     try:
+        check_kind(state, OBJECT, "the whole")
         run_folder.check_format(state)
-        check_keys(state, _KEYS)
-        check_keys(state["epoch_state"], _EPOCH_KEYS, "epoch_state.")
-        for row in state["rows"]:
-            check_keys({"rows": row}, {"rows": dict})
-        run_folder.check_stretches(state["stretches"])
+        check_keys(state, _KINDS)
+        check_keys(state["epoch_state"], progress.EPOCH_KINDS, "epoch_state.")
+        check_stretches(state["stretches"])
     except UnreadableError as error:
         raise _of_other_code(path, error) from None
 

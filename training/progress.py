@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.kinds import AMOUNT, OBJECT, Kind, is_whole
+
 
 @dataclass(frozen=True)
 class EpochState:
@@ -87,7 +89,7 @@ class Progress:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Progress":
         """What `state_dict` has kept."""
-        kept = {name: state[name] for name in KEYS}
+        kept = {name: state[name] for name in KINDS}
         return cls(**kept | {"epoch_state": EpochState(**kept["epoch_state"])})
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,11 +117,19 @@ class Progress:
         self.epoch_state = EpochState.begin(steps)
 
 
-KEYS = ("epoch_state", "rows", "per_class_top1", "stretches", "wandb_id")
-KINDS: dict[str, Any] = {
-    "epoch_state": dict,
-    "rows": list,
-    "per_class_top1": (list, type(None)),
-    "stretches": list,
-    "wandb_id": (str, type(None)),
+KINDS: dict[str, Kind] = {
+    "epoch_state": OBJECT,
+    "rows": ("a list of objects", lambda v: isinstance(v, list) and all(map(OBJECT[1], v))),
+    "per_class_top1": ("a list or null", lambda v: v is None or isinstance(v, list)),
+    "stretches": ("a list", lambda v: isinstance(v, list)),
+    "wandb_id": ("text or null", lambda v: v is None or isinstance(v, str)),
+}
+TENSOR: Kind = ("a tensor", lambda v: isinstance(v, Tensor))
+EPOCH_KINDS: dict[str, Kind] = {
+    "step": ("a whole number of at least 0", lambda v: is_whole(v, 0)),
+    "loss_sum": TENSOR,
+    "first_nonfinite_step": TENSOR,
+    "lr": AMOUNT,
+    "seconds": AMOUNT,
+    "peak_memory_mib": AMOUNT,
 }

@@ -19,10 +19,10 @@ line, file and key, and nothing after that has to guess.
 import csv
 import datetime
 import hashlib
+import io
 import json
 import logging
 import logging.handlers
-import math
 import os
 import platform
 import re
@@ -39,6 +39,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from training import console
 from training.files import write_csv, write_json, write_text
+from training.kinds import (
+    AMOUNT,
+    CONFIG_KEYS,
+    LOSS,
+    SCORE_KINDS,
+    SCORES,
+    SPLITS,
+    SUMMARY_KEYS,
+    TEXT,
+    TRAINING_COLUMNS,
+    UnreadableError,
+    check_keys,
+    check_stretches,
+    check_values,
+    is_finite,
+    is_number,
+    is_whole,
+    shortened,
+)
 
 # Of everything in a run's folder. A change of names or meanings raises it.
 FORMAT = 2
@@ -56,42 +75,9 @@ HOLDER = ".holder"
 # The folders in which this process has begun a run, that is, has written.
 begun: list[Path] = []
 
-_NUMBER = (int, float)
-_SUMMARY_KEYS: dict[str, Any] = {
-    "epochs": int,
-    "seed": int,
-    "train/loss": _NUMBER,
-    "perf/total_seconds": _NUMBER,
-    "per_class_top1": list,
-    "class_names": list,
-    "model": str,
-    "attention": str,
-    "data": str,
-    "evaluated_on": str,
-    "parameters": int,
-    "flops": int,
-    "stretches": list,
-    "config": dict,
-}
-STRETCH_KEYS: dict[str, Any] = {
-    "first_epoch": int,
-    "commit": str,
-    "versions": dict,
-    "hardware": str,
-    "precision": str,
-    "processes": int,
-}
-_CONFIG_KEYS: dict[str, Any] = {"seed": int, "epochs": int, "attention": dict, "data": dict}
-_TRAINING_COLUMNS = ("epoch", "train/loss", "train/lr", "perf/epoch_seconds")
-SCORES = ("loss", "top1", "top5")
-
 
 class HeldError(ValueError):
     """Another process writes to the folder; the message is one line that says which."""
-
-
-class UnreadableError(ValueError):
-    """A file of a run is damaged or of another format; the message is one line that says how."""
 
 
 # ---- Claiming and writing -----------------------------------------------------------------------
@@ -300,7 +286,7 @@ def is_run(names: Iterable[str]) -> bool:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What summary.json holds, checked.
+    """What summary.json holds, checked; its losses and scores may be NaN or infinite.
 
     Raises:
         FileNotFoundError: there is none.
@@ -308,47 +294,105 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """
     path = folder / SUMMARY
     summary = _read_json(path)
-    with _naming(path):
-        check_keys(summary, _SUMMARY_KEYS)
-        check_keys(summary["config"], _CONFIG_KEYS, "config.")
-        check_keys(summary, {f"{summary['evaluated_on']}/{s}": _NUMBER for s in SCORES})
-        check_stretches(summary["stretches"])
-        if not summary["stretches"]:
-            raise UnreadableError("stretches is empty")
+    check_keys(summary, SUMMARY_KEYS, f"{path}: ")
+    check_keys(summary["config"], CONFIG_KEYS, f"{path}: config.")
+    check_values(summary["config"], f"{path}: config")
+    on = summary["evaluated_on"]
+    scores = {f"{on}/{name}": kind for name, kind in SCORE_KINDS.items()}
+    check_keys(summary, scores, f"{path}: ")
+    check_stretches(summary["stretches"], f"{path}: ")
+    for key in ("epochs", "seed"):
+        if summary[key] != summary["config"][key]:
+            raise UnreadableError(
+                f"{path}: {key} is {summary[key]}, but config.{key} is {summary['config'][key]}"
+            )
+    names, by_class = summary["class_names"], summary["per_class_top1"]
+    if len(names) != len(by_class):
+        raise UnreadableError(
+            f"{path}: per_class_top1 has {len(by_class)} values for {len(names)} class_names"
+        )
     return summary
+
+
+def read_result(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """summary.json and metrics.csv of a finished run, checked against each other.
+
+    Raises:
+        FileNotFoundError: there is no summary.json: the run is not finished.
+        UnreadableError: either file is damaged or of another format, or they disagree.
+    """
+    summary = read_summary(folder)
+    path = folder / METRICS
+    try:
+        rows = read_metrics(folder)
+    except FileNotFoundError:
+        raise UnreadableError(f"{path} is missing, but there is a {SUMMARY}") from None
+    if len(rows) != summary["epochs"]:
+        raise UnreadableError(
+            f"{path} has {len(rows)} epochs, but {SUMMARY} says epochs is {summary['epochs']}"
+        )
+    if f"{summary['evaluated_on']}/top1" not in rows[0]:
+        raise UnreadableError(
+            f"{path} has no column {summary['evaluated_on']}/top1, but {SUMMARY} says "
+            f"evaluated_on is {summary['evaluated_on']}"
+        )
+    return summary, rows
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The rows of metrics.csv, one for each epoch from 1 on, all values as numbers.
+
+    Losses and scores may be NaN or infinite.
 
     Raises:
         FileNotFoundError: there is none.
         UnreadableError: it is damaged or of another format.
     """
     path = folder / METRICS
+    content = _read_text(path)
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            header, texts = reader.fieldnames or [], list(reader)
-    except (UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(content, newline=""))
+        header, texts = list(reader.fieldnames or []), list(reader)
+    except csv.Error as error:
         raise UnreadableError(f"{path} is damaged: {console.one_line(error)}") from None
-    for column in _TRAINING_COLUMNS:
-        if column not in header:
-            raise UnreadableError(f"{path} has no column {column}: it is of another format")
-    rows = []
-    for number, text in enumerate(texts, start=1):
-        row = {}
-        for column in header:
-            try:
-                row[column] = float(text[column])
-            except (TypeError, ValueError):
-                raise UnreadableError(
-                    f"{path}, row {number}: {column} is {text[column]!r}, not a number"
-                ) from None
-        if row["epoch"] != number:
-            raise UnreadableError(f"{path}, row {number}: epoch is {text['epoch']!r}")
-        rows.append(row)
-    return rows
+    _check_header(header, path)
+    if not content.endswith("\n"):
+        raise UnreadableError(f"{path}, row {len(texts)}: the line is cut short")
+    return [_read_row(text, header, number, path) for number, text in enumerate(texts, start=1)]
+
+
+def _check_header(header: list[str], path: Path) -> None:
+    if not header:
+        raise UnreadableError(f"{path} is empty")
+    on = next((s for s in SPLITS if any(c.startswith(f"{s}/") for c in header)), SPLITS[0])
+    for column in (*TRAINING_COLUMNS, *(f"{on}/{name}" for name in SCORES)):
+        if header.count(column) != 1:
+            what = "no column" if column not in header else "more than one column"
+            raise UnreadableError(f"{path} has {what} {column}: it is damaged or of another format")
+
+
+def _read_row(text: dict[Any, Any], header: list[str], number: int, path: Path) -> dict[str, float]:
+    row = {}
+    where = f"{path}, row {number}"
+    if None in text:
+        raise UnreadableError(f"{where} has more values than there are columns")
+    for column in header:
+        try:
+            row[column] = float(text[column])
+        except (TypeError, ValueError):
+            raise UnreadableError(
+                f"{where}: {column} is {shortened(text[column])}, not a number"
+            ) from None
+        group, _, name = column.partition("/")
+        if group in SPLITS or column == "train/loss":
+            kind = SCORE_KINDS.get(name, LOSS)
+        else:
+            kind = AMOUNT
+        if not kind[1](row[column]):
+            raise UnreadableError(f"{where}: {column} is {text[column]}, not {kind[0]}")
+    if row["epoch"] != number:
+        raise UnreadableError(f"{where}: epoch is {text['epoch']}, not {number}")
+    return row
 
 
 def read_failure(folder: Path) -> str | None:
@@ -362,18 +406,17 @@ def read_failure(folder: Path) -> str | None:
         failure = _read_json(path)
     except FileNotFoundError:
         return None
-    with _naming(path):
-        check_keys(failure, {"error": str})
+    check_keys(failure, {"error": TEXT}, f"{path}: ")
     return str(failure["error"])
 
 
 def planned_epochs(folder: Path) -> int | None:
     """How many epochs the run is meant to have, by its settings; None where they do not tell."""
     try:
-        text = (folder / HYDRA / "config.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        text = _read_text(folder / HYDRA / "config.yaml")
+    except (FileNotFoundError, UnreadableError):
         return None
-    found = re.search(r"^epochs: (\d+)$", text, flags=re.MULTILINE)
+    found = re.search(r"^epochs: ([0-9]{1,9})$", text, flags=re.MULTILINE)
     return int(found[1]) if found else None
 
 
@@ -389,61 +432,40 @@ def folder_name(words: Iterable[str]) -> str:
 def first_nonfinite(values: dict[str, Any]) -> str | None:
     """The first of ``values`` that is a number and not finite, by name; None if all are."""
     for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
+        if is_number(value) and not is_finite(value):
             return name
     return None
 
 
-# ---- Checks -------------------------------------------------------------------------------------
+def _read_text(path: Path) -> str:
+    try:
+        if path.exists() and not path.is_file():  # to open a named pipe would wait forever
+            raise UnreadableError(f"{path} is not a file")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{path} is damaged: {console.one_line(error)}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    text = _read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UnreadableError(f"{path} is damaged: {console.one_line(error)}") from None
-    with _naming(path):
-        check_format(value)
+    if not isinstance(value, dict):
+        raise UnreadableError(f"{path} is damaged: it holds {shortened(value)}, not an object")
+    check_format(value, f"{path}: ")
     return value
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except UnreadableError as error:
-        raise UnreadableError(f"{path}: {error}") from None
-
-
-def check_format(value: Any) -> None:
-    """Raise UnreadableError unless ``value`` is a dict of this version's format."""
-    if not isinstance(value, dict):
-        raise UnreadableError(f"it holds {_shortened(value)} instead of named values")
-    if value.get("format") != FORMAT:
+def check_format(value: dict[str, Any], where: str = "") -> None:
+    """Raise UnreadableError unless ``value`` is of this version's format."""
+    given = value.get("format", 1)
+    if not is_whole(given, 1) or given != FORMAT:
         raise UnreadableError(
-            f"it has format {value.get('format', 1)}, and this version reads format {FORMAT}"
+            f"{where}format is {shortened(given)}; this version reads format {FORMAT}"
         )
-
-
-def check_stretches(stretches: list[Any]) -> None:
-    """Raise UnreadableError unless all of a run's stretches have their keys."""
-    for stretch in stretches:
-        check_keys({"stretches": stretch}, {"stretches": dict})
-        check_keys(stretch, STRETCH_KEYS, "stretches.")
-
-
-def check_keys(value: dict[str, Any], kinds: dict[str, Any], where: str = "") -> None:
-    """Raise UnreadableError, which names the key, unless ``value`` has keys of these types.
-
-    ``kinds`` are as for isinstance; a bool is no number. ``where`` is put before each name.
-    """
-    for key, kind in kinds.items():
-        if key not in value:
-            raise UnreadableError(f"{where}{key} is missing")
-        if not isinstance(value[key], kind) or isinstance(value[key], bool):
-            raise UnreadableError(f"{where}{key} cannot be {_shortened(value[key])}")
-
-
-def _shortened(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 40 else f"{text[:37]}..."
