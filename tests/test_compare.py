@@ -68,10 +68,10 @@ def test_folders_of_different_words_differ():
     ("words", "message"),
     [
         (["--vary", "attention=none,ab"], "Could not find 'attention/ab'"),
-        (["--vary", "attention=none", "attention.dk=3"], "attention.dk: there is no setting dk"),
+        (["--vary", "attention=none", "attention.dk=3"], "attention.dk: unknown setting dk"),
         (["--vary", "seed=1,2"], "seed=1,2: use --seeds for seed"),
         (["--", "out_dir=here"], "out_dir=here: use --out for out_dir"),
-        (["--", "optim.lrr=1"], "optim.lrr: there is no setting lrr"),
+        (["--", "optim.lrr=1"], "optim.lrr: unknown setting lrr"),
         (["--", "optim.lr"], "Error parsing override 'optim.lr'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -260,15 +260,15 @@ def test_time_to_go_is_that_of_the_variant(tmp_path):
 
 
 def test_a_run_gets_its_settings_and_the_set_its_status(tmp_path, monkeypatch, capsys):
-    header = "epoch,train/loss,train/lr,perf/epoch_seconds"
+    header = "epoch,train/loss,train/lr,test/loss,test/top1,test/top5,perf/epoch_seconds"
     (tmp_path / "train.py").write_text(
         f"""import pathlib, sys, time
 here = pathlib.Path(__file__).parent
 (here / "words").write_text(chr(10).join(sys.argv[1:]))
 lines = [{header!r}]
 for epoch in (1, 2):
-    lines.append(f"{{epoch}},1,1,2.0")
-    (here / "metrics.csv").write_text(chr(10).join(lines))
+    lines.append(f"{{epoch}},1,1,1,1,1,2.0")
+    (here / "metrics.csv").write_text(chr(10).join([*lines, ""]))
     time.sleep(1.5)
 sys.exit(7)"""
     )
