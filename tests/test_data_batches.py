@@ -154,6 +154,20 @@ def test_other_seeds_and_epochs_draw_differently(seed, epoch):
         assert not torch.equal(getattr(draws, name), getattr(others, name)), name
 
 
+def test_the_draws_stay_the_same_from_version_to_version():
+    # A run continued by a later version must see the images that it would have seen.
+    draws = batches(Augmentation(crop_pad=2), images=random_images(8))._draw(1)
+    found = {name: vector.int().tolist() for name, vector in vars(draws).items()}
+    assert found == {
+        "order": [1, 5, 4, 2, 0, 6, 3, 7],
+        "top": [4, 0, 4, 1, 3, 4, 2, 0],
+        "left": [2, 2, 4, 3, 1, 0, 2, 3],
+        "mirrored": [1, 1, 1, 1, 1, 1, 1, 0],
+        "cut_row": [4, 0, 1, 3, 10, 1, 3, 7],
+        "cut_column": [0, 1, 2, 5, 2, 0, 3, 3],
+    }
+
+
 def test_an_epoch_repeats_whatever_was_drawn_before():
     augmentation = Augmentation(2, True, 3)
     source = batches(augmentation)

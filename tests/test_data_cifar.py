@@ -209,7 +209,10 @@ def test_a_silent_network_times_out(files, tmp_path, monkeypatch):
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("https_proxy", address)
         monkeypatch.setenv("HTTPS_PROXY", address)
+        hang_guard = threading.Timer(60, silent.close)  # which resets the connection
+        hang_guard.start()
         message = raised(FileNotFoundError, "cifar10", str(tmp_path))
+        hang_guard.cancel()
     assert "timed out" in message
     assert socket.getdefaulttimeout() is None
 
@@ -289,10 +292,11 @@ def test_download_that_is_interrupted_leaves_the_files_of_others(
     assert left in ({}, {FOLDER: None})
 
 
-def test_a_folder_that_was_empty_before_is_left(files, tmp_path, interrupted):
-    (tmp_path / "root").mkdir()
-    interrupted(tmp_path / "root")
-    assert everything_below(tmp_path) == {"root": None}
+@pytest.mark.parametrize("root", ["empty", "empty/new", "empty/new/root"])
+def test_a_folder_that_was_empty_before_is_left(files, tmp_path, interrupted, root):
+    (tmp_path / "empty").mkdir()
+    interrupted(tmp_path / root)
+    assert everything_below(tmp_path) == {"empty": None}
 
 
 @pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")

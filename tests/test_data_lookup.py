@@ -165,6 +165,17 @@ def test_sizes_names_and_held_out_images():
     )
 
 
+def test_mean_and_deviation_do_not_depend_on_what_is_held_out():
+    whole, split = make_lookup(60, 1), make_lookup(60, 1, val_size=30)
+    assert (split.mean, split.std) == (whole.mean, whole.std)
+
+
+def test_the_images_stay_the_same_from_version_to_version():
+    dataset = make_lookup(8, 8, noise=0.0)
+    assert dataset.train.labels.tolist() == [3, 7, 0, 7, 2, 1, 1, 7]
+    assert dataset.evaluation.labels.tolist() == [3, 4, 6, 1, 4, 2, 3, 3]
+
+
 def test_mean_and_deviation_are_those_of_the_training_pixels():
     dataset = make_lookup(60, 1)
     for channel in range(3):
