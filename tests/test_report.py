@@ -1,10 +1,15 @@
 """The report: what is counted, what is concluded from it, and what the two files say."""
 
 import base64
+import errno
+import html
 import math
+import os
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +21,8 @@ from reporting import figures, page, paired, paper, render, runs, text
 from scripts import report as report_command
 from training.settings import build_model
 
-from folders import CLASSES, failed, make_run, stretch
-from helpers import CONFIGS
+from folders import failed, make_run, stretch
+from helpers import CONFIGS, ROOT
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -247,12 +252,14 @@ def test_a_continued_run_names_all_that_it_was_trained_on(tmp_path):
         "| AA | 0 | mixed: 0123456789, ffffffffff | mixed: A CPU, Some GPU | "
         "mixed: bfloat16, float32 | mixed: 2.13.0, 2.14.1 | 1 |" in whole
     )
-    stretches = whole[whole.index("Runs that were continued under other conditions") :]
+    stretches = whole[whole.index("Runs that were continued under different conditions") :]
     assert (
         "| AA | 0 | 1 | 0123456789 | Some GPU | bfloat16 | 2.13.0 | 1 |\n"
         "| AA | 0 | 2 | ffffffffff | A CPU | float32 | 2.14.1 | 1 |\n\n" in stretches
     )
-    assert "2 of 3 runs were interrupted and continued, 1 under other conditions" in whole
+    assert (
+        "2 of 3 runs were interrupted and continued, 1 of them under different conditions" in whole
+    )
     assert "Measured on A CPU, Some GPU. Times on different hardware are not comparable." in whole
 
 
@@ -377,6 +384,7 @@ def test_the_papers_numbers():
     assert all(one.sure in paper.SURE for one in paper.RECIPE)
 
 
+@pytest.mark.slow
 def test_our_numbers_in_the_notes_on_the_paper():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", ["experiment=table1", "attention=aa"])
@@ -451,6 +459,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path, pictures):
     assert "sweep1-Nh2.svg" in names
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes(tmp_path, pictures):
     sweep(tmp_path / "runs")
     for name in "ab":
@@ -484,7 +493,7 @@ def test_a_sweep_is_counted_and_drawn_by_cell(tmp_path, monkeypatch):
     }  # fmt: skip
     assert 0 < len(decided) < 12
     assert head.number == f"{len(decided)} better, 0 worse"
-    assert head.unit == f"{12 - len(decided)} undecided"
+    assert head.unit == f"and {12 - len(decided)} undecided"
     assert "12 of them have at least two pairs" in head.details[0]
     assert "about 0.6 of 12 would exclude zero" in head.details[1]
     assert head.verdict == "Mean differences in top-1 range from +0.88 to +1.84 percentage points."
@@ -505,16 +514,6 @@ def test_classes_are_compared_by_pair(tmp_path):
     ]
 
 
-def test_names_are_text_and_not_html(tmp_path):
-    make_run(tmp_path / "p", 70.0)
-    make_run(tmp_path / "a", 71.0, attention="aa")
-    render.report([tmp_path], tmp_path / "out")
-    assert "<rocket>" in CLASSES
-    written = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "&lt;rocket&gt;" in written
-    assert "<rocket>" not in written
-
-
 @pytest.mark.parametrize("attention", ["none", "aa"])
 def test_one_run_alone_has_a_page(tmp_path, pictures, attention):
     make_run(tmp_path / "a", 70.0, 0, attention, epochs=1)
@@ -522,6 +521,7 @@ def test_one_run_alone_has_a_page(tmp_path, pictures, attention):
     assert "There are no finished runs of both a plain network and one with attention." in written
 
 
+@pytest.mark.slow
 def test_two_hundred_runs(tmp_path, pictures):
     """All of them are on the page: 64 augmented variants and two plain ones, three seeds each."""
     for number in range(66):
@@ -562,3 +562,185 @@ def test_colours_of_few_and_of_many(tmp_path):
     assert hued == [f"AA dk={dk}" for dk in (16, 17, 18, 19)]
     assert many["plain epochs=3"] == figures.PLAIN
     assert many["plain epochs=4"] == figures.OTHERS
+
+
+# ---- Names from outside -------------------------------------------------------------------------
+
+NASTY = [
+    "<img src=x onerror=alert(1)>",
+    "a|b",
+    "`code`",
+    "*bold*",
+    "_x_",
+    "__init__",
+    "[link](http://example.com)",
+    "![picture](x.svg)",
+    "&lt;&amp;",
+    "first\nsecond\r\n\r\n# third",
+    "~~struck~~",
+    "$formula$",
+    "back\\slash\\|",
+    "www.example.com a@example.com",
+    "\x1b[31mred\x07",
+    "\u202eright to left",
+    "Größe 大きさ",
+    "\ud800",
+    "</details>",
+    "{{ title }}{% raw %}",
+]
+
+
+def of_markdown(line):
+    """What a reader sees of a line of Markdown in which everything is escaped."""
+    assert not re.search(r"(?<!\\)(?:\\\\)*[`*\[\]~$<>|]", line), line
+    assert not re.search(r"://|www\.|^(#|[-+=]+|\d+[.)])( |$)", line), line
+    for underscore in re.finditer(r"(?<!\\)_", line):
+        around = line[underscore.start() - 1 : underscore.end() + 1]
+        assert re.fullmatch(r"[A-Za-z0-9]_[A-Za-z0-9]", around), line
+    return html.unescape(re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", line))
+
+
+@pytest.mark.parametrize("name", [*NASTY, "- item", "+", "1. item", "12)", "# head", "---", "==="])
+def test_markdown_shows_a_name_as_it_is(name):
+    line = text.markdown(name)
+    assert of_markdown(line) == text.one_line(name)
+    assert not re.search(r"[\x00-\x1f\x7f\u202a-\u202e\ud800-\udfff]", line)
+    # Ordinary names and numbers are left alone.
+    for plain in ("wrn16_4", "AA dk=0.2 optim.lr=0.1", "73.00 ± 2.65", "+1.62", "2.5", "a - b, c."):
+        assert text.markdown(plain) == plain
+
+
+def test_bytes_of_another_locale_are_read_as_utf_8():
+    assert text.printable("Gr\udcc3\udcb6\udcc3\udc9fe \udcff\ud800") == r"Größe \xff\ud800"
+
+
+def nasty_runs(root):
+    """Every kind of text in a run's files and names, each with every nasty name."""
+    whole = " ".join(NASTY)
+    facts = {"model": whole, "class_names": NASTY, "per_class_top1": [50.0] * len(NASTY)}
+    moved = [stretch(), stretch(2, commit=whole, hardware=whole, precision=whole, torch=whole)]
+    for number, attention in enumerate(("none", "aa", "aa")):
+        settings = {"attention__dk": whole} if number == 2 else {}
+        settings |= {"optim__momentum": whole} if number else {}
+        make_run(
+            root / f"{number}",
+            70.0 + number,
+            attention=attention,
+            facts=facts | {"stretches": moved},
+            optim__nesterov={whole: whole},
+            **settings,
+        )
+    make_run(root / "other", model__name=whole, facts={"model": "_x_"})
+    failed(root / "failed <b>|`*_x_*`\n[a](b)", whole)
+
+
+def test_names_are_text_in_both_files(tmp_path, pictures):
+    nasty_runs(tmp_path / "runs")
+    console = render.report([tmp_path / "runs"], tmp_path / "out")
+    assert "\x1b" not in console
+    console.encode()
+    written = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    found = Page(written)
+    assert found.open == []
+    allowed = "html head meta link title style body main h1 h2 h3 p section div article span ul li"
+    allowed += " strong figure img figcaption table thead tbody tr th td caption details summary"
+    assert {tag for tag, _ in found.tags} <= set(allowed.split())
+    assert not any("onerror" in attributes for _, attributes in found.tags)
+    assert "{{ title }}{% raw %}" in written
+    markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    own = {"<details>", "</details>", "<summary>", "</summary>"}
+    assert set(re.findall(r"<[^>\n]*>", markdown)) == own
+    width = None
+    for line in markdown.splitlines():
+        assert re.fullmatch(r"#{1,2} [A-Z].*", line) or not line.startswith("#")
+        if not line.startswith("|"):
+            width = None
+            continue
+        cells = line[2:-2].split(" | ") if not line.startswith("|--") else line[1:-1].split("|")
+        width = width or len(cells)
+        assert len(cells) == width, line
+        if not line.startswith("|--"):
+            for cell in cells:
+                of_markdown(cell)
+
+
+# ---- Where it is written ------------------------------------------------------------------------
+
+
+def run_report(arguments, prefix="", **environment):
+    """scripts/report.py in a shell of its own: exit code, standard output and error as bytes."""
+    script = f'{prefix} exec "$0" "$@"'
+    command = ["bash", "-c", script, sys.executable, str(ROOT / "scripts" / "report.py")]
+    return subprocess.run(
+        [*command, *map(os.fsencode, arguments)],
+        capture_output=True,
+        env=os.environ | environment,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_utf_8_whatever_the_locale_says(tmp_path):
+    """`LC_ALL=C` with what Python does about it switched off: its default is then ASCII."""
+    names = ["Äpfel", "大きさ", "ñ"]
+    root = tmp_path / "Läufe"
+    for seed in (0, 1):
+        make_run(root / f"p{seed}", 70.0, seed, classes=names, data__name="größe")
+        make_run(root / f"ä{seed}", 71.0 + seed, seed, "aa", classes=names, data__name="größe")
+    make_run(root / "unfertig ü", 1.0, 2, finished=False)
+    make_run(Path(os.fsdecode(os.fsencode(root) + b"/\xff")) / "x", 1.0, 2, finished=False)
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run_report([root, "--data", "größe"], **locale)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""
+    assert f"written: {root}/report.html" in done.stdout.decode()
+    assert "on größe, evaluated" in done.stdout.decode()
+    for name in ("report.md", "report.html"):
+        written = (root / name).read_text(encoding="utf-8")
+        assert all(word in written for word in [*names, f"{root}/unfertig ü", "±", MINUS])
+        assert ("/\\xff/x" if name.endswith("html") else "/\\\\xff/x") in written
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(tmp_path, monkeypatch):
+    make_run(tmp_path / "p", 70.0)
+    render.report([tmp_path], tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    make_run(tmp_path / "a", 71.0, attention="aa")
+    written = len(before) + 2  # with the pictures of a comparison
+    for number in range(written):
+        left = iter([True] * number + [False])
+
+        def fsync(handle, left=left):
+            if not next(left, True):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match=r"cannot be written \(No space left on device\)"):
+            render.report([tmp_path], tmp_path / "out")
+        after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert after == before
+    monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_an_error_is_utf_8_too(tmp_path):
+    done = run_report([tmp_path / "fehlt ß"], LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 1
+    assert done.stderr.decode() == f"report.py: there is no {tmp_path}/fehlt ß\n"
+
+
+@pytest.mark.slow
+def test_the_command_on_a_full_disk(tmp_path):
+    make_run(tmp_path / "p", 70.0)
+    assert run_report([tmp_path]).returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("report*")}
+    make_run(tmp_path / "a", 71.0, attention="aa")
+    done = run_report([tmp_path], prefix="ulimit -f 60;")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"report\.py: {tmp_path}/report\.html cannot be written \(File too large\)\n",
+        done.stderr.decode(),
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("report*")} == before
+    assert not list(tmp_path.glob("*.partial"))

@@ -37,7 +37,8 @@ _LARGEST = 3.5e38
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return whole or isinstance(value, float)
 
 
 def is_finite(value: Any) -> bool:
