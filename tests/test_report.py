@@ -23,7 +23,7 @@ from reporting import figures, page, paired, paper, render, runs, text
 from scripts import report as report_command
 from training.settings import build_model
 
-from folders import failed, make_run, stretch
+from folders import NASTY, failed, make_run, nasty_runs, stretch
 from helpers import CONFIGS, ROOT
 
 MINUS = "\N{MINUS SIGN}"
@@ -383,6 +383,11 @@ def test_other_networks_are_not_held_against_the_papers_scores(tmp_path):
     assert "81.00 / 80.3" not in whole
 
 
+def test_every_attention_has_a_name_and_a_row_of_the_paper():
+    choices = {path.stem for path in (CONFIGS / "attention").glob("*.yaml")}
+    assert set(runs.ATTENTION) == set(paper.TABLE1) == choices
+
+
 def test_the_papers_numbers():
     assert [paper.TABLE1[k].top1 for k in ("none", "ge", "se", "aa")] == [80.3, 79.8, 81.0, 81.6]
     assert all(one.sure in paper.SURE for one in paper.RECIPE)
@@ -738,29 +743,6 @@ def test_colours_of_few_and_of_many(tmp_path):
 
 # ---- Names from outside -------------------------------------------------------------------------
 
-NASTY = [
-    "<img src=x onerror=alert(1)>",
-    "a|b",
-    "`code`",
-    "*bold*",
-    "_x_",
-    "__init__",
-    "[link](http://example.com)",
-    "![picture](x.svg)",
-    "&lt;&amp;",
-    "first\nsecond\r\n\r\n# third",
-    "~~struck~~",
-    "$formula$",
-    "back\\slash\\|",
-    "www.example.com a@example.com",
-    "\x1b[31mred\x07",
-    "\u202eright to left",
-    "Größe 大きさ",
-    "\ud800",
-    "</details>",
-    "{{ title }}{% raw %}",
-]
-
 
 def of_markdown(line):
     """What a reader sees of a line of Markdown in which everything is escaped."""
@@ -784,26 +766,6 @@ def test_markdown_shows_a_name_as_it_is(name):
 
 def test_bytes_of_another_locale_are_read_as_utf_8():
     assert text.printable("Gr\udcc3\udcb6\udcc3\udc9fe \udcff\ud800") == r"Größe \xff\ud800"
-
-
-def nasty_runs(root):
-    """Every kind of text in a run's files and names, each with every nasty name."""
-    whole = " ".join(NASTY)
-    facts = {"model": whole, "class_names": NASTY, "per_class_top1": [50.0] * len(NASTY)}
-    moved = [stretch(), stretch(2, commit=whole, hardware=whole, precision=whole, torch=whole)]
-    for number, attention in enumerate(("none", "aa", "aa")):
-        settings = {"attention__dk": whole} if number == 2 else {}
-        settings |= {"optim__momentum": whole} if number else {}
-        make_run(
-            root / f"{number}",
-            70.0 + number,
-            attention=attention,
-            facts=facts | {"stretches": moved},
-            optim__nesterov={whole: whole},
-            **settings,
-        )
-    make_run(root / "other", model__name=whole, facts={"model": "_x_"})
-    failed(root / "failed <b>|`*_x_*`\n[a](b)", whole)
 
 
 def test_names_are_text_in_both_files(tmp_path, pictures):
