@@ -45,7 +45,7 @@ PLAIN, OTHERS = "#222222", "#c4c4c4"
 # classes at either end, cannot be read.
 LINES, BEST, ROWS, CLASSES = 8, 4, 12, 12
 # Characters of a label. A longer one would leave no room for the data.
-LABEL = 60
+LABEL = 40
 
 
 @contextmanager
@@ -74,7 +74,7 @@ def _label(text: str, n: int | None = None) -> str:
     """A name for an axis or a legend, short enough for it, with the number of samples."""
     text = one_line(text)
     if len(text) > LABEL:
-        text = f"{text[: LABEL - 1]}\N{HORIZONTAL ELLIPSIS}"
+        text = f"{text[: LABEL // 2]}\N{HORIZONTAL ELLIPSIS}{text[1 - LABEL // 2 :]}"
     if text.startswith("_"):
         text = f" {text}"  # matplotlib keeps such names out of legends
     return text if n is None else f"{text} (n={n})"
@@ -183,7 +183,7 @@ def gain_over_epochs(variants: list[Variant], comparisons: list[Comparison]) -> 
             _line_and_band(panel, epochs, gains[variant], variant, chosen[variant])
         panel.set_xlabel("epoch")
         panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.set_ylabel("top-1 minus plain (percentage points)")
+        panel.set_ylabel("top-1 minus plain (points)")
         _legend(figure, panel, chosen)
     return svg[0]
 
@@ -195,7 +195,8 @@ def _legend(figure: Figure, panel: Any, chosen: dict[Variant, str]) -> None:
         name = "1 other variant" if grey == 1 else f"{grey} other variants"
         panel.plot([], [], color=OTHERS, linewidth=0.7, label=name)
     names = panel.get_legend_handles_labels()[1]
-    columns = 1 if max(map(len, names)) > 30 else 2 if len(names) > 4 else 4
+    # A line of the legend has room for some 76 letters, a handle for the width of six.
+    columns = max(1, min(4, 76 // (6 + max(map(len, names)))))
     figure.set_figheight(figure.get_figheight() + 0.18 * (math.ceil(len(names) / columns) - 1))
     figure.legend(loc="outside upper left", ncols=columns)
 
@@ -247,7 +248,7 @@ def differences(comparisons: list[Comparison]) -> str:
         panel.set_yticks(range(len(names)), names)
         panel.set_ylim(-0.6, len(comparisons) - 0.4)
         panel.grid(axis="y", visible=False)
-        panel.set_xlabel("top-1 minus plain (percentage points)")
+        panel.set_xlabel("top-1 minus plain (points)")
     return svg[0]
 
 

@@ -208,7 +208,7 @@ def _card_of_many(comparisons: list[Comparison]) -> Card:
     return Card(
         f"{len(comparisons)} augmented variants, each vs. its plain baseline",
         f"{signs.count(1)} better, {signs.count(-1)} worse",
-        f"{signs.count(0)} undecided",
+        f"and {signs.count(0)} undecided",
         outcome,
         "open",
         [
@@ -493,8 +493,8 @@ def paper_section(data: str, variants: list[Variant]) -> Section:
     matched = [(variant, row) for variant in variants if (row := _printed(data, variant))]
     text = [
         f"The paper (Bello et al., ICCV 2019, Table 1: {paper.NETWORK} on CIFAR-100) prints single "
-        "numbers, without the number of runs or a spread. By them, attention gains "
-        f"{signed(gain, 1)} points of top-1."
+        "numbers, without the number of runs or a spread. By these numbers, attention changes "
+        f"top-1 by {signed(gain, 1)} points."
     ]
     notes: list[str] = []
     if matched:
@@ -556,7 +556,7 @@ def _recipe(variants: list[Variant]) -> Table:
         [name, ", ".join(labels), printed, ours, sure]
         for (name, printed, ours, sure), labels in differ.items()
     ]
-    head = ["setting", "variants", "paper", "here", "the paper's value is"]
+    head = ["setting", "variants", "paper", "here", "source of the paper's value"]
     return Table(head, rows, texts=5, caption="Settings that differ from the paper's.")
 
 
@@ -574,8 +574,8 @@ def provenance_section(variants: list[Variant]) -> Section:
     if continued:
         notes.append(
             f"{len(continued)} of {count(len(runs), 'run')} "
-            f"{'was' if len(continued) == 1 else 'were'} interrupted and continued, {len(moved)} "
-            "under other conditions than before."
+            f"{'was' if len(continued) == 1 else 'were'} interrupted and continued, "
+            f"{len(moved) or 'none'} of them under different conditions."
         )
     if moved:
         tables.append(_stretches(moved))
@@ -598,7 +598,7 @@ def _fact(values: list[str], fact: str) -> str:
 
 
 def _stretches(runs: list[tuple[Variant, Run]]) -> Table:
-    """Each stretch of runs that were continued under other conditions."""
+    """Each stretch of the runs that were continued under different conditions."""
     rows = []
     for variant, run in runs:
         for stretch in run.summary["stretches"]:
@@ -606,7 +606,7 @@ def _stretches(runs: list[tuple[Variant, Run]]) -> Table:
             values = [_fact([str(facts.get(fact, "unknown"))], fact) for fact in FACTS]
             rows.append([variant.label, str(run.seed), str(stretch["first_epoch"]), *values])
     head = ["variant", "seed", "from epoch", *FACTS]
-    caption = "Runs that were continued under other conditions, stretch by stretch."
+    caption = "Runs that were continued under different conditions, stretch by stretch."
     return Table(head, rows, texts=len(head), caption=caption)
 
 

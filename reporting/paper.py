@@ -1,7 +1,7 @@
 """What the paper prints for CIFAR-100 (Bello et al., ICCV 2019, Table 1), and how it trained.
 
-Each group of numbers says how sure it is. The paper prints single numbers: no number of runs, no
-spread.
+Each value says how well it is known. The paper prints single numbers, without the number of runs
+or a spread.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ TABLE1 = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A setting of the paper: its value without attention and with it, and how sure it is."""
+    """A setting of the paper: its value without attention and with it, and its source in SURE."""
 
     key: str
     plain: object

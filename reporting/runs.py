@@ -236,20 +236,27 @@ def group_by_variant(runs: list[Run]) -> tuple[list[Variant], list[Excluded]]:
             duplicates.append(Excluded(run.folder, "duplicate", why))
         else:
             same[run.seed] = run
-    unnamed = [Variant("", [same[seed] for seed in sorted(same)]) for same in members.values()]
-    variants = [Variant(_label(variant, unnamed), variant.runs) for variant in unnamed]
+    variants = _labelled([[same[seed] for seed in sorted(same)] for same in members.values()])
     order = list(ATTENTION)
     variants.sort(key=lambda v: (v.model, order.index(v.attention), natural(v.label)))
     return variants, duplicates
 
 
-def _label(variant: Variant, variants: list[Variant]) -> str:
-    kin = [(v.model, v.attention) == (variant.model, variant.attention) for v in variants]
-    alike = [v for v, is_kin in zip(variants, kin, strict=True) if is_kin]
-    words = [variant.model] if len({v.model for v in variants}) > 1 else []
-    words.append(ATTENTION[variant.attention])
-    words += [f"{short(key)}={variant.setting(key)}" for key in distinguishing(alike)]
-    return one_line(" ".join(words))
+def _labelled(groups: list[list[Run]]) -> list[Variant]:
+    unnamed = [Variant("", runs) for runs in groups]
+    several_models = len({variant.model for variant in unnamed}) > 1
+    alike: dict[tuple[str, str], list[Variant]] = {}
+    for variant in unnamed:
+        alike.setdefault((variant.model, variant.attention), []).append(variant)
+    variants = []
+    for (model, attention), members in alike.items():
+        words = [model] if several_models else []
+        words.append(ATTENTION[attention])
+        keys = distinguishing(members)
+        for variant in members:
+            settings = [f"{short(key)}={variant.setting(key)}" for key in keys]
+            variants.append(Variant(one_line(" ".join([*words, *settings])), variant.runs))
+    return variants
 
 
 def distinguishing(variants: list[Variant]) -> list[str]:

@@ -151,7 +151,7 @@ def markdown(text: str) -> str:
     text = re.sub(r"[\\`*\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", one_line(text))
     # What would begin a list, a heading or a rule.
     text = re.sub(r"^(\d*)([-+#=](?=[-+#= ]|$)|(?<=\d)[.)](?= |$))", r"\1\\\2", text)
-    return re.sub(r"&(?=[#A-Za-z])|[<>|@]|:(?=//)|(?<=www)\.", _entity, text)
+    return re.sub(r"&(?=[#A-Za-z])|[<>|]|:(?=//)|(?<=www)\.", _entity, text)
 
 
 def _entity(match: re.Match[str]) -> str:

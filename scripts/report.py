@@ -1,12 +1,13 @@
-"""Report on finished runs: does attention help? As report.html, and as report.md.
+"""Turn finished runs into a report on whether attention helps: report.html and report.md.
 
     python scripts/report.py outputs/compare/NAME
     python scripts/report.py outputs --data cifar100 --out report
 
-Every folder in and below the given ones with a run's files (metrics.csv, summary.json, failed.json
-or a checkpoint) is a run. report.html is one file that needs no other; report.md has its pictures
-beside it. Runs that differ only in the seed are one variant. Runs that are unfinished, diverged,
-unreadable, duplicates or of another data set are listed and in none of the numbers.
+The given folders are searched at all levels; a folder with a metrics.csv, a summary.json, a
+failed.json or a checkpoint is a run. report.html is a single file that needs no other; report.md
+has its pictures next to it. Runs that differ only in the seed form one variant. Runs that are
+unfinished, diverged, unreadable, duplicates or of another data set are listed, and are not part of
+any number.
 """
 
 import argparse
@@ -38,7 +39,7 @@ def main() -> None:
     try:
         print(report(arguments.runs, out, arguments.data))
     except (ValueError, OSError) as error:
-        sys.exit(f"report.py: {printable(str(error))}")
+        sys.exit("report.py: " + printable(str(error)).replace("\n", " "))
     print(printable(f"written: {out / 'report.html'}, {out / 'report.md'}"))
 
 

@@ -9,6 +9,30 @@ CLASSES = ["apple", "aquarium_fish", "bear", "maple_tree", "pickup_truck", "<roc
 TARGETS = {"none": "NoAttention", "aa": "AA", "se": "SE", "ge": "GE"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
+# What a name may be, and must be shown as and not acted on.
+NASTY = [
+    "<img src=x onerror=alert(1)>",
+    "a|b",
+    "`code`",
+    "*bold*",
+    "_x_",
+    "__init__",
+    "[link](http://example.com)",
+    "![picture](x.svg)",
+    "&lt;&amp;",
+    "first\nsecond\r\n\r\n# third",
+    "~~struck~~",
+    "$formula$",
+    "back\\slash\\|",
+    "www.example.com a@example.com",
+    "\x1b[31mred\x07",
+    "\u202eright to left",
+    "Größe 大きさ",
+    "\ud800",
+    "</details>",
+    "{{ title }}{% raw %}",
+]
+
 
 def stretch(first_epoch=1, **facts):
     """An entry of a summary's stretches; ``facts`` replace its own, ``torch`` the version."""
@@ -39,7 +63,7 @@ def make_run(
 ):
     """One run; ``overrides`` are settings, "__" for a dot, and ``facts`` replace the summary's.
 
-    A fact that is none of the summary's is one of its only stretch: commit, hardware, ...
+    Facts that are no key of the summary (commit, hardware, ...) are those of its only stretch.
     """
     config = {
         "model": {"name": "wrn16_4", "depths": [2, 2, 2], "aa": {"dk": 0.2}},
@@ -118,3 +142,23 @@ def failed(folder, error="the loss is not finite at epoch 2"):
     text = json.dumps({"format": 2, "error": error})
     (folder / "failed.json").write_text(text, encoding="utf-8")
     return folder
+
+
+def nasty_runs(root):
+    """Every kind of text in a run's files and names, each with every nasty name."""
+    whole = " ".join(NASTY)
+    facts = {"model": whole, "class_names": NASTY, "per_class_top1": [50.0] * len(NASTY)}
+    moved = [stretch(), stretch(2, commit=whole, hardware=whole, precision=whole, torch=whole)]
+    for number, attention in enumerate(("none", "aa", "aa")):
+        settings = {"attention__dk": whole} if number == 2 else {}
+        settings |= {"optim__momentum": whole} if number else {}
+        make_run(
+            root / f"{number}",
+            70.0 + number,
+            attention=attention,
+            facts=facts | {"stretches": moved},
+            optim__nesterov={whole: whole},
+            **settings,
+        )
+    make_run(root / "other", model__name=whole, facts={"model": "_x_"})
+    failed(root / "failed <b>|`*_x_*`\n[a](b)", whole)

@@ -6,8 +6,9 @@ import shutil
 import pytest
 
 from reporting import render
+from reporting.text import one_line
 
-from folders import make_run
+from folders import NASTY, make_run, nasty_runs
 
 pytestmark = pytest.mark.browser
 
@@ -141,3 +142,17 @@ def test_tables_have_the_summaries_numbers(opened):
     # 0.42 and 0.92: mean 0.67, deviation 0.5 / sqrt 2; t of one degree of freedom is 12.7062
     assert se[3] == "+0.67"
     assert se[4] == f"\N{MINUS SIGN}{12.7062 * 0.25 - 0.67:.2f} to +{12.7062 * 0.25 + 0.67:.2f}"
+
+
+def test_names_are_shown_and_not_acted_on(browser, tmp_path):
+    nasty_runs(tmp_path / "runs")
+    render.report([tmp_path / "runs"], tmp_path / "out")
+    browser.get((tmp_path / "out" / "report.html").as_uri())  # an alert would be an error
+    browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
+    assert (
+        browser.execute_script("return document.querySelectorAll('[onerror], main a').length") == 0
+    )
+    assert browser.get_log("browser") == []
+    shown = browser.execute_script("return document.body.innerText")
+    for name in NASTY:
+        assert one_line(name) in shown

@@ -1,14 +1,21 @@
 """The report: what is counted, what is concluded from it, and what the two files say."""
 
 import base64
+import csv
+import errno
+import html
 import math
+import os
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from matplotlib.container import ErrorbarContainer
 from scipy import stats
 
 from models import augmented_layers, count_flops, count_parameters
@@ -16,8 +23,8 @@ from reporting import figures, page, paired, paper, render, runs, text
 from scripts import report as report_command
 from training.settings import build_model
 
-from folders import CLASSES, failed, make_run, stretch
-from helpers import CONFIGS
+from folders import NASTY, failed, make_run, nasty_runs, stretch
+from helpers import CONFIGS, ROOT
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -183,8 +190,10 @@ def test_names_and_places_do_not_part_runs_and_settings_do(tmp_path):
     make_run(tmp_path / "a", seed=0, name="x", data__root="y", wandb__mode="offline")
     make_run(tmp_path / "b", seed=1)
     assert [len(variant.runs) for variant in variants_of(tmp_path)] == [2]
+    make_run(tmp_path / "d", seed=3, model__aa={"dk": 0.3})  # the default of what attention.dk is
+    assert [len(variant.runs) for variant in variants_of(tmp_path)] == [3]
     make_run(tmp_path / "c", seed=2, label_smoothing=0.1)
-    assert sorted(len(variant.runs) for variant in variants_of(tmp_path)) == [1, 2]
+    assert sorted(len(variant.runs) for variant in variants_of(tmp_path)) == [1, 3]
 
 
 def test_a_setting_that_is_missing_or_of_another_type_parts_runs(tmp_path):
@@ -247,12 +256,14 @@ def test_a_continued_run_names_all_that_it_was_trained_on(tmp_path):
         "| AA | 0 | mixed: 0123456789, ffffffffff | mixed: A CPU, Some GPU | "
         "mixed: bfloat16, float32 | mixed: 2.13.0, 2.14.1 | 1 |" in whole
     )
-    stretches = whole[whole.index("Runs that were continued under other conditions") :]
+    stretches = whole[whole.index("Runs that were continued under different conditions") :]
     assert (
         "| AA | 0 | 1 | 0123456789 | Some GPU | bfloat16 | 2.13.0 | 1 |\n"
         "| AA | 0 | 2 | ffffffffff | A CPU | float32 | 2.14.1 | 1 |\n\n" in stretches
     )
-    assert "2 of 3 runs were interrupted and continued, 1 under other conditions" in whole
+    assert (
+        "2 of 3 runs were interrupted and continued, 1 of them under different conditions" in whole
+    )
     assert "Measured on A CPU, Some GPU. Times on different hardware are not comparable." in whole
 
 
@@ -372,11 +383,17 @@ def test_other_networks_are_not_held_against_the_papers_scores(tmp_path):
     assert "81.00 / 80.3" not in whole
 
 
+def test_every_attention_has_a_name_and_a_row_of_the_paper():
+    choices = {path.stem for path in (CONFIGS / "attention").glob("*.yaml")}
+    assert set(runs.ATTENTION) == set(paper.TABLE1) == choices
+
+
 def test_the_papers_numbers():
     assert [paper.TABLE1[k].top1 for k in ("none", "ge", "se", "aa")] == [80.3, 79.8, 81.0, 81.6]
     assert all(one.sure in paper.SURE for one in paper.RECIPE)
 
 
+@pytest.mark.slow
 def test_our_numbers_in_the_notes_on_the_paper():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         cfg = compose("config", ["experiment=table1", "attention=aa"])
@@ -391,6 +408,174 @@ def test_our_numbers_in_the_notes_on_the_paper():
     assert f"come to {count_flops(model, (32, 32)) / 1e9:.1f} " in flops
     assert f"({parameters / 1e6:.2f} M)" in sizes
     assert f"give {(parameters + tables) / 1e6:.2f} M" in sizes
+
+
+# ---- What is drawn ------------------------------------------------------------------------------
+
+
+def contents(figure):
+    """What a figure's panel shows, as plain values."""
+    panel = figure.axes[0]
+    lines = [(str(line.get_label()), *map(list, line.get_data())) for line in panel.lines]
+    return {
+        "labels": (panel.get_xlabel(), panel.get_ylabel()),
+        "lines": [line for line in lines if not line[0].startswith("_")],
+        "unnamed": [line[1:] for line in lines if line[0].startswith("_")],
+        "bands": [band.get_paths()[0].vertices for band in panel.collections],
+        "bars": [(b.get_y() + b.get_height() / 2, b.get_width()) for b in panel.patches],
+        "means": [
+            c.lines[0].get_data() for c in panel.containers if isinstance(c, ErrorbarContainer)
+        ],
+        "rows": [tick.get_text() for tick in panel.get_yticklabels()],
+        "columns": [tick.get_text() for tick in panel.get_xticklabels()],
+        "legend": [text.get_text() for legend in figure.legends for text in legend.get_texts()],
+        "images": [image.get_array() for image in panel.images],
+        "texts": {(text.get_position(), text.get_text()) for text in panel.texts},
+    }
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """A function from a folder to the contents of the pictures in a report on it."""
+    panels = []
+    monkeypatch.setattr(figures, "_as_svg", lambda figure: panels.append(contents(figure)) or "")
+
+    def draw(folder):
+        panels.clear()
+        render.report([folder], folder / "out")
+        return panels
+
+    return draw
+
+
+def column(folder, name):
+    """A column of a metrics.csv, read without the report's own readers."""
+    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file)]
+
+
+def labelled(panels, *labels):
+    (panel,) = [panel for panel in panels if panel["labels"] == labels]
+    return panel
+
+
+def test_curves_show_the_metrics(tmp_path, drawn):
+    for seed in (0, 1):
+        make_run(tmp_path / f"p{seed}", 70.0 + seed, seed, epochs=4)
+        make_run(tmp_path / f"a{seed}", 72.0 + 3 * seed, seed, "aa", epochs=4)
+    panels = drawn(tmp_path)
+    for name, label in (
+        ("test/top1", "top-1 accuracy (%)"),
+        ("train/loss", "training loss (nats)"),
+    ):
+        panel = labelled(panels, "epoch", label)
+        assert panel["legend"] == ["plain (n=2)", "AA (n=2)"]
+        for (line, x, y), letter, band in zip(panel["lines"], "pa", panel["bands"], strict=True):
+            assert line == {"p": "plain (n=2)", "a": "AA (n=2)"}[letter]
+            seeds = [column(tmp_path / f"{letter}{seed}", name) for seed in (0, 1)]
+            assert x == [1, 2, 3, 4]
+            assert y == pytest.approx([(a + b) / 2 for a, b in zip(*seeds, strict=True)])
+            edges = {(i + 1, round(value, 9)) for s in seeds for i, value in enumerate(s)}
+            assert {(int(a), round(b, 9)) for a, b in band} == edges
+    panel = labelled(panels, "training time (minutes)", "top-1 accuracy (%)")
+    for (_, x, y), letter, minutes in zip(panel["lines"], "pa", (0.2, 0.25), strict=True):
+        assert x == pytest.approx([minutes * epoch for epoch in (1, 2, 3, 4)])
+        seeds = [column(tmp_path / f"{letter}{seed}", "test/top1") for seed in (0, 1)]
+        assert y == pytest.approx([(a + b) / 2 for a, b in zip(*seeds, strict=True)])
+    panel = labelled(panels, "epoch", "top-1 minus plain (points)")
+    ((line, x, y),) = panel["lines"]
+    gains = []
+    for seed in (0, 1):
+        ours, theirs = (column(tmp_path / f"{name}{seed}", "test/top1") for name in "ap")
+        gains.append([a - b for a, b in zip(ours, theirs, strict=True)])
+    assert (line, x) == ("AA (n=2)", [1, 2, 3, 4])
+    assert y == pytest.approx([(a + b) / 2 for a, b in zip(*gains, strict=True)])
+    assert y[-1] == pytest.approx(3.0)
+    assert panel["unnamed"] == [([0, 1], [0, 0])]
+
+
+def test_gains_are_drawn_only_where_the_epochs_agree(tmp_path, drawn):
+    make_run(tmp_path / "p", 70.0, epochs=4)
+    make_run(tmp_path / "a", 72.0, attention="aa", epochs=5)
+    panels = drawn(tmp_path)
+    assert [p for p in panels if p["labels"] == ("top-1 minus plain (points)", "")]
+    assert not [p for p in panels if p["labels"] == ("epoch", "top-1 minus plain (points)")]
+
+
+def test_differences_and_costs_are_drawn_at_their_variants(tmp_path, drawn):
+    for seed in (0, 1):
+        make_run(tmp_path / f"p{seed}", 70.0, seed)
+        make_run(tmp_path / f"s{seed}", 69.0 + seed / 2, seed, "se")
+        make_run(tmp_path / f"a{seed}", 72.0 + seed, seed, "aa")
+    panels = drawn(tmp_path)
+    panel = labelled(panels, "top-1 minus plain (points)", "")
+    # From bottom to top; of each the pairs, the interval and the mean.
+    assert panel["rows"] == ["SE (n=2)", "AA (n=2)"]
+    _zero, *marks = panel["unnamed"]
+    for y, pairs in enumerate([(-1.0, -0.5), (2.0, 3.0)]):
+        shown, bar, diamond = marks[3 * y : 3 * y + 3]
+        mean, half = sum(pairs) / 2, 12.7062047 * abs(pairs[1] - pairs[0]) / 2
+        assert shown == (pytest.approx(list(pairs)), [y, y])
+        assert bar == (pytest.approx([mean - half, mean + half]), [y, y])
+        assert diamond == (pytest.approx([mean]), [y])
+    panel = labelled(panels, "GFLOPs of the forward pass, one image", "top-1 accuracy (%)")
+    assert panel["legend"] == ["plain (n=2)", "SE (n=2)", "AA (n=2)"]
+    points = [(float(x[0]), float(y[0])) for x, y in panel["means"]]
+    assert points == [
+        pytest.approx((0.776, 70.0)),
+        pytest.approx((0.777, 69.25)),
+        pytest.approx((1.11, 72.5)),
+    ]
+
+
+def test_a_heatmap_has_its_cells_where_the_axes_say(tmp_path, drawn):
+    scores = {(8, 4): 60.0, (8, 12): 61.0, (16, 4): 62.0}
+    for (dk, dv), top1 in scores.items():
+        settings = {"attention__dk": dk, "attention__dv": dv, "attention__Nh": 2}
+        make_run(tmp_path / f"{dk},{dv}", top1, 0, "aa", **settings)
+    panel = labelled(drawn(tmp_path), "dv", "dk")
+    (image,) = panel["images"]
+    assert (panel["rows"], panel["columns"]) == (["8", "16"], ["4", "12"])
+    for (dk, dv), top1 in scores.items():
+        row, place = panel["rows"].index(str(dk)), panel["columns"].index(str(dv))
+        assert image[row][place] == top1
+        assert ((place, row), f"{top1:.2f}\nn=1") in panel["texts"]
+    assert image.mask.tolist() == [[False, False], [False, True]]
+
+
+def test_classes_are_drawn_in_order_with_their_pairs(tmp_path, drawn):
+    def by_class(*values):
+        return {"per_class_top1": [*values], "class_names": ["x", "up_high", "down"]}
+
+    make_run(tmp_path / "p", 70.0, facts=by_class(50, 50, 50))
+    make_run(tmp_path / "a", 71.0, attention="aa", facts=by_class(51, 60, 47))
+    panel = labelled(drawn(tmp_path), "AA minus plain, top-1 (percentage points)", "")
+    assert panel["rows"] == ["down", "x", "up high"]
+    assert panel["bars"] == [(0, -3), (1, 1), (2, 10)]
+
+
+def test_the_card_shows_the_scores_that_it_compares(tmp_path):
+    """Of the seeds that both have, so that they differ by the number above them."""
+    for seed, top1 in enumerate((70.0, 71.0, 40.0)):
+        make_run(tmp_path / f"p{seed}", top1, seed)
+    for seed, top1 in enumerate((72.0, 73.5)):
+        make_run(tmp_path / f"a{seed}", top1, seed, "aa")
+    (card,) = page.cards(paired.compare_with_plain(variants_of(tmp_path)))
+    assert card.number == "+2.25"
+    assert "72.75 % vs. 70.50 %" in card.details
+
+
+def test_costs_and_shared_settings_in_the_tables(tmp_path):
+    make_run(tmp_path / "p", 70.0)
+    make_run(tmp_path / "a", 71.0, attention="aa", batch_size=128)
+    render.report([tmp_path], tmp_path / "out")
+    whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "| plain | 1 | 0.60 | 0.776 | 70.00 |" in whole  # 3 epochs of 12 seconds
+    assert "| AA | 1 | 0.75 | 1.11 | 71.00 |" in whole
+    shared = whole[whole.index("settings that all variants share") :]
+    assert "| epochs | 3 |" in shared
+    assert "| batch_size |" not in shared
+    assert "model.aa" not in shared
 
 
 # ---- The files ----------------------------------------------------------------------------------
@@ -451,6 +636,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path, pictures):
     assert "sweep1-Nh2.svg" in names
 
 
+@pytest.mark.slow
 def test_the_same_runs_give_the_same_bytes(tmp_path, pictures):
     sweep(tmp_path / "runs")
     for name in "ab":
@@ -484,7 +670,7 @@ def test_a_sweep_is_counted_and_drawn_by_cell(tmp_path, monkeypatch):
     }  # fmt: skip
     assert 0 < len(decided) < 12
     assert head.number == f"{len(decided)} better, 0 worse"
-    assert head.unit == f"{12 - len(decided)} undecided"
+    assert head.unit == f"and {12 - len(decided)} undecided"
     assert "12 of them have at least two pairs" in head.details[0]
     assert "about 0.6 of 12 would exclude zero" in head.details[1]
     assert head.verdict == "Mean differences in top-1 range from +0.88 to +1.84 percentage points."
@@ -505,16 +691,6 @@ def test_classes_are_compared_by_pair(tmp_path):
     ]
 
 
-def test_names_are_text_and_not_html(tmp_path):
-    make_run(tmp_path / "p", 70.0)
-    make_run(tmp_path / "a", 71.0, attention="aa")
-    render.report([tmp_path], tmp_path / "out")
-    assert "<rocket>" in CLASSES
-    written = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "&lt;rocket&gt;" in written
-    assert "<rocket>" not in written
-
-
 @pytest.mark.parametrize("attention", ["none", "aa"])
 def test_one_run_alone_has_a_page(tmp_path, pictures, attention):
     make_run(tmp_path / "a", 70.0, 0, attention, epochs=1)
@@ -522,6 +698,7 @@ def test_one_run_alone_has_a_page(tmp_path, pictures, attention):
     assert "There are no finished runs of both a plain network and one with attention." in written
 
 
+@pytest.mark.slow
 def test_two_hundred_runs(tmp_path, pictures):
     """All of them are on the page: 64 augmented variants and two plain ones, three seeds each."""
     for number in range(66):
@@ -562,3 +739,142 @@ def test_colours_of_few_and_of_many(tmp_path):
     assert hued == [f"AA dk={dk}" for dk in (16, 17, 18, 19)]
     assert many["plain epochs=3"] == figures.PLAIN
     assert many["plain epochs=4"] == figures.OTHERS
+
+
+# ---- Names from outside -------------------------------------------------------------------------
+
+
+def of_markdown(line):
+    """What a reader sees of a line of Markdown in which everything is escaped."""
+    assert not re.search(r"(?<!\\)(?:\\\\)*[`*\[\]~$<>|]", line), line
+    assert not re.search(r"://|www\.|^(#|[-+=]+|\d+[.)])( |$)", line), line
+    for underscore in re.finditer(r"(?<!\\)_", line):
+        around = line[underscore.start() - 1 : underscore.end() + 1]
+        assert re.fullmatch(r"[A-Za-z0-9]_[A-Za-z0-9]", around), line
+    return html.unescape(re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", line))
+
+
+@pytest.mark.parametrize("name", [*NASTY, "- item", "+", "1. item", "12)", "# head", "---", "==="])
+def test_markdown_shows_a_name_as_it_is(name):
+    line = text.markdown(name)
+    assert of_markdown(line) == text.one_line(name)
+    assert not re.search(r"[\x00-\x1f\x7f\u202a-\u202e\ud800-\udfff]", line)
+    # Ordinary names and numbers are left alone.
+    for plain in ("wrn16_4", "AA dk=0.2 optim.lr=0.1", "73.00 ± 2.65", "+1.62", "2.5", "a - b, c."):
+        assert text.markdown(plain) == plain
+
+
+def test_bytes_of_another_locale_are_read_as_utf_8():
+    assert text.printable("Gr\udcc3\udcb6\udcc3\udc9fe \udcff\ud800") == r"Größe \xff\ud800"
+
+
+def test_names_are_text_in_both_files(tmp_path, pictures):
+    nasty_runs(tmp_path / "runs")
+    console = render.report([tmp_path / "runs"], tmp_path / "out")
+    assert "\x1b" not in console
+    console.encode()
+    written = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    found = Page(written)
+    assert found.open == []
+    allowed = "html head meta link title style body main h1 h2 h3 p section div article span ul li"
+    allowed += " strong figure img figcaption table thead tbody tr th td caption details summary"
+    assert {tag for tag, _ in found.tags} <= set(allowed.split())
+    assert not any("onerror" in attributes for _, attributes in found.tags)
+    assert "{{ title }}{% raw %}" in written
+    markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    own = {"<details>", "</details>", "<summary>", "</summary>"}
+    assert set(re.findall(r"<[^>\n]*>", markdown)) == own
+    width = None
+    for line in markdown.splitlines():
+        assert re.fullmatch(r"#{1,2} [A-Z].*", line) or not line.startswith("#")
+        if not line.startswith("|"):
+            width = None
+            continue
+        cells = line[2:-2].split(" | ") if not line.startswith("|--") else line[1:-1].split("|")
+        width = width or len(cells)
+        assert len(cells) == width, line
+        if not line.startswith("|--"):
+            for cell in cells:
+                of_markdown(cell)
+
+
+# ---- Where it is written ------------------------------------------------------------------------
+
+
+def run_report(arguments, prefix="", **environment):
+    """scripts/report.py in a shell of its own: exit code, standard output and error as bytes."""
+    script = f'{prefix} exec "$0" "$@"'
+    command = ["bash", "-c", script, sys.executable, str(ROOT / "scripts" / "report.py")]
+    return subprocess.run(
+        [*command, *map(os.fsencode, arguments)],
+        capture_output=True,
+        env=os.environ | environment,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_utf_8_whatever_the_locale_says(tmp_path):
+    """`LC_ALL=C` with what Python does about it switched off: its default is then ASCII."""
+    names = ["Äpfel", "大きさ", "ñ"]
+    root = tmp_path / "Läufe"
+    for seed in (0, 1):
+        make_run(root / f"p{seed}", 70.0, seed, classes=names, data__name="größe")
+        make_run(root / f"ä{seed}", 71.0 + seed, seed, "aa", classes=names, data__name="größe")
+    make_run(root / "unfertig ü", 1.0, 2, finished=False)
+    make_run(Path(os.fsdecode(os.fsencode(root) + b"/\xff")) / "x", 1.0, 2, finished=False)
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run_report([root, "--data", "größe"], **locale)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""
+    assert f"written: {root}/report.html" in done.stdout.decode()
+    assert "on größe, evaluated" in done.stdout.decode()
+    for name in ("report.md", "report.html"):
+        written = (root / name).read_text(encoding="utf-8")
+        assert all(word in written for word in [*names, f"{root}/unfertig ü", "±", MINUS])
+        assert ("/\\xff/x" if name.endswith("html") else "/\\\\xff/x") in written
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(tmp_path, monkeypatch):
+    make_run(tmp_path / "p", 70.0)
+    render.report([tmp_path], tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    make_run(tmp_path / "a", 71.0, attention="aa")
+    written = len(before) + 2  # with the pictures of a comparison
+    for number in range(written):
+        left = iter([True] * number + [False])
+
+        def fsync(handle, left=left):
+            if not next(left, True):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match=r"cannot be written \(No space left on device\)"):
+            render.report([tmp_path], tmp_path / "out")
+        after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert after == before
+    monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_an_error_is_utf_8_too(tmp_path):
+    done = run_report([tmp_path / "fehlt ß"], LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 1
+    assert done.stderr.decode() == f"report.py: there is no {tmp_path}/fehlt ß\n"
+
+
+@pytest.mark.slow
+def test_the_command_on_a_full_disk(tmp_path):
+    make_run(tmp_path / "p", 70.0)
+    assert run_report([tmp_path]).returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("report*")}
+    make_run(tmp_path / "a", 71.0, attention="aa")
+    done = run_report([tmp_path], prefix="ulimit -f 60;")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"report\.py: {tmp_path}/report\.html cannot be written \(File too large\)\n",
+        done.stderr.decode(),
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("report*")} == before
+    assert not list(tmp_path.glob("*.partial"))

@@ -16,7 +16,9 @@ _LARGEST = 3.5e38
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether ``value`` is a float, NaN and infinity included, or an int within its range."""
+    whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+    return whole or isinstance(value, float)
 
 
 def is_finite(value: Any) -> bool:
@@ -25,10 +27,12 @@ def is_finite(value: Any) -> bool:
 
 
 def is_whole(value: Any, least: int) -> bool:
+    """Whether ``value`` is an int of at least ``least`` and less than 2^64."""
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**64
 
 
 def is_percentage(value: Any) -> bool:
+    """Whether ``value`` is a number from 0 to 100."""
     return is_finite(value) and 0 <= value <= 100
 
 

@@ -1,0 +1,420 @@
+"""Damaged run folders: each is listed with file and key, and the rest is reported."""
+
+import copy
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from reporting import figures, page, render, runs
+
+from folders import failed, make_run, stretch
+from helpers import ROOT
+
+MISSING = object()
+# What any value may be replaced by. Python reads and writes NaN as JSON, and 1e999 as infinity.
+DAMAGES = {
+    "missing": MISSING,
+    "null": None,
+    "text": "rubbish",
+    "no text": "",
+    "half a character": "\ud800",
+    "list": [],
+    "nested list": [[1], "x"],
+    "object": {},
+    "bool": True,
+    "nan": math.nan,
+    "infinite": math.inf,
+    "negative": -3,
+    "fraction": 2.5,
+    "large": 1e300,
+    "huge": 10**400,
+}
+# What summary.json promises; config and the stretches promise more, below.
+PROMISED = {
+    *("format", "epochs", "seed", "train/loss", "train/lr", "test/loss", "test/top1", "test/top5"),
+    *("perf/total_seconds", "per_class_top1", "class_names", "model", "attention", "data"),
+    *("evaluated_on", "parameters", "flops", "stretches", "config"),
+}
+PROMISED_WITHIN = {
+    *("config.seed", "config.epochs", "config.attention", "config.data"),
+    *(f"stretches.{n}.{key}" for n in (0, 1) for key in stretch()),
+}
+
+
+@pytest.fixture(autouse=True)
+def sketches(monkeypatch):
+    """Pictures are laid out but not drawn, which would take most of the time."""
+    monkeypatch.setattr(figures, "_as_svg", lambda figure: "<svg/>")
+
+
+def healthy(root):
+    make_run(root / "plain")
+    return make_run(root / "aa", 72.0, attention="aa")
+
+
+def whole_summary(root):
+    """A summary with everything that one may have: its text as a value."""
+    stretches = {"stretches": [stretch(), stretch(2, commit="f" * 40)]}
+    folder = make_run(root, 71.0, 1, "aa", facts=stretches, grad_clip=None, compile=False)
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def keys_of(value, prefix=()):
+    """The places of all values in an object, inner ones too."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in pairs:
+        yield (*prefix, key)
+        if isinstance(inner, (dict, list)):
+            yield from keys_of(inner, (*prefix, key))
+
+
+def damaged(value, key, damage):
+    value = copy.deepcopy(value)
+    inner = value
+    for name in key[:-1]:
+        inner = inner[name]
+    if damage is MISSING:
+        del inner[key[-1]]
+    else:
+        inner[key[-1]] = damage
+    return value
+
+
+def all_damages(root, names=tuple(DAMAGES)):
+    """A folder for each damage of each value of a summary: (key, damage's name, folder)."""
+    summary = whole_summary(root / "whole")
+    for number, key in enumerate(keys_of(summary)):
+        for name in names:
+            damage = DAMAGES[name]
+            folder = root / "damaged" / f"{number} {name}"
+            shutil.copytree(root / "whole", folder)
+            text = json.dumps(damaged(summary, key, damage))
+            (folder / "summary.json").write_text(text, encoding="utf-8")
+            yield ".".join(map(str, key)), name, folder
+
+
+def one_by_one(root, names=tuple(DAMAGES)):
+    """What becomes of each damage: (key, damage's name, a run or what is excluded)."""
+    for key, name, folder in all_damages(root, names):
+        found, excluded = runs.read([folder])
+        (result,) = [*found, *excluded]
+        yield key, name, result
+
+
+def test_every_damaged_key_of_a_summary_is_named(tmp_path):
+    unnoticed = set()
+    for key, name, result in one_by_one(tmp_path):
+        if isinstance(result, runs.Run):
+            unnoticed.add((key, name))
+            continue
+        assert "\n" not in result.why
+        if result.kind == "diverged":
+            assert (key, name) in {
+                (score, damage)
+                for score in ("train/loss", "test/loss", "test/top1", "test/top5")
+                for damage in ("nan", "infinite", "large")
+            }
+        else:
+            assert result.kind == "unreadable"
+            assert result.why.startswith("summary.json")
+            # A damage may show where two values disagree; a list is named as a whole.
+            names = [part for part in key.split(".") if not part.isdigit()]
+            assert any(part in result.why for part in names), (key, name, result.why)
+    # Settings may be anything. What is promised is noticed unless the value is a possible one.
+    assert {(k, n) for k, n in unnoticed if k in PROMISED | PROMISED_WITHIN} == {
+        *((key, "text") for key in ("model", "data")),
+        *((key, "half a character") for key in ("model", "data")),
+        *((key, damage) for key in ("train/loss", "test/loss") for damage in ("negative",)),
+        *((key, "fraction") for key in ("train/loss", "test/loss", "train/lr", "test/top1")),
+        *((key, "fraction") for key in ("test/top5", "perf/total_seconds")),
+        ("config.attention", "object"),
+        ("config.data", "object"),
+        *(
+            (f"stretches.{n}.{key}", damage)
+            for n in (0, 1)
+            for key in ("commit", "hardware", "precision")
+            for damage in ("text", "half a character")
+        ),
+        *((f"stretches.{n}.versions", "object") for n in (0, 1)),
+    }
+
+
+@pytest.mark.parametrize(
+    "names", [["missing"], pytest.param([*DAMAGES], marks=pytest.mark.slow)], ids=["missing", "all"]
+)
+def test_no_damage_of_a_summary_ends_the_report(tmp_path, names):
+    """All at once; those that are runs still, on pages of their data sets."""
+    healthy(tmp_path)
+    folders = [folder for *_, folder in all_damages(tmp_path, names)]
+    found, excluded = runs.read([tmp_path])
+    assert len(found) + len(excluded) == len(folders) + 3
+    for data in {run.data for run in found}:
+        render.report([tmp_path], tmp_path / "out", data)
+    assert len(found) > 20
+
+
+@pytest.mark.slow
+def test_what_is_a_run_in_spite_of_damage_has_a_page(tmp_path):
+    healthy(tmp_path / "rest")
+    rest, _ = runs.read([tmp_path / "rest"])
+    pages = 0
+    for _, _, result in one_by_one(tmp_path, ["missing", "text", "nested list", "fraction"]):
+        if isinstance(result, runs.Run):
+            variants, _ = runs.group_by_variant([result, *rest])
+            page.contents(rest[0].data, variants, [])
+            pages += 1
+    assert pages > 100
+
+
+def test_a_damaged_folder_is_listed_and_the_rest_is_reported(tmp_path):
+    healthy(tmp_path)
+    (make_run(tmp_path / "bad", 1.0, 5) / "summary.json").write_text("{}")
+    head = render.report([tmp_path], tmp_path / "out")
+    assert "2 finished runs" in head
+    assert "AA vs. plain: +2.00" in head
+    whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert (
+        f"| unreadable | summary.json: format is 1; this version reads format 2 | {tmp_path}"
+        in (whole.replace("\\_", "_"))
+    )
+
+
+# ---- metrics.csv --------------------------------------------------------------------------------
+
+
+def result_of(folder):
+    found, excluded = runs.read([folder])
+    (result,) = [*found, *excluded]
+    return result
+
+
+def csv_damages(lines):
+    """Damaged versions of a CSV's lines, by what is wrong and the column that is named."""
+    header = lines[0].split(",")
+    cells = [line.split(",") for line in lines]
+    for place, column in enumerate(header):
+        without = [row[:place] + row[place + 1 :] for row in cells]
+        yield "missing", column, without
+        renamed = [[*header[:place], "x", *header[place + 1 :]], *cells[1:]]
+        yield "missing", column, renamed
+        yield "twice", column, [[*row, row[place]] for row in cells]
+        for row in range(1, len(cells)):
+            for value in ("", "x", "None", "True", "[]", "-1", "nan", "inf", "1e300", "1;2"):
+                changed = copy.deepcopy(cells)
+                changed[row][place] = value
+                yield value, column, changed
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_every_damaged_column_of_the_metrics_is_named(tmp_path, finished):
+    folder = make_run(tmp_path / "a", finished=finished)
+    path = folder / "metrics.csv"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    unused = ("perf/images_per_s", "perf/peak_memory_mib")
+    scores = ("train/loss", "test/loss", "test/top1", "test/top5")
+    for value, column, cells in csv_damages(lines):
+        path.write_text("\n".join(",".join(row) for row in cells) + "\n", encoding="utf-8")
+        result = result_of(folder)
+        if column in unused and value in ("missing", "twice"):
+            continue
+        if value == "-1" and column in ("train/loss", "test/loss"):
+            continue
+        if value in ("nan", "inf", "1e300") and column in scores:
+            assert result.kind == ("diverged" if finished else "unfinished"), (value, column)
+            continue
+        assert isinstance(result, runs.Excluded), (value, column)
+        assert result.kind == "unreadable", (value, column, result)
+        assert result.why.startswith("metrics.csv")
+        assert column in result.why or column.partition("/")[0] + "/" in result.why
+
+
+@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_cut_file_is_never_a_result(tmp_path, step):
+    """Inside of a line, or after one."""
+    folder = make_run(tmp_path / "a", 71.0, 1, "aa")
+    for name in ("metrics.csv", "summary.json"):
+        content = (folder / name).read_bytes()
+        for length in [*range(0, len(content), step), len(content) - 1]:
+            (folder / name).write_bytes(content[:length])
+            result = result_of(folder)
+            assert isinstance(result, runs.Excluded), (name, length)
+            assert result.kind == "unreadable"
+            assert name in result.why
+        (folder / name).write_bytes(content)
+    assert isinstance(result_of(folder), runs.Run)
+
+
+def test_a_row_too_many_or_too_few_is_no_result(tmp_path):
+    folder = make_run(tmp_path / "a")
+    path = folder / "metrics.csv"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    for changed, why in (
+        (lines[:1], "metrics.csv has 0 epochs, but summary.json says epochs is 3"),
+        (lines[:3], "metrics.csv has 2 epochs, but summary.json says epochs is 3"),
+        ([*lines, lines[3].replace("3,", "4,", 1)], "metrics.csv has 4 epochs"),
+        ([*lines[:3], lines[2]], "metrics.csv, row 3: epoch is 2, not 3"),
+        ([*lines[:2], lines[3], lines[2]], "metrics.csv, row 2: epoch is 3, not 2"),
+        (["test" + line if line is lines[0] else line for line in lines], "no column epoch"),
+        ([line.replace("test/", "val/") for line in lines], "has no column test/top1"),
+        ([lines[0], "1,2,3\n"], "row 1: test/loss is null"),
+        ([lines[0], lines[1].rstrip() + ",7\n"], "row 1 has more values than"),
+    ):
+        path.write_text("".join(changed), encoding="utf-8")
+        result = result_of(folder)
+        assert result.kind == "unreadable"
+        assert why in result.why
+    path.unlink()
+    assert "metrics.csv is missing" in result_of(folder).why
+
+
+def test_a_header_alone_is_an_unfinished_run(tmp_path):
+    folder = make_run(tmp_path / "a", finished=False)
+    header = (folder / "metrics.csv").read_text(encoding="utf-8").splitlines(keepends=True)[0]
+    (folder / "metrics.csv").write_text(header, encoding="utf-8")
+    assert (result_of(folder).kind, result_of(folder).why) == ("unfinished", "0 epochs")
+
+
+# ---- Files that are none ------------------------------------------------------------------------
+
+
+def as_folder(path):
+    path.mkdir()
+
+
+def as_loop(path):
+    path.symlink_to(path)
+
+
+def as_pipe(path):
+    os.mkfifo(path)
+
+
+def as_nothing(path):
+    path.write_bytes(b"")
+
+
+def as_rubbish(path):
+    path.write_bytes(bytes(range(256)) * 4)
+
+
+def as_zeros(path):
+    path.write_bytes(b"\0" * 5000)
+
+
+def as_brackets(path):
+    path.write_text("[" * 100_000)
+
+
+def as_nesting(path):
+    path.write_text('{"format": 2, "config": ' + '{"a": ' * 400 + "1" + "}" * 401)
+
+
+def as_digits(path):
+    path.write_text('{"format": ' + "1" * 5000 + "}")
+
+
+def as_another_format(path):
+    path.write_text('{"format": 3}' if path.suffix == ".json" else "epoch,train_loss\n1,2.0\n")
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.csv", "failed.json"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        as_folder, as_loop, as_pipe, as_nothing, as_rubbish, as_zeros, as_brackets, as_nesting,
+        as_digits, as_another_format,
+    ],
+)  # fmt: skip
+def test_a_file_that_is_none_of_a_runs_is_named(tmp_path, name, damage):
+    folder = make_run(tmp_path / "a")
+    (folder / name).unlink(missing_ok=True)
+    damage(folder / name)
+    signal.alarm(120)  # to open a named pipe would wait for ever
+    try:
+        result = result_of(folder)
+    finally:
+        signal.alarm(0)
+    assert result.kind == "unreadable"
+    assert result.why.startswith(name)
+    assert "\n" not in result.why
+
+
+@pytest.mark.parametrize("damage", [None, [], {}, "", 7, True, math.nan, MISSING])
+def test_a_damaged_failure_is_named(tmp_path, damage):
+    folder = failed(make_run(tmp_path / "a", finished=False))
+    value = damaged({"format": 2, "error": "x"}, ["error"], damage)
+    (folder / "failed.json").write_text(json.dumps(value), encoding="utf-8")
+    result = result_of(folder)
+    assert result.kind == "unreadable"
+    assert result.why.startswith("failed.json: error is ")
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "a folder", "bytes", "digits"])
+def test_damaged_settings_of_an_unfinished_run_leave_out_its_length(tmp_path, name):
+    folder = make_run(tmp_path / "a", finished=False)
+    path = folder / ".hydra" / "config.yaml"
+    path.parent.mkdir()
+    if name == "a folder":
+        path.mkdir()
+    elif name == "bytes":
+        path.write_bytes(b"\xff\xfe")
+    elif name == "digits":
+        path.write_text("epochs: " + "9" * 5000 + "\n")
+    else:
+        path.write_text("epochs: many\n")
+    assert (result_of(folder).kind, result_of(folder).why) == ("unfinished", "3 epochs")
+
+
+def test_a_file_or_folder_without_permission_is_named():
+    nobody = 65534
+    if os.geteuid() not in (0, nobody):
+        nobody = os.geteuid()
+    root = Path(tempfile.mkdtemp())  # others may enter it, unlike pytest's
+    try:
+        root.chmod(0o755)
+        make_run(root / "a")
+        closed = make_run(root / "b") / "summary.json"
+        closed.chmod(0)
+        make_run(root / "c" / "d")
+        (root / "c").chmod(0)
+        owner = os.geteuid()
+        os.seteuid(nobody)
+        try:
+            found, excluded = runs.read([root])
+        finally:
+            os.seteuid(owner)
+        assert [run.folder for run in found] == [root / "a"]
+        assert {(e.folder.name, e.kind, e.why) for e in excluded} == {
+            ("b", "unreadable", "summary.json cannot be read (Permission denied)"),
+            ("c", "unreadable", "the folder cannot be read (Permission denied)"),
+        }
+    finally:
+        (root / "c").chmod(0o755)
+        shutil.rmtree(root)
+
+
+@pytest.mark.slow
+def test_without_asserts_too(tmp_path):
+    """`python -O` leaves them out; that a folder is skipped must not hang on them."""
+    healthy(tmp_path)
+    summary = whole_summary(tmp_path / "whole")
+    folders = []
+    for key in ("model", "epochs", "stretches", "test/top1"):
+        for name in ("missing", "null", "nan", "negative"):
+            folders.append(tmp_path / "damaged" / f"{len(folders)}")
+            shutil.copytree(tmp_path / "whole", folders[-1])
+            text = json.dumps(damaged(summary, [key], DAMAGES[name]))
+            (folders[-1] / "summary.json").write_text(text, encoding="utf-8")
+    command = [sys.executable, "-O", str(ROOT / "scripts" / "report.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "3 finished runs" in done.stdout
+    assert "16 folders excluded" in done.stdout
