@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import pytest
 import torch
 
 from aaconv import BACKENDS
@@ -38,7 +39,7 @@ def rows(folder):
 CASES = [
     ((1, 1), 1, 1, 1),
     ((1, 5), 3, 2, 1),
-    ((7, 13), 1, 64, 2),
+    pytest.param((7, 13), 1, 64, 2, marks=pytest.mark.slow),
     ((5, 3), 2, 3, 5),
     ((3, 7), 1, 20, 2),
     ((4, 2), 3, 1, 13),

@@ -19,6 +19,8 @@ from models import (
 from models.attention import GatherExcite, SqueezeExcite
 from models.blocks import Shortcut
 
+import reference
+
 PAPER = AA(dk=0.2, dv=0.1, Nh=8, min_dkh=20, position="relative", stages=[1, 2, 3])
 
 
@@ -148,6 +150,26 @@ def test_every_kind_learns_on_odd_sizes(block, shortcut, attention):
     assert out.shape == (3, 7)
     out.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("block", ["basic", "bottleneck", "preact"])
+@pytest.mark.parametrize("shortcut", ["projection", "pad", "subsample"])
+@pytest.mark.parametrize(
+    "attention", [NoAttention(), SE(4), GE(), aa(dk=4)], ids=["none", "se", "ge", "aa"]
+)
+def test_equals_the_network_written_out(block, shortcut, attention):
+    model = tiny(attention, block=block, shortcut=shortcut, image_size=(3, 5)).double().eval()
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2)
+        elif tensor.dim() == 1 and tensor.is_floating_point():  # of normalisations, and the head's
+            tensor.normal_()
+    x = torch.randn(2, 3, 3, 5, dtype=torch.float64)
+    kind = {"dk": 4, "dv": 4, "Nh": 2} if isinstance(attention, AA) else attention.name
+    expected = reference.resnet(
+        x, model.state_dict(), block=block, shortcut=shortcut, attention=kind
+    )
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-9)
 
 
 def test_attention_is_in_the_first_convolution_of_the_named_stages():
