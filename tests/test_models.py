@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from aaconv import AugmentedConv
 from models import (
@@ -266,11 +265,15 @@ def test_squeeze_excite_and_gather_excite_by_their_formulas():
 
 
 def test_initialisation():
-    model = tiny(aa(), widths=[64, 128], stem=64)
-    conv = model.stages[1][1].conv2
-    assert isinstance(conv, nn.Conv2d)
-    assert conv.weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
+    model = tiny(widths=[64, 128], stem=64)
+    conv = model.stages[1][0].conv1
+    assert conv.weight.shape == (128, 64, 3, 3)
+    assert conv.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
     assert model.head.bias.abs().max() == 0
+
+
+def test_attentions_have_the_names_that_choose_them():
+    assert [kind.name for kind in (NoAttention(), aa(), SE(4), GE())] == ["none", "aa", "se", "ge"]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +292,8 @@ def test_initialisation():
         (aa(stages=[]), {}, r"attention.stages=\[\].*attention=none"),
         (aa(stages=[0, 1]), {}, r"attention.stages=\[0, 1\].*1 to 2"),
         (aa(stages=[3]), {}, r"attention.stages=\[3\]"),
-        (aa(backend="quick"), {}, "backend='quick'"),
+        (aa(backend="quick"), {}, "^backend='quick' is unknown"),
+        (aa(backend="fold"), {}, "^backend='fold' is called 'sdpa' now; use backend='sdpa'$"),
         (SE(0), {}, "attention.ratio=0"),
         (SE(9), {}, "attention.ratio=9 leaves no hidden channel in a block of 8 channels"),
         (NoAttention(), {"block": "dense"}, "block='dense'"),
