@@ -115,6 +115,7 @@ def test_only_positions_distinguish_pixels():
     [
         ({"q": (2, 2, 5, 3, 4)}, r"\(2, 2, 5, 3, 4\)"),
         ({"v": (2, 2, 3, 5, 4)}, r"\(2, 2, 3, 5, 4\)"),
+        ({"q": (2, 5, 3, 3), "k": (2, 5, 3, 3), "v": (2, 5, 3, 3)}, r"must be \(B, Nh, H, W"),
         ({"rel_h": (8, 3)}, r"rel_h must be \(9, 3\).*5x3.*got \(8, 3\)"),
         ({"rel_w": (5, 2)}, r"rel_w must be \(5, 3\)"),
         ({"rel_w": None}, "give both or neither"),

@@ -42,6 +42,7 @@ EQUAL = [
     {"relative": False, "shape": 0, "stride": 2},
     {"dv": 11, "Nh": 1},
     {"dv": 0},
+    {"dk": 0, "dv": 0},
     {"Nh": 1},
     {"dk": 2, "dv": 2},
     {"dilation": 2, "padding": 2},
@@ -231,6 +232,17 @@ def test_padding_keeps_the_size_by_default(kernel, dilation, padding):
     torch.testing.assert_close(layer(x), expected)
 
 
+def test_defaults():
+    layer = AugmentedConv(5, 11, 3, 6, 4, 2)
+    assert layer(torch.randn(2, 5, 3, 7)).shape == (2, 11, 3, 7)
+    convolutions = ("conv_out", "qkv_conv", "attn_out")
+    assert {n for n, _ in layer.named_parameters()} == {
+        f"{name}.{what}" for name in convolutions for what in ("weight", "bias")
+    }
+    assert layer.qkv_conv.weight.shape == (16, 5, 1, 1)
+    assert layer.backend == "auto"
+
+
 def test_no_bias():
     assert not [n for n, _ in build(bias=False).named_parameters() if "bias" in n]
 
@@ -347,6 +359,9 @@ def test_tables_of_other_queries_are_not_loaded():
     with pytest.raises(RuntimeError, match="size mismatch for key_rel_w"):
         build().load_state_dict(build(dk=4).state_dict())
     state = build().state_dict()
+    state["key_rel_h"] = torch.zeros(4, 3)  # of no map: 2H-1 is odd
+    with pytest.raises(RuntimeError, match="size mismatch for key_rel_h"):
+        build().load_state_dict(state)
     del state["key_rel_h"]
     with pytest.raises(RuntimeError, match="key_rel_h"):
         build().load_state_dict(state)
