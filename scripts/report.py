@@ -10,18 +10,24 @@ unfinished, diverged, unreadable, duplicates or of another data set are listed, 
 any number.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training import console
+
+if __name__ == "__main__":
+    console.prepare("report.py")
+
+import argparse
 
 from reporting.render import report
 from reporting.text import printable
 
 
 def main() -> None:
-    set_up_console()
+    console.ready()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,15 +45,10 @@ def main() -> None:
     try:
         print(report(arguments.runs, out, arguments.data))
     except (ValueError, OSError) as error:
-        sys.exit("report.py: " + printable(str(error)).replace("\n", " "))
+        console.stop("report.py", printable(console.one_line(error)), 1)
+    except KeyboardInterrupt:
+        console.stop("report.py", "interrupted", 130)
     print(printable(f"written: {out / 'report.html'}, {out / 'report.md'}"))
-
-
-def set_up_console() -> None:
-    """UTF-8 on stdout and stderr, whatever the locale says."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What several test files share: tiny settings, what a run leaves, attention's inputs."""
 
 import csv
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
 from aaconv import BACKENDS
@@ -34,11 +36,13 @@ def rows(folder):
         return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
 # (H, W), heads, dkh, dvh
 CASES = [
     ((1, 1), 1, 1, 1),
     ((1, 5), 3, 2, 1),
-    ((7, 13), 1, 64, 2),
+    slow((7, 13), 1, 64, 2),
     ((5, 3), 2, 3, 5),
     ((3, 7), 1, 20, 2),
     ((4, 2), 3, 1, 13),

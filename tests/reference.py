@@ -1,4 +1,4 @@
-"""The layer written out pair by pair, to compare with. Shares no code with `aaconv`."""
+"""The layer pair by pair and the network step by step. Shares no code with `aaconv` or `models`."""
 
 import torch
 import torch.nn.functional as F
@@ -59,3 +59,89 @@ def augmented_conv(x, weights, *, dk, dv, Nh, stride=1, padding=1, dilation=1, g
         mixed = torch.einsum("bhwi,oi->bohw", together, weights["attn_out.weight"][:, :, 0, 0])
         out.append(mixed + weights["attn_out.bias"][:, None, None])
     return torch.cat(out, dim=1)
+
+
+def resnet(x, state, *, block, shortcut, attention):
+    """A ResNet in evaluation mode, from its state dict.
+
+    ``attention`` is "none", "ge", "se", or for augmented blocks a dict of dk, dv and Nh.
+    """
+    residual = {"basic": _basic, "bottleneck": _bottleneck, "preact": _preact}[block]
+    blocks = sorted({name[: len("stages.0.0")] for name in state if name.startswith("stages.")})
+    x = F.conv2d(x, state["conv.weight"], padding=1)
+    if block != "preact":
+        x = _normalised(x, state, "bn_in").clamp(min=0)
+    for name in blocks:
+        weights = {n[len(name) + 1 :]: t for n, t in state.items() if n.startswith(name)}
+        stride = 2 if name.endswith(".0") and name != "stages.0.0" else 1
+        y, x = residual(x, weights, stride, shortcut, attention)
+        x = _gated(y, weights, attention) + x
+        if block != "preact":
+            x = x.clamp(min=0)
+    if block == "preact":
+        x = _normalised(x, state, "bn_out").clamp(min=0)
+    return x.flatten(2).mean(2) @ state["head.weight"].T + state["head.bias"]
+
+
+def _basic(x, weights, stride, shortcut, attention):
+    y = _normalised(_first(x, weights, "conv1", stride, attention), weights, "bn1").clamp(min=0)
+    y = _normalised(F.conv2d(y, weights["conv2.weight"], padding=1), weights, "bn2")
+    return y, _shortcut(x, y, weights, stride, shortcut, normalise=True)
+
+
+def _bottleneck(x, weights, stride, shortcut, attention):
+    y = _normalised(F.conv2d(x, weights["conv1.weight"]), weights, "bn1").clamp(min=0)
+    y = _normalised(_first(y, weights, "conv2", stride, attention), weights, "bn2").clamp(min=0)
+    y = _normalised(F.conv2d(y, weights["conv3.weight"]), weights, "bn3")
+    return y, _shortcut(x, y, weights, stride, shortcut, normalise=True)
+
+
+def _preact(x, weights, stride, shortcut, attention):
+    active = _normalised(x, weights, "bn1").clamp(min=0)
+    y = _first(active, weights, "conv1", stride, attention)
+    y = F.conv2d(_normalised(y, weights, "bn2").clamp(min=0), weights["conv2.weight"], padding=1)
+    if x.shape == y.shape:
+        return y, x
+    return y, _shortcut(active, y, weights, stride, shortcut, normalise=False)
+
+
+def _shortcut(x, y, weights, stride, kind, normalise):
+    if x.shape == y.shape:
+        return x
+    if kind == "projection":
+        name = "shortcut.0.conv.weight" if normalise else "shortcut.conv.weight"
+        x = F.conv2d(x, weights[name], stride=stride)
+        return _normalised(x, weights, "shortcut.1") if normalise else x
+    out = torch.zeros_like(y)
+    for h in range(y.shape[2]):
+        for w in range(y.shape[3]):
+            window = x[:, :, h * stride : (h + 1) * stride, w * stride : (w + 1) * stride]
+            pixel = window.mean((2, 3)) if kind == "pad" else window[:, :, 0, 0]
+            out[:, : x.shape[1], h, w] = pixel
+    return out
+
+
+def _first(x, weights, name, stride, attention):
+    if not isinstance(attention, dict):
+        return F.conv2d(x, weights[name + ".weight"], stride=stride, padding=1)
+    own = {n.removeprefix(name + "."): t for n, t in weights.items() if n.startswith(name)}
+    own["qkv_conv.bias"] = own["attn_out.bias"] = torch.zeros(1, dtype=x.dtype)
+    return augmented_conv(x, own, stride=stride, **attention)
+
+
+def _gated(y, weights, attention):
+    mean = y.flatten(2).mean(2)
+    if attention == "se":
+        hidden = (mean @ weights["recalibrate.squeeze.weight"][:, :, 0, 0].T).clamp(min=0)
+        mean = hidden @ weights["recalibrate.excite.weight"][:, :, 0, 0].T
+    elif attention != "ge":
+        return y
+    return y / (1 + torch.exp(-mean))[:, :, None, None]
+
+
+def _normalised(x, weights, name):
+    mean, variance, scale, shift = (
+        weights[f"{name}.{what}"][:, None, None]
+        for what in ("running_mean", "running_var", "weight", "bias")
+    )
+    return (x - mean) / (variance + 1e-5) ** 0.5 * scale + shift

@@ -1,27 +1,38 @@
 """`attention_2d`: every backend against the pair-by-pair formula."""
 
+import inspect
 import re
+import subprocess
+import sys
+from functools import cache
 
 import pytest
 import torch
 
-from aaconv import attention_2d
-from aaconv.functional import check_backend, unavailable_reason
+from aaconv import BACKENDS, attention_2d, backends
+from aaconv.functional import check_backend, choose_backend, unavailable_reason
 
 import reference
-from helpers import CASES, inputs, inputs_like, usable, with_gradients
+from helpers import CASES, ROOT, inputs, inputs_like, usable, with_gradients
+
+
+def case(size, heads, dkh, dvh, relative):
+    tensors = inputs(size, heads, dkh, dvh, batch=1 if size == (7, 13) else 2)
+    return tensors if relative else tensors[:3]
+
+
+@cache  # the same for every backend, and slow
+def by_formula(*arguments):
+    return [t.detach() for t in with_gradients(reference.attention, case(*arguments))]
 
 
 @pytest.mark.parametrize("backend", usable(torch.float64))
 @pytest.mark.parametrize(("size", "heads", "dkh", "dvh"), CASES)
 @pytest.mark.parametrize("relative", [True, False])
 def test_equals_the_formula_with_gradients(backend, size, heads, dkh, dvh, relative):
-    tensors = inputs(size, heads, dkh, dvh, batch=1 if size == (7, 13) else 2)[
-        : 5 if relative else 3
-    ]
-    expected = with_gradients(reference.attention, tensors)
-    got = with_gradients(lambda *t: attention_2d(*t, backend=backend), tensors)
-    for a, b in zip(got, expected, strict=True):
+    arguments = (size, heads, dkh, dvh, relative)
+    got = with_gradients(lambda *t: attention_2d(*t, backend=backend), case(*arguments))
+    for a, b in zip(got, by_formula(*arguments), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
@@ -104,6 +115,7 @@ def test_only_positions_distinguish_pixels():
     [
         ({"q": (2, 2, 5, 3, 4)}, r"\(2, 2, 5, 3, 4\)"),
         ({"v": (2, 2, 3, 5, 4)}, r"\(2, 2, 3, 5, 4\)"),
+        ({"q": (2, 5, 3, 3), "k": (2, 5, 3, 3), "v": (2, 5, 3, 3)}, r"must be \(B, Nh, H, W"),
         ({"rel_h": (8, 3)}, r"rel_h must be \(9, 3\).*5x3.*got \(8, 3\)"),
         ({"rel_w": (5, 2)}, r"rel_w must be \(5, 3\)"),
         ({"rel_w": None}, "give both or neither"),
@@ -171,3 +183,61 @@ def test_backends_without_triton(backend, monkeypatch):
     assert unavailable_reason("flex", cpu, torch.float32, needs_grad=False) is None
     for other in ("auto", "reference", "sdpa", "tiled"):
         assert unavailable_reason(other, cuda, torch.float16, needs_grad=True) is None
+
+
+def test_backends_are_named_once():
+    assert BACKENDS == ("auto", "reference", "sdpa", "tiled", "fused", "flex")
+    assert tuple(backends.MODULES) == BACKENDS[1:]
+
+
+@pytest.mark.parametrize("name", BACKENDS[1:])
+def test_every_backend_has_the_same_two_functions(name):
+    for function in ("attend", "unavailable_reason"):
+        _, *expected = inspect.signature(getattr(backends.Backend, function)).parameters.values()
+        signature = inspect.signature(getattr(backends.MODULES[name], function))
+        assert list(signature.parameters.values()) == expected
+
+
+def test_the_former_name_of_a_backend_is_answered_with_the_new_one():
+    words = "backend='fold' is called 'sdpa' now; use backend='sdpa'"
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        attention_2d(*inputs((1, 2), 1, 2, 2), backend="fold")
+
+
+@pytest.mark.parametrize(
+    ("size", "device", "relative", "expected"),
+    [
+        ((8, 8), "cpu", True, "reference"),
+        ((5, 13), "cpu", True, "tiled"),
+        ((5, 13), "cpu", False, "sdpa"),
+        ((8, 8), "cpu", False, "sdpa"),
+        ((5, 13), "meta", True, "sdpa"),
+        ((8, 8), "meta", True, "sdpa"),
+    ],
+)
+def test_auto(size, device, relative, expected):
+    assert choose_backend(torch.empty(2, 3, *size, 4, device=device), relative=relative) == expected
+
+
+@pytest.mark.slow
+def test_triton_is_not_imported_before_it_is_used():
+    """It takes a while, and not every platform has it."""
+    program = """
+import sys, torch
+from aaconv import AugmentedConv
+for backend in ("auto", "reference", "sdpa", "tiled", "flex"):
+    layer = AugmentedConv(3, 8, 3, 4, 4, 2, (3, 5), True, backend=backend)
+    if backend != "flex":
+        layer(torch.randn(2, 3, 3, 5)).sum().backward()
+assert "triton" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_the_package_is_installed_whole():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "packages"
+    ]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "aaconv").rglob("*.py")}
+    assert {".".join(folder.parts) for folder in folders} == set(packages)

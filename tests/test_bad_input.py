@@ -153,8 +153,8 @@ SETTINGS = [
     ("attention.dv=1.5", "attention.dv=1.5 as a fraction must not exceed 1"),
     ("attention.Nh=0", "attention.Nh=0 must be at least 1"),
     ("attention.position=absolute", "attention.position=absolute is unknown; choose one of"),
-    ("attention.stages=[]", "attention.stages=[] must name some of the network's stages 1 to 3"),
-    ("attention.stages=[4]", "attention.stages=[4] must name some of the network's stages 1 to 3"),
+    ("attention.stages=[]", "attention.stages=[] must be some of the network's stages 1 to 3"),
+    ("attention.stages=[4]", "attention.stages=[4] must be some of the network's stages 1 to 3"),
     ("attention.backend=cudnn", "backend='cudnn' is unknown; choose one of auto"),
     ("attention=se attention.ratio=0", "attention.ratio=0 must be at least 1"),
     ("model.depths=[1,1]", "depths=[1, 1] and widths=[4, 8, 8] must be equally long"),
@@ -169,7 +169,10 @@ SETTINGS = [
     ("name=", "name= must not be empty: it names a folder"),
     ("wandb.mode=offline wandb.project=a/b", "wandb.project=a/b must be a name without /"),
     # resuming
-    ("resume=nowhere", "resume=nowhere: there is no checkpoint; resume=auto continues the run's own, if any"),
+    (
+        "resume=nowhere",
+        "resume=nowhere: there is no checkpoint; resume=auto continues the run's own, if any",
+    ),
 ]
 
 
@@ -224,7 +227,7 @@ def test_the_right_runs_of_a_sweep_are_kept(monkeypatch, tmp_path, capfd):
     with pytest.raises(SystemExit) as stopped:
         cli.run(train.main)
     assert stopped.value.code == 2
-    assert "attention.stages=[9] must name" in capfd.readouterr().err
+    assert "attention.stages=[9] must be" in capfd.readouterr().err
     assert len(list(tmp_path.rglob("summary.json"))) == 1
     assert len(list(tmp_path.rglob(".hydra"))) == 1
 

@@ -64,6 +64,7 @@ def test_a_method_that_does_not_fit_is_listed_without_times(monkeypatch):
     assert bench_layer._fits("tiled", huge, torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_peak_memory_of_a_pass_covers_its_logits():
     case = {"size": 16, "batch": 8, "dtype": "float32", "channels": 8, "dk": 8, "dv": 8, "Nh": 8}
     logits = 8 * 8 * 16**4 * 4 / 2**20  # 16 MiB

@@ -6,7 +6,7 @@ import torch
 from aaconv import AugmentedConv, attention_2d
 
 import reference
-from helpers import CASES, inputs, inputs_like
+from helpers import CASES, inputs, inputs_like, slow
 
 
 def flex(*tensors):
@@ -14,7 +14,7 @@ def flex(*tensors):
 
 
 @pytest.mark.parametrize(("size", "heads", "dkh", "dvh"), CASES)
-@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize("relative", [True, slow(False)])
 def test_equals_the_formula(size, heads, dkh, dvh, relative):
     tensors = inputs(size, heads, dkh, dvh, batch=1)[: 5 if relative else 3]
     with torch.no_grad():
@@ -24,7 +24,7 @@ def test_equals_the_formula(size, heads, dkh, dvh, relative):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [slow(torch.bfloat16), torch.float16])
 def test_half_precision_errs_no_more_than_the_formula(dtype):
     tensors = inputs((7, 5), 2, 8, 5, batch=1)
     low = inputs_like(tensors, dtype)
@@ -42,6 +42,7 @@ def test_large_logits_in_fp16_stay_finite():
         torch.testing.assert_close(flex(*tensors).double(), exact, rtol=0, atol=2e-2)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_any_strides():
     wide = [t.repeat_interleave(2, -1).transpose(2, 3) for t in inputs((5, 3), 2, 4, 3)[:3]]
@@ -50,6 +51,7 @@ def test_any_strides():
     torch.testing.assert_close(flex(*views, *tables), reference.attention(*views, *tables))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_more_shapes_than_dynamo_compiles_by_default():
     for width in range(1, torch._dynamo.config.recompile_limit + 3):
@@ -57,6 +59,7 @@ def test_more_shapes_than_dynamo_compiles_by_default():
         torch.testing.assert_close(flex(*tensors), reference.attention(*tensors))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_in_the_layer():
     layer = AugmentedConv(4, 8, 3, 6, 4, 2, (3, 5), True, backend="flex")

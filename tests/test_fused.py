@@ -12,7 +12,7 @@ import torch
 from aaconv import AugmentedConv, attention_2d
 
 import reference
-from helpers import inputs, inputs_like, with_gradients
+from helpers import inputs, inputs_like, slow, with_gradients
 
 pytest.importorskip("triton")
 
@@ -28,10 +28,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     ((1, 1), 1, 1, 1, 2),
     ((1, 5), 3, 2, 1, 2),
-    ((7, 13), 1, 64, 2, 1),
-    ((5, 3), 2, 20, 5, 2),
+    slow((7, 13), 1, 64, 2, 1),
+    slow((5, 3), 2, 20, 5, 2),
     ((4, 2), 3, 1, 17, 2),
-    ((2, 67), 1, 20, 2, 1),  # wider than a tile
+    slow((2, 67), 1, 20, 2, 1),  # wider than a tile
 ]
 
 
@@ -58,7 +58,7 @@ def test_equals_the_formula_with_gradients(size, heads, dkh, dvh, batch):
     assert_close(with_gradients(by_kernels, on_device(tensors, torch.float32)), expected, 5e-6)
 
 
-@pytest.mark.parametrize("size", [(5, 3), (1, 67)])
+@pytest.mark.parametrize("size", [(5, 3), slow((1, 67))])
 def test_without_tables(size):
     tensors = inputs(size, 2, 20, 5)[:3]
     expected = with_gradients(reference.attention, tensors)
@@ -66,7 +66,7 @@ def test_without_tables(size):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("size", "heads"), [((3, 5), 2), ((7, 11), 1)])
+@pytest.mark.parametrize(("size", "heads"), [((3, 5), 2), slow((7, 11), 1)])
 def test_half_precision_errs_no_more_than_the_formula(dtype, size, heads, monkeypatch):
     """Output within 2x, gradients within 3x of what the formula errs when computed in it."""
     if fused_ops.INTERPRETED and dtype == torch.bfloat16:
@@ -88,7 +88,7 @@ def bfloat16_product(self, a, b, d, *_):
     return interpreter.TensorHandle(factors[0] @ factors[1] + d.data, d.dtype.scalar)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "every other"])
+@pytest.mark.parametrize("layout", [slow("contiguous"), "channels_last", slow("every other")])
 def test_strides_are_as_they_come(layout):
     """Heads and channels as the layer splits them from one tensor, and a view with gaps."""
     double = inputs((3, 5), 2, 6, 4)
@@ -114,6 +114,7 @@ def test_strides_are_as_they_come(layout):
     assert_close(with_gradients(by_kernels, views), expected, 5e-6)
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_one_number_everywhere():
     tensors = inputs((3, 5), 2, 6, 4)
     expected = torch.autograd.grad(reference.attention(*tensors).sum(), tensors)
@@ -121,7 +122,7 @@ def test_a_gradient_that_is_one_number_everywhere():
     assert_close(torch.autograd.grad(by_kernels(*low).sum(), low), expected, 5e-6)
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", [0, slow(1), slow(2), 3, slow(4)])
 def test_each_input_alone_has_its_gradient(index):
     tensors = inputs((3, 5), 2, 6, 4)
     expected = with_gradients(reference.attention, tensors)[index + 1]
@@ -155,6 +156,7 @@ def test_the_operations_pass_opcheck():
         )
 
 
+@pytest.mark.slow
 def test_compiled_and_exported():
     layer = AugmentedConv(4, 8, 3, 6, 4, 2, (3, 5), True, backend="fused").to(DEVICE)
     x = torch.randn(2, 4, 3, 5, device=DEVICE)
@@ -166,6 +168,7 @@ def test_compiled_and_exported():
     torch.testing.assert_close(exported(x), layer(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "dtypes"), [(80, ["bfloat16"]), (90, ["float32", "bfloat16", "float16"])]
 )

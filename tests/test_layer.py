@@ -10,7 +10,7 @@ from torch import nn
 from aaconv import AugmentedConv
 
 import reference
-from helpers import usable
+from helpers import slow, usable
 
 
 def build(**change):
@@ -42,6 +42,7 @@ EQUAL = [
     {"relative": False, "shape": 0, "stride": 2},
     {"dv": 11, "Nh": 1},
     {"dv": 0},
+    {"dk": 0, "dv": 0},
     {"Nh": 1},
     {"dk": 2, "dv": 2},
     {"dilation": 2, "padding": 2},
@@ -175,7 +176,7 @@ def test_deepcopy_keeps_nothing_of_the_last_batch():
     torch.testing.assert_close(twin(image(2, 5, 3, 5)), out)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
+@pytest.mark.parametrize("backend", ["auto", slow("reference"), slow("sdpa")])
 def test_compile(backend):
     layer = build(backend=backend)
     x = image(2, 5, 3, 5)
@@ -183,7 +184,19 @@ def test_compile(backend):
     torch.testing.assert_close(compiled(x), layer(x))
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", "sdpa"])
+def test_auto_is_sdpa_in_a_compiled_layer():
+    """A compiler would unroll the loop over the tiles."""
+    graphs = []
+
+    def capture(graph, _):
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.compile(build(shape=(5, 13)), fullgraph=True, backend=capture)(image(2, 5, 5, 13))
+    assert "scaled_dot_product_attention" in graphs[0]
+
+
+@pytest.mark.parametrize("backend", ["auto", slow("reference"), slow("sdpa")])
 def test_export(backend):
     layer = build(backend=backend)
     x = image(2, 5, 3, 5)
@@ -193,10 +206,41 @@ def test_export(backend):
     torch.testing.assert_close(program.module()(other), layer(other))
 
 
-def test_qkv_kernel_size_reads_the_neighbourhood():
-    layer = build(qkv_kernel_size=3, out_channels=4)
+@pytest.mark.parametrize(("stride", "size"), [(1, (3, 5)), (2, (5, 9))])
+def test_qkv_kernel_size_reads_the_neighbourhood(stride, size):
+    layer = build(qkv_kernel_size=3, out_channels=4, stride=stride)
     assert layer.qkv_conv.weight.shape == (16, 5, 3, 3)
-    assert layer(image(2, 5, 3, 5)).shape == (2, 4, 3, 5)
+    x = image(2, 5, *size)
+    qkv = layer.qkv_conv
+    qkv = nn.functional.conv2d(x, qkv.weight, qkv.bias, stride=stride, padding=1)
+    weights = dict(layer.named_parameters())
+    weights["qkv_conv.weight"] = torch.eye(16).double()[:, :, None, None]
+    weights["qkv_conv.bias"] = torch.zeros(16).double()
+    expected = reference.augmented_conv(qkv, weights, dk=6, dv=4, Nh=2)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dilation", "padding"),
+    [(3, 1, 1), (3, 2, 2), ((3, 5), 1, (1, 2)), (3, (1, 3), (1, 3)), ((1, 5), (3, 2), (0, 4))],
+)
+def test_padding_keeps_the_size_by_default(kernel, dilation, padding):
+    x = image(2, 5, 3, 5)
+    layer = build(kernel_size=kernel, dilation=dilation)
+    expected = build(kernel_size=kernel, dilation=dilation, padding=padding)(x)
+    assert expected.shape == (2, 11, 3, 5)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_defaults():
+    layer = AugmentedConv(5, 11, 3, 6, 4, 2)
+    assert layer(torch.randn(2, 5, 3, 7)).shape == (2, 11, 3, 7)
+    convolutions = ("conv_out", "qkv_conv", "attn_out")
+    assert {n for n, _ in layer.named_parameters()} == {
+        f"{name}.{what}" for name in convolutions for what in ("weight", "bias")
+    }
+    assert layer.qkv_conv.weight.shape == (16, 5, 1, 1)
+    assert layer.backend == "auto"
 
 
 def test_no_bias():
@@ -237,7 +281,8 @@ def test_even_kernel_where_the_sizes_agree():
         ({"stride": 0}, "stride=0"),
         ({"groups": 2}, "groups=2 must divide in_channels=5"),
         ({"qkv_kernel_size": 2}, "qkv_kernel_size=2 must be odd"),
-        ({"backend": "quick"}, "backend='quick'"),
+        ({"backend": "quick"}, "backend='quick' is unknown; choose one of auto, reference, sdpa"),
+        ({"backend": "fold"}, "^backend='fold' is called 'sdpa' now; use backend='sdpa'$"),
         ({"absolute": "cosine"}, "absolute='cosine' is unknown; choose one of none, sine, coord"),
         ({"absolute": "sine", "in_channels": 3}, "absolute=sine needs in_channels"),
     ],
@@ -274,15 +319,15 @@ def test_a_larger_map_stretches_the_offsets():
         return torch.stack(rows)
 
     weights = dict(layer.named_parameters())
-    weights["key_rel_h"] = stretched(layer.key_rel_h, 7)
-    weights["key_rel_w"] = stretched(layer.key_rel_w, 11)
-    x = image(2, 5, 7, 11)
+    weights["key_rel_h"] = stretched(layer.key_rel_h, 4)
+    weights["key_rel_w"] = stretched(layer.key_rel_w, 7)
+    x = image(2, 5, 4, 7)
     expected = reference.augmented_conv(x, weights, dk=6, dv=4, Nh=2)
     torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-10)
     layer(x).square().sum().backward()
     assert layer.key_rel_h.grad.abs().min() > 0
 
-    larger = build(shape=(7, 11))
+    larger = build(shape=(4, 7))
     larger.load_state_dict(layer.state_dict())
     torch.testing.assert_close(larger(x), expected, rtol=0, atol=1e-10)
 
@@ -314,6 +359,9 @@ def test_tables_of_other_queries_are_not_loaded():
     with pytest.raises(RuntimeError, match="size mismatch for key_rel_w"):
         build().load_state_dict(build(dk=4).state_dict())
     state = build().state_dict()
+    state["key_rel_h"] = torch.zeros(4, 3)  # of no map: 2H-1 is odd
+    with pytest.raises(RuntimeError, match="size mismatch for key_rel_h"):
+        build().load_state_dict(state)
     del state["key_rel_h"]
     with pytest.raises(RuntimeError, match="key_rel_h"):
         build().load_state_dict(state)

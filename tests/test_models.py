@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from aaconv import AugmentedConv
 from models import (
@@ -18,6 +17,8 @@ from models import (
 )
 from models.attention import GatherExcite, SqueezeExcite
 from models.blocks import Shortcut
+
+import reference
 
 PAPER = AA(dk=0.2, dv=0.1, Nh=8, min_dkh=20, position="relative", stages=[1, 2, 3])
 
@@ -150,6 +151,26 @@ def test_every_kind_learns_on_odd_sizes(block, shortcut, attention):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("block", ["basic", "bottleneck", "preact"])
+@pytest.mark.parametrize("shortcut", ["projection", "pad", "subsample"])
+@pytest.mark.parametrize(
+    "attention", [NoAttention(), SE(4), GE(), aa(dk=4)], ids=["none", "se", "ge", "aa"]
+)
+def test_equals_the_network_written_out(block, shortcut, attention):
+    model = tiny(attention, block=block, shortcut=shortcut, image_size=(3, 5)).double().eval()
+    for name, tensor in model.state_dict().items():
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 2)
+        elif tensor.dim() == 1 and tensor.is_floating_point():  # of normalisations, and the head's
+            tensor.normal_()
+    x = torch.randn(2, 3, 3, 5, dtype=torch.float64)
+    kind = {"dk": 4, "dv": 4, "Nh": 2} if isinstance(attention, AA) else attention.name
+    expected = reference.resnet(
+        x, model.state_dict(), block=block, shortcut=shortcut, attention=kind
+    )
+    torch.testing.assert_close(model(x), expected, rtol=0, atol=1e-9)
+
+
 def test_attention_is_in_the_first_convolution_of_the_named_stages():
     assert list(augmented_layers(tiny(aa(stages=[2])))) == ["stages.1.0.conv1", "stages.1.1.conv1"]
     assert [m.shape for m in augmented_layers(tiny(aa())).values()] == [(11, 13), (6, 7), (6, 7)]
@@ -244,11 +265,15 @@ def test_squeeze_excite_and_gather_excite_by_their_formulas():
 
 
 def test_initialisation():
-    model = tiny(aa(), widths=[64, 128], stem=64)
-    conv = model.stages[1][1].conv2
-    assert isinstance(conv, nn.Conv2d)
-    assert conv.weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
+    model = tiny(widths=[64, 128], stem=64)
+    conv = model.stages[1][0].conv1
+    assert conv.weight.shape == (128, 64, 3, 3)
+    assert conv.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
     assert model.head.bias.abs().max() == 0
+
+
+def test_attentions_have_the_names_that_choose_them():
+    assert [kind.name for kind in (NoAttention(), aa(), SE(4), GE())] == ["none", "aa", "se", "ge"]
 
 
 @pytest.mark.parametrize(
@@ -267,7 +292,8 @@ def test_initialisation():
         (aa(stages=[]), {}, r"attention.stages=\[\].*attention=none"),
         (aa(stages=[0, 1]), {}, r"attention.stages=\[0, 1\].*1 to 2"),
         (aa(stages=[3]), {}, r"attention.stages=\[3\]"),
-        (aa(backend="quick"), {}, "backend='quick'"),
+        (aa(backend="quick"), {}, "^backend='quick' is unknown"),
+        (aa(backend="fold"), {}, "^backend='fold' is called 'sdpa' now; use backend='sdpa'$"),
         (SE(0), {}, "attention.ratio=0"),
         (SE(9), {}, "attention.ratio=9 leaves no hidden channel in a block of 8 channels"),
         (NoAttention(), {"block": "dense"}, "block='dense'"),

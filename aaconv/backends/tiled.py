@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from aaconv.backends.precision import in_float32, without_autocast
 
-# Size of the logits of one tile: small enough for the cache together with their gradients, large
+# Bytes of the logits of one tile: small enough for the cache together with their gradients, large
 # enough that the cost of launching an operation hardly counts.
 TILE_BYTES = 2**23
 
