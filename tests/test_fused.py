@@ -142,6 +142,7 @@ def test_second_derivatives_are_refused():
 
 # torch 2.14's own opcheck reads .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
 def test_the_operations_pass_opcheck():
     q, k, v, rel_h, rel_w = on_device(inputs((3, 2), 2, 6, 4), torch.float32)
     row_bias, col_bias = (

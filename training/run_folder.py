@@ -424,9 +424,9 @@ def folder_name(words: Iterable[str]) -> str:
     """A folder's name for these overrides, with a digest where it cannot show all of them."""
     text = ",".join(words)
     name = re.sub(r"[^\w.,=+\[\]-]+", "-", text).encode()[:150].decode(errors="ignore")
-    if name == text:
+    if name == text and text.strip("."):
         return name
-    return f"{name}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+    return f"{name.strip('.')}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
 def first_nonfinite(values: dict[str, Any]) -> str | None:

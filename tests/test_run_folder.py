@@ -1,0 +1,587 @@
+"""A run's folder: who may write there, what is left of a refused command, where a run came from."""
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from training import cli, console, distributed, provenance, run_folder, stopping
+from training.run_folder import HeldError, claimed, folder_name, holder
+
+from helpers import ROOT, TINY, rows
+
+LONG = ["epochs=10000", "data.train_size=64"]
+
+
+def everything_below(folder):
+    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def without_the_clock(folder):
+    """Everything that a run which is training does not change."""
+    kept = everything_below(folder)
+    return {p: kept[p] for p in kept if p.name not in CHANGING and ".partial" not in p.name}
+
+
+CHANGING = ("metrics.csv", "last.pt", "previous.pt", "train.log")
+
+
+def start(*words, program="train.py", cwd=None, prefix=(), **options):
+    """A command as a user starts it; its output is read unless ``options`` say otherwise."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("environment", {})
+    command = [*prefix, sys.executable, str(ROOT / program), *words]
+    return subprocess.Popen(command, cwd=cwd, env=environment, **options)
+
+
+def tiny(folder, *words):
+    """Words for a tiny run in ``folder``."""
+    return [*TINY, "device=cpu", f"out_dir={folder.parent}", f"hydra.run.dir={folder}", *words]
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 240  # a guard against hanging
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# ---- The claim ----------------------------------------------------------------------------------
+
+
+def test_a_claim_is_exclusive_and_names_its_holder(tmp_path):
+    path = tmp_path / "a" / "b"
+    with claimed(path) as folder:
+        folder.keep()
+        words = f"{path} is in use by process {os.getpid()} on .*, started 20"
+        before = everything_below(tmp_path)
+        with pytest.raises(HeldError, match=words), claimed(path):
+            pass
+        assert everything_below(tmp_path) == before
+        assert holder(path).startswith(f"process {os.getpid()} on ")
+    assert holder(path) is None
+    assert everything_below(tmp_path) == {tmp_path / "a": None, path: None}
+    with claimed(path):
+        pass
+
+
+def test_a_claim_of_a_thread_is_one(tmp_path):
+    refused = []
+
+    def second():
+        with pytest.raises(HeldError), claimed(tmp_path):
+            pass
+        refused.append(True)
+
+    with claimed(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(120)
+    assert refused == [True]
+
+
+def test_a_killed_holder_holds_nothing(tmp_path):
+    code = "import os, sys; from pathlib import Path; from training.run_folder import claimed\n"
+    code += "with claimed(Path(sys.argv[1])): os._exit(9)"
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
+    assert done.returncode == 9
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", ".holder"}
+    assert holder(tmp_path) is None
+    with claimed(tmp_path):
+        assert f"process {os.getpid()}" in holder(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_removes_what_it_made_and_nothing_else(tmp_path, settings):
+    (tmp_path / "there").mkdir()
+    with claimed(tmp_path / "there" / "new" / "run") as folder:
+        folder.start(settings())
+        logging.getLogger("train").warning("something")
+        (tmp_path / "there" / "new" / "guest").write_text("of somebody else")
+        assert (folder.path / "train.log").exists()
+        assert (folder.path / ".hydra" / "config.yaml").exists()
+    assert everything_below(tmp_path) == {
+        tmp_path / "there": None,
+        tmp_path / "there" / "new": None,
+        tmp_path / "there" / "new" / "guest": b"of somebody else",
+    }
+
+
+def test_an_empty_folder_that_was_there_stays(run, tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ValueError, match="batch_size=97"):
+        run("batch_size=97")
+    assert everything_below(tmp_path) == {tmp_path / "run": None}
+
+
+def test_what_is_kept_is_kept(tmp_path, settings):
+    def fail():
+        with claimed(tmp_path / "run") as folder:
+            folder.start(settings())
+            logging.getLogger("train").warning("it said so")
+            folder.keep()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".hydra", "train.log"}
+    assert "it said so" in (tmp_path / "run" / "train.log").read_text()
+
+
+def test_the_log_has_what_was_said_before_the_run_began_to_write(tmp_path, settings):
+    with claimed(tmp_path / "run") as folder:
+        logging.getLogger("train").warning("early")
+        assert not (tmp_path / "run" / "train.log").exists()
+        folder.start(settings())
+        logging.getLogger("train").warning("late")
+        folder.keep()
+    text = (tmp_path / "run" / "train.log").read_text()
+    assert text.index("early") < text.index("late")
+    logging.getLogger("train").warning("afterwards")
+    assert (tmp_path / "run" / "train.log").read_text() == text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_log_on_a_full_disk_is_one_line(tmp_path, settings, capfd):
+    (tmp_path / "train.log").symlink_to("/dev/full")
+    with claimed(tmp_path) as folder:
+        folder.start(settings())
+        for number in range(20):
+            logging.getLogger("train").warning("line %d", number)
+        folder.keep()
+    said = [line for line in capfd.readouterr().err.splitlines() if "cannot be written" in line]
+    assert said == [
+        f"{tmp_path / 'train.log'} cannot be written ([Errno 28] No space left on device); "
+        "training continues without it"
+    ]
+
+
+@pytest.mark.slow
+def test_refused_commands_leave_a_running_one_alone(tmp_path):
+    """Case 1: whatever is wrong with the second command, the first one's folder stays."""
+    folder = tmp_path / "run"
+    first = start(*tiny(folder, *LONG))
+    wait_for(folder / "metrics.csv", first)
+    before = without_the_clock(tmp_path)
+    assert folder / ".hydra" / "config.yaml" in before
+    for words in (["device=cuda:99"], ["epochs=0"], ["overwrite=true"], ["resume=auto"], []):
+        second = start(*tiny(folder, *LONG, *words))
+        out, err = second.communicate(timeout=240)
+        assert (second.returncode, out) == (2, "")
+        assert err.startswith("train.py: ")
+        assert err.count("\n") == 1
+        if "=0" not in "".join(words) and "cuda" not in "".join(words):
+            assert f"{folder} is in use by process {first.pid} on " in err
+        assert without_the_clock(tmp_path) == before
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=240)
+    assert first.returncode == 143
+    assert rows(folder)
+    assert not (folder / ".lock").exists()
+
+
+@pytest.mark.slow
+def test_of_two_at_once_one_trains(tmp_path):
+    """Case 2."""
+    both = [start(*tiny(tmp_path / "run", "resume=auto", "epochs=40")) for _ in range(2)]
+    said = [process.communicate(timeout=240) for process in both]
+    codes = [process.returncode for process in both]
+    assert sorted(codes) == [0, 2]
+    (refused,) = (err for (_, err), code in zip(said, codes, strict=True) if code)
+    assert f"is in use by process {both[codes.index(0)].pid} on" in refused
+    assert refused.count("\n") == 1
+    assert len(rows(tmp_path / "run")) == 40
+
+
+# ---- Processes that do not know each other ------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"RANK": "a"}, "RANK=a in the environment must be a number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=-1 in the environment must"),
+        ({"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, "RANK=2, LOCAL_RANK=0 and WORLD_SIZ"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}, "contradict each other"),
+        ({"WORLD_SIZE": "2", "RANK": "1"}, "WORLD_SIZE=2 in the environment, but not LOCAL_RANK"),
+        ({"SLURM_PROCID": "1"}, "this is task 1 of a Slurm step.*torchrun --nproc_per_node"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}, "this is task 0 of 2 of a Slurm step"),
+    ],
+)
+def test_ranks_that_torchrun_did_not_set(monkeypatch, capsys, environment, words):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=words):
+        distributed.world()
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert line.startswith("train.py: ")
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"SLURM_PROCID": "0"},
+        {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"},  # the batch script of a larger job
+        {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"},
+    ],
+)
+def test_one_process_is_one(monkeypatch, environment):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.world() == (0, 1, 0)
+
+
+# ---- Streams and signals ------------------------------------------------------------------------
+
+
+def broken_pipe():
+    """The writing end of a pipe that nobody reads."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streams", ["gone", "stderr-full", "stderr-closed", "all-closed"])
+def test_ctrl_c_saves_whoever_reads_what_is_printed(tmp_path, streams):
+    """Case 3: `| tee log` whose tee has died, a full disk, `2>&-`."""
+    folder, prefix = tmp_path / "run", []
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    if streams == "gone":
+        pipe = broken_pipe()
+        options = {"stdout": pipe, "stderr": pipe}
+    elif streams == "stderr-full":
+        options["stderr"] = os.open("/dev/full", os.O_WRONLY)
+    else:
+        closed = "2>&-" if streams == "stderr-closed" else "<&- >&- 2>&-"
+        prefix = ["sh", "-c", f'exec "$@" {closed}', "sh"]
+    process = start(*tiny(folder, *LONG), prefix=prefix, **options)
+    wait_for(folder / "last.pt", process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(240) == 130
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    assert len(saved["rows"]) == len(rows(folder)) > 0
+    with (folder / "train.log").open() as file:
+        assert "stopped (SIGINT) after epoch" in file.read()
+
+
+@pytest.mark.slow
+def test_a_run_without_stderr_finishes(tmp_path):
+    """Case 21: `2>&-`; nothing else may be written where stderr would have been."""
+    process = start(*tiny(tmp_path / "run"), prefix=["sh", "-c", 'exec "$@" 2>&-', "sh"])
+    process.communicate(timeout=240)
+    assert process.returncode == 0
+    assert run_folder.read_summary(tmp_path / "run")["epochs"] == 2
+
+
+@pytest.mark.slow
+def test_an_ignored_interrupt_stays_ignored(tmp_path):
+    """Case 22: the background job of a script."""
+    folder = tmp_path / "run"
+    ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
+    process = start(*tiny(folder, "epochs=30"), prefix=ignoring)
+    wait_for(folder / "metrics.csv", process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0
+    assert "SIGINT" not in err
+    assert len(rows(folder)) == 30
+
+
+def test_ignored_signals_stay_ignored_and_the_others_are_heeded():
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with stopping.Stop(None) as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("program", ["train.py", "scripts/compare.py", "scripts/report.py"])
+def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, program):
+    """Case 25, with a package of that name, or of another that is imported, which presses it."""
+    for name in ("torch", "hydra", "jinja2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(
+            "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+        )
+    process = start("x", program=program, environment={"PYTHONPATH": str(tmp_path)})
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 130
+    assert err == f"{Path(program).name}: interrupted while starting\n"
+
+
+def test_training_outside_of_the_main_thread(run, tmp_path):
+    """Case 28: without signals."""
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    results = []
+    thread = threading.Thread(target=lambda: results.append(run("epochs=1")))
+    thread.start()
+    thread.join(240)
+    assert results[0]["epochs"] == 1
+    assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
+
+
+HIDDEN = """
+import signal, sys
+for name in ("fcntl", "resource", "termios"):
+    sys.modules[name] = None
+for name in ("SIGUSR1", "SIGHUP", "SIGKILL"):
+    delattr(signal, name)
+sys.argv[0] = "train.py"
+import train
+from scripts import compare
+from training import cli, device, stopping
+import torch
+assert [s.name for s in stopping.SIGNALS] == ["SIGTERM", "SIGINT"]
+assert compare.STOPPED == (130, 143)
+compare.handle_signals()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+device.peak_memory_mib(torch.device("cpu"))
+cli.run(train.main)
+"""
+
+
+@pytest.mark.slow
+def test_without_the_modules_and_signals_that_windows_lacks(tmp_path):
+    """Case 27; the lock is then a file of filelock's own."""
+    words = tiny(tmp_path / "run", "epochs=1")
+    done = subprocess.run(
+        [sys.executable, "-c", HIDDEN, *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert run_folder.read_summary(tmp_path / "run")["epochs"] == 1
+
+
+@pytest.mark.slow
+def test_a_symlink_to_the_program_finds_its_settings(tmp_path):
+    (tmp_path / "link.py").symlink_to(ROOT / "train.py")
+    process = start("--cfg", "job", program=tmp_path / "link.py", cwd=tmp_path)
+    out, err = process.communicate(timeout=240)
+    assert (process.returncode, err) == (0, "")
+    assert "epochs: 200" in out
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_what_the_program_is(monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["train.py", option])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    if option == "--version":
+        assert text.startswith("train.py 0.1.0, hydra-core 1.3.")
+        return
+    assert text.startswith("Train a ResNet for CIFAR whose convolutions are plain, attention-augm")
+    commands = [line.split() for line in text.splitlines() if line.startswith("  python train.py")]
+    assert len(commands) == 3
+    assert "    attention   aa ge none se\n" in text
+    assert "schema" not in text
+    assert "epochs: 200" in text
+
+
+def test_streams_that_are_closed_are_opened_and_faults_are_dropped():
+    code = "import os; os.close(1); os.close(2)\n"
+    code += "from training import console; console.prepare('x')\n"
+    code += "assert os.open(os.devnull, os.O_RDONLY) == 3, 'would be taken for stderr'\n"
+    code += "import sys; print('x' * 10**6); print('y', file=sys.stderr)\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert done.returncode == 0
+
+
+def test_text_is_utf8_whatever_the_locale_says():
+    code = "from training import console; console.prepare('x'); print('\\u2212 \\udcff')"
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout == "\u2212 ".encode() + b"\xff\n"
+
+
+def test_what_cannot_be_written_to_stderr_is_dropped(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(console.os, "write", full)
+    console.write_stderr("x")
+
+
+# ---- Results ------------------------------------------------------------------------------------
+
+
+def failure_of(folder):
+    return json.loads((folder / "failed.json").read_text())
+
+
+def test_weights_that_are_not_finite_are_no_result(run, tmp_path):
+    """Case 4: the loss was finite at the only step, and the weights after it are not."""
+    with pytest.raises(FloatingPointError, match=r"test/loss is nan after epoch 1; a lower optim"):
+        run(
+            "attention=none", "optim=sgd", "optim.lr=1e20", "schedule.warmup=0", "epochs=1",
+            "data.train_size=16", "batch_size=16",
+        )  # fmt: skip
+    assert "test/loss is nan" in failure_of(tmp_path / "run")["error"]
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("broken", ["ema", "evaluation", "inf"])
+def test_scores_that_are_not_finite_are_no_result(run, tmp_path, monkeypatch, broken):
+    evaluate = train.evaluate
+
+    def breaking(model, *arguments):
+        if broken == "ema" and len(list((tmp_path / "run").glob("last.pt"))):
+            next(model.parameters()).data.fill_(torch.nan)
+        scores, by_class = evaluate(model, *arguments)
+        if broken != "ema" and (tmp_path / "run" / "last.pt").exists():
+            scores["loss"] = float("inf" if broken == "inf" else "nan")
+        return scores, by_class
+
+    monkeypatch.setattr(train, "evaluate", breaking)
+    with pytest.raises(FloatingPointError, match=r"test/loss is (nan|inf) after epoch 2"):
+        run("ema=0.9")
+    assert "after epoch 2" in failure_of(tmp_path / "run")["error"]
+    assert len(rows(tmp_path / "run")) == 1  # the last one that was finite
+    assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_a_finished_run_is_never_written_again(run, tmp_path, monkeypatch, caplog):
+    """Case 5: resumed on another commit, machine, precision, in a folder that cannot be written."""
+    first = run()
+    before = everything_below(tmp_path / "run")
+    monkeypatch.setattr(provenance, "commit", lambda: "another")
+    monkeypatch.setattr(train, "choose_dtype", lambda *_: torch.bfloat16)
+    with caplog.at_level("INFO"):
+        again = run("resume=auto")
+    assert again == json.loads(json.dumps(first))
+    assert everything_below(tmp_path / "run") == before
+    assert "already finished" in caplog.text
+
+
+def test_a_continued_run_names_all_that_it_was_trained_on(run, tmp_path, monkeypatch):
+    """Case 5: each stretch has its commit and hardware, and the epoch that it began in."""
+    for commit in ("first", "first", "second"):
+        monkeypatch.setattr(provenance, "commit", lambda commit=commit: commit)
+        with pytest.raises(SystemExit):
+            run("max_minutes=1e-9", "resume=auto", "data.train_size=64", "epochs=3")
+    monkeypatch.setattr(provenance, "hardware", lambda _: "elsewhere")
+    summary = run("resume=auto", "data.train_size=64", "epochs=3")
+    stretches = summary["stretches"]
+    assert [(s["commit"], s["first_epoch"]) for s in stretches] == [
+        ("first", 1),
+        ("second", 1),  # whose evaluation it began with
+        ("second", 2),
+    ]
+    assert [s["hardware"] == "elsewhere" for s in stretches] == [False, False, True]
+    assert run_folder.read_summary(tmp_path / "run")["stretches"] == stretches
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "word"), [("bf16", "auto", "fp32"), ("fp32", "bf16", "bf16")]
+)
+def test_another_precision_is_refused_with_the_override_that_continues(
+    run, settings, tmp_path, monkeypatch, here, there, word
+):
+    """`auto` may stand for something else on another machine."""
+    folder = tmp_path / "run, odd='x'"
+    base = [*TINY, f"precision={there}"]
+    with pytest.raises(SystemExit):
+        run("max_minutes=1e-9", folder=folder.name, base=base)
+    before = everything_below(folder)
+    choose = train.choose_dtype
+    asked = {"auto": here, "bf16": here, "fp32": "fp32"}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "choose_dtype", lambda name, device: choose(asked[name], device))
+        with pytest.raises(ValueError, match=f"precision={there} is .* here, and the run") as told:
+            run("resume=auto", folder=folder.name, base=base)
+    assert everything_below(folder) == before
+    override, where = str(told.value).removesuffix(" continues it").split("; ")[1].split(" ", 1)
+    assert override == f"precision={word}"
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, override, where, "resume=auto"])
+    cli.run(train.main)
+    assert run_folder.read_summary(folder)["epochs"] == 2
+
+
+# ---- Names --------------------------------------------------------------------------------------
+
+
+def test_names_of_any_overrides_fit_a_file_system(tmp_path):
+    """Case 7, and words of characters that take several bytes."""
+    short = "attention=none,epochs=3,model.widths=[4,8,8]"
+    assert folder_name([short]) == short
+    odd = [
+        "a={b:1}",
+        "a={b;1}",
+        "a/b=1",
+        "a-b=1",
+        "a" * 400,
+        "a" * 401,
+        "\u00fc" * 300,
+        "..",
+        "/",
+        "",
+    ]
+    names = [folder_name([text]) for text in odd]
+    assert len(set(names)) == len(odd)
+    for name in names:
+        (tmp_path / name).resolve().relative_to(tmp_path)
+        assert len(name.encode()) < 180
+        assert "/" not in name
+        assert name not in ("", ".", "..")
+
+
+@pytest.mark.slow
+def test_many_ordinary_overrides(tmp_path):
+    """Case 7: their names are longer than the name of a folder can be."""
+    words = [*TINY, "epochs=1", "optim.weight_decay=0.0001", "schedule.warmup=0.1", "ema=0.9"]
+    words += ["label_smoothing=0.1", "grad_clip=1.0", "data.crop_pad=2", "data.flip=true"]
+    words += ["data.cutout=4", "schedule.start=0.2", "schedule.end=0.01", "precision=fp32"]
+    assert len(",".join(words)) > 255
+    for other in ("optim.betas=[0.9,0.99]", "optim.betas=[0.8,0.99]"):
+        process = start(*words, other, cwd=tmp_path)
+        process.communicate(timeout=240)
+        assert process.returncode == 0
+    assert len({p.parent.parent for p in tmp_path.rglob("summary.json")}) == 2
+
+
+def test_a_sweep_that_is_refused_leaves_the_record_of_the_one_before(monkeypatch, tmp_path, capsys):
+    (tmp_path / "lookup").mkdir()
+    (tmp_path / "lookup" / "multirun.yaml").write_text("of the one before")
+    before = everything_below(tmp_path)
+    for words in (["seed=0,abc"], ["epochs=0,-1"]):
+        monkeypatch.setattr(sys, "argv", ["train.py", "-m", *TINY, *words, f"out_dir={tmp_path}"])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(train.main)
+        assert stopped.value.code == 2
+        assert everything_below(tmp_path) == before
