@@ -99,13 +99,29 @@ def test_the_page_is_current(command):
     ("file", "old", "new"),
     [
         ("schema.py", "# Epochs to train, ", "# Epochs of training, "),
-        ("schema.py", "    epochs: int = MISSING", "    epochs: float = MISSING"),
-        ("schema.py", '    fp16 = "fp16"\n', '    fp16 = "fp16"\n    fp8 = "fp8"\n'),
-        ("config.yaml", "  - model: resnet20", "  - model: resnet32"),
+        pytest.param(
+            "schema.py",
+            "    epochs: int = MISSING",
+            "    epochs: float = MISSING",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "schema.py",
+            '    fp16 = "fp16"\n',
+            '    fp16 = "fp16"\n    fp8 = "fp8"\n',
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "config.yaml", "  - model: resnet20", "  - model: resnet32", marks=pytest.mark.slow
+        ),
         ("model/resnet8.yaml", "stem: 16", "stem: 17"),
-        ("attention/se.yaml", "# Squeeze", "# The squeeze"),
-        ("tracking/wandb.yaml", "project: aaconv", "project: other"),
-        ("experiment/cpu.yaml", "for 7 epochs", "for seven epochs"),
+        pytest.param("attention/se.yaml", "# Squeeze", "# The squeeze", marks=pytest.mark.slow),
+        pytest.param(
+            "tracking/wandb.yaml", "project: aaconv", "project: other", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "experiment/cpu.yaml", "for 7 epochs", "for seven epochs", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_change_of_the_settings_makes_the_page_stale(command, tmp_path, file, old, new):
