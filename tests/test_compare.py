@@ -398,3 +398,32 @@ def test_killed_started_again_and_interrupted(tmp_path):
         "compare.py: stopped; the same command continues: python scripts/"
     )
     assert not any("Traceback" in line for line in printed)
+
+
+@pytest.mark.slow
+def test_an_ascii_locale(tmp_path):
+    """Files and output are UTF-8, and folders of any name are found, whatever the locale says."""
+    out = tmp_path / "\u00fc \u2212"
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [
+        sys.executable,
+        "scripts/compare.py",
+        "--out",
+        str(out),
+        "--vary",
+        "attention=none,aa",
+    ]
+    done = subprocess.run(
+        [*command, "--", *SHORT, "epochs=1"],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    (page,) = out.rglob("report.md")
+    assert "AA" in page.read_text(encoding="utf-8")
+    assert f"written: {page.with_name('report.html')}" in done.stdout.decode()
+    (folder, _) = sorted(p.parent for p in out.rglob("summary.json"))
+    assert (folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")
+    assert "\u00fc \u2212" in (folder / "train.log").read_text(encoding="utf-8")

@@ -1,1 +1,1 @@
-"""What `train.py` calls: settings, precision, schedules, scores, checkpoints, tracking."""
+"""What train.py and the commands call: a run's settings, folder, progress, scores and ends."""

@@ -56,9 +56,7 @@ def run(main: Callable[[], Any]) -> None:
         main()
         _Made.by_hydra = _Made()
     except KeyboardInterrupt:
-        if world().is_main:
-            _say("interrupted before training began")
-        sys.exit(130)
+        _stop("interrupted before training began", code=130)
     except Exception as error:
         line = None if FULL_ERROR else _explain_outside_of_a_run(error)
         if line is None:
@@ -200,14 +198,10 @@ def one_line_errors() -> Iterator[None]:
         _stop(explain(error), always=isinstance(error, ConnectionError))
 
 
-def _stop(line: str, always: bool = False) -> NoReturn:
+def _stop(line: str, code: int = 2, always: bool = False) -> NoReturn:
     if world().is_main or always:
-        _say(line)
-    sys.exit(2)
-
-
-def _say(text: str) -> None:
-    print(f"train.py: {text}", file=sys.stderr, flush=True)
+        console.stop("train.py", line, code)
+    sys.exit(code)
 
 
 def _lacks_memory(error: BaseException) -> bool:
