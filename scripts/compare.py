@@ -365,10 +365,20 @@ def main() -> None:
         metavar="KEY=VALUES",
         help="combinations of settings; may be given several times (default: attention=none,aa)",
     )
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs", metavar="FOLDER")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], help="a run of each variant (default: 0)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="default: outputs/"
+    )
     parser.add_argument("--max-minutes", type=float, metavar="M", help="for all runs together")
-    parser.add_argument("overrides", nargs="*", default=["experiment=lookup"], help="for every run")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="-- KEY=VALUE",
+        default=["experiment=lookup"],
+        help="settings of every run (default: experiment=lookup)",
+    )
     given = parser.parse_args()
     if given.max_minutes is not None and not given.max_minutes > 0:
         parser.error(f"--max-minutes={given.max_minutes} must be positive")
