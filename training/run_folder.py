@@ -318,7 +318,8 @@ def _check_values(value: Any, path: Path, key: str, depth: int = 0) -> None:
     """Settings may be whatever JSON has, but finite, and not nested without end."""
     if depth > 20:
         raise UnreadableError(f"{path}: {key[:40]}... is nested too deeply")
-    if _is_number(value) and not is_finite(value):
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if numeric and not is_finite(value):
         raise UnreadableError(f"{path}: {key} is {_shortened(value)}, not a finite number")
     if isinstance(value, dict):
         for name, inner in value.items():
