@@ -112,7 +112,8 @@ def check_values(value: Any, key: str, depth: int = 0) -> None:
     """Raise UnreadableError unless numbers in ``value`` are finite and it is not nested deeply."""
     if depth > 20:
         raise UnreadableError(f"{key[:40]}... is nested too deeply")
-    if is_number(value) and not is_finite(value):
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if numeric and not is_finite(value):
         raise UnreadableError(f"{key} is {shortened(value)}, not a finite number")
     if isinstance(value, dict):
         for name, inner in value.items():
