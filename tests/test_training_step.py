@@ -1,0 +1,264 @@
+"""The steps of training against loops written out here, without the parts of train.py."""
+
+import copy
+import math
+from itertools import pairwise
+from typing import NamedTuple
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import Tensor, nn
+
+import train
+from training import distributed
+from training.device import choose_dtype
+
+from helpers import TINY, rows
+
+CPU = torch.device("cpu")
+# A step moves the weights by the learning rate times the gradient, and no more.
+PLAIN_SGD = ["optim=sgd", "optim.momentum=0", "optim.nesterov=false", "optim.weight_decay=0"]
+
+
+@pytest.fixture
+def built(settings):
+    """A function from overrides to settings and what `train.build` makes of them."""
+
+    def make(*overrides):
+        cfg = settings(*overrides)
+        dataset = instantiate(cfg.data, _convert_="all").to(CPU)
+        dtype = choose_dtype(train.resolve(cfg)["precision"], CPU)
+        return cfg, train.build(cfg, dataset, distributed.world(), CPU, dtype)
+
+    return make
+
+
+def first_batch(state):
+    return next(iter(state.batches.epoch(0)))
+
+
+def cross_entropy(logits, labels, smoothing):
+    """Mean over the images; ``smoothing`` of the target is spread over all classes."""
+    log_p = logits.double().log_softmax(dim=1)
+    right = log_p[torch.arange(len(labels)), labels]
+    return -((1 - smoothing) * right + smoothing * log_p.mean(dim=1)).mean()
+
+
+def gradients(cfg, model, images, labels):
+    """Loss of the whole batch and its gradients, from micro-batches normalised one by one."""
+    micro_batches = list(
+        zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
+    )
+    losses = [cross_entropy(model(x), y, cfg.label_smoothing) for x, y in micro_batches]
+    loss = sum(losses) / len(losses)
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    if cfg.grad_clip is not None:
+        norm = math.sqrt(sum(g.double().square().sum().item() for g in grads))
+        grads = [g * min(1.0, cfg.grad_clip / norm) for g in grads]
+    return loss.item(), grads
+
+
+class Outcome(NamedTuple):
+    model: nn.Module
+    average: dict[str, Tensor]
+    rows: list[dict[str, float]]
+
+
+def warmup_cosine(cfg, step, total):
+    rising = round(cfg.schedule.warmup * total)
+    if step < rising:
+        return cfg.optim.lr * (step + 1) / rising
+    return cfg.optim.lr * (1 + math.cos(math.pi * (step - rising) / (total - rising))) / 2
+
+
+def floating(model):
+    """Weights and running statistics, without the integers that count batches."""
+    return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
+
+
+def by_hand(cfg, state):
+    """What training with `PLAIN_SGD` and a warm-up comes to, step by step."""
+    model, step, table = copy.deepcopy(state.model), 0, []
+    total = cfg.epochs * len(state.batches)
+    average = None
+    for epoch in range(cfg.epochs):
+        model.train()
+        losses = []
+        for images, labels in state.batches.epoch(epoch):
+            loss, grads = gradients(cfg, model, images, labels)
+            lr = warmup_cosine(cfg, step, total)
+            with torch.no_grad():
+                for weight, grad in zip(model.parameters(), grads, strict=True):
+                    weight -= lr * grad
+            now = {k: v.double() for k, v in floating(model).items()}
+            average = average or now
+            average = {
+                k: v + (1 - (cfg.ema or 0)) * (now[k] - v) if step else v
+                for k, v in average.items()
+            }
+            losses.append(loss)
+            step += 1
+        judged = copy.deepcopy(model)
+        judged.load_state_dict(average, strict=False)
+        table.append({"train/loss": sum(losses) / len(losses), "train/lr": lr})
+        table[-1] |= scores(judged.eval(), state.dataset)
+    return Outcome(model, average, table)
+
+
+@torch.no_grad()
+def scores(model, dataset):
+    images = dataset.evaluation
+    mean, std = torch.tensor(dataset.mean), torch.tensor(dataset.std)
+    logits = model(((images.pixels / 255 - mean) / std).permute(0, 3, 1, 2))
+    ahead = (logits > logits.gather(1, images.labels[:, None])).sum(1)
+    return {
+        "test/loss": cross_entropy(logits, images.labels, 0).item(),
+        "test/top1": 100 * (ahead < 1).double().mean().item(),
+        "test/top5": 100 * (ahead < 5).double().mean().item(),
+    }
+
+
+def saved(folder):
+    return torch.load(folder / "last.pt", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["attention=none"],
+        ["grad_accum=4", "label_smoothing=0.2"],
+        ["attention=none", "grad_clip=0.5", "ema=0.75"],
+    ],
+    ids=lambda words: ",".join(words),
+)
+def test_a_run_is_what_a_loop_written_out_gives(run, built, tmp_path, overrides):
+    words = [*PLAIN_SGD, "optim.lr=0.03", "schedule=warmup_cosine", "schedule.warmup=0.34"]
+    words += ["epochs=3", *overrides]
+    expected = by_hand(*built(*words))
+    run(*words)
+    got = rows(tmp_path / "run")
+    assert len(got) == len(expected.rows) == 3
+    for row, its in zip(got, expected.rows, strict=True):
+        for name, value in its.items():
+            assert float(row[name]) == pytest.approx(value, rel=3e-4, abs=1e-9), name
+    state = saved(tmp_path / "run")
+    for name, value in floating(expected.model).items():
+        torch.testing.assert_close(state["model"][name], value, rtol=1e-3, atol=1e-5, msg=name)
+    if "ema=0.75" in overrides:
+        for name, value in expected.average.items():
+            average = state["ema_model"][f"module.{name}"].double()
+            torch.testing.assert_close(average, value, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.96875])
+def test_averaged_weights_are_the_average_of_those_after_each_step(built, decay):
+    """The first step's are copied, running statistics are averaged as weights are."""
+    cfg, state = built(f"ema={decay}", "optim.lr=0.05")
+    history = []
+    state.optimizer.register_step_post_hook(
+        lambda *_: history.append({k: v.double() for k, v in state.model.state_dict().items()})
+    )
+    for images, labels in state.batches.epoch(0):
+        train.take_step(cfg, state, images, labels)
+    assert len(history) == 3
+    expected = history[0]
+    for after in history[1:]:
+        expected = {k: decay * v + (1 - decay) * after[k] for k, v in expected.items()}
+        for name in expected:  # the counts of batches are whole numbers
+            if name.endswith("num_batches_tracked"):
+                expected[name] = expected[name].trunc()
+    state_of_average = state.ema_model.state_dict()
+    assert state_of_average.pop("n_averaged") == 3
+    assert state_of_average.keys() == {f"module.{name}" for name in expected}
+    for name, value in expected.items():
+        average = state_of_average[f"module.{name}"].double()
+        torch.testing.assert_close(average, value, rtol=1e-5, atol=1e-7, msg=name)
+        if not name.endswith("num_batches_tracked"):
+            assert (average - history[-1][name]).abs().max() > 1e-5, name
+
+
+# The norm that gradients are clipped to, as a part of theirs: more leaves them as they are.
+@pytest.mark.parametrize("part", [0.25, 4.0])
+@pytest.mark.parametrize("scale", [2.0**3, 2.0**16])
+def test_a_clipped_step_in_fp16_is_that_of_fp32(built, scale, part):
+    """Gradients are clipped to a norm of their own, whatever the loss was scaled by."""
+    words = [*PLAIN_SGD, "attention=none", "optim.lr=0.1", "schedule=warmup_cosine"]
+    cfg, state = built(*words, "schedule.warmup=0")
+    images, labels = first_batch(state)
+    state.model.train()
+    _, unclipped = gradients(cfg, copy.deepcopy(state.model), images, labels)
+    norm = math.sqrt(sum(g.double().square().sum().item() for g in unclipped))
+
+    cfg, state = built(*words, "schedule.warmup=0", "precision=fp16", f"grad_clip={part * norm}")
+    state = state._replace(scaler=torch.amp.GradScaler("cpu", init_scale=scale))
+    before = copy.deepcopy(dict(state.model.named_parameters()))
+    state.model.train()
+    _, grads = gradients(cfg, copy.deepcopy(state.model), images, labels)
+    train.take_step(cfg, state, images, labels)
+    assert state.scaler.get_scale() == scale  # the step was taken
+    moved, expected = [], []
+    for (name, weight), grad in zip(state.model.named_parameters(), grads, strict=True):
+        moved.append((weight - before[name]).detach().double().flatten())
+        expected.append(-0.1 * grad.double().flatten())
+    moved, expected = torch.cat(moved), torch.cat(expected)
+    assert moved.norm().item() == pytest.approx(0.1 * norm * min(1, part), rel=0.02)
+    assert (moved - expected).norm() < 0.05 * expected.norm()
+
+
+def test_gradients_in_fp16_that_overflow_cost_the_step_and_lower_the_scale(built):
+    cfg, state = built("precision=fp16", "grad_clip=1.0")
+    train.take_step(cfg, state, *first_batch(state))
+    state.scaler.update(2.0**40)
+    before = copy.deepcopy(list(state.model.parameters()))
+    train.take_step(cfg, state, *first_batch(state))
+    assert state.scaler.get_scale() == 2.0**39
+    for weight, was in zip(state.model.parameters(), before, strict=True):
+        assert torch.equal(weight, was)
+
+
+def test_only_fp16_scales_the_loss(built):
+    scaled = {p: built(f"precision={p}")[1].scaler.is_enabled() for p in ("fp32", "bf16", "fp16")}
+    assert scaled == {"fp32": False, "bf16": False, "fp16": True}
+
+
+def test_a_step_leaves_no_gradient_to_the_next(built):
+    cfg, state = built(*PLAIN_SGD)
+    train.take_step(cfg, state, *first_batch(state))
+    assert all(weight.grad is None for weight in state.model.parameters())
+
+
+def test_the_rate_that_is_written_is_the_last_one_used(run, tmp_path, monkeypatch):
+    used, build = [], train.build
+
+    def watched(*arguments):
+        state = build(*arguments)
+        state.optimizer.register_step_pre_hook(
+            lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"])
+        )
+        return state
+
+    monkeypatch.setattr(train, "build", watched)
+    run()
+    assert len(used) == 6
+    assert all(a != b for a, b in pairwise(used))  # it changes at every step
+    assert [float(row["train/lr"]) for row in rows(tmp_path / "run")] == [used[2], used[5]]
+
+
+def test_every_epoch_trains_in_training_mode_and_is_evaluated_in_the_other(run, monkeypatch):
+    modes, step, evaluate = [], train.take_step, train.evaluate
+
+    def stepping(cfg, state, *batch):
+        modes.append(state.model.training)
+        return step(cfg, state, *batch)
+
+    def evaluating(model, *arguments):
+        scores = evaluate(model, *arguments)
+        modes.append(model.training)
+        return scores
+
+    monkeypatch.setattr(train, "take_step", stepping)
+    monkeypatch.setattr(train, "evaluate", evaluating)
+    run()
+    assert modes == [True, True, True, False] * 2
+    assert "epochs=2" in TINY
