@@ -206,10 +206,11 @@ def test_states_of_other_code(tmp_path):
 
 
 KEYS = ["format", "config", "rng", "model", "epoch_state", "rows", "per_class_top1", "stretches"]
+KEYS += ["epoch_state.step", "epoch_state.loss_sum", "epoch_state.lr"]
 
 
-@pytest.mark.parametrize("key", [*KEYS, "wandb_id", "epoch_state.step", "epoch_state.loss_sum"])
-@pytest.mark.parametrize("value", ["gone", -7.5, "a word", {"a": 1}, [3], None, True], ids=str)
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("value", ["gone", -7.5, "a word", (3,), True], ids=str)
 def test_a_checkpoint_without_a_key_or_with_another_type(tmp_path, key, value):
     save(tmp_path, 1)
     path = tmp_path / "last.pt"
@@ -220,8 +221,6 @@ def test_a_checkpoint_without_a_key_or_with_another_type(tmp_path, key, value):
     if value == "gone":
         del inside[name]
     torch.save(state, path)
-    if key in ("wandb_id", "per_class_top1") and (value is None or isinstance(value, str | list)):
-        return  # may be so
     with pytest.raises(ValueError, match=r"last\.pt was written by other code than this: ") as told:
         load_and_restore(path)
     assert name in str(told.value) or key in ("model", "config")
