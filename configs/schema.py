@@ -282,11 +282,11 @@ class Config:
     # Decay per step of an exponential moving average of the weights, which is then evaluated
     # instead of the weights, between 0 and 1; null keeps none.
     ema: Optional[float] = MISSING
-    # Device to train on: auto (a GPU if there is one, else the CPU) or a device of torch such as
-    # cpu, cuda or cuda:1.
+    # Device to train on: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:1, or
+    # another accelerator that torch finds (mps, xpu: in float32, not tried).
     device: str = MISSING
-    # Precision of convolutions and matrix products: auto (bf16 on a GPU that has it, else fp16;
-    # fp32 on the CPU), fp32 (TF32 on a GPU), bf16 or fp16.
+    # Precision of convolutions and matrix products: auto (bf16 on a CUDA GPU that has it, else fp16;
+    # fp32 on other devices), fp32 (TF32 on a CUDA GPU), bf16 or fp16.
     precision: Precision = MISSING
     # Whether to store feature maps with the channels last, which is faster on most devices.
     channels_last: bool = MISSING
