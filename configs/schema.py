@@ -285,8 +285,8 @@ class Config:
     # Device to train on: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:1, or
     # another accelerator that torch finds (mps, xpu: in float32, not tried).
     device: str = MISSING
-    # Precision of convolutions and matrix products: auto (bf16 on a CUDA GPU that has it, else fp16;
-    # fp32 on other devices), fp32 (TF32 on a CUDA GPU), bf16 or fp16.
+    # Precision of convolutions and matrix products: auto (bf16 on a CUDA GPU that has it, else fp16
+    # there; fp32 on other devices), fp32 (TF32 on a CUDA GPU), bf16 or fp16.
     precision: Precision = MISSING
     # Whether to store feature maps with the channels last, which is faster on most devices.
     channels_last: bool = MISSING
