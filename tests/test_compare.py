@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
@@ -223,7 +223,43 @@ def test_a_run_that_stops_by_its_own_limit_stops_the_comparison(tmp_path, preten
     assert "nothing to report yet" in printed
 
 
-@pytest.mark.parametrize("code", [130, 143])
+@pytest.mark.parametrize("code", [1, 2, -9])
+def test_a_result_counts_whatever_the_process_that_made_it_ended_with(tmp_path, pretend, code):
+    calls = pretend(lambda run: finish(run) or code)
+    assert compare.compare([["attention=none,aa"]], [0], TINY, tmp_path) == 0
+    assert len(calls) == 2
+
+
+def test_a_run_that_another_process_takes_meanwhile_is_skipped(tmp_path, pretend, capsys):
+    """Its train.py was refused the folder, which is no mistake in the settings."""
+    words = ([["attention=none,aa"]], [0], TINY, tmp_path)
+    _, (taken, _) = compare.plan(*words)
+    with ExitStack() as stack:
+
+        def act(run):
+            if run != taken:
+                return finish(run)
+            stack.enter_context(claimed(run.folder))
+            return 2
+
+        calls = pretend(act)
+        assert compare.compare(*words) == 0
+    assert len(calls) == 2
+    assert "attention=none seed=0: skipped, in progress in process" in capsys.readouterr().out
+
+
+def test_a_finished_run_whose_folder_is_held_is_finished(tmp_path, pretend, capsys):
+    calls = pretend(finish)
+    words = ([["attention=none"]], [0], TINY, tmp_path)
+    assert compare.compare(*words) == 0
+    _, (run,) = compare.plan(*words)
+    with claimed(run.folder):
+        assert compare.compare(*words) == 0
+    assert len(calls) == 1
+    assert "[1/1] attention=none seed=0: already finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("code", [130, 138, 143])
 def test_a_run_that_a_signal_stops_stops_the_comparison(tmp_path, pretend, code):
     calls = pretend(lambda run: code)
     with pytest.raises(compare.StoppedError) as stopped:

@@ -184,6 +184,53 @@ def test_signals_finish_the_step_and_save(
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.fixture
+def clock(monkeypatch):
+    """A list of the seconds that `stopping` sees; the process has just begun."""
+    now = [5000.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stopping, "BEGUN", now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("launched", "first", "second", "seconds", "ends"),
+    [
+        (False, signal.SIGINT, signal.SIGINT, 0.1, True),
+        (False, signal.SIGTERM, signal.SIGINT, 0.1, True),
+        (False, signal.SIGINT, signal.SIGTERM, 9.0, False),
+        (True, signal.SIGINT, signal.SIGINT, 1.9, False),
+        (True, signal.SIGINT, signal.SIGINT, 2.1, True),
+    ],
+)
+def test_a_second_interrupt_ends_the_process_unless_torchrun_repeats_the_first(
+    clock, monkeypatch, capfd, launched, first, second, seconds, ends
+):
+    codes = []
+    monkeypatch.setattr(stopping.os, "_exit", codes.append)
+    with stopping.Stop(None, launched) as stop:
+        assert stop.why() is None
+        os.kill(os.getpid(), first)
+        clock[0] += seconds
+        os.kill(os.getpid(), second)
+        assert stop.signal == first
+        assert stop.why() == first.name
+    assert codes == ([130] if ends else [])
+    assert capfd.readouterr().err.count("saving after this step") == 1
+
+
+def test_the_time_is_over_after_max_minutes_of_the_process(clock):
+    stop = stopping.Stop(2.5)
+    clock[0] += 149.9
+    assert stop.why() is None
+    clock[0] += 0.1
+    assert stop.why() == "max_minutes=2.5"
+    assert list(stop.until_signalled("abc")) == ["a", "b", "c"]
+    stop.signal = signal.SIGTERM
+    assert list(stop.until_signalled("abc")) == ["a"]
+    assert stop.why() == "SIGTERM"
+
+
 def test_a_signal_at_the_very_end_leaves_a_finished_run(run, tmp_path, monkeypatch):
     write = RunFolder.write_summary
 
