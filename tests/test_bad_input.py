@@ -6,10 +6,8 @@ and the scripts, in processes of their own.
 
 import os
 import pickle
-import resource
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -22,28 +20,34 @@ from training import cli
 
 from helpers import ROOT, TINY
 
-LONGEST = 10  # seconds of the processor: how long others hold it is not what is tested
+GUARD = 240  # seconds after which a process is taken to hang
 
 
 @pytest.fixture
 def stops(monkeypatch, tmp_path, capfd):
     """A function that runs train.py on wrong words and returns its one line.
 
-    It finds the exit code to be 2 and the time to be short, nothing said on stdout, and
-    ``tmp_path`` as it was before.
+    It finds the exit code to be 2, no step taken, and ``tmp_path`` as it was before.
     """
 
     # Where runs go; Hydra makes it, and what is not a run's own is left alone.
     (tmp_path / "outputs").mkdir()
 
+    steps, step = [], train.take_step
+
+    def counted(*arguments):
+        steps.append(1)
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "take_step", counted)
+
     def call(*words):
         before = everything_below(tmp_path)
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
         monkeypatch.chdir(tmp_path)
-        began = time.process_time()
         with pytest.raises(SystemExit) as stopped:
             cli.run(train.main)
-        assert time.process_time() - began < LONGEST
+        assert steps == []
         assert stopped.value.code == 2
         said = capfd.readouterr()
         check_line(said.err)
@@ -321,18 +325,15 @@ def test_a_mistake_of_the_program_is_not_dressed_up(monkeypatch, tmp_path):
 
 
 def process(script, *words, cwd, **environment):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(
+    return subprocess.run(
         [sys.executable, str(ROOT / script), *words],
         cwd=cwd,
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        timeout=60,
+        timeout=GUARD,
         check=False,
     )
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 @pytest.mark.parametrize(
@@ -340,16 +341,15 @@ def process(script, *words, cwd, **environment):
     ["epochs=0", "model=resnet9", "--epochs=3", "device=cuda:99"],
 )
 def test_the_real_command(tmp_path, words):
-    done, seconds = process("train.py", *TINY, *words.split(), cwd=tmp_path)
+    done = process("train.py", *TINY, *words.split(), cwd=tmp_path)
     assert done.returncode == 2
     check_line(done.stderr)
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "outputs"])
     assert not list(tmp_path.glob("outputs/*"))
-    assert seconds < LONGEST
 
 
 def test_a_full_traceback_on_request(tmp_path):
-    done, _ = process("train.py", *TINY, "epochs=0", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+    done = process("train.py", *TINY, "epochs=0", cwd=tmp_path, HYDRA_FULL_ERROR="1")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "epochs=0 must be at least 1" in done.stderr

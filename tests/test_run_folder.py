@@ -193,14 +193,22 @@ def test_refused_commands_leave_a_running_one_alone(tmp_path):
 @pytest.mark.slow
 def test_of_two_at_once_one_trains(tmp_path):
     """Case 2."""
-    both = [start(*tiny(tmp_path / "run", "resume=auto", "epochs=40")) for _ in range(2)]
-    said = [process.communicate(timeout=240) for process in both]
-    codes = [process.returncode for process in both]
-    assert sorted(codes) == [0, 2]
-    (refused,) = (err for (_, err), code in zip(said, codes, strict=True) if code)
-    assert f"is in use by process {both[codes.index(0)].pid} on" in refused
-    assert refused.count("\n") == 1
-    assert len(rows(tmp_path / "run")) == 40
+    both = [start(*tiny(tmp_path / "run", "resume=auto", *LONG)) for _ in range(2)]
+    deadline = time.monotonic() + 240  # a guard against hanging
+    while all(process.poll() is None for process in both):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    refused, training = sorted(both, key=lambda process: process.poll() is None)
+    _, err = refused.communicate(timeout=240)
+    assert refused.returncode == 2
+    assert f"is in use by process {training.pid} on" in err
+    assert err.count("\n") == 1
+    wait_for(tmp_path / "run" / "metrics.csv", training)
+    training.send_signal(signal.SIGTERM)
+    training.communicate(timeout=240)
+    assert training.returncode == 143
+    table = rows(tmp_path / "run")
+    assert [row["epoch"] for row in table] == [str(n) for n in range(1, len(table) + 1)]
 
 
 # ---- Processes that do not know each other ------------------------------------------------------

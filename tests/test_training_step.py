@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import train
 from training import distributed
 from training.device import choose_dtype
+from training.run_folder import read_metrics
 
 from helpers import TINY, rows
 
@@ -243,6 +244,32 @@ def test_the_rate_that_is_written_is_the_last_one_used(run, tmp_path, monkeypatc
     assert len(used) == 6
     assert all(a != b for a, b in pairwise(used))  # it changes at every step
     assert [float(row["train/lr"]) for row in rows(tmp_path / "run")] == [used[2], used[5]]
+
+
+@pytest.mark.parametrize(("log_every", "taken"), [(1, 2), (3, 3), (4, 4), (99, 6)])
+def test_a_loss_that_is_not_finite_is_found_when_losses_are_looked_at(
+    run, monkeypatch, log_every, taken
+):
+    """And the first such step is named, though the ones after it are no better."""
+    step, losses = train.take_step, []
+
+    def breaking(*arguments):
+        losses.append(step(*arguments))
+        return losses[-1] * (math.inf if len(losses) in (2, 4) else 1)
+
+    monkeypatch.setattr(train, "take_step", breaking)
+    with pytest.raises(FloatingPointError, match="not finite in epoch 1, step 2 of 6;"):
+        run("attention=none", f"log_every={log_every}", "batch_size=16")
+    assert len(losses) == taken
+
+
+@pytest.mark.parametrize("values", [(30.0, 20.0), (20.0, 30.0)])
+def test_the_peak_is_that_of_training_or_of_the_evaluation(run, tmp_path, monkeypatch, values):
+    said = iter(values)
+    monkeypatch.setattr(train, "peak_memory_mib", lambda _: next(said))
+    run("epochs=1", "attention=none")
+    (row,) = read_metrics(tmp_path / "run")
+    assert row["perf/peak_memory_mib"] == 30.0
 
 
 def test_every_epoch_trains_in_training_mode_and_is_evaluated_in_the_other(run, monkeypatch):
