@@ -30,7 +30,7 @@ class ResNet(nn.Module):
         shortcut: ``projection``, ``pad`` or ``subsample``, see `models.blocks.Shortcut`.
         num_classes: number of logits.
         image_size: (H, W) of the images, which sizes the relative tables of `AA`.
-        attention: what the blocks have beside plain convolutions, see `models.attention`. Networks
+        attention: what the blocks have in addition to convolutions, see `models.attention`. Networks
             to compare differ in this argument alone.
 
     Raises:

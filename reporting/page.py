@@ -62,7 +62,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """An SVG, the name of its file beside report.md, and what it shows in words."""
+    """An SVG, the name of its file next to report.md, and what it shows in words."""
 
     name: str
     title: str

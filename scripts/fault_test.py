@@ -135,7 +135,7 @@ def end_well(run: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def kill(run: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for a process and all below it: torchrun's would go on without it."""
+    """SIGKILL for a process and all below it: torchrun's processes would continue without it."""
     run.send_signal(signal.SIGSTOP)  # it starts no others meanwhile
     family = [run.pid]
     for pid in family:

@@ -329,7 +329,7 @@ def as_another_format(path):
 
 @contextlib.contextmanager
 def hang_guard(seconds=120):
-    """To open a named pipe waits for ever; this ends the wait with an error."""
+    """To open a named pipe waits forever; this ends the wait with an error."""
 
     def hang(*_):
         pytest.fail(f"still reading after {seconds} s")

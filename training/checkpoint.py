@@ -129,7 +129,7 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
             state = _read(path)
             break
         except Exception as error:
-            # torch goes on for a page after its first line.
+            # torch adds a page of advice to its first line.
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             if path == paths[-1]:
                 names = " and ".join(map(str, paths))

@@ -70,7 +70,7 @@ class EpochState:
 
 @dataclass
 class Progress:
-    """All that a run has done so far; a checkpoint keeps it beside the weights.
+    """All that a run has done so far; a checkpoint keeps it with the weights.
 
     Attributes:
         epoch_state: of the epoch in progress.

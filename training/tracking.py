@@ -19,7 +19,7 @@ INIT_TIMEOUT = 20
 LOG_TIMEOUT = 5
 CLOSE_TIMEOUT = 30
 
-# What wandb needs beside its own limit to start its process, and to let go of it.
+# What wandb needs in addition to its own limit to start its process, and to let go of it.
 _MARGIN = 10
 
 # What is said of wandb is said here. Its reports on its own faults would go to the same server,
@@ -36,7 +36,7 @@ class Tracker:
 
     @property
     def id(self) -> str | None:
-        """The run's id, by which a resumed run goes on in the same place.
+        """The run's id, by which a resumed run continues in the same place.
 
         It outlives a fault, and a run that could not be tracked keeps the one it was given.
         """
@@ -72,7 +72,7 @@ def within(seconds: float, act: Callable[[], Any]) -> Any:
     """What ``act()`` returns or raises, waited for no longer than so many seconds.
 
     Raises:
-        TimeoutError: it took longer. It then goes on in a thread that keeps no process alive.
+        TimeoutError: it took longer. It then continues in a thread that keeps no process alive.
     """
     outcome: list[Any] = []
     failure: list[BaseException] = []
@@ -191,7 +191,7 @@ def _init(mode: Any, **arguments: Any) -> Any:
 
 
 def _has_credentials() -> bool:
-    # wandb.init without credentials raises, or on a terminal prompts and waits for ever. They are
+    # wandb.init without credentials raises, or on a terminal prompts and waits forever. They are
     # not verified here: that would wait for the network, and `_start` finds out with a limit.
     try:
         return bool(wandb.login(prompt=False, verify=False))
