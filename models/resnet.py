@@ -30,8 +30,8 @@ class ResNet(nn.Module):
         shortcut: ``projection``, ``pad`` or ``subsample``, see `models.blocks.Shortcut`.
         num_classes: number of logits.
         image_size: (H, W) of the images, which sizes the relative tables of `AA`.
-        attention: what the blocks have in addition to convolutions, see `models.attention`. Networks
-            to compare differ in this argument alone.
+        attention: what the blocks have in addition to convolutions, see `models.attention`.
+            Networks to compare differ in this argument alone.
 
     Raises:
         ValueError: the arguments contradict each other; the message names the values.
