@@ -100,6 +100,16 @@ def test_resume_from_a_path_does_not_replace_the_run_that_is_there(run, tmp_path
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
+def test_results_without_checkpoints_are_not_replaced(run, tmp_path):
+    run(folder="a")
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / "a" / name).unlink()
+    before = (tmp_path / "a" / "summary.json").read_bytes()
+    with pytest.raises(ValueError, match="a holds a run without a checkpoint to continue from"):
+        run("resume=auto", folder="a")
+    assert (tmp_path / "a" / "summary.json").read_bytes() == before
+
+
 def test_resume_refuses_other_settings_and_broken_files(run, tmp_path):
     run(folder="a")
     with pytest.raises(ValueError, match=r"other settings: attention.Nh \(4 there, 2 here\)"):

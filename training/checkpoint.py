@@ -108,6 +108,10 @@ def begin(
         damaged = found[: found.index(used)]
         return used, state, [*results, *damaged] if damaged else []
     there = [p for p in (*results, folder / PREVIOUS, folder / LAST) if p.exists()]
+    if there and not overwrite and resume == "auto":
+        raise ValueError(
+            f"{folder} holds a run without a checkpoint to continue from; overwrite=true replaces it"
+        )
     if there and not overwrite:
         raise ValueError(
             f"{folder} already holds a run; resume=auto continues it, overwrite=true replaces it"
