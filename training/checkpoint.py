@@ -110,7 +110,8 @@ def begin(
     there = [p for p in (*results, folder / PREVIOUS, folder / LAST) if p.exists()]
     if there and not overwrite and resume == "auto":
         raise ValueError(
-            f"{folder} holds a run without a checkpoint to continue from; overwrite=true replaces it"
+            f"{folder} holds a run without a checkpoint to continue from; overwrite=true replaces "
+            "it"
         )
     if there and not overwrite:
         raise ValueError(
