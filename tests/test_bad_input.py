@@ -18,7 +18,7 @@ import train
 from scripts import compare, report
 from training import cli
 
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, slow
 
 GUARD = 240  # seconds after which a process is taken to hang
 
@@ -180,7 +180,11 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "line"), SETTINGS, ids=[words for words, _ in SETTINGS])
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [case if index % 5 == 0 else slow(*case) for index, case in enumerate(SETTINGS)],
+    ids=[words for words, _ in SETTINGS],
+)
 def test_a_wrong_setting(stops, monkeypatch, words, line):
     # Hydra composes everything twice, first to know whether it is a sweep; here it need not.
     monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: RunMode.RUN)
@@ -225,6 +229,7 @@ def test_a_sweep_of_which_one_does_not_compose_runs_none(monkeypatch, tmp_path, 
     assert list(tmp_path.rglob("*")) == []
 
 
+@pytest.mark.slow
 def test_the_right_runs_of_a_sweep_are_kept(monkeypatch, tmp_path, capfd):
     words = ["-m", *TINY, "epochs=1", "attention.stages=[2],[9]", f"out_dir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
@@ -338,7 +343,7 @@ def process(script, *words, cwd, **environment):
 
 @pytest.mark.parametrize(
     "words",
-    ["epochs=0", "model=resnet9", "--epochs=3", "device=cuda:99"],
+    ["epochs=0", slow("model=resnet9"), slow("--epochs=3"), slow("device=cuda:99")],
 )
 def test_the_real_command(tmp_path, words):
     done = process("train.py", *TINY, *words.split(), cwd=tmp_path)
@@ -348,6 +353,7 @@ def test_the_real_command(tmp_path, words):
     assert not list(tmp_path.glob("outputs/*"))
 
 
+@pytest.mark.slow
 def test_a_full_traceback_on_request(tmp_path):
     done = process("train.py", *TINY, "epochs=0", cwd=tmp_path, HYDRA_FULL_ERROR="1")
     assert done.returncode == 1

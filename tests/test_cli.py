@@ -56,6 +56,7 @@ def test_an_interrupted_start_says_so(command, monkeypatch, capsys):
     assert capsys.readouterr().err == ("train.py: interrupted before training began\n")
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_a_folder_for_each_variant_and_seed(command, tmp_path):
     small = [w for w in TINY if "epochs" not in w]
     command("-m", *small, "epochs=1", "attention=none,aa", "seed=0,1")
@@ -68,6 +69,7 @@ def test_a_sweep_makes_a_folder_for_each_variant_and_seed(command, tmp_path):
     assert max(len(name) for name in (aa, none)) < 200  # a file system's limit is 255
 
 
+@pytest.mark.slow
 def test_the_sweep_of_the_readme_composes(command, tmp_path):
     command(
         "-m",
@@ -81,6 +83,7 @@ def test_the_sweep_of_the_readme_composes(command, tmp_path):
     assert len(list(tmp_path.rglob("summary.json"))) == 8
 
 
+@pytest.mark.slow
 def test_offline_tracking_goes_to_one_folder_in_separate_runs(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     tiny = [w for w in TINY if "tracking" not in w and "epochs" not in w]

@@ -17,7 +17,7 @@ from training import run_folder
 from training.run_folder import RunFolder, claimed
 
 from folders import make_run
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, slow
 
 SHORT = [word for word in TINY if "epochs" not in word]
 
@@ -89,6 +89,7 @@ def test_a_mistake_is_one_line_before_any_run(monkeypatch, tmp_path, capsys, wor
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_train_refuses_stops_the_comparison_and_leaves_nothing(tmp_path):
     with pytest.raises(compare.RefusedError):
         compare.compare([["attention=none,aa"]], [0], [*SHORT, "epochs=0"], tmp_path)
@@ -137,6 +138,7 @@ def write_rows(folder, epochs, seconds=1.0):
     )
 
 
+@pytest.mark.slow
 def test_trains_what_is_missing_and_reports(tmp_path, capfd):
     words = ([["attention=none,aa"]], [0], [*SHORT, "epochs=1"], tmp_path)
     assert compare.compare(*words) == 0
@@ -154,6 +156,7 @@ def test_trains_what_is_missing_and_reports(tmp_path, capfd):
     assert runs[1].folder.joinpath("summary.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_does_not_stop_the_others_and_is_not_repeated(tmp_path, capfd):
     words = ([["optim.lr=1e+30,2e-3"]], [0], [*SHORT, "epochs=1"], tmp_path)
     assert compare.compare(*words) == 1
@@ -358,7 +361,9 @@ def test_a_run_in_progress_elsewhere_is_left_to_it(tmp_path, pretend, capsys):
 
 
 @pytest.mark.parametrize("name", ["summary.json", "metrics.csv", "failed.json"])
-@pytest.mark.parametrize("content", [b"", b"{}", b'{"format": 1}', b"\xff\xfe", b"epoch\nx\n"])
+@pytest.mark.parametrize(
+    "content", [b"", slow(b"{}"), slow(b'{"format": 1}'), slow(b"\xff\xfe"), slow(b"epoch\nx\n")]
+)
 def test_a_damaged_run_is_named_and_the_others_go_on(tmp_path, pretend, capsys, name, content):
     calls = pretend(finish)
     words = ([["attention=none,aa"]], [0], TINY, tmp_path)
@@ -397,6 +402,7 @@ def wait_until(true, seconds=240.0):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_started_again_and_interrupted(tmp_path):
     """A run outlives a killed compare.py and keeps its folder, which the next one respects."""
     vary = [["attention=none", "epochs=1"], ["attention=none", "epochs=10000"]]

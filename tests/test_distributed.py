@@ -83,6 +83,7 @@ def test_synchronised_normalisation_is_that_of_the_whole_batch(tmp_path):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_it_each_normalises_its_part_and_the_first_ones_statistics_count(tmp_path):
     first, second = two_processes(False, tmp_path)
     model = network(torch.float64)

@@ -15,6 +15,7 @@ from scripts.fault_test import differences
 BRIEF = [*fault_test.SMALL, "data.train_size=32", "data.test_size=16", "epochs=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("processes", "kills"), [(1, 1), (2, 1)])
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, processes, kills):
     outcome = fault_test.fault_test(

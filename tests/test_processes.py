@@ -69,6 +69,7 @@ def runs(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(runs):
     expected, got = rows(runs["one"]), rows(runs["two"])
     assert len(expected) == len(got) == 3
@@ -84,11 +85,13 @@ def test_two_processes_give_the_curve_of_one(runs):
             torch.testing.assert_close(b[part][name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_normalised_apart_the_curve_is_another(runs):
     losses = [float(rows(runs[name])[-1]["train/loss"]) for name in ("two", "apart")]
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes by Linux's /proc")
 def test_a_dead_process_ends_the_other_with_a_message(tmp_path):
     process = start(tmp_path / "dead", *NEVER_ENDING)
@@ -111,6 +114,7 @@ def test_an_error_is_told_before_torchrun_ends_the_process():
             signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_a_terminals_interrupt_which_torchrun_repeats_is_saved_once(tmp_path):
     folder = tmp_path / "signalled"
     process = start(folder, *NEVER_ENDING)
@@ -125,6 +129,7 @@ def test_a_terminals_interrupt_which_torchrun_repeats_is_saved_once(tmp_path):
     assert f"after epoch {len(saved['rows'])}{inside}; run the same command" in said
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once(tmp_path):
     process = start(tmp_path / "out" / "wrong", "batch_size=32", "grad_accum=32")
     said = process.communicate(timeout=GUARD)[0]

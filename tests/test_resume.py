@@ -20,7 +20,7 @@ from training import cli, stopping, tracking
 from training.device import set_deterministic
 from training.run_folder import RunFolder
 
-from helpers import TINY, rows
+from helpers import TINY, rows, slow
 
 # Over before the first step: a process is older.
 AT_ONCE = "max_minutes=1e-9"
@@ -34,6 +34,14 @@ SMALL = [
     "eval_batch_size=5",
     "model.aa.stages=[3]",
 ]
+
+
+@pytest.fixture(autouse=True)
+def interrupts():
+    """Heed SIGINT, which a script's background job, the tests being one, ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -74,7 +82,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("overrides", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize(
+    "overrides",
+    [k if name == "augmented-clipped" else slow(k) for name, k in KINDS.items()],
+    ids=KINDS,
+)
 def test_stopped_after_every_step(run, tmp_path, monkeypatch, overrides):
     monkeypatch.setattr(train, "build_model", dropping_out(train.build_model))
     # It would not move within so few steps.
@@ -99,7 +111,7 @@ class Killed(BaseException):
     """Stands for a SIGKILL: the run has no part in what comes after it."""
 
 
-@pytest.mark.parametrize("steps", [1, 3, 5, 6, 8])
+@pytest.mark.parametrize("steps", [1, 3, slow(5), slow(6), slow(8)])
 def test_killed_after_a_checkpoint_inside_an_epoch(run, tmp_path, monkeypatch, steps):
     """Checkpoints after every second step: the others are done again."""
     overrides = ["data.train_size=32", "ema=0.9"]
@@ -126,7 +138,7 @@ def test_killed_after_a_checkpoint_inside_an_epoch(run, tmp_path, monkeypatch, s
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("name", ["write_metrics", "write_summary"])
+@pytest.mark.parametrize("name", ["write_metrics", slow("write_summary")])
 def test_killed_after_the_checkpoint_of_an_epoch(run, tmp_path, monkeypatch, name):
     """Before the rows, or the summary, that belong to it are written."""
     run(folder="whole")
@@ -138,6 +150,7 @@ def test_killed_after_the_checkpoint_of_an_epoch(run, tmp_path, monkeypatch, nam
     with pytest.raises(Killed):
         run(folder="parts")
     monkeypatch.undo()
+    assert len(state(tmp_path / "parts")["rows"]) == (1 if name == "write_metrics" else 2)
     run("resume=auto", folder="parts")
     assert_same(tmp_path / "whole", tmp_path / "parts")
     assert (tmp_path / "parts" / "summary.json").exists()
@@ -162,7 +175,8 @@ def signalled(monkeypatch, number, at_batch):
 
 # A training batch counts twice, being normalised too: 6 of an epoch, 2 of its evaluation.
 @pytest.mark.parametrize(
-    ("at_batch", "epochs", "step"), [(1, 0, 1), (6, 0, 3), (7, 0, 3), (8, 0, 3), (9, 1, 1)]
+    ("at_batch", "epochs", "step"),
+    [(1, 0, 1), slow(6, 0, 3), slow(7, 0, 3), (8, 0, 3), slow(9, 1, 1)],
 )
 def test_signals_finish_the_step_and_save(
     run, tmp_path, monkeypatch, capfd, at_batch, epochs, step
@@ -245,7 +259,7 @@ def test_a_signal_at_the_very_end_leaves_a_finished_run(run, tmp_path, monkeypat
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize(("job", "code"), [("17", 0), ("17", 1), (None, 0)])
+@pytest.mark.parametrize(("job", "code"), [("17", 0), slow("17", 1), slow(None, 0)])
 def test_slurm_is_asked_to_queue_the_job_again(run, tmp_path, monkeypatch, caplog, job, code):
     said = tmp_path / "said"
     scontrol = tmp_path / "scontrol"
@@ -318,6 +332,7 @@ def test_an_interrupted_epoch_tells_its_whole_time(run, tmp_path):
     assert second["perf/peak_memory_mib"] < 1e6
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(run, tmp_path, caplog):
     run(folder="whole")
     for _ in range(2):
@@ -339,7 +354,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(run, tmp_path, ca
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize("name", ["last.pt", "metrics.csv", "summary.json"])
+@pytest.mark.parametrize("name", ["last.pt", slow("metrics.csv"), slow("summary.json")])
 def test_a_full_disk_ends_a_run_with_one_line(run, tmp_path, monkeypatch, capsys, name):
     """The second time that a file is written, or the first time of the summary."""
     run(folder="whole")
@@ -370,6 +385,7 @@ def test_a_full_disk_ends_a_run_with_one_line(run, tmp_path, monkeypatch, capsys
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_the_dashboard_goes_on_in_the_same_run(run, monkeypatch):
     asked = []
 
@@ -412,6 +428,7 @@ def test_a_run_that_replaces_another_leaves_nothing_of_it(run, tmp_path):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"last.pt", "train.log", ".hydra"}
 
 
+@pytest.mark.slow
 def test_a_signal_ends_a_sweep(monkeypatch, tmp_path):
     small = [w for w in SMALL if "epochs" not in w]
     monkeypatch.setattr(
@@ -442,6 +459,7 @@ def usual_algorithms():
     set_deterministic(False)
 
 
+@pytest.mark.slow
 def test_deterministic_refuses_what_is_not(run, monkeypatch, usual_algorithms):
     """An operation without a deterministic implementation ends the run, unless not asked for."""
     build = train.build_model

@@ -17,7 +17,7 @@ import train
 from training import cli, console, distributed, provenance, run_folder, stopping
 from training.run_folder import HeldError, claimed, folder_name, holder
 
-from helpers import ROOT, TINY, rows
+from helpers import ROOT, TINY, rows, slow
 
 LONG = ["epochs=10000", "data.train_size=64"]
 
@@ -332,7 +332,9 @@ def test_ignored_signals_stay_ignored_and_the_others_are_heeded():
             signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("program", ["train.py", "scripts/compare.py", "scripts/report.py"])
+@pytest.mark.parametrize(
+    "program", ["train.py", slow("scripts/compare.py"), slow("scripts/report.py")]
+)
 def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, program):
     """Case 25, with a package of that name, or of another that is imported, which presses it."""
     for name in ("torch", "hydra", "jinja2"):
@@ -464,7 +466,7 @@ def test_weights_that_are_not_finite_are_no_result(run, tmp_path):
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("broken", ["ema", "evaluation", "inf"])
+@pytest.mark.parametrize("broken", ["ema", slow("evaluation"), slow("inf")])
 def test_scores_that_are_not_finite_are_no_result(run, tmp_path, monkeypatch, broken):
     evaluate = train.evaluate
 
@@ -497,6 +499,7 @@ def test_a_finished_run_is_never_written_again(run, tmp_path, monkeypatch, caplo
     assert "already finished" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_continued_run_names_all_that_it_was_trained_on(run, tmp_path, monkeypatch):
     """Case 5: each stretch has its commit and hardware, and the epoch that it began in."""
     for commit in ("first", "first", "second"):
@@ -516,7 +519,7 @@ def test_a_continued_run_names_all_that_it_was_trained_on(run, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("here", "there", "word"), [("bf16", "auto", "fp32"), ("fp32", "bf16", "bf16")]
+    ("here", "there", "word"), [("bf16", "auto", "fp32"), slow("fp32", "bf16", "bf16")]
 )
 def test_another_precision_is_refused_with_the_override_that_continues(
     run, settings, tmp_path, monkeypatch, here, there, word

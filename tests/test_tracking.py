@@ -242,6 +242,7 @@ cli.run(train.main)
 """
 
 
+@pytest.mark.slow
 @linux
 def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
     """Two runs in one process; the first one's wandb process dies after an epoch."""
@@ -326,6 +327,7 @@ def server():
         httpd.server_close()
 
 
+@pytest.mark.slow
 def test_servers_that_refuse_fail_hang_or_are_not_there_are_given_up(server, tmp_path):
     addresses = [server(401), server(500), server(None), "http://127.0.0.1:9"]
     done = subprocess.run(

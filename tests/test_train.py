@@ -10,7 +10,7 @@ from torch import nn
 
 import train
 
-from helpers import CONFIGS, TINY, rows
+from helpers import CONFIGS, TINY, rows, slow
 
 
 def weights(folder):
@@ -72,6 +72,7 @@ def test_the_last_epoch_counts_not_the_best(run, tmp_path, monkeypatch):
     assert run()["test/top1"] == 10.0
 
 
+@pytest.mark.slow
 def test_same_seed_same_run_and_another_seed_another(run, tmp_path):
     for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
         run(f"seed={seed}", folder=folder)
@@ -89,6 +90,7 @@ def test_resume_from_a_path_and_of_a_finished_run(run, tmp_path):
     assert run("resume=auto", folder="new")["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_resume_from_a_path_does_not_replace_the_run_that_is_there(run, tmp_path):
     run(folder="a")
     run("seed=5", folder="b")
@@ -134,6 +136,7 @@ def test_a_run_is_not_overwritten_by_accident(run, tmp_path):
     assert run("seed=9", "overwrite=true", folder="a")["seed"] == 9
 
 
+@pytest.mark.slow
 def test_learns_a_batch_by_heart(run):
     overrides = [
         "data.train_size=64",
@@ -161,38 +164,38 @@ def base(tmp_path_factory):
     "override",
     [
         "attention=none",
-        "attention=ge",
-        "attention.dk=16",
-        "attention.dv=8",
-        "attention.Nh=2",
-        "attention.min_dkh=3",
-        "attention.position=none",
-        "attention.stages=[2]",
-        "model.shortcut=pad",
-        "model.block=preact",
-        "model.depths=[2,1,1]",
-        "model.stem=3",
-        "data.noise=0.2",
-        "data.data_seed=1",
+        slow("attention=ge"),
+        slow("attention.dk=16"),
+        slow("attention.dv=8"),
+        slow("attention.Nh=2"),
+        slow("attention.min_dkh=3"),
+        slow("attention.position=none"),
+        slow("attention.stages=[2]"),
+        slow("model.shortcut=pad"),
+        slow("model.block=preact"),
+        slow("model.depths=[2,1,1]"),
+        slow("model.stem=3"),
+        slow("data.noise=0.2"),
+        slow("data.data_seed=1"),
         "data.val_size=32",
-        "data.crop_pad=1",
-        "data.flip=true",
-        "data.cutout=4",
-        "optim=sgd",
+        slow("data.crop_pad=1"),
+        slow("data.flip=true"),
+        slow("data.cutout=4"),
+        slow("optim=sgd"),
         "optim.lr=0.001",
-        "optim.weight_decay=0.5",
-        "optim.betas=[0.8,0.99]",
-        "schedule=warmup_cosine",
-        "schedule.warmup=0.5",
-        "schedule.start=0.5",
-        "schedule.end=0.01",
-        "batch_size=16",
-        "grad_accum=2",
-        "label_smoothing=0.1",
-        "grad_clip=0.1",
-        "ema=0.5",
-        "precision=bf16",
-        "precision=fp16",
+        slow("optim.weight_decay=0.5"),
+        slow("optim.betas=[0.8,0.99]"),
+        slow("schedule=warmup_cosine"),
+        slow("schedule.warmup=0.5"),
+        slow("schedule.start=0.5"),
+        slow("schedule.end=0.01"),
+        slow("batch_size=16"),
+        slow("grad_accum=2"),
+        slow("label_smoothing=0.1"),
+        slow("grad_clip=0.1"),
+        slow("ema=0.5"),
+        slow("precision=bf16"),
+        slow("precision=fp16"),
     ],
 )
 def test_every_setting_changes_the_run(run, tmp_path, base, override):
@@ -204,8 +207,8 @@ def test_every_setting_changes_the_run(run, tmp_path, base, override):
     ("choice", "override"),
     [
         (["optim=sgd"], "optim.momentum=0.5"),
-        (["optim=sgd"], "optim.nesterov=false"),
-        (["attention=se", "attention.ratio=4"], "attention.ratio=2"),
+        slow(["optim=sgd"], "optim.nesterov=false"),
+        slow(["attention=se", "attention.ratio=4"], "attention.ratio=2"),
     ],
 )
 def test_every_setting_of_another_choice_changes_the_run(run, tmp_path, choice, override):
@@ -216,7 +219,8 @@ def test_every_setting_of_another_choice_changes_the_run(run, tmp_path, choice, 
 
 # Each is another way to the same numbers, up to rounding.
 @pytest.mark.parametrize(
-    "override", ["attention.backend=reference", "channels_last=false", "eval_batch_size=7"]
+    "override",
+    ["attention.backend=reference", slow("channels_last=false"), slow("eval_batch_size=7")],
 )
 def test_ways_to_compute_agree(run, tmp_path, override):
     run("epochs=1", folder="base")
@@ -226,6 +230,7 @@ def test_ways_to_compute_agree(run, tmp_path, override):
             assert float(b[key]) == pytest.approx(float(a[key]), rel=1e-3), key
 
 
+@pytest.mark.slow
 def test_compile_is_called_and_agrees(run, tmp_path, monkeypatch):
     compiled = []
 
@@ -241,6 +246,7 @@ def test_compile_is_called_and_agrees(run, tmp_path, monkeypatch):
     assert loss[1] == pytest.approx(loss[0], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_channels_last_reaches_the_weights(run, tmp_path, monkeypatch):
     seen = []
     original = train.build_model
@@ -298,7 +304,15 @@ def options(group):
     return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
 
 
-@pytest.mark.parametrize("model", options("model"))
+# Each stands for those like it.
+QUICK = ("resnet8", "lookup")
+
+
+def most_slow(group):
+    return [option if option in QUICK else slow(option) for option in options(group)]
+
+
+@pytest.mark.parametrize("model", most_slow("model"))
 def test_every_model_takes_every_attention(settings, model):
     from training.settings import build_model
 
@@ -310,7 +324,7 @@ def test_every_model_takes_every_attention(settings, model):
         assert network(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 100)
 
 
-@pytest.mark.parametrize("experiment", options("experiment"))
+@pytest.mark.parametrize("experiment", most_slow("experiment"))
 def test_every_experiment_trains(run, experiment):
     small = [
         "data=lookup",

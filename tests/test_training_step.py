@@ -15,7 +15,7 @@ from training import distributed
 from training.device import choose_dtype
 from training.run_folder import read_metrics
 
-from helpers import TINY, rows
+from helpers import TINY, rows, slow
 
 CPU = torch.device("cpu")
 # A step moves the weights by the learning rate times the gradient, and no more.
@@ -127,8 +127,8 @@ def saved(folder):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["attention=none"],
-        ["grad_accum=4", "label_smoothing=0.2"],
+        slow(["attention=none"]),
+        slow(["grad_accum=4", "label_smoothing=0.2"]),
         ["attention=none", "grad_clip=0.5", "ema=0.75"],
     ],
     ids=lambda words: ",".join(words),
@@ -246,7 +246,7 @@ def test_the_rate_that_is_written_is_the_last_one_used(run, tmp_path, monkeypatc
     assert [float(row["train/lr"]) for row in rows(tmp_path / "run")] == [used[2], used[5]]
 
 
-@pytest.mark.parametrize(("log_every", "taken"), [(1, 2), (3, 3), (4, 4), (99, 6)])
+@pytest.mark.parametrize(("log_every", "taken"), [(1, 2), slow(3, 3), slow(4, 4), (99, 6)])
 def test_a_loss_that_is_not_finite_is_found_when_losses_are_looked_at(
     run, monkeypatch, log_every, taken
 ):
