@@ -140,10 +140,19 @@ def write_rows(folder, epochs, seconds=1.0):
 
 @pytest.mark.slow
 def test_trains_what_is_missing_and_reports(tmp_path, capfd):
-    words = ([["attention=none,aa"]], [0], [*SHORT, "epochs=1"], tmp_path)
-    assert compare.compare(*words) == 0
+    """First where the locale is ASCII: files, output and folder names are UTF-8 all the same."""
+    out = tmp_path / "\u00fc \u2212"
+    words = ([["attention=none,aa"]], [0], [*SHORT, "epochs=1"], out)
+    ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "scripts/compare.py", "--out", str(out), "--", *SHORT, "epochs=1"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | ascii_locale, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
     folder, runs = compare.plan(*words)
-    assert (folder / "report.md").exists()
+    assert f"written: {folder / 'report.html'}" in done.stdout.decode()
+    assert "AA" in (folder / "report.md").read_text(encoding="utf-8")
+    assert out.name in (runs[0].folder / "train.log").read_text(encoding="utf-8")
     before = runs[1].folder.joinpath("summary.json").stat().st_mtime_ns
     (runs[0].folder / "summary.json").unlink()
     capfd.readouterr()
@@ -444,32 +453,3 @@ def test_killed_started_again_and_interrupted(tmp_path):
         "compare.py: stopped; the same command continues: python scripts/"
     )
     assert not any("Traceback" in line for line in printed)
-
-
-@pytest.mark.slow
-def test_an_ascii_locale(tmp_path):
-    """Files and output are UTF-8, and folders of any name are found, whatever the locale says."""
-    out = tmp_path / "\u00fc \u2212"
-    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [
-        sys.executable,
-        "scripts/compare.py",
-        "--out",
-        str(out),
-        "--vary",
-        "attention=none,aa",
-    ]
-    done = subprocess.run(
-        [*command, "--", *SHORT, "epochs=1"],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    (page,) = out.rglob("report.md")
-    assert "AA" in page.read_text(encoding="utf-8")
-    assert f"written: {page.with_name('report.html')}" in done.stdout.decode()
-    (folder, _) = sorted(p.parent for p in out.rglob("summary.json"))
-    assert (folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")
-    assert "\u00fc \u2212" in (folder / "train.log").read_text(encoding="utf-8")
