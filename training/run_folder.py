@@ -186,7 +186,8 @@ class RunFolder:
         made = [] if self._kept else self._made[::-1]
         for path in made:
             if not path.is_dir():
-                path.unlink(missing_ok=True)
+                with suppress(OSError):
+                    path.unlink()
         if lock is not None:
             for name in (HOLDER, LOCK):
                 with suppress(OSError):  # Windows removes no file that is open
