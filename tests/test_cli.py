@@ -23,6 +23,7 @@ def command(monkeypatch, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_a_mistake_does_not_touch_a_finished_run(command, tmp_path, capsys):
     command(*TINY)
     (summary,) = tmp_path.rglob("summary.json")

@@ -75,6 +75,7 @@ def two_processes(synchronised, folder):
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
+@pytest.mark.slow
 def test_synchronised_normalisation_is_that_of_the_whole_batch(tmp_path):
     model = network(torch.float64)
     expected = results_of(model, model, example(torch.float64))

@@ -111,7 +111,7 @@ class Killed(BaseException):
     """Stands for a SIGKILL: the run has no part in what comes after it."""
 
 
-@pytest.mark.parametrize("steps", [1, 3, slow(5), slow(6), slow(8)])
+@pytest.mark.parametrize("steps", [slow(1), 3, slow(5), slow(6), slow(8)])
 def test_killed_after_a_checkpoint_inside_an_epoch(run, tmp_path, monkeypatch, steps):
     """Checkpoints after every second step: the others are done again."""
     overrides = ["data.train_size=32", "ema=0.9"]
@@ -176,7 +176,7 @@ def signalled(monkeypatch, number, at_batch):
 # A training batch counts twice, being normalised too: 6 of an epoch, 2 of its evaluation.
 @pytest.mark.parametrize(
     ("at_batch", "epochs", "step"),
-    [(1, 0, 1), slow(6, 0, 3), slow(7, 0, 3), (8, 0, 3), slow(9, 1, 1)],
+    [slow(1, 0, 1), slow(6, 0, 3), slow(7, 0, 3), (8, 0, 3), slow(9, 1, 1)],
 )
 def test_signals_finish_the_step_and_save(
     run, tmp_path, monkeypatch, capfd, at_batch, epochs, step
@@ -279,6 +279,7 @@ def test_slurm_is_asked_to_queue_the_job_again(run, tmp_path, monkeypatch, caplo
     assert warned == (code == 1)
 
 
+@pytest.mark.slow
 def test_the_end_of_the_time_between_epochs(run, tmp_path, monkeypatch, caplog):
     """Reached during the evaluation, which then is finished all the same."""
     run(folder="whole")
@@ -404,6 +405,7 @@ def test_the_dashboard_goes_on_in_the_same_run(run, monkeypatch):
     assert asked == [None, "abc", "abc", "abc", "abc"]
 
 
+@pytest.mark.slow
 def test_the_summary_of_a_run_stopped_after_its_last_epoch(run, tmp_path, monkeypatch):
     whole = run(folder="whole")
 
@@ -443,6 +445,7 @@ def test_a_signal_ends_a_sweep(monkeypatch, tmp_path):
     assert len(list(tmp_path.rglob("summary.json"))) == 1
 
 
+@pytest.mark.slow
 def test_the_end_of_the_time_ends_a_sweep(monkeypatch, tmp_path):
     monkeypatch.setattr(
         sys, "argv", ["train.py", "-m", *SMALL, AT_ONCE, "seed=0,1,2", f"out_dir={tmp_path}"]

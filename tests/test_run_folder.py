@@ -518,7 +518,7 @@ def test_a_continued_run_names_all_that_it_was_trained_on(run, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(
-    ("here", "there", "word"), [("bf16", "auto", "fp32"), slow("fp32", "bf16", "bf16")]
+    ("here", "there", "word"), [slow("bf16", "auto", "fp32"), slow("fp32", "bf16", "bf16")]
 )
 def test_another_precision_is_refused_with_the_override_that_continues(
     run, settings, tmp_path, monkeypatch, here, there, word
@@ -584,6 +584,7 @@ def test_many_ordinary_overrides(tmp_path, monkeypatch):
     assert len({p.parent.parent for p in tmp_path.rglob("summary.json")}) == 2
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_refused_leaves_the_record_of_the_one_before(monkeypatch, tmp_path, capsys):
     (tmp_path / "lookup").mkdir()
     (tmp_path / "lookup" / "multirun.yaml").write_text("of the one before")

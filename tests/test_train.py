@@ -81,6 +81,7 @@ def test_same_seed_same_run_and_another_seed_another(run, tmp_path):
     assert rows(tmp_path / "a") != rows(tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_resume_from_a_path_and_of_a_finished_run(run, tmp_path):
     first = run(folder="a")
     again = run(f"resume={tmp_path / 'a'}", folder="b")
@@ -112,6 +113,7 @@ def test_results_without_checkpoints_are_not_replaced(run, tmp_path):
     assert (tmp_path / "a" / "summary.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_resume_refuses_other_settings_and_broken_files(run, tmp_path):
     run(folder="a")
     with pytest.raises(ValueError, match=r"other settings: attention.Nh \(4 there, 2 here\)"):
@@ -163,7 +165,7 @@ def base(tmp_path_factory):
 @pytest.mark.parametrize(
     "override",
     [
-        "attention=none",
+        slow("attention=none"),
         slow("attention=ge"),
         slow("attention.dk=16"),
         slow("attention.dv=8"),
@@ -177,7 +179,7 @@ def base(tmp_path_factory):
         slow("model.stem=3"),
         slow("data.noise=0.2"),
         slow("data.data_seed=1"),
-        "data.val_size=32",
+        slow("data.val_size=32"),
         slow("data.crop_pad=1"),
         slow("data.flip=true"),
         slow("data.cutout=4"),
@@ -206,7 +208,7 @@ def test_every_setting_changes_the_run(run, tmp_path, base, override):
 @pytest.mark.parametrize(
     ("choice", "override"),
     [
-        (["optim=sgd"], "optim.momentum=0.5"),
+        slow(["optim=sgd"], "optim.momentum=0.5"),
         slow(["optim=sgd"], "optim.nesterov=false"),
         slow(["attention=se", "attention.ratio=4"], "attention.ratio=2"),
     ],
@@ -220,7 +222,7 @@ def test_every_setting_of_another_choice_changes_the_run(run, tmp_path, choice, 
 # Each is another way to the same numbers, up to rounding.
 @pytest.mark.parametrize(
     "override",
-    ["attention.backend=reference", slow("channels_last=false"), slow("eval_batch_size=7")],
+    [slow("attention.backend=reference"), slow("channels_last=false"), slow("eval_batch_size=7")],
 )
 def test_ways_to_compute_agree(run, tmp_path, override):
     run("epochs=1", folder="base")
@@ -372,7 +374,7 @@ def test_sweeps_of_the_experiments():
     assert sweep("sweep_heads").keys() == {"attention.dk", "attention.dv", "attention.Nh"}
 
 
-@pytest.mark.parametrize("group", ["data", "optim", "schedule", "tracking", "experiment"])
+@pytest.mark.parametrize("group", ["data", "optim", "schedule", "tracking", slow("experiment")])
 def test_every_option_composes(settings, group):
     for option in options(group):
         OmegaConf.to_container(

@@ -99,6 +99,7 @@ def test_auto_on_the_cpu():
     assert peak_memory_mib(device) > 10
 
 
+@pytest.mark.slow
 def test_peak_memory_is_this_process_own():
     """Started from a process that once held much, one that holds little says little."""
     hoard = torch.ones(2**27)  # 512 MiB

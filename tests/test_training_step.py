@@ -152,7 +152,7 @@ def test_a_run_is_what_a_loop_written_out_gives(run, built, tmp_path, overrides)
             torch.testing.assert_close(average, value, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("decay", [0.5, 0.96875])
+@pytest.mark.parametrize("decay", [0.5, slow(0.96875)])
 def test_averaged_weights_are_the_average_of_those_after_each_step(built, decay):
     """The first step's are copied, running statistics are averaged as weights are."""
     cfg, state = built(f"ema={decay}", "optim.lr=0.05")
@@ -181,7 +181,7 @@ def test_averaged_weights_are_the_average_of_those_after_each_step(built, decay)
 
 # The norm that gradients are clipped to, as a part of theirs: more leaves them as they are.
 @pytest.mark.parametrize("part", [0.25, 4.0])
-@pytest.mark.parametrize("scale", [2.0**3, 2.0**16])
+@pytest.mark.parametrize("scale", [slow(2.0**3), 2.0**16])
 def test_a_clipped_step_in_fp16_is_that_of_fp32(built, scale, part):
     """Gradients are clipped to a norm of their own, whatever the loss was scaled by."""
     words = [*PLAIN_SGD, "attention=none", "optim.lr=0.1", "schedule=warmup_cosine"]
