@@ -46,6 +46,22 @@ def test_a_run_that_diverges_leaves_word_of_it_until_it_is_run_again(command, tm
     assert (tmp_path / "r" / "summary.json").exists()
 
 
+@pytest.mark.parametrize("out", ["out", "./out", "../out", "x/../out", "out//deep/"])
+def test_a_run_has_a_folder_of_its_own_however_out_dir_is_written(monkeypatch, tmp_path, out):
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path / "x" if out.startswith("..") else tmp_path)
+    monkeypatch.setattr(train, "train", lambda cfg, folder: folders.append(folder) or SCORES)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"out_dir={out}", "seed=3"])
+    folders = []
+    cli.run(train.main)
+    (folder,) = folders
+    assert folder.name == "seed=3"
+    assert folder.parent.parent == tmp_path / "out" / ("deep" if "deep" in out else "") / "lookup"
+
+
+SCORES = {"evaluated_on": "test", "test/top1": 1.0}
+
+
 def test_an_interrupted_start_says_so(command, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -84,18 +84,13 @@ def _check_options() -> None:
     said = io.StringIO()
     try:
         with redirect_stderr(said), redirect_stdout(io.StringIO()):
-            arguments = get_args_parser().parse_args()
+            get_args_parser().parse_args()
     except SystemExit as stopped:
         if not stopped.code:  # --version
             print(f"train.py {aaconv.__version__}, {_version('hydra-core')}, {_version('torch')}")
             sys.exit(0)
         fault = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         _stop(f"{fault}; settings are NAME=VALUE, and options such as -m come before them")
-    for word in arguments.overrides:
-        key, _, _ = word.partition("=")
-        group, _, name = key.lstrip("+~").rpartition(".")
-        if name.startswith("_") and not key.lstrip("+~").startswith("hydra."):
-            _stop(f"{word}: {name} cannot be set; choose another option of the group {group}")
 
 
 def _version(package: str) -> str:
@@ -113,7 +108,7 @@ def run_dir(cfg: DictConfig) -> Path:
     if hydra.mode == RunMode.MULTIRUN:
         shared = hydra.sweep.subdir == "."
     else:
-        shared = folder == Path(cfg.out_dir, cfg.name).absolute()
+        shared = folder == Path(os.path.abspath(Path(cfg.out_dir, cfg.name)))
     if not shared:
         return folder
     overrides = hydra.job.override_dirname
