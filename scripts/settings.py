@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from configs.schema import NO_EFFECT_ON_RESULT, OPTIONS
 from training.files import write_text
+from training.variants import flatten
 
 CONFIGS = ROOT / "configs"
 PAGE = ROOT / "docs" / "settings.md"
@@ -123,7 +124,7 @@ def read_yaml(path: Path) -> tuple[list[Any], dict[str, Any]]:
     content = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(content, dict)
     defaults = content.pop("defaults", [])
-    return defaults, flat({str(key): value for key, value in content.items()})
+    return defaults, flatten({str(key): value for key, value in content.items()})
 
 
 def load_values(path: Path) -> dict[str, Any]:
@@ -134,16 +135,6 @@ def load_values(path: Path) -> dict[str, Any]:
         if isinstance(entry, str) and (path.parent / f"{entry}.yaml").is_file():
             inherited |= load_values(path.parent / f"{entry}.yaml")
     return inherited | values
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= (
-            flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return found
 
 
 def schema_name(path: Path) -> str | None:
