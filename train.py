@@ -36,7 +36,7 @@ from tqdm import tqdm
 from aaconv.functional import check_backend
 from configs.schema import register
 from data import Batches, Dataset, evaluation_batches
-from models import count_flops, count_parameters, layer_table
+from models import count_flops, count_parameters, layer_facts, layer_table
 from training import checkpoint, cli, distributed, provenance, run_folder, stopping
 from training.device import (
     choose_device,
@@ -46,7 +46,7 @@ from training.device import (
     to_device,
 )
 from training.kinds import UnreadableError
-from training.progress import EpochState, Progress
+from training.progress import EpochState, Progress, StepFigures
 from training.run_folder import RunFolder
 from training.scores import evaluate
 from training.settings import build_model, check, resolve
@@ -256,6 +256,7 @@ def describe(cfg: DictConfig, state: RunState) -> dict[str, Any]:
         "evaluated_on": state.dataset.evaluated_on,
         "parameters": count_parameters(state.model),
         "flops": count_flops(state.model, state.dataset.image_size),
+        "layers": layer_facts(state.model),
         "precision": name_of(state.dtype),
     }
     log.info(
@@ -268,7 +269,7 @@ def describe(cfg: DictConfig, state: RunState) -> dict[str, Any]:
         facts["precision"],
         provenance.hardware(state.device),
     )
-    for line in layer_table(state.model):
+    for line in layer_table(facts["layers"]):
         log.info(line)
     return facts
 
@@ -362,24 +363,29 @@ def train_epoch(
     return should_stop
 
 
-def take_step(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) -> Tensor:
-    """One step of the optimiser; the mean loss of the whole batch, before it."""
-    loss = distributed.all_reduce_mean(add_gradients(cfg, state, images, labels))
+def take_step(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) -> StepFigures:
+    """One step of the optimiser, and what it has shown of the whole batch."""
+    loss, top1 = distributed.all_reduce_mean(add_gradients(cfg, state, images, labels)).unbind()
+    state.scaler.unscale_(state.optimizer)
+    parameters = [p for p in state.model.parameters() if p.grad is not None]
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if cfg.grad_clip is not None:
-        state.scaler.unscale_(state.optimizer)
-        torch.nn.utils.clip_grad_norm_(state.model.parameters(), cfg.grad_clip)
+        torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, grad_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.schedule.step()
     if state.ema_model is not None:
         state.ema_model.update_parameters(state.model)
-    return loss
+    return StepFigures(loss, top1, grad_norm)
 
 
 def add_gradients(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) -> Tensor:
-    """The mean loss of this rank's shard of a batch, whose gradients add up over micro-batches."""
-    mean = torch.zeros((), device=images.device)
+    """Mean loss and fraction right of this rank's shard of a batch, as a tensor (2,).
+
+    The gradients of the loss add up over micro-batches.
+    """
+    mean = torch.zeros(2, device=images.device)
     micro_batches = zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
     for number, (inputs, targets) in enumerate(micro_batches, start=1):
         last = number == cfg.grad_accum
@@ -389,7 +395,8 @@ def add_gradients(cfg: DictConfig, state: RunState, images: Tensor, labels: Tens
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.label_smoothing)
             loss = loss / cfg.grad_accum
             state.scaler.scale(loss).backward()
-        mean += loss.detach()
+        right = (logits.detach().argmax(dim=1) == targets).float().mean() / cfg.grad_accum
+        mean += torch.stack((loss.detach(), right))
     return mean
 
 
@@ -405,8 +412,7 @@ def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: sto
     steps = len(state.batches)
     row = {
         "epoch": len(progress.rows) + 1,
-        "train/loss": trained.loss_sum.item() / steps,
-        "train/lr": trained.lr,
+        **trained.training_metrics(),
         **{f"{state.dataset.evaluated_on}/{name}": value for name, value in scores.items()},
         "perf/images_per_s": steps * cfg.batch_size / trained.seconds,
         "perf/peak_memory_mib": max(trained.peak_memory_mib, peak_memory_mib(state.device)),

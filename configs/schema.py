@@ -109,11 +109,11 @@ class NoAttentionConfig:
 class AugmentedConvConfig:
     _target_: str = "models.AA"
     # Key channels of an augmented convolution: a number of channels (an int such as 20, divisible
-    # by attention.Nh) or a fraction above 0 of its output channels (a float such as 0.2, the
-    # paper's kappa).
+    # by attention.Nh) or a fraction of its output channels, above 0 and at most 2 (a float such as
+    # 0.2, the paper's kappa). So 1 is a single channel, and 1.0 as many as the block puts out.
     dk: Union[int, float] = MISSING
     # Value channels, taken out of its output channels: a number of channels (int, divisible by
-    # attention.Nh) or a fraction above 0 and at most 1 (float, the paper's upsilon).
+    # attention.Nh) or a fraction of them, above 0 and at most 1 (float, the paper's upsilon).
     dv: Union[int, float] = MISSING
     # Attention heads, at least 1.
     Nh: int = MISSING

@@ -1,7 +1,7 @@
 """Residual networks for small images, with and without attention."""
 
 from models.attention import AA, GE, SE, Attention, NoAttention
-from models.cost import augmented_layers, count_flops, count_parameters, layer_table
+from models.cost import augmented_layers, count_flops, count_parameters, layer_facts, layer_table
 from models.resnet import ResNet
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "augmented_layers",
     "count_flops",
     "count_parameters",
+    "layer_facts",
     "layer_table",
 ]

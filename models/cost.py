@@ -1,6 +1,7 @@
 """Parameters, FLOPs and augmented layers of a network."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,20 +38,37 @@ def augmented_layers(model: nn.Module) -> dict[str, AugmentedConv]:
     return {name: m for name, m in model.named_modules() if isinstance(m, AugmentedConv)}
 
 
-def layer_table(model: nn.Module) -> list[str]:
-    """A table of dk, dv, Nh, channels per head and map size of each augmented layer, as lines.
+def layer_facts(model: nn.Module) -> list[dict[str, Any]]:
+    """What dk, dv and Nh have come to in each augmented layer; empty for a plain network.
 
-    Empty for a network without augmented layers.
+    Each entry has the module's ``name``, its output channels ``out``, ``dk``, ``dv``, ``Nh``, the
+    channels per head ``dkh`` and ``dvh``, and ``height`` and ``width`` of its output.
     """
-    layers = augmented_layers(model)
-    if not layers:
+    return [
+        {
+            "name": name,
+            "out": layer.dv + (layer.conv_out.out_channels if layer.conv_out is not None else 0),
+            "dk": layer.dk,
+            "dv": layer.dv,
+            "Nh": layer.Nh,
+            "dkh": layer.dk // layer.Nh,
+            "dvh": layer.dv // layer.Nh,
+            "height": layer.shape[0],
+            "width": layer.shape[1],
+        }
+        for name, layer in augmented_layers(model).items()
+    ]
+
+
+def layer_table(facts: list[dict[str, Any]]) -> list[str]:
+    """What `layer_facts` says as the lines of a table; none for a plain network."""
+    if not facts:
         return []
-    rows: list[tuple[str, ...]] = [("augmented", "out", "dk", "dv", "Nh", "dkh", "dvh", "map")]
-    for name, layer in layers.items():
-        heads = (layer.dk // layer.Nh, layer.dv // layer.Nh)
-        out = layer.dv + (layer.conv_out.out_channels if layer.conv_out is not None else 0)
-        size = "x".join(map(str, layer.shape))
-        rows.append((name, *map(str, (out, layer.dk, layer.dv, layer.Nh, *heads)), size))
+    columns = ("out", "dk", "dv", "Nh", "dkh", "dvh")
+    rows: list[tuple[str, ...]] = [("augmented", *columns, "map")]
+    for layer in facts:
+        size = f"{layer['height']}x{layer['width']}"
+        rows.append((layer["name"], *(str(layer[c]) for c in columns), size))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows

@@ -13,6 +13,7 @@ from models import (
     augmented_layers,
     count_flops,
     count_parameters,
+    layer_facts,
     layer_table,
 )
 from models.attention import GatherExcite, SqueezeExcite
@@ -209,11 +210,23 @@ def test_every_setting_of_aa_reaches_the_layer():
 
 
 def test_the_table_shows_what_was_resolved():
-    lines = layer_table(tiny(aa(dk=0.5, dv=0.25)))
+    facts = layer_facts(tiny(aa(dk=0.5, dv=0.25)))
+    lines = layer_table(facts)
     assert lines[0].split() == ["augmented", "out", "dk", "dv", "Nh", "dkh", "dvh", "map"]
     assert lines[1].split() == ["stages.0.0.conv1", "8", "4", "2", "2", "2", "1", "11x13"]
     assert lines[2].split() == ["stages.1.0.conv1", "16", "8", "4", "2", "4", "2", "6x7"]
-    assert layer_table(tiny()) == []
+    assert facts[1] == {
+        "name": "stages.1.0.conv1",
+        "out": 16,
+        "dk": 8,
+        "dv": 4,
+        "Nh": 2,
+        "dkh": 4,
+        "dvh": 2,
+        "height": 6,
+        "width": 7,
+    }
+    assert layer_table(layer_facts(tiny())) == []
 
 
 def test_flops_do_not_depend_on_the_backend():

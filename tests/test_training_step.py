@@ -8,11 +8,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import train
 from training import distributed
 from training.device import choose_dtype
+from training.progress import EpochState, StepFigures
 from training.run_folder import read_metrics
 
 from helpers import TINY, rows, slow
@@ -229,6 +231,47 @@ def test_a_step_leaves_no_gradient_to_the_next(built):
     assert all(weight.grad is None for weight in state.model.parameters())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [(), slow(("grad_accum=4",)), slow(("grad_clip=0.01",)), ("precision=fp16", "grad_clip=0.01")],
+)
+def test_an_epochs_row_has_the_mean_accuracy_and_gradient_norm_of_its_steps(built, words):
+    """The norm before it is clipped, and without fp16's scale."""
+    cfg, state = built(*PLAIN_SGD, "attention=none", "optim.lr=0.1", *words)
+    unclipped = OmegaConf.merge(cfg, {"grad_clip": None})
+    epoch_state, norms, right = EpochState.begin(len(state.batches)), [], 0
+    state.model.train()
+    for images, labels in state.batches.epoch(0):
+        _, grads = gradients(unclipped, copy.deepcopy(state.model), images, labels)
+        norms.append(math.sqrt(sum(g.double().square().sum().item() for g in grads)))
+        # Each micro-batch is normalised by its own statistics.
+        parts = zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
+        for inputs, targets in parts:
+            with state.autocast:
+                logits = copy.deepcopy(state.model)(inputs)
+            right += sum(int(row.argmax()) == y for row, y in zip(logits, targets, strict=True))
+        epoch_state = epoch_state.after_step(train.take_step(cfg, state, images, labels), 0.1)
+    metrics = epoch_state.training_metrics()
+    assert metrics["train/top1"] == pytest.approx(100 * int(right) / 96)
+    tolerance = 0.02 if "precision=fp16" in words else 1e-4
+    assert metrics["train/grad_norm"] == pytest.approx(sum(norms) / 3, rel=tolerance)
+
+
+def test_a_gradient_that_overflows_is_in_no_mean():
+    epoch_state = EpochState.begin(3)
+    for norm in (math.inf, 3.0, math.nan, 4.0):
+        figures = StepFigures(torch.tensor(1.0), torch.tensor(0.5), torch.tensor(norm))
+        epoch_state = epoch_state.after_step(figures, 0.1)
+    assert epoch_state.training_metrics() == {
+        "train/loss": 1.0,
+        "train/top1": 50.0,
+        "train/grad_norm": 3.5,
+        "train/lr": 0.1,
+    }
+    only = EpochState.begin(1).after_step(figures._replace(grad_norm=torch.tensor(math.inf)), 0.1)
+    assert only.training_metrics()["train/grad_norm"] == 0.0
+
+
 def test_the_rate_that_is_written_is_the_last_one_used(run, tmp_path, monkeypatch):
     used, build = [], train.build
 
@@ -255,7 +298,8 @@ def test_a_loss_that_is_not_finite_is_found_when_losses_are_looked_at(
 
     def breaking(*arguments):
         losses.append(step(*arguments))
-        return losses[-1] * (math.inf if len(losses) in (2, 4) else 1)
+        bad = len(losses) in (2, 4)
+        return losses[-1]._replace(loss=torch.tensor(math.inf)) if bad else losses[-1]
 
     monkeypatch.setattr(train, "take_step", breaking)
     with pytest.raises(FloatingPointError, match="not finite in epoch 1, step 2 of 6;"):

@@ -1,12 +1,27 @@
 """How far a run has come: its finished epochs, the one in progress, and where they were trained."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from training.kinds import AMOUNT, OBJECT, Kind, is_whole
+
+
+class StepFigures(NamedTuple):
+    """What one step has shown, each a scalar on the device.
+
+    Attributes:
+        loss: mean loss of the whole batch, before the step.
+        top1: fraction of the batch that the network had right then, in [0, 1].
+        grad_norm: L2 norm of all gradients together, before they are clipped. fp16's scaler skips
+            a step where it is not finite.
+    """
+
+    loss: Tensor
+    top1: Tensor
+    grad_norm: Tensor
 
 
 @dataclass(frozen=True)
@@ -16,6 +31,9 @@ class EpochState:
     Attributes:
         step: steps taken.
         loss_sum: sum of their losses.
+        top1_sum: sum of the fractions of their batches that were right.
+        grad_norm_sum: sum of the norms of their gradients, where finite.
+        finite_norms: number of steps with a finite norm.
         first_nonfinite_step: the first step whose loss was not finite, or the number of steps.
             On the device, like the sum: reading it at every step would make a GPU wait.
         lr: learning rate of the last step.
@@ -25,6 +43,9 @@ class EpochState:
 
     step: int
     loss_sum: Tensor
+    top1_sum: Tensor
+    grad_norm_sum: Tensor
+    finite_norms: Tensor
     first_nonfinite_step: Tensor
     lr: float = 0.0
     seconds: float = 0.0
@@ -33,27 +54,41 @@ class EpochState:
     @classmethod
     def begin(cls, steps: int) -> "EpochState":
         """Before the first of ``steps`` steps."""
-        return cls(0, torch.zeros(()), torch.tensor(steps))
+        zero = torch.zeros(())
+        return cls(0, zero, zero, zero, torch.tensor(0), torch.tensor(steps))
 
     def to(self, device: torch.device) -> "EpochState":
         """The same with its tensors on ``device``."""
-        return replace(
-            self,
-            loss_sum=self.loss_sum.to(device),
-            first_nonfinite_step=self.first_nonfinite_step.to(device),
-        )
+        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **tensors)
 
-    def after_step(self, loss: Tensor, lr: float) -> "EpochState":
-        """One step later, its loss being ``loss``."""
+    def after_step(self, figures: StepFigures, lr: float) -> "EpochState":
+        """One step later, which has shown ``figures``."""
         first = self.first_nonfinite_step
-        first = torch.where(loss.isfinite(), first, first.clamp(max=self.step))
+        first = torch.where(figures.loss.isfinite(), first, first.clamp(max=self.step))
+        finite = figures.grad_norm.isfinite()
         return replace(
             self,
             step=self.step + 1,
-            loss_sum=self.loss_sum + loss,
+            loss_sum=self.loss_sum + figures.loss,
+            top1_sum=self.top1_sum + figures.top1,
+            grad_norm_sum=self.grad_norm_sum + torch.where(finite, figures.grad_norm, 0.0),
+            finite_norms=self.finite_norms + finite,
             first_nonfinite_step=first,
             lr=lr,
         )
+
+    def training_metrics(self) -> dict[str, float]:
+        """Means over the steps: ``train/loss``, ``train/top1`` in per cent, ``train/grad_norm``.
+
+        The last one is over the steps whose gradient was finite, and 0 without any.
+        """
+        return {
+            "train/loss": self.loss_sum.item() / self.step,
+            "train/top1": 100 * self.top1_sum.item() / self.step,
+            "train/grad_norm": self.grad_norm_sum.item() / max(1, int(self.finite_norms)),
+            "train/lr": self.lr,
+        }
 
     def raise_if_nonfinite(self, epoch: int, steps: int) -> None:
         """Raise FloatingPointError, naming epoch and step, if a loss was not finite.
@@ -128,6 +163,9 @@ TENSOR: Kind = ("a tensor", lambda v: isinstance(v, Tensor))
 EPOCH_KINDS: dict[str, Kind] = {
     "step": ("a whole number of at least 0", lambda v: is_whole(v, 0)),
     "loss_sum": TENSOR,
+    "top1_sum": TENSOR,
+    "grad_norm_sum": TENSOR,
+    "finite_norms": TENSOR,
     "first_nonfinite_step": TENSOR,
     "lr": AMOUNT,
     "seconds": AMOUNT,

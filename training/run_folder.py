@@ -385,7 +385,7 @@ def _read_row(text: dict[Any, Any], header: list[str], number: int, path: Path) 
                 f"{where}: {column} is {shortened(text[column])}, not a number"
             ) from None
         group, _, name = column.partition("/")
-        if group in SPLITS or column == "train/loss":
+        if group in SPLITS or column in ("train/loss", "train/top1"):
             kind = SCORE_KINDS.get(name, LOSS)
         else:
             kind = AMOUNT
