@@ -115,7 +115,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         with distributed.local_main_first():  # which may have to download the data
             dataset = instantiate(cfg.data, _convert_="all").to(device)
         state = build(cfg, dataset, world, device, dtype)
-        progress = begin(state, resumed, saved)
+        progress = begin(state, resumed, saved, cfg.resume, run_dir)
         facts = describe(cfg, state)
         if len(progress.rows) < cfg.epochs:
             progress.continue_on(provenance.place(device, facts["precision"], world.size))
@@ -150,7 +150,9 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             folder.write_summary(summary)
             tracker.summarize({k: v for k, v in summary.items() if "/" in k})
         log.info(
-            "%s: %s", summary_line(summary) if finished else stop_line(stop, progress), run_dir
+            "%s: %s",
+            run_folder.scores_line(summary) if finished else stop_line(stop, progress),
+            run_dir,
         )
 
     stop.leave(finished)
@@ -207,13 +209,23 @@ def build(
     )
 
 
-def begin(state: RunState, resumed: Path | None, saved: dict[str, Any]) -> Progress:
+def begin(
+    state: RunState,
+    resumed: Path | None,
+    saved: dict[str, Any],
+    resume: str | None,
+    run_dir: Path,
+) -> Progress:
     """The progress of a new run, or ``state`` and progress as the checkpoint has them.
+
+    What was asked for by ``resume`` and cannot be seen in the result is logged.
 
     Raises:
         ValueError: the checkpoint was written by other code than this.
     """
     if resumed is None:
+        if resume == "auto":
+            log.info("resume=auto: nothing to continue in %s; the run begins at epoch 1", run_dir)
         return Progress(EpochState.begin(len(state.batches)))
     checkpoint.restore(saved, state.stateful(), state.device, resumed)
     progress = Progress.from_state(saved)
@@ -238,7 +250,7 @@ def finished_before(run_dir: Path) -> dict[str, Any]:
         summary = run_folder.read_summary(run_dir)
     except UnreadableError as error:
         raise ValueError(f"{error}; without that file resume=auto writes it again") from error
-    log.info("already finished: %s: %s", summary_line(summary), run_dir)
+    log.info("already finished: %s: %s", run_folder.scores_line(summary), run_dir)
     return summary
 
 
@@ -486,12 +498,6 @@ def epoch_line(row: dict[str, Any], epochs: int, on: str) -> str:
         f"{row[f'{on}/top1']:.2f}, top-5 {row[f'{on}/top5']:.2f}, lr {row['train/lr']:.3g}, "
         f"{row['perf/images_per_s']:.0f} images/s"
     )
-
-
-def summary_line(summary: dict[str, Any]) -> str:
-    """A finished run's scores in a line of the log."""
-    on = summary["evaluated_on"]
-    return f"{on} top-1 {summary[f'{on}/top1']:.2f}, top-5 {summary[f'{on}/top5']:.2f}"
 
 
 def stop_line(stop: stopping.Stop, progress: Progress) -> str:

@@ -31,7 +31,9 @@ def test_what_a_run_writes(run, tmp_path):
     table = rows(folder)
     assert [row["epoch"] for row in table] == ["1", "2"]
     scores = ["test/loss", "test/top1", "test/top5"]
-    assert list(table[0]) == ["epoch", "train/loss", "train/lr", *scores]
+    training = ["train/loss", "train/top1", "train/grad_norm", "train/lr"]
+    assert list(table[0]) == ["epoch", *training, *scores]
+    assert [layer["dk"] for layer in summary["layers"]] == [32, 32]
     assert summary["test/top1"] == float(table[-1]["test/top1"])
     assert summary["epochs"] == 2
     assert summary["attention"] == "aa"

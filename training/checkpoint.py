@@ -96,10 +96,17 @@ def begin(
 
     Raises:
         ValueError: see `load`; or ``folder`` holds a run that is neither resumed nor to be
-            replaced.
+            replaced, or one that has diverged and would do so again.
         FileNotFoundError: see `find`.
     """
     found = find(resume, folder)
+    if resume == "auto" and (failure := run_folder.read_failure(folder)) is not None:
+        if not overwrite:
+            raise run_folder.DivergedError(
+                f"{folder}: this run has diverged ({failure}); with the same settings it would "
+                "again; overwrite=true trains it again from its beginning"
+            )
+        found = []
     used, state = load(found, config) if found else (None, {})
     results = [folder / run_folder.SUMMARY, folder / run_folder.METRICS]
     if used is not None and used.parent.resolve() == folder.resolve():

@@ -10,6 +10,7 @@ import importlib.metadata
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ from training import console, run_folder
 from training.console import one_line
 from training.distributed import world
 from training.hydra_compat import lazy_help_allowed
+from training.outcome import DIVERGED, FAILED, SKIPPED, STOPPED, JobError
 from training.settings import unknown_setting
 
 # Read before `run` sets the variable for its own purpose.
@@ -56,12 +58,12 @@ def run(main: Callable[[], Any]) -> None:
         main()
         _Made.by_hydra = _Made()
     except KeyboardInterrupt:
-        _stop("interrupted before training began", code=130)
+        stop("interrupted before training began", code=130)
     except Exception as error:
         line = None if FULL_ERROR else _explain_outside_of_a_run(error)
         if line is None:
             raise
-        _stop(line)
+        stop(line)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
         _Made.by_hydra.remove()
@@ -90,27 +92,34 @@ def _check_options() -> None:
             print(f"train.py {aaconv.__version__}, {_version('hydra-core')}, {_version('torch')}")
             sys.exit(0)
         fault = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
-        _stop(f"{fault}; settings are NAME=VALUE, and options such as -m come before them")
+        stop(f"{fault}; settings are NAME=VALUE, and options such as -m come before them")
 
 
 def _version(package: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
-def run_dir(cfg: DictConfig) -> Path:
+def run_dir(cfg: DictConfig, output_dir: Path | None = None) -> Path:
     """The folder of the run that Hydra has begun: below the comparison's, unless one was chosen.
 
     Below it by the overrides that change the result, with a digest where they are too long, and
-    then by the seed. ``hydra.run.dir=`` and ``hydra.sweep.subdir=`` choose it themselves.
+    then by the seed. A run that an agent of a wandb sweep has started has a folder by the ids that
+    wandb gives it: a search may try the same settings twice, and a run that was preempted comes
+    back under the same id. ``hydra.run.dir=`` and ``hydra.sweep.subdir=`` choose it themselves.
+
+    ``output_dir`` is Hydra's for the run, by default that of the run it has begun.
     """
     hydra = HydraConfig.get()
-    folder = Path(hydra.runtime.output_dir)
+    folder = Path(hydra.runtime.output_dir) if output_dir is None else output_dir
     if hydra.mode == RunMode.MULTIRUN:
         shared = hydra.sweep.subdir == "."
     else:
         shared = folder == Path(os.path.abspath(Path(cfg.out_dir, cfg.name)))
     if not shared:
         return folder
+    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    if sweep and run and hydra.mode != RunMode.MULTIRUN:
+        return folder / run_folder.folder_name([f"sweep={sweep}"]) / f"run={run}"
     overrides = hydra.job.override_dirname
     name = run_folder.folder_name([overrides]) if overrides else "default"
     return folder / name / f"seed={cfg.seed}"
@@ -128,7 +137,7 @@ class HydraFolders(Callback):
         folder = Path(config.hydra.sweep.dir)
         _Made.by_hydra.note(folder, folder / "multirun.yaml")
         # The runs of other launchers are begun by other processes, of which this one knows nothing.
-        _Made.by_hydra.elsewhere = "basic_launcher" not in config.hydra.launcher._target_
+        _Made.by_hydra.elsewhere = not _launched_here(config.hydra)
 
 
 class _Made:
@@ -172,28 +181,58 @@ def one_line_errors() -> Iterator[None]:
     """Inside a run: what the user can mend ends it with one line and code 2.
 
     These are ValueError, OSError, too little memory, a number that is not finite, and Hydra's own
-    errors.
+    errors. A job of a sweep ends with one line too, whatever is wrong; the sweep goes on.
+
+    Raises:
+        JobError: a job of a sweep has no result.
+        SystemExit: any other run has none; or a signal, or the end of the time, has ended it.
     """
     try:
         yield
-    except (
-        ValueError,
-        OSError,
-        FloatingPointError,
-        HydraException,
-        OmegaConfBaseException,
-        MemoryError,
-        RuntimeError,
-    ) as error:
-        if isinstance(error, RuntimeError) and not _lacks_memory(error):
-            raise
-        if FULL_ERROR:
-            raise
+    except SystemExit as stopped:
+        # Where each job has a process of its own, the time is over for that one alone.
+        if not stopped.code and _in_sweep() and not _launched_here(HydraConfig.get()):
+            raise JobError(STOPPED, "the time is over") from None
+        raise
+    except Exception as error:
         # Each process tells of another's death: the main one may be the dead one.
-        _stop(explain(error), always=isinstance(error, ConnectionError))
+        dead = isinstance(error, ConnectionError)
+        if _in_sweep() and not dead:
+            raise _job_error(error) from None
+        if FULL_ERROR or not _is_for_the_user(error):
+            raise
+        stop(explain(error), always=dead)
 
 
-def _stop(line: str, code: int = 2, always: bool = False) -> NoReturn:
+def _in_sweep() -> bool:
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
+def _launched_here(hydra: Any) -> bool:
+    """Whether Hydra trains one job of the sweep after the other, in this process."""
+    return "basic_launcher" in hydra.launcher._target_
+
+
+def _is_for_the_user(error: Exception) -> bool:
+    expected = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
+    return isinstance(error, expected) or _lacks_memory(error)
+
+
+def _job_error(error: Exception) -> JobError:
+    """Tell of a job's error; the sweep's table has it again."""
+    why = explain(error)
+    if FULL_ERROR or not _is_for_the_user(error):
+        traceback.print_exception(error)
+        why = f"{type(error).__name__}: {why}"
+    if world().is_main:
+        console.tell("train.py", f"job #{HydraConfig.get().job.num}: {why}")
+    if isinstance(error, FloatingPointError | run_folder.DivergedError):
+        return JobError(DIVERGED, why)
+    return JobError(SKIPPED if isinstance(error, run_folder.HeldError) else FAILED, why)
+
+
+def stop(line: str, code: int = 2, always: bool = False) -> NoReturn:
+    """End the process with one line on stderr, of several processes only the main one's."""
     if world().is_main or always:
         console.stop("train.py", line, code)
     sys.exit(code)

@@ -59,7 +59,7 @@ class EpochState:
 
     def to(self, device: torch.device) -> "EpochState":
         """The same with its tensors on ``device``."""
-        tensors = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        tensors: Any = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
     def after_step(self, figures: StepFigures, lr: float) -> "EpochState":

@@ -80,6 +80,10 @@ class HeldError(ValueError):
     """Another process writes to the folder; the message is one line that says which."""
 
 
+class DivergedError(ValueError):
+    """The folder's run has diverged; the message is one line that says how to train it again."""
+
+
 # ---- Claiming and writing -----------------------------------------------------------------------
 
 
@@ -428,6 +432,12 @@ def folder_name(words: Iterable[str]) -> str:
     if name == text and text.strip("."):
         return name
     return f"{name.strip('.')}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+
+
+def scores_line(summary: dict[str, Any]) -> str:
+    """A finished run's scores in words."""
+    on = summary["evaluated_on"]
+    return f"{on} top-1 {summary[f'{on}/top1']:.2f}, top-5 {summary[f'{on}/top5']:.2f}"
 
 
 def first_nonfinite(values: dict[str, Any]) -> str | None:

@@ -1,0 +1,268 @@
+"""Sweeps by ``train.py -m``: no job ends them, and the table says what became of each."""
+
+import json
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import OmegaConf
+
+import train
+from training import cli, outcome, run_folder, sweep
+
+from folders import failed, make_run
+from helpers import TINY
+
+ONE_EPOCH = [*(w for w in TINY if "epochs" not in w), "epochs=1", "attention=none"]
+# Of these twelve, three cannot be trained, and one diverges: clipped, the steps are of 0.1 and 1.
+TWELVE = [
+    *ONE_EPOCH,
+    *("optim=sgd", "optim.weight_decay=0", "optim.momentum=0", "optim.nesterov=false"),
+    *("optim.lr=0.01,0.02,1e30", "grad_clip=null,1e-30,1e-31,-1"),
+]
+
+
+@pytest.fixture
+def sweeps(monkeypatch, tmp_path, capfd):
+    """A function that runs ``train.py -m``; the exit code, what it printed, the steps it took."""
+    steps, step = [], train.take_step
+
+    def counted(*arguments):
+        steps.append(1)
+        return step(*arguments)
+
+    monkeypatch.setattr(train, "take_step", counted)
+
+    def call(*words):
+        steps.clear()
+        monkeypatch.setattr(sys, "argv", ["train.py", "-m", *words, f"out_dir={tmp_path}"])
+        code = 0
+        try:
+            cli.run(train.main)
+        except SystemExit as stopped:
+            code = stopped.code
+        said = capfd.readouterr()
+        return SimpleNamespace(code=code, out=said.out, err=said.err, steps=len(steps))
+
+    return call
+
+
+def table(said):
+    """The lines of the table at the end, by the jobs' numbers, and its last line."""
+    lines = said.out.splitlines()
+    jobs = {int(line[1:].split()[0]): line for line in lines if line.startswith("#")}
+    return jobs, lines[-1]
+
+
+@pytest.mark.slow
+def test_twelve_jobs_of_which_three_cannot_be_trained_and_one_diverges_twice(sweeps, tmp_path):
+    said = sweeps(*TWELVE, "resume=auto")
+    assert said.code == 1
+    jobs, count = table(said)
+    assert count == "12 jobs: 8 done, 1 diverged, 3 refused"
+    assert sorted(jobs) == list(range(12))
+    for number, line in jobs.items():
+        expected = "refused: grad_clip=-1.0 must be" if number % 4 == 3 else "done: top-1 "
+        assert ("diverged: the loss is not finite" if number == 8 else expected) in line
+        assert f"optim.lr={['0.01', '0.02', '1e+30'][number // 4]} " in line
+        assert "batch_size" not in line  # all jobs have it
+    lines = said.err.splitlines()
+    # Before the first job trains, and in its turn.
+    assert [line.partition(" (")[0] for line in lines[:3]] == [
+        f"train.py: job #{number}" for number in (3, 7, 11)
+    ]
+    assert all("is not run: grad_clip=-1.0 must be positive" in line for line in lines[:3])
+    assert lines[3].startswith("train.py: job #8: the loss is not finite")
+    assert len(lines) == 4
+    assert len(list(tmp_path.rglob("summary.json"))) == 8
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.json")}
+
+    again = sweeps(*TWELVE, "resume=auto")
+    assert (again.code, again.steps) == (1, 0)
+    jobs, count = table(again)
+    assert count == "12 jobs: 8 skipped, 1 diverged, 3 refused"
+    assert "skipped: finished before: test top-1 " in jobs[0]
+    assert "overwrite=true trains it again" in jobs[8]
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*.json")} == before
+
+    # What is missing is trained, and nothing else.
+    lost = next(p.parent for p in before if p.name == "summary.json" and "1e-31" in str(p))
+    shutil.rmtree(lost)
+    third = sweeps(*TWELVE, "resume=auto")
+    assert (third.code, third.steps) == (1, 3)
+    assert table(third)[1] == "12 jobs: 1 done, 7 skipped, 1 diverged, 3 refused"
+
+
+@pytest.mark.slow
+def test_what_diverged_is_trained_again_when_asked_for(sweeps, tmp_path):
+    words = [*ONE_EPOCH, "optim.lr=0.002,1e30"]
+    assert sweeps(*words).code == 1
+    (failure,) = tmp_path.rglob("failed.json")
+    said = sweeps(*words, "resume=auto", "overwrite=true")
+    assert table(said)[1] == "2 jobs: 1 done, 1 diverged"
+    assert said.steps > 0
+    assert failure.exists()
+
+
+def test_a_run_that_diverged_is_not_continued(run, settings, tmp_path):
+    with pytest.raises(FloatingPointError):
+        run("optim.lr=1e30")
+    before = (tmp_path / "run" / "failed.json").read_bytes()
+    with pytest.raises(ValueError, match=r"has diverged \(the loss is .*overwrite=true trains"):
+        run("optim.lr=1e30", "resume=auto")
+    assert (tmp_path / "run" / "failed.json").read_bytes() == before
+    run("epochs=1", "resume=auto", "overwrite=true")
+    assert not (tmp_path / "run" / "failed.json").exists()
+
+
+@pytest.mark.slow
+def test_a_mistake_of_the_program_in_one_job_is_shown_and_ends_no_other(sweeps, monkeypatch):
+    build = train.build_model
+
+    def breaking(cfg, **sizes):
+        if cfg.seed == 1:
+            raise RuntimeError("a bug")
+        return build(cfg, **sizes)
+
+    monkeypatch.setattr(train, "build_model", breaking)
+    said = sweeps(*ONE_EPOCH, "seed=0,1,2")
+    jobs, count = table(said)
+    assert said.code == 1
+    assert count.startswith("3 jobs: 2 done, 1 failed; the same command with resume=auto trains")
+    assert "seed=1  failed: RuntimeError: a bug" in jobs[1]
+    assert "Traceback" in said.err
+
+
+@pytest.mark.slow
+def test_a_run_that_another_process_is_training_is_left_to_it(sweeps, tmp_path):
+    assert sweeps(*ONE_EPOCH, "seed=0,1").code == 0
+    folder = next(tmp_path.rglob("seed=1"))
+    shutil.rmtree(folder)
+    with run_folder.claimed(folder):
+        said = sweeps(*ONE_EPOCH, "seed=0,1", "resume=auto")
+    assert said.code == 0
+    assert table(said)[1] == "2 jobs: 2 skipped"
+    assert "is in use by process" in table(said)[0][1]
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_sweep_with_the_table(sweeps, monkeypatch):
+    step = train.take_step
+
+    def stopping(cfg, *arguments):
+        if cfg.seed == 1:
+            raise SystemExit(143)
+        return step(cfg, *arguments)
+
+    monkeypatch.setattr(train, "take_step", stopping)
+    said = sweeps(*ONE_EPOCH, "seed=0,1,2")
+    assert said.code == 143
+    _, count = table(said)
+    assert count.startswith("3 jobs: 1 done, 1 stopped, 1 not begun; the same command with resume=")
+
+
+@pytest.mark.slow
+def test_a_folder_by_the_jobs_number_stays_the_same(sweeps, tmp_path):
+    words = [*ONE_EPOCH, "grad_clip=-1,1,2", "hydra.sweep.subdir=${hydra.job.num}", "resume=auto"]
+    assert sweeps(*words).code == 1
+    assert {p.parent.name for p in tmp_path.rglob("summary.json")} == {"1", "2"}
+    said = sweeps(*words)
+    assert said.steps == 0
+    assert table(said)[1] == "3 jobs: 2 skipped, 1 refused"
+
+
+@pytest.mark.slow
+def test_a_finished_run_of_other_settings_is_not_taken_for_the_jobs(sweeps, tmp_path):
+    """A default may have changed since, which the folder's name does not show."""
+    sweeps(*ONE_EPOCH, "seed=0,1")
+    for path in tmp_path.rglob("seed=1/summary.json"):
+        summary = json.loads(path.read_text())
+        summary["config"]["label_smoothing"] = 0.25
+        path.write_text(json.dumps(summary))
+    said = sweeps(*ONE_EPOCH, "seed=0,1", "resume=auto")
+    jobs, count = table(said)
+    assert count == "2 jobs: 1 done, 1 skipped"  # the checkpoint is of the job's settings
+    assert "done: top-1" in jobs[1]
+
+
+def jobs_of(tmp_path, number):
+    cfg = OmegaConf.create({"resume": None})
+    return [
+        sweep.Job(n, [f"seed={n}", "epochs=1"], cfg, tmp_path / f"{n}", own_folder=False)
+        for n in range(number)
+    ]
+
+
+def hydras(tmp_path):
+    return OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+
+
+def test_a_launcher_that_dies_leaves_what_the_folders_say(tmp_path, capsys):
+    """A process of Slurm's or joblib's may be killed, and the launcher then returns nothing."""
+    jobs = jobs_of(tmp_path, 3)
+    make_run(tmp_path / "0", 61.25, seed=0)
+    failed(tmp_path / "1", "the loss is not finite in epoch 1")
+
+    def launch(words, initial_job_idx):
+        assert words == [job.words for job in jobs]
+        raise RuntimeError("job 7 was killed")
+
+    with pytest.raises(SystemExit) as stopped:
+        sweep.run(jobs, hydras(tmp_path), launch, one_by_one=False)
+    assert stopped.value.code == 1
+    assert [(job.outcome, job.why) for job in jobs] == [
+        (outcome.DONE, "test top-1 61.25, top-5 81.25"),
+        (outcome.DIVERGED, "the loss is not finite in epoch 1"),
+        (outcome.FAILED, "job 7 was killed"),
+    ]
+    assert "3 jobs: 1 done, 1 diverged, 1 failed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("at_once", "batches"), [(None, [3]), (2, [2, 1]), (1, [1, 1, 1])])
+def test_a_launcher_is_given_so_many_jobs_at_once(tmp_path, at_once, batches):
+    jobs, given = jobs_of(tmp_path, 3), []
+
+    def launch(words, initial_job_idx):
+        given.append((initial_job_idx, len(words)))
+        return [JobReturn(status=JobStatus.COMPLETED, _return_value=50.0) for _ in words]
+
+    results = sweep.run(jobs, hydras(tmp_path), launch, one_by_one=False, at_once=at_once)
+    assert [size for _, size in given] == batches
+    assert [first for first, _ in given] == [sum(batches[:n]) for n in range(len(batches))]
+    assert [r.return_value for r in results] == [50.0] * 3
+
+
+def test_what_a_launcher_returns_of_a_job(tmp_path):
+    jobs = jobs_of(tmp_path, 3)
+    errors = [outcome.JobError(outcome.SKIPPED, "in use"), ValueError("epochs=0 must be more")]
+    returned = [JobReturn(status=JobStatus.FAILED, _return_value=error) for error in errors]
+    done = JobReturn(status=JobStatus.COMPLETED, _return_value=12.5)
+    with pytest.raises(SystemExit):
+        sweep.run(jobs, hydras(tmp_path), lambda *_, **__: [*returned, done], one_by_one=False)
+    assert [(job.outcome, job.why) for job in jobs] == [
+        (outcome.SKIPPED, "in use"),
+        (outcome.FAILED, "epochs=0 must be more"),
+        (outcome.DONE, "top-1 12.50"),
+    ]
+
+
+def test_a_run_of_an_agent_has_a_folder_by_its_ids(monkeypatch, tmp_path):
+    """wandb may try the same settings twice, and gives a preempted run back under its id."""
+    folders = []
+    score = {"evaluated_on": "test", "test/top1": 1.0}
+    monkeypatch.setattr(train, "train", lambda cfg, folder: folders.append(folder) or score)
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    for run_id, words in (("r1", []), ("r2", []), ("r1", ["seed=5"])):
+        monkeypatch.setenv("WANDB_RUN_ID", run_id)
+        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *words, f"out_dir={tmp_path}"])
+        cli.run(train.main)
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"hydra.run.dir={tmp_path / 'x'}"])
+    cli.run(train.main)
+    top = tmp_path / "lookup" / "sweep=s1"
+    assert folders == [top / "run=r1", top / "run=r2", top / "run=r1", tmp_path / "x"]
+    monkeypatch.delenv("WANDB_SWEEP_ID")  # WANDB_RUN_ID alone names no folder
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"out_dir={tmp_path}"])
+    cli.run(train.main)
+    assert folders[-1].name == "seed=0"
