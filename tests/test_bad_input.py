@@ -6,19 +6,22 @@ and the scripts, in processes of their own.
 
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
 import train
 from scripts import compare, report
-from training import cli
+from training import cli, launch
 
-from helpers import ROOT, TINY, slow
+from helpers import CONFIGS, ROOT, TINY, slow
 
 GUARD = 240  # seconds after which a process is taken to hang
 
@@ -83,13 +86,17 @@ SETTINGS = [
     ("wandb.mode=onlin", "wandb.mode: Invalid value 'onlin', expected one of [auto, online"),
     # keys and groups
     ("epoch=3", "epoch: unknown setting epoch; there are model, attention"),
-    ("optim.lrr=1", "optim.lrr: unknown setting lrr; optim has lr, betas, weight_decay"),
+    ("optim.lrr=1", "optim.lrr: unknown setting lrr; optim=adamw has lr, betas, weight_decay"),
     ("wandb.mod=offline", "wandb.mod: unknown setting mod; wandb has mode, project"),
     ("data.image_size=64", "data.image_size: unknown setting image_size; data has train_size"),
-    ("attention=se attention.dk=3", "unknown setting dk; attention has ratio"),
-    ("schedule=warmup_cosine schedule.start=0.1", "unknown setting start; schedule has warmup"),
+    ("attention=se attention.dk=3", "unknown setting dk; attention=se has ratio"),
+    ("attention=none attention.dk=3", "unknown setting dk; attention=none has no settings"),
+    (
+        "schedule=warmup_cosine schedule.start=0.1",
+        "unknown setting start; schedule=warmup_cosine has warmup",
+    ),
     ("+nothing=1", "nothing: unknown setting nothing; there are model, attention"),
-    ("++optim.momentum=0.9", "optim.momentum: unknown setting momentum; optim has lr"),
+    ("++optim.momentum=0.9", "optim.momentum: unknown setting momentum; optim=adamw has lr"),
     ("~epochs", "epochs has been taken away; leave out ~epochs"),
     ("~attention", "attention: Missing mandatory value: attention"),
     ("~nothing", "Could not delete from config. 'nothing' does not exist"),
@@ -101,8 +108,14 @@ SETTINGS = [
     ("model=null", "Config group override must be a string or a list. Got NoneType (given: "),
     ("attention=[aa,se]", "SqueezeExciteConfig is not a subclass of AugmentedConvConfig"),
     # Hydra's grammar
-    ("attention", "Error parsing override 'attention'"),
-    ("epochs:3", "epochs:3"),
+    ("attention", "attention: settings are NAME=VALUE"),
+    ("epochs:3", "epochs:3: settings are NAME=VALUE"),
+    ("resume=a/seed=0", "; text with such a character is quoted twice: \"resume='a/seed=0'\""),
+    ("name=a=b", "quoted twice: \"name='a=b'\""),
+    ("data.root=a(b", "quoted twice: \"data.root='a(b'\""),
+    ("hydra.run.dir=a=$x", "quoted twice: 'hydra.run.dir='"),
+    ("epochs=3=4", "epochs=3=4: mismatched input '=' expecting <EOF>\n"),
+    ("grad_clip=None", "grad_clip: Value 'None' of type 'str' could not be converted to Float; no"),
     ("model.widths=[4,8", "model.widths=[4,8: no viable alternative at input"),
     (
         "attention._target_=os.system",
@@ -200,6 +213,28 @@ def test_a_wrong_setting(stops, monkeypatch, words, line):
     # Hydra composes everything twice, first to know whether it is a sweep; here it need not.
     monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: RunMode.RUN)
     assert line in stops(*TINY, *words.split())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "a/seed=0",
+        "it's",
+        'a "b" $HOME `x` !',
+        "back\\slash\\",
+        "a\\'b",
+        "{x:1},[2](3)",
+        "ü 大",
+        "null",
+        "a\nb",
+    ],
+)
+def test_what_is_printed_to_be_pasted_is_read_as_it_was_meant(value):
+    (word,) = shlex.split(launch.pasteable("resume", value))
+    override = OverridesParser.create().parse_override(word)
+    assert override.value() == value
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        assert compose("config", [word]).resume == value
 
 
 def test_the_table_is_as_long_as_it_says():

@@ -19,7 +19,7 @@ from training.kinds import (
     check_kind,
     check_stretches,
 )
-from training.launch import quoted
+from training.launch import pasteable
 from training.run_folder import FORMAT, LAST, PREVIOUS
 from training.variants import result_settings
 
@@ -177,7 +177,7 @@ def check_precision(state: dict[str, Any], precision: str, asked: str, folder: P
         short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[before]
         raise ValueError(
             f"precision={asked} is {precision} here, and the run was trained in {before} so far; "
-            f"precision={short} hydra.run.dir={quoted(folder)} continues it"
+            f"precision={short} {pasteable('hydra.run.dir', folder)} continues it"
         )
 
 

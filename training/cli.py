@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 import torch
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -30,8 +31,9 @@ from training import console, run_folder
 from training.console import one_line
 from training.distributed import world
 from training.hydra_compat import lazy_help_allowed
+from training.launch import pasteable, quoted
 from training.outcome import DIVERGED, FAILED, SKIPPED, STOPPED, JobError
-from training.settings import unknown_setting
+from training.settings import is_text, unknown_setting
 
 # Read before `run` sets the variable for its own purpose.
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -254,8 +256,8 @@ def explain(error: BaseException) -> str:
             f"not enough memory ({_first_part(error)}); a smaller batch_size, eval_batch_size, "
             "model or data set, or a larger grad_accum, needs less"
         )
-    if isinstance(error, OverrideParseException) and error.override not in str(error):
-        return f"{error.override}: {_first_part(error)}"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {_grammar_fault(error)}"
     settings = cause if isinstance(cause, OmegaConfBaseException) else error
     if isinstance(settings, ConfigKeyError | ConfigAttributeError) and dataclasses.is_dataclass(
         settings.object_type
@@ -263,8 +265,30 @@ def explain(error: BaseException) -> str:
         group, _, key = str(settings.full_key).rpartition(".")
         return unknown_setting(f"{group}." if group else "", key, settings.object_type)
     if isinstance(settings, OmegaConfBaseException) and settings.full_key:
-        return f"{settings.full_key}: {_first_part(settings)}"
+        hint = "; no value is written null" if "Value 'None'" in str(settings) else ""
+        return f"{settings.full_key}: {_first_part(settings)}{hint}"
     return _first_part(error)
+
+
+def _grammar_fault(error: OverrideParseException) -> str:
+    """What Hydra's grammar has against a word, and how to quote it where it should be text."""
+    fault = " ".join(str(error).partition("\nSee https://")[0].split())
+    fault = fault.removeprefix(f"Error parsing override '{error.override}'").strip()
+    key, equals, value = str(error.override).partition("=")
+    if not equals:
+        return "settings are NAME=VALUE"
+    word = f"{key}={quoted(value)}"
+    if not value or not is_text(key) or not _parses(word):
+        return fault
+    return f"{fault}; text with such a character is quoted twice: {pasteable(key, value)}"
+
+
+def _parses(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
 
 
 def _first_part(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,6 +21,13 @@ def quoted(value: object) -> str:
     # In Hydra's grammar a backslash is itself, except before a quote.
     text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), str(value))
     return f"'{text}'"
+
+
+def pasteable(key: str, value: object) -> str:
+    """``key=value`` as one word of a shell's command line, quoted for Hydra and for the shell."""
+    word = f"{key}={quoted(value)}"
+    # Double quotes are easier to read than what shlex makes of single ones.
+    return f'"{word}"' if not set(word) & set('"$`\\!\n') else shlex.quote(word)
 
 
 def start(

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from configs.schema import OPTIONS, Config
 from models import ResNet
 
 # More is a slip of the keyboard, and would end in a run without end or in a lack of memory.
@@ -92,8 +93,34 @@ def _check_keys(node: DictConfig, where: str = "") -> None:
 def unknown_setting(where: str, key: str, kind: Any) -> str:
     """One line on a key that the config type ``kind``, found at ``where``, does not have."""
     known = [f.name for f in dataclasses.fields(kind) if f.name[0] != "_"]
-    there = f"{where.rstrip('.')} has" if where else "there are"
+    there = f"{_with_option(where.rstrip('.'), kind)} has" if where else "there are"
     return f"{where}{key}: unknown setting {key}; {there} {', '.join(known) or 'no settings'}"
+
+
+def _with_option(group: str, kind: Any) -> str:
+    """``attention=none`` where ``kind`` belongs to that option alone, else ``group``."""
+    options = [name for there, name, k in OPTIONS if (there, k) == (group, kind)]
+    return f"{group}={options[0]}" if options and group != "data" else group
+
+
+def is_text(key: str) -> bool:
+    """Whether the setting of this dotted name is any text, or a path; hydra's own count as such."""
+    if key.startswith("hydra."):
+        return True
+    kinds: list[Any] = [Config]
+    *groups, name = key.split(".")
+    for group in groups:
+        fields = {f.name: f for kind in kinds for f in dataclasses.fields(kind)}
+        if group not in fields:
+            return False
+        own = fields[group].type
+        of_options = [kind for there, _, kind in OPTIONS if there == group]
+        kinds = [own] if dataclasses.is_dataclass(own) else of_options
+    return any(
+        f.name == name and f.type in (str, Optional[str])  # noqa: UP045 (as the schema writes it)
+        for kind in kinds
+        for f in dataclasses.fields(kind)
+    )
 
 
 def _check_project(project: str, mode: str) -> None:
