@@ -50,7 +50,7 @@ from training.progress import EpochState, Progress, StepFigures
 from training.run_folder import RunFolder
 from training.scores import evaluate
 from training.settings import build_model, check, resolve
-from training.tracking import track
+from training.tracking import dashboard_config, track
 
 log = logging.getLogger("train")
 register()
@@ -145,10 +145,12 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
         # ---- The last epoch's figures, never the best one's -------------------------------------
         finished = len(progress.rows) == cfg.epochs
+        if not finished:
+            tracker.stopped(continued=stop.to_be_continued)
         summary = summarize(cfg, config, progress, dataset, facts) if finished else {}
         if finished and folder is not None:
             folder.write_summary(summary)
-            tracker.summarize({k: v for k, v in summary.items() if "/" in k})
+            tracker.summarize({k: v for k, v in summary.items() if "/" in k} | best(progress.rows))
         log.info(
             "%s: %s",
             run_folder.scores_line(summary) if finished else stop_line(stop, progress),
@@ -295,6 +297,7 @@ def start_tracking(
     world: distributed.World,
 ) -> Any:
     """The context manager of the run on the dashboard, which continues if it was there before."""
+    place = {k: v for k, v in progress.stretches[-1].items() if k != "first_epoch"}
     return track(
         config["wandb"]["mode"] if world.is_main else "disabled",
         folder=Path(cfg.out_dir),
@@ -302,8 +305,11 @@ def start_tracking(
         entity=cfg.wandb.entity,
         group=cfg.wandb.group,
         name=f"{run_dir.parent.name} {run_dir.name}",
-        config=config | {"facts": facts | {"stretches": progress.stretches}},
+        job_type="train",
+        tags=[facts["model"], facts["attention"], facts["data"]],
+        config=dashboard_config(config, facts, place),
         run_id=progress.wandb_id,
+        rows=progress.rows,
     )
 
 
@@ -482,6 +488,17 @@ def summarize(
         "stretches": progress.stretches,
         "config": config,
     }
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The best held-out accuracy of all epochs and when it was, for the dashboard.
+
+    Empty where no images were held out: an epoch is not chosen by the test set.
+    """
+    if "val/top1" not in rows[-1]:
+        return {}
+    row = max(rows, key=lambda row: row["val/top1"])
+    return {"best/val_top1": row["val/top1"], "best/epoch": row["epoch"]}
 
 
 def position(progress: Progress) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from reporting.text import as_text, natural, one_line, short
 from training import run_folder
 from training.run_folder import SUMMARY, UnreadableError
-from training.variants import result_settings
+from training.variants import variant_settings
 
 # How Table 1 of the paper writes the choices of attention, in its order.
 ATTENTION = {"none": "plain", "ge": "GE", "se": "SE", "aa": "AA"}
@@ -43,9 +43,7 @@ class Run:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """What decides the result except for the seed; flat."""
-        # model.aa holds the defaults of attention.*, which say it all.
-        settings = result_settings(self.summary["config"])
-        return {k: v for k, v in settings.items() if k != "seed" and not k.startswith("model.aa.")}
+        return variant_settings(self.summary["config"])
 
     def last(self, name: str) -> float:
         """A score or a measurement of the summary; `top1` is that of what was evaluated."""

@@ -10,8 +10,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import wandb as real_wandb
 
-from training import tracking
+import train
+from training import cli, launch, tracking
 
 from helpers import ROOT, TINY
 
@@ -23,7 +25,7 @@ class FakeRun:
     def __init__(self, fails=(), hangs=()):
         self.id, self.url, self.calls = "abc", "somewhere", []
         self.fails, self.hangs, self.released = fails, hangs, threading.Event()
-        self.summary = self
+        self.summary, self.metrics, self.starting_step = self, {}, 0
         self.settings = type("Settings", (), {"sync_dir": "kept"})
 
     def _call(self, name, *values):
@@ -33,14 +35,21 @@ class FakeRun:
         if name in self.hangs:
             self.released.wait(GUARD)
 
-    def log(self, row):
-        self._call("log", row)
+    def define_metric(self, name, **how):
+        self.metrics[name] = how
+
+    def log(self, row, step, commit):
+        assert commit
+        self._call("log", row, step)
 
     def update(self, values):
         self._call("update", values)
 
-    def finish(self):
-        self._call("finish")
+    def mark_preempting(self):
+        self._call("mark_preempting")
+
+    def finish(self, exit_code):
+        self._call("finish", exit_code)
 
 
 @pytest.fixture
@@ -58,14 +67,14 @@ def wandb(monkeypatch):
             return outcome
 
         monkeypatch.delenv("WANDB_MODE", raising=False)
-        monkeypatch.setattr(tracking.wandb, "login", lambda **_: credentials)
-        monkeypatch.setattr(tracking.wandb, "init", init)
+        monkeypatch.setattr(real_wandb, "login", lambda **_: credentials)
+        monkeypatch.setattr(real_wandb, "init", init)
         return seen
 
     return install
 
 
-def start(mode, folder, run_id=None):
+def start(mode, folder, run_id=None, rows=()):
     return tracking.track(
         mode,
         folder=folder,
@@ -73,8 +82,11 @@ def start(mode, folder, run_id=None):
         entity=None,
         group="g",
         name="n",
+        job_type="train",
+        tags=["t"],
         config={},
         run_id=run_id,
+        rows=rows,
     )
 
 
@@ -96,7 +108,7 @@ def test_modes(wandb, tmp_path, mode, credentials, expected):
         tracker.log({"epoch": 1})
         tracker.summarize({"top1": 1.0})
     assert seen == expected
-    calls = [("log", {"epoch": 1}), ("update", {"top1": 1.0}), ("finish",)]
+    calls = [("log", {"epoch": 1}, 0), ("update", {"top1": 1.0}), ("finish", 0)]
     assert run.calls == (calls if expected else [])
 
 
@@ -161,7 +173,7 @@ def test_a_call_that_hangs_is_given_up_and_no_other_is_made(
 def test_a_start_that_hangs_is_given_up(wandb, tmp_path, caplog, monkeypatch):
     released = threading.Event()
     wandb(credentials=True, runs={})
-    monkeypatch.setattr(tracking.wandb, "init", lambda **_: released.wait(GUARD))
+    monkeypatch.setattr(real_wandb, "init", lambda **_: released.wait(GUARD))
     monkeypatch.setattr(tracking, "INIT_TIMEOUT", 0.1)
     monkeypatch.setattr(tracking, "_MARGIN", 0.1)
     with start("auto", tmp_path, run_id="before") as tracker:
@@ -197,7 +209,123 @@ def test_a_run_is_closed_when_training_raises(wandb, tmp_path):
     wandb(credentials=False, runs={"offline": run})
     with pytest.raises(FloatingPointError), start("auto", tmp_path):
         raise FloatingPointError
-    assert run.calls == [("finish",)]
+    assert run.calls == [("finish", 1)]
+
+
+class WithoutFolder(FakeRun):
+    """As a wandb to come may be: without an attribute that was there."""
+
+    def __init__(self, **how):
+        super().__init__(**how)
+        del self.settings, self.url
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+@pytest.mark.parametrize("fails", [(), ("log",)])
+def test_attributes_that_are_missing_end_nothing(wandb, tmp_path, mode, fails):
+    run = WithoutFolder(fails=fails)
+    wandb(credentials=True, runs={mode: run})
+    with start(mode, tmp_path) as tracker:
+        tracker.log({"epoch": 1})
+    assert tracker.id == "abc"
+
+
+@pytest.mark.parametrize("where", ["login", "init", "log", "summary", "finish"])
+def test_a_call_that_wants_to_end_the_process_does_not(wandb, tmp_path, monkeypatch, caplog, where):
+    run = FakeRun()
+    wandb(credentials=True, runs={"online": run, "offline": run})
+
+    def leave(*_, **__):
+        raise SystemExit(3)
+
+    if where in ("login", "init"):
+        monkeypatch.setattr(real_wandb, where, leave)
+    else:
+        monkeypatch.setattr(run, "update" if where == "summary" else where, leave)
+    assert track_three_epochs(tmp_path).id == (None if where == "init" else "abc")
+    assert len(warnings(caplog)) == (0 if where == "login" else 1)
+
+
+def test_without_the_package_a_run_is_tracked_in_its_folder_alone(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it raises ModuleNotFoundError
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for mode in ("auto", "online", "offline"):
+        with start(mode, tmp_path) as tracker:
+            tracker.log({"epoch": 1})
+        assert tracker.id is None
+        (warning,) = warnings(caplog)
+        assert "not installed (pip install wandb), or set tracking=csv" in warning
+        caplog.clear()
+
+
+def test_training_without_tracking_does_not_import_the_package(tmp_path):
+    code = "import sys; sys.modules['wandb'] = None; sys.argv[0] = 'train.py'; import train; "
+    code += "from training import cli; cli.run(train.main)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *TINY, "epochs=1", f"out_dir={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=GUARD,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.rglob("summary.json"))
+
+
+def test_finished_epochs_that_were_not_sent_are_sent_again(wandb, tmp_path):
+    run = FakeRun()
+    run.starting_step = 2
+    wandb(credentials=True, runs={"online": run})
+    rows = [{"epoch": n} for n in (1, 2, 3, 4)]
+    with start("online", tmp_path, run_id="abc", rows=rows) as tracker:
+        tracker.log({"epoch": 5})
+    assert run.calls == [*(("log", {"epoch": n}, n - 1) for n in (3, 4, 5)), ("finish", 0)]
+    assert run.metrics == {"epoch": {}, "*": {"step_metric": "epoch"}}
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(FloatingPointError, 1), (SystemExit, 255), (KeyboardInterrupt, 255)]
+)
+def test_the_dashboard_is_told_how_a_run_ended(wandb, tmp_path, error, code):
+    run = FakeRun()
+    wandb(credentials=True, runs={"online": run})
+    with pytest.raises(error), start("online", tmp_path):
+        raise error
+    assert run.calls == [("finish", code)]
+
+
+def test_a_run_that_somebody_will_continue_is_preempted(wandb, tmp_path):
+    run = FakeRun()
+    wandb(credentials=True, runs={"online": run})
+    with start("online", tmp_path) as tracker:
+        tracker.stopped(continued=True)
+    assert run.calls == [("mark_preempting",), ("finish", 1)]
+
+
+def test_names_that_are_too_long_keep_apart():
+    assert tracking.shortened("x" * 128, 128) == "x" * 128
+    long = [tracking.shortened("x" * 128 + end, 128) for end in "ab"]
+    assert len({*long}) == 2
+    assert {len(name) for name in long} == {128}
+
+
+def test_an_id_of_the_environment_reaches_no_job_of_a_sweep(monkeypatch, tmp_path):
+    """Nor the runs of compare.py, which are processes of their own."""
+    for name in tracking.OF_ONE_RUN:
+        monkeypatch.setenv(name, "shared")
+    seen, processes = [], []
+    score = {"evaluated_on": "test", "test/top1": 1.0}
+    monkeypatch.setattr(
+        train, "train", lambda *_: seen.append(os.environ.get("WANDB_RUN_ID")) or score
+    )
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, env, **__: processes.append(env))
+    launch.start([], tmp_path, tmp_path)
+    assert processes[0].keys().isdisjoint(tracking.OF_ONE_RUN)
+    words = ["train.py", "-m", *TINY, "seed=0,1", f"out_dir={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", words)
+    cli.run(train.main)
+    assert seen == [None, None]
 
 
 # ---- the real wandb -----------------------------------------------------------------------------
@@ -262,7 +390,10 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
     told = [
         line for line in done.stdout.splitlines() if "wandb:" in line and "kept offline" not in line
     ]
-    assert told == ["wandb: Connection lost; this run is tracked in metrics.csv alone from here"]
+    (warning,) = told
+    assert warning.startswith(
+        "wandb: Connection lost; this run is tracked in metrics.csv alone from here; `wandb sync "
+    )
     tables = sorted(tmp_path.rglob("metrics.csv"))
     assert len(tables) == 2
     for table in tables:
@@ -278,7 +409,8 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
 DRIVER = """
 import logging, os, sys
 from pathlib import Path
-from training import tracking
+import train
+from training import cli, launch, tracking
 logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stdout)
 tracking.INIT_TIMEOUT, tracking.LOG_TIMEOUT, tracking.CLOSE_TIMEOUT = 3, 2, 2
 os.environ["WANDB_API_KEY"] = "0123456789" * 4
@@ -286,7 +418,7 @@ folder = Path(sys.argv[1])
 for address in sys.argv[2:]:
     os.environ["WANDB_BASE_URL"] = address
     with tracking.track("online", folder=folder, project="p", entity=None, group="g", name="n",
-                        config={}, run_id=None) as tracker:
+                        config={}, run_id=None, job_type="train", tags=[]) as tracker:
         tracker.log({"epoch": 1})
     print(tracker.id, flush=True)
 """

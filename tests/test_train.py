@@ -61,9 +61,11 @@ def test_what_the_dashboard_is_told(run, monkeypatch):
     run("epochs=1", "attention.dk=16", "wandb.group=mine")
     assert told["mode"] == "disabled"
     assert told["group"] == "mine"
-    assert told["config"]["attention"]["dk"] == 16
-    assert told["config"]["optim"]["lr"] == 0.002
-    assert told["config"]["facts"]["parameters"] > 0
+    assert told["config"]["attention.dk"] == 16
+    assert told["config"]["optim.lr"] == 0.002
+    assert told["config"]["parameters"] > 0
+    assert told["job_type"] == "train"
+    assert told["tags"] == ["resnet8", "aa", "lookup"]
 
 
 def test_the_last_epoch_counts_not_the_best(run, tmp_path, monkeypatch):

@@ -34,6 +34,7 @@ from training.hydra_compat import lazy_help_allowed
 from training.launch import pasteable, quoted
 from training.outcome import DIVERGED, FAILED, SKIPPED, STOPPED, JobError
 from training.settings import is_text, unknown_setting
+from training.tracking import under_agent
 
 # Read before `run` sets the variable for its own purpose.
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -203,7 +204,9 @@ def one_line_errors() -> Iterator[None]:
             raise _job_error(error) from None
         if FULL_ERROR or not _is_for_the_user(error):
             raise
-        stop(explain(error), always=dead)
+        # For an agent of a wandb sweep a run that diverged is a result, not a fault of its own.
+        diverged = isinstance(error, FloatingPointError | run_folder.DivergedError)
+        stop(explain(error), code=0 if diverged and under_agent() else 2, always=dead)
 
 
 def _in_sweep() -> bool:

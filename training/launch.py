@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from training.tracking import OF_ONE_RUN
+
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 # How long a run may take to save and end after it was interrupted.
@@ -52,6 +54,7 @@ def start(
         [*command, str(train), *overrides, *where],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
+        env={k: v for k, v in os.environ.items() if k not in OF_ONE_RUN},
         **options,
     )
 

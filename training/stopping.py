@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from training import console
+from training.tracking import under_agent
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
@@ -92,6 +93,11 @@ class Stop:
             return f"max_minutes={self._max_minutes:g}"
         return None
 
+    @property
+    def to_be_continued(self) -> bool:
+        """Whether somebody continues the run by itself: a queue, or who gave it so many minutes."""
+        return self.signal is None or self.signal.name == "SIGUSR1"
+
     def until_signalled(self, items: Iterable[Item]) -> Iterator[Item]:
         """``items``, at least one, up to where a signal has come.
 
@@ -107,12 +113,14 @@ class Stop:
 
         A signal ends a sweep's other runs too, whether this one is finished or not. The exit code
         is 128 and the signal's number, as shells have it, or 0 at the end of the time. SIGUSR1
-        has Slurm queue the job again.
+        has Slurm queue the job again. An agent of a wandb sweep stops a run by SIGTERM or SIGINT
+        because the sweep says so, and would count another code than 0 as a failure of its own.
         """
         if self.signal is not None and self.signal.name == "SIGUSR1":
             _requeue()
         if self.signal is not None:
-            sys.exit(128 + self.signal)
+            asked_for = under_agent() and not self.to_be_continued
+            sys.exit(0 if asked_for else 128 + self.signal)
         if not finished:
             sys.exit(0)
 

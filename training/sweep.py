@@ -20,6 +20,7 @@ from training import cli, console, outcome, run_folder, settings
 from training.distributed import world
 from training.files import write_text
 from training.kinds import UnreadableError
+from training.tracking import OF_ONE_RUN
 from training.variants import result_settings
 
 
@@ -135,6 +136,8 @@ def run(
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "multirun.yaml", OmegaConf.to_yaml(config))
+    for name in OF_ONE_RUN:
+        os.environ.pop(name, None)
     results: list[JobReturn] = []
     code = None
     try:

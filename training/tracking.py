@@ -1,20 +1,26 @@
 """Weights & Biases, without ever standing in the way of a run."""
 
+import hashlib
+import importlib
 import logging
 import os
+import shlex
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import wandb
+from training.variants import HYDRAS, flatten, option_name, variant_label
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 log = logging.getLogger(__name__)
 
 # The most seconds that a run ever waits for wandb. At the start: until a server that does not
 # answer is given up and the run kept on disk instead; after the first fault nothing is sent, and
-# so nothing waited for, any more.
+# so nothing waited for, any more. At the end pictures and files are uploaded.
 INIT_TIMEOUT = 20
 LOG_TIMEOUT = 5
 CLOSE_TIMEOUT = 30
@@ -26,6 +32,45 @@ _MARGIN = 10
 # complain when that fails, and be waited for at the end of the process.
 _QUIET = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
 
+# What the environment says of one run, an agent's for example. Several runs that are started from
+# there must not share it.
+OF_ONE_RUN = (
+    "WANDB_RUN_ID",
+    "WANDB_RESUME",
+    "WANDB_NAME",
+    "WANDB_SWEEP_ID",
+    "WANDB_SWEEP_PARAM_PATH",
+)
+
+# The longest that wandb's server takes.
+NAME_LENGTH = 128
+TAG_LENGTH = 64
+
+# Exit codes by which the dashboard tells how a run ended; any other one is "failed".
+FINISHED, FAILED, KILLED = 0, 1, 255
+
+
+class Picture(NamedTuple):
+    """A picture and what is said of it."""
+
+    image: "Image"
+    caption: str = ""
+
+
+class Table(NamedTuple):
+    """A table whose cells are numbers, texts or pictures."""
+
+    columns: list[str]
+    rows: list[list[Any]]
+
+
+Media = Picture | list[Picture] | Table
+
+
+def under_agent() -> bool:
+    """Whether an agent of a wandb sweep has started this process."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
+
 
 class Tracker:
     """Sends rows to one wandb run. After the first fault it warns once and stays silent."""
@@ -33,6 +78,7 @@ class Tracker:
     def __init__(self, run: Any | None, run_id: str | None = None) -> None:
         self._run = run
         self._id = run.id if run is not None else run_id
+        self._exit_code = FINISHED
 
     @property
     def id(self) -> str | None:
@@ -42,17 +88,59 @@ class Tracker:
         """
         return self._id
 
-    def log(self, row: dict[str, Any]) -> None:
-        """One epoch's figures. The epoch is a figure of its own: steps restart when resumed."""
-        self._guarded(LOG_TIMEOUT, lambda run: run.log(row))
+    def replay(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Log those of the finished epochs' ``rows`` that the run does not have yet.
+
+        A run that was killed may not have sent all it had logged; offline each start of a run is
+        kept apart, and the last one is then whole.
+        """
+        for row in rows[getattr(self._run, "starting_step", 0) :]:
+            self.log(row)
+
+    def log(self, row: dict[str, Any], media: dict[str, Media] | None = None) -> None:
+        """An epoch's metrics, and what is to be seen of it."""
+        step = int(row["epoch"]) - 1
+        self._guarded(
+            LOG_TIMEOUT,
+            # Without commit it would be sent with the next epoch's.
+            lambda run: run.log(row | _converted(media or {}), step=step, commit=True),
+        )
 
     def summarize(self, values: dict[str, Any]) -> None:
         """The run's closing figures."""
         self._guarded(LOG_TIMEOUT, lambda run: run.summary.update(values))
 
+    def show(self, media: dict[str, Media]) -> None:
+        """What there is to see of the whole run, in its summary: it is of no epoch."""
+        self._guarded(CLOSE_TIMEOUT, lambda run: run.summary.update(_converted(media)))
+
+    def artifact(self, name: str, kind: str, files: Sequence[Path], facts: dict[str, Any]) -> None:
+        """Keep ``files`` with the run, under a name of the kind ``kind``."""
+
+        def add(run: Any) -> None:
+            artifact = _wandb().Artifact(name, kind, metadata=facts)
+            for file in files:
+                artifact.add_file(str(file))
+            run.log_artifact(artifact)
+
+        self._guarded(CLOSE_TIMEOUT, add)
+
+    def stopped(self, *, continued: bool) -> None:
+        """The run ends before its last epoch; whether somebody is going to continue it by itself.
+
+        Then the dashboard shows it as preempted, and an agent's server gives it out again.
+        """
+        self._exit_code = FAILED if continued else KILLED
+        if continued:
+            self._guarded(LOG_TIMEOUT, lambda run: run.mark_preempting())
+
+    def failed(self) -> None:
+        """The run ends without a result."""
+        self._exit_code = FAILED
+
     def close(self) -> None:
         """End the run, so that the next one in this process is another."""
-        self._guarded(CLOSE_TIMEOUT, lambda run: run.finish())
+        self._guarded(CLOSE_TIMEOUT, lambda run: run.finish(exit_code=self._exit_code))
 
     def _guarded(self, seconds: float, act: Callable[[Any], Any]) -> None:
         run = self._run
@@ -60,12 +148,99 @@ class Tracker:
             return
         try:
             within(seconds, lambda: act(run))
-        except Exception as error:
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # wandb passes its process's death on as the second
             self._run = None
+            kept = _kept(run)
             _let_go()
+            rescue = f"; {_sync(kept)} uploads what was logged so far" if kept is not None else ""
             log.warning(
-                "wandb: %s; this run is tracked in metrics.csv alone from here", _reason(error)
+                "wandb: %s; this run is tracked in metrics.csv alone from here%s",
+                _reason(error),
+                rescue,
             )
+
+
+def _kept(run: Any) -> Path | None:
+    """The folder in which wandb keeps a run on disk, whether it is sent or not."""
+    try:
+        folder = Path(run.settings.sync_dir)
+        return folder if folder.is_dir() else None
+    except (AttributeError, TypeError):
+        return None
+
+
+def _sync(folder: Path) -> str:
+    """The command that uploads it; one that was sent in part is passed over by default."""
+    online = "" if folder.name.startswith("offline-") else "--no-skip-online "
+    return f"`wandb sync {online}{shlex.quote(str(folder))}`"
+
+
+def _converted(media: dict[str, Media]) -> dict[str, Any]:
+    if not media:
+        return {}
+    wandb = _wandb()
+
+    def picture(it: Any) -> Any:
+        return wandb.Image(it.image, caption=it.caption) if isinstance(it, Picture) else it
+
+    def convert(it: Media) -> Any:
+        if isinstance(it, Table):
+            return wandb.Table(it.columns, [[picture(cell) for cell in row] for row in it.rows])
+        return [picture(one) for one in it] if isinstance(it, list) else picture(it)
+
+    return {name: convert(it) for name, it in media.items()}
+
+
+def _wandb() -> Any:
+    """The package, which only a run that is tracked needs."""
+    return importlib.import_module("wandb")
+
+
+# ---- What the dashboard is told of a run --------------------------------------------------------
+
+
+def dashboard_config(
+    config: dict[str, Any], facts: dict[str, Any], place: dict[str, Any]
+) -> dict[str, Any]:
+    """A run's settings, facts and ``place`` as one level of dotted keys, no word of Hydra's.
+
+    The groups' options are plain names beside their settings, ``attention`` beside
+    ``attention.dk``: what a sweep of wandb sets, it sets under these keys, and locks them. A whole
+    float is the same number as an int there, so ``attention.dk_unit`` says which one dk is, and
+    ``layers`` what it came to.
+    """
+    flat = flatten(config)
+    # model.aa holds the defaults of attention.
+    flat = {
+        k: v
+        for k, v in flat.items()
+        if k.rpartition(".")[2] not in HYDRAS and not k.startswith("model.aa.")
+    }
+    flat |= {group: option_name(group, config[group]) for group in ("optim", "schedule")}
+    for name in ("dk", "dv"):
+        if name in config["attention"]:
+            whole = isinstance(config["attention"][name], int)
+            flat[f"attention.{name}_unit"] = "channels" if whole else "fraction"
+    for layer in facts["layers"]:
+        flat |= {f"layers.{layer['name']}.{k}": v for k, v in layer.items() if k != "name"}
+    flat |= {k: v for k, v in facts.items() if k not in ("layers", "precision")}
+    flat |= flatten({"place": place})
+    flat["variant"] = variant_label(config, facts["model"], facts["attention"])
+    return flat
+
+
+def shortened(text: str, length: int) -> str:
+    """``text``, with a digest in place of its end where it is longer than ``length``."""
+    if len(text) <= length:
+        return text
+    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    return f"{text[: length - 9]}-{digest}"
+
+
+# ---- Within a limit of time, and whatever happens -----------------------------------------------
 
 
 def within(seconds: float, act: Callable[[], Any]) -> Any:
@@ -98,12 +273,11 @@ def _let_go() -> None:
 
     Otherwise the next `wandb.init` would talk to it, and this process would wait for it at its end.
     """
-    # SystemExit is how wandb passes on that its process was killed.
     with suppress(Exception, SystemExit):
-        within(1, wandb.teardown)
+        within(1, _wandb().teardown)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
@@ -116,14 +290,18 @@ def track(
     entity: str | None,
     group: str,
     name: str,
+    job_type: str,
+    tags: Sequence[str],
     config: dict[str, Any],
     run_id: str | None,
+    rows: Sequence[dict[str, Any]] = (),
 ) -> Iterator[Tracker]:
     """A `Tracker` of one run, closed at the end of the ``with``.
 
     ``auto`` is what the environment's WANDB_MODE says, else online if credentials are found and
     offline if not; it never asks for any. A server that cannot be reached makes the run an
-    offline one. All runs share ``folder``/wandb. No fault of wandb's is passed on.
+    offline one. All runs share ``folder``/wandb. ``rows`` are those of epochs that are finished
+    already. No fault of wandb's is passed on, not even that it is not installed.
     """
     os.environ.update(_QUIET)
     mode = _resolve(mode)
@@ -134,15 +312,24 @@ def track(
             dir=str(folder),
             project=project,
             entity=entity,
-            group=group,
-            name=name,
+            group=shortened(group, NAME_LENGTH),
+            name=shortened(name, NAME_LENGTH),
+            job_type=shortened(job_type, TAG_LENGTH),
+            tags=[shortened(tag, TAG_LENGTH) for tag in tags],
             config=config,
             id=run_id,
-            resume="allow" if run_id else None,
+            resume="allow" if run_id or os.environ.get("WANDB_RUN_ID") else None,
         )
     tracker = Tracker(run, run_id)
+    tracker.replay(rows)
     try:
         yield tracker
+    except (KeyboardInterrupt, SystemExit):
+        tracker.stopped(continued=False)
+        raise
+    except BaseException:
+        tracker.failed()
+        raise
     finally:
         tracker.close()
 
@@ -165,7 +352,10 @@ def _start(mode: str, **arguments: Any) -> Any | None:
         try:
             run = _init(attempt, **arguments)
             break
-        except Exception as error:
+        except ModuleNotFoundError:
+            fault = "it is not installed (pip install wandb), or set tracking=csv"
+            break
+        except (Exception, SystemExit) as error:
             fault = _reason(error)
             _let_go()
     if run is None:
@@ -173,27 +363,34 @@ def _start(mode: str, **arguments: Any) -> Any | None:
         return None
     if fault is not None:
         log.warning("wandb: %s; keeping the run on disk instead", fault)
-    if attempt == "offline":
-        kept = run.settings.sync_dir
-        log.info("wandb: kept offline; `wandb sync %s` uploads, `wandb leet %s` shows", kept, kept)
-    else:
-        log.info("wandb: %s", run.url)
+    kept = _kept(run)
+    if attempt != "offline":
+        log.info("wandb: %s", getattr(run, "url", None))
+    elif kept is not None:
+        show = shlex.quote(str(kept))
+        log.info("wandb: kept offline; %s uploads, `wandb leet %s` shows", _sync(kept), show)
     return run
 
 
 def _init(mode: Any, **arguments: Any) -> Any:
     Path(arguments["dir"], "wandb").mkdir(parents=True, exist_ok=True)
+    wandb = _wandb()
     # create_new: or a run after one that could not be closed would be taken for that one.
     settings = wandb.Settings(console="off", init_timeout=INIT_TIMEOUT, reinit="create_new")
-    return within(
-        INIT_TIMEOUT + _MARGIN, lambda: wandb.init(mode=mode, settings=settings, **arguments)
-    )
+
+    def begin() -> Any:
+        run = wandb.init(mode=mode, settings=settings, **arguments)
+        run.define_metric("epoch")
+        run.define_metric("*", step_metric="epoch")
+        return run
+
+    return within(INIT_TIMEOUT + _MARGIN, begin)
 
 
 def _has_credentials() -> bool:
     # wandb.init without credentials raises, or on a terminal prompts and waits forever. They are
     # not verified here: that would wait for the network, and `_start` finds out with a limit.
     try:
-        return bool(wandb.login(prompt=False, verify=False))
-    except Exception:
+        return bool(_wandb().login(prompt=False, verify=False))
+    except (Exception, SystemExit):
         return False

@@ -1,8 +1,13 @@
-"""Settings as flat keys, and those of them that decide a result."""
+"""Settings as flat keys, those of them that decide a result, and what a variant is called."""
 
+import hashlib
+import json
 from typing import Any
 
-from configs.schema import NO_EFFECT_ON_RESULT
+from configs.schema import NO_EFFECT_ON_RESULT, OPTIONS
+
+# Hydra's own words in the settings of an option.
+HYDRAS = ("_target_", "_partial_")
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -19,3 +24,29 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def result_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide a result, flattened."""
     return {k: v for k, v in flatten(config).items() if k not in NO_EFFECT_ON_RESULT}
+
+
+def variant_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide a result except for the seed, flattened.
+
+    Without ``model.aa``: it holds the defaults of ``attention``, which says it all.
+    """
+    settings = result_settings(config)
+    return {k: v for k, v in settings.items() if k != "seed" and not k.startswith("model.aa.")}
+
+
+def option_name(group: str, settings: dict[str, Any]) -> str:
+    """The option of a group, such as ``sgd``, that these ``settings`` are of."""
+    names = {kind._target_: name for there, name, kind in OPTIONS if there == group}
+    return names[settings["_target_"]]
+
+
+def variant_label(config: dict[str, Any], model: str, attention: str) -> str:
+    """A name for all runs that differ in nothing but the seed, and for no others.
+
+    Network, attention with dk, dv and Nh, and a digest of all `variant_settings`.
+    """
+    text = json.dumps(variant_settings(config), sort_keys=True)
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    amounts = [f"{k}={config['attention'][k]}" for k in ("dk", "dv", "Nh") if attention == "aa"]
+    return " ".join([model, attention, *amounts, digest])

@@ -1,0 +1,239 @@
+"""A stand-in for wandb's server on loopback: what the client needs to work, and what it has sent.
+
+    python wandb_server.py FOLDER [PORT]
+
+prints its port and serves until it is killed. FOLDER/state.json holds all it was sent, and is read
+again at the next start, as after a server's death. Tests steer it by files in FOLDER:
+
+    stop        ids of runs, a line each, for which the dashboard's Stop button was pressed
+    sweep.json  a list of the parameters that an agent is given, one after the other
+
+It shows what the client sends; what the real server accepts it does not know.
+"""
+
+import gzip
+import itertools
+import json
+import os
+import re
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import RLock
+
+PERSON = {"id": "user", "entity": "me", "username": "me", "email": "", "flags": "{}"}
+
+
+class State:
+    """Everything that was sent, in one object that is written to a file after each request."""
+
+    def __init__(self, folder):
+        self.folder, self.lock, self.port = folder, RLock(), 0
+        self.kept = {"runs": {}, "operations": [], "sweep": None, "given": 0}
+        if (folder / "state.json").exists():
+            self.kept = json.loads((folder / "state.json").read_text())
+
+    def write(self):
+        partial = self.folder / "state.partial"
+        partial.write_text(json.dumps(self.kept))
+        partial.replace(self.folder / "state.json")
+
+    def run(self, name):
+        blank = {"config": {}, "facts": {}, "summary": {}, "history": [], "files": [], "starts": 0}
+        blank |= {"exitcode": None, "preempting": False}
+        return self.kept["runs"].setdefault(name, blank)
+
+    def stop_pressed(self, name):
+        path = self.folder / "stop"
+        return path.exists() and name in path.read_text().split()
+
+    # ---- what GraphQL operations answer, by their names ----
+
+    def answer(self, operation, given):
+        self.kept["operations"].append(operation)
+        known = {
+            "Viewer": lambda: {"viewer": PERSON | {"teams": {"edges": []}}},
+            "ServerInfo": lambda: {
+                "serverInfo": {"cliVersionInfo": {"max_cli_version": "99.0.0"}},
+            },
+            "ServerFeaturesQuery": lambda: {"serverInfo": {"features": []}},
+            "RunResumeStatus": lambda: self.resume_status(given),
+            "UpsertBucket": lambda: self.upsert_run(given),
+            "CreateRunFiles": lambda: self.upload_places(given),
+            "UpsertSweep": lambda: self.upsert_sweep(given),
+            "SweepWithRuns": lambda: {"project": {"sweep": self.sweep()}},
+            "CreateAgent": lambda: {"createAgent": {"agent": {"id": "agent"}}},
+            "Heartbeat": lambda: self.heartbeat(json.loads(given["runState"])),
+        }
+        return known.get(operation, dict)()
+
+    def project(self, given):
+        return {
+            "id": "project",
+            "name": given.get("project") or "aaconv",
+            "entity": {"id": "user", "name": "me"},
+        }
+
+    def resume_status(self, given):
+        run = self.kept["runs"].get(given["name"])
+        if run is None or not run["starts"]:
+            return {"model": self.project(given) | {"bucket": None}}
+        newest = [json.dumps(run["history"][-1])] if run["history"] else []
+        bucket = {
+            "id": given["name"],
+            "name": given["name"],
+            "displayName": None,
+            "notes": None,
+            "tags": [],
+            "config": json.dumps(run["config"]),
+            "wandbConfig": '{"t": 1}',
+            "summaryMetrics": json.dumps(run["summary"]),
+            "historyLineCount": len(run["history"]),
+            "historyTail": json.dumps(newest),
+            "eventsLineCount": 0,
+            "eventsTail": "[]",
+            "logLineCount": 0,
+        }
+        return {"model": self.project(given) | {"bucket": bucket}}
+
+    def upsert_run(self, given):
+        name = given.get("name") or given["id"]
+        run = self.run(name)
+        run["starts"] += 1
+        run["config"] |= json.loads(given.get("config") or "{}")
+        run["facts"] |= {k: v for k, v in given.items() if v is not None and k != "config"}
+        bucket = {
+            "id": name,
+            "name": name,
+            "displayName": given.get("displayName") or name,
+            "description": None,
+            "config": json.dumps(run["config"]),
+            "sweepName": given.get("sweep"),
+            "historyLineCount": len(run["history"]),
+            "project": self.project(given),
+        }
+        return {"upsertBucket": {"inserted": run["starts"] == 1, "bucket": bucket}}
+
+    def upload_places(self, given):
+        run = given["run"]
+        files = [
+            {"name": name, "uploadUrl": f"http://127.0.0.1:{self.port}/store/{run}/{name}"}
+            for name in given["files"]
+        ]
+        return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
+
+    def upsert_sweep(self, given):
+        self.kept["sweep"] = given["config"]
+        sweep = {"name": "sweep1", "project": self.project({"project": given.get("projectName")})}
+        return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": []}}
+
+    def sweep(self):
+        return {
+            "id": "sweep1",
+            "name": "sweep1",
+            "method": "grid",
+            "state": "RUNNING",
+            "config": self.kept["sweep"],
+            "runs": {"edges": []},
+        }
+
+    def heartbeat(self, running):
+        """A run at a time; those whose Stop button was pressed are to be stopped."""
+        commands = [{"type": "stop", "run_id": name} for name in running if self.stop_pressed(name)]
+        parameters = json.loads((self.folder / "sweep.json").read_text())
+        if not running and self.kept["given"] == len(parameters):
+            commands.append({"type": "exit"})
+        elif not running:
+            number = self.kept["given"]
+            self.kept["given"] += 1
+            args = {key: {"value": value} for key, value in parameters[number].items()}
+            command = {"type": "run", "run_id": f"run{number}", "program": "train.py"}
+            commands.append(command | {"args": args})
+        return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
+
+    # ---- what a run streams ----
+
+    def stream(self, name, sent):
+        run = self.run(name)
+        for file, part in (sent.get("files") or {}).items():
+            if file == "wandb-history.jsonl":
+                rows = map(json.loads, part["content"])
+                # A line that was sent again replaces the one in its place.
+                run["history"][part["offset"] :] = rows
+            elif file == "wandb-summary.json":
+                run["summary"] = json.loads(part["content"][-1])
+        run["preempting"] = run["preempting"] or bool(sent.get("preempting"))
+        if sent.get("complete"):
+            run["exitcode"] = sent.get("exitcode")
+        return {"stopped": self.stop_pressed(name)}
+
+
+def serve(folder, port=0):
+    """The server on a port of loopback, not yet serving."""
+    state = State(folder)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def body(self):
+            content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            zipped = self.headers.get("Content-Encoding") == "gzip"
+            return gzip.decompress(content) if zipped else content
+
+        def reply(self, value):
+            content = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def do_POST(self):
+            sent = json.loads(self.body() or b"{}")
+            streams = re.fullmatch(r"/files/[^/]+/[^/]+/([^/]+)/file_stream", self.path)
+            with state.lock:
+                if self.path == "/graphql":
+                    operation = re.search(r"\b(?:query|mutation)\s+(\w+)", sent["query"])[1]
+                    value = {"data": state.answer(operation, sent.get("variables") or {})}
+                else:
+                    value = state.stream(streams[1], sent) if streams else {}
+                state.write()
+            self.reply(value)
+
+        def do_PUT(self):
+            content = self.body()
+            _, _, run, name = self.path.split("/", 3)
+            with state.lock:
+                state.run(run)["files"].append([name, len(content)])
+                state.write()
+            self.reply({})
+
+        def do_GET(self):
+            self.reply({})
+
+        def log_message(self, *_):
+            pass
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads = True
+
+        def handle_error(self, *_):  # a client that has been killed
+            pass
+
+    server = Server(("127.0.0.1", port), Handler)
+    state.port = server.server_port
+    return server
+
+
+if __name__ == "__main__":
+    place = Path(sys.argv[1])
+    for attempt in itertools.count():  # the port of one that was killed may be taken for a moment
+        try:
+            server = serve(place, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
+            break
+        except OSError:
+            if attempt == 50:
+                raise
+            os.sched_yield()
+    print(server.server_port, flush=True)
+    server.serve_forever(0.05)
