@@ -1,0 +1,392 @@
+"""What the dashboard has of runs, read back from a stand-in for wandb's server."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training.tracking import OF_ONE_RUN
+
+from helpers import ROOT, TINY
+
+pytestmark = pytest.mark.slow
+
+GUARD = 240  # seconds after which a process is taken to hang
+WANDB = str(Path(sys.executable).parent / "wandb")
+ONLINE = [*(w for w in TINY if "epochs" not in w and "tracking" not in w), "wandb.mode=online"]
+# So many steps that a signal comes before the end.
+LONG = [*ONLINE, "attention=none", "data.train_size=640", "epochs=12"]
+
+
+class Server:
+    """The stand-in in a process of its own, which can be killed and started again."""
+
+    def __init__(self, folder):
+        self.folder, self.port, self.process = folder, 0, None
+        folder.mkdir()
+        self.start()
+
+    def start(self):
+        command = [sys.executable, str(ROOT / "tests" / "wandb_server.py"), str(self.folder)]
+        self.process = subprocess.Popen(
+            [*command, str(self.port)], stdout=subprocess.PIPE, text=True
+        )
+        self.port = int(self.process.stdout.readline())
+
+    def kill(self):
+        self.process.kill()
+        self.process.communicate()
+
+    @property
+    def environment(self):
+        own = {k: v for k, v in os.environ.items() if k not in (*OF_ONE_RUN, "WANDB_MODE")}
+        return own | {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{self.port}",
+            "WANDB_API_KEY": "0123456789" * 4,
+            "OMP_NUM_THREADS": "1",
+        }
+
+    @property
+    def runs(self):
+        path = self.folder / "state.json"
+        return json.loads(path.read_text())["runs"] if path.exists() else {}
+
+    @property
+    def only(self):
+        ((name, run),) = self.runs.items()
+        return name, run
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path / "server")
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def start(server, tmp_path):
+    """A function that starts train.py; what is still running at the end is killed."""
+    processes = []
+
+    def go(*words, **environment):
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *words, f"out_dir={tmp_path / 'out'}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=server.environment | environment,
+            cwd=tmp_path,
+        )
+        processes.append(process)
+        return process
+
+    yield go
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def train(start):
+    """A function that waits for it; its exit code and output."""
+
+    def go(*words, **environment):
+        process = start(*words, **environment)
+        out, _ = process.communicate(timeout=GUARD)
+        return process.returncode, out
+
+    return go
+
+
+def wait_for(condition):
+    end = time.monotonic() + GUARD
+    while not condition():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.05)
+
+
+def rows_on_disk(folder):
+    """How many epochs there are; the client sends them every 15 seconds."""
+    return sum(len(path.read_text().splitlines()) - 1 for path in folder.rglob("metrics.csv"))
+
+
+def table(folder):
+    (path,) = folder.rglob("metrics.csv")
+    with path.open() as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def history(run):
+    """The rows without wandb's own columns."""
+    return [{k: v for k, v in row.items() if k[0] != "_"} for row in run["history"]]
+
+
+def assert_whole(run, folder):
+    """The history is metrics.csv, without gap or repeat."""
+    rows = table(folder)
+    assert history(run) == [pytest.approx(row) for row in rows]
+    assert [row["_step"] for row in run["history"]] == list(range(len(rows)))
+
+
+def config(run):
+    return {k: v["value"] for k, v in run["config"].items() if k != "_wandb"}
+
+
+def test_a_run_has_all_that_was_promised(train, server, tmp_path):
+    words = [
+        "epochs=2",
+        "data.val_size=8",
+        "attention.dk=1.0",
+        "attention.dv=4",
+        "name=" + "n" * 99,
+    ]
+    code, _ = train(*ONLINE, *words)
+    assert code == 0
+    _, run = server.only
+    assert run["exitcode"] == 0
+    assert_whole(run, tmp_path / "out")
+
+    seen = config(run)
+    (path,) = tmp_path.rglob("summary.json")
+    summary = json.loads(path.read_text())
+    assert not [key for key, value in seen.items() if isinstance(value, dict)]
+    assert not [key for key in seen if "_target_" in key or "_partial_" in key]
+    for name, expected in {
+        "attention": "aa",
+        "model": "resnet8",
+        "data": "lookup",
+        "optim": "adamw",
+        "schedule": "one_cycle",
+        # 1.0 and 1 are the same number there.
+        "attention.dk": 1,
+        "attention.dk_unit": "fraction",
+        "attention.dv": 4,
+        "attention.dv_unit": "channels",
+        "layers.stages.1.0.conv1.dk": 32,
+        "layers.stages.1.0.conv1.dvh": 1,
+        "optim.lr": 0.002,
+        "data.val_size": 8,
+        "precision": "auto",
+        "place.precision": "float32",
+        "place.versions.torch": summary["stretches"][0]["versions"]["torch"],
+        "parameters": summary["parameters"],
+        "flops": summary["flops"],
+        "evaluated_on": "val",
+        "seed": 0,
+    }.items():
+        assert seen[name] == expected, name
+    assert seen["variant"].startswith("resnet8 aa dk=1.0 dv=4 Nh=4 ")
+
+    facts = run["facts"]
+    assert facts["jobType"] == "train"
+    assert facts["tags"] == ["resnet8", "aa", "lookup"]
+    assert facts["groupName"] == "n" * 99
+    assert len(facts["displayName"]) <= 128
+    # epoch is the axis of every metric
+    assert {"1": "epoch"}.items() <= run["config"]["_wandb"]["value"]["m"][0].items()
+    assert {"2": "*", "5": 1}.items() <= run["config"]["_wandb"]["value"]["m"][1].items()
+
+    told = {k: v for k, v in run["summary"].items() if k[0] != "_"}
+    assert not [key for key, value in told.items() if isinstance(value, dict)]
+    for name in ("train/loss", "train/top1", "train/grad_norm", "val/loss", "val/top1", "val/top5"):
+        assert told[name] == pytest.approx(summary[name]), name
+    best = max(table(tmp_path / "out"), key=lambda row: row["val/top1"])
+    assert told["best/val_top1"] == best["val/top1"]
+    assert told["best/epoch"] == best["epoch"]
+
+
+def test_runs_that_differ_in_the_seed_alone_are_of_one_variant(train, server):
+    assert (
+        train("-m", *ONLINE, "epochs=1", "attention=none", "seed=0,1", "optim.lr=0.1,0.2")[0] == 0
+    )
+    runs = [config(run) for run in server.runs.values()]
+    assert len(runs) == 4
+    assert len({run["variant"] for run in runs}) == 2
+    assert len({(run["variant"], run["optim.lr"]) for run in runs}) == 2
+    assert all("best/val_top1" not in run["summary"] for run in server.runs.values())
+    assert {run["facts"]["groupName"] for run in server.runs.values()} == {"lookup"}
+
+
+def test_after_a_kill_and_resume_the_history_is_that_of_the_folder(start, train, server, tmp_path):
+    """Killed before anything was sent, and again when the server has a part of it."""
+    words = [*(w for w in LONG if w != "epochs=12"), "epochs=70", "resume=auto"]
+    for killed in (
+        lambda: rows_on_disk(tmp_path) >= 2,
+        lambda: server.runs and server.only[1]["history"],
+    ):
+        process = start(*words)
+        wait_for(killed)
+        process.kill()
+        process.communicate()
+    assert server.only[1]["exitcode"] is None
+    assert len(server.only[1]["history"]) <= rows_on_disk(tmp_path) < 70
+    code, _ = train(*words)
+    assert code == 0
+    assert_whole(server.only[1], tmp_path / "out")
+    assert server.only[1]["exitcode"] == 0
+
+
+def test_a_run_that_was_kept_offline_and_resumed_is_uploaded_whole(train, server, tmp_path):
+    offline = [w for w in LONG if "wandb" not in w]
+    for limit in ("0.001", "null"):
+        code, _ = train(*offline, "wandb.mode=offline", f"max_minutes={limit}", "resume=auto")
+        assert code == 0
+        time.sleep(1)  # wandb's folders are named by the second
+    folders = sorted((tmp_path / "out" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert server.runs == {}
+    subprocess.run(
+        [WANDB, "sync", *map(str, folders)],
+        env=server.environment,
+        check=True,
+        timeout=GUARD,
+        capture_output=True,
+    )
+    assert_whole(server.only[1], tmp_path / "out")
+
+
+# Waits less long for wandb at the end than a user would.
+IMPATIENT = """
+import sys
+sys.path.insert(0, {root!r})
+sys.argv[0] = "train.py"
+import train
+from training import cli, tracking
+tracking.CLOSE_TIMEOUT = 3
+cli.run(train.main)
+"""
+
+
+def test_a_server_that_dies_costs_one_warning_and_no_row(server, tmp_path):
+    words = [*LONG, f"out_dir={tmp_path / 'out'}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPATIENT.format(root=str(ROOT)), *words],
+        env=server.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: rows_on_disk(tmp_path) >= 2)
+        server.kill()
+        out, err = process.communicate(timeout=GUARD)
+    finally:
+        process.kill()
+    assert (process.returncode, err) == (0, "")
+    assert len(table(tmp_path / "out")) == 12
+    lines = [line for line in out.splitlines() if "wandb: " in line and "http://" not in line]
+    (warning,) = lines
+    command = warning.split("`")[1]
+    assert command.startswith("wandb sync --no-skip-online ")
+    assert len(server.only[1]["history"]) < 12
+    server.start()
+    subprocess.run(
+        [WANDB, *command.split()[1:]],
+        env=server.environment,
+        check=True,
+        timeout=GUARD,
+        capture_output=True,
+    )
+    assert_whole(server.only[1], tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "exitcode", "preempting"),
+    [
+        ("diverges", 2, 1, False),
+        (signal.SIGTERM, 143, 255, False),
+        (signal.SIGUSR1, 138, 1, True),
+        ("time", 0, 1, True),
+    ],
+    ids=str,
+)
+def test_the_state_of_a_run_without_a_result(
+    start, server, tmp_path, how, code, exitcode, preempting
+):
+    extra = {"diverges": ["optim.lr=1e30"], "time": ["max_minutes=0.001"]}.get(how, [])
+    process = start(*LONG, *extra)
+    if isinstance(how, signal.Signals):
+        wait_for(lambda: rows_on_disk(tmp_path))
+        process.send_signal(how)
+    process.communicate(timeout=GUARD)
+    assert process.returncode == code
+    _, run = server.only
+    assert (run["exitcode"], run["preempting"]) == (exitcode, preempting)
+
+
+def test_a_sweep_by_an_agent_of_which_one_run_fails_and_one_is_stopped(server, tmp_path):
+    """wandb's own commands, as a user gives them; the values come from the stand-in."""
+    tiny = [w for w in LONG if "attention=" not in w and w != "epochs=12"]
+    sweep = {
+        "program": str(ROOT / "train.py"),
+        "method": "grid",
+        "command": [
+            "${env}",
+            sys.executable,
+            str(ROOT / "train.py"),
+            *tiny,
+            f"out_dir={tmp_path / 'out'}",
+            "resume=auto",
+            "${args_no_hyphens}",
+        ],
+        "parameters": {"attention": {"values": ["none", "aa"]}},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    four = [
+        {"attention": "none", "epochs": 1},
+        {"attention": "aa", "attention.dk": 7, "epochs": 1},  # Nh does not divide it
+        {"attention": "aa", "attention.dk": 1.0, "attention.Nh": 2, "epochs": 3000},
+        {"attention": "none", "epochs": 1},  # the first one again
+    ]
+    (server.folder / "sweep.json").write_text(json.dumps(four))
+
+    def wandb(*words):
+        return subprocess.Popen(
+            [WANDB, *words],
+            env=server.environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    said, _ = wandb("sweep", "--project", "p", "sweep.yaml").communicate(timeout=GUARD)
+    assert "wandb agent me/p/sweep1" in said
+    agent = wandb("agent", "me/p/sweep1")
+    try:
+        wait_for(lambda: any("run=run2" in str(p) for p in tmp_path.rglob("metrics.csv")))
+        (server.folder / "stop").write_text("run2")
+        said, _ = agent.communicate(timeout=GUARD)
+    finally:
+        agent.kill()
+    assert agent.returncode == 0, said
+
+    runs = server.runs
+    assert runs["run0"]["exitcode"] == runs["run3"]["exitcode"] == 0
+    assert runs["run2"]["exitcode"] == 255
+    assert "dk=7 must be divisible by Nh=4" in said
+    folders = {
+        path.parent.name: path.name for path in tmp_path.rglob("*.pt") if "last" in path.name
+    }
+    assert folders.keys() == {"run=run0", "run=run2", "run=run3"}
+    assert {p.parent.parent.name for p in tmp_path.rglob("last.pt")} == {"sweep=sweep1"}
+    seen = {name: config(runs[name]) for name in ("run0", "run2", "run3")}
+    assert [c["attention"] for c in seen.values()] == ["none", "aa", "none"]
+    assert seen["run2"]["attention.dk"] == 1
+    assert seen["run2"]["attention.dk_unit"] == "fraction"
+    assert seen["run2"]["layers.stages.2.0.conv1.dk"] == 16
+    for values in seen.values():
+        assert not [key for key, value in values.items() if isinstance(value, dict)]
+        assert values["optim.lr"] == 0.002  # nothing was lost beside what the sweep has set
+        assert values["optim"] == "adamw"
+    assert seen["run0"]["variant"] == seen["run3"]["variant"]
+    for name in ("run0", "run3"):
+        assert len(runs[name]["history"]) == 1
