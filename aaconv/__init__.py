@@ -1,7 +1,8 @@
 """Attention-augmented convolution (Bello et al., ICCV 2019) for PyTorch."""
 
 from aaconv.functional import BACKENDS, attention_2d
+from aaconv.maps import attention_maps
 from aaconv.modules import AugmentedConv
 
-__all__ = ["BACKENDS", "AugmentedConv", "attention_2d"]
+__all__ = ["BACKENDS", "AugmentedConv", "attention_2d", "attention_maps"]
 __version__ = "0.1.0"

@@ -171,26 +171,34 @@ class AugmentedConv(nn.Module):
                 )
         return branches[0] if len(branches) == 1 else torch.cat(branches, dim=1)
 
-    def _attend(self, x: Tensor) -> Tensor:
+    def queries_keys_values(
+        self, x: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What `attention_2d` is given for the input ``x``, (B, in_channels, H, W).
+
+        Queries, keys and values, (B, Nh, H, W, channels per head) with H and W of the output, and
+        the two tables of relative positions, (2H-1, dkh) and (2W-1, dkh), None without any.
+        """
         assert self.qkv_conv is not None
-        assert self.attn_out is not None
         down, right = self.subsample
         encode, _ = ABSOLUTE[self.absolute]
         qkv = self.qkv_conv(encode(x[:, :, ::down, ::right]))  # (B, 2 dk + dv, H, W)
         q, k, v = (
-            t.unflatten(1, (self.Nh, -1)).permute(0, 1, 3, 4, 2)  # (B, Nh, H, W, dkh or dvh)
+            t.unflatten(1, (self.Nh, -1)).permute(0, 1, 3, 4, 2)
             for t in qkv.split((self.dk, self.dk, self.dv), dim=1)
         )
-        rel_h = rel_w = None
-        if self.key_rel_h is not None and self.key_rel_w is not None:
-            rel_h, rel_w = (
-                fit_table(self.key_rel_h, q.shape[2]),
-                fit_table(self.key_rel_w, q.shape[3]),
-            )
+        if self.key_rel_h is None or self.key_rel_w is None:
+            return q, k, v, None, None
+        rel_h = fit_table(self.key_rel_h, q.shape[2])
+        return q, k, v, rel_h, fit_table(self.key_rel_w, q.shape[3])
+
+    def _attend(self, x: Tensor) -> Tensor:
+        assert self.attn_out is not None
+        q, k, v, rel_h, rel_w = self.queries_keys_values(x)
         out = attention_2d(q, k, v, rel_h, rel_w, backend=self.backend)
         out = out.permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, dv, H, W), head-major
         # Backends differ in the memory format they return; the output has that of the input.
-        last = qkv.is_contiguous(memory_format=torch.channels_last) and not qkv.is_contiguous()
+        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         memory_format = torch.channels_last if last else torch.contiguous_format
         return self.attn_out(out.contiguous(memory_format=memory_format))
 

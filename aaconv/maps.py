@@ -1,0 +1,60 @@
+"""What a layer attends to, computed when it is asked for."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aaconv.modules import AugmentedConv
+
+
+@torch.no_grad()
+def attention_maps(layer: AugmentedConv, x: Tensor, queries: Sequence[int] | None = None) -> Tensor:
+    """The weights with which each position of ``layer`` attends to all positions.
+
+    The softmax of Bello et al. 2019, equations 1 and 3 to 5, in at least float32 and without
+    gradients. The layer keeps nothing of it and is left as it is.
+
+    Args:
+        layer: the layer.
+        x: its input, (B, in_channels, H, W).
+        queries: output positions whose weights are wanted, ``row * width + column`` from 0 on; by
+            default all of them, in that order. Only what is wanted is computed.
+
+    Returns:
+        (B, Nh, queries, positions); each row sums to 1.
+
+    Raises:
+        ValueError: the layer has no attention (dv=0), ``x`` is not of its shape, or a query is no
+            position of the output.
+    """
+    if layer.dv == 0:
+        raise ValueError("layer has no attention: dv=0 is a plain convolution")
+    if x.dim() != 4:
+        raise ValueError(f"x must be (B, in_channels, H, W); got {tuple(x.shape)}")
+    q, k, _, rel_h, rel_w = layer.queries_keys_values(x)
+    height, width = q.shape[2:4]
+    wanted = range(height * width) if queries is None else queries
+    for query in wanted if queries is not None else ():
+        if not 0 <= query < height * width:
+            raise ValueError(
+                f"queries has {query}, but the output of {height}x{width} has the positions 0 to "
+                f"{height * width - 1}"
+            )
+    positions = torch.tensor(list(wanted), dtype=torch.int64, device=q.device)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        q = q.flatten(2, 3)[:, :, positions].to(wide) * q.shape[-1] ** -0.5  # (B, Nh, n, dkh)
+        logits = q @ k.flatten(2, 3).to(wide).mT
+        if rel_h is not None and rel_w is not None:
+            by_row = _bias(q, rel_h.to(wide), positions // width, height)[..., None]
+            by_column = _bias(q, rel_w.to(wide), positions % width, width)[..., None, :]
+            logits = logits.unflatten(-1, (height, width)) + by_row + by_column
+            logits = logits.flatten(-2)
+        return torch.softmax(logits, dim=-1)
+
+
+def _bias(q: Tensor, table: Tensor, at: Tensor, length: int) -> Tensor:
+    """``q . table[j - at + length - 1]`` for all j, (B, Nh, n, length), query by query."""
+    offsets = torch.arange(length, device=at.device) - at[:, None] + length - 1
+    return torch.einsum("bhnd,njd->bhnj", q, table[offsets])

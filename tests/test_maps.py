@@ -1,0 +1,119 @@
+"""The weights of attention, against loops over pairs of positions."""
+
+import math
+
+import pytest
+import torch
+
+from aaconv import AugmentedConv, attention_maps
+
+from helpers import slow
+
+
+def layer_of(size, *, dk=6, dv=4, Nh=2, in_channels=5, stride=1, dtype=torch.float64, **more):
+    torch.manual_seed(0)
+    arguments = {"shape": size, "relative": True, "stride": stride} | more
+    return AugmentedConv(in_channels, 9, 3, dk, dv, Nh, **arguments).to(dtype)
+
+
+@torch.no_grad()
+def weights_by_loops(layer, x, stride):
+    """Query by query and key by key, with the layer's own parameters."""
+    x = x[:, :, ::stride, ::stride]
+    B, _, H, W = x.shape
+    weight, bias = layer.qkv_conv.weight[:, :, 0, 0], layer.qkv_conv.bias
+    dkh = layer.dk // layer.Nh
+    out = torch.zeros(B, layer.Nh, H * W, H * W, dtype=x.dtype)
+    for b in range(B):
+        for head in range(layer.Nh):
+            rows = slice(head * dkh, (head + 1) * dkh)
+            for query in range(H * W):
+                iy, ix = divmod(query, W)
+                q = weight[rows] @ x[b, :, iy, ix] + bias[rows]
+                logits = []
+                for key in range(H * W):
+                    jy, jx = divmod(key, W)
+                    of_keys = slice(layer.dk + rows.start, layer.dk + rows.stop)
+                    k = weight[of_keys] @ x[b, :, jy, jx] + bias[of_keys]
+                    if layer.relative:
+                        k = k + layer.key_rel_h[jy - iy + H - 1] + layer.key_rel_w[jx - ix + W - 1]
+                    logits.append(float(q @ k) / math.sqrt(dkh))
+                largest = max(logits)
+                powers = [math.exp(logit - largest) for logit in logits]
+                share = [p / sum(powers) for p in powers]
+                out[b, head, query] = torch.tensor(share, dtype=x.dtype)
+    return out
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize(("size", "stride"), [((3, 5), 1), slow((7, 2), 1), ((2, 3), 2)])
+def test_equals_the_formula(size, stride, relative):
+    layer = layer_of(size, stride=stride, relative=relative)
+    x = torch.randn(2, 5, size[0] * stride, size[1] * stride - (stride - 1), dtype=torch.float64)
+    maps = attention_maps(layer, x)
+    positions = size[0] * size[1]
+    assert maps.shape == (2, 2, positions, positions)
+    torch.testing.assert_close(maps, weights_by_loops(layer, x, stride), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, positions, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"absolute": "sine", "relative": False}, {"absolute": "coord"}, {"qkv_kernel_size": 3}],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(3, 5), (4, 3)])
+def test_are_the_weights_of_the_layers_output(more, size):
+    """Also for a map of another size than the tables were made for, and in channels_last."""
+    layer = layer_of((3, 5), **more)
+    x = torch.randn(2, 5, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
+    _, _, v, _, _ = layer.queries_keys_values(x)
+    attended = attention_maps(layer, x) @ v.flatten(2, 3)  # (B, Nh, HW, dvh)
+    attended = attended.permute(0, 1, 3, 2).reshape(2, 4, *size)
+    torch.testing.assert_close(layer.attn_out(attended), layer(x)[:, 5:], rtol=1e-10, atol=1e-12)
+
+
+def test_of_chosen_queries_are_rows_of_all():
+    layer = layer_of((3, 5))
+    x = torch.randn(2, 5, 3, 5, dtype=torch.float64)
+    chosen = attention_maps(layer, x, queries=[14, 0, 7, 7])
+    assert chosen.shape == (2, 2, 4, 15)
+    torch.testing.assert_close(chosen, attention_maps(layer, x)[:, :, [14, 0, 7, 7]])
+    assert attention_maps(layer, x, queries=[]).shape == (2, 2, 0, 15)
+
+
+def test_of_chosen_queries_hold_no_matrix_of_all():
+    """On 256x256 positions all weights of a head would take 16 GiB."""
+    layer = layer_of((256, 256), dtype=torch.float32)
+    maps = attention_maps(layer, torch.randn(1, 5, 256, 256), queries=[256 * 100 + 3])
+    assert maps.shape == (1, 2, 1, 256 * 256)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(1, 2, 1))
+
+
+def test_leave_the_layer_as_it_is():
+    layer = layer_of((3, 5), dtype=torch.bfloat16).train()
+    x = torch.randn(1, 5, 3, 5, dtype=torch.bfloat16, requires_grad=True)
+    before, rng = dict(vars(layer)), torch.get_rng_state()
+    maps = attention_maps(layer, x)
+    assert maps.dtype == torch.float32
+    assert not maps.requires_grad
+    assert vars(layer) == before
+    assert layer.training
+    assert torch.equal(torch.get_rng_state(), rng)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attention_maps(layer.float(), x.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "queries", "line"),
+    [
+        (layer_of((3, 5), dv=0), (1, 5, 3, 5), None, "layer has no attention: dv=0"),
+        (layer_of((3, 5)), (5, 3, 5), None, r"x must be \(B, in_channels, H, W\); got \(5, 3, 5"),
+        (layer_of((3, 5)), (1, 5, 3, 5), [0, 15], "queries has 15, but the output of 3x5 has the"),
+        (layer_of((3, 5)), (1, 5, 3, 5), [-1], "queries has -1"),
+    ],
+    ids=["no attention", "no batch", "too far", "negative"],
+)
+def test_what_cannot_be_asked_is_named(layer, shape, queries, line):
+    with pytest.raises(ValueError, match=line):
+        attention_maps(layer, torch.zeros(shape, dtype=torch.float64), queries)
