@@ -22,6 +22,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import hydra
@@ -37,7 +38,7 @@ from aaconv.functional import check_backend
 from configs.schema import register
 from data import Batches, Dataset, evaluation_batches
 from models import count_flops, count_parameters, layer_facts, layer_table
-from training import checkpoint, cli, distributed, provenance, run_folder, stopping
+from training import checkpoint, cli, distributed, media, provenance, run_folder, stopping
 from training.device import (
     choose_device,
     choose_dtype,
@@ -50,7 +51,7 @@ from training.progress import EpochState, Progress, StepFigures
 from training.run_folder import RunFolder
 from training.scores import evaluate
 from training.settings import build_model, check, resolve
-from training.tracking import dashboard_config, track
+from training.tracking import Tracker, dashboard_config, track
 
 log = logging.getLogger("train")
 register()
@@ -138,7 +139,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             save(progress)
             if folder is not None:
                 folder.write_metrics(progress.rows)
-                tracker.log(progress.rows[-1])
+                tracker.log(progress.rows[-1], pictures(cfg, state, progress, tracker))
             log.info("%s", epoch_line(progress.rows[-1], cfg.epochs, dataset.evaluated_on))
             if distributed.any_rank(stop.why() is not None):
                 break
@@ -151,6 +152,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         if finished and folder is not None:
             folder.write_summary(summary)
             tracker.summarize({k: v for k, v in summary.items() if "/" in k} | best(progress.rows))
+            show(cfg, state, tracker, config, facts)
         log.info(
             "%s: %s",
             run_folder.scores_line(summary) if finished else stop_line(stop, progress),
@@ -311,6 +313,45 @@ def start_tracking(
         run_id=progress.wandb_id,
         rows=progress.rows,
     )
+
+
+def evaluated_model(state: RunState) -> nn.Module:
+    """The network whose scores count: the averaged one where there is one."""
+    if state.ema_model is None:
+        return state.model
+    averaged: nn.Module = state.ema_model.module
+    return averaged
+
+
+def pictures(
+    cfg: DictConfig, state: RunState, progress: Progress, tracker: Tracker
+) -> dict[str, Any]:
+    """Attention after the epoch that is finished, where the dashboard is to have it."""
+    wanted = tracker.active and cfg.tracking.media
+    if not wanted or len(progress.rows) not in media.moments(cfg.epochs):
+        return {}
+    return {**media.attention_pictures(evaluated_model(state), state.dataset, state.autocast)}
+
+
+def show(
+    cfg: DictConfig,
+    state: RunState,
+    tracker: Tracker,
+    config: dict[str, Any],
+    facts: dict[str, Any],
+) -> None:
+    """Give the dashboard what there is to see of the finished run, and the weights if asked to."""
+    if not tracker.active:
+        return
+    model = evaluated_model(state)
+    if cfg.tracking.media:
+        tracker.show(media.final_media(model, state.dataset, cfg.eval_batch_size, state.autocast))
+    if cfg.tracking.weights:
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "weights.pt")
+            torch.save({k: v.cpu() for k, v in model.state_dict().items()}, path)
+            name = f"{facts['model']}-{facts['attention']}-{tracker.id}"
+            tracker.artifact(name, "model", [path], {"config": config, **facts})
 
 
 def save_progress(

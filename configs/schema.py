@@ -35,6 +35,8 @@ NO_EFFECT_ON_RESULT = (
     "wandb.project",
     "wandb.entity",
     "wandb.group",
+    "tracking.media",
+    "tracking.weights",
     "data.root",
     "data.download",
 )
@@ -245,6 +247,15 @@ class WandbConfig:
 
 
 @dataclass
+class TrackingConfig:
+    # Whether the dashboard also gets what there is to see: predictions, accuracy by class and
+    # confusion at the end, attention maps after the first, the middle and the last epoch.
+    media: bool = MISSING
+    # Whether it gets the weights at the end, with the settings they belong to.
+    weights: bool = MISSING
+
+
+@dataclass
 class Config:
     # The residual network; see the group model.
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -259,6 +270,8 @@ class Config:
     schedule: Any = MISSING
     # Tracking with Weights & Biases; see the group tracking.
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    # What else it gets; see the group tracking.
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     # Name of the experiment; runs go to out_dir/name. Must not be empty.
     name: str = MISSING

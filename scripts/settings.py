@@ -37,14 +37,17 @@ INTRO = f"""# Settings
 result: they do not name a run's folder, and a run can be continued with other values.
 """
 
-# What each group is, in the order of the page; a group's settings begin with the second name.
+# What each group is, in the order of the page; a group's settings begin with the names after it.
 GROUPS = {
-    "model": ("model", "The network: the residual network that all comparisons share."),
-    "attention": ("attention", "What the network's blocks have in addition to convolutions."),
-    "data": ("data", "The images it is trained and evaluated on."),
-    "optim": ("optim", "The optimizer."),
-    "schedule": ("schedule", "The learning rate over the steps of a run."),
-    "tracking": ("wandb", "The dashboard. `metrics.csv` and `summary.json` are always written."),
+    "model": (("model",), "The network: the residual network that all comparisons share."),
+    "attention": (("attention",), "What the network's blocks have in addition to convolutions."),
+    "data": (("data",), "The images it is trained and evaluated on."),
+    "optim": (("optim",), "The optimizer."),
+    "schedule": (("schedule",), "The learning rate over the steps of a run."),
+    "tracking": (
+        ("wandb", "tracking"),
+        "The dashboard. `metrics.csv` and `summary.json` are always written.",
+    ),
 }
 
 
@@ -211,18 +214,20 @@ def read_options(
     schema: Schema, configs: Path, group: str
 ) -> tuple[dict[str, list[Field]], dict[str, dict[str, Any]]]:
     """Of each option of a group its settings, and their default values by name."""
-    prefix, _ = GROUPS[group]
+    prefixes, _ = GROUPS[group]
     classes = {name: node.__name__ for g, name, node in OPTIONS if g == group}
     fields: dict[str, list[Field]] = {}
     values: dict[str, dict[str, Any]] = {}
     for path in sorted((configs / group).glob("*.yaml"), key=natural):
         loaded = load_values(path)
         name = schema_name(path)
-        if name is None:  # no schema of its own: that of the field of Config
-            class_name = next(f.type for f in schema.fields["Config"] if f.name == prefix)
-        else:
-            class_name = classes[name]
-        fields[path.stem] = settings(schema, class_name, f"{prefix}.")
+        fields[path.stem] = []
+        for prefix in prefixes:
+            if name is None:  # no schema of its own: that of the field of Config
+                class_name = next(f.type for f in schema.fields["Config"] if f.name == prefix)
+            else:
+                class_name = classes[name]
+            fields[path.stem] += settings(schema, class_name, f"{prefix}.")
         # A file for the whole configuration has the prefix already.
         values[path.stem] = {
             f.name: loaded[f.name] if f.name in loaded else loaded[f.name.partition(".")[2]]
@@ -260,7 +265,7 @@ def code(text: str) -> str:
 def run_section(schema: Schema, configs: Path) -> str:
     """The settings that belong to no group."""
     values = load_values(configs / "config.yaml")
-    grouped = {prefix for prefix, _ in GROUPS.values()}
+    grouped = {prefix for prefixes, _ in GROUPS.values() for prefix in prefixes}
     rows = [
         [
             code(field.name),

@@ -88,6 +88,11 @@ class Tracker:
         """
         return self._id
 
+    @property
+    def active(self) -> bool:
+        """Whether anything is still sent; what would be costly to make need not be, if not."""
+        return self._run is not None
+
     def replay(self, rows: Sequence[dict[str, Any]]) -> None:
         """Log those of the finished epochs' ``rows`` that the run does not have yet.
 

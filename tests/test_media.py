@@ -1,0 +1,213 @@
+"""What there is to see of a run, against counts made here."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from PIL import Image
+
+import train
+from aaconv import attention_maps
+from data import Dataset, evaluation_batches
+from data.dataset import Augmentation, Images
+from models import augmented_layers
+from training import media
+from training.settings import build_model
+
+from helpers import TINY
+
+PLAIN = torch.autocast("cpu", enabled=False)
+
+
+class Guess(torch.nn.Module):
+    """Takes an image for the class that its first pixel names."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes
+        self.norm = torch.nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        self.norm(x)
+        taken = (x[:, 0, 0, 0] * 255).round().long()
+        return torch.nn.functional.one_hot(taken, self.classes).float() * 3
+
+
+def dataset_of(labels, guesses, classes):
+    pixels = torch.zeros(len(labels), 8, 6, 3, dtype=torch.uint8)
+    pixels[:, 0, 0, 0] = torch.tensor(guesses, dtype=torch.uint8)
+    images = Images(pixels, torch.tensor(labels))
+    names = tuple(f"c{n}" for n in range(classes))
+    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    return Dataset("d", images, images, "test", classes, names, mean, std, Augmentation())
+
+
+def test_tables_count_what_a_network_takes_images_for():
+    # c0: always right; c1: of four once c0, twice c2; c2: never right; c3: no image
+    labels = [0, 0, 1, 1, 1, 1, 2, 2, 2]
+    guesses = [0, 0, 0, 2, 2, 1, 1, 1, 3]
+    seen = media.final_media(Guess(4), dataset_of(labels, guesses, 4), 4, PLAIN)
+    assert seen["media/classes"].rows == [["c0", 100.0, 2], ["c1", 25.0, 4], ["c2", 0.0, 3]]
+    assert seen["media/confusion"].rows == [
+        ["c2", 0.0, "c1", 66.67],
+        ["c2", 0.0, "c3", 33.33],
+        ["c1", 25.0, "c2", 50.0],
+        ["c1", 25.0, "c0", 25.0],
+    ]
+    rows = seen["media/predictions"].rows
+    assert [row[1:3] for row in rows] == [
+        [f"c{a}", f"c{b}"] for a, b in zip(labels, guesses, strict=True)
+    ]
+    assert [row[4] for row in rows] == ["yes", "yes", "no", "no", "no", "yes", "no", "no", "no"]
+    confidence = 100 * torch.tensor([3.0, 0, 0, 0]).softmax(0)[0].item()
+    assert {row[3] for row in rows} == {round(confidence, 2)}
+    assert rows[3][0].image.getpixel((0, 0)) == (2, 0, 0)
+
+
+@pytest.mark.parametrize(("number", "shown"), [(1, 1), (32, 32), (33, 32), (100, 32)])
+def test_the_images_shown_are_always_the_same_ones(number, shown):
+    labels = [n % 5 for n in range(number)]
+    first, second = (
+        media.final_media(Guess(5), dataset_of(labels, guesses, 5), 7, PLAIN)["media/predictions"]
+        for guesses in ([0] * number, labels)
+    )
+    assert len(first.rows) == shown
+    assert [row[1] for row in first.rows] == [row[1] for row in second.rows]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [(1, {1}), (2, {1, 2}), (3, {1, 2, 3}), (30, {1, 15, 30})]
+)
+def test_attention_is_drawn_at_three_moments(epochs, expected):
+    assert media.moments(epochs) == expected
+
+
+@pytest.fixture
+def network(settings):
+    """A function from overrides to an untrained network and its data set."""
+
+    def make(*words):
+        cfg = settings(*words)
+        dataset = instantiate(cfg.data, _convert_="all")
+        torch.manual_seed(3)
+        size = {"num_classes": dataset.num_classes, "image_size": dataset.image_size}
+        return build_model(cfg, **size), dataset
+
+    return make
+
+
+def test_pictures_show_the_weights_of_every_augmented_block(network):
+    model, dataset = network("attention.Nh=8", "attention.dv=8", "attention.dk=8")
+    drawn = media.attention_pictures(model, dataset, PLAIN)
+    names = ["stages.1.0.conv1", "stages.2.0.conv1"]
+    assert list(drawn) == [f"media/attention/{name}" for name in names]
+    tile, step = media.TILE, media.TILE + media.GAP
+
+    # The weights once more, from the block's own input.
+    inputs = {}
+    for name, layer in augmented_layers(model.eval()).items():
+        layer.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
+    chosen = [0, len(dataset.evaluation) // 3, 2 * len(dataset.evaluation) // 3]
+    images = Images(dataset.evaluation.pixels[chosen], dataset.evaluation.labels[chosen])
+    ((batch, _),) = evaluation_batches(images, 3, dataset.mean, dataset.std)
+    model(batch)
+    for name, layer in augmented_layers(model).items():
+        pictures = drawn[f"media/attention/{name}"]
+        assert len(pictures) == 3
+        assert "Nh=8" in pictures[0].caption
+        assert "heads 1 to 4" in pictures[0].caption
+        side = layer.shape[0]
+        for number, picture in enumerate(pictures):
+            assert picture.image.size == (5 * step - media.GAP, 2 * step - media.GAP)
+            maps = attention_maps(layer, inputs[name])[number]
+            for head in range(4):
+                below = maps[head].mean(0)
+                y, x = divmod(int(below.argmax()), side)
+                centre = ((x + 0.5) * tile / side, (y + 0.5) * tile / side)
+                at = (int((head + 1) * step + centre[0]), int(step + centre[1]))
+                # Where the weight is largest there is nothing but the colour of attention.
+                assert picture.image.getpixel(at) == media.WARM
+
+
+def test_the_marked_query_is_the_sharpest_one():
+    weights = torch.full((2, 4, 4), 0.25)
+    weights[:, 2] = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    weights[0, 3] = torch.tensor([0.0, 0.0, 1.0, 0.0])  # of one head alone
+    assert media._sharpest(weights) == 2
+    pixels = torch.zeros(6, 6, 3, dtype=torch.uint8)
+    image = media._drawn(pixels, weights.unflatten(-1, (2, 2)), 2)
+    tile = media.TILE
+    corner = image.getpixel((1, tile // 2 + 1))
+    assert corner == media.MARK
+    assert image.getpixel((tile - 2, tile - 2)) == (0, 0, 0)
+    assert isinstance(image, Image.Image)
+
+
+def test_a_plain_network_has_no_pictures_of_attention(network):
+    assert media.attention_pictures(*network("attention=none"), PLAIN) == {}
+
+
+def test_the_network_and_the_random_generators_are_left_as_they_were(network):
+    model, dataset = network()
+    model.train()
+    model.stages[1].eval()  # not all modules need be in the same mode
+    modes = [module.training for module in model.modules()]
+    before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    media.attention_pictures(model, dataset, PLAIN)
+    media.final_media(model, dataset, 16, PLAIN)
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), rng)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_is_the_same_with_and_without_media(settings, tmp_path, precision):
+    words = [f"precision={precision}", "ema=0.9", "epochs=3"]
+    scores = []
+    for media_too in ("true", "false"):
+        more = ["wandb.mode=offline", f"tracking.media={media_too}"]
+        cfg = settings(*words, *more, base=[w for w in TINY if "tracking" not in w])
+        summary = train.train(cfg, tmp_path / media_too)
+        keys = [k for k in summary if "/" in k and not k.startswith("perf/")]
+        scores.append({k: summary[k] for k in keys})
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.slow
+def test_what_the_dashboard_gets_to_see(settings, tmp_path):
+    more = ["wandb.mode=offline", "tracking.weights=true", "epochs=4"]
+    cfg = settings(*more, base=[w for w in TINY if "tracking" not in w])
+    train.train(cfg, tmp_path / "run")
+    (kept,) = (tmp_path / "wandb").glob("offline-run-*")
+    command = str(Path(sys.executable).parent / "wandb")
+    inspect = [command, "leet", "inspect", "--json", str(kept)]
+    said = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
+    records = [json.loads(line) for line in said.splitlines()]
+    history = [r["history"] for r in records if r["type"] == "history"]
+    text = [json.dumps(entry) for entry in history]
+    assert len(history) == 4
+    for block in ("stages.1.0.conv1", "stages.2.0.conv1"):
+        assert [f"media/attention/{block}" in entry for entry in text] == [True, True, False, True]
+        pictures = list(kept.rglob(f"{block}*.png"))
+        assert len(pictures) == 9
+    tables = {path.name.split("_")[0]: path for path in kept.rglob("*.table.json")}
+    assert tables.keys() == {"predictions", "classes", "confusion"}
+    assert len(json.loads(tables["predictions"].read_text())["data"]) == 32
+    artifacts = {r["artifact"]["name"]: r["artifact"] for r in records if r["type"] == "artifact"}
+    (name,) = [name for name in artifacts if name.startswith("resnet8-aa-")]
+    assert artifacts[name]["type"] == "model"
+    (content,) = artifacts[name]["manifest"]["contents"]
+    assert content["path"] == "weights.pt"
+    state = torch.load(content["local_path"], weights_only=True)
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert state.keys() == saved["model"].keys()
+    assert json.loads(artifacts[name]["metadata"])["config"]["seed"] == 0
