@@ -1,0 +1,149 @@
+"""sweeps/*.yaml: each word that wandb makes of them is a setting that can be trained."""
+
+import itertools
+import random
+import sys
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+import train
+from training import cli
+from training.settings import check
+
+from helpers import CONFIGS, ROOT, TINY
+
+FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
+
+
+def load(path):
+    return yaml.safe_load(path.read_text())
+
+
+def expand(command, values):
+    """The words that an agent starts for these values, as wandb's agent puts them together."""
+    made = create_sweep_command_args({"args": {k: {"value": v} for k, v in values.items()}})
+    made |= {"env": ["/usr/bin/env"], "program": ["train.py"]}
+    words = []
+    for word in create_sweep_command(command):
+        macro = word.startswith("${") and word.endswith("}")
+        words += made[word[2:-1]] if macro else [word]
+    return words
+
+
+def combinations(parameters):
+    """All of a grid; of what is drawn both ends and a few draws, with every other value."""
+    draw = random.Random(0)
+    axes = {}
+    for name, how in parameters.items():
+        assert set(how) <= {"values", "distribution", "min", "max"}
+        low, high = how.get("min"), how.get("max")
+        axes[name] = how.get("values") or [low, high, *(draw.uniform(low, high) for _ in range(2))]
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def settings_of(words):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", words)
+
+
+def test_there_are_three():
+    assert [path.name for path in FILES] == ["bayes.yaml", "grid.yaml", "seeds.yaml"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_command_is_the_projects(path):
+    sweep = load(path)
+    assert sweep["program"] == "train.py"
+    words = expand(sweep["command"], {"seed": 0})
+    assert words[:3] == ["/usr/bin/env", ".venv/bin/python", "train.py"]
+    assert words[-1] == "seed=0"
+    assert "resume=auto" in words  # a run that was preempted comes back
+    assert "seed" in sweep["parameters"]
+    assert not [name for name in sweep["parameters"] if "-" in name]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_nothing_is_chosen_by_the_test_set(path):
+    sweep = load(path)
+    held_out = "data.val_size=5000" in sweep["command"]
+    assert held_out == ("metric" in sweep) == (path.name != "seeds.yaml")
+    if held_out:
+        assert sweep["metric"] == {"name": "val/top1", "goal": "maximize"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_combination_can_be_trained(path):
+    sweep = load(path)
+    all_values = combinations(sweep["parameters"])
+    few = random.Random(1).sample(all_values, min(12, len(all_values)))
+    for values in [all_values[0], all_values[-1], *few]:
+        cfg = settings_of(expand(sweep["command"], values)[3:])
+        check(cfg)
+        assert cfg.seed == values["seed"]
+        assert cfg.epochs == 30
+        for name in ("dk", "dv"):
+            if f"attention.{name}" in values:
+                assert cfg.attention[name] == values[f"attention.{name}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("attention.dk", 1.0, 1.0),
+        ("attention.dk", 1, 1),
+        ("attention.dk", 16, 16),
+        ("attention.dk", 0.05, 0.05),
+        ("attention.stages", [2, 3], [2, 3]),
+        ("optim.lr", 1e-5, 1e-5),
+        ("optim.lr", 1.5e-07, 1.5e-07),
+        ("optim.betas", [0.9, 0.999], [0.9, 0.999]),
+        ("grad_clip", "null", None),
+        ("grad_clip", 1, 1.0),
+        ("ema", 0.999, 0.999),
+        ("compile", True, True),
+        ("channels_last", False, False),
+        ("precision", "bf16", "bf16"),
+        ("attention.position", "none", "none"),
+        ("seed", 4294967295, 4294967295),
+    ],
+)
+def test_a_value_arrives_as_it_was_meant(name, value, expected):
+    (word,) = expand(["${args_no_hyphens}"], {name: value})
+    cfg = settings_of([*TINY, word])
+    seen = cfg
+    for key in name.split("."):
+        seen = seen[key]
+    seen = getattr(seen, "name", seen)
+    assert seen == expected
+    assert type(expected) in (list, float) or type(seen) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        (
+            "grad_clip",
+            None,
+            "grad_clip: Value 'None' of type 'str' could not be converted to Float; no "
+            "value is written null",
+        ),
+        ("attention", {"dk": 8}, "attention={'dk': 8}: "),
+        ("name", "a,b", "Ambiguous value for argument 'name=a,b'"),
+        ("name", "a=b", "text with such a character is quoted twice: \"name='a=b'\""),
+        ("wandb.group", "a(b", "text with such a character is quoted twice: \"wandb.group='a(b'\""),
+        ("attention.dk", 16.0, "write 16 for channels"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line(name, value, line, monkeypatch, tmp_path, capfd):
+    words = [*TINY, f"out_dir={tmp_path}", *expand(["${args_no_hyphens}"], {name: value})]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main)
+    assert stopped.value.code == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert line in said
