@@ -61,12 +61,30 @@ def _panel(width: float = 5.2, height: float = 3.5) -> Iterator[tuple[Figure, An
             plt.close(figure)
 
 
+def as_png(draw: Callable[[], str]) -> bytes:
+    """The picture that ``draw`` makes by one of the functions below, as a PNG file."""
+    _PNG.append(b"")
+    try:
+        draw()
+        return _PNG[-1]
+    finally:
+        _PNG.pop()
+
+
+# While `as_png` runs, the newest picture as it wants it.
+_PNG: list[bytes] = []
+
+
 def _as_svg(figure: Figure) -> str:
     text = io.StringIO()
     with warnings.catch_warnings():
         # Letters that matplotlib's font lacks become boxes; the tables have them.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        if _PNG:
+            png = io.BytesIO()
+            figure.savefig(png, format="png", dpi=150)
+            _PNG[-1] = png.getvalue()
     return text.getvalue()
 
 

@@ -32,6 +32,7 @@ if __name__ == "__main__":
 
 import argparse
 import itertools
+import logging
 import shlex
 import signal
 import subprocess
@@ -45,9 +46,11 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import NO_EFFECT_ON_RESULT, register
+from reporting import dashboard
 from reporting.render import report
 from training import launch, run_folder
 from training.cli import explain
@@ -184,6 +187,21 @@ def plan(
         for variant, epochs in lengths.items()
     ]
     return comparison, runs
+
+
+def dashboard_of(overrides: list[str]) -> DictConfig:
+    """The settings ``wandb`` of all runs."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        wandb: DictConfig = compose("config", overrides).wandb
+        return wandb
+
+
+def own_group(overrides: list[str], comparison: Path) -> list[str]:
+    """The override by which the dashboard shows the runs together, unless the user gave another."""
+    given = OverridesParser.create().parse_overrides(overrides)
+    if any(override.get_key_element() == "wandb.group" for override in given):
+        return []
+    return [f"wandb.group={launch.quoted(comparison.name)}"]
 
 
 def train(
@@ -327,11 +345,25 @@ def compare(
                     f"{override.input_line} is for each run and --max-minutes={max_minutes:g} for "
                     "all of them: use one"
                 )
-    failed = train_all(runs, overrides, out_dir, max_minutes)
-    if any(run.finished for run in runs):
+    before = {run for run in runs if run.finished}
+    grouped = [*overrides, *own_group(overrides, comparison)]
+    tracking = dashboard_of(grouped)
+    failed = train_all(runs, grouped, out_dir, max_minutes)
+    finished = {run for run in runs if run.finished}
+    if finished:
         print("", report([comparison], comparison), sep="\n")
         print(f"written: {comparison / 'report.html'}")
-    else:
+    if finished - before and tracking.mode.name != "disabled":
+        dashboard.post(
+            [comparison],
+            comparison / "report.html",
+            out_dir=out_dir,
+            group=tracking.group,
+            project=tracking.project,
+            entity=tracking.entity,
+            mode=tracking.mode.name,
+        )
+    if not finished:
         print("no run is finished: there is nothing to report yet")
     for run, reason in failed.items():
         print(f"failed: {run}: {reason}", file=sys.stderr)
@@ -384,6 +416,8 @@ def main() -> None:
         parser.error(f"--max-minutes={given.max_minutes} must be positive")
     handle_signals()
     vary = given.vary or [["attention=none,aa"]]
+    # What is said of the dashboard, as train.py says it.
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     try:
         sys.exit(compare(vary, given.seeds, given.overrides, given.out, given.max_minutes))
     except RefusedError:

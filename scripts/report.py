@@ -2,12 +2,13 @@
 
     python scripts/report.py outputs/compare/NAME
     python scripts/report.py outputs --data cifar100 --out report
+    python scripts/report.py outputs/compare/NAME --wandb
 
 The given folders are searched at all levels; a folder with a metrics.csv, a summary.json, a
 failed.json or a checkpoint is a run. report.html is a single file that needs no other; report.md
 has its pictures next to it. Runs that differ only in the seed form one variant. Runs that are
 unfinished, diverged, unreadable, duplicates or of another data set are listed, and are not part of
-any number.
+any number. --wandb gives the dashboard the same as one run of job type "compare".
 """
 
 import sys
@@ -21,7 +22,9 @@ if __name__ == "__main__":
     console.prepare("report.py")
 
 import argparse
+import logging
 
+from reporting import dashboard
 from reporting.render import report
 from reporting.text import printable
 
@@ -40,6 +43,15 @@ def main() -> None:
     parser.add_argument(
         "--data", metavar="NAME", help="cifar100, cifar10, ...; default: that of most runs"
     )
+    parser.add_argument("--wandb", action="store_true", help="also to the dashboard")
+    parser.add_argument("--project", default="aaconv", help="there (default: aaconv)")
+    parser.add_argument("--entity", help="user or team there (default: that of the account)")
+    parser.add_argument(
+        "--mode",
+        choices=("auto", "online", "offline"),
+        default="auto",
+        help="auto: online with credentials, else kept on disk",
+    )
     arguments = parser.parse_args()
     out = arguments.out or arguments.runs[0]
     try:
@@ -49,6 +61,18 @@ def main() -> None:
     except KeyboardInterrupt:
         console.stop("report.py", "interrupted", 130)
     print(printable(f"written: {out / 'report.html'}, {out / 'report.md'}"))
+    if arguments.wandb:
+        logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+        dashboard.post(
+            arguments.runs,
+            out / "report.html",
+            out_dir=out,
+            group=out.absolute().name,
+            project=arguments.project,
+            entity=arguments.entity,
+            mode=arguments.mode,
+            data=arguments.data,
+        )
 
 
 if __name__ == "__main__":

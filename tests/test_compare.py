@@ -72,7 +72,7 @@ def test_folders_of_different_words_differ():
         (["--vary", "seed=1,2"], "seed=1,2: use --seeds for seed"),
         (["--", "out_dir=here"], "out_dir=here: use --out for out_dir"),
         (["--", "optim.lrr=1"], "optim.lrr: unknown setting lrr"),
-        (["--", "optim.lr"], "Error parsing override 'optim.lr'"),
+        (["--", "optim.lr"], "optim.lr: settings are NAME=VALUE"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

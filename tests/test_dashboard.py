@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.tracking import OF_ONE_RUN
+from training.tracking import OF_ONE_RUN, shortened
 
 from helpers import ROOT, TINY
 
@@ -125,8 +125,11 @@ def table(folder):
 
 
 def history(run):
-    """The rows without wandb's own columns."""
-    return [{k: v for k, v in row.items() if k[0] != "_"} for row in run["history"]]
+    """The rows without wandb's own columns and without pictures."""
+    return [
+        {k: v for k, v in row.items() if k[0] != "_" and not k.startswith("media/")}
+        for row in run["history"]
+    ]
 
 
 def assert_whole(run, folder):
@@ -194,7 +197,10 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
     assert {"1": "epoch"}.items() <= run["config"]["_wandb"]["value"]["m"][0].items()
     assert {"2": "*", "5": 1}.items() <= run["config"]["_wandb"]["value"]["m"][1].items()
 
-    told = {k: v for k, v in run["summary"].items() if k[0] != "_"}
+    seen = [key for key in run["summary"] if key.startswith("media/")]
+    assert {"media/predictions", "media/classes", "media/confusion"} < set(seen)
+    assert [f"media/attention/stages.{n}.0.conv1" in seen for n in (0, 1, 2)] == [False, True, True]
+    told = {k: v for k, v in run["summary"].items() if k[0] != "_" and k not in seen}
     assert not [key for key, value in told.items() if isinstance(value, dict)]
     for name in ("train/loss", "train/top1", "train/grad_norm", "val/loss", "val/top1", "val/top5"):
         assert told[name] == pytest.approx(summary[name]), name
@@ -390,3 +396,41 @@ def test_a_sweep_by_an_agent_of_which_one_run_fails_and_one_is_stopped(server, t
     assert seen["run0"]["variant"] == seen["run3"]["variant"]
     for name in ("run0", "run3"):
         assert len(runs[name]["history"]) == 1
+
+
+def test_a_comparison_closes_with_a_run_of_its_own(server, tmp_path):
+    def call(script, *words):
+        return subprocess.run(
+            [sys.executable, str(ROOT / "scripts" / script), *words],
+            env=server.environment | {"WANDB_RUN_ID": "shared"},
+            capture_output=True,
+            text=True,
+            timeout=GUARD,
+            check=True,
+            cwd=tmp_path,
+        ).stdout
+
+    words = ["--out", str(tmp_path / "out"), "--seeds", "0", "1", "--", *ONLINE, "epochs=1"]
+    assert "wandb: http://" in call("compare.py", *words)
+    (name,) = [name for name in server.runs if name.startswith("compare-")]
+    compared = server.runs[name]
+    assert compared["exitcode"] == 0
+    assert compared["facts"]["jobType"] == "compare"
+    assert config(compared)["runs"] == 4
+    assert config(compared)["variants"] == ["plain", "AA"]
+    (folder,) = (tmp_path / "out" / "compare").iterdir()
+    groups = {run["facts"]["groupName"] for run in server.runs.values()}
+    assert len(server.runs) == 5
+    assert groups == {shortened(folder.name, 128)}
+    (entry,) = compared["history"]
+    assert entry["compare/table"]["_type"] == "table-file"
+    assert entry["compare/table"]["nrows"] == 2
+    assert entry["compare/differences"]["_type"] == "image-file"
+    assert entry["compare/curves"]["_type"] == "image-file"
+
+    # The same command trains nothing, and so posts nothing; on demand it is the same run again.
+    assert "wandb: " not in call("compare.py", *words)
+    assert len(server.runs[name]["history"]) == 1
+    call("report.py", str(folder), "--wandb")
+    assert len(server.runs) == 5
+    assert len(server.runs[name]["history"]) == 2

@@ -10,9 +10,9 @@ import threading
 from pathlib import Path
 
 import pytest
-import wandb as real_wandb
 
 import train
+import wandb as real_wandb
 from training import cli, launch, tracking
 
 from helpers import ROOT, TINY
@@ -147,8 +147,7 @@ def test_a_fault_on_the_way_is_one_warning(wandb, tmp_path, caplog, failing):
     wandb(credentials=False, runs={"offline": run})
     assert track_three_epochs(tmp_path).id == "abc"
     assert warnings(caplog) == [
-        "wandb: [Errno 28] No space left on device; "
-        "this run is tracked in metrics.csv alone from here"
+        "wandb: [Errno 28] No space left on device; from here on metrics.csv alone has it"
     ]
     assert [c[0] for c in run.calls].count(failing) == 1
 
@@ -164,7 +163,7 @@ def test_a_call_that_hangs_is_given_up_and_no_other_is_made(
     assert track_three_epochs(tmp_path).id == "abc"
     run.released.set()
     assert warnings(caplog) == [
-        "wandb: no answer within 0.2 s; this run is tracked in metrics.csv alone from here"
+        "wandb: no answer within 0.2 s; from here on metrics.csv alone has it"
     ]
     names = [c[0] for c in run.calls]
     assert names.index(hanging) == len(names) - 1
@@ -179,9 +178,7 @@ def test_a_start_that_hangs_is_given_up(wandb, tmp_path, caplog, monkeypatch):
     with start("auto", tmp_path, run_id="before") as tracker:
         assert tracker.id == "before"
     released.set()
-    assert warnings(caplog) == [
-        "wandb: no answer within 0.2 s; this run is tracked in metrics.csv alone"
-    ]
+    assert warnings(caplog) == ["wandb: no answer within 0.2 s; metrics.csv alone has this run"]
 
 
 def test_a_file_in_place_of_the_folder_is_one_warning(wandb, tmp_path, caplog):
@@ -192,7 +189,7 @@ def test_a_file_in_place_of_the_folder_is_one_warning(wandb, tmp_path, caplog):
     assert seen == []
     (warning,) = warnings(caplog)
     assert "File exists" in warning
-    assert warning.endswith("this run is tracked in metrics.csv alone")
+    assert warning.endswith("metrics.csv alone has this run")
 
 
 def test_a_run_without_tracking_keeps_the_id_it_was_given(wandb, tmp_path):
@@ -357,8 +354,8 @@ import train
 from training import cli, tracking
 from test_tracking import service_of
 log = tracking.Tracker.log
-def log_and_kill(tracker, row):
-    log(tracker, row)
+def log_and_kill(tracker, row, pictures):
+    log(tracker, row, pictures)
     tracking.Tracker.log = log
     (service,) = service_of(os.getpid())
     os.kill(service, signal.SIGKILL)
@@ -392,7 +389,7 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
     ]
     (warning,) = told
     assert warning.startswith(
-        "wandb: Connection lost; this run is tracked in metrics.csv alone from here; `wandb sync "
+        "wandb: Connection lost; from here on metrics.csv alone has it; `wandb sync "
     )
     tables = sorted(tmp_path.rglob("metrics.csv"))
     assert len(tables) == 2

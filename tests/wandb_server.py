@@ -40,7 +40,7 @@ class State:
 
     def run(self, name):
         blank = {"config": {}, "facts": {}, "summary": {}, "history": [], "files": [], "starts": 0}
-        blank |= {"exitcode": None, "preempting": False}
+        blank |= {"exitcode": None, "preempting": False, "artifacts": []}
         return self.kept["runs"].setdefault(name, blank)
 
     def stop_pressed(self, name):
@@ -60,6 +60,8 @@ class State:
             "RunResumeStatus": lambda: self.resume_status(given),
             "UpsertBucket": lambda: self.upsert_run(given),
             "CreateRunFiles": lambda: self.upload_places(given),
+            "ArtifactType": lambda: {"project": {"artifact": None}},
+            "CreateArtifact": lambda: self.create_artifact(given["input"]),
             "UpsertSweep": lambda: self.upsert_sweep(given),
             "SweepWithRuns": lambda: {"project": {"sweep": self.sweep()}},
             "CreateAgent": lambda: {"createAgent": {"agent": {"id": "agent"}}},
@@ -121,6 +123,15 @@ class State:
             for name in given["files"]
         ]
         return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
+
+    def create_artifact(self, given):
+        """Noted, and said to be here already, so that its files are not sent."""
+        self.run(given["runName"])["artifacts"].append(
+            [given["artifactTypeName"], given["artifactCollectionNames"]]
+        )
+        sequence = {"id": "sequence", "latestArtifact": None}
+        artifact = {"id": given["digest"], "state": "COMMITTED", "artifactSequence": sequence}
+        return {"createArtifact": {"artifact": artifact}}
 
     def upsert_sweep(self, given):
         self.kept["sweep"] = given["config"]

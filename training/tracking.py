@@ -4,8 +4,11 @@ import hashlib
 import importlib
 import logging
 import os
+import re
 import shlex
+import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +27,9 @@ log = logging.getLogger(__name__)
 INIT_TIMEOUT = 20
 LOG_TIMEOUT = 5
 CLOSE_TIMEOUT = 30
+
+# Seconds after which what was logged is on disk, and so outlives wandb's process.
+FLUSH_INTERVAL = 1.0
 
 # What wandb needs in addition to its own limit to start its process, and to let go of it.
 _MARGIN = 10
@@ -75,8 +81,9 @@ def under_agent() -> bool:
 class Tracker:
     """Sends rows to one wandb run. After the first fault it warns once and stays silent."""
 
-    def __init__(self, run: Any | None, run_id: str | None = None) -> None:
+    def __init__(self, run: Any | None, run_id: str | None, record: str) -> None:
         self._run = run
+        self._record = record
         self._id = run.id if run is not None else run_id
         self._exit_code = FINISHED
 
@@ -119,11 +126,19 @@ class Tracker:
         """What there is to see of the whole run, in its summary: it is of no epoch."""
         self._guarded(CLOSE_TIMEOUT, lambda run: run.summary.update(_converted(media)))
 
+    def post(self, media: dict[str, Media]) -> None:
+        """What there is to see of several runs: an entry of its own in the history."""
+        self._guarded(CLOSE_TIMEOUT, lambda run: run.log(_converted(media), commit=True))
+
     def artifact(self, name: str, kind: str, files: Sequence[Path], facts: dict[str, Any]) -> None:
-        """Keep ``files`` with the run, under a name of the kind ``kind``."""
+        """Keep ``files`` with the run, under a name of the kind ``kind``.
+
+        What a name cannot have becomes a dash.
+        """
 
         def add(run: Any) -> None:
-            artifact = _wandb().Artifact(name, kind, metadata=facts)
+            allowed = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
+            artifact = _wandb().Artifact(shortened(allowed, NAME_LENGTH), kind, metadata=facts)
             for file in files:
                 artifact.add_file(str(file))
             run.log_artifact(artifact)
@@ -162,9 +177,7 @@ class Tracker:
             _let_go()
             rescue = f"; {_sync(kept)} uploads what was logged so far" if kept is not None else ""
             log.warning(
-                "wandb: %s; this run is tracked in metrics.csv alone from here%s",
-                _reason(error),
-                rescue,
+                "wandb: %s; from here on %s alone has it%s", _reason(error), self._record, rescue
             )
 
 
@@ -276,10 +289,31 @@ def within(seconds: float, act: Callable[[], Any]) -> Any:
 def _let_go() -> None:
     """Forget wandb's process, dead or hanging, so that the next run starts one of its own.
 
-    Otherwise the next `wandb.init` would talk to it, and this process would wait for it at its end.
+    Otherwise the next `wandb.init` would talk to it, and this process would wait for it at its end;
+    or it would outlive this one, asking a dead server again and again, and whoever reads what the
+    two print would wait for that.
     """
     with suppress(Exception, SystemExit):
         within(1, _wandb().teardown)
+    for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
+        for pid in _services():
+            with suppress(OSError):
+                os.kill(pid, number)
+        end = time.monotonic() + 2
+        while _services() and time.monotonic() < end:
+            time.sleep(0.05)
+
+
+def _services() -> list[int]:
+    """This process's children that are wandb's and still run; none where there is no /proc."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, ValueError):  # it may end meanwhile
+            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+            state, parent = rest.split()[:2]
+            if name == "wandb-core" and int(parent) == os.getpid() and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def _reason(error: BaseException) -> str:
@@ -300,13 +334,15 @@ def track(
     config: dict[str, Any],
     run_id: str | None,
     rows: Sequence[dict[str, Any]] = (),
+    record: str = "metrics.csv",
 ) -> Iterator[Tracker]:
     """A `Tracker` of one run, closed at the end of the ``with``.
 
     ``auto`` is what the environment's WANDB_MODE says, else online if credentials are found and
     offline if not; it never asks for any. A server that cannot be reached makes the run an
     offline one. All runs share ``folder``/wandb. ``rows`` are those of epochs that are finished
-    already. No fault of wandb's is passed on, not even that it is not installed.
+    already; ``record`` names the file that has everything even where the dashboard has not. No
+    fault of wandb's is passed on, not even that it is not installed.
     """
     os.environ.update(_QUIET)
     mode = _resolve(mode)
@@ -314,6 +350,7 @@ def track(
     if mode != "disabled":
         run = _start(
             mode,
+            record,
             dir=str(folder),
             project=project,
             entity=entity,
@@ -325,7 +362,7 @@ def track(
             id=run_id,
             resume="allow" if run_id or os.environ.get("WANDB_RUN_ID") else None,
         )
-    tracker = Tracker(run, run_id)
+    tracker = Tracker(run, run_id, record)
     tracker.replay(rows)
     try:
         yield tracker
@@ -347,7 +384,7 @@ def _resolve(mode: str) -> str:
     return "online" if _has_credentials() else "offline"
 
 
-def _start(mode: str, **arguments: Any) -> Any | None:
+def _start(mode: str, record: str, **arguments: Any) -> Any | None:
     fault = None
     if mode == "online" and not _has_credentials():
         fault, mode = "no credentials for wandb.mode=online (`wandb login` makes them)", "offline"
@@ -364,7 +401,7 @@ def _start(mode: str, **arguments: Any) -> Any | None:
             fault = _reason(error)
             _let_go()
     if run is None:
-        log.warning("wandb: %s; this run is tracked in metrics.csv alone", fault)
+        log.warning("wandb: %s; %s alone has this run", fault, record)
         return None
     if fault is not None:
         log.warning("wandb: %s; keeping the run on disk instead", fault)
@@ -382,6 +419,8 @@ def _init(mode: Any, **arguments: Any) -> Any:
     wandb = _wandb()
     # create_new: or a run after one that could not be closed would be taken for that one.
     settings = wandb.Settings(console="off", init_timeout=INIT_TIMEOUT, reinit="create_new")
+    if hasattr(settings, "x_transaction_log_flush_interval"):
+        settings.x_transaction_log_flush_interval = FLUSH_INTERVAL
 
     def begin() -> Any:
         run = wandb.init(mode=mode, settings=settings, **arguments)
