@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reporting import timing
-from scripts import bench_layer, bench_step
+from scripts import bench_layer, bench_step, bench_tracking
 
 
 def go(script, monkeypatch, *arguments):
@@ -124,3 +124,22 @@ def test_rates_and_rounds():
     )
     assert order == ["a", "b"] * 4
     assert {k: len(v) for k, v in taken.items()} == {"a": 3, "b": 3}
+
+
+@pytest.mark.slow
+def test_bench_tracking_times_every_part():
+    tiny = ["model=resnet8", "model.widths=[4,8,8]", "batch_size=32", "device=cpu"]
+    seconds = bench_tracking.measure(tiny, 2)
+    assert seconds.keys() == {"step", "norm", "right", "pictures", "tables", "row"}
+    assert all(len(values) == 2 for values in seconds.values())
+
+
+def test_bench_tracking_says_what_a_part_is_of_the_whole():
+    names = ("norm", "right", "pictures", "tables", "row")
+    seconds = {"step": [0.2, 0.1, 0.3]} | {key: [0.002] for key in names}
+    told = bench_tracking.lines(seconds, 100)  # 500 steps of 0.2 s: an epoch of 100 s
+    assert told[0] == "step        200.000 ms (100.000 to 300.000)"
+    assert told[1].endswith(": 1.0000 % of a step")
+    assert told[3].endswith(": 0.0002 % of 30 epochs, three times")
+    assert told[4].endswith(": 0.0007 % of 30 epochs, once")
+    assert told[5].endswith(": 0.0020 % of an epoch")
