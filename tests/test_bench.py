@@ -128,7 +128,7 @@ def test_rates_and_rounds():
 
 @pytest.mark.slow
 def test_bench_tracking_times_every_part():
-    tiny = ["model=resnet8", "model.widths=[4,8,8]", "batch_size=32", "device=cpu"]
+    tiny = ["model=resnet8", "model.widths=[4,8,8]", "model.stem=4", "batch_size=32", "device=cpu"]
     seconds = bench_tracking.measure(tiny, 2)
     assert seconds.keys() == {"step", "norm", "right", "pictures", "tables", "row"}
     assert all(len(values) == 2 for values in seconds.values())

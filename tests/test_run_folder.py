@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -536,7 +537,8 @@ def test_another_precision_is_refused_with_the_override_that_continues(
         with pytest.raises(ValueError, match=f"precision={there} is .* here, and the run") as told:
             run("resume=auto", folder=folder.name, base=base)
     assert everything_below(folder) == before
-    override, where = str(told.value).removesuffix(" continues it").split("; ")[1].split(" ", 1)
+    pasted = str(told.value).removesuffix(" continues it").split("; ")[1]
+    override, where = shlex.split(pasted)  # as a shell reads it
     assert override == f"precision={word}"
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, override, where, "resume=auto"])
     cli.run(train.main)

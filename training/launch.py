@@ -6,7 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,13 @@ def start(
     *,
     processes: int = 1,
     train: Path = TRAIN,
+    env: Mapping[str, str] | None = None,
     **options: Any,
 ) -> subprocess.Popen[bytes]:
     """train.py with these settings, in the folder ``run_dir``; ``options`` are Popen's.
 
-    With several ``processes`` torchrun starts them. A terminal's Ctrl-C does not reach the run:
+    With several ``processes`` torchrun starts them. What ``env``, by default this process's
+    environment, says of one run of wandb's is left out. A terminal's Ctrl-C does not reach the run:
     who has started it passes it on, see `interrupt`.
     """
     command = [sys.executable]
@@ -54,7 +56,7 @@ def start(
         [*command, str(train), *overrides, *where],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        env={k: v for k, v in os.environ.items() if k not in OF_ONE_RUN},
+        env={k: v for k, v in (env or os.environ).items() if k not in OF_ONE_RUN},
         **options,
     )
 
