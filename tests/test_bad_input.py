@@ -400,6 +400,15 @@ def test_a_full_traceback_on_request(tmp_path):
     assert not list(tmp_path.glob("outputs/*"))
 
 
+@pytest.mark.slow
+def test_no_traceback_in_a_process_that_a_launcher_starts(tmp_path):
+    """It inherits what train.py sets for itself, and what the user had set."""
+    environment = {"HYDRA_FULL_ERROR": "1", "AACONV_FULL_ERROR": "0"}
+    done = process("train.py", *TINY, "epochs=0", cwd=tmp_path, **environment)
+    assert done.returncode == 2
+    check_line(done.stderr)
+
+
 def script(main, *words):
     """The code and the line with which a script's ``main`` ends."""
     with pytest.MonkeyPatch.context() as patch:

@@ -10,9 +10,9 @@ import threading
 from pathlib import Path
 
 import pytest
+import wandb as real_wandb
 
 import train
-import wandb as real_wandb
 from training import cli, launch, tracking
 
 from helpers import ROOT, TINY

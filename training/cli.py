@@ -36,8 +36,10 @@ from training.outcome import DIVERGED, FAILED, SKIPPED, STOPPED, JobError
 from training.settings import is_text, unknown_setting
 from training.tracking import under_agent
 
-# Read before `run` sets the variable for its own purpose.
-FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+# What the user has set HYDRA_FULL_ERROR to, which `run` sets for its own purpose; the processes
+# that a launcher starts find the user's value under the other name.
+_USERS = "AACONV_FULL_ERROR"
+FULL_ERROR = os.environ.get(_USERS, os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
 
 @lazy_help_allowed()
@@ -56,7 +58,7 @@ def run(main: Callable[[], Any]) -> None:
     _Made.by_hydra = _Made()
     run_folder.begun.clear()
     # Without this Hydra prints several lines itself; with it, it raises.
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    os.environ |= {"HYDRA_FULL_ERROR": "1", _USERS: str(int(FULL_ERROR))}
     try:
         main()
         _Made.by_hydra = _Made()
@@ -68,7 +70,7 @@ def run(main: Callable[[], Any]) -> None:
             raise
         stop(line)
     finally:
-        del os.environ["HYDRA_FULL_ERROR"]
+        del os.environ["HYDRA_FULL_ERROR"], os.environ[_USERS]
         _Made.by_hydra.remove()
 
 
