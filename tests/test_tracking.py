@@ -345,7 +345,8 @@ def service_of(pid):
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
-# train.py, whose wandb process is killed once the first epoch of the first run has been sent.
+# train.py, whose wandb process is killed once the first epoch of the first run has been sent; the
+# limits of time are not what is tried, and a busy machine may pass them.
 KILLER = """
 import os, signal, sys
 sys.path.insert(0, os.getcwd())
@@ -353,6 +354,7 @@ sys.argv[0] = "train.py"
 import train
 from training import cli, tracking
 from test_tracking import service_of
+tracking.INIT_TIMEOUT = tracking.LOG_TIMEOUT = tracking.CLOSE_TIMEOUT = 120
 log = tracking.Tracker.log
 def log_and_kill(tracker, row, pictures):
     log(tracker, row, pictures)
@@ -382,7 +384,7 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
         timeout=GUARD,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert done.stdout.count("service killed\n") == 1
     told = [
         line for line in done.stdout.splitlines() if "wandb:" in line and "kept offline" not in line
