@@ -1,6 +1,7 @@
 """What several test files share: tiny settings, what a run leaves, attention's inputs."""
 
 import csv
+import time
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,14 @@ def rows(folder):
     """The lines of a run's metrics.csv but for what depends on the clock."""
     with (folder / "metrics.csv").open() as file:
         return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
+
+
+def await_(condition, what, seconds=240):
+    """Wait until ``condition()`` is true; an end to waiting, not a claim about speed."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        time.sleep(0.1)
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)

@@ -11,11 +11,10 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
-from helpers import ROOT, TINY, rows
+from helpers import ROOT, TINY, await_, rows
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 GUARD = 180  # seconds; no claim about speed, only an end to waiting
@@ -93,13 +92,6 @@ def cluster(tmp_path_factory):
             daemon.terminate()
         for daemon in daemons:
             daemon.wait(GUARD)
-
-
-def await_(condition, what):
-    end = time.monotonic() + GUARD
-    while not condition():
-        assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.1)
 
 
 SUBMITIT = [
