@@ -23,7 +23,6 @@ pytestmark = [
     pytest.mark.slow,
     # Asked for by name: on a busy machine they have been seen to take minutes.
     pytest.mark.skipif("CLUSTER" not in os.environ, reason="CLUSTER=1 asks for them"),
-    pytest.mark.skipif(not all(map(shutil.which, PROGRAMS)), reason="Slurm is not installed"),
 ]
 
 # No user management, no accounting, everything in one folder and as the user of the tests.
@@ -66,6 +65,8 @@ def free_ports(number):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """A function that runs a command with this Slurm's settings in its environment."""
+    missing = [name for name in PROGRAMS if not shutil.which(name)]
+    assert not missing, f"CLUSTER=1 asks for a Slurm, which is not installed: {missing}"
     folder = tmp_path_factory.mktemp("slurm")
     for name in ("state", "spool"):
         (folder / name).mkdir()
@@ -129,10 +130,9 @@ srun {python} train.py {words} resume=auto
 
 def test_a_signalled_job_queues_itself_again_and_ends_with_the_rows_of_one_run(cluster, tmp_path):
     """SIGUSR1 saves and requeues; the job's second start continues from the step."""
-    words = [*TINY, "epochs=25", "out_dir={}"]
 
     def job_words(name):
-        return [w.format(tmp_path / name) if w.startswith("out_dir") else w for w in words]
+        return [*TINY, "epochs=25", f"out_dir={tmp_path / name}"]
 
     whole = cluster("srun", "-n1", sys.executable, "train.py", *job_words("whole"))
     assert whole.returncode == 0, whole.stderr
