@@ -1,6 +1,7 @@
 """What several test files share: tiny settings, what a run leaves, attention's inputs."""
 
 import csv
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,11 @@ def await_(condition, what, seconds=240):
     while not condition():
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.1)
+
+
+def machine_lacks(what):
+    """End a test that this machine cannot run: on CI it should, elsewhere it is skipped."""
+    (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)

@@ -1,6 +1,5 @@
 """The report in a real browser: Debian's chromium, without its window and without a network."""
 
-import os
 import shutil
 
 import pytest
@@ -9,6 +8,7 @@ from reporting import render
 from reporting.text import one_line
 
 from folders import NASTY, make_run, nasty_runs
+from helpers import machine_lacks
 
 pytestmark = pytest.mark.browser
 
@@ -19,10 +19,7 @@ DRIVER = shutil.which("chromedriver")
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if not (CHROMIUM and DRIVER):
-        reason = "no chromium with chromedriver in PATH (Debian: chromium, chromium-driver)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        machine_lacks("no chromium with chromedriver in PATH (Debian: chromium, chromium-driver)")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
