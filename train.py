@@ -96,17 +96,22 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     # ---- What is asked for, and whether it can be had -----------------------------------------
     config = resolve(cfg)
     world = distributed.world()
-    check(cfg, world.size)
-    device = choose_device(cfg.device, world)
-    dtype = choose_dtype(config["precision"], device)
-    if "backend" in cfg.attention:
-        check_backend(cfg.attention.backend, device, dtype, needs_grad=True)
+    with distributed.errors_in_all():  # one machine may have fewer GPUs than another
+        check(cfg, world.size)
+        device = choose_device(cfg.device, world)
+        dtype = choose_dtype(config["precision"], device)
+        if "backend" in cfg.attention:
+            check_backend(cfg.attention.backend, device, dtype, needs_grad=True)
 
     with ExitStack() as stack:
-        folder = stack.enter_context(run_folder.claimed(run_dir)) if world.is_main else None
-        resumed, saved, replaced = distributed.broadcast_from_main(
-            lambda: checkpoint.begin(cfg.resume, run_dir, config, cfg.overwrite)
-        )
+        folder = None  # of the main process, which alone writes
+
+        def claim_and_load() -> tuple[Path | None, dict[str, Any], list[Path]]:
+            nonlocal folder
+            folder = stack.enter_context(run_folder.claimed(run_dir))
+            return checkpoint.begin(cfg.resume, run_dir, config, cfg.overwrite)
+
+        resumed, saved, replaced = distributed.broadcast_from_main(claim_and_load)
         if resumed is not None and is_finished(run_dir, resumed, saved, cfg):
             return finished_before(run_dir)
         if resumed is not None:

@@ -1,6 +1,7 @@
 """Several processes: what they share, sum and normalise together, against one process."""
 
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def results_of(model, forward, x):
     ]
 
 
-def one_of_two(rank, port, synchronised, folder):
+def become(rank, port):
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -48,6 +49,10 @@ def one_of_two(rank, port, synchronised, folder):
         MASTER_PORT=str(port),
     )
     torch.set_num_threads(1)
+
+
+def one_of_two(rank, port, synchronised, folder):
+    become(rank, port)
     with distributed.process_group() as world:
         assert (world.rank, world.size, world.is_main) == (rank, 2, rank == 0)
         model = network(torch.float64)
@@ -69,9 +74,12 @@ def one_of_two(rank, port, synchronised, folder):
     torch.save(results, f"{folder}/{rank}.pt")
 
 
+def spawn(function, *arguments):
+    mp.spawn(function, (20000 + os.getpid() % 20000, *arguments), nprocs=2)
+
+
 def two_processes(synchronised, folder):
-    port = 20000 + os.getpid() % 20000
-    mp.spawn(one_of_two, (port, synchronised, str(folder)), nprocs=2)
+    spawn(one_of_two, synchronised, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
@@ -101,6 +109,40 @@ def test_without_it_each_normalises_its_part_and_the_first_ones_statistics_count
         torch.testing.assert_close(a, b)
 
 
+def jobs_of_two(rank, port, folder):
+    """Of a sweep: errors of one process alone, and then two jobs that are done."""
+    become(rank, port)
+
+    def find():
+        raise FileNotFoundError("by rank 0")
+
+    def fail(rank, failing):
+        with distributed.process_group():
+            if not failing:
+                distributed.broadcast_from_main(find)
+            with distributed.errors_in_all():
+                if rank == failing:
+                    raise ValueError(f"by rank {rank}")
+
+    for failing in range(2):
+        expected = ValueError if failing else FileNotFoundError
+        with pytest.raises(expected, match=f"by rank {failing}"):
+            fail(rank, failing)
+    for job in range(2):
+        closed = Path(folder) / str(job)
+        with distributed.process_group():
+            assert distributed.all_reduce_sum(torch.tensor(rank + 1)).item() == 3
+            if rank == 0:
+                time.sleep(0.5)  # closing what only the main process has open
+                closed.touch()
+        assert closed.exists()
+
+
+@pytest.mark.slow
+def test_an_error_of_one_is_raised_in_all_and_the_next_job_begins(tmp_path):
+    spawn(jobs_of_two, str(tmp_path))
+
+
 def test_one_process_is_left_as_it_is(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -116,7 +158,13 @@ def test_one_process_is_left_as_it_is(monkeypatch):
         assert distributed.all_reduce_sum(value) is value
         assert distributed.all_reduce_mean(value) is value
         assert distributed.broadcast_from_main(lambda: value) is value
-        with distributed.local_main_first(), distributed.no_sync(model):
+        with pytest.raises(OSError, match="here"), distributed.errors_in_all():
+            raise OSError("here")
+        with (
+            distributed.errors_in_all(),
+            distributed.local_main_first(),
+            distributed.no_sync(model),
+        ):
             pass
 
 

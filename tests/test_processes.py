@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from training import stopping
+from training import run_folder, stopping
 
 from helpers import ROOT, TINY, rows
 
@@ -20,12 +21,19 @@ NEVER_ENDING = ["epochs=10000", "data.train_size=64"]
 GUARD = 240  # seconds after which a process is taken to hang
 
 
-def start(folder, *overrides, processes=2):
-    """A tiny run as a user starts it."""
+def start_run(folder, *overrides, processes=2):
+    """A tiny run in ``folder``."""
+    words = [f"hydra.run.dir={folder}", f"out_dir={folder.parent}", *overrides]
+    return start(*words, processes=processes)
+
+
+def start(*words, processes=2):
+    """train.py as a user starts it."""
     launcher = TORCHRUN if processes == 2 else []
-    command = [sys.executable, *launcher, "train.py", *TINY, f"hydra.run.dir={folder}"]
+    options = [word for word in words if word.startswith("-")]
+    settings = [*TINY, "device=cpu", *(word for word in words if word not in options)]
     return subprocess.Popen(
-        [*command, f"out_dir={folder.parent}", "device=cpu", *overrides],
+        [sys.executable, *launcher, "train.py", *options, *settings],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -64,7 +72,7 @@ def runs(tmp_path_factory):
     folders = {name: root / name for name in ("one", "two", "apart")}
     for name, folder in folders.items():
         more = ["sync_batchnorm=false"] if name == "apart" else []
-        said = finished(start(folder, *SETTINGS, *more, processes=1 if name == "one" else 2))
+        said = finished(start_run(folder, *SETTINGS, *more, processes=1 if name == "one" else 2))
         assert said.count("epoch 3/3") == 1  # one of them speaks
     return folders
 
@@ -96,7 +104,7 @@ def test_normalised_apart_the_curve_is_another(runs):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes by Linux's /proc")
 def test_a_dead_process_ends_the_other_with_a_message(tmp_path):
-    process = start(tmp_path / "dead", *NEVER_ENDING)
+    process = start_run(tmp_path / "dead", *NEVER_ENDING)
     after_an_epoch(tmp_path / "dead", process)
     os.kill(int(children(process)[1]), signal.SIGKILL)
     said = process.communicate(timeout=GUARD)[0]
@@ -119,7 +127,7 @@ def test_an_error_is_told_before_torchrun_ends_the_process():
 @pytest.mark.slow
 def test_a_terminals_interrupt_which_torchrun_repeats_is_saved_once(tmp_path):
     folder = tmp_path / "signalled"
-    process = start(folder, *NEVER_ENDING)
+    process = start_run(folder, *NEVER_ENDING)
     after_an_epoch(folder, process)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=GUARD)[0]
@@ -131,9 +139,36 @@ def test_a_terminals_interrupt_which_torchrun_repeats_is_saved_once(tmp_path):
     assert f"after epoch {len(saved['rows'])}{inside}; run the same command" in said
 
 
+JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "launcher"), [(2, []), (1, JOBLIB)], ids=["torchrun", "joblib"]
+)
+def test_a_sweep_runs_to_its_end(processes, launcher, tmp_path):
+    """A job has diverged, another is another process's, two cannot be trained, two are done."""
+    words = [*launcher, f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${hydra.job.num}"]
+    words += ["seed=0,1", "optim.lr=0.1,1e30", "grad_clip=null,-1", "epochs=1", "resume=auto"]
+
+    def sweep():
+        with run_folder.claimed(tmp_path / "6"):
+            process = start("-m", *words, processes=processes)
+            said = process.communicate(timeout=GUARD)[0]
+        assert process.returncode == 1
+        table = [line for line in said.splitlines() if line.startswith("#")]
+        return [re.search(r"  (\w+): ", line)[1] for line in table]
+
+    trained, refused = ["done", "diverged", "done", "skipped"], ["refused"] * 4
+    ends = sweep()
+    assert (ends[::2], ends[1::2]) == (trained, refused), ends
+    ends = sweep()
+    assert ends[::2] == ["skipped" if end == "done" else end for end in trained], ends
+
+
 @pytest.mark.slow
 def test_a_mistake_is_told_once(tmp_path):
-    process = start(tmp_path / "out" / "wrong", "batch_size=32", "grad_accum=32")
+    process = start_run(tmp_path / "out" / "wrong", "batch_size=32", "grad_accum=32")
     said = process.communicate(timeout=GUARD)[0]
     assert process.returncode != 0
     lines = [line for line in said.splitlines() if line.startswith("train.py:")]

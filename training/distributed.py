@@ -5,10 +5,13 @@ process, and everything here leaves things as they are.
 """
 
 import datetime
+import itertools
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import cache
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -20,6 +23,10 @@ T = TypeVar("T")
 
 # A process that does not reach a collective operation within this time is given up, and all end.
 PATIENCE = datetime.timedelta(seconds=50)
+# The main process closes its tracking after the others are through, and uploads pictures.
+PATIENCE_AT_THE_END = datetime.timedelta(minutes=10)
+
+_groups, _meetings = itertools.count(), itertools.count()
 
 
 class World(NamedTuple):
@@ -81,6 +88,8 @@ def _refuse_slurm_tasks() -> None:
 def process_group() -> Iterator[World]:
     """Within the ``with`` the processes communicate, by nccl on GPUs and by gloo on CPUs.
 
+    The jobs of a sweep have a group each, one after the other.
+
     Raises:
         ConnectionError: another process has died, or did not answer in time.
     """
@@ -90,10 +99,12 @@ def process_group() -> Iterator[World]:
         return
     if not here.is_main:
         logging.disable(logging.WARNING)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
     try:
+        _init_group(here)
         yield here
+    except (ValueError, OSError, FloatingPointError, SystemExit):  # in all processes alike
+        await_main()
+        raise
     except RuntimeError as error:
         # Gloo has no error of its own; its messages name its source file.
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
@@ -102,8 +113,49 @@ def process_group() -> Iterator[World]:
                 f"({str(error).splitlines()[0]}); run the same command with resume=auto to continue"
             ) from error
         raise
+    await_main()
     # Not after an error: where another process is missing, nccl would wait for it.
     dist.destroy_process_group()
+
+
+def _init_group(here: World) -> None:
+    if dist.is_initialized():  # an error has ended the job before, in all processes
+        dist.destroy_process_group()
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        # A name of its own, or the processes would find the addresses of the group before.
+        store=dist.PrefixStore(f"aaconv-{next(_groups)}", _store()),
+        rank=here.rank,
+        world_size=here.size,
+        timeout=PATIENCE,
+    )
+
+
+@cache
+def _store() -> dist.Store:
+    # Of torchrun's, or at MASTER_ADDR; one for all groups, since its port can be taken once.
+    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    return cast(dist.Store, store)
+
+
+def await_main() -> None:
+    """Return in the other processes after the main one has come here too.
+
+    torchrun ends all processes as soon as one has ended with an error; the main one, which has
+    files to write and tables to print, is to be the first.
+    """
+    here = world()
+    if here.size == 1:
+        return
+    key = f"aaconv-main-{next(_meetings)}"
+    if here.is_main:
+        _store().set(key, "")
+        return
+    end = time.monotonic() + PATIENCE_AT_THE_END.total_seconds()
+    with suppress(dist.DistError):  # the main process is gone, and with it the store
+        # In short steps, between which Python sees to signals.
+        while not _store().check([key]) and time.monotonic() < end:
+            time.sleep(0.05)
 
 
 @contextmanager
@@ -125,12 +177,40 @@ def local_main_first() -> Iterator[None]:
 
 
 def broadcast_from_main(make: Callable[[], T]) -> T:
-    """What ``make`` returns in the main process, which alone calls it."""
+    """What ``make`` returns in the main process, which alone calls it.
+
+    Raises:
+        ValueError, OSError: that ``make`` has raised, in all processes alike.
+    """
     if not dist.is_initialized():
         return make()
-    value = [make() if world().is_main else None]
-    dist.broadcast_object_list(value, 0, device=torch.device("cpu"))
-    return cast(T, value[0])
+    made: list[tuple[T | None, Exception | None]] = [(None, None)]
+    if world().is_main:
+        try:
+            made = [(make(), None)]
+        except (ValueError, OSError) as error:
+            made = [(None, error)]
+    dist.broadcast_object_list(made, 0, device=torch.device("cpu"))
+    value, raised = made[0]
+    if raised is not None:
+        raise raised
+    return cast(T, value)
+
+
+@contextmanager
+def errors_in_all() -> Iterator[None]:
+    """A ValueError or OSError of one process within the ``with`` is raised in all at its end."""
+    raised: Exception | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raised = error
+    if dist.is_initialized():
+        of_all: list[Exception | None] = [None] * world().size
+        dist.all_gather_object(of_all, raised)
+        raised = next((error for error in of_all if error is not None), None)
+    if raised is not None:
+        raise raised
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:

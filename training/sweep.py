@@ -17,14 +17,14 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from training import cli, console, outcome, run_folder, settings
-from training.distributed import world
+from training.distributed import await_main, broadcast_from_main, process_group, world
 from training.files import write_text
 from training.kinds import UnreadableError
 from training.tracking import OF_ONE_RUN
 from training.variants import result_settings
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One combination of the sweep's settings: its overrides, its run's folder, its outcome."""
 
@@ -63,9 +63,10 @@ def plan(all_words: Sequence[list[str]], load: Callable[[list[str]], DictConfig]
         reasons = {job.why for job in jobs}
         more = f"; none of the {len(jobs)} jobs can be trained" if len(reasons) > 1 else ""
         cli.stop(f"{jobs[0].why}{more}")
-    for job in jobs:
-        if job.outcome == outcome.NOT_BEGUN and job.cfg.resume == "auto" and not job.cfg.overwrite:
-            _skip_if_there(job)
+    # The main process alone looks, and so all of several begin the same jobs.
+    with process_group():
+        for job, found in zip(jobs, broadcast_from_main(lambda: _look(jobs)), strict=True):
+            job.end(*found)
     return jobs
 
 
@@ -91,6 +92,14 @@ def _as_hydras(config: DictConfig) -> Iterator[None]:
         yield
     finally:
         HydraConfig.instance().cfg = before
+
+
+def _look(jobs: list[Job]) -> list[tuple[str, str]]:
+    """The jobs' outcomes, after a look at their folders."""
+    for job in jobs:
+        if job.outcome == outcome.NOT_BEGUN and job.cfg.resume == "auto" and not job.cfg.overwrite:
+            _skip_if_there(job)
+    return [(job.outcome, job.why) for job in jobs]
 
 
 def _skip_if_there(job: Job) -> None:
@@ -132,7 +141,7 @@ def run(
     # A launcher numbers what it is given; folders that the user names by it must stay the same.
     all_of_them = not one_by_one and any(job.own_folder for job in jobs)
     left = [job for job in jobs if job.outcome == outcome.NOT_BEGUN or all_of_them]
-    if left:
+    if left and world().is_main:
         folder = Path(config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "multirun.yaml", OmegaConf.to_yaml(config))
@@ -153,6 +162,7 @@ def run(
     finally:
         if world().is_main:
             print("\n" + "\n".join(table(jobs)), flush=True)
+        await_main()
     bad = any(job.outcome in outcome.BAD for job in jobs)
     if code is not None or bad:
         raise SystemExit(code or int(bad))
@@ -160,16 +170,19 @@ def run(
 
 
 def _launch(jobs: list[Job], launch: Callable[..., Sequence[JobReturn]]) -> Sequence[JobReturn]:
+    # Others are there for their number only: they end at once, and their outcome is known.
+    begun = [job for job in jobs if job.outcome == outcome.NOT_BEGUN]
     try:
         results = launch([job.words for job in jobs], initial_job_idx=jobs[0].number)
     except BaseException as error:  # a job's process died, or was told to stop
-        for job in jobs:
+        for job in begun:
             _read_outcome(job, error)
         if not isinstance(error, Exception):
             raise
         return []
     for job, result in zip(jobs, results, strict=True):
-        _note(job, result)
+        if job in begun:
+            _note(job, result)
     return results
 
 
