@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,9 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from training.tracking import OF_ONE_RUN, shortened
+from training.tracking import shortened
 
 from helpers import ROOT, TINY
+from wandb_server import ServerProcess
 
 pytestmark = pytest.mark.slow
 
@@ -25,48 +25,9 @@ ONLINE = [*(w for w in TINY if "epochs" not in w and "tracking" not in w), "wand
 LONG = [*ONLINE, "attention=none", "data.train_size=640", "epochs=12"]
 
 
-class Server:
-    """The stand-in in a process of its own, which can be killed and started again."""
-
-    def __init__(self, folder):
-        self.folder, self.port, self.process = folder, 0, None
-        folder.mkdir()
-        self.start()
-
-    def start(self):
-        command = [sys.executable, str(ROOT / "tests" / "wandb_server.py"), str(self.folder)]
-        self.process = subprocess.Popen(
-            [*command, str(self.port)], stdout=subprocess.PIPE, text=True
-        )
-        self.port = int(self.process.stdout.readline())
-
-    def kill(self):
-        self.process.kill()
-        self.process.communicate()
-
-    @property
-    def environment(self):
-        own = {k: v for k, v in os.environ.items() if k not in (*OF_ONE_RUN, "WANDB_MODE")}
-        return own | {
-            "WANDB_BASE_URL": f"http://127.0.0.1:{self.port}",
-            "WANDB_API_KEY": "0123456789" * 4,
-            "OMP_NUM_THREADS": "1",
-        }
-
-    @property
-    def runs(self):
-        path = self.folder / "state.json"
-        return json.loads(path.read_text())["runs"] if path.exists() else {}
-
-    @property
-    def only(self):
-        ((name, run),) = self.runs.items()
-        return name, run
-
-
 @pytest.fixture
 def server(tmp_path):
-    server = Server(tmp_path / "server")
+    server = ServerProcess(tmp_path / "server")
     yield server
     server.kill()
 

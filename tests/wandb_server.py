@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import re
+import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,7 +30,7 @@ class State:
 
     def __init__(self, folder):
         self.folder, self.lock, self.port = folder, RLock(), 0
-        self.kept = {"runs": {}, "operations": [], "sweep": None, "given": 0}
+        self.kept = {"runs": {}, "operations": [], "sweep": None, "given": 0, "views": {}}
         if (folder / "state.json").exists():
             self.kept = json.loads((folder / "state.json").read_text())
 
@@ -53,6 +54,7 @@ class State:
         self.kept["operations"].append(operation)
         known = {
             "Viewer": lambda: {"viewer": PERSON | {"teams": {"edges": []}}},
+            "GetDefaultEntity": lambda: {"viewer": PERSON},
             "ServerInfo": lambda: {
                 "serverInfo": {"cliVersionInfo": {"max_cli_version": "99.0.0"}},
             },
@@ -65,6 +67,8 @@ class State:
             "UpsertSweep": lambda: self.upsert_sweep(given),
             "SweepWithRuns": lambda: {"project": {"sweep": self.sweep()}},
             "CreateAgent": lambda: {"createAgent": {"agent": {"id": "agent"}}},
+            "UpsertView2": lambda: self.upsert_view(given),
+            "View": lambda: self.view(given["viewName"]),
             "Heartbeat": lambda: self.heartbeat(json.loads(given["runState"])),
         }
         return known.get(operation, dict)()
@@ -147,6 +151,16 @@ class State:
             "config": self.kept["sweep"],
             "runs": {"edges": []},
         }
+
+    def upsert_view(self, given):
+        number = given.get("id") or f"view{len(self.kept['views'])}"
+        self.kept["views"][number] = given | {"id": number}
+        view = {"id": number, "name": given["name"]}
+        return {"upsertView": {"view": view, "inserted": "id" not in given}}
+
+    def view(self, name):
+        found = [{"node": view} for view in self.kept["views"].values() if view["name"] == name]
+        return {"project": {"allViews": {"edges": found}}}
 
     def heartbeat(self, running):
         """A run at a time; those whose Stop button was pressed are to be stopped."""
@@ -234,6 +248,48 @@ def serve(folder, port=0):
     server = Server(("127.0.0.1", port), Handler)
     state.port = server.server_port
     return server
+
+
+class ServerProcess:
+    """The stand-in in a process of its own, which can be killed and started again."""
+
+    def __init__(self, folder):
+        self.folder, self.port, self.process = folder, 0, None
+        folder.mkdir()
+        self.start()
+
+    def start(self):
+        command = [sys.executable, __file__, str(self.folder), str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self.port = int(self.process.stdout.readline())
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdout.close()
+
+    @property
+    def environment(self):
+        own = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+        return own | {
+            "WANDB_BASE_URL": f"http://127.0.0.1:{self.port}",
+            "WANDB_API_KEY": "0123456789" * 4,
+            "OMP_NUM_THREADS": "1",
+        }
+
+    @property
+    def runs(self):
+        path = self.folder / "state.json"
+        return json.loads(path.read_text())["runs"] if path.exists() else {}
+
+    @property
+    def views(self):
+        return json.loads((self.folder / "state.json").read_text())["views"]
+
+    @property
+    def only(self):
+        ((name, run),) = self.runs.items()
+        return name, run
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ _MARGIN = 10
 
 # What is said of wandb is said here. Its reports on its own faults would go to the same server,
 # complain when that fails, and be waited for at the end of the process.
-_QUIET = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+QUIET = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
 
 # What the environment says of one run, an agent's for example. Several runs that are started from
 # there must not share it.
@@ -344,7 +344,7 @@ def track(
     already; ``record`` names the file that has everything even where the dashboard has not. No
     fault of wandb's is passed on, not even that it is not installed.
     """
-    os.environ.update(_QUIET)
+    os.environ.update(QUIET)
     mode = _resolve(mode)
     run = None
     if mode != "disabled":
@@ -381,12 +381,12 @@ def _resolve(mode: str) -> str:
         return mode
     if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
         return os.environ["WANDB_MODE"]
-    return "online" if _has_credentials() else "offline"
+    return "online" if has_credentials() else "offline"
 
 
 def _start(mode: str, record: str, **arguments: Any) -> Any | None:
     fault = None
-    if mode == "online" and not _has_credentials():
+    if mode == "online" and not has_credentials():
         fault, mode = "no credentials for wandb.mode=online (`wandb login` makes them)", "offline"
     run = None
     # One warning, whatever goes wrong on the way from the server to the disk to the CSV alone.
@@ -431,7 +431,8 @@ def _init(mode: Any, **arguments: Any) -> Any:
     return within(INIT_TIMEOUT + _MARGIN, begin)
 
 
-def _has_credentials() -> bool:
+def has_credentials() -> bool:
+    """Whether wandb has a key to log in with; it is not verified, and nobody is asked."""
     # wandb.init without credentials raises, or on a terminal prompts and waits forever. They are
     # not verified here: that would wait for the network, and `_start` finds out with a limit.
     try:

@@ -1,0 +1,189 @@
+"""A workspace of wandb's dashboard that answers the question from the runs of a project.
+
+It needs the package ``wandb-workspaces``. Every key in it is one that a run, a sweep's run or the
+compare run records; a panel whose key no run of the project has stays empty.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import wandb_workspaces.reports.v2 as panels
+import wandb_workspaces.workspaces as ws
+
+NAME = "Does attention help?"
+# From the worst of a sweep's runs to its best.
+GRADIENT = [
+    panels.GradientPoint(color="#b9c6d3", offset=0),
+    panels.GradientPoint(color="#1f6f8b", offset=60),
+    panels.GradientPoint(color="#d1495b", offset=100),
+]
+
+
+class _Column(panels.ParallelCoordinatesPlotColumn):
+    """A setting by its flat dotted key; the package would look for it in nested settings."""
+
+    def _to_model(self) -> Any:
+        model = super()._to_model()
+        assert isinstance(self.metric, panels.Config)
+        model.accessor = f"config:{self.metric.name}.value"
+        return model
+
+
+def build(
+    project: str, entity: str, blocks: Sequence[str], data: str | None = None
+) -> ws.Workspace:
+    """The workspace, not yet saved.
+
+    It has the attention of the augmented ``blocks`` (module names), and the runs on ``data``, by
+    default all.
+    """
+    of_data = ws.And(ws.Config("data") == data) if data is not None else ""
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name=NAME if data is None else f"{NAME} ({data})",
+        sections=[
+            _section("The comparison", _comparison(), pinned=True, columns=2, rows=2),
+            _section("Learning curves", _curves(), columns=3, rows=2),
+            _section("Sweeps of dk, dv and Nh, on held-out images", _sweep(), columns=2, rows=2),
+            _section("Accuracy and cost", _cost(), columns=2, rows=2),
+            _section("What the networks see", _seen(blocks), columns=3, rows=2),
+            _section("Settings", [panels.RunComparer(diff_only="split")], columns=1, rows=1),
+        ],
+        settings=ws.WorkspaceSettings(x_axis="epoch", max_runs=100),
+        runset_settings=ws.RunsetSettings(
+            filters=of_data,
+            pinned_columns=["config:variant.value", "summary:test/top1", "summary:val/top1"],
+        ),
+    )
+
+
+def as_json(workspace: ws.Workspace) -> str:
+    """What `save` sends of it, with line breaks."""
+    spec = workspace._to_model().spec
+    return str(spec.model_dump_json(by_alias=True, exclude_none=True, indent=2))
+
+
+def save(workspace: ws.Workspace, url: str | None = None) -> str:
+    """Post it as a new view, or in place of the one at ``url``; the address it has then.
+
+    Raises:
+        ValueError: ``url`` is no workspace of the project.
+        Exception: wandb's, of many types: no account, no such project, no network.
+    """
+    if url is not None:
+        before = ws.Workspace.from_url(url)
+        if (before.entity, before.project) != (workspace.entity, workspace.project):
+            raise ValueError(
+                f"{url} is of {before.entity}/{before.project}, not of "
+                f"{workspace.entity}/{workspace.project}"
+            )
+        workspace._internal_name, workspace._internal_id = (
+            before._internal_name,
+            before._internal_id,
+        )
+    return str(workspace.save().url)
+
+
+# ---- Its sections -------------------------------------------------------------------------------
+
+
+def _section(
+    name: str, content: list[Any], *, columns: int, rows: int, pinned: bool = False
+) -> ws.Section:
+    return ws.Section(
+        name=name,
+        panels=content,
+        is_open=True,
+        pinned=pinned,
+        layout_settings=ws.SectionLayoutSettings(columns=columns, rows=rows),
+    )
+
+
+def _comparison() -> list[Any]:
+    return [
+        panels.MediaBrowser(
+            title="Difference from the plain network, paired by seed",
+            media_keys=["compare/differences"],
+        ),
+        panels.MediaBrowser(title="Mean over the seeds", media_keys=["compare/curves"]),
+        panels.WeavePanelSummaryTable(table_name="compare/table"),
+    ]
+
+
+def _curves() -> list[Any]:
+    """Mean over the seeds of each variant, with a band from the lowest to the highest."""
+    titles = {
+        "test/top1": "Top-1 on the test set (%)",
+        "val/top1": "Top-1 on held-out images (%)",
+        "train/top1": "Top-1 in training (%)",
+        "train/loss": "Loss in training",
+        "test/loss": "Loss on the test set",
+        "train/grad_norm": "Norm of the gradient",
+    }
+    return [
+        panels.LinePlot(
+            title=title,
+            x="epoch",
+            y=[name],
+            title_x="epoch",
+            groupby=panels.Config("variant"),
+            groupby_aggfunc="mean",
+            groupby_rangefunc="minmax",
+            max_runs_to_show=100,
+            log_y=name == "train/grad_norm",
+        )
+        for name, title in titles.items()
+    ]
+
+
+def _sweep() -> list[Any]:
+    settings = ("attention.dk", "attention.dv", "attention.Nh", "optim.lr")
+    columns = [
+        _Column(
+            metric=panels.Config(name),
+            display_name=name.rpartition(".")[2],
+            log=name == "optim.lr",
+        )
+        for name in settings
+    ]
+    score = panels.ParallelCoordinatesPlotColumn(
+        metric=panels.SummaryMetric("val/top1"), display_name="val top-1 (%)"
+    )
+    return [
+        panels.ParallelCoordinatesPlot(
+            title="Settings and top-1 on held-out images",
+            columns=[*columns, score],
+            gradient=GRADIENT,
+        ),
+        panels.ParameterImportancePlot(with_respect_to="val/top1"),
+    ]
+
+
+def _cost() -> list[Any]:
+    costs = {"flops": "FLOPs per image", "parameters": "parameters"}
+    images = {"test": "on the test set", "val": "on held-out images"}
+    return [
+        panels.ScatterPlot(
+            title=f"Top-1 {where} (%) by {words}",
+            x=panels.Config(cost),
+            y=panels.SummaryMetric(f"{on}/top1"),
+            legend_template="${config:variant}",
+        )
+        for on, where in images.items()
+        for cost, words in costs.items()
+    ]
+
+
+def _seen(blocks: Sequence[str]) -> list[Any]:
+    """Attention over the epochs, and what the trained networks make of the images."""
+    attention = [
+        panels.MediaBrowser(
+            title=f"Attention of {name}",
+            media_keys=[f"media/attention/{name}"],
+            gallery_axis="step",
+        )
+        for name in blocks
+    ]
+    tables = ("media/predictions", "media/classes", "media/confusion")
+    return attention + [panels.WeavePanelSummaryTable(table_name=name) for name in tables]

@@ -1,0 +1,108 @@
+"""Make a workspace of the dashboard that answers the question from a project's runs.
+
+    python scripts/workspace.py                                    # prints it as JSON
+    python scripts/workspace.py --save --data cifar100 -- model=resnet20
+    python scripts/workspace.py --save --replace URL
+
+It has the comparison, learning curves by variant with their spread over the seeds, sweeps of dk, dv
+and Nh with top-1 on held-out images, accuracy against cost, and what the networks see. What comes
+after ``--`` names the network whose augmented blocks are shown, as for train.py. Nothing is sent
+without --save, which posts the workspace as a new view of the project and prints its address;
+--replace puts it in place of an earlier one. Needs
+pip install -c constraints.txt -e '.[app,workspace]'.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from training import console
+
+if __name__ == "__main__":
+    console.prepare("workspace.py")
+
+import argparse
+import os
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.schema import register
+from models import augmented_layers
+from training.cli import explain
+from training.settings import build_model
+from training.tracking import QUIET, has_credentials, within
+
+register()
+
+# Seconds that the server is waited for.
+TIMEOUT = 60
+
+
+def augmented_blocks(overrides: list[str]) -> list[str]:
+    """The names of the augmented blocks of the network that ``overrides`` choose.
+
+    Raises:
+        HydraException, OmegaConfBaseException, ValueError: there is no such network.
+    """
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        cfg = compose("config", ["attention=aa", *overrides])
+    with torch.device("meta"):
+        model = build_model(cfg, num_classes=2, image_size=(32, 32))
+    return list(augmented_layers(model))
+
+
+def default_entity() -> str:
+    """The account's own user or team."""
+    import wandb
+
+    return str(wandb.Api(timeout=TIMEOUT).default_entity)
+
+
+def main() -> None:
+    console.ready()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--project", default="aaconv", help="of the dashboard (default: aaconv)")
+    parser.add_argument("--entity", help="user or team there (default: that of the account)")
+    parser.add_argument("--data", metavar="NAME", help="runs on cifar100, ...; default: all")
+    parser.add_argument("--save", action="store_true", help="post it; prints its address")
+    parser.add_argument("--replace", metavar="URL", help="with --save: the view to replace")
+    parser.add_argument(
+        "network", nargs="*", metavar="OVERRIDE", help="its augmented blocks are shown"
+    )
+    arguments = parser.parse_args()
+    if arguments.replace and not arguments.save:
+        parser.error("--replace needs --save")
+    try:
+        from reporting import workspace
+    except ModuleNotFoundError as error:
+        command = "pip install -c constraints.txt -e '.[app,workspace]'"
+        console.stop("workspace.py", f"{error.name} is not installed: {command}")
+    try:
+        blocks = augmented_blocks(arguments.network)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        console.stop("workspace.py", explain(error))
+    os.environ.update(QUIET)
+    if arguments.save and not has_credentials():
+        console.stop("workspace.py", "no account to save it with; run `wandb login` first")
+    try:
+        entity = arguments.entity or (within(TIMEOUT, default_entity) if arguments.save else "")
+        made = workspace.build(arguments.project, entity, blocks, arguments.data)
+        if not arguments.save:
+            print(workspace.as_json(made))
+        else:
+            print(within(TIMEOUT, lambda: workspace.save(made, arguments.replace)))
+    except KeyboardInterrupt:
+        console.stop("workspace.py", "interrupted", 130)
+    except Exception as error:  # wandb's are of many types
+        console.stop("workspace.py", f"not saved: {console.one_line(error)}", 1)
+
+
+if __name__ == "__main__":
+    main()
