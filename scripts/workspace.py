@@ -40,7 +40,7 @@ from training.tracking import QUIET, has_credentials, within
 register()
 
 # Seconds that the server is waited for.
-TIMEOUT = 60
+TIMEOUT = 20
 
 
 def augmented_blocks(overrides: list[str]) -> list[str]:
