@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -185,11 +186,11 @@ def test_runs_that_differ_in_the_seed_alone_are_of_one_variant(train, server):
 def test_after_a_kill_and_resume_the_history_is_that_of_the_folder(start, train, server, tmp_path):
     """Killed before anything was sent, and again when the server has a part of it."""
     words = [*(w for w in LONG if w != "epochs=12"), "epochs=70", "resume=auto"]
-    for killed in (
-        lambda: rows_on_disk(tmp_path) >= 2,
-        lambda: server.runs and server.only[1]["history"],
+    for killed, interval in (
+        (lambda: rows_on_disk(tmp_path) >= 2, 60),
+        (lambda: server.runs and server.only[1]["history"], 1),
     ):
-        process = start(*words)
+        process = start(*words, WANDB__FILE_STREAM_TRANSMIT_INTERVAL=str(interval))
         wait_for(killed)
         process.kill()
         process.communicate()
@@ -289,52 +290,58 @@ def test_the_state_of_a_run_without_a_result(
     assert (run["exitcode"], run["preempting"]) == (exitcode, preempting)
 
 
-def test_a_sweep_by_an_agent_of_which_one_run_fails_and_one_is_stopped(server, tmp_path):
-    """wandb's own commands, as a user gives them; the values come from the stand-in."""
-    tiny = [w for w in LONG if "attention=" not in w and w != "epochs=12"]
-    sweep = {
-        "program": str(ROOT / "train.py"),
-        "method": "grid",
-        "command": [
-            "${env}",
-            sys.executable,
-            str(ROOT / "train.py"),
-            *tiny,
-            f"out_dir={tmp_path / 'out'}",
-            "resume=auto",
-            "${args_no_hyphens}",
-        ],
-        "parameters": {"attention": {"values": ["none", "aa"]}},
-    }
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
-    four = [
-        {"attention": "none", "epochs": 1},
-        {"attention": "aa", "attention.dk": 7, "epochs": 1},  # Nh does not divide it
-        {"attention": "aa", "attention.dk": 1.0, "attention.Nh": 2, "epochs": 3000},
-        {"attention": "none", "epochs": 1},  # the first one again
-    ]
-    (server.folder / "sweep.json").write_text(json.dumps(four))
+@pytest.fixture
+def agent(server, tmp_path):
+    """A function that makes a sweep and starts its agent, by wandb's own commands.
 
-    def wandb(*words):
+    The values of its runs come from the stand-in.
+    """
+    agents = []
+
+    def wandb(*words, **environment):
         return subprocess.Popen(
             [WANDB, *words],
-            env=server.environment,
+            env=server.environment | environment,
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
-    said, _ = wandb("sweep", "--project", "p", "sweep.yaml").communicate(timeout=GUARD)
-    assert "wandb agent me/p/sweep1" in said
-    agent = wandb("agent", "me/p/sweep1")
-    try:
-        wait_for(lambda: any("run=run2" in str(p) for p in tmp_path.rglob("metrics.csv")))
-        (server.folder / "stop").write_text("run2")
-        said, _ = agent.communicate(timeout=GUARD)
-    finally:
-        agent.kill()
-    assert agent.returncode == 0, said
+    def go(*all_values, **environment):
+        tiny = [w for w in LONG if "attention=" not in w and w != "epochs=12"]
+        program = str(ROOT / "train.py")
+        command = ["${env}", sys.executable, program, *tiny, f"out_dir={tmp_path / 'out'}"]
+        sweep = {
+            "program": program,
+            "method": "grid",
+            "command": [*command, "resume=auto", "${args_no_hyphens}"],
+            "parameters": {"attention": {"values": ["none", "aa"]}},
+        }
+        (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+        (server.folder / "sweep.json").write_text(json.dumps(all_values))
+        said, _ = wandb("sweep", "--project", "p", "sweep.yaml").communicate(timeout=GUARD)
+        assert "wandb agent me/p/sweep1" in said
+        agents.append(wandb("agent", "me/p/sweep1", **environment))
+        return agents[-1]
+
+    yield go
+    for process in agents:
+        process.kill()
+        process.communicate()
+
+
+def test_a_sweep_by_an_agent_of_which_one_run_fails_and_one_is_stopped(agent, server, tmp_path):
+    process = agent(
+        {"attention": "none", "epochs": 1},
+        {"attention": "aa", "attention.dk": 7, "epochs": 1},  # Nh does not divide it
+        {"attention": "aa", "attention.dk": 1.0, "attention.Nh": 2, "epochs": 3000},
+        {"attention": "none", "epochs": 1},  # the first one again
+    )
+    wait_for(lambda: any("run=run2" in str(p) for p in tmp_path.rglob("metrics.csv")))
+    (server.folder / "stop").write_text("run2")
+    said, _ = process.communicate(timeout=GUARD)
+    assert process.returncode == 0, said
 
     runs = server.runs
     assert runs["run0"]["exitcode"] == runs["run3"]["exitcode"] == 0
@@ -357,6 +364,45 @@ def test_a_sweep_by_an_agent_of_which_one_run_fails_and_one_is_stopped(server, t
     assert seen["run0"]["variant"] == seen["run3"]["variant"]
     for name in ("run0", "run3"):
         assert len(runs[name]["history"]) == 1
+
+
+def of_agent(process):
+    """The process of train.py that an agent has started."""
+    for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if "train.py" in Path(f"/proc/{number}/cmdline").read_text():
+            return int(number)
+    raise AssertionError("the agent trains nothing")
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the process by Linux's /proc")
+def test_an_agent_goes_on_after_runs_that_diverge_and_a_preempted_run_comes_back(
+    agent, server, tmp_path
+):
+    """wandb's agent would end after three failures in its first minute: these are none."""
+    diverging = {"attention": "none", "epochs": 1, "optim.lr": 1e30}
+    process = agent(diverging, diverging, diverging, {"attention": "none", "epochs": 12})
+    wait_for(lambda: any("run=run3" in str(p) for p in tmp_path.rglob("metrics.csv")))
+    os.kill(of_agent(process), signal.SIGUSR1)
+    said, _ = process.communicate(timeout=GUARD)
+    assert process.returncode == 0, said
+    runs = server.runs
+    assert [runs[f"run{number}"]["exitcode"] for number in range(4)] == [1, 1, 1, 0]
+    assert said.count("Agent received command: resume") == 1
+    assert runs["run3"]["preempting"]
+    (folder,) = tmp_path.rglob("run=run3")
+    assert_whole(runs["run3"], folder)
+    assert len(runs["run3"]["history"]) == 12
+
+
+def test_an_agent_ends_after_three_runs_that_cannot_be_trained(agent, server):
+    """For wandb's agent these are failures, of which it takes three in its first minute."""
+    bad = {"attention": "aa", "attention.dk": 7, "epochs": 1}
+    process = agent(bad, bad, bad, {"attention": "none", "epochs": 1})
+    said, _ = process.communicate(timeout=GUARD)
+    assert process.returncode == 0
+    assert said.count("dk=7 must be divisible by Nh=4") == 3
+    assert "Detected 3 failed runs" in said
+    assert server.runs == {}
 
 
 def test_a_comparison_closes_with_a_run_of_its_own(server, tmp_path):

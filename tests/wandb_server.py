@@ -6,7 +6,8 @@ prints its port and serves until it is killed. FOLDER/state.json holds all it wa
 again at the next start, as after a server's death. Tests steer it by files in FOLDER:
 
     stop        ids of runs, a line each, for which the dashboard's Stop button was pressed
-    sweep.json  a list of the parameters that an agent is given, one after the other
+    sweep.json  a list of the parameters that an agent is given, one after the other; a run that
+                was preempted is given out a second time
 
 It shows what the client sends; what the real server accepts it does not know.
 """
@@ -30,7 +31,14 @@ class State:
 
     def __init__(self, folder):
         self.folder, self.lock, self.port = folder, RLock(), 0
-        self.kept = {"runs": {}, "operations": [], "sweep": None, "given": 0, "views": {}}
+        self.kept = {
+            "runs": {},
+            "operations": [],
+            "sweep": None,
+            "given": 0,
+            "again": [],
+            "views": {},
+        }
         if (folder / "state.json").exists():
             self.kept = json.loads((folder / "state.json").read_text())
 
@@ -166,14 +174,25 @@ class State:
         """A run at a time; those whose Stop button was pressed are to be stopped."""
         commands = [{"type": "stop", "run_id": name} for name in running if self.stop_pressed(name)]
         parameters = json.loads((self.folder / "sweep.json").read_text())
-        if not running and self.kept["given"] == len(parameters):
+
+        def give(kind, number):
+            args = {key: {"value": value} for key, value in parameters[number].items()}
+            command = {"type": kind, "run_id": f"run{number}", "program": "train.py"}
+            commands.append(command | {"args": args})
+
+        preempted = [
+            name
+            for name, run in self.kept["runs"].items()
+            if run["preempting"] and run["exitcode"] and name not in self.kept["again"]
+        ]
+        if not running and preempted:
+            self.kept["again"].append(preempted[0])
+            give("resume", int(preempted[0].removeprefix("run")))
+        elif not running and self.kept["given"] == len(parameters):
             commands.append({"type": "exit"})
         elif not running:
-            number = self.kept["given"]
+            give("run", self.kept["given"])
             self.kept["given"] += 1
-            args = {key: {"value": value} for key, value in parameters[number].items()}
-            command = {"type": "run", "run_id": f"run{number}", "program": "train.py"}
-            commands.append(command | {"args": args})
         return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
 
     # ---- what a run streams ----
