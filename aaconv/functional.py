@@ -42,6 +42,8 @@ def attention_2d(
             ``scaled_dot_product_attention``, which holds no logits where it has a flash kernel.
             ``"tiled"`` computes the logits a tile at a time, in at least float32, and recomputes
             them in the backward pass (which cannot be differentiated again).
+            ``"native"`` does the same in one kernel, which is compiled at its first use; it needs a
+            CPU and a C++ compiler, and computes in float32.
             ``"fused"`` adds the position bias inside the project's Triton kernels, which hold no
             logits; it needs a GPU (and cannot be differentiated twice either).
             ``"flex"`` has PyTorch's FlexAttention add the position bias: compiled on a GPU; on
@@ -105,13 +107,18 @@ def unavailable_reason(
 def choose_backend(q: Tensor, *, relative: bool) -> str:
     """The backend that ``"auto"`` means for these queries.
 
-    On the CPU (two cores of an AMD EPYC, torch 2.13, forward and backward, batch 8) "tiled" takes
-    88 % of the time of "sdpa" on 16x16 maps, 50 % on 32x32 and 40 % on 64x64. On 8x8 all three are
-    within the noise and the simplest is chosen. On other devices it is "sdpa": no backend has been
-    measured on a GPU yet. docs/benchmarks.md has the whole table.
+    On the CPU it is "native" where it can be compiled, which was the fastest on all maps and
+    channels measured; docs/benchmarks.md has the table. Elsewhere on the CPU, forward and backward,
+    "tiled" takes half of the time of "sdpa" on 32x32 maps, and on 8x8 the simplest is as fast. On
+    other devices it is "sdpa": no backend has been measured on a GPU yet. A program for export,
+    which may run where nothing can be compiled, has "sdpa" too.
     """
+    if q.device.type != "cpu" or torch.compiler.is_exporting():
+        return "sdpa"
+    if unavailable_reason("native", q.device, q.dtype, needs_grad=True) is None:
+        return "native"
     # A compiler would unroll the loop over the tiles.
-    if q.device.type != "cpu" or not relative or torch.compiler.is_compiling():
+    if not relative or torch.compiler.is_compiling():
         return "sdpa"
     return "tiled" if q.shape[2] * q.shape[3] > 64 else "reference"
 

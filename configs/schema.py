@@ -125,8 +125,8 @@ class AugmentedConvConfig:
     position: str = MISSING
     # Stages to augment, counted from 1, at least one of them.
     stages: list[int] = MISSING
-    # Implementation of attention: auto (the fastest measured), reference, sdpa, tiled, fused or
-    # flex; see aaconv.attention_2d. All compute the same, up to rounding.
+    # Implementation of attention: auto (the fastest measured), reference, sdpa, tiled, native,
+    # fused or flex; see aaconv.attention_2d. All compute the same, up to rounding.
     backend: str = MISSING
 
 

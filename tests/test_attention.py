@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from aaconv import BACKENDS, attention_2d, backends
+from aaconv.backends import native_build
 from aaconv.functional import check_backend, choose_backend, unavailable_reason
 
 import reference
@@ -55,7 +56,8 @@ def test_gradients_taken_inside_autocast(backend):
     exact = with_gradients(reference.attention, inputs_like(tensors, torch.float64))
     for name, a, b in zip(("out", "q", "k", "v", "rel_h", "rel_w"), got, exact, strict=True):
         # The tiles' own backward pass leaves autocast; what follows it, towards q, does not.
-        error = 1e-5 if backend == "tiled" and name in ("out", "k", "v") else 0.03
+        inside = backend == "native" or (backend == "tiled" and name in ("out", "k", "v"))
+        error = 1e-5 if inside else 0.03
         torch.testing.assert_close(a.double(), b, rtol=0, atol=error * b.abs().max().item())
 
 
@@ -186,7 +188,7 @@ def test_backends_without_triton(backend, monkeypatch):
 
 
 def test_backends_are_named_once():
-    assert BACKENDS == ("auto", "reference", "sdpa", "tiled", "fused", "flex")
+    assert BACKENDS == ("auto", "reference", "sdpa", "tiled", "native", "fused", "flex")
     assert tuple(backends.MODULES) == BACKENDS[1:]
 
 
@@ -207,16 +209,33 @@ def test_the_former_name_of_a_backend_is_answered_with_the_new_one():
 @pytest.mark.parametrize(
     ("size", "device", "relative", "expected"),
     [
-        ((8, 8), "cpu", True, "reference"),
-        ((5, 13), "cpu", True, "tiled"),
-        ((5, 13), "cpu", False, "sdpa"),
-        ((8, 8), "cpu", False, "sdpa"),
+        ((8, 8), "cpu", True, "native"),
+        ((5, 13), "cpu", False, "native"),
         ((5, 13), "meta", True, "sdpa"),
         ((8, 8), "meta", True, "sdpa"),
     ],
 )
 def test_auto(size, device, relative, expected):
-    assert choose_backend(torch.empty(2, 3, *size, 4, device=device), relative=relative) == expected
+    q = torch.empty(2, 3, *size, 4, device=device)
+    assert choose_backend(q, relative=relative) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "relative", "expected"),
+    [
+        ((8, 8), True, "reference"),
+        ((5, 13), True, "tiled"),
+        ((5, 13), False, "sdpa"),
+        ((8, 8), False, "sdpa"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_auto_without_the_compiled_kernel(size, relative, expected, dtype, monkeypatch):
+    """It is for float32 and less, and may be lacking."""
+    if dtype == torch.float32:
+        error = native_build.UnavailableError("was not compiled")
+        monkeypatch.setattr(native_build, "load", lambda: error)
+    assert choose_backend(torch.empty(2, 3, *size, 4, dtype=dtype), relative=relative) == expected
 
 
 @pytest.mark.slow
@@ -225,7 +244,7 @@ def test_triton_is_not_imported_before_it_is_used():
     program = """
 import sys, torch
 from aaconv import AugmentedConv
-for backend in ("auto", "reference", "sdpa", "tiled", "flex"):
+for backend in ("auto", "reference", "sdpa", "tiled", "native", "flex"):
     layer = AugmentedConv(3, 8, 3, 4, 4, 2, (3, 5), True, backend=backend)
     if backend != "flex":
         layer(torch.randn(2, 3, 3, 5)).sum().backward()

@@ -1,0 +1,149 @@
+"""Attention on the CPU in one compiled kernel, forward and backward, see native.cpp.
+
+It holds a tile of logits for each thread, computes in float32, and returns the same bits whatever
+the number of threads.
+
+Letters: B batch, N heads, H x W map, D and E channels per head of queries/keys and of values.
+"""
+
+import ctypes
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+from aaconv.backends import native_build
+from aaconv.backends.precision import without_autocast
+
+# Numbered as in the kernel.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: bool) -> str | None:
+    """Why the kernel cannot be used, or None; see `aaconv.backends.Backend`.
+
+    Compiles it if that has not been done yet.
+    """
+    if device.type != "cpu":
+        return f"needs the CPU, not the device {device}"
+    if dtype not in DTYPES:
+        return f"needs float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    return _obstacle()
+
+
+@torch.compiler.assume_constant_result
+def _obstacle() -> str | None:
+    found = native_build.load()
+    return str(found) if isinstance(found, native_build.UnavailableError) else None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
+    """`aaconv.attention_2d` in one kernel. It cannot be differentiated twice."""
+    with without_autocast(q.device.type):
+        out, _ = _attend(q, k, v, rel_h, rel_w)
+        return out.to(v.dtype)
+
+
+# The schema is read from the annotations, of which Python's newer form is not understood.
+Table = Optional[Tensor]  # noqa: UP045
+
+
+@torch.library.custom_op("aaconv::native_attend", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Table, rel_w: Table) -> tuple[Tensor, Tensor]:
+    """The output, in float32, and of each query the logarithm of the sum of its weights."""
+    out, lse = _empty_outputs(q, k, v, rel_h, rel_w)
+    _call("aaconv_attend", (q, k, v), (rel_h, rel_w), (out, lse))
+    return out, lse
+
+
+@_attend.register_fake
+def _empty_outputs(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Table, rel_w: Table
+) -> tuple[Tensor, Tensor]:
+    return _empty_like(v), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op("aaconv::native_attend_backward", mutates_args=())
+def _attend_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Table,
+    rel_w: Table,
+    out: Tensor,
+    lse: Tensor,
+) -> list[Tensor]:
+    """Gradients of q, k, v and of the tables if there are any, in float32."""
+    # As `_attend` has made them; a compiler may have moved them.
+    out, lse = out.permute(0, 1, 4, 2, 3).contiguous(), lse.contiguous()
+    maps = [_empty_like(t) for t in (q, k, v)]
+    heads, channels = q.shape[0] * q.shape[1], q.shape[-1]
+    # Of each head by itself: their sum does not depend on the number of threads.
+    tables = [
+        q.new_empty(heads, channels, len(table), dtype=torch.float32)
+        for table in (rel_h, rel_w)
+        if table is not None
+    ]
+    _call("aaconv_attend_backward", (q, k, v, grad), (rel_h, rel_w), (out, lse, *maps, *tables))
+    return [*maps, *(table.sum(0).T.contiguous() for table in tables)]
+
+
+@_attend_backward.register_fake
+def _empty_gradients(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Table,
+    rel_w: Table,
+    out: Tensor,
+    lse: Tensor,
+) -> list[Tensor]:
+    tables = [
+        table.new_empty(table.shape, dtype=torch.float32)
+        for table in (rel_h, rel_w)
+        if table is not None
+    ]
+    return [*(_empty_like(t) for t in (q, k, v)), *tables]
+
+
+def _save(ctx: Any, inputs: tuple[Table, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    given = ctx.saved_tensors
+    gradients = _attend_backward(grad, *given)
+    dtypes = [t.dtype for t in given[:5] if t is not None]
+    gradients = [t.to(dtype) for t, dtype in zip(gradients, dtypes, strict=True)]
+    return (*gradients, *[None] * (5 - len(gradients)))
+
+
+_attend.register_autograd(_differentiate, setup_context=_save)
+
+
+def _empty_like(t: Tensor) -> Tensor:
+    """(B, N, H, W, channels), float32, the channels before the positions in memory."""
+    B, N, H, W, channels = t.shape
+    return t.new_empty(B, N, channels, H, W, dtype=torch.float32).permute(0, 1, 3, 4, 2)
+
+
+def _call(
+    function: str, maps: tuple[Tensor, ...], tables: tuple[Table, ...], rest: tuple[Tensor, ...]
+) -> None:
+    library = native_build.load()
+    if isinstance(library, native_build.UnavailableError):
+        raise RuntimeError(f"backend='native' {library}")
+    q, _, v = maps[:3]
+    numbers = [*q.shape, v.shape[-1], torch.get_num_threads()]
+    for t in maps:
+        numbers += [DTYPES.index(t.dtype), *t.stride()]
+    # Whatever has become of a parameter meanwhile, the kernel reads float32.
+    exact = [None if t is None else t.to(torch.float32).contiguous() for t in tables]
+    given = [*maps, *[None] * (4 - len(maps)), *exact, *rest]
+    addresses = [None if t is None else t.data_ptr() for t in given]
+    getattr(library, function)(
+        (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_long * len(numbers))(*numbers)
+    )

@@ -1,0 +1,396 @@
+"""The compiled kernel on the CPU: against the formula, and how it comes to be compiled."""
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from aaconv import AugmentedConv, attention_2d, functional
+from aaconv.backends import native, native_build
+
+import reference
+from helpers import ROOT, inputs, inputs_like, machine_lacks, slow, with_gradients
+
+# (H, W), heads, dkh, dvh, batch. Of 64 queries and keys at once; vectors of 16, or of 8.
+CASES = [
+    ((1, 1), 1, 1, 1, 2),
+    ((1, 67), 1, 2, 1, 1),
+    ((67, 1), 1, 1, 2, 1),
+    ((5, 3), 2, 3, 5, 2),
+    ((7, 11), 1, 20, 2, 1),
+    slow((13, 11), 1, 7, 3, 1),
+    slow((4, 4), 3, 64, 17, 2),
+]
+
+
+@pytest.fixture(autouse=True)
+def compiled():
+    if isinstance(native_build.load(), native_build.UnavailableError):
+        machine_lacks(f"the kernel {native_build.load()}")
+
+
+def by_kernel(*tensors):
+    return attention_2d(*tensors, backend="native")
+
+
+def single(tensors):
+    return inputs_like(tensors, torch.float32)
+
+
+def assert_close(got, expected, error):
+    """Within ``error`` of the largest value, or of 1: some gradients are sums that cancel."""
+    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.dtype == got[0].dtype
+        worst = (a.double() - b).abs().max().item()
+        assert worst <= error * max(1.0, b.abs().max().item()), index
+
+
+@pytest.mark.parametrize(("size", "heads", "dkh", "dvh", "batch"), CASES)
+@pytest.mark.parametrize("relative", [True, False])
+def test_equals_the_formula_with_gradients(size, heads, dkh, dvh, batch, relative):
+    tensors = inputs(size, heads, dkh, dvh, batch=batch)[: 5 if relative else 3]
+    expected = with_gradients(reference.attention, tensors)
+    assert_close(with_gradients(by_kernel, single(tensors)), expected, 5e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(17, 19), (32, 32), (9, 70)])
+def test_equals_the_formula_on_large_maps(size):
+    """Against the naive way in float64, which is checked pair by pair elsewhere."""
+    tensors = inputs(size, 2, 20, 3, batch=1)
+    expected = with_gradients(lambda *t: attention_2d(*t, backend="reference"), tensors)
+    assert_close(with_gradients(by_kernel, single(tensors)), expected, 5e-6)
+
+
+@pytest.mark.parametrize("dtype", native.DTYPES)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous", "every other", "expanded"])
+def test_strides_are_as_they_come(layout, dtype):
+    """Heads and channels as the layer splits them from one tensor, and views with gaps."""
+    tensors = inputs_like(inputs((3, 7), 2, 6, 4), dtype)
+    q, k, v, *tables = (t.detach() for t in tensors)
+    if layout == "every other":
+        views = [
+            t.repeat_interleave(2, -1).repeat_interleave(2, 2)[:, :, ::2, :, ::2] for t in (q, k, v)
+        ]
+    elif layout == "expanded":
+        views = [t[:1, :, :, :1].expand_as(t) for t in (q, k, v)]
+    else:
+        together = torch.cat([t.permute(0, 1, 4, 2, 3).flatten(1, 2) for t in (q, k, v)], dim=1)
+        kind = getattr(torch, layout if layout == "channels_last" else "contiguous_format")
+        parts = together.contiguous(memory_format=kind).split((12, 12, 8), dim=1)
+        views = [t.unflatten(1, (2, -1)).permute(0, 1, 3, 4, 2) for t in parts]
+    assert not any(t.is_contiguous() for t in views)
+    given = [t.requires_grad_() for t in (*views, *tables)]
+    expected = with_gradients(reference.attention, inputs_like(given, torch.float64))
+    # The kernel computes in float32; what half types lose is their own rounding of the result.
+    error = 5e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    assert_close(with_gradients(by_kernel, given), expected, error)
+
+
+def test_half_precision_has_all_its_numbers():
+    """Subnormal ones, the largest, and those that are none."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    for dtype in (torch.float16, torch.bfloat16):
+        value = bits.view(dtype)[:, None, None, None, None]  # as many images of one pixel
+        got = by_kernel(torch.zeros_like(value), torch.zeros_like(value), value)
+        assert torch.equal(got.isnan(), value.isnan())
+        assert torch.equal(got[~got.isnan()], value[~value.isnan()])
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 5), (2, 2, 0, 5), (2, 2, 3, 0)])
+def test_nothing_to_attend(shape):
+    q, k = torch.randn(2, *shape, 4).unbind()
+    v = torch.randn(*shape, 3, requires_grad=True)
+    out = by_kernel(q, k, v)
+    assert out.shape == (*shape, 3)
+    out.sum().backward()
+    assert v.grad.shape == v.shape
+
+
+def test_the_bits_do_not_depend_on_the_number_of_threads():
+    tensors = single(inputs((9, 13), 3, 8, 4))
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(with_gradients(by_kernel, tensors))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_large_logits_stay_finite():
+    tensors = single(inputs((5, 7), 2, 8, 4, scale=150.0))
+    logits = (tensors[0].flatten(2, 3) @ tensors[1].flatten(2, 3).mT).abs().max()
+    assert logits > 1e5
+    results = with_gradients(by_kernel, tensors)
+    exact = with_gradients(
+        lambda *t: attention_2d(*t, backend="reference"), inputs_like(tensors, torch.float64)
+    )
+    assert all(t.isfinite().all() for t in results)
+    assert_close(results[:1], exact[:1], 1e-2)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("index", range(3))
+def test_what_is_no_number_is_not_hidden(bad, index):
+    tensors = [t.detach() for t in single(inputs((5, 7), 1, 8, 4, batch=1))]
+    tensors[index][0, 0, 2, 3, 1] = bad
+    ours, plain = (attention_2d(*tensors, backend=backend) for backend in ("native", "reference"))
+    assert torch.equal(ours.isfinite(), plain.isfinite())
+    assert not ours.isfinite().all()
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_each_input_alone_has_its_gradient(index):
+    tensors = inputs((3, 5), 2, 6, 4)
+    expected = with_gradients(reference.attention, tensors)[index + 1]
+    low = [t.detach() for t in single(tensors)]
+    low[index].requires_grad_()
+    out = by_kernel(*low)
+    direction = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
+    assert_close(torch.autograd.grad(out, low[index], direction), [expected], 5e-6)
+
+
+def test_second_derivatives_are_refused():
+    tensors = single(inputs((1, 3), 1, 2, 2))
+    (gradient,) = torch.autograd.grad(by_kernel(*tensors).sum(), tensors[0], create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError), match="native_attend_backward"):
+        gradient.sum().backward()
+
+
+# torch 2.14's own opcheck reads .grad of tensors that are no leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [3, 5])
+def test_the_operations_pass_opcheck(count):
+    given = single(inputs((3, 2), 2, 6, 4))[:count]
+    given += [None] * (5 - count)
+    torch.library.opcheck(native._attend, given)
+    given = [None if t is None else t.detach() for t in given]
+    out, lse = native._attend(*given)
+    torch.library.opcheck(native._attend_backward, (torch.ones_like(out), *given, out, lse))
+
+
+# torch's own.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["aot_eager", "inductor"])
+def test_compiled_and_exported(kind):
+    layer = AugmentedConv(4, 8, 3, 6, 4, 2, (3, 5), True, backend="native")
+    x = torch.randn(2, 4, 3, 5, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend=kind)
+    wanted = [x, *layer.parameters()]
+    for a, b in zip(
+        (compiled(x), *torch.autograd.grad(compiled(x).square().sum(), wanted)),
+        (layer(x), *torch.autograd.grad(layer(x).square().sum(), wanted)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(layer, (x.detach(),), dynamic_shapes=({0: batch},))
+    other = torch.randn(7, 4, 3, 5)
+    torch.testing.assert_close(program.module()(other), layer(other))
+
+
+# ---- Compiling ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty folder for what is compiled, and the environment of the tests left alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native_build, "load", native_build.load.__wrapped__)
+    return tmp_path / "cache" / "aaconv"
+
+
+def kept(cache):
+    return sorted(path.name for path in cache.glob("*.so"))
+
+
+def programs(folder):
+    """What the folder has beside the lock: nothing half-written."""
+    return [path for path in folder.iterdir() if path.suffix != ".so" and path.name != "lock"]
+
+
+def fake_compiler(folder, script):
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.slow
+def test_it_is_compiled_once(cache, monkeypatch):
+    native_build.load()
+    (name,) = kept(cache)
+    assert re.fullmatch(r"native-[0-9a-f]{24}\.so", name)
+    before = (cache / name).stat()
+    assert before.st_mode & 0o777 == 0o700
+    assert cache.stat().st_mode & 0o777 == 0o700
+    native_build.load()
+    assert (cache / name).stat().st_mtime_ns == before.st_mtime_ns
+    assert not programs(cache)
+    monkeypatch.setattr(native_build, "FLAGS", (*native_build.FLAGS, "-DOTHER"))
+    native_build.load()
+    assert len(kept(cache)) == 2
+    monkeypatch.setattr(native_build, "_processor", lambda: ["another one"])
+    native_build.load()
+    assert len(kept(cache)) == 3
+
+
+@pytest.mark.slow
+def test_what_others_could_have_written_is_not_loaded(cache):
+    native_build.load()
+    (name,) = kept(cache)
+    (cache / name).write_text("not ours")
+    (cache / name).chmod(0o777)
+    library = native_build.load()
+    assert not isinstance(library, native_build.UnavailableError)
+    assert (cache / name).stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o777)
+    before = (cache / name).stat().st_mtime_ns
+    assert not isinstance(native_build.load(), native_build.UnavailableError)
+    assert (cache / name).stat().st_mtime_ns == before  # neither read nor replaced
+
+
+@pytest.mark.slow
+def test_without_a_folder_of_its_own_it_is_compiled_for_this_process(cache, tmp_path, monkeypatch):
+    cache.parent.write_text("a file where the folder would be")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(native_build.tempfile, "tempdir", None)
+    assert not isinstance(native_build.load(), native_build.UnavailableError)
+    assert list(tmp_path.iterdir()) == [cache.parent]
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (None, "needs a C++ compiler, and none of g++, c++, clang++ is in PATH"),
+        ("echo 'x.cpp:1: error: no such flag' >&2; exit 1", "x.cpp:1: error: no such flag"),
+        ("kill -9 $$", "was not compiled: signal 9 ended "),
+        ("sleep 60", "was not compiled within 0.1 s"),
+        ("exit 3", "exit code 3"),
+    ],
+)
+def test_without_a_compiler_there_is_another_backend_and_one_line(
+    script, words, cache, monkeypatch, tmp_path, caplog
+):
+    if script is None:
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+    else:
+        monkeypatch.setenv("CXX", fake_compiler(tmp_path, script))
+    monkeypatch.setattr(native_build, "BUILD_SECONDS", 0.1 if "within" in words else 60)
+    found = native_build.load()
+    assert words in str(found)
+    (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert words in record.message
+    monkeypatch.setattr(native_build, "load", lambda: found)
+    q = torch.randn(2, 3, 9, 8, 4)
+    table = [torch.randn(17, 4), torch.randn(15, 4)]
+    assert functional.choose_backend(q, relative=True) == "tiled"
+    assert attention_2d(q, q, q, *table).shape == q.shape
+    with pytest.raises(ValueError, match=re.escape(f"backend='native' {found}; use")):
+        attention_2d(q, q, q, backend="native")
+    with pytest.raises(RuntimeError, match=re.escape(f"backend='native' {found}")):
+        native._attend(q, q, q, None, None)  # as a program that was exported elsewhere
+    if cache.exists():
+        assert not kept(cache)
+        assert not programs(cache)
+
+
+def test_a_chosen_compiler_that_is_none(cache, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -v")
+    assert str(native_build.load()) == ("needs a C++ compiler, and CXX=no-such-compiler -v is none")
+
+
+@pytest.mark.slow
+def test_ten_processes_at_once_compile_it_once(cache, tmp_path):
+    """The compiler notes how often it is called: to compile and to link, once each."""
+    real = native_build._compiler()[0]
+    compiler = fake_compiler(tmp_path, f'echo called >> {tmp_path}/calls\nexec {real} "$@"')
+    program = "from aaconv.backends import native_build as b; print(type(b.load()).__name__)"
+    environment = os.environ | {"CXX": compiler, "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE
+        )
+        for _ in range(10)
+    ]
+    assert {p.communicate(timeout=240)[0] for p in processes} == {b"CDLL\n"}
+    assert (tmp_path / "calls").read_text().count("called") == 2
+    assert len(kept(cache)) == 1
+
+
+@pytest.mark.slow
+def test_shorter_vectors_compute_the_same(cache, monkeypatch):
+    """As on processors without AVX-512."""
+    flags = [flag for flag in native_build.FLAGS if flag != "-march=native"]
+    monkeypatch.setattr(native_build, "FLAGS", tuple(flags))
+    library = native_build.load()
+    monkeypatch.setattr(native_build, "load", lambda: library)
+    tensors = inputs((5, 13), 2, 7, 3)
+    expected = with_gradients(reference.attention, tensors)
+    assert_close(with_gradients(by_kernel, single(tensors)), expected, 5e-6)
+
+
+SANITIZED = """
+#include "{source}"
+#include <cstdio>
+int main() {{
+  const long shapes[][5] = {{{{1, 1, 1, 1, 1}}, {{2, 1, 37, 3, 2}}, {{1, 17, 5, 20, 2}},
+                             {{3, 4, 4, 8, 17}}, {{1, 19, 11, 7, 3}}}};
+  for (auto [N, H, W, D, E] : shapes)
+    for (bool relative : {{false, true}}) {{
+      const long L = H * W, B = 2;
+      std::vector<float> q(B * N * L * D, .5f), k = q, v(B * N * L * E, .25f), grad = v, out = v;
+      std::vector<float> lse(B * N * L), dq = q, dk = q, dv = v;
+      std::vector<float> rel_h((2 * H - 1) * D, .1f), rel_w((2 * W - 1) * D, .1f);
+      std::vector<float> drel_h(B * N * D * (2 * H - 1)), drel_w(B * N * D * (2 * W - 1));
+      std::vector<long> numbers = {{B, N, H, W, D, E, 2}};
+      for (long C : {{D, D, E, E}})
+        for (long n : {{0l, N * L * C, L * C, W, 1l, L}}) numbers.push_back(n);
+      float* none = nullptr;
+      void* data[] = {{q.data(), k.data(), v.data(), nullptr, relative ? rel_h.data() : none,
+                      relative ? rel_w.data() : none, out.data(), lse.data(), dq.data(),
+                      dk.data(), dv.data(), drel_h.data(), drel_w.data()}};
+      aaconv_attend(data, numbers.data());
+      data[3] = grad.data();
+      aaconv_attend_backward(data, numbers.data());
+      for (float x : out)
+        if (std::abs(x - .25f) > 1e-5f) return 1;
+    }}
+  std::puts("clean");
+}}
+"""
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path):
+    """No access out of bounds and no undefined behaviour, for vectors of both lengths."""
+    main = tmp_path / "main.cpp"
+    main.write_text(SANITIZED.format(source=native_build.SOURCE))
+    compiler = native_build._compiler()
+    for extra in (["-march=native"], []):
+        flags = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", *extra]
+        command = [*compiler, *flags, "-fno-sanitize-recover=all", str(main), "-o"]
+        program = tmp_path / "program"
+        subprocess.run([*command, str(program)], check=True, capture_output=True)
+        environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+        said = subprocess.run([program], env=environment, capture_output=True, text=True)
+        assert (said.returncode, said.stdout) == (0, "clean\n"), said.stderr[:2000]
+
+
+def test_the_source_is_part_of_the_package():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    files = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    source = Path(native_build.SOURCE).relative_to(ROOT / "aaconv")
+    assert str(source) in files["package-data"]["aaconv"]
