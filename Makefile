@@ -3,8 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 
-# Two test processes: the machines of CI have two cores.
-PYTEST := $(BIN)/python -m pytest -n 2
+# One more than the cores of CI: some tests mostly wait, for wandb or for Slurm.
+PYTEST := $(BIN)/python -m pytest -n 3
 
 .PHONY: compare test test-fast lint install clean
 
