@@ -10,8 +10,11 @@ from aaconv import backends
 
 BACKENDS = ("auto", *backends.NAMES)
 
-# Former names and what they are called now.
-_RENAMED = {"fold": "sdpa"}
+# Former names and what to use now.
+_FORMER = {
+    "fold": "is called 'sdpa' now; use backend='sdpa'",
+    "flex": "is gone; use backend='auto'",
+}
 
 
 def attention_2d(
@@ -46,8 +49,6 @@ def attention_2d(
             CPU and a C++ compiler, and computes in float32.
             ``"fused"`` adds the position bias inside the project's Triton kernels, which hold no
             logits; it needs a GPU (and cannot be differentiated twice either).
-            ``"flex"`` has PyTorch's FlexAttention add the position bias: compiled on a GPU; on
-            the CPU without gradients and with all logits in memory.
             ``"auto"`` is the fastest one measured, see `choose_backend`.
 
     Returns:
@@ -77,9 +78,8 @@ def check_backend(
 
 def check_backend_name(backend: str) -> None:
     """Raise ValueError, in one line, unless ``backend`` is one of BACKENDS."""
-    if backend in _RENAMED:
-        name = _RENAMED[backend]
-        raise ValueError(f"backend={backend!r} is called {name!r} now; use backend={name!r}")
+    if backend in _FORMER:
+        raise ValueError(f"backend={backend!r} {_FORMER[backend]}")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
 

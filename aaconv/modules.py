@@ -67,7 +67,7 @@ class AugmentedConv(nn.Module):
         bias: whether the three convolutions have a bias.
         qkv_kernel_size: kernel of the convolution that gives q, k and v; 1 in the paper.
         backend: how attention is computed: ``"auto"``, ``"reference"``, ``"sdpa"``, ``"tiled"``,
-            ``"native"``, ``"fused"`` or ``"flex"``, see `attention_2d`.
+            ``"native"`` or ``"fused"``, see `attention_2d`.
 
     Raises:
         ValueError: the arguments contradict each other; the message names their values. In

@@ -125,8 +125,8 @@ class AugmentedConvConfig:
     position: str = MISSING
     # Stages to augment, counted from 1, at least one of them.
     stages: list[int] = MISSING
-    # Implementation of attention: auto (the fastest measured), reference, sdpa, tiled, native,
-    # fused or flex; see aaconv.attention_2d. All compute the same, up to rounding.
+    # Implementation of attention: auto (the fastest measured), reference, sdpa, tiled, native
+    # or fused; see aaconv.attention_2d. All compute the same, up to rounding.
     backend: str = MISSING
 
 
@@ -298,8 +298,8 @@ class Config:
     # Device to train on: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:1, or
     # another accelerator that torch finds (mps, xpu: in float32, not tried).
     device: str = MISSING
-    # Precision of convolutions and matrix products: auto (bf16 on a CUDA GPU that has it, else fp16
-    # there; fp32 on other devices), fp32 (TF32 on a CUDA GPU), bf16 or fp16.
+    # Precision of convolutions and matrix products: auto (bf16 on a CPU or CUDA GPU with units for
+    # it; else fp16 on a CUDA GPU, fp32 on other devices), fp32 (TF32 on a CUDA GPU), bf16 or fp16.
     precision: Precision = MISSING
     # Whether to store feature maps with the channels last, which is faster on most devices.
     channels_last: bool = MISSING

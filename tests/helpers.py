@@ -26,6 +26,7 @@ TINY = [
     "model.stem=4",
     "model.aa={stages:[2,3],dk:0.5,dv:0.25,Nh:4,min_dkh:8}",
     "tracking=csv",
+    "precision=fp32",  # whatever the processor has
 ]
 
 # What may differ between two runs of the same settings.

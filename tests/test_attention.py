@@ -148,14 +148,8 @@ def test_wrong_arguments_are_named(change, words):
         ("fused", "cpu", torch.bfloat16, "needs a CUDA GPU, not the device cpu"),
         ("fused", "meta", torch.float16, "needs a CUDA GPU, not the device meta"),
         ("fused", "cuda", torch.float32, "needs a GPU of compute capability 8.0, not 7.5"),
-        (
-            "flex",
-            "cpu",
-            torch.float32,
-            "needs a GPU for gradients (on the CPU FlexAttention has none)",
-        ),
-        ("flex", "meta", torch.float32, "needs the CPU or a CUDA GPU, not the device meta"),
-        ("flex", "cuda", torch.float64, "needs float32 or less, not float64, on a GPU"),
+        ("native", "meta", torch.float32, "needs the CPU, not the device meta"),
+        ("native", "cpu", torch.float64, "needs float32, bfloat16 or float16, not float64"),
     ],
 )
 def test_why_a_backend_is_unavailable(backend, device, dtype, reason, monkeypatch):
@@ -171,24 +165,20 @@ def test_why_a_backend_is_unavailable(backend, device, dtype, reason, monkeypatc
         check_backend(backend, device, dtype, needs_grad=True)
 
 
-@pytest.mark.parametrize("backend", ["fused", "flex"])
-def test_backends_without_triton(backend, monkeypatch):
-    monkeypatch.setattr(f"aaconv.backends.{backend}.HAS_TRITON", False)
-    cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert (
-        unavailable_reason(backend, cuda, torch.float32, needs_grad=True)
-        == "needs the package triton"
-    )
+def test_fused_without_triton(monkeypatch):
+    monkeypatch.setattr("aaconv.backends.fused.HAS_TRITON", False)
+    cuda = torch.device("cuda")
+    reason = unavailable_reason("fused", cuda, torch.float32, needs_grad=True)
+    assert reason == "needs the package triton"
     tensors = inputs((1, 2), 1, 2, 2)
-    with pytest.raises(ValueError, match=f"backend='{backend}' needs .*; use backend='auto'"):
-        attention_2d(*tensors, backend=backend)
-    assert unavailable_reason("flex", cpu, torch.float32, needs_grad=False) is None
+    with pytest.raises(ValueError, match=r"backend='fused' needs .*; use backend='auto'"):
+        attention_2d(*tensors, backend="fused")
     for other in ("auto", "reference", "sdpa", "tiled"):
         assert unavailable_reason(other, cuda, torch.float16, needs_grad=True) is None
 
 
 def test_backends_are_named_once():
-    assert BACKENDS == ("auto", "reference", "sdpa", "tiled", "native", "fused", "flex")
+    assert BACKENDS == ("auto", "reference", "sdpa", "tiled", "native", "fused")
     assert tuple(backends.MODULES) == BACKENDS[1:]
 
 
@@ -200,10 +190,16 @@ def test_every_backend_has_the_same_two_functions(name):
         assert list(signature.parameters.values()) == expected
 
 
-def test_the_former_name_of_a_backend_is_answered_with_the_new_one():
-    words = "backend='fold' is called 'sdpa' now; use backend='sdpa'"
+@pytest.mark.parametrize(
+    ("backend", "words"),
+    [
+        ("fold", "backend='fold' is called 'sdpa' now; use backend='sdpa'"),
+        ("flex", "backend='flex' is gone; use backend='auto'"),
+    ],
+)
+def test_the_former_name_of_a_backend_is_answered_with_what_to_use(backend, words):
     with pytest.raises(ValueError, match=f"^{words}$"):
-        attention_2d(*inputs((1, 2), 1, 2, 2), backend="fold")
+        attention_2d(*inputs((1, 2), 1, 2, 2), backend=backend)
 
 
 @pytest.mark.parametrize(
@@ -244,10 +240,9 @@ def test_triton_is_not_imported_before_it_is_used():
     program = """
 import sys, torch
 from aaconv import AugmentedConv
-for backend in ("auto", "reference", "sdpa", "tiled", "native", "flex"):
+for backend in ("auto", "reference", "sdpa", "tiled", "native"):
     layer = AugmentedConv(3, 8, 3, 4, 4, 2, (3, 5), True, backend=backend)
-    if backend != "flex":
-        layer(torch.randn(2, 3, 3, 5)).sum().backward()
+    layer(torch.randn(2, 3, 3, 5)).sum().backward()
 assert "triton" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -33,7 +33,7 @@ def test_pad_and_reshape_is_the_same_layer():
 
 def test_bench_layer(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench_layer, "peak", lambda method, *_: 7.0 + len(method))
-    reasons = {"fused": "needs a CUDA GPU", "flex": "needs gradients"}
+    reasons = {"fused": "needs a CUDA GPU", "native": "needs a compiler"}
     monkeypatch.setattr(bench_layer, "unavailable_reason", lambda name, *_, **__: reasons.get(name))
     sizes = ("--channels", 12, "--dk", 6, "--dv", 4, "--Nh", 2, "--rounds", 2)
     go(bench_layer, monkeypatch, "--sizes", 3, 5, "--batches", 1, *sizes, "--out", tmp_path)
@@ -46,7 +46,7 @@ def test_bench_layer(monkeypatch, tmp_path, capsys):
     assert all(len(r[k]) == 2 for r in timed for k in ("forward_ms", "both_ms"))
     written = (tmp_path / "bench_layer.md").read_text()
     assert "| 5x5 | 1 | float32 | fused | needs a CUDA GPU |" in written
-    assert "| 5x5 | 1 | float32 | flex | needs gradients |" in written
+    assert "| 5x5 | 1 | float32 | native | needs a compiler |" in written
     assert written.strip() in capsys.readouterr().out
     assert f"| {(7 + len('tiled')) / (7 + len('pad and reshape')):.2f} |" in written
 
@@ -56,7 +56,6 @@ def test_a_method_that_does_not_fit_is_listed_without_times(monkeypatch):
     monkeypatch.setattr(bench_layer, "_fits", lambda method, *_: method != "pad and reshape")
     case = {"size": 3, "batch": 1, "dtype": "float32", "channels": 12, "dk": 6, "dv": 4, "Nh": 2}
     rows = bench_layer.measure(case, torch.device("cpu"), 1)
-    assert "| flex | needs a GPU for gradients (on the CPU" in bench_layer.table(rows)
     assert "| pad and reshape | does not fit into memory |" in bench_layer.table(rows)
     huge = case | {"size": 512, "batch": 64, "Nh": 8}
     monkeypatch.undo()

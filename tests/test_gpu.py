@@ -14,8 +14,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),  # the compiler's advice
 ]
 
+ON_GPU = [b for b in BACKENDS if b != "native"]
 # The kernels have no products of float64.
-IN_DOUBLE = [b for b in BACKENDS if b not in ("fused", "flex")]
+IN_DOUBLE = [b for b in ON_GPU if b != "fused"]
 
 
 def on_gpu(tensors, dtype):
@@ -32,7 +33,7 @@ def test_equals_the_reference_in_double(backend, size):
         torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_GPU)
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 13), (2, 67), (32, 32)])
 @pytest.mark.parametrize(("dkh", "dvh"), [(1, 1), (20, 2), (64, 8)])
 def test_single_precision(backend, size, dkh, dvh):
@@ -45,7 +46,7 @@ def test_single_precision(backend, size, dkh, dvh):
         assert (a.double() - b).abs().max() < 1e-4 * max(1.0, b.abs().max().item())
 
 
-@pytest.mark.parametrize("backend", ["fused", "flex"])
+@pytest.mark.parametrize("backend", ["fused"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_errs_no_more_than_the_formula(backend, dtype):
     """Output within 2x, gradients within 3x of what the formula errs when computed in it."""
@@ -58,7 +59,7 @@ def test_half_precision_errs_no_more_than_the_formula(backend, dtype):
         assert error <= (2 if index == 0 else 3) * allowed + 1e-6, index
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_large_logits_in_fp16_stay_finite(backend):
     tensors = on_gpu(inputs((3, 5), 2, 8, 4, torch.float32, scale=300.0), torch.float16)
     tensors = [t.detach() * (300 if i > 2 else 1) for i, t in enumerate(tensors)]
@@ -69,7 +70,7 @@ def test_large_logits_in_fp16_stay_finite(backend):
     assert all(g.isfinite().all() for g in gradients)
 
 
-@pytest.mark.parametrize("backend", ["fused", "flex"])
+@pytest.mark.parametrize("backend", ["fused"])
 def test_memory_grows_with_the_map_not_with_its_square(backend):
     def peak(size):
         tensors = on_gpu(inputs((size, size), 8, 20, 2), torch.bfloat16)
@@ -85,7 +86,7 @@ def test_memory_grows_with_the_map_not_with_its_square(backend):
     assert peak(64) < 2 * 8 * 64**4 * 2 / 2  # half of all logits in bf16
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_GPU)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_on_a_full_map(backend, dtype):
     double = on_gpu(inputs((32, 32), 8, 20, 2), torch.float64)
@@ -98,7 +99,7 @@ def test_half_precision_on_a_full_map(backend, dtype):
         assert (a.double() - b).abs().max() < 0.05 * b.abs().max()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ON_GPU)
 def test_layer_trains_under_autocast_in_channels_last(backend):
     layer = AugmentedConv(16, 32, 3, 40, 8, 4, 16, True, 2, backend=backend).cuda()
     layer = layer.to(memory_format=torch.channels_last)
@@ -111,7 +112,7 @@ def test_layer_trains_under_autocast_in_channels_last(backend):
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 
 
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b != "tiled"])
+@pytest.mark.parametrize("backend", [b for b in ON_GPU if b != "tiled"])
 def test_layer_compiles(backend):
     layer = AugmentedConv(16, 32, 3, 40, 8, 4, 16, True, 2, backend=backend).cuda()
     compiled = torch.compile(layer)

@@ -173,10 +173,13 @@ def test_second_derivatives_are_refused():
 def test_the_operations_pass_opcheck(count):
     given = single(inputs((3, 2), 2, 6, 4))[:count]
     given += [None] * (5 - count)
-    torch.library.opcheck(native._attend, given)
+    torch.library.opcheck(torch.ops.aaconv.native_attend.default, given)
     given = [None if t is None else t.detach() for t in given]
-    out, lse = native._attend(*given)
-    torch.library.opcheck(native._attend_backward, (torch.ones_like(out), *given, out, lse))
+    out, lse = torch.ops.aaconv.native_attend(*given)
+    torch.library.opcheck(
+        torch.ops.aaconv.native_attend_backward.default,
+        (torch.ones_like(out), *given, out, lse),
+    )
 
 
 # torch's own.
@@ -301,7 +304,8 @@ def test_without_a_compiler_there_is_another_backend_and_one_line(
     with pytest.raises(ValueError, match=re.escape(f"backend='native' {found}; use")):
         attention_2d(q, q, q, backend="native")
     with pytest.raises(RuntimeError, match=re.escape(f"backend='native' {found}")):
-        native._attend(q, q, q, None, None)  # as a program that was exported elsewhere
+        # As a program does that was exported elsewhere.
+        torch.ops.aaconv.native_attend(q, q, q, None, None)
     if cache.exists():
         assert not kept(cache)
         assert not programs(cache)

@@ -525,6 +525,7 @@ def test_another_precision_is_refused_with_the_override_that_continues(
     run, settings, tmp_path, monkeypatch, here, there, word
 ):
     """`auto` may stand for something else on another machine."""
+    monkeypatch.setattr("training.device.cpu_has_bf16", lambda: False)
     folder = tmp_path / "run, odd='x'"
     base = [*TINY, f"precision={there}"]
     with pytest.raises(SystemExit):

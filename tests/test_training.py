@@ -91,9 +91,12 @@ def test_evaluate_counts_every_image_once_and_leaves_no_gradient():
 # ---- device -------------------------------------------------------------------------------------
 
 
-def test_auto_on_the_cpu():
+@pytest.mark.parametrize("units", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", None])
+def test_auto_on_the_cpu(monkeypatch, units):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == units, raising=False)
     device = choose_device("cpu")
-    assert choose_dtype("auto", device) == torch.float32
+    assert choose_dtype("auto", device) == (torch.bfloat16 if units else torch.float32)
     assert choose_dtype("bf16", device) == torch.bfloat16
     assert choose_dtype("fp16", device) == torch.float16
     assert peak_memory_mib(device) > 10

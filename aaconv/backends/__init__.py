@@ -9,7 +9,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 
-NAMES = ("reference", "sdpa", "tiled", "native", "fused", "flex")
+NAMES = ("reference", "sdpa", "tiled", "native", "fused")
 
 
 class Backend(Protocol):

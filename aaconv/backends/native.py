@@ -7,7 +7,7 @@ Letters: B batch, N heads, H x W map, D and E channels per head of queries/keys 
 """
 
 import ctypes
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,24 +31,33 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: 
     return _obstacle()
 
 
-@torch.compiler.assume_constant_result
 def _obstacle() -> str | None:
     found = native_build.load()
     return str(found) if isinstance(found, native_build.UnavailableError) else None
 
 
+# What torch.compiler.assume_constant_result does: a compiler calls the function and does not look
+# into it. That one would import the compiler, and with it triton, for everybody.
+_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
     """`aaconv.attention_2d` in one kernel. It cannot be differentiated twice."""
     with without_autocast(q.device.type):
-        out, _ = _attend(q, k, v, rel_h, rel_w)
+        out, _ = torch.ops.aaconv.native_attend(q, k, v, rel_h, rel_w)
         return out.to(v.dtype)
 
 
-# The schema is read from the annotations, of which Python's newer form is not understood.
-Table = Optional[Tensor]  # noqa: UP045
+Table = Tensor | None
+
+# Not by torch.library.custom_op, which imports the compiler, and with it triton, at the first call.
+_FORWARD, _BACKWARD = "aaconv::native_attend", "aaconv::native_attend_backward"
+_GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? rel_h, Tensor? rel_w"
+torch.library.define(_FORWARD, f"({_GIVEN}) -> (Tensor out, Tensor lse)")
+torch.library.define(_BACKWARD, f"(Tensor grad, {_GIVEN}, Tensor out, Tensor lse) -> Tensor[]")
 
 
-@torch.library.custom_op("aaconv::native_attend", mutates_args=())
+@torch.library.impl(_FORWARD, "CPU")
 def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Table, rel_w: Table) -> tuple[Tensor, Tensor]:
     """The output, in float32, and of each query the logarithm of the sum of its weights."""
     out, lse = _empty_outputs(q, k, v, rel_h, rel_w)
@@ -56,14 +65,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Table, rel_w: Table) -> tupl
     return out, lse
 
 
-@_attend.register_fake
+@torch.library.register_fake(_FORWARD)
 def _empty_outputs(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Table, rel_w: Table
 ) -> tuple[Tensor, Tensor]:
     return _empty_like(v), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("aaconv::native_attend_backward", mutates_args=())
+@torch.library.impl(_BACKWARD, "CPU")
 def _attend_backward(
     grad: Tensor,
     q: Tensor,
@@ -89,7 +98,7 @@ def _attend_backward(
     return [*maps, *(table.sum(0).T.contiguous() for table in tables)]
 
 
-@_attend_backward.register_fake
+@torch.library.register_fake(_BACKWARD)
 def _empty_gradients(
     grad: Tensor,
     q: Tensor,
@@ -115,13 +124,18 @@ def _save(ctx: Any, inputs: tuple[Table, ...], output: tuple[Tensor, Tensor]) ->
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     given = ctx.saved_tensors
-    gradients = _attend_backward(grad, *given)
+    gradients = torch.ops.aaconv.native_attend_backward(grad, *given)
     dtypes = [t.dtype for t in given[:5] if t is not None]
     gradients = [t.to(dtype) for t, dtype in zip(gradients, dtypes, strict=True)]
     return (*gradients, *[None] * (5 - len(gradients)))
 
 
-_attend.register_autograd(_differentiate, setup_context=_save)
+def _refuse(ctx: Any, *_: Any) -> None:
+    raise NotImplementedError(f"{_BACKWARD} cannot be differentiated")
+
+
+torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save)
+torch.library.register_autograd(_BACKWARD, _refuse)
 
 
 def _empty_like(t: Tensor) -> Tensor:
