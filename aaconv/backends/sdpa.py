@@ -2,7 +2,9 @@
 
 Its flash kernels keep no logits and take no bias of their own, so the position bias goes into the
 inner product of query and key, as extra channels:
-``[q, row_bias, col_bias] . [k, onehot(row), onehot(column)]`` is the whole logit.
+``[q, row_bias, col_bias] . [k, onehot(row), onehot(column)]`` is the whole logit. Half types round
+the bias so far that large logits would be wrong; there each term has two channels, one for what the
+rounding of the first has left.
 
 Letters: B batch, N heads, H x W map, D and E channels per head of queries/keys and of values.
 """
@@ -12,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aaconv.backends.position_bias import position_bias
+from aaconv.backends.precision import without_autocast
 
-# The extra channels have the dtype of the queries. They are smaller by this factor, a power of two
-# and so without rounding, until they are part of a logit in float32: 65504, the largest number of
-# fp16, then stands for a logit of four million.
+# The extra channels are smaller by this factor, a power of two and so without rounding, and the
+# ones larger: 65504, the largest number of fp16, then stands for a logit of four million.
 _HEADROOM = 64.0
 
 
@@ -26,16 +28,48 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
     """`aaconv.attention_2d` in one call of scaled_dot_product_attention."""
-    B, N, H, W, D = q.shape
-    E = v.shape[-1]
-    q = q * (D**-0.5 / _HEADROOM)
-    if rel_h is not None and rel_w is not None:
-        q = torch.cat((q, position_bias(q, rel_h, 2), position_bias(q, rel_w, 3)), dim=-1)
-        row = torch.eye(H, dtype=k.dtype, device=k.device)[:, None, :].expand(B, N, H, W, H)
-        column = torch.eye(W, dtype=k.dtype, device=k.device).expand(B, N, H, W, W)
-        k = torch.cat((k, row, column), dim=-1)
-    # The flash kernels need queries, keys and values of one width.
-    width = max(q.shape[-1], E)
-    q, k, v = (F.pad(t, (0, width - t.shape[-1])).flatten(2, 3) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, scale=_HEADROOM)
-    return out[..., :E].unflatten(2, (H, W))
+    H, W, D = q.shape[2:]
+    E, given = v.shape[-1], v.dtype
+    dtype = _autocast_dtype(q)
+    with without_autocast(q.device.type):
+        queries, keys, values = (t.to(dtype) for t in (q, k, v))
+        if rel_h is not None and rel_w is not None:
+            # The keys' ones have no gradient, and so the terms none through them.
+            terms = [*_terms(q, rel_h, 2, dtype), *_terms(q, rel_w, 3, dtype)]
+            queries = torch.cat((queries, *terms), dim=-1)
+            row = torch.eye(H, dtype=dtype, device=k.device)[:, None, :].expand(*k.shape[:-1], H)
+            column = torch.eye(W, dtype=dtype, device=k.device).expand(*k.shape[:-1], W)
+            each = len(terms) // 2
+            keys = torch.cat((keys, *[_HEADROOM * row] * each, *[_HEADROOM * column] * each), -1)
+        # The flash kernels need queries, keys and values of one width, which on a GPU is a
+        # multiple of 8 in half precision.
+        width = max(queries.shape[-1], E)
+        width = width if dtype.itemsize > 2 else -(-width // 8) * 8
+        queries, keys, values = (_widened(t, width).flatten(2, 3) for t in (queries, keys, values))
+        out = F.scaled_dot_product_attention(queries, keys, values, scale=D**-0.5)
+    return out[..., :E].unflatten(2, (H, W)).to(given if dtype == q.dtype else dtype)
+
+
+def _autocast_dtype(q: Tensor) -> torch.dtype:
+    """What scaled_dot_product_attention would compute in."""
+    kind = q.device.type
+    if q.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+        return q.dtype
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else q.dtype
+
+
+def _terms(q: Tensor, table: Tensor, axis: int, dtype: torch.dtype) -> list[Tensor]:
+    """The position bias over _HEADROOM; with what its rounding has left, where that matters."""
+    exact = torch.promote_types(dtype, torch.float32)
+    bias = position_bias(q.to(exact), table, axis) / _HEADROOM
+    rounded = bias.to(dtype)
+    if dtype == exact:
+        return [rounded]
+    return [rounded, (bias - rounded).detach().to(dtype)]
+
+
+def _widened(t: Tensor, width: int) -> Tensor:
+    """With zeros up to so many channels, which lie side by side in memory."""
+    if t.shape[-1] < width:
+        return F.pad(t, (0, width - t.shape[-1]))
+    return t if t.stride(-1) == 1 else t.contiguous()
