@@ -194,6 +194,9 @@ def build(
         shard=(world.rank, world.size),
         micro_batches=cfg.grad_accum,
     )
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    if cfg.compile:  # a compiled network tries no backend
+        try_backends(model, dataset, autocast)
     optimizer = instantiate(cfg.optim, _convert_="all")(model.parameters())
     ema_model = None
     if cfg.ema is not None:
@@ -212,10 +215,18 @@ def build(
         ema_model=ema_model,
         optimizer=optimizer,
         schedule=instantiate(cfg.schedule)(optimizer, cfg.epochs * len(batches)),
-        autocast=torch.autocast(device.type, dtype, enabled=dtype != torch.float32),
+        autocast=autocast,
         # Only fp16 has too little range for gradients.
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
+
+
+def try_backends(model: nn.Module, dataset: Dataset, autocast: torch.autocast) -> None:
+    """One image through ``model``, which stays as it is: attention tries its backend."""
+    images, _ = next(iter(evaluation_batches(dataset.evaluation, 1, dataset.mean, dataset.std)))
+    with torch.no_grad(), autocast:
+        model.eval()(images)
+    model.train()
 
 
 def begin(

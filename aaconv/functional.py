@@ -6,7 +6,7 @@ This module checks the arguments and chooses the backend; `aaconv.backends` comp
 import torch
 from torch import Tensor
 
-from aaconv import backends
+from aaconv import backends, trial
 
 BACKENDS = ("auto", *backends.NAMES)
 
@@ -59,9 +59,12 @@ def attention_2d(
             these tensors, see `unavailable_reason`.
     """
     _check_shapes(q, k, v, rel_h, rel_w)
+    given = (q, k, v) if rel_h is None or rel_w is None else (q, k, v, rel_h, rel_w)
     if backend == "auto":
         backend = choose_backend(q, relative=rel_h is not None)
-    given = (q, k, v) if rel_h is None or rel_w is None else (q, k, v, rel_h, rel_w)
+        # Never inside a compiled graph.
+        if backend == "fused" and not torch.compiler.is_compiling():
+            backend = "fused" if trial.passes("fused", given) else "sdpa"
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     check_backend(backend, q.device, q.dtype, needs_grad=needs_grad)
     return backends.MODULES[backend].attend(q, k, v, rel_h, rel_w)
@@ -109,11 +112,17 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
 
     On the CPU it is "native" where it can be compiled, which was the fastest on all maps and
     channels measured; docs/benchmarks.md has the table. Elsewhere on the CPU, forward and backward,
-    "tiled" takes half of the time of "sdpa" on 32x32 maps, and on 8x8 the simplest is as fast. On
-    other devices it is "sdpa": no backend has been measured on a GPU yet. A program for export,
-    which may run where nothing can be compiled, has "sdpa" too.
+    "tiled" takes half of the time of "sdpa" on 32x32 maps, and on 8x8 the simplest is as fast.
+
+    On a GPU of compute capability 8.0 it is "fused", by the count of its instructions: no backend
+    has been timed on a GPU yet. `attention_2d` tries it first, see `aaconv.trial`. On other devices
+    it is "sdpa", and so it is in a program for export, which may run where nothing can be compiled.
     """
-    if q.device.type != "cpu" or torch.compiler.is_exporting():
+    if torch.compiler.is_exporting():
+        return "sdpa"
+    if q.device.type == "cuda" and relative and not trial.any_failed:
+        return "sdpa" if _why_not_fused(q.device, q.dtype) else "fused"
+    if q.device.type != "cpu":
         return "sdpa"
     if unavailable_reason("native", q.device, q.dtype, needs_grad=True) is None:
         return "native"
@@ -121,6 +130,14 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
     if not relative or torch.compiler.is_compiling():
         return "sdpa"
     return "tiled" if q.shape[2] * q.shape[3] > 64 else "reference"
+
+
+def _why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
+    return unavailable_reason("fused", device, dtype, needs_grad=True)
+
+
+# A compiler calls it and does not look into it, as with torch.compiler.assume_constant_result.
+_why_not_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_shapes(

@@ -1,0 +1,77 @@
+"""A backend that `auto` chooses on a GPU is tried on one image first, for each shape.
+
+The fused kernels were written without a GPU at hand. Where they do not compile, or compute
+something else than the formula, `auto` says so once and takes another backend.
+"""
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from aaconv import backends
+from aaconv.backends.precision import without_autocast
+
+log = logging.getLogger(__name__)
+
+# How much more than the formula in the same precision a backend may err: the output, gradients.
+ALLOWED = (3.0, 4.0)
+
+# What came of it, by everything that it may depend on but the batch.
+_passed: dict[tuple[object, ...], bool] = {}
+any_failed = False
+
+
+def passes(backend: str, given: Sequence[Tensor]) -> bool:
+    """Whether ``backend`` has computed one image of ``given`` right; tried at the first call.
+
+    ``given`` are q, k and v as for `aaconv.attention_2d`, and both tables or none. Another device,
+    dtype or map is another trial. After one has failed `auto` does not choose the backend again.
+    """
+    q = given[0]
+    if q.shape[0] == 0:
+        return True
+    shapes = tuple(tuple(t.shape[1:]) for t in given)
+    key = (backend, q.device, q.dtype, shapes, q.stride(-1) == 1)
+    if key not in _passed:
+        why = obstacle(backend, given)
+        _passed[key] = why is None
+        if why is not None:
+            global any_failed
+            any_failed = True
+            log.warning("attention by backend %s: %s; 'sdpa' is used instead", backend, why)
+    return _passed[key]
+
+
+def obstacle(backend: str, given: Sequence[Tensor]) -> str | None:
+    """What ``backend`` does wrong on the first image of ``given``, in words, or None.
+
+    Output and gradients may err by ALLOWED times what the formula errs by in the same precision.
+    """
+    given = [t.detach()[:1] if t.dim() == 5 else t.detach() for t in given]
+    try:
+        with torch.enable_grad(), without_autocast(given[0].device.type):
+            got = _results(backend, given)
+            own = _results("tiled", given)
+            exact = _results("tiled", [t.double() for t in given])
+    except Exception as raised:  # a compiler's or a driver's, of any type
+        said = str(raised).strip().splitlines()
+        return f"{type(raised).__name__}{': ' + said[0] if said else ''}"
+    for index, (a, b, e) in enumerate(zip(got, own, exact, strict=True)):
+        size = e.abs().max()
+        error, errs = ((t.double() - e).abs().max() for t in (a, b))
+        if not error <= ALLOWED[index > 0] * errs + 1e-6 * size:
+            what = "the output" if index == 0 else "a gradient"
+            return f"{what} is off by {error:.2g}, by the formula in the same precision {errs:.2g}"
+    return None
+
+
+def _results(backend: str, given: Sequence[Tensor]) -> list[Tensor]:
+    """The output and the gradients of everything given."""
+    leaves = [t.clone().requires_grad_() for t in given]
+    tables = leaves[3:] or (None, None)
+    out = backends.MODULES[backend].attend(*leaves[:3], *tables)
+    direction = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64)
+    gradients = torch.autograd.grad(out, leaves, direction.reshape(out.shape).to(out.dtype))
+    return [out.detach(), *gradients]

@@ -1,0 +1,135 @@
+"""The trial of a backend: what passes, what fails, and what `auto` does then."""
+
+import logging
+
+import pytest
+import torch
+
+from aaconv import attention_2d, backends, functional, trial
+
+from helpers import inputs, inputs_like, with_gradients
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No trial yet, and `auto` means fused as on a GPU."""
+    monkeypatch.setattr(trial, "_passed", {})
+    monkeypatch.setattr(trial, "any_failed", False)
+
+    def choose(q, *, relative):
+        return "fused" if relative and not trial.any_failed else "sdpa"
+
+    monkeypatch.setattr(functional, "choose_backend", choose)
+    monkeypatch.setattr(functional, "check_backend", lambda *_, **__: None)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each backend has run; `replace` puts something else in the place of fused."""
+    counts = {}
+
+    def count(name, attend):
+        def counted(*tensors):
+            counts[name] = counts.get(name, 0) + 1
+            return attend(*tensors)
+
+        monkeypatch.setattr(backends.MODULES[name], "attend", counted)
+
+    for name in ("sdpa", "reference", "tiled"):
+        count(name, backends.MODULES[name].attend)
+    counts["replace"] = lambda attend: count("fused", attend)
+    counts["replace"](backends.MODULES["reference"].attend)
+    return counts
+
+
+def low(size=(3, 5), dtype=torch.bfloat16, **more):
+    return inputs_like(inputs(size, 2, 8, 4, **more), dtype)
+
+
+def test_a_right_one_is_tried_once_for_each_map_and_dtype(calls, caplog):
+    for _ in range(3):
+        attention_2d(*low())
+    assert (calls["fused"], calls["tiled"]) == (1 + 3, 2)
+    attention_2d(*low(batch=5))  # the batch does not matter
+    assert calls["tiled"] == 2
+    attention_2d(*low((4, 5)))
+    attention_2d(*low(dtype=torch.float16))
+    assert calls["tiled"] == 6
+    assert "sdpa" not in calls
+    assert not caplog.records
+
+
+def off_by_a_tenth(*tensors):
+    return backends.MODULES["sdpa"].attend(*tensors) * 1.1
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.2
+
+
+def wrong_gradient(q, *others):
+    return backends.MODULES["reference"].attend(WrongGradient.apply(q), *others)
+
+
+def not_finite(*tensors):
+    return backends.MODULES["reference"].attend(*tensors) * float("nan")
+
+
+def does_not_compile(*tensors):
+    raise RuntimeError("ptxas fatal: no such target\nand more")
+
+
+@pytest.mark.parametrize(
+    ("attend", "words"),
+    [
+        (off_by_a_tenth, "the output is off by "),
+        (wrong_gradient, "a gradient is off by "),
+        (not_finite, "the output is off by nan"),
+        (does_not_compile, "RuntimeError: ptxas fatal: no such target;"),
+    ],
+)
+def test_a_wrong_one_is_named_once_and_not_used(attend, words, calls, caplog):
+    calls["replace"](attend)
+    expected = with_gradients(lambda *t: attention_2d(*t, backend="sdpa"), low())
+    for size in ((3, 5), (3, 5), (4, 2)):
+        got = with_gradients(attention_2d, low(size))
+        if size == (3, 5):
+            assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.message.startswith("attention by backend fused: " + words)
+    assert record.message.endswith("; 'sdpa' is used instead")
+    assert "\n" not in record.message
+    assert calls["fused"] == 1
+
+
+def test_an_image_of_the_training_is_left_alone(calls):
+    tensors = low()
+    before = [t.detach().clone() for t in tensors]
+    attention_2d(*tensors)
+    assert all(t.grad is None for t in tensors)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert not attention_2d(*low((2, 2))).requires_grad
+    nothing = [t[:0] if t.dim() == 5 else t for t in tensors]
+    assert attention_2d(*nothing).shape[0] == 0
+
+
+def test_a_compiled_graph_has_no_trial(calls):
+    compiled = torch.compile(attention_2d, fullgraph=True, backend="eager")
+    compiled(*(t.detach() for t in low()))
+    assert not trial._passed
+    assert "tiled" not in calls
+
+
+@pytest.mark.slow
+def test_the_fused_kernels_pass():
+    pytest.importorskip("triton")
+    for dtype in (torch.float32, torch.float16):  # the interpreter has no bfloat16
+        assert trial.obstacle("fused", low((3, 7), dtype)) is None
