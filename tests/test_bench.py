@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reporting import timing
-from scripts import bench_layer, bench_step, bench_tracking
+from scripts import bench_attention, bench_layer, bench_step, bench_tracking
 
 
 def go(script, monkeypatch, *arguments):
@@ -142,3 +142,27 @@ def test_bench_tracking_says_what_a_part_is_of_the_whole():
     assert told[3].endswith(": 0.0002 % of 30 epochs, three times")
     assert told[4].endswith(": 0.0007 % of 30 epochs, once")
     assert told[5].endswith(": 0.0020 % of an epoch")
+
+
+def test_bench_attention(monkeypatch, tmp_path, capsys):
+    cases = ("--sizes", 3, 5, "--keys", 4, "--values", 2, 3, "--relative", "yes", "no")
+    sizes = ("--heads", 2, "--rounds", 2, "--logits", 5000, "--out", tmp_path)
+    go(bench_attention, monkeypatch, "--device", "cpu", *cases, *sizes)
+    record = json.loads((tmp_path / "bench_attention.json").read_text())
+    assert {"hardware", "versions", "commit", "command"} <= record.keys()
+    rows = record["rows"]
+    assert [(r["size"], r["values"], r["relative"]) for r in rows] == [
+        (size, values, relative)
+        for size in (3, 5)
+        for values in (2, 3)
+        for relative in (True, False)
+    ]
+    assert [r["batch"] for r in rows] == [31] * 4 + [4] * 4  # 5000 / 2 / 81, / 625
+    for row in rows:
+        assert {"reference", "sdpa", "tiled"} <= row["ms"].keys()
+        assert all(len(times) == 2 for times in row["ms"].values())
+        assert row["auto"] in row["ms"]
+        assert min(row["ms"], key=lambda n: sum(row["ms"][n])) == row["fastest"]
+    written = (tmp_path / "bench_attention.md").read_text()
+    assert written.strip() in capsys.readouterr().out
+    assert written.count("**") == 2 * len(rows)
