@@ -11,6 +11,7 @@ bench_attention.md and bench_attention.json.
 import argparse
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def measure(case: dict[str, Any], device: torch.device, count: int) -> dict[str,
     def both(name: str) -> object:
         return torch.autograd.grad(attention_2d(*tensors, backend=name), tensors, direction)
 
-    times = timing.rounds({name: lambda name=name: both(name) for name in names}, device, count)
+    steps = {name: partial(both, name) for name in names}
+    times = timing.rounds(steps, device, count)
     chosen = choose_backend(q, relative=case["relative"])
     fastest = min(times, key=lambda name: statistics.median(times[name]))
     nanoseconds = 1e6 * statistics.median(times[fastest]) / logits
