@@ -17,6 +17,7 @@ if __name__ == "__main__":
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -449,7 +450,10 @@ def take_step(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) 
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
-    state.schedule.step()
+    with warnings.catch_warnings():
+        # Where fp16 overflows in the very first step, the optimiser has not taken one.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        state.schedule.step()
     if state.ema_model is not None:
         state.ema_model.update_parameters(state.model)
     return StepFigures(loss, top1, grad_norm)

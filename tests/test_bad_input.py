@@ -344,8 +344,21 @@ def test_data_that_are_not_there_or_damaged(stops, tmp_path, make, words, line):
     assert line in stops(*words, *root, "data.download=false", "tracking=csv")
 
 
-def test_what_cannot_be_allocated_is_one_line(stops, monkeypatch):
+@pytest.mark.parametrize(
+    "said",
+    [
+        None,
+        "CUDA error: out of memory\nCUDA kernel errors might be reported later",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    ],
+)
+def test_what_cannot_be_allocated_is_one_line(stops, monkeypatch, said):
+    """On a GPU these are no OutOfMemoryError."""
+
     def build(*_, **__):
+        if said is not None:
+            raise getattr(torch, "AcceleratorError", RuntimeError)(said)
         torch.empty(2**60)
 
     monkeypatch.setattr(train, "build_model", build)

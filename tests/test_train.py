@@ -1,6 +1,7 @@
 """Whole runs in miniature: what a run writes, repeats, resumes, and what each setting changes."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -207,6 +208,19 @@ def base(tmp_path_factory):
 def test_every_setting_changes_the_run(run, tmp_path, base, override):
     run(override, folder="changed")
     assert base != rows(tmp_path / "changed")
+
+
+def test_fp16_that_overflows_in_the_first_step_says_nothing(run, tmp_path, monkeypatch):
+    """The scaler leaves that step out; torch would warn of the schedule, and tests are strict."""
+    scaler = partial(torch.amp.GradScaler, init_scale=2.0**40)
+    monkeypatch.setattr(train.torch.amp, "GradScaler", scaler)
+    taken, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *args: taken.append(1) or step(self, *args)
+    )
+    run("precision=fp16", "epochs=1", "data.train_size=64")
+    assert len(rows(tmp_path / "run")) == 1
+    assert not taken
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -118,12 +119,15 @@ def test_peak_memory_is_this_process_own():
 
 @pytest.mark.parametrize(("has_bf16", "expected"), [(True, "bfloat16"), (False, "float16")])
 def test_auto_on_a_gpu(monkeypatch, has_bf16, expected):
+    asked = []
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
-    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device", lambda d: asked.append(d) or nullcontext())
+    gpu = torch.device("cuda:1")
     assert choose_dtype("auto", gpu) == getattr(torch, expected)
     if not has_bf16:
         with pytest.raises(ValueError, match=r"precision=bf16.*use precision=fp16"):
             choose_dtype("bf16", gpu)
+    assert set(asked) == {gpu}  # and not the current one
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "mps:0", "gpu", ""])

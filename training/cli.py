@@ -245,10 +245,18 @@ def stop(line: str, code: int = 2, always: bool = False) -> NoReturn:
     sys.exit(code)
 
 
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
 def _lacks_memory(error: BaseException) -> bool:
-    # On the CPU torch has no class of its own for it.
+    # On the CPU, and in CUDA's libraries, torch has no class of its own for it.
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or "can't allocate memory" in str(error)
+    return known or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def explain(error: BaseException) -> str:

@@ -68,7 +68,8 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         ValueError: bf16 on a GPU without it; bf16 or fp16 on another accelerator.
     """
     if device.type == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        with torch.cuda.device(device):  # it tells of the current one
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "auto":
             return torch.bfloat16 if has_bf16 else torch.float16
         if precision == "bf16" and not has_bf16:
@@ -116,7 +117,7 @@ def set_deterministic(on: bool) -> None:
     # It would cost time, and tells only of memory that is read before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = on
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = not on  # all steps have the same sizes
 
 
 def to_device(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:

@@ -10,7 +10,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from aaconv.backends.position_bias import scaled_position_bias
+from aaconv.backends.position_bias import position_bias
 from aaconv.backends.precision import without_autocast
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -41,8 +41,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor 
     """`aaconv.attention_2d` in one kernel. It cannot be differentiated twice."""
     from aaconv.backends.fused_ops import LOG2E, fused_attention
 
-    # In fp16 the position bias could overflow, and autocast would compute it in fp16.
-    dtype = torch.float32 if q.dtype == torch.float16 else q.dtype
+    factor = q.shape[-1] ** -0.5 * LOG2E
     with without_autocast(q.device.type):
-        row_bias, col_bias = scaled_position_bias(q, rel_h, rel_w, LOG2E, dtype)
-        return fused_attention(q * (q.shape[-1] ** -0.5 * LOG2E), k, v, row_bias, col_bias)
+        scaled = q * factor
+        if rel_h is None or rel_w is None:
+            return fused_attention(scaled, k, v, None, None)
+        # In fp16 the position bias could overflow. Elsewhere the scaled queries are kept once.
+        exact = q.float() * factor if q.dtype == torch.float16 else scaled
+        biases = position_bias(exact, rel_h, 2), position_bias(exact, rel_w, 3)
+        return fused_attention(scaled, k, v, *biases)

@@ -28,13 +28,3 @@ def position_bias(q: Tensor, table: Tensor, axis: int) -> Tensor:
     index = torch.arange(length, device=q.device)
     by_offset = table.to(q.dtype)[index - index[:, None] + length - 1]  # (L query, L key, D)
     return torch.einsum("bnhwd,hgd->bnhwg" if axis == 2 else "bnhwd,wud->bnhwu", q, by_offset)
-
-
-def scaled_position_bias(
-    q: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, factor: float, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """row_bias and col_bias over sqrt(D), times ``factor``, in ``dtype``; None without tables."""
-    if rel_h is None or rel_w is None:
-        return None, None
-    q = q.to(dtype) * (q.shape[-1] ** -0.5 * factor)
-    return position_bias(q, rel_h, 2), position_bias(q, rel_w, 3)
