@@ -139,7 +139,7 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
         "layers.stages.1.0.conv1.dvh": 1,
         "optim.lr": 0.002,
         "data.val_size": 8,
-        "precision": "auto",
+        "precision": "fp32",
         "place.precision": "float32",
         "place.versions.torch": summary["stretches"][0]["versions"]["torch"],
         "parameters": summary["parameters"],

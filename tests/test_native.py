@@ -335,6 +335,18 @@ def test_ten_processes_at_once_compile_it_once(cache, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_compiler_without_openmp_makes_a_kernel_of_one_thread(cache, tmp_path, monkeypatch):
+    real = native_build._compiler()[0]
+    refuse = 'case "$*" in *-fopenmp*) echo "error: unsupported option" >&2; exit 1;; esac'
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, f'{refuse}\nexec {real} "$@"'))
+    library = native_build.load()
+    monkeypatch.setattr(native_build, "load", lambda: library)
+    tensors = inputs((5, 3), 2, 7, 3)
+    expected = with_gradients(reference.attention, tensors)
+    assert_close(with_gradients(by_kernel, single(tensors)), expected, 5e-6)
+
+
+@pytest.mark.slow
 def test_shorter_vectors_compute_the_same(cache, monkeypatch):
     """As on processors without AVX-512."""
     flags = [flag for flag in native_build.FLAGS if flag != "-march=native"]
@@ -384,7 +396,14 @@ def test_sanitizers_find_nothing(tmp_path):
     main.write_text(SANITIZED.format(source=native_build.SOURCE))
     compiler = native_build._compiler()
     for extra in (["-march=native"], []):
-        flags = ["-std=c++17", "-O1", "-g", "-fopenmp", "-fsanitize=address,undefined", *extra]
+        flags = [
+            "-std=c++17",
+            "-O1",
+            "-g",
+            native_build.OPENMP,
+            "-fsanitize=address,undefined",
+            *extra,
+        ]
         command = [*compiler, *flags, "-fno-sanitize-recover=all", str(main), "-o"]
         program = tmp_path / "program"
         subprocess.run([*command, str(program)], check=True, capture_output=True)

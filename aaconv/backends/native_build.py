@@ -24,12 +24,17 @@ log = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("native.cpp")
 COMPILERS = ("g++", "c++", "clang++")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC")
+OPENMP = "-fopenmp"
 BUILD_SECONDS = 300
 
 
 class UnavailableError(Exception):
     """There is no kernel on this machine; the message goes on after "the backend"."""
+
+
+class RefusedError(UnavailableError):
+    """The compiler has ended with an error."""
 
 
 @cache
@@ -130,17 +135,27 @@ def _build(compiler: list[str], target: Path) -> None:
     """
     log.info("compiling the attention kernel for this processor, once")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
-        compiled, linked = Path(folder, "native.o"), Path(folder, "native.so")
-        _call([*compiler, *FLAGS, "-c", str(SOURCE), "-o", str(compiled)])
-        # Without a library for OpenMP it uses the one that torch has loaded. Two of them would
-        # have threads of their own, which wait for work by taking the other's processors.
-        _call([*compiler, "-shared", str(compiled), "-o", str(linked)])
-        try:
-            ctypes.CDLL(str(linked))
-        except OSError:
-            _call([*compiler, "-shared", "-fopenmp", str(compiled), "-o", str(linked)])
+        linked = Path(folder, "native.so")
+        # Linked without a library for OpenMP it uses the one that torch has loaded. Two of them
+        # would have threads of their own, which wait for work by taking the other's processors.
+        # Where that one is another (clang's compiler, GNU's library) and its own is not there, one
+        # thread computes.
+        for openmp, library in (([OPENMP], []), ([OPENMP], [OPENMP]), ([], [])):
+            try:
+                _compile(compiler, openmp, library, linked)
+                ctypes.CDLL(str(linked))
+                break
+            except (OSError, RefusedError):
+                if not openmp:
+                    raise
         linked.chmod(0o700)
         linked.replace(target)
+
+
+def _compile(compiler: list[str], openmp: list[str], library: list[str], target: Path) -> None:
+    compiled = target.with_suffix(".o")
+    _call([*compiler, *FLAGS, *openmp, "-c", str(SOURCE), "-o", str(compiled)])
+    _call([*compiler, "-shared", *library, str(compiled), "-o", str(target)])
 
 
 def _call(command: list[str]) -> None:
@@ -155,7 +170,7 @@ def _call(command: list[str]) -> None:
     if said.returncode > 0:
         lines = [line for line in said.stderr.splitlines() if "error" in line]
         why = (lines or said.stderr.splitlines() or [f"exit code {said.returncode}"])[0]
-        raise UnavailableError(f"was not compiled by {command[0]}: {why.strip()}")
+        raise RefusedError(f"was not compiled by {command[0]}: {why.strip()}")
 
 
 def _open(path: Path) -> ctypes.CDLL:
