@@ -10,7 +10,6 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from aaconv.backends.position_bias import position_bias
 from aaconv.backends.precision import without_autocast
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -39,14 +38,9 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
     """`aaconv.attention_2d` in one kernel. It cannot be differentiated twice."""
-    from aaconv.backends.fused_ops import LOG2E, fused_attention
+    from aaconv.backends.fused_ops import fused_attention
 
-    factor = q.shape[-1] ** -0.5 * LOG2E
     with without_autocast(q.device.type):
-        scaled = q * factor
         if rel_h is None or rel_w is None:
-            return fused_attention(scaled, k, v, None, None)
-        # In fp16 the position bias could overflow. Elsewhere the scaled queries are kept once.
-        exact = q.float() * factor if q.dtype == torch.float16 else scaled
-        biases = position_bias(exact, rel_h, 2), position_bias(exact, rel_w, 3)
-        return fused_attention(scaled, k, v, *biases)
+            return fused_attention(q, k, v, None, None)
+        return fused_attention(q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype))

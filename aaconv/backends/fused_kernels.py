@@ -1,16 +1,23 @@
-"""Triton kernels of attention over a map with position bias, forward and backward.
+"""Triton kernels of attention over a map with relative positions, forward and backward.
 
-Each program holds a tile of queries (or, for the gradients of keys and values, of keys) and loops
-over the tiles of the others. A tile of keys is R rows by BW columns of the map, so that a query's
-row bias in it is R numbers, and its column bias BW numbers that stay in registers while the loop
-runs over the rows. Logits are powers of two: q, row_bias and col_bias carry the factor log2(e).
+A program takes tiles of queries, one after another, and loops over the tiles of keys. A tile of
+keys is R rows by BW columns of the map, so that a query's term for the key row is R numbers in it,
+and its term for the key column BW numbers that stay in registers while the loop runs over the rows.
+
+The terms are products of the queries with a table: one number per query and offset. Which offset
+belongs to a key depends on the query's own row or column, and registers cannot be shifted by it; so
+the terms go through ``scratch``, memory of the program's own that it uses again for its next tile.
+They are written by offset and read by key. The gradients of the terms take the same way back.
+
+Powers are of two. A logit is SCALE * (q k^T + terms) with SCALE = log2(e) / sqrt(D).
 
 Letters: N heads, H x W map, L = H * W positions; D and E channels per head of queries/keys and of
-values, padded to BD and BE; BM queries and R * BW keys per tile. Strides are those of
-(B, N, H, W, channels), followed by a power of two that divides the first four.
+values, padded to BD and BE; BM queries and R * BW keys per tile; HP and WP the numbers of offsets
+of rows and columns, padded. Strides are those of (B, N, L, channels), followed by a power of two
+that divides the first three.
 
 Indices outside the map are clamped to its last row, column or query instead of masked, so that the
-loads stay wide; a logit of minus infinity gives such keys the weight zero.
+loads stay wide; a term of minus infinity gives such keys the weight zero.
 """
 
 import triton
@@ -22,64 +29,129 @@ def _head_offset(image, head, strides):
     """Offset of one head's data from the start of the tensor."""
     offset = image * strides[0] + head * strides[1]
     # A hint of 1 would replace what the compiler finds out by itself.
-    if strides[5] > 1:
-        offset = tl.multiple_of(offset, strides[5])
+    if strides[4] > 1:
+        offset = tl.multiple_of(offset, strides[4])
     return offset
 
 
 @triton.jit
-def _offsets(strides, y, x):
-    """Offsets of the positions (y, x) from the start of the head's data."""
-    offsets = y.to(tl.int64) * strides[2] + x * strides[3]
-    if strides[5] > 1:
-        offsets = tl.multiple_of(offsets, strides[5])
-    return offsets
+def _offsets(strides, position, channel):
+    """Offsets of (positions, channels) from the start of the head's data."""
+    return position.to(tl.int64)[:, None] * strides[2] + channel.to(tl.int64)[None, :] * strides[3]
 
 
 @triton.jit
-def _load(pointer, strides, y, x, channel, C: tl.constexpr):
-    """(positions, channels) of one head, with zeros in the padding."""
-    offsets = _offsets(strides, y, x)[:, None] + channel[None, :] * strides[4]
-    return tl.load(pointer + offsets, mask=(channel < C)[None, :], other=0.0)
+def _load(pointer, strides, position, channel, C: tl.constexpr, padding: tl.constexpr):
+    """(positions, channels) of one head, with ``padding`` in the channels from C."""
+    at = pointer + _offsets(strides, position, channel)
+    return tl.load(at, mask=(channel < C)[None, :], other=padding)
 
 
 @triton.jit
-def _store(pointer, strides, y, x, channel, C: tl.constexpr, keep, value):
-    """Write ``value`` (positions, channels) where ``keep`` (positions) is true."""
-    offsets = _offsets(strides, y, x)[:, None] + channel[None, :] * strides[4]
-    mask = keep[:, None] & (channel < C)[None, :]
-    tl.store(pointer + offsets, value.to(pointer.dtype.element_ty), mask=mask)
+def _store(
+    pointer,
+    strides,
+    position,
+    channel,
+    C: tl.constexpr,
+    L: tl.constexpr,
+    BM: tl.constexpr,
+    value,
+):
+    """Write ``value`` (positions, channels) but for positions from L and channels from C."""
+    mask = (channel < C)[None, :]
+    if L % BM != 0:
+        mask &= (position < L)[:, None]
+    value = value.to(pointer.dtype.element_ty)
+    tl.store(pointer + _offsets(strides, position, channel), value, mask=mask)
 
 
 @triton.jit
-def _load_bias(pointer, strides, y, x, index, C: tl.constexpr):
-    """(queries, key rows or columns) of one head, with minus infinity outside the map."""
-    offsets = _offsets(strides, y, x)[:, None] + index[None, :] * strides[4]
-    inside = (index < C)[None, :]
-    return tl.load(pointer + offsets, mask=inside, other=float("-inf")).to(tl.float32)
-
-
-@triton.jit
-def _query_coordinates(position, L: tl.constexpr, W: tl.constexpr, BM: tl.constexpr):
-    """Row and column of each query, clamped to the last query of the map."""
+def _queries(tile, L: tl.constexpr, BM: tl.constexpr):
+    """The positions of a tile of queries, clamped to the last of the map."""
+    position = tile * BM + tl.arange(0, BM)
     if L % BM != 0:
         position = tl.minimum(position, L - 1)
-    return position // W, position % W
+    return position
 
 
 @triton.jit
-def _key_coordinates(
-    row, column, H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BW: tl.constexpr
-):
-    """Row and column of each key of the tile that starts at (row, column), clamped to the map."""
+def _keys(row, column, H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BW: tl.constexpr):
+    """The positions of the tile of keys that starts at (row, column), clamped to the map."""
     key = tl.arange(0, R * BW)
-    y = row + key // BW
-    x = column + key % BW
-    if H % R != 0:
-        y = tl.minimum(y, H - 1)
-    if W % BW != 0:
-        x = tl.minimum(x, W - 1)
-    return y, x
+    if W == BW and H % R == 0:
+        return row * W + key
+    y = tl.minimum(row + key // BW, H - 1)
+    x = tl.minimum(column + key % BW, W - 1)
+    return y * W + x
+
+
+@triton.jit
+def _by_offset(scratch, offset, CP: tl.constexpr, BM: tl.constexpr):
+    return scratch + (tl.arange(0, BM)[:, None] * CP + offset[None, :])
+
+
+@triton.jit
+def _by_key(scratch, at, key, C: tl.constexpr, CP: tl.constexpr, BM: tl.constexpr):
+    """Where the terms of queries ``at`` rows or columns are for the ``key`` rows or columns."""
+    start = tl.arange(0, BM) * CP + (C - 1 - at)
+    return scratch + (start[:, None] + key[None, :])
+
+
+@triton.jit
+def _embeddings(table, offset, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """(offsets, channels) of a table (2C-1, D), clamped."""
+    dims = tl.arange(0, BD)
+    at = table + (tl.minimum(offset, 2 * C - 2)[:, None] * D + dims[None, :])
+    return tl.load(at, mask=(dims < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _write_terms(
+    scratch,
+    query,
+    table,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write the term of each query for each offset of the table, (BM, CP)."""
+    # More at a time would need more registers.
+    BLOCK: tl.constexpr = min(CP, 32)
+    for block in range(0, CP, BLOCK):
+        offset = block + tl.arange(0, BLOCK)
+        embedding = _embeddings(table, offset, C, D, BD)
+        terms = tl.dot(query, tl.trans(embedding), input_precision=PRECISION)
+        tl.store(_by_offset(scratch, offset, CP, BM), terms * SCALE)
+
+
+@triton.jit
+def _terms(
+    scratch,
+    at,
+    key,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    BM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RELATIVE: tl.constexpr,
+):
+    """The terms of queries ``at`` rows or columns for the ``key`` rows or columns.
+
+    Minus infinity outside the map.
+    """
+    inside = (key < C)[None, :]
+    if RELATIVE:
+        place = _by_key(scratch, at, key, C, CP, BM)
+        if C % BLOCK == 0:
+            return tl.load(place)
+        return tl.load(place, mask=inside, other=float("-inf"))
+    zeros = tl.zeros((BM, BLOCK), tl.float32)
+    return tl.where(inside, zeros, float("-inf"))
 
 
 @triton.jit
@@ -87,17 +159,20 @@ def attend(
     q,
     k,
     v,
-    row_bias,
-    col_bias,
+    rel_h,
+    rel_w,
+    scratch,
     out,
     lse,
     q_strides,
     k_strides,
     v_strides,
-    row_bias_strides,
-    col_bias_strides,
     out_strides,
     N,
+    work,
+    ALL: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    SCALE: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     D: tl.constexpr,
@@ -107,77 +182,153 @@ def attend(
     BM: tl.constexpr,
     R: tl.constexpr,
     BW: tl.constexpr,
+    HP: tl.constexpr,
+    WP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The output of a tile of queries, and log2 of the normaliser of each query."""
+    """The output of each query, and log2 of its normaliser.
+
+    Logits are taken from their peak over the first keys of the map. It need not be the peak of all,
+    only near enough that no power overflows; where one does, the normaliser is not finite. A second
+    launch with ALL, which begins with the peak of all keys, computes those tiles again.
+    """
     L: tl.constexpr = H * W
+    FEW: tl.constexpr = max(1, 16 // BW)
     tiles = tl.cdiv(L, BM)
-    # The tiles of one head run at the same time and share its keys and values in the L2 cache.
-    group = (tl.program_id(0) // tiles).to(tl.int64)
-    image, head = group // N, group % N
-    position = tl.program_id(0) % tiles * BM + tl.arange(0, BM)
-    y, x = _query_coordinates(position, L, W, BM)
+    by_row = scratch + tl.program_id(0).to(tl.int64) * (BM * (HP + WP))
+    by_column = by_row + BM * HP
     dims, channels = tl.arange(0, BD), tl.arange(0, BE)
-    k += _head_offset(image, head, k_strides)
-    v += _head_offset(image, head, v_strides)
-    row_bias += _head_offset(image, head, row_bias_strides)
-    col_bias += _head_offset(image, head, col_bias_strides)
-    query = _load(q + _head_offset(image, head, q_strides), q_strides, y, x, dims, D)
+    for item in range(tl.program_id(0), work, tl.num_programs(0)):
+        # The tiles of one head run at the same time and share its keys and values in the L2 cache.
+        group = (item // tiles).to(tl.int64)
+        image, head = group // N, group % N
+        position = _queries(item % tiles, L, BM)
+        y, x = position // W, position % W
+        wanted = True
+        if ALL:
+            known = tl.load(lse + group * L + position)
+            wanted = tl.max(tl.where(known - known == 0, 0, 1), 0) > 0
+        if wanted:
+            key_start = k + _head_offset(image, head, k_strides)
+            value_start = v + _head_offset(image, head, v_strides)
+            query_start = q + _head_offset(image, head, q_strides)
+            query = _load(query_start, q_strides, position, dims, D, 0.0)
+            if RELATIVE:
+                tl.debug_barrier()  # all have read the terms of the last tile
+                _write_terms(by_row, query, rel_h, H, HP, D, BD, BM, SCALE, PRECISION)
+                _write_terms(by_column, query, rel_w, W, WP, D, BD, BM, SCALE, PRECISION)
+                tl.debug_barrier()
 
-    peak = tl.full((BM,), float("-inf"), tl.float32)
-    total = tl.zeros((BM,), tl.float32)
-    result = tl.zeros((BM, BE), tl.float32)
-    for column in range(0, W, BW):
-        col_bias_tile = _load_bias(col_bias, col_bias_strides, y, x, column + tl.arange(0, BW), W)
-        for row in range(0, H, R):
-            row_bias_tile = _load_bias(row_bias, row_bias_strides, y, x, row + tl.arange(0, R), H)
-            ky, kx = _key_coordinates(row, column, H, W, R, BW)
-            key = _load(k, k_strides, ky, kx, dims, D)
-            value = _load(v, v_strides, ky, kx, channels, E)
-            logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-            logits = tl.reshape(logits, (BM, R, BW)) + col_bias_tile[:, None, :]
-            # The row bias is added to the maxima of the rows, not to every logit.
-            new_peak = tl.maximum(peak, tl.max(tl.max(logits, 2) + row_bias_tile, 1))
-            weights = tl.exp2(logits + (row_bias_tile - new_peak[:, None])[:, :, None])
-            shrink = tl.exp2(peak - new_peak)
-            total = total * shrink + tl.sum(tl.sum(weights, 2), 1)
-            weights = tl.reshape(weights, (BM, R * BW)).to(value.dtype)
-            result = tl.dot(weights, value, result * shrink[:, None], input_precision=PRECISION)
-            peak = new_peak
+            if ALL:
+                peak = tl.full((BM,), float("-inf"), tl.float32)
+                for column in range(0, W, BW):
+                    u = column + tl.arange(0, BW)
+                    col_terms = _terms(by_column, x, u, W, WP, BM, BW, RELATIVE)
+                    for row in range(0, H, R):
+                        row_terms = _terms(by_row, y, row + tl.arange(0, R), H, HP, BM, R, RELATIVE)
+                        at = _keys(row, column, H, W, R, BW)
+                        key = _load(key_start, k_strides, at, dims, D, 0.0)
+                        logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+                        logits = tl.reshape(logits, (BM, R, BW)) * SCALE + col_terms[:, None, :]
+                        peak = tl.maximum(peak, tl.max(tl.max(logits, 2) + row_terms, 1))
+            else:
+                few = _keys(0, 0, H, W, FEW, BW)
+                first = _load(key_start, k_strides, few, dims, D, 0.0)
+                some = tl.dot(query, tl.trans(first), input_precision=PRECISION)
+                some = tl.reshape(some, (BM, FEW, BW)) * SCALE
+                some += _terms(by_row, y, tl.arange(0, FEW), H, HP, BM, FEW, RELATIVE)[:, :, None]
+                some += _terms(by_column, x, tl.arange(0, BW), W, WP, BM, BW, RELATIVE)[:, None, :]
+                peak = tl.max(tl.max(some, 2), 1)
 
-    keep = position < L
-    out += _head_offset(image, head, out_strides)
-    _store(out, out_strides, y, x, channels, E, keep, result / total[:, None])
-    tl.store(lse + group * L + position, peak + tl.log2(total), mask=keep)
+            result = tl.zeros((BM, BE), tl.float32)
+            for column in range(0, W, BW):
+                u = column + tl.arange(0, BW)
+                col_terms = _terms(by_column, x, u, W, WP, BM, BW, RELATIVE) - peak[:, None]
+                for row in range(0, H, R):
+                    row_terms = _terms(by_row, y, row + tl.arange(0, R), H, HP, BM, R, RELATIVE)
+                    at = _keys(row, column, H, W, R, BW)
+                    key = _load(key_start, k_strides, at, dims, D, 0.0)
+                    # Ones in the padding: their products with the weights are the totals.
+                    value = _load(value_start, v_strides, at, channels, E, 1.0)
+                    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+                    logits = tl.reshape(logits, (BM, R, BW)) * SCALE + col_terms[:, None, :]
+                    weights = tl.exp2(logits + row_terms[:, :, None])
+                    weights = tl.reshape(weights, (BM, R * BW)).to(value.dtype)
+                    result = tl.dot(weights, value, result, input_precision=PRECISION)
+
+            total = tl.sum(tl.where((channels == E)[None, :], result, 0.0), 1)
+            # The second term is zero but for infinities and NaN.
+            normaliser = peak + tl.log2(total) + tl.sum(result - result, 1)
+            last = item % tiles * BM + tl.arange(0, BM)
+            out_start = out + _head_offset(image, head, out_strides)
+            _store(out_start, out_strides, last, channels, E, L, BM, result / total[:, None])
+            tl.store(lse + group * L + last, normaliser, mask=last < L)
 
 
 @triton.jit
-def query_gradients(
+def _add(pointer, value, mask, ATOMIC: tl.constexpr):
+    if ATOMIC:
+        tl.atomic_add(pointer, value, mask=mask, sem="relaxed")
+    else:
+        tl.store(pointer, tl.load(pointer, mask=mask, other=0.0) + value, mask=mask)
+
+
+@triton.jit
+def _through_table(
+    dterms,
+    at,
+    query,
+    table,
+    dtable,
+    dquery,
+    C: tl.constexpr,
+    CP: tl.constexpr,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``dquery`` with the gradient through the terms; that of the table is added to ``dtable``."""
+    BLOCK: tl.constexpr = min(CP, 32)
+    for block in range(0, CP, BLOCK):
+        offset = block + tl.arange(0, BLOCK)
+        key = offset[None, :] + (at - (C - 1))[:, None]
+        place = dterms + (tl.arange(0, BM)[:, None] * (CP // 2) + key)
+        by_offset = tl.load(place, mask=(key >= 0) & (key < C), other=0.0).to(query.dtype)
+        embedding = _embeddings(table, offset, C, D, BD)
+        dquery = tl.dot(by_offset, embedding, dquery, input_precision=PRECISION)
+        dembedding = tl.dot(tl.trans(by_offset), query, input_precision=PRECISION)
+        place = dtable + (offset[:, None] * BD + tl.arange(0, BD)[None, :])
+        tl.store(place, tl.load(place) + dembedding)
+    return dquery
+
+
+@triton.jit
+def gradients(
     grad,
     q,
     k,
     v,
-    row_bias,
-    col_bias,
+    rel_h,
+    rel_w,
     out,
     lse,
-    delta,
+    scratch,
     dq,
-    drow_bias,
-    dcol_bias,
+    dk,
+    dv,
+    dtables,
     grad_strides,
     q_strides,
     k_strides,
     v_strides,
-    row_bias_strides,
-    col_bias_strides,
     out_strides,
     dq_strides,
-    drow_bias_strides,
-    dcol_bias_strides,
-    partial_stride,
     N,
+    work,
+    ATOMIC: tl.constexpr,
     RELATIVE: tl.constexpr,
+    SCALE: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     D: tl.constexpr,
@@ -187,176 +338,114 @@ def query_gradients(
     BM: tl.constexpr,
     R: tl.constexpr,
     BW: tl.constexpr,
+    HP: tl.constexpr,
+    WP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Gradients of a tile of queries and of their row and column bias.
+    """All gradients; those of keys, values and tables are added to ``dk``, ``dv`` and ``dtables``.
 
-    Also ``delta``, the inner product of each output with its gradient, for `key_gradients`.
-    A key tile contains the whole gradient of the row bias for its rows unless the map is wider
-    than BW; then ``drow_bias`` gets one partial sum for every BW columns, ``partial_stride`` apart,
-    for the caller to add up.
+    ``dk`` and the tables' lack the factor 1 / sqrt(D). If ATOMIC, an item of work is a tile of
+    queries; else it is all the queries of a head, so that one program alone adds to its keys and
+    values, always in the same order. ``dtables`` has a part for each program.
     """
     LN2: tl.constexpr = 0.6931471805599453
     L: tl.constexpr = H * W
     tiles = tl.cdiv(L, BM)
-    group = (tl.program_id(0) // tiles).to(tl.int64)
-    image, head = group // N, group % N
-    position = tl.program_id(0) % tiles * BM + tl.arange(0, BM)
-    y, x = _query_coordinates(position, L, W, BM)
-    keep = position < L
+    by_row = scratch + tl.program_id(0).to(tl.int64) * (BM * (HP + WP) * 3 // 2)
+    by_column = by_row + BM * HP
+    drow = by_row + BM * (HP + WP)
+    dcolumn = drow + BM * (HP // 2)
+    dtables += tl.program_id(0).to(tl.int64) * (BD * (HP + WP))
     dims, channels = tl.arange(0, BD), tl.arange(0, BE)
-    k += _head_offset(image, head, k_strides)
-    v += _head_offset(image, head, v_strides)
-    row_bias += _head_offset(image, head, row_bias_strides)
-    col_bias += _head_offset(image, head, col_bias_strides)
-    grad += _head_offset(image, head, grad_strides)
-    out += _head_offset(image, head, out_strides)
-    query = _load(q + _head_offset(image, head, q_strides), q_strides, y, x, dims, D)
-    dout = _load(grad, grad_strides, y, x, channels, E)
-    result = _load(out, out_strides, y, x, channels, E)
-    mean = tl.sum(dout.to(tl.float32) * result.to(tl.float32), 1)
-    tl.store(delta + group * L + position, mean, mask=keep)
-    normaliser = tl.load(lse + group * L + y * W + x)
-
-    dquery = tl.zeros((BM, BD), tl.float32)
-    for column in range(0, W, BW):
-        u = column + tl.arange(0, BW)
-        col_bias_tile = _load_bias(col_bias, col_bias_strides, y, x, u, W)
-        dcol_bias_tile = tl.zeros((BM, BW), tl.float32)
-        for row in range(0, H, R):
-            g = row + tl.arange(0, R)
-            row_bias_tile = _load_bias(row_bias, row_bias_strides, y, x, g, H) - normaliser[:, None]
-            ky, kx = _key_coordinates(row, column, H, W, R, BW)
-            key = _load(k, k_strides, ky, kx, dims, D)
-            value = _load(v, v_strides, ky, kx, channels, E)
-            bias = tl.reshape(row_bias_tile[:, :, None] + col_bias_tile[:, None, :], (BM, R * BW))
-            weights = tl.exp2(tl.dot(query, tl.trans(key), bias, input_precision=PRECISION))
-            dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
-            dlogits = weights * (dweights - mean[:, None])
-            dquery = tl.dot(dlogits.to(key.dtype), key, dquery, input_precision=PRECISION)
+    # Products with it are sums over the columns of each key row.
+    RP: tl.constexpr = max(8, R)
+    key_row = tl.arange(0, RP)
+    is_row = tl.arange(0, R * BW)[:, None] // BW == key_row[None, :]
+    is_row = is_row.to(tl.float32).to(k.dtype.element_ty)
+    together = 1 if ATOMIC else tiles
+    for item in range(tl.program_id(0) * together, work, tl.num_programs(0) * together):
+        for index in range(item, item + together):
+            group = (index // tiles).to(tl.int64)
+            image, head = group // N, group % N
+            position = _queries(index % tiles, L, BM)
+            y, x = position // W, position % W
+            key_start = k + _head_offset(image, head, k_strides)
+            value_start = v + _head_offset(image, head, v_strides)
+            query_start = q + _head_offset(image, head, q_strides)
+            grad_start = grad + _head_offset(image, head, grad_strides)
+            out_start = out + _head_offset(image, head, out_strides)
+            query = _load(query_start, q_strides, position, dims, D, 0.0)
+            dout = _load(grad_start, grad_strides, position, channels, E, 0.0)
+            result = _load(out_start, out_strides, position, channels, E, 0.0)
+            # Subtracted from the products of dout and value, in whose padding are ones; in two
+            # channels, which keep it to twice the precision of one.
+            mean = -tl.sum(dout.to(tl.float32) * result.to(tl.float32), 1)
+            high = mean.to(tl.bfloat16).to(tl.float32)
+            low = (mean - high).to(dout.dtype)
+            dout = tl.where((channels == E)[None, :], high.to(dout.dtype)[:, None], dout)
+            dout = tl.where((channels == E + 1)[None, :], low[:, None], dout)
+            last = index % tiles * BM + tl.arange(0, BM)
+            # Queries outside the map attend to nothing.
+            normaliser = tl.load(lse + group * L + last, mask=last < L, other=float("inf"))
             if RELATIVE:
-                on_map = tl.reshape(dlogits, (BM, R, BW))
-                dcol_bias_tile += tl.sum(on_map, 1)
-                part = (
-                    drow_bias
-                    + _head_offset(image, head, drow_bias_strides)
-                    + column // BW * partial_stride
+                tl.debug_barrier()  # all have read the terms of the last tile
+                _write_terms(by_row, query, rel_h, H, HP, D, BD, BM, SCALE, PRECISION)
+                _write_terms(by_column, query, rel_w, W, WP, D, BD, BM, SCALE, PRECISION)
+                tl.debug_barrier()
+
+            dquery = tl.zeros((BM, BD), tl.float32)
+            for column in range(0, W, BW):
+                u = column + tl.arange(0, BW)
+                col_terms = _terms(by_column, x, u, W, WP, BM, BW, RELATIVE) - normaliser[:, None]
+                dcol_terms = tl.zeros((BM, BW), tl.float32)
+                for row in range(0, H, R):
+                    row_terms = _terms(by_row, y, row + tl.arange(0, R), H, HP, BM, R, RELATIVE)
+                    at = _keys(row, column, H, W, R, BW)
+                    key = _load(key_start, k_strides, at, dims, D, 0.0)
+                    value = _load(value_start, v_strides, at, channels, E, 1.0)
+                    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+                    logits = tl.reshape(logits, (BM, R, BW)) * SCALE + col_terms[:, None, :]
+                    weights = tl.exp2(logits + row_terms[:, :, None])
+                    weights = tl.reshape(weights, (BM, R * BW))
+                    dweights = tl.dot(dout, tl.trans(value), input_precision=PRECISION)
+                    dlogits = weights * dweights
+                    if RELATIVE:
+                        dcol_terms += tl.sum(tl.reshape(dlogits, (BM, R, BW)), 1)
+                    weights, dlogits = weights.to(dout.dtype), dlogits.to(key.dtype)
+                    dquery = tl.dot(dlogits, key, dquery, input_precision=PRECISION)
+                    if RELATIVE:
+                        drow_terms = tl.dot(dlogits, is_row, input_precision=PRECISION)
+                        where = (
+                            drow + row + (tl.arange(0, BM)[:, None] * (HP // 2) + key_row[None, :])
+                        )
+                        inside = ((key_row < R) & (row + key_row < H))[None, :]
+                        if W > BW:
+                            before = inside & (column > 0)
+                            drow_terms += tl.load(where, mask=before, other=0.0)
+                        tl.store(where, drow_terms, mask=inside)
+                    dvalue = tl.dot(tl.trans(weights), dout, input_precision=PRECISION)
+                    dkey = tl.dot(tl.trans(dlogits), query, input_precision=PRECISION)
+                    keep = tl.full((R * BW,), True, tl.int1)
+                    if W % BW != 0 or H % R != 0:
+                        which = tl.arange(0, R * BW)
+                        keep = (row + which // BW < H) & (column + which % BW < W)
+                    at = at.to(tl.int64)[:, None]
+                    dkey_at = dk + group * (L * D) + (at * D + dims[None, :])
+                    dvalue_at = dv + group * (L * E) + (at * E + channels[None, :])
+                    _add(dkey_at, dkey, keep[:, None] & (dims < D)[None, :], ATOMIC)
+                    _add(dvalue_at, dvalue, keep[:, None] & (channels < E)[None, :], ATOMIC)
+                if RELATIVE:
+                    where = dcolumn + (tl.arange(0, BM)[:, None] * (WP // 2) + u[None, :])
+                    tl.store(where, dcol_terms, mask=(u < W)[None, :])
+
+            if RELATIVE:
+                tl.debug_barrier()
+                dquery = _through_table(
+                    drow, y, query, rel_h, dtables, dquery, H, HP, D, BD, BM, PRECISION
                 )
-                _store(part, drow_bias_strides, y, x, g, H, keep, tl.sum(on_map, 2) * LN2)
-        if RELATIVE:
-            part = dcol_bias + _head_offset(image, head, dcol_bias_strides)
-            _store(part, dcol_bias_strides, y, x, u, W, keep, dcol_bias_tile * LN2)
-    dq += _head_offset(image, head, dq_strides)
-    _store(dq, dq_strides, y, x, dims, D, keep, dquery * LN2)
-
-
-@triton.jit
-def _query_side(
-    row_bias,
-    col_bias,
-    lse,
-    row_bias_strides,
-    col_bias_strides,
-    start,
-    g,
-    u,
-    L: tl.constexpr,
-    W: tl.constexpr,
-    BM: tl.constexpr,
-):
-    """Row bias (R, BM), column bias (BW, BM) and normalisers (BM) of BM queries from ``start``."""
-    position = start + tl.arange(0, BM)
-    query = tl.minimum(position, L - 1)
-    y, x = query // W, query % W
-    row_offsets = g[:, None] * row_bias_strides[4] + _offsets(row_bias_strides, y, x)[None, :]
-    col_offsets = u[:, None] * col_bias_strides[4] + _offsets(col_bias_strides, y, x)[None, :]
-    # Queries outside the map attend to nothing.
-    normaliser = tl.load(lse + position, mask=position < L, other=float("inf"))
-    return tl.load(row_bias + row_offsets), tl.load(col_bias + col_offsets), normaliser
-
-
-@triton.jit
-def key_gradients(
-    grad,
-    q,
-    k,
-    v,
-    row_bias,
-    col_bias,
-    lse,
-    delta,
-    dk,
-    dv,
-    grad_strides,
-    q_strides,
-    k_strides,
-    v_strides,
-    row_bias_strides,
-    col_bias_strides,
-    dk_strides,
-    dv_strides,
-    N,
-    H: tl.constexpr,
-    W: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BD: tl.constexpr,
-    BE: tl.constexpr,
-    BM: tl.constexpr,
-    R: tl.constexpr,
-    BW: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Gradients of a tile of keys and their values. Logits are (keys, queries) here."""
-    LN2: tl.constexpr = 0.6931471805599453
-    L: tl.constexpr = H * W
-    across = tl.cdiv(W, BW)
-    tiles = across * tl.cdiv(H, R)
-    group = (tl.program_id(0) // tiles).to(tl.int64)
-    image, head = group // N, group % N
-    tile = tl.program_id(0) % tiles
-    row, column = tile // across * R, tile % across * BW
-    g, u = row + tl.arange(0, R), column + tl.arange(0, BW)
-    keys = tl.arange(0, R * BW)
-    keep = (row + keys // BW < H) & (column + keys % BW < W)
-    if H % R != 0:
-        g = tl.minimum(g, H - 1)
-    if W % BW != 0:
-        u = tl.minimum(u, W - 1)
-    ky, kx = _key_coordinates(row, column, H, W, R, BW)
-    dims, channels = tl.arange(0, BD), tl.arange(0, BE)
-    q += _head_offset(image, head, q_strides)
-    grad += _head_offset(image, head, grad_strides)
-    row_bias += _head_offset(image, head, row_bias_strides)
-    col_bias += _head_offset(image, head, col_bias_strides)
-    lse += group * L
-    delta += group * L
-    key = _load(k + _head_offset(image, head, k_strides), k_strides, ky, kx, dims, D)
-    value = _load(v + _head_offset(image, head, v_strides), v_strides, ky, kx, channels, E)
-
-    dkey = tl.zeros((R * BW, BD), tl.float32)
-    dvalue = tl.zeros((R * BW, BE), tl.float32)
-    # The compiler prefetches the operands of products but not these, so they are loaded one
-    # iteration early.
-    row_bias_tile, col_bias_tile, normaliser = _query_side(
-        row_bias, col_bias, lse, row_bias_strides, col_bias_strides, 0, g, u, L, W, BM
-    )
-    for start in range(0, L, BM):
-        bias = (row_bias_tile.to(tl.float32) - normaliser[None, :])[:, None, :]
-        bias = tl.reshape(bias + col_bias_tile.to(tl.float32)[None, :, :], (R * BW, BM))
-        row_bias_tile, col_bias_tile, normaliser = _query_side(
-            row_bias, col_bias, lse, row_bias_strides, col_bias_strides, start + BM, g, u, L, W, BM
-        )
-        y, x = _query_coordinates(start + tl.arange(0, BM), L, W, BM)
-        query = _load(q, q_strides, y, x, dims, D)
-        dout = _load(grad, grad_strides, y, x, channels, E)
-        mean = tl.load(delta + y * W + x)
-        weights = tl.exp2(tl.dot(key, tl.trans(query), bias, input_precision=PRECISION))
-        dvalue = tl.dot(weights.to(dout.dtype), dout, dvalue, input_precision=PRECISION)
-        dweights = tl.dot(value, tl.trans(dout), input_precision=PRECISION)
-        dlogits = weights * (dweights - mean[None, :])
-        dkey = tl.dot(dlogits.to(query.dtype), query, dkey, input_precision=PRECISION)
-    dk += _head_offset(image, head, dk_strides)
-    dv += _head_offset(image, head, dv_strides)
-    _store(dk, dk_strides, ky, kx, dims, D, keep, dkey * LN2)
-    _store(dv, dv_strides, ky, kx, channels, E, keep, dvalue)
+                dtable = dtables + HP * BD
+                dquery = _through_table(
+                    dcolumn, x, query, rel_w, dtable, dquery, W, WP, D, BD, BM, PRECISION
+                )
+            dq_start = dq + _head_offset(image, head, dq_strides)
+            _store(dq_start, dq_strides, last, dims, D, L, BM, dquery * (SCALE * LN2))

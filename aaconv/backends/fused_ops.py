@@ -20,39 +20,41 @@ LOG2E = math.log2(math.e)
 # With TRITON_INTERPRET=1 the kernels run in Python, on any device.
 INTERPRETED = not isinstance(kernels.attend, triton.JITFunction)
 
+# Of each multiprocessor, at the same time or not: enough to keep it busy whatever the kernel needs.
+PROGRAMS = 4
+
 
 def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, row_bias: Tensor | None, col_bias: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
 ) -> Tensor:
-    """Attention with weights 2^(q k^T + row_bias + col_bias), normalised over the keys.
-
-    q and k are (B, N, H, W, D), v is (B, N, H, W, E), row_bias (B, N, H, W, H) and col_bias
-    (B, N, H, W, W), with any strides. q and both biases are scaled by LOG2E / sqrt(D) already.
-    Returns (B, N, H, W, E).
-    """
-    if row_bias is None or col_bias is None:
-        zero = q.new_zeros(())
-        row_bias, col_bias = (zero.expand(*q.shape[:-1], size) for size in q.shape[2:4])
-    return _attend(q, k, v, row_bias, col_bias)[0]
+    """`aaconv.attention_2d`; all of one dtype, which the kernels can multiply."""
+    return _attend(q, k, v, rel_h, rel_w)[0]
 
 
 @torch.library.custom_op("aaconv::attend", mutates_args=())
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, row_bias: Tensor, col_bias: Tensor
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_outputs(q, k, v, row_bias, col_bias)
-    maps = (q, k, v, row_bias, col_bias, out)
-    sizes = _sizes("attend", q, v)
+    """The output, and log2 of the sum of 2^logits of each query, (B, N, H, W)."""
+    out, lse = _empty_outputs(q, k, v, rel_h, rel_w)
+    sizes = _sizes("attend", q, v, relative=rel_h is not None)
+    work = _tiles(q, sizes)
+    programs = min(work, _programs(q.device))
+    maps = [_flat(t) for t in (q, k, v, out)]
+    given = (*maps[:3], *_tables(q, rel_h, rel_w), _scratch(q, programs, sizes, 2), maps[3], lse)
     with torch.cuda.device_of(q):
-        kernels.attend[_query_grid(q, sizes)](*maps, lse, *map(_strides, maps), q.shape[1], **sizes)
+        for all_keys in (False, True):
+            kernels.attend[(programs,)](
+                *given, *map(_strides, maps), q.shape[1], work, ALL=all_keys, **sizes
+            )
     return out, lse
 
 
 @_attend.register_fake
 def _empty_outputs(
-    q: Tensor, k: Tensor, v: Tensor, row_bias: Tensor, col_bias: Tensor
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(v), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return _empty_like(v), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("aaconv::attend_backward", mutates_args=())
@@ -61,46 +63,46 @@ def _attend_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row_bias: Tensor,
-    col_bias: Tensor,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    relative: bool,
 ) -> list[Tensor]:
-    """Gradients of q, k and v, and if ``relative`` of row_bias and col_bias."""
-    dq, dk, dv, *dbias = gradients = _empty_gradients(
-        grad, q, k, v, row_bias, col_bias, out, lse, relative
-    )
-    drow_bias, dcol_bias = dbias if relative else (row_bias, col_bias)
-    delta = torch.empty_like(lse)
-    given, N, W = (grad, q, k, v, row_bias, col_bias), q.shape[1], q.shape[3]
-    sizes = _sizes("query_gradients", q, v)
-    partial_sums = drow_bias[None]
-    if sizes["BW"] < W:  # the map is wider than a tile
-        count = triton.cdiv(W, sizes["BW"])
-        partial_sums = drow_bias.new_empty(count, *drow_bias.shape, dtype=torch.float32)
-    maps = (*given, out, dq, partial_sums[0], dcol_bias)
+    """Gradients of q, k and v, and of the tables if there are any."""
+    gradients = _empty_gradients(grad, q, k, v, rel_h, rel_w, out, lse)
+    relative = rel_h is not None
+    sizes = _sizes("gradients", q, v, relative=relative)
+    atomic = not torch.are_deterministic_algorithms_enabled()
+    work = _tiles(q, sizes)
+    items = work if atomic else q.shape[0] * q.shape[1]
+    programs = min(items, _programs(q.device))
+    dk, dv = (t.new_zeros(t.shape, dtype=torch.float32) for t in (k, v))
+    dtables = q.new_zeros(programs, sizes["HP"] + sizes["WP"], sizes["BD"], dtype=torch.float32)
+    maps = [_flat(t) for t in (grad, q, k, v, out, gradients[0])]
     with torch.cuda.device_of(q):
-        kernels.query_gradients[_query_grid(q, sizes)](
-            *given,
-            out,
+        kernels.gradients[(programs,)](
+            *maps[:4],
+            *_tables(q, rel_h, rel_w),
+            maps[4],
             lse,
-            delta,
-            dq,
-            partial_sums,
-            dcol_bias,
+            _scratch(q, programs, sizes, 3),
+            maps[5],
+            dk,
+            dv,
+            dtables,
             *map(_strides, maps),
-            partial_sums.stride(0),
-            N,
-            RELATIVE=relative,
+            q.shape[1],
+            work,
+            ATOMIC=atomic,
             **sizes,
         )
-        sizes = _sizes("key_gradients", q, v)
-        kernels.key_gradients[_key_grid(q, sizes)](
-            *given, lse, delta, dk, dv, *map(_strides, (*given, dk, dv)), N, **sizes
-        )
-    if relative and len(partial_sums) > 1:
-        drow_bias.copy_(partial_sums.sum(0))
+    factor = q.shape[-1] ** -0.5
+    torch.mul(dk, factor, out=gradients[1])
+    gradients[2].copy_(dv)
+    if relative:
+        together = dtables.sum(0)[:, : q.shape[-1]]
+        for gradient, first in zip(gradients[3:], (0, sizes["HP"]), strict=True):
+            torch.mul(together[first : first + len(gradient)], factor, out=gradient)
     return gradients
 
 
@@ -110,13 +112,13 @@ def _empty_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    row_bias: Tensor,
-    col_bias: Tensor,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    relative: bool,
 ) -> list[Tensor]:
-    return [torch.empty_like(t) for t in ((q, k, v, row_bias, col_bias) if relative else (q, k, v))]
+    tables = [] if rel_h is None or rel_w is None else [rel_h, rel_w]
+    return [*map(_empty_like, (q, k, v)), *map(torch.empty_like, tables)]
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -125,44 +127,76 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    relative = any(ctx.needs_input_grad[3:])
-    gradients = _attend_backward(grad, *ctx.saved_tensors, relative)
+    gradients = _attend_backward(grad, *ctx.saved_tensors)
     return (*gradients, *[None] * (5 - len(gradients)))
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
 
 
+def _empty_like(t: Tensor) -> Tensor:
+    """As ``t``, with positions that lie at equal distances."""
+    empty = torch.empty_like(t)
+    if empty.stride(2) == empty.shape[3] * empty.stride(3):
+        return empty
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
+
+
+def _flat(t: Tensor) -> Tensor:
+    """(B, N, H, W, channels) to (B, N, HW, channels); a copy only of maps of odd strides."""
+    return t.flatten(2, 3)
+
+
 def _strides(t: Tensor) -> tuple[object, ...]:
     """The strides, then the largest power of two up to 16 that divides all but the last of them.
 
-    The compiler by itself looks only for factors of 16, but heads of 20 channels are 20 apart.
+    Those of positions and channels are constants of the kernel, so that the addresses in a tile are
+    known distances apart. Of the others the compiler by itself looks only for factors of 16, but
+    heads of 20 channels are 20 apart.
     """
     moved = (s for s, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1)
-    return (*t.stride(), tl.constexpr(math.gcd(16, *moved)))
+    constants = (*t.stride()[2:], math.gcd(16, *moved))
+    return (*t.stride()[:2], *map(tl.constexpr, constants))
 
 
-def _query_grid(q: Tensor, sizes: dict[str, Any]) -> tuple[int]:
+def _tables(q: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> tuple[Tensor, Tensor]:
+    if rel_h is None or rel_w is None:
+        return q, q  # never read
+    return rel_h.contiguous(), rel_w.contiguous()
+
+
+def _scratch(q: Tensor, programs: int, sizes: dict[str, Any], halves: int) -> Tensor:
+    """Memory of ``programs``; a half is one number per query and key row or column."""
+    per_query = (sizes["HP"] + sizes["WP"]) // 2 * halves if sizes["RELATIVE"] else 0
+    return q.new_empty(programs * sizes["BM"] * per_query, dtype=torch.float32)
+
+
+def _programs(device: torch.device) -> int:
+    """How many programs share the tiles of queries. Memory of their own grows with it."""
+    if device.type != "cuda":
+        return 2  # interpreted
+    return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiles(q: Tensor, sizes: dict[str, Any]) -> int:
     B, N, H, W, _ = q.shape
-    return (B * N * triton.cdiv(H * W, sizes["BM"]),)
+    return B * N * triton.cdiv(H * W, sizes["BM"])
 
 
-def _key_grid(q: Tensor, sizes: dict[str, Any]) -> tuple[int]:
-    B, N, H, W, _ = q.shape
-    return (B * N * triton.cdiv(H, sizes["R"]) * triton.cdiv(W, sizes["BW"]),)
-
-
-def _sizes(kernel: str, q: Tensor, v: Tensor) -> dict[str, Any]:
+def _sizes(kernel: str, q: Tensor, v: Tensor, *, relative: bool) -> dict[str, Any]:
     """Sizes, tile sizes and launch options of a kernel."""
     H, W, D = q.shape[2:]
     E = v.shape[-1]
-    BD, BE = (max(16, triton.next_power_of_2(n)) for n in (D, E))
+    BD = _padded(D)
+    BE = _padded(E + 2)  # room for ones, and for what they are multiplied by
     precision = _precision()
     queries, keys, warps, registers = _tile(kernel, q.dtype, precision, BD + BE, H * W)
     BW = min(triton.next_power_of_2(W), 64)
     # No more rows than the map has, but no fewer keys than tl.dot accepts.
     keys = max(16, min(keys, triton.next_power_of_2(H) * BW))
     return {
+        "RELATIVE": relative,
+        "SCALE": LOG2E * D**-0.5,
         "H": H,
         "W": W,
         "D": D,
@@ -172,11 +206,18 @@ def _sizes(kernel: str, q: Tensor, v: Tensor) -> dict[str, Any]:
         "BM": queries,
         "R": max(1, keys // BW),
         "BW": BW,
+        "HP": _padded(2 * H - 1),
+        "WP": _padded(2 * W - 1),
         "PRECISION": precision,
         "num_warps": warps,
         "num_stages": 2,
         "maxnreg": registers,
     }
+
+
+def _padded(size: int) -> int:
+    """A power of two that tl.dot accepts."""
+    return max(16, triton.next_power_of_2(size))
 
 
 def _tile(
@@ -185,22 +226,16 @@ def _tile(
     """Queries and keys per tile, number of warps, and maximum registers per thread.
 
     Chosen from the compiler's output for compute capability 9.0, not from timings: no spilled
-    registers, few instructions per logit, and 12 to 16 resident warps per multiprocessor, so that
-    some run while others wait for a product.
+    registers, few instructions per logit, and as many resident warps as that leaves, so that some
+    run while others wait for a product.
     """
     if dtype == torch.float32:
         if channels > 128:
             return 32, 32, 4, None
         return 64, 64 if precision == "tf32" else 32, 4, None
-    if positions <= 64:
+    if positions <= 64 or kernel == "gradients":
         return 64, 64, 4, None
-    if kernel == "attend":
-        return 128, 64, 8, 128 if channels <= 128 else None
-    if kernel == "query_gradients":
-        return 64, 64, 4, 168 if channels <= 64 else None
-    if channels > 128:
-        return 32, 64, 4, None
-    return 32, 128, 4, 168 if channels <= 48 else None
+    return 128, 64, 8, 128 if channels <= 128 else None
 
 
 def _precision() -> str:
