@@ -81,7 +81,8 @@ def test_memory_grows_with_the_map_not_with_its_square(backend):
             with_gradients(lambda *t: attention_2d(*t, backend=backend), tensors)
         return torch.cuda.max_memory_allocated() - before
 
-    # Position terms grow as 2 HW (H + W), eight times; the logits would sixteen times.
+    # What is stored grows with the positions, four times; the logits would sixteen times. Memory of
+    # a program's own grows with H + W, and with the programs until all are busy.
     assert peak(64) < 9 * peak(32)
     assert peak(64) < 2 * 8 * 64**4 * 2 / 2  # half of all logits in bf16
 

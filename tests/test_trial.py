@@ -35,8 +35,15 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(backends.MODULES[name], "attend", counted)
 
-    for name in ("sdpa", "reference", "tiled"):
+    for name in ("sdpa", "reference"):
         count(name, backends.MODULES[name].attend)
+    formula = trial._formula
+
+    def counted_formula(*tensors):
+        counts["formula"] = counts.get("formula", 0) + 1
+        return formula(*tensors)
+
+    monkeypatch.setattr(trial, "_formula", counted_formula)
     counts["replace"] = lambda attend: count("fused", attend)
     counts["replace"](backends.MODULES["reference"].attend)
     return counts
@@ -49,12 +56,12 @@ def low(size=(3, 5), dtype=torch.bfloat16, **more):
 def test_a_right_one_is_tried_once_for_each_map_and_dtype(calls, caplog):
     for _ in range(3):
         attention_2d(*low())
-    assert (calls["fused"], calls["tiled"]) == (1 + 3, 2)
+    assert (calls["fused"], calls["formula"]) == (1 + 3, 2)
     attention_2d(*low(batch=5))  # the batch does not matter
-    assert calls["tiled"] == 2
+    assert calls["formula"] == 2
     attention_2d(*low((4, 5)))
     attention_2d(*low(dtype=torch.float16))
-    assert calls["tiled"] == 6
+    assert calls["formula"] == 6
     assert "sdpa" not in calls
     assert not caplog.records
 
@@ -125,11 +132,25 @@ def test_a_compiled_graph_has_no_trial(calls):
     compiled = torch.compile(attention_2d, fullgraph=True, backend="eager")
     compiled(*(t.detach() for t in low()))
     assert not trial._passed
-    assert "tiled" not in calls
+    assert "formula" not in calls
 
 
 @pytest.mark.slow
-def test_the_fused_kernels_pass():
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid")
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_fused_kernels_pass(scale, dtype):
+    """The interpreter has no bfloat16. Tables are float32 in training."""
     pytest.importorskip("triton")
-    for dtype in (torch.float32, torch.float16):  # the interpreter has no bfloat16
-        assert trial.obstacle("fused", low((3, 7), dtype)) is None
+    tensors = inputs_like(inputs((7, 9), 2, 20, 2, scale=scale), dtype)
+    tensors = [*tensors[:3], *(t.float() for t in tensors[3:])]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert trial.obstacle("fused", [t.to(device) for t in tensors]) is None
+
+
+def test_of_large_maps_some_heads_are_tried(monkeypatch):
+    seen = []
+    monkeypatch.setattr(trial, "MOST_LOGITS", 2 * 15**2 + 1)
+    monkeypatch.setattr(trial, "_results", lambda _, given: seen.append(given[0].shape) or given)
+    trial.obstacle("sdpa", inputs((3, 5), 6, 4, 2))
+    assert seen == [(1, 2, 3, 5, 4)] * 3

@@ -262,7 +262,7 @@ def attend(
             last = item % tiles * BM + tl.arange(0, BM)
             out_start = out + _head_offset(image, head, out_strides)
             _store(out_start, out_strides, last, channels, E, L, BM, result / total[:, None])
-            tl.store(lse + group * L + last, normaliser, mask=last < L)
+            tl.store(lse + group * L + last, normaliser, mask=(last < L) | (L % BM == 0))
 
 
 @triton.jit
@@ -375,18 +375,20 @@ def gradients(
             grad_start = grad + _head_offset(image, head, grad_strides)
             out_start = out + _head_offset(image, head, out_strides)
             query = _load(query_start, q_strides, position, dims, D, 0.0)
-            dout = _load(grad_start, grad_strides, position, channels, E, 0.0)
+            dresult = _load(grad_start, grad_strides, position, channels, E, 0.0).to(tl.float32)
             result = _load(out_start, out_strides, position, channels, E, 0.0)
             # Subtracted from the products of dout and value, in whose padding are ones; in two
             # channels, which keep it to twice the precision of one.
-            mean = -tl.sum(dout.to(tl.float32) * result.to(tl.float32), 1)
+            mean = -tl.sum(dresult * result, 1)
+            dout = dresult.to(query.dtype)
             high = mean.to(tl.bfloat16).to(tl.float32)
             low = (mean - high).to(dout.dtype)
             dout = tl.where((channels == E)[None, :], high.to(dout.dtype)[:, None], dout)
             dout = tl.where((channels == E + 1)[None, :], low[:, None], dout)
             last = index % tiles * BM + tl.arange(0, BM)
-            # Queries outside the map attend to nothing.
-            normaliser = tl.load(lse + group * L + last, mask=last < L, other=float("inf"))
+            normaliser = tl.load(lse + group * L + position)
+            if L % BM != 0:  # queries outside the map attend to nothing
+                normaliser = tl.where(last < L, normaliser, float("inf"))
             if RELATIVE:
                 tl.debug_barrier()  # all have read the terms of the last tile
                 _write_terms(by_row, query, rel_h, H, HP, D, BD, BM, SCALE, PRECISION)

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from aaconv.backends import fused_kernels as kernels
 
@@ -28,25 +29,27 @@ def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
 ) -> Tensor:
     """`aaconv.attention_2d`; all of one dtype, which the kernels can multiply."""
-    return _attend(q, k, v, rel_h, rel_w)[0]
+    return _attend(q, k, v, rel_h, rel_w)[0].to(v.dtype)
 
 
 @torch.library.custom_op("aaconv::attend", mutates_args=())
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The output, and log2 of the sum of 2^logits of each query, (B, N, H, W)."""
+    """The output in float32, and log2 of the sum of 2^logits of each query, (B, N, H, W).
+
+    From a rounded output the inner products with its gradient would be wrong for the backward pass:
+    where one key has nearly all the weight, the gradients of the logits are small differences.
+    """
     out, lse = _empty_outputs(q, k, v, rel_h, rel_w)
     sizes = _sizes("attend", q, v, relative=rel_h is not None)
     work = _tiles(q, sizes)
     programs = min(work, _programs(q.device))
     maps = [_flat(t) for t in (q, k, v, out)]
     given = (*maps[:3], *_tables(q, rel_h, rel_w), _scratch(q, programs, sizes, 2), maps[3], lse)
-    with torch.cuda.device_of(q):
-        for all_keys in (False, True):
-            kernels.attend[(programs,)](
-                *given, *map(_strides, maps), q.shape[1], work, ALL=all_keys, **sizes
-            )
+    for all_keys in (False, True):
+        sizes["ALL"] = all_keys
+        _launch("attend", programs, sizes, *given, *map(_strides, maps), q.shape[1], work)
     return out, lse
 
 
@@ -54,7 +57,7 @@ def _attend(
 def _empty_outputs(
     q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return _empty_like(v), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return _empty_like(v, torch.float32), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 @torch.library.custom_op("aaconv::attend_backward", mutates_args=())
@@ -77,25 +80,26 @@ def _attend_backward(
     items = work if atomic else q.shape[0] * q.shape[1]
     programs = min(items, _programs(q.device))
     dk, dv = (t.new_zeros(t.shape, dtype=torch.float32) for t in (k, v))
-    dtables = q.new_zeros(programs, sizes["HP"] + sizes["WP"], sizes["BD"], dtype=torch.float32)
+    offsets = sizes["HP"] + sizes["WP"] if relative else 0
+    dtables = q.new_zeros(programs, offsets, sizes["BD"], dtype=torch.float32)
     maps = [_flat(t) for t in (grad, q, k, v, out, gradients[0])]
-    with torch.cuda.device_of(q):
-        kernels.gradients[(programs,)](
-            *maps[:4],
-            *_tables(q, rel_h, rel_w),
-            maps[4],
-            lse,
-            _scratch(q, programs, sizes, 3),
-            maps[5],
-            dk,
-            dv,
-            dtables,
-            *map(_strides, maps),
-            q.shape[1],
-            work,
-            ATOMIC=atomic,
-            **sizes,
-        )
+    _launch(
+        "gradients",
+        programs,
+        sizes | {"ATOMIC": atomic},
+        *maps[:4],
+        *_tables(q, rel_h, rel_w),
+        maps[4],
+        lse,
+        _scratch(q, programs, sizes, 3),
+        maps[5],
+        dk,
+        dv,
+        dtables,
+        *map(_strides, maps),
+        q.shape[1],
+        work,
+    )
     factor = q.shape[-1] ** -0.5
     torch.mul(dk, factor, out=gradients[1])
     gradients[2].copy_(dv)
@@ -134,12 +138,24 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 _attend.register_autograd(_differentiate, setup_context=_save)
 
 
-def _empty_like(t: Tensor) -> Tensor:
+def _launch(name: str, programs: int, sizes: dict[str, Any], q: Tensor, *others: object) -> None:
+    """Launch a kernel; ValueError where the GPU has not enough of something for its channels."""
+    try:
+        with torch.cuda.device_of(q):
+            getattr(kernels, name)[(programs,)](q, *others, **sizes)
+    except OutOfResources as error:
+        raise ValueError(
+            f"backend='fused' with dkh={sizes['D']} and dvh={sizes['E']} needs {error.required} of "
+            f"{error.name}, this GPU has {error.limit}; use backend='sdpa'"
+        ) from error
+
+
+def _empty_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """As ``t``, with positions that lie at equal distances."""
-    empty = torch.empty_like(t)
+    empty = torch.empty_like(t, dtype=dtype)
     if empty.stride(2) == empty.shape[3] * empty.stride(3):
         return empty
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -191,7 +207,7 @@ def _sizes(kernel: str, q: Tensor, v: Tensor, *, relative: bool) -> dict[str, An
     BE = _padded(E + 2)  # room for ones, and for what they are multiplied by
     precision = _precision()
     queries, keys, warps, registers = _tile(kernel, q.dtype, precision, BD + BE, H * W)
-    BW = min(triton.next_power_of_2(W), 64)
+    BW = min(triton.next_power_of_2(W), 32)
     # No more rows than the map has, but no fewer keys than tl.dot accepts.
     keys = max(16, min(keys, triton.next_power_of_2(H) * BW))
     return {
@@ -229,13 +245,20 @@ def _tile(
     registers, few instructions per logit, and as many resident warps as that leaves, so that some
     run while others wait for a product.
     """
+    forward = kernel == "attend"
     if dtype == torch.float32:
         if channels > 128:
-            return 32, 32, 4, None
-        return 64, 64 if precision == "tf32" else 32, 4, None
-    if positions <= 64 or kernel == "gradients":
-        return 64, 64, 4, None
-    return 128, 64, 8, 128 if channels <= 128 else None
+            return 32, 32 if forward else 16, 4, None
+        if precision == "tf32":
+            return 64, 64, 4, None
+        return 64 if forward else 32, 32, 4, None
+    if forward:
+        if positions <= 64 or channels > 192:
+            return 64, 64 if channels <= 192 else 32, 4, None
+        return 128, 64, 8, 128 if channels <= 64 else None
+    if channels > 192:
+        return 32, 32, 4, None
+    return 64, 64 if channels <= 64 else 32, 4, None
 
 
 def _precision() -> str:
