@@ -1,6 +1,6 @@
 """Time the layer's backends against a plain convolution and the published implementation.
 
-    python scripts/bench_layer.py [--device cpu] [--sizes 8 16 32 64] [--batches 1 8] [--out FOLDER]
+    python scripts/bench_layer.py [--device cpu] [--sizes 8 16 32 64] [--channels-last]
 
 Times are medians (minimum to maximum) of interleaved rounds, forward and forward plus backward.
 Memory is the peak above what was allocated before, each measured in a new process. "pad and
@@ -124,8 +124,11 @@ def _peak_here(method: str, case: dict[str, Any], device_name: str) -> float:
 def _prepare(method: str, case: dict[str, Any], device: torch.device) -> tuple[Tensor, nn.Module]:
     channels, size = case["channels"], case["size"]
     layer = build(method, size, channels, case["dk"], case["dv"], case["Nh"]).to(device)
-    x = torch.randn(case["batch"], channels, size, size, device=device, requires_grad=True)
-    return x, layer
+    x = torch.randn(case["batch"], channels, size, size, device=device)
+    if case["channels_last"]:
+        layer = layer.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.contiguous(memory_format=torch.channels_last)
+    return x.requires_grad_(), layer
 
 
 def _dtype(case: dict[str, Any]) -> torch.dtype:
@@ -224,6 +227,7 @@ def main() -> None:
     parser.add_argument("--dk", type=int, default=160)
     parser.add_argument("--dv", type=int, default=16)
     parser.add_argument("--Nh", type=int, default=8)
+    parser.add_argument("--channels-last", action="store_true", help="as training has them")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "bench")
     arguments = parser.parse_args()
@@ -234,6 +238,7 @@ def main() -> None:
         for batch in arguments.batches:
             for dtype in arguments.dtypes:
                 case = {"size": size, "batch": batch, "dtype": dtype, **layer}
+                case["channels_last"] = arguments.channels_last
                 rows += measure(case, device, arguments.rounds)
                 print(*table(rows).splitlines()[-len(METHODS) :], sep="\n", flush=True)
     about = timing.facts(device) | {"layer": layer, "rounds": arguments.rounds}

@@ -51,10 +51,22 @@ def test_bench_layer(monkeypatch, tmp_path, capsys):
     assert f"| {(7 + len('tiled')) / (7 + len('pad and reshape')):.2f} |" in written
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_layers_are_timed_in_the_memory_format_asked_for(channels_last):
+    case = {"size": 3, "batch": 2, "dtype": "float32", "channels": 12, "dk": 6, "dv": 4, "Nh": 2}
+    case["channels_last"] = channels_last
+    x, layer = bench_layer._prepare("sdpa", case, torch.device("cpu"))
+    assert x.is_contiguous(memory_format=torch.channels_last) == channels_last
+    out = bench_layer.step(layer, x, torch.float32, backward=True)()
+    assert out.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert x.grad.is_contiguous(memory_format=torch.channels_last) == channels_last
+
+
 def test_a_method_that_does_not_fit_is_listed_without_times(monkeypatch):
     monkeypatch.setattr(bench_layer, "peak", lambda *_: 1.0)
     monkeypatch.setattr(bench_layer, "_fits", lambda method, *_: method != "pad and reshape")
     case = {"size": 3, "batch": 1, "dtype": "float32", "channels": 12, "dk": 6, "dv": 4, "Nh": 2}
+    case["channels_last"] = False
     rows = bench_layer.measure(case, torch.device("cpu"), 1)
     assert "| pad and reshape | does not fit into memory |" in bench_layer.table(rows)
     huge = case | {"size": 512, "batch": 64, "Nh": 8}
@@ -66,6 +78,7 @@ def test_a_method_that_does_not_fit_is_listed_without_times(monkeypatch):
 @pytest.mark.slow
 def test_peak_memory_of_a_pass_covers_its_logits():
     case = {"size": 16, "batch": 8, "dtype": "float32", "channels": 8, "dk": 8, "dv": 8, "Nh": 8}
+    case["channels_last"] = False
     logits = 8 * 8 * 16**4 * 4 / 2**20  # 16 MiB
     assert bench_layer.peak("reference", case, "cpu") > 2 * logits
 

@@ -1,5 +1,6 @@
 """Several processes: what they share, sum and normalise together, against one process."""
 
+import datetime
 import os
 import time
 from pathlib import Path
@@ -107,6 +108,21 @@ def test_without_it_each_normalises_its_part_and_the_first_ones_statistics_count
         torch.testing.assert_close(ours, (a + b) / 2)
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def slow_compiler(rank, port):
+    """A process that compiles for longer than the others are patient otherwise."""
+    become(rank, port)
+    distributed.PATIENCE = datetime.timedelta(seconds=2)
+    with distributed.process_group(compiles=True):
+        if rank == 0:
+            time.sleep(4)
+        assert distributed.all_reduce_sum(torch.tensor(rank + 1)).item() == 3
+
+
+@pytest.mark.slow
+def test_the_others_wait_for_a_compiler():
+    spawn(slow_compiler)
 
 
 def jobs_of_two(rank, port, folder):

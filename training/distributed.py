@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 # A process that does not reach a collective operation within this time is given up, and all end.
 PATIENCE = datetime.timedelta(seconds=50)
+# The same where the first steps may wait for a compiler, which is not as fast in all processes.
+PATIENCE_WHILE_COMPILING = datetime.timedelta(minutes=10)
 # The main process closes its tracking after the others are through, and uploads pictures.
 PATIENCE_AT_THE_END = datetime.timedelta(minutes=10)
 
@@ -85,10 +87,13 @@ def _refuse_slurm_tasks() -> None:
 
 
 @contextmanager
-def process_group() -> Iterator[World]:
+def process_group(*, compiles: bool = False) -> Iterator[World]:
     """Within the ``with`` the processes communicate, by nccl on GPUs and by gloo on CPUs.
 
     The jobs of a sweep have a group each, one after the other.
+
+    Args:
+        compiles: whether a compiler runs meanwhile, for which the others wait longer.
 
     Raises:
         ConnectionError: another process has died, or did not answer in time.
@@ -100,7 +105,7 @@ def process_group() -> Iterator[World]:
     if not here.is_main:
         logging.disable(logging.WARNING)
     try:
-        _init_group(here)
+        _init_group(here, PATIENCE_WHILE_COMPILING if compiles else PATIENCE)
         yield here
     except (ValueError, OSError, FloatingPointError, SystemExit):  # in all processes alike
         await_main()
@@ -118,7 +123,7 @@ def process_group() -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def _init_group(here: World) -> None:
+def _init_group(here: World, patience: datetime.timedelta) -> None:
     if dist.is_initialized():  # an error has ended the job before, in all processes
         dist.destroy_process_group()
     dist.init_process_group(
@@ -127,7 +132,7 @@ def _init_group(here: World) -> None:
         store=dist.PrefixStore(f"aaconv-{next(_groups)}", _store()),
         rank=here.rank,
         world_size=here.size,
-        timeout=PATIENCE,
+        timeout=patience,
     )
 
 

@@ -12,9 +12,9 @@ They are written by offset and read by key. The gradients of the terms take the 
 Powers are of two. A logit is SCALE * (q k^T + terms) with SCALE = log2(e) / sqrt(D).
 
 Letters: N heads, H x W map, L = H * W positions; D and E channels per head of queries/keys and of
-values, padded to BD and BE; BM queries and R * BW keys per tile; HP and WP the numbers of offsets
-of rows and columns, padded. Strides are those of (B, N, L, channels), followed by a power of two
-that divides the first three.
+values, padded to BD and BE; BM queries and R * BW keys per tile, R padded to RP; HP and WP the
+numbers of offsets of rows and columns, padded. Strides are those of (B, N, L, channels), followed
+by a power of two that divides the first three.
 
 Indices outside the map are clamped to its last row, column or query instead of masked, so that the
 loads stay wide; a term of minus infinity gives such keys the weight zero.
@@ -121,7 +121,7 @@ def _write_terms(
 ):
     """Write the term of each query for each offset of the table, (BM, CP)."""
     # More at a time would need more registers.
-    BLOCK: tl.constexpr = min(CP, 32)
+    BLOCK: tl.constexpr = CP if CP < 32 else 32
     for block in range(0, CP, BLOCK):
         offset = block + tl.arange(0, BLOCK)
         embedding = _embeddings(table, offset, C, D, BD)
@@ -193,7 +193,7 @@ def attend(
     launch with ALL, which begins with the peak of all keys, computes those tiles again.
     """
     L: tl.constexpr = H * W
-    FEW: tl.constexpr = max(1, 16 // BW)
+    FEW: tl.constexpr = 1 if BW >= 16 else 16 // BW
     tiles = tl.cdiv(L, BM)
     by_row = scratch + tl.program_id(0).to(tl.int64) * (BM * (HP + WP))
     by_column = by_row + BM * HP
@@ -289,7 +289,7 @@ def _through_table(
     PRECISION: tl.constexpr,
 ):
     """``dquery`` with the gradient through the terms; that of the table is added to ``dtable``."""
-    BLOCK: tl.constexpr = min(CP, 32)
+    BLOCK: tl.constexpr = CP if CP < 32 else 32
     for block in range(0, CP, BLOCK):
         offset = block + tl.arange(0, BLOCK)
         key = offset[None, :] + (at - (C - 1))[:, None]
@@ -337,6 +337,7 @@ def gradients(
     BE: tl.constexpr,
     BM: tl.constexpr,
     R: tl.constexpr,
+    RP: tl.constexpr,
     BW: tl.constexpr,
     HP: tl.constexpr,
     WP: tl.constexpr,
@@ -358,7 +359,6 @@ def gradients(
     dtables += tl.program_id(0).to(tl.int64) * (BD * (HP + WP))
     dims, channels = tl.arange(0, BD), tl.arange(0, BE)
     # Products with it are sums over the columns of each key row.
-    RP: tl.constexpr = max(8, R)
     key_row = tl.arange(0, RP)
     is_row = tl.arange(0, R * BW)[:, None] // BW == key_row[None, :]
     is_row = is_row.to(tl.float32).to(k.dtype.element_ty)

@@ -21,6 +21,9 @@ LOG2E = math.log2(math.e)
 # With TRITON_INTERPRET=1 the kernels run in Python, on any device.
 INTERPRETED = not isinstance(kernels.attend, triton.JITFunction)
 
+# The fewest columns of a product.
+NARROWEST = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
+
 # Of each multiprocessor, at the same time or not: enough to keep it busy whatever the kernel needs.
 PROGRAMS = 4
 
@@ -86,7 +89,7 @@ def _attend_backward(
     _launch(
         "gradients",
         programs,
-        sizes | {"ATOMIC": atomic},
+        sizes | {"ATOMIC": atomic, "RP": max(NARROWEST, sizes["R"])},
         *maps[:4],
         *_tables(q, rel_h, rel_w),
         maps[4],
