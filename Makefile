@@ -6,7 +6,11 @@ READY := .venv/ready
 # One more than the cores of CI: some tests mostly wait, for wandb or for Slurm.
 PYTEST := $(BIN)/python -m pytest -n 3
 
-.PHONY: compare test test-fast lint install clean
+# Where there is a GPU, for so many minutes; a bare PyTorch image will do (scripts/gpu_check.py).
+MINUTES ?= 25
+GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+
+.PHONY: compare test test-fast lint install gpu clean
 
 compare: install
 	$(BIN)/python scripts/compare.py
@@ -31,6 +35,9 @@ $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,sweep,workspace,dev]'
 	touch $@
+
+gpu:
+	$(GPU_PYTHON) scripts/gpu_check.py --minutes $(MINUTES) $(GPU_CHECK)
 
 clean:
 	rm -rf .venv

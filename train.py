@@ -39,7 +39,7 @@ from aaconv.functional import check_backend
 from configs.schema import register
 from data import Batches, Dataset, evaluation_batches
 from models import count_flops, count_parameters, layer_facts, layer_table
-from training import checkpoint, cli, distributed, media, provenance, run_folder, stopping
+from training import checkpoint, cli, distributed, provenance, run_folder, stopping
 from training.device import (
     choose_device,
     choose_dtype,
@@ -344,8 +344,11 @@ def pictures(
     cfg: DictConfig, state: RunState, progress: Progress, tracker: Tracker
 ) -> dict[str, Any]:
     """Attention after the epoch that is finished, where the dashboard is to have it."""
-    wanted = tracker.active and cfg.tracking.media
-    if not wanted or len(progress.rows) not in media.moments(cfg.epochs):
+    if not (tracker.active and cfg.tracking.media):
+        return {}
+    from training import media  # which needs Pillow
+
+    if len(progress.rows) not in media.moments(cfg.epochs):
         return {}
     return {**media.attention_pictures(evaluated_model(state), state.dataset, state.autocast)}
 
@@ -362,6 +365,8 @@ def show(
         return
     model = evaluated_model(state)
     if cfg.tracking.media:
+        from training import media  # which needs Pillow
+
         tracker.show(media.final_media(model, state.dataset, cfg.eval_batch_size, state.autocast))
     if cfg.tracking.weights:
         with TemporaryDirectory() as folder:

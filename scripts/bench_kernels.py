@@ -9,12 +9,17 @@ that a multiprocessor holds at once; and the instructions of a thread per logit 
 loop, of which one is always the exponential. A map of one tile has no loop: there the whole kernel
 counts. These are counts, the same on every machine, and no times. Writes bench_kernels.md and
 bench_kernels.json. Takes seconds for each shape and needs triton, but no GPU.
+
+With --measure BATCH the operations are also timed, on the GPU that is there and for its capability
+alone: the median of all kernels and copies of a pass, and which part of it the instructions of the
+innermost loop alone would take if one was issued in every clock.
 """
 
 import argparse
 import collections
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -173,7 +178,7 @@ def describe(compiled: Any, options: dict[str, Any], capability: int) -> dict[st
     }
 
 
-def given(shape: str, dtype: torch.dtype) -> list[Tensor]:
+def given(shape: str, dtype: torch.dtype, batch: int = 8, device: str = "cpu") -> list[Tensor]:
     """Queries, keys, values and a gradient as training in channels_last has them, and tables."""
     size, *rest = shape.split(":")
     H, W = map(int, size.split("x"))
@@ -184,11 +189,11 @@ def given(shape: str, dtype: torch.dtype) -> list[Tensor]:
         return t.unflatten(1, (Nh, -1)).permute(0, 1, 3, 4, 2)
 
     def channels_last(channels: int) -> Tensor:
-        zeros = torch.zeros(8, channels, H, W, dtype=dtype)
-        return zeros.contiguous(memory_format=torch.channels_last)
+        random = torch.randn(batch, channels, H, W, dtype=dtype, device=device)
+        return random.contiguous(memory_format=torch.channels_last)
 
     qkv = channels_last(2 * dk + dv).split((dk, dk, dv), dim=1)
-    tables = [torch.zeros(2 * n - 1, dkh, dtype=dtype) for n in (H, W)]
+    tables = [torch.randn(2 * n - 1, dkh, dtype=dtype, device=device) for n in (H, W)]
     return [*map(heads, qkv), heads(channels_last(dv)), *tables]
 
 
@@ -216,9 +221,50 @@ def kernels(shape: str, dtype: str, capability: int) -> Iterator[dict[str, Any]]
             fused_ops._attend_backward(grad, q, k, v, *tables, out, lse)
     finally:
         JITFunction.run = launch
+        if torch.cuda.is_available():
+            driver.reset_active()
         torch.use_deterministic_algorithms(False)
     for row in rows:
         yield {"capability": capability, "shape": shape, "dtype": dtype} | row
+
+
+def measured(shape: str, dtype: str, batch: int, count: int = 20) -> dict[str, list[float]]:
+    """Milliseconds of forward, backward and ordered backward on the GPU."""
+    q, k, v, grad, *tables = given(shape, DTYPES[dtype], batch, "cuda")
+    out, lse = fused_ops._attend(q, k, v, *tables)
+
+    def backward(ordered: bool) -> None:
+        torch.use_deterministic_algorithms(ordered)
+        fused_ops._attend_backward(grad, q, k, v, *tables, out, lse)
+        torch.use_deterministic_algorithms(False)
+
+    steps = {
+        "attend": lambda: fused_ops._attend(q, k, v, *tables),
+        "gradients": lambda: backward(False),
+        "gradients, ordered": lambda: backward(True),
+    }
+    return timing.rounds(steps, torch.device("cuda"), count)
+
+
+def issue_ms(row: dict[str, Any], batch: int) -> float | None:
+    """Milliseconds of the loop's instructions at one of each of four warps in every clock."""
+    size, *_, Nh = row["shape"].split(":")
+    H, W = map(int, size.split("x"))
+    clock = _clock_mhz()
+    if clock is None:
+        return None
+    units = torch.cuda.get_device_properties(0).multi_processor_count
+    issued = 4 * 32 * units * clock * 1e3  # instructions of a thread in a millisecond
+    return float(row["instructions"] * batch * int(Nh) * (H * W) ** 2 / issued)
+
+
+def _clock_mhz() -> float | None:
+    words = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return float(said.splitlines()[0])
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return None
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -240,9 +286,22 @@ def table(rows: list[dict[str, Any]]) -> str:
                 f"{row['instructions']:.2f}",
             ]
         )
+        if "ms" in row:
+            lines[-1] += [timing.spread(row["ms"]), share(row)]
+        elif any("ms" in other for other in rows):
+            lines[-1] += ["", ""]
     header = ["capability", "dtype", "kernel", "map", "dkh", "dvh", "Nh", "registers", "spills"]
     header += ["in the loop", "shared KiB", "warps", "instructions a logit"]
+    if any("ms" in row for row in rows):
+        header += ["ms", "% for the loop"]
     return timing.markdown(header, lines, text_columns=3)
+
+
+def share(row: dict[str, Any]) -> str:
+    """Which part of the time, in per cent, the loop's instructions would take alone."""
+    if row["issue_ms"] is None:
+        return "clock unknown"
+    return f"{100 * row['issue_ms'] / statistics.median(row['ms']):.0f}"
 
 
 def arguments() -> argparse.Namespace:
@@ -251,11 +310,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 89, 90], choices=LIMITS)
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--measure", type=int, metavar="BATCH")
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "bench")
     args = parser.parse_args()
     for shape in args.shapes:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(:[1-9]\d*){3}", shape):
             parser.error(f"--shapes {shape}: write a map, dkh, dvh and Nh, such as 32x32:20:2:8")
+    if args.measure is not None and not torch.cuda.is_available():
+        parser.error("--measure needs a CUDA GPU, and torch finds none here")
     return args
 
 
@@ -263,12 +325,20 @@ def main() -> None:
     """Print the rows as they come; write the table."""
     args = arguments()
     rows: list[dict[str, Any]] = []
+    if args.measure is not None:
+        major, minor = torch.cuda.get_device_capability()
+        args.capabilities = [10 * major + minor]
     for dtype in args.dtypes:
         torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
         for capability in args.capabilities:
             for shape in args.shapes:
-                rows += kernels(shape, dtype, capability)
-    about = timing.facts(torch.device("cpu"))
+                # Timed first: the compiler is told of another GPU then, though of the same kind.
+                times = measured(shape, dtype, args.measure) if args.measure else {}
+                for row in kernels(shape, dtype, capability):
+                    if row["kernel"] in times:
+                        row |= {"ms": times[row["kernel"]], "issue_ms": issue_ms(row, args.measure)}
+                    rows.append(row)
+    about = timing.facts(torch.device("cpu" if args.measure is None else "cuda"))
     about["versions"]["triton"] = triton.__version__
     print(timing.write(args.out, "bench_kernels", about, rows, table(rows)))
 
