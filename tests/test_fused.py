@@ -162,7 +162,7 @@ class Largest(TorchDispatchMode):
 def test_nothing_as_large_as_all_position_terms_is_stored(order, request):
     if order == "fixed":
         request.getfixturevalue("in_order")
-    B, N, H, W = 6, 2, 11, 13
+    B, N, H, W = 4, 2, 7, 11
     tensors = on_device(inputs((H, W), N, 4, 2, batch=B), torch.float32)
     with Largest() as largest:
         with_gradients(by_kernels, tensors)
@@ -323,7 +323,9 @@ def test_no_kernel_spills_or_exceeds_a_card(capability, tmp_path):
     """To machine code; no GPU is needed for that."""
     script = Path(__file__).parent.parent / "scripts" / "bench_kernels.py"
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    shapes = ["32x32:20:2:8", "16x16:8:2:4", "8x8:20:8:8", "56x56:20:4:8"]
+    shapes = ["32x32:20:2:8", "56x56:20:4:8"]
+    if capability == 90:
+        shapes += ["16x16:8:2:4", "8x8:20:8:8"]
     words = ["--capabilities", str(capability), "--shapes", *shapes, "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, script, *words], env=environment, capture_output=True, text=True

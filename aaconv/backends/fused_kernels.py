@@ -389,14 +389,16 @@ def gradients(
             normaliser = tl.load(lse + group * L + position)
             if L % BM != 0:  # queries outside the map attend to nothing
                 normaliser = tl.where(last < L, normaliser, float("inf"))
+            tl.debug_barrier()  # all have read the terms of the last tile, and added what they had
             if RELATIVE:
-                tl.debug_barrier()  # all have read the terms of the last tile
                 _write_terms(by_row, query, rel_h, H, HP, D, BD, BM, SCALE, PRECISION)
                 _write_terms(by_column, query, rel_w, W, WP, D, BD, BM, SCALE, PRECISION)
                 tl.debug_barrier()
 
             dquery = tl.zeros((BM, BD), tl.float32)
             for column in range(0, W, BW):
+                if W > BW:
+                    tl.debug_barrier()  # drow has what the columns before gave
                 u = column + tl.arange(0, BW)
                 col_terms = _terms(by_column, x, u, W, WP, BM, BW, RELATIVE) - normaliser[:, None]
                 dcol_terms = tl.zeros((BM, BW), tl.float32)
