@@ -322,7 +322,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Print the rows as they come; write the table."""
+    """Count, and measure if asked to; print and write the table."""
     args = arguments()
     rows: list[dict[str, Any]] = []
     if args.measure is not None:

@@ -3,10 +3,11 @@
     python scripts/gpu_check.py [--minutes 25] [--device auto] [--data FOLDER] [--out FOLDER]
 
 In this order: the tests of the kernels and of training on a GPU; attention and the layer, every
-backend; training steps, every backend; kernel times against what the count of their instructions
-allows; and slices of `experiment=short`, plain and augmented. Each part has its share of the time,
-and what one leaves the next ones have. The same command goes on where it was stopped. What cannot
-run here is skipped, and the page says why; PyTorch, hydra-core and omegaconf are enough for most.
+backend; training steps with fused and sdpa; kernel times against what the count of their
+instructions allows; and slices of `experiment=short`, plain and augmented. Each part has its share
+of the time, and what one leaves the next ones have. The same command goes on where it was stopped.
+What cannot run here is skipped, and the page says why; PyTorch, hydra-core and tqdm are enough for
+most.
 Writes check.json, gpu_check.md, and for each step its log and its tables below the folder.
 
 On a CPU (--device cpu) it is a rehearsal, of small cases.
@@ -120,7 +121,7 @@ def layers(device: torch.device, on_gpu: bool) -> list[Step]:
 
 
 def steps(device: torch.device, on_gpu: bool) -> list[Step]:
-    """Training steps of whole networks, with every backend, then compiled."""
+    """Training steps of whole networks with the two backends that `auto` may take on a GPU."""
     where = ("--device", device.type, "--channels-last")
     if not on_gpu:
         small = ("--models", "resnet8", "--batch", 8, "--rounds", 2)
@@ -157,7 +158,7 @@ def training(device: torch.device, on_gpu: bool, data: str | None, out: Path) ->
     elif data is None:
         lacks = "no CIFAR-100: name its folder with --data"
     else:
-        environment["CIFAR_ROOT"] = data
+        environment["CIFAR_ROOT"] = str(Path(data).resolve())  # the command runs elsewhere
     made = []
     for attention in ("none", "aa"):
         folder = out / "training" / attention

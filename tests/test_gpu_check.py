@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,6 +130,8 @@ def test_what_is_lacking_is_told(monkeypatch, tmp_path):
     assert lacks["steps: wrn28_10, fused, compiled"] == "no package hydra"
     assert lacks["layers: layer"] is None
     assert lacks["training: aa"] == "no CIFAR-100: name its folder with --data"
+    (aa,) = [s for s in gpu_check.plan(torch.device("cuda"), "near", tmp_path) if s.name == "aa"]
+    assert aa.environment["CIFAR_ROOT"] == str(Path("near").resolve())
     parts = list(dict.fromkeys(step.part for step in steps))
     assert parts == list(gpu_check.SHARES)
     assert len({gpu_check.folder_of(step) for step in steps}) == len(steps)
