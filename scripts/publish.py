@@ -1,0 +1,120 @@
+"""Copy the results of finished runs to where they can be committed: no checkpoints, no paths.
+
+    python scripts/publish.py outputs/compare/NAME results/NAME
+
+Of each run below the first folder metrics.csv and summary.json go to the same place below the
+second, or failed.json where it diverged: all that scripts/report.py reads. Settings that do not
+decide a result, among them folders of this machine and names of an account, are left out. Can be
+run again as more runs finish. Results that are there with other numbers are never replaced.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training import console
+
+if __name__ == "__main__":
+    console.prepare("publish.py")
+
+import argparse
+import json
+from typing import Any
+
+from configs.schema import NO_EFFECT_ON_RESULT
+from reporting.runs import read
+from reporting.text import count, printable
+from training.files import write_texts
+from training.run_folder import FAILURE, METRICS, SUMMARY
+
+
+def shown(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The nested ``settings`` without those that do not decide a result, nor groups left empty."""
+    kept: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            inside = shown(value, f"{prefix}{key}.")
+            if inside or not value:
+                kept[key] = inside
+        elif prefix + key not in NO_EFFECT_ON_RESULT:
+            kept[key] = value
+    return kept
+
+
+def result_files(folder: Path) -> dict[str, str]:
+    """What is published of a run's folder, by the file's name."""
+    there = (folder / name for name in (METRICS, SUMMARY, FAILURE))
+    texts = {path.name: path.read_text(encoding="utf-8") for path in there if path.exists()}
+    if SUMMARY in texts:
+        summary = json.loads(texts[SUMMARY])
+        summary["config"] = shown(summary["config"])
+        texts[SUMMARY] = json.dumps(summary, indent=1) + "\n"
+    return texts
+
+
+def publish(source: Path, target: Path) -> str:
+    """Copy the results below ``source`` to the same places below ``target``; says what it did.
+
+    Raises:
+        ValueError: there is nothing to publish, one of the folders is inside the other, or other
+            results are in its place; nothing is written then.
+        OSError: a file cannot be read or written.
+    """
+    if overlap(source, target):
+        raise ValueError(f"{target} and {source} overlap; publish to another folder")
+    runs, excluded = read([source])
+    diverged = [e.folder for e in excluded if e.kind == "diverged"]
+    left = [e for e in excluded if e.kind != "diverged"]
+    texts: dict[Path, str] = {}
+    for folder in sorted([*(run.folder for run in runs), *diverged]):
+        place = target / folder.relative_to(source)
+        texts |= {place / name: text for name, text in result_files(folder).items()}
+    new = {path: text for path, text in texts.items() if not is_there(path, text)}
+    for path in new:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_texts(new)
+    added = len({path.parent for path in new})
+    there = len(runs) + len(diverged) - added
+    lines = [f"{target}: {count(added, 'run')} added, {count(there, 'run')} already there"]
+    lines += [f"left out, {e.kind}: {e.folder} ({e.why})" for e in left]
+    return "\n".join(lines)
+
+
+def overlap(one: Path, other: Path) -> bool:
+    """Whether one of two folders is, or is inside, the other."""
+    a, b = one.resolve(), other.resolve()
+    return a.is_relative_to(b) or b.is_relative_to(a)
+
+
+def is_there(path: Path, text: str) -> bool:
+    """Whether ``path`` holds this text already.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not path.exists():
+        return False
+    if path.read_text(encoding="utf-8") == text:
+        return True
+    raise ValueError(f"{path} holds other results; publish to another folder, or remove it first")
+
+
+def main() -> None:
+    console.ready()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="RUNS", help="a folder above finished runs")
+    parser.add_argument("target", type=Path, metavar="RESULTS", help="where to copy them")
+    arguments = parser.parse_args()
+    try:
+        print(printable(publish(arguments.source, arguments.target)))
+    except (ValueError, OSError) as error:
+        console.stop("publish.py", printable(console.one_line(error)), 1)
+    except KeyboardInterrupt:
+        console.stop("publish.py", "interrupted", 130)
+
+
+if __name__ == "__main__":
+    main()
