@@ -1,6 +1,20 @@
 """Checks of the arguments of `AugmentedConv`."""
 
+import operator
+from typing import Any
+
 Size = int | tuple[int, int]
+
+
+def whole(name: str, value: Any) -> int:
+    """``value`` as an int; NumPy's integers are taken, floats and truth values are not.
+
+    Raises:
+        ValueError: it is no whole number; the message names it.
+    """
+    if isinstance(value, bool) or not _is_index(value):
+        raise ValueError(f"{name}={value!r} must be an int")
+    return operator.index(value)
 
 
 def pair(name: str, value: Size) -> tuple[int, int]:
@@ -9,11 +23,20 @@ def pair(name: str, value: Size) -> tuple[int, int]:
     Raises:
         ValueError: ``value`` is neither an int nor a pair of ints.
     """
-    if isinstance(value, int):
-        return value, value
-    if len(value) == 2 and all(isinstance(v, int) for v in value):
-        return value[0], value[1]
+    if isinstance(value, tuple | list):
+        if len(value) == 2 and all(map(_is_index, value)):
+            return whole(name, value[0]), whole(name, value[1])
+    elif _is_index(value):
+        return whole(name, value), whole(name, value)
     raise ValueError(f"{name}={value!r} must be an int or a pair of ints")
+
+
+def _is_index(value: Any) -> bool:
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def check_channels(in_channels: int, out_channels: int, dk: int, dv: int, Nh: int) -> None:

@@ -49,7 +49,7 @@ def append_coordinates(x: Tensor) -> Tensor:
         for L in (H, W)
     )
     row, column = row[:, None].expand(H, W), column.expand(H, W)
-    coordinates = torch.stack((column, row, torch.hypot(row, column))).to(x.dtype)
+    coordinates = torch.stack((column, row, (row.square() + column.square()).sqrt())).to(x.dtype)
     # torch.cat returns channels_last only if all of its inputs are.
     memory_format = torch.channels_last if x.stride(1) == 1 else torch.contiguous_format
     out = torch.cat((x, coordinates.expand(B, -1, -1, -1)), dim=1)

@@ -5,6 +5,8 @@ This module checks the arguments and chooses the backend; `aaconv.backends` comp
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from aaconv import backends, trial
 
@@ -44,7 +46,7 @@ def attention_2d(
             ``"sdpa"`` appends the position bias to query and key as extra channels and calls
             ``scaled_dot_product_attention``, which holds no logits where it has a flash kernel.
             ``"tiled"`` computes the logits a tile at a time, in at least float32, and recomputes
-            them in the backward pass (which cannot be differentiated again).
+            them in the backward pass (which cannot be differentiated twice).
             ``"native"`` does the same in one kernel, which is compiled at its first use; it needs a
             CPU and a C++ compiler, and computes in float32.
             ``"fused"`` adds the position bias inside the project's Triton kernels, which hold no
@@ -56,10 +58,26 @@ def attention_2d(
 
     Raises:
         ValueError: the shapes do not match, ``backend`` is unknown, or it cannot be used with
-            these tensors, see `unavailable_reason`.
+            these tensors, see `unavailable_reason`, or inside a transform of torch.func.
+
+    torch's FlopCounterMode counts the same for all backends, that of the formula: while it counts,
+    the reference computes.
     """
+    check_backend_name(backend)
     _check_shapes(q, k, v, rel_h, rel_w)
     given = (q, k, v) if rel_h is None or rel_w is None else (q, k, v, rel_h, rel_w)
+    if _is_empty(q) or _is_counted():
+        backend = "reference"
+    if is_transformed(*given):
+        # No other one has all of their derivatives and batches.
+        if backend not in ("auto", "reference"):
+            raise ValueError(
+                f"backend={backend!r} cannot be used inside transforms of torch.func or with "
+                "forward-mode derivatives; use backend='auto'"
+            )
+        backend = "reference"
+    if torch.jit.is_tracing() and backend == "tiled":
+        raise ValueError("backend='tiled' cannot be traced; use backend='auto'")
     if backend == "auto":
         backend = choose_backend(q, relative=rel_h is not None)
         # Never inside a compiled graph.
@@ -116,9 +134,9 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
 
     On a GPU of compute capability 8.0 it is "fused", by the count of its instructions: no backend
     has been timed on a GPU yet. `attention_2d` tries it first, see `aaconv.trial`. On other devices
-    it is "sdpa", and so it is in a program for export, which may run where nothing can be compiled.
+    it is "sdpa", and so it is in a program for export (torch.export, torch.onnx, torch.jit.trace).
     """
-    if torch.compiler.is_exporting():
+    if _is_exported():
         return "sdpa"
     if q.device.type == "cuda" and relative and not trial.any_failed:
         return "sdpa" if _why_not_fused(q.device, q.dtype) else "fused"
@@ -138,6 +156,36 @@ def _why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
 
 # A compiler calls it and does not look into it, as with torch.compiler.assume_constant_result.
 _why_not_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _is_empty(q: Tensor) -> bool:
+    """Whether it is known that there is no image; in a program for export it is not."""
+    return not _is_exported() and q.shape[0] == 0
+
+
+def _is_exported() -> bool:
+    """Whether a program is made, by torch.export, torch.onnx or torch.jit.trace."""
+    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
+def _is_counted() -> bool:
+    """Whether torch's FlopCounterMode is counting."""
+    if torch.compiler.is_compiling():
+        return False
+    modes = _get_current_dispatch_mode_stack()
+    return any(type(mode).__module__ == "torch.utils.flop_counter" for mode in modes)
+
+
+def is_transformed(*given: Tensor) -> bool:
+    """Whether a transform of torch.func (vmap, grad, ...) or forward-mode derivatives are at work.
+
+    A compiler resolves them itself.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    return any(forward_ad.unpack_dual(t).tangent is not None for t in given)
 
 
 def _check_shapes(

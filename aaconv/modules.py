@@ -18,11 +18,17 @@ What the paper leaves open or we do differently:
   pseudo-code passes dkh^-0.5 to random_normal_initializer without naming the argument, and by
   position that would be the mean.
 - Maps of another size than the tables are made for are accepted, see `fit_table`.
+- Pooled attention, which the paper has on its largest ImageNet maps, is spread over the output so
+  that each pooled position stays where it is in the input, and the averages at the borders are
+  those of the pixels that exist.
 
 Letters: B batch, H x W map, Nh heads, dkh = dk / Nh and dvh = dv / Nh channels per head.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aaconv.checks import (
@@ -31,16 +37,18 @@ from aaconv.checks import (
     check_convolution,
     check_same_output_size,
     pair,
+    whole,
 )
 from aaconv.encodings import ABSOLUTE
-from aaconv.functional import attention_2d, check_backend_name
+from aaconv.functional import attention_2d, check_backend_name, is_transformed
 from aaconv.tables import fit_table
 
 
 class AugmentedConv(nn.Module):
     """Convolution and self-attention in parallel, ``[Conv(X), MHA(X)]`` over the channels.
 
-    Maps (B, in_channels, H, W) to (B, out_channels, H/stride, W/stride), rounded up. The first
+    Maps (B, in_channels, H, W) to (B, out_channels, H/stride, W/stride), rounded up, and one image
+    without its batch, (in_channels, H, W), likewise. The first
     ``out_channels - dv`` channels are the convolution's, the last ``dv`` the attention's
     (Bello et al. 2019, equation 7). ``dv=0`` is the plain convolution (dk and the other arguments
     of the attention then have no effect), ``dv=out_channels`` attention alone.
@@ -62,18 +70,36 @@ class AugmentedConv(nn.Module):
             (`encodings.append_coordinates`).
         stride: of the plain convolution and of the one that gives q, k and v.
         padding: of the plain convolution; by default ``dilation * (kernel_size - 1) // 2``.
+            ``"same"`` is torch's, for a stride of 1.
         dilation: of the plain convolution.
         groups: of the plain convolution.
         bias: whether the three convolutions have a bias.
         qkv_kernel_size: kernel of the convolution that gives q, k and v; 1 in the paper.
+        pool: attention runs on a map that is smaller by this factor: its input is averaged over
+            ``2 * pool - 1`` squared pixels at every pool-th one, its output interpolated
+            bilinearly. 2 is the paper's for its largest ImageNet maps (section 4.2), 1 is none.
+            ``shape`` is still that of the layer's output, and so are the tables: a pooled map has
+            the offsets that are multiples of ``pool``.
         backend: how attention is computed: ``"auto"``, ``"reference"``, ``"sdpa"``, ``"tiled"``,
             ``"native"`` or ``"fused"``, see `attention_2d`.
+        device: where the parameters are made.
+        dtype: of the parameters.
+
+    Attributes:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in
+            ``torch.nn.Conv2d``, those of the plain convolution.
+        conv_out: the plain convolution, of ``out_channels - dv`` channels; None if there are none.
+        qkv_conv: gives queries, keys and values, in that order; None for ``dv=0``.
+        attn_out: the 1x1 convolution that mixes the heads (W^O in equation 2); None for ``dv=0``.
+        key_rel_h, key_rel_w: the relative tables, or None.
 
     Raises:
         ValueError: the arguments contradict each other; the message names their values. In
-            ``forward``: the two branches differ in output size, or the backend is unavailable.
+            ``forward``: the input has other dimensions or channels, the two branches differ in
+            output size, or the backend is unavailable.
 
     ``load_state_dict`` accepts tables made for another ``shape`` and converts them by `fit_table`.
+    torch.fx takes the layer as a leaf, as it does torch's own.
     """
 
     def __init__(
@@ -88,109 +114,176 @@ class AugmentedConv(nn.Module):
         relative: bool = False,
         stride: Size = 1,
         *,
-        padding: Size | None = None,
+        padding: Size | str | None = None,
         dilation: Size = 1,
         groups: int = 1,
         bias: bool = True,
         qkv_kernel_size: int = 1,
         absolute: str = "none",
+        pool: int = 1,
         backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        kernel = pair("kernel_size", kernel_size)
-        stride = pair("stride", stride)
-        dilation = pair("dilation", dilation)
-        if padding is None:
-            padding = (dilation[0] * (kernel[0] - 1) // 2, dilation[1] * (kernel[1] - 1) // 2)
-        padding = pair("padding", padding)
+        self.in_channels = whole("in_channels", in_channels)
+        self.out_channels = whole("out_channels", out_channels)
+        self.dk, self.dv, self.Nh = whole("dk", dk), whole("dv", dv), whole("Nh", Nh)
+        self.kernel_size = pair("kernel_size", kernel_size)
+        self.stride = pair("stride", stride)
+        self.dilation = pair("dilation", dilation)
+        self.groups = whole("groups", groups)
+        self.pool = whole("pool", pool)
         self.shape = pair("shape", shape)
-        check_channels(in_channels, out_channels, dk, dv, Nh)
-        check_convolution(in_channels, out_channels - dv, groups, qkv_kernel_size)
-        check_same_output_size(kernel, stride, padding, dilation)
-        if min(self.shape) < 0 or (min(self.shape) == 0) != (max(self.shape) == 0):
-            raise ValueError(f"shape={shape} must be an output size, or 0 to leave it open")
-        if relative and self.shape == (0, 0):
-            raise ValueError("relative=True needs shape, the output size; got shape=0")
-        if absolute not in ABSOLUTE:
-            raise ValueError(
-                f"absolute={absolute!r} is unknown; choose one of {', '.join(ABSOLUTE)}"
-            )
-        if absolute == "sine" and in_channels < 4:
-            raise ValueError(f"absolute=sine needs in_channels of at least 4, not {in_channels}")
-        check_backend_name(backend)
-        self.dk, self.dv, self.Nh = dk, dv, Nh
-        self.relative = relative and dv > 0
         self.absolute = absolute
         self.backend = backend
+        qkv_kernel_size = whole("qkv_kernel_size", qkv_kernel_size)
+        check_channels(self.in_channels, self.out_channels, self.dk, self.dv, self.Nh)
+        check_convolution(
+            self.in_channels, self.out_channels - self.dv, self.groups, qkv_kernel_size
+        )
+        self.padding = _padding(padding, self.kernel_size, self.stride, self.dilation)
+        self._check_attention(relative)
+        self.relative = relative and self.dv > 0
 
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv_out: nn.Conv2d | None = None
-        if dv < out_channels:
+        if self.dv < self.out_channels:
             self.conv_out = nn.Conv2d(
-                in_channels, out_channels - dv, kernel, stride, padding, dilation, groups, bias
+                self.in_channels,
+                self.out_channels - self.dv,
+                self.kernel_size,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.groups,
+                bias,
+                **factory,
             )
         # A strided 1x1 convolution is an unstrided one of every stride-th pixel. It is computed
         # that way because oneDNN's strided one writes past the end of its buffer in the backward
         # pass of channels_last inputs with few channels (uxlfoundation/oneDNN issue 6035, in
         # torch 2.13).
-        self.subsample = stride if qkv_kernel_size == 1 else (1, 1)
+        self.subsample = self.stride if qkv_kernel_size == 1 else (1, 1)
         self.qkv_conv: nn.Conv2d | None = None
         self.attn_out: nn.Conv2d | None = None
-        if dv > 0:
+        if self.dv > 0:
             self.qkv_conv = nn.Conv2d(
-                in_channels + ABSOLUTE[absolute][1],
-                2 * dk + dv,
+                self.in_channels + ABSOLUTE[absolute][1],
+                2 * self.dk + self.dv,
                 qkv_kernel_size,
-                stride if qkv_kernel_size > 1 else 1,
+                self.stride if qkv_kernel_size > 1 else 1,
                 padding=qkv_kernel_size // 2,
                 bias=bias,
+                **factory,
             )
-            self.attn_out = nn.Conv2d(dv, dv, 1, bias=bias)
+            self.attn_out = nn.Conv2d(self.dv, self.dv, 1, bias=bias, **factory)
         self.key_rel_w: nn.Parameter | None = None
         self.key_rel_h: nn.Parameter | None = None
         if self.relative:
             height, width = self.shape
-            self.key_rel_w = nn.Parameter(torch.empty(2 * width - 1, dk // Nh))
-            self.key_rel_h = nn.Parameter(torch.empty(2 * height - 1, dk // Nh))
-            nn.init.normal_(self.key_rel_w, std=(dk // Nh) ** -0.5)
-            nn.init.normal_(self.key_rel_h, std=(dk // Nh) ** -0.5)
+            channels = self.dk // self.Nh
+            self.key_rel_w = nn.Parameter(torch.empty(2 * width - 1, channels, **factory))
+            self.key_rel_h = nn.Parameter(torch.empty(2 * height - 1, channels, **factory))
             self.register_load_state_dict_pre_hook(_fit_loaded_tables)
+        self._reset_tables()
+
+    def _check_attention(self, relative: bool) -> None:
+        shape = self.shape[0] if self.shape[0] == self.shape[1] else self.shape
+        if min(self.shape) < 0 or (min(self.shape) == 0) != (max(self.shape) == 0):
+            raise ValueError(f"shape={shape} must be an output size, or 0 to leave it open")
+        if relative and self.shape == (0, 0):
+            raise ValueError("relative=True needs shape, the output size; got shape=0")
+        if self.absolute not in ABSOLUTE:
+            raise ValueError(
+                f"absolute={self.absolute!r} is unknown; choose one of {', '.join(ABSOLUTE)}"
+            )
+        if self.absolute == "sine" and self.in_channels < 4:
+            raise ValueError(
+                f"absolute=sine needs in_channels of at least 4, not {self.in_channels}"
+            )
+        if self.pool < 1:
+            raise ValueError(f"pool={self.pool} must be at least 1, which is none")
+        check_backend_name(self.backend)
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, from the distributions of a new layer."""
+        for convolution in (self.conv_out, self.qkv_conv, self.attn_out):
+            if convolution is not None:
+                convolution.reset_parameters()
+        self._reset_tables()
+
+    def _reset_tables(self) -> None:
+        for table in (self.key_rel_w, self.key_rel_h):
+            if table is not None:
+                nn.init.normal_(table, std=(self.dk // self.Nh) ** -0.5)
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of the parameters that an optimizer should not decay: the relative tables.
+
+        A convention of the library timm, whose models leave out position embeddings in this way.
+        Whoever builds an optimizer decides; nothing here depends on it.
+        """
+        return {"key_rel_h", "key_rel_w"} if self.relative else set()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The augmented convolution of ``x``, (B, in_channels, H, W)."""
+        """The augmented convolution of ``x``, (B, in_channels, H, W) or (in_channels, H, W)."""
+        if isinstance(x, torch.fx.Proxy):
+            return _as_leaf(self, x)
+        if x.dim() == 3:
+            return self.forward(x[None])[0]
+        self._check_input(x)
         branches = []
         if self.conv_out is not None:
             branches.append(self.conv_out(x))
         if self.dv > 0:
             branches.append(self._attend(x))
-        for branch in branches:
-            if branch.shape[2:] != branches[0].shape[2:]:
-                raise ValueError(
-                    f"for the input {tuple(x.shape)} convolution and attention differ in size: "
-                    f"{tuple(branches[0].shape[2:])} and {tuple(branch.shape[2:])}; "
-                    "use an odd kernel_size with padding = dilation * (kernel_size - 1) / 2"
-                )
-        return branches[0] if len(branches) == 1 else torch.cat(branches, dim=1)
+        if len(branches) == 1:
+            return branches[0]
+        # A program for export is used at other sizes: it gets no branch that depends on them.
+        if not torch.compiler.is_exporting() and branches[0].shape[2:] != branches[1].shape[2:]:
+            raise ValueError(
+                f"for the input {tuple(x.shape)} convolution and attention differ in size: "
+                f"{tuple(branches[0].shape[2:])} and {tuple(branches[1].shape[2:])}; "
+                "use an odd kernel_size with padding = dilation * (kernel_size - 1) / 2"
+            )
+        return torch.cat(branches, dim=1)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"x must be (B, {self.in_channels}, H, W) or ({self.in_channels}, H, W), with "
+                f"in_channels={self.in_channels}; got {tuple(x.shape)}"
+            )
 
     def queries_keys_values(
         self, x: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """What `attention_2d` is given for the input ``x``, (B, in_channels, H, W).
 
-        Queries, keys and values, (B, Nh, H, W, channels per head) with H and W of the output, and
-        the two tables of relative positions, (2H-1, dkh) and (2W-1, dkh), None without any.
+        Queries, keys and values, (B, Nh, H, W, channels per head) with H and W of the output, over
+        ``pool`` and rounded up, and the two tables of relative positions, (2H-1, dkh) and
+        (2W-1, dkh), None without any.
         """
         assert self.qkv_conv is not None
+        size = self._output_size(x)
         down, right = self.subsample
+        x = x[:, :, ::down, ::right]
+        if self.pool > 1:
+            x = F.avg_pool2d(
+                x, 2 * self.pool - 1, self.pool, self.pool - 1, count_include_pad=False
+            )
         encode, _ = ABSOLUTE[self.absolute]
-        qkv = self.qkv_conv(encode(x[:, :, ::down, ::right]))  # (B, 2 dk + dv, H, W)
+        qkv = self.qkv_conv(encode(x))  # (B, 2 dk + dv, H, W)
         q, k, v = (
             t.unflatten(1, (self.Nh, -1)).permute(0, 1, 3, 4, 2)
             for t in qkv.split((self.dk, self.dk, self.dv), dim=1)
         )
         if self.key_rel_h is None or self.key_rel_w is None:
             return q, k, v, None, None
-        rel_h = fit_table(self.key_rel_h, q.shape[2])
-        return q, k, v, rel_h, fit_table(self.key_rel_w, q.shape[3])
+        height, width = q.shape[2:4] if self.pool == 1 else size
+        rel_h = fit_table(self.key_rel_h, height, self.pool)
+        return q, k, v, rel_h, fit_table(self.key_rel_w, width, self.pool)
 
     def _attend(self, x: Tensor) -> Tensor:
         assert self.attn_out is not None
@@ -198,13 +291,77 @@ class AugmentedConv(nn.Module):
         out = attention_2d(q, k, v, rel_h, rel_w, backend=self.backend)
         out = out.permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, dv, H, W), head-major
         # Backends differ in the memory format they return; the output has that of the input.
-        last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        memory_format = torch.channels_last if last else torch.contiguous_format
-        return self.attn_out(out.contiguous(memory_format=memory_format))
+        # A program for export is used at other sizes, on which it would depend which that is.
+        if not torch.compiler.is_exporting():
+            out = out.contiguous(memory_format=_memory_format(x))
+        out = self.attn_out(out)
+        if self.pool == 1:
+            return out
+        return _spread(out, self.pool, self._output_size(x))
+
+    def _output_size(self, x: Tensor) -> tuple[int, int]:
+        # Rounded up without a negative number, whose division ONNX rounds otherwise.
+        down, right = self.stride
+        return (x.shape[2] + down - 1) // down, (x.shape[3] + right - 1) // right
 
     def extra_repr(self) -> str:
         text = f"dk={self.dk}, dv={self.dv}, Nh={self.Nh}, shape={self.shape}"
-        return f"{text}, relative={self.relative}, absolute={self.absolute}, backend={self.backend}"
+        text = f"{text}, relative={self.relative}, absolute={self.absolute}, pool={self.pool}"
+        return f"{text}, backend={self.backend}"
+
+
+def _padding(
+    given: Size | str | None,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> tuple[int, int] | str:
+    """The padding of the plain convolution, checked.
+
+    Raises:
+        ValueError: the convolution would never have the output size of the attention.
+    """
+    down, right = (d * (k - 1) // 2 for d, k in zip(dilation, kernel_size, strict=True))
+    around = (down, right)
+    if given == "same" and stride == (1, 1) and min(kernel_size) > 0 and min(dilation) > 0:
+        return "same"
+    if given == "same" and stride != (1, 1):
+        raise ValueError(f"padding='same' needs stride=1, not {stride}; use padding={around}")
+    if isinstance(given, str):
+        raise ValueError(f"padding={given!r} must be an int, a pair of ints, or 'same'")
+    padding = pair("padding", around if given is None else given)
+    check_same_output_size(kernel_size, stride, padding, dilation)
+    return padding
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    """The one of ``x``, as far as torch.func's transforms know formats."""
+    if is_transformed(x) or x.is_contiguous():
+        return torch.contiguous_format
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _spread(out: Tensor, pool: int, size: tuple[int, int]) -> Tensor:
+    """``out`` interpolated to ``size``; its position i is position ``pool * i`` there.
+
+    What lies beyond the last position has its value.
+    """
+    height, width = ((length - 1) * pool + 1 for length in out.shape[2:])
+    out = F.interpolate(out, (height, width), mode="bilinear", align_corners=True)
+    return F.pad(out, (0, size[1] - width, 0, size[0] - height), mode="replicate")
+
+
+def _as_leaf(layer: AugmentedConv, x: torch.fx.Proxy) -> torch.fx.Proxy:
+    """The call of ``layer`` as one node of the graph that torch.fx makes.
+
+    Raises:
+        ValueError: the layer itself is traced, and not a network that has it.
+    """
+    name = x.tracer.path_of_module(layer)  # type: ignore[attr-defined]
+    if not name:
+        raise ValueError("torch.fx takes AugmentedConv as a leaf: trace a network that has it")
+    return x.tracer.create_proxy("call_module", name, (x,), {})
 
 
 def _fit_loaded_tables(

@@ -1,10 +1,10 @@
 """Relative position tables made for one map size, used on maps of another."""
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 
-def fit_table(table: Tensor, length: int) -> Tensor:
+def fit_table(table: Tensor, length: int, pool: int = 1) -> Tensor:
     """Convert a table of relative positions to an axis of ``length`` positions.
 
     ``table`` is (2L-1, dkh), its row o + L - 1 for the offset o. A shorter axis has fewer offsets:
@@ -13,14 +13,24 @@ def fit_table(table: Tensor, length: int) -> Tensor:
     of both lengths agree, which gives offset o the embedding at o * (L-1) / (length-1) in the
     original. Only offset 0 and the two largest ones then keep their embedding.
 
+    With ``pool`` only every pool-th position is meant, and only offsets that are multiples of it.
+
     Returns:
-        (2 * length - 1, dkh); ``table`` itself if it is made for ``length``.
+        (2 * n - 1, dkh) for n = ceil(length / pool) positions; ``table`` itself if that is all of
+        its rows.
     """
-    rows = 2 * length - 1
-    surplus = (table.shape[0] - rows) // 2
-    if surplus == 0:
-        return table
-    if surplus > 0:
-        return table[surplus : surplus + rows]
-    resized = F.interpolate(table.T[None], size=rows, mode="linear", align_corners=True)
-    return resized[0].T
+    # A program that is exported or traced is used at other sizes: it gets no branch.
+    fixed = not (torch.compiler.is_exporting() or torch.jit.is_tracing())
+    if fixed and table.shape[0] == 2 * length - 1:
+        return table if pool == 1 else table[(length - 1) % pool :: pool]
+    own = (table.shape[0] - 1) // 2  # the largest offset
+    last = (length - 1) // pool  # the last position
+    offsets = pool * (torch.arange(2 * last + 1, device=table.device) - last)
+    most = torch.arange(length, device=table.device).amax(dim=0).clamp(min=1)
+    # The place of offset o in the original, times ``most``: whole and not negative.
+    places = offsets * most.clamp(max=own) + own * most
+    below = places // most
+    exact = torch.promote_types(table.dtype, torch.float32)
+    share = (places - below * most).to(exact) / most.to(exact)
+    low, high = (table[row].to(exact) for row in (below, (places + most - 1) // most))
+    return torch.lerp(low, high, share[:, None]).to(table.dtype)

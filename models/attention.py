@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from aaconv import AugmentedConv
 from aaconv.functional import check_backend_name
+from aaconv.ratios import channels, check_amount
 
 POSITIONS = ("relative", "none", "sine", "coord")
-# The largest fraction of a block's output that dk and dv can be. The paper's largest kappa is 1;
-# dv channels are taken out of the output.
-MOST_FRACTION = {"dk": 2, "dv": 1}
 
 
 @dataclass(frozen=True)
@@ -59,8 +57,8 @@ class AA:
     def channels(self, out_channels: int) -> tuple[int, int]:
         """dk and dv of a block with ``out_channels`` output channels."""
         return (
-            _channels(self.dk, out_channels, self.Nh, self.min_dkh),
-            _channels(self.dv, out_channels, self.Nh, 1),
+            channels(self.dk, out_channels, self.Nh, self.min_dkh),
+            channels(self.dv, out_channels, self.Nh),
         )
 
 
@@ -86,34 +84,6 @@ class GE:
 Attention = NoAttention | AA | SE | GE
 
 
-def _channels(amount: int | float, out_channels: int, Nh: int, min_per_head: int) -> int:
-    if isinstance(amount, int):
-        return amount
-    return Nh * max(min_per_head, round(amount * out_channels / Nh))
-
-
-def check_amount(name: str, amount: int | float, Nh: int) -> None:
-    """Raise ValueError unless ``amount`` channels, or such a fraction, can be ``dk`` or ``dv``.
-
-    An int is a number of channels and a float a fraction: where the value is one that was more
-    likely meant in the other unit, the message says how to write that.
-    """
-    most = MOST_FRACTION[name]
-    if isinstance(amount, int):
-        if 1 <= amount <= most and amount % Nh:
-            raise ValueError(
-                f"attention.{name}={amount} means {amount} of the channels, which Nh={Nh} heads "
-                f"cannot share; write {amount}.0 for {amount} times the block's output"
-            )
-        return
-    if not 0 < amount <= most:
-        channels = f"{amount:.0f}" if most < amount < 1e9 else "an int such as 16"
-        raise ValueError(
-            f"attention.{name}={amount} is a fraction of the block's output, which must be above 0 "
-            f"and at most {most}; write {channels} for channels"
-        )
-
-
 def check_attention(attention: Attention, stages: int) -> None:
     """Raise ValueError for settings that no network of ``stages`` stages can have."""
     if isinstance(attention, SE) and attention.ratio < 1:
@@ -130,8 +100,8 @@ def check_attention(attention: Attention, stages: int) -> None:
             f"choose one of {', '.join(POSITIONS)}"
         )
     check_backend_name(attention.backend)
-    check_amount("dk", attention.dk, attention.Nh)
-    check_amount("dv", attention.dv, attention.Nh)
+    check_amount("attention.dk", attention.dk, attention.Nh)
+    check_amount("attention.dv", attention.dv, attention.Nh)
     if not attention.stages or not set(attention.stages) <= set(range(1, stages + 1)):
         raise ValueError(
             f"attention.stages={list(attention.stages)} must be some of the network's stages "

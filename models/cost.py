@@ -25,8 +25,6 @@ def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
     """
     # In evaluation mode, because synchronised normalisation would communicate with other processes.
     shadow = copy.deepcopy(model).to("meta").eval()
-    for layer in augmented_layers(shadow).values():
-        layer.backend = "reference"
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         shadow(torch.empty(1, 3, *image_size, device="meta"))
@@ -47,7 +45,7 @@ def layer_facts(model: nn.Module) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "out": layer.dv + (layer.conv_out.out_channels if layer.conv_out is not None else 0),
+            "out": layer.out_channels,
             "dk": layer.dk,
             "dv": layer.dv,
             "Nh": layer.Nh,

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from aaconv.backends import fused_kernels as kernels
+from aaconv.backends.derivatives import refuse_second
 
 LOG2E = math.log2(math.e)
 
@@ -139,6 +140,7 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)
+_attend_backward.register_autograd(refuse_second("fused"))
 
 
 def _launch(name: str, programs: int, sizes: dict[str, Any], q: Tensor, *others: object) -> None:

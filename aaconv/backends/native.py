@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from aaconv.backends import native_build
+from aaconv.backends.derivatives import refuse_second
 from aaconv.backends.precision import without_autocast
 
 # Numbered as in the kernel.
@@ -130,12 +131,8 @@ def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ..
     return (*gradients, *[None] * (5 - len(gradients)))
 
 
-def _refuse(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError(f"{_BACKWARD} cannot be differentiated")
-
-
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save)
-torch.library.register_autograd(_BACKWARD, _refuse)
+torch.library.register_autograd(_BACKWARD, refuse_second("native"))
 
 
 def _empty_like(t: Tensor) -> Tensor:

@@ -27,4 +27,8 @@ def position_bias(q: Tensor, table: Tensor, axis: int) -> Tensor:
     length = q.shape[axis]
     index = torch.arange(length, device=q.device)
     by_offset = table.to(q.dtype)[index - index[:, None] + length - 1]  # (L query, L key, D)
-    return torch.einsum("bnhwd,hgd->bnhwg" if axis == 2 else "bnhwd,wud->bnhwu", q, by_offset)
+    bias = torch.einsum("bnhwd,hgd->bnhwg" if axis == 2 else "bnhwd,wud->bnhwu", q, by_offset)
+    if torch.compiler.is_exporting():
+        # The layout of what is computed from it would depend on the size, and so on a batch of 1.
+        return bias.clone(memory_format=torch.contiguous_format)
+    return bias

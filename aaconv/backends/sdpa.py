@@ -43,9 +43,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor 
             keys = torch.cat((keys, *[_HEADROOM * row] * each, *[_HEADROOM * column] * each), -1)
         # The flash kernels need queries, keys and values of one width, which on a GPU is a
         # multiple of 8 in half precision.
-        width = max(queries.shape[-1], E)
-        width = width if dtype.itemsize > 2 else -(-width // 8) * 8
-        queries, keys, values = (_widened(t, width).flatten(2, 3) for t in (queries, keys, values))
+        # A program for export, which is used on maps of other sizes, has them as they are.
+        if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
+            width = max(queries.shape[-1], E)
+            width = width if dtype.itemsize > 2 else -(-width // 8) * 8
+            queries, keys, values = (_widened(t, width) for t in (queries, keys, values))
+        queries, keys, values = (t.flatten(2, 3) for t in (queries, keys, values))
         out = F.scaled_dot_product_attention(queries, keys, values, scale=D**-0.5)
     return out[..., :E].unflatten(2, (H, W)).to(given if dtype == q.dtype else dtype)
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from aaconv.backends.derivatives import refuse_second
 from aaconv.backends.precision import in_float32, without_autocast
 
 # Bytes of the logits of one tile: small enough for the cache together with their gradients, large
@@ -97,10 +97,23 @@ class TiledAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *Gradients.apply(grad, ctx.size, *ctx.saved_tensors), None
+
+
+class Gradients(torch.autograd.Function):
+    """The backward pass of `TiledAttention`, with a node of its own in the graph.
+
+    A second derivative then is an error. With once_differentiable it would be silently wrong where
+    it is asked for by torch.autograd.grad: attention would be left out of it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
         with without_autocast(grad.device.type):
-            return *_backward(grad, ctx.size, *ctx.saved_tensors), None
+            return _backward(grad, *saved)
+
+    backward = staticmethod(refuse_second("tiled"))
 
 
 def _backward(

@@ -1,0 +1,399 @@
+"""Attention into a network that exists: its convolutions replaced by augmented ones, in place."""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from aaconv.checks import whole
+from aaconv.modules import AugmentedConv
+from aaconv.ratios import channels, check_amount
+
+# The paper pools 28x28 maps and no smaller ones (section 4.2).
+POOLED_ABOVE = 400
+# Wrappers and compilers, which hold on to the modules that they were given.
+WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+Filter = Callable[[nn.Module, str], bool]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What has become of one convolution."""
+
+    name: str
+    out: int  # output channels
+    map: tuple[int, int] | None  # (H, W) of its output, None where it has not got just one
+    layer: AugmentedConv | None  # what is there now, None where nothing was replaced
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `augment_` has done; as text, a table of all convolutions."""
+
+    rows: Sequence[Row]
+
+    @property
+    def augmented(self) -> list[str]:
+        """The names of the augmented layers."""
+        return [row.name for row in self.rows if row.layer is not None]
+
+    def __str__(self) -> str:
+        lines = [["convolution", "map", "out", "dk", "dv", "Nh", "pool", ""]]
+        for row in self.rows:
+            layer = row.layer
+            amounts = [layer.dk, layer.dv, layer.Nh, layer.pool] if layer else [""] * 4
+            size = "" if row.map is None else f"{row.map[0]}x{row.map[1]}"
+            lines.append([row.name, size, *map(str, [row.out, *amounts]), row.why_not])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        table = [
+            "  ".join(
+                [line[0].ljust(widths[0]), *map(str.rjust, line[1:-1], widths[1:-1]), line[-1]]
+            ).rstrip()
+            for line in lines
+        ]
+        count = f"{len(self.augmented)} of {len(self.rows)} convolutions are augmented"
+        return "\n".join([*table, count])
+
+
+def augment_(
+    model: nn.Module,
+    example_input: Any,
+    *,
+    dk: int | float = 0.2,
+    dv: int | float = 0.1,
+    Nh: int = 8,
+    min_dkh: int = 20,
+    filter_fn: Filter | None = None,
+    max_positions: int = 784,
+    relative: bool = True,
+    pool: int | None = None,
+    keep_weights: bool = True,
+) -> Report:
+    """Replace convolutions of ``model`` by `AugmentedConv`, in place.
+
+    By default these are the ungrouped convolutions with an odd kernel larger than one pixel whose
+    output has at most ``max_positions`` positions: for 224x224 images all 3x3 convolutions of
+    ResNet-50 but those of its first stage, as in Bello et al. 2019, section 4.2, whose dk, dv, Nh,
+    min_dkh and pool are the other defaults. The sizes of all maps are found in a forward pass of a
+    copy, in evaluation mode, in which nothing is computed.
+
+    Everything is planned before the first module is replaced: an error leaves the model as it was.
+    A new layer has the old one's device, dtype, training flag and bias, or none; its plain
+    convolution has the requires_grad of the old one, and with ``keep_weights`` its first
+    ``out - dv`` channels. The attention is new and trainable, and takes the place of the last dv
+    channels: train the network on. An optimizer that was made before does not know the new
+    parameters: make it afterwards.
+
+    Args:
+        model: any network of torch modules. One that is compiled, or wrapped for several devices,
+            is refused: augment it first.
+        example_input: what ``model`` is called with, a tensor, a tuple of arguments or a dict of
+            keyword arguments. The relative tables are made for its map sizes.
+        dk: key channels, a number (int), or a fraction of the output channels (float), rounded to
+            a multiple of Nh.
+        dv: value channels in the same way.
+        Nh: number of heads.
+        min_dkh: minimum key channels per head where ``dk`` is a fraction.
+        filter_fn: chooses what is replaced, called with each convolution and its name. What it
+            chooses may be of any map size and kernel; what cannot be replaced is an error then.
+        max_positions: the largest map, height times width, whose convolutions are replaced where
+            there is no ``filter_fn``. The time of attention grows with its square.
+        relative: learn relative positions.
+        pool: of `AugmentedConv`, for all layers. By default, as in the paper, 2 on maps of more
+            than POOLED_ABOVE positions, such as 28x28, and 1 on smaller ones.
+        keep_weights: keep the first ``out - dv`` channels of the old convolution; otherwise all
+            parameters are new.
+
+    Returns:
+        A row for each convolution, in the order of the modules, with the new layer or the reason
+        why there is none; it can be printed.
+
+    Raises:
+        ValueError: the arguments contradict each other, the model is wrapped or compiled, its
+            forward pass fails or depends on the values of the data, ``filter_fn`` chooses what
+            cannot be replaced, or nothing can be replaced at all.
+    """
+    options = _Options(dk, dv, Nh, min_dkh, filter_fn, max_positions, relative, pool, keep_weights)
+    _check_model(model)
+    names = _convolution_names(model)
+    sizes = _output_sizes(model, example_input)
+    shared = _shared_parameters(model)
+    rows = []
+    for convolution, own in names.items():
+        row = _plan(convolution, own, sizes.get(own[0], []), options, shared)
+        rows.append(row)
+    if not any(row.layer for row in rows):
+        raise ValueError(f"nothing to augment: {_reasons(rows)}")
+    for row, own in zip(rows, names.values(), strict=True):
+        for name in own if row.layer is not None else ():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, row.layer)
+    return Report(rows)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """The options of `augment_`, checked."""
+
+    dk: int | float
+    dv: int | float
+    Nh: int
+    min_dkh: int
+    filter_fn: Filter | None
+    max_positions: int
+    relative: bool
+    pool: int | None
+    keep_weights: bool
+
+    def __post_init__(self) -> None:
+        for name in ("Nh", "min_dkh", "max_positions", "pool"):
+            given = getattr(self, name)
+            if given is None and name == "pool":
+                continue
+            object.__setattr__(self, name, whole(name, given))
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={given} must be at least 1")
+        for name in ("dk", "dv"):
+            given = getattr(self, name)
+            amount = given if isinstance(given, float) else whole(name, given)
+            object.__setattr__(self, name, amount)
+            check_amount(name, amount, self.Nh)
+
+
+# ---- The model ----------------------------------------------------------------------------------
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, not {type(model).__name__}")
+    for name, module in model.named_modules():
+        where = f"its module {name}" if name else "model"
+        kinds = [kind.__name__ for kind in type(module).__mro__]
+        for wrapper in WRAPPERS:
+            if wrapper in kinds:
+                raise ValueError(f"{where} is wrapped in {wrapper}; augment the network before")
+        if "OptimizedModule" in kinds or module._compiled_call_impl is not None:
+            raise ValueError(f"{where} is compiled; augment the network before")
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(f"{where} is a TorchScript program, whose modules cannot be replaced")
+    if isinstance(model, nn.Conv2d):
+        raise ValueError("model is itself a convolution; make an AugmentedConv instead")
+
+
+def _convolution_names(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
+    """The names of each convolution: more than one where it stands at several places."""
+    names: dict[nn.Conv2d, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        inside = any(isinstance(outer, AugmentedConv) for outer in _outer_modules(model, name))
+        if isinstance(module, nn.Conv2d) and not inside:
+            names.setdefault(module, []).append(name)
+    return names
+
+
+def _outer_modules(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    parts = name.split(".")
+    return (model.get_submodule(".".join(parts[:count])) for count in range(len(parts)))
+
+
+def _shared_parameters(model: nn.Module) -> set[Tensor]:
+    """The parameters that more than one module has."""
+    seen: set[Tensor] = set()
+    shared: set[Tensor] = set()
+    for module in model.modules():
+        for parameter in set(module.parameters(recurse=False)):
+            (shared if parameter in seen else seen).add(parameter)
+    return shared
+
+
+def _output_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[int, int]]]:
+    """The different sizes (H, W) of each convolution's output, by the first of its names.
+
+    Raises:
+        ValueError: the forward pass fails, or depends on the values of the data.
+    """
+    args, kwargs = _arguments(example_input)
+    sizes: dict[str, list[tuple[int, int]]] = {}
+
+    def note(name: str, output: Tensor) -> None:
+        size = (int(output.shape[-2]), int(output.shape[-1]))
+        if size not in sizes.setdefault(name, []):
+            sizes[name].append(size)
+
+    try:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        # A copy whose tensors are fake: what the forward pass stores, it does not store in `model`.
+        tensors = [*model.parameters(), *model.buffers()]
+        shadow = copy.deepcopy(model, {id(t): mode.from_tensor(t) for t in tensors})
+        with mode, torch.no_grad():
+            for name, module in shadow.named_modules():
+                module.training = False
+                if isinstance(module, nn.Conv2d):
+                    module.register_forward_hook(
+                        lambda _module, _args, output, name=name: note(name, output)
+                    )
+            args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+            shadow(*args, **kwargs)
+    except Exception as error:  # of the model's own code, of any type
+        kind = type(error).__name__
+        if kind.startswith(("DataDependent", "DynamicOutputShape", "GuardOnDataDependent")):
+            raise ValueError(
+                "model's forward pass depends on the values of the data, not on their shapes "
+                f"alone, so that its map sizes are unknown ({' '.join(str(error).split())})"
+            ) from error
+        raise ValueError(
+            f"model cannot be called with example_input: {kind}: {' '.join(str(error).split())}"
+        ) from error
+    return sizes
+
+
+def _arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example_input, Mapping):
+        return (), dict(example_input)
+    if isinstance(example_input, tuple | list):
+        return tuple(example_input), {}
+    return (example_input,), {}
+
+
+# ---- The plan -----------------------------------------------------------------------------------
+
+
+def _plan(
+    convolution: nn.Conv2d,
+    names: list[str],
+    sizes: list[tuple[int, int]],
+    options: _Options,
+    shared: set[Tensor],
+) -> Row:
+    """What becomes of one convolution.
+
+    Raises:
+        ValueError: ``filter_fn`` chooses it, and it cannot be replaced.
+    """
+    size = sizes[0] if len(sizes) == 1 else None
+    row = Row(names[0], convolution.out_channels, size, None)
+    chooses = options.filter_fn
+    if chooses is not None and not any(chooses(convolution, name) for name in names):
+        return _without(row, "not chosen by filter_fn")
+    why_not = _obstacle(convolution, sizes, shared)
+    if not why_not and chooses is None:
+        assert size is not None
+        why_not = _unsuitable(convolution, size, options.max_positions)
+    if not why_not:
+        assert size is not None
+        made = _augmented(convolution, size, options)
+        if isinstance(made, AugmentedConv):
+            return Row(row.name, row.out, size, made)
+        why_not = made
+    if chooses is not None:
+        raise ValueError(f"filter_fn chooses {row.name}, which cannot be augmented: {why_not}")
+    return _without(row, why_not)
+
+
+def _without(row: Row, why_not: str) -> Row:
+    return Row(row.name, row.out, row.map, None, why_not)
+
+
+def _obstacle(
+    convolution: nn.Conv2d, sizes: list[tuple[int, int]], shared: set[Tensor]
+) -> str | None:
+    """Why the convolution cannot be replaced, or None."""
+    if type(convolution) is not nn.Conv2d:
+        return f"{type(convolution).__name__}, a subclass of Conv2d"
+    if convolution.groups > 1:
+        return f"groups={convolution.groups}"
+    if convolution.padding_mode != "zeros":
+        return f"padding_mode={convolution.padding_mode}"
+    hooks = (
+        convolution._forward_hooks,
+        convolution._forward_pre_hooks,
+        convolution._backward_hooks,
+        convolution._backward_pre_hooks,
+    )
+    if any(hooks):
+        return "it has hooks, which would be lost"
+    if not shared.isdisjoint(convolution.parameters()):
+        return "another module has the same weight"
+    if not sizes:
+        return "never called"
+    if len(sizes) > 1:
+        several = ", ".join(f"{height}x{width}" for height, width in sizes)
+        return f"called at several sizes: {several}"
+    return None
+
+
+def _unsuitable(convolution: nn.Conv2d, size: tuple[int, int], max_positions: int) -> str | None:
+    """Why the convolution is not replaced where nobody asks for it, or None."""
+    height, width = convolution.kernel_size
+    if height == width == 1:
+        return "kernel 1x1"
+    if height % 2 == 0 or width % 2 == 0:
+        return f"even kernel {height}x{width}"
+    if size[0] * size[1] > max_positions:
+        return f"{size[0] * size[1]} positions, more than max_positions={max_positions}"
+    return None
+
+
+def _augmented(
+    convolution: nn.Conv2d, size: tuple[int, int], options: _Options
+) -> AugmentedConv | str:
+    """The layer that takes the place of ``convolution``, or why there can be none."""
+    out = convolution.out_channels
+    dk = channels(options.dk, out, options.Nh, options.min_dkh)
+    dv = channels(options.dv, out, options.Nh)
+    if isinstance(options.dv, float) and options.dv < 1 and dv >= out:
+        return f"Nh={options.Nh} heads would take all of its {out} channels"
+    pool = options.pool
+    if pool is None:
+        pool = 2 if size[0] * size[1] > POOLED_ABOVE else 1
+    try:
+        layer = AugmentedConv(
+            convolution.in_channels,
+            out,
+            convolution.kernel_size,  # type: ignore[arg-type]
+            dk,
+            dv,
+            options.Nh,
+            size,
+            options.relative,
+            convolution.stride,  # type: ignore[arg-type]
+            padding=convolution.padding,  # type: ignore[arg-type]
+            dilation=convolution.dilation,  # type: ignore[arg-type]
+            bias=convolution.bias is not None,
+            pool=pool,
+            device=convolution.weight.device,
+            dtype=convolution.weight.dtype,
+        )
+    except ValueError as error:
+        return str(error)
+    _take_over(layer, convolution, keep_weights=options.keep_weights)
+    return layer
+
+
+def _take_over(layer: AugmentedConv, convolution: nn.Conv2d, *, keep_weights: bool) -> None:
+    layer.train(convolution.training)
+    kept = layer.conv_out
+    if kept is None:
+        return
+    for name, old in convolution.named_parameters():
+        new = kept.get_parameter(name)
+        if keep_weights:
+            with torch.no_grad():
+                new.copy_(old[: kept.out_channels])
+        new.requires_grad_(old.requires_grad)
+
+
+def _reasons(rows: Sequence[Row]) -> str:
+    """Why no convolution was replaced, each reason once with its count."""
+    if not rows:
+        return "model has no Conv2d"
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row.why_not] = counts.get(row.why_not, 0) + 1
+    return "; ".join(f"{count} of {len(rows)}: {why}" for why, count in counts.items())

@@ -1,0 +1,40 @@
+"""dk and dv from fractions of a layer's output channels (kappa and upsilon in the paper)."""
+
+# The largest fraction of a layer's output that dk and dv can be. The paper's largest kappa is 1;
+# dv channels are taken out of the output.
+MOST_FRACTION = {"dk": 2, "dv": 1}
+
+
+def channels(amount: int | float, out_channels: int, Nh: int, min_per_head: int = 1) -> int:
+    """How many channels ``amount`` is of ``out_channels``, for Nh heads.
+
+    An int is a number of channels and used as it is. A float is a fraction: rounded to a multiple
+    of Nh, with at least ``min_per_head`` channels for each head (20 for the keys of the paper's
+    ImageNet networks, section 4.2).
+    """
+    if isinstance(amount, int):
+        return amount
+    return Nh * max(min_per_head, round(amount * out_channels / Nh))
+
+
+def check_amount(name: str, amount: int | float, Nh: int) -> None:
+    """Raise ValueError unless ``amount`` channels, or such a fraction, can be dk or dv.
+
+    An int is a number of channels and a float a fraction: where the value is one that was more
+    likely meant in the other unit, the message says how to write that. ``name`` is what the user
+    calls it and ends in ``dk`` or ``dv``.
+    """
+    most = MOST_FRACTION[name[-2:]]
+    if isinstance(amount, int):
+        if 1 <= amount <= most and amount % Nh:
+            raise ValueError(
+                f"{name}={amount} means {amount} of the channels, which Nh={Nh} heads "
+                f"cannot share; write {amount}.0 for {amount} times the layer's output"
+            )
+        return
+    if not 0 < amount <= most:
+        instead = f"{amount:.0f}" if most < amount < 1e9 else "an int such as 16"
+        raise ValueError(
+            f"{name}={amount} is a fraction of the layer's output, which must be above 0 "
+            f"and at most {most}; write {instead} for channels"
+        )

@@ -1,0 +1,498 @@
+"""`augment_`: what is replaced and by what, what is kept, and what is refused before any change."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from aaconv import AugmentedConv, augment_
+from models import AA
+
+
+class Small(nn.Module):
+    """Convolutions of many kinds, on maps of 18x14, 9x7 and 5x4."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.down = nn.Conv2d(16, 24, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(24)
+        self.blocks = nn.Sequential(
+            nn.Conv2d(24, 24, 3, padding=2, dilation=2),
+            nn.ReLU(),
+            nn.Conv2d(24, 24, 1),
+            nn.Conv2d(24, 24, 3, padding=1, groups=2),
+            nn.Conv2d(24, 32, (1, 5), padding=(0, 2)),
+        )
+        self.last = nn.ModuleDict({"conv": nn.Conv2d(32, 40, 5, stride=2, padding=2)})
+        self.idle = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        x = self.norm(self.down(torch.relu(self.stem(x))))
+        return self.last["conv"](self.blocks(x)).mean(dim=(2, 3))
+
+
+EXAMPLE = torch.zeros(2, 3, 18, 14)
+BY_DEFAULT = ["stem", "down", "blocks.0", "blocks.4", "last.conv"]
+
+
+def build(**change):
+    torch.manual_seed(0)
+    return Small(**change)
+
+
+def images(batch=2):
+    return torch.randn(batch, 3, 18, 14, generator=torch.Generator().manual_seed(1))
+
+
+def state(model):
+    """Everything that a refusal must leave: modules by identity, tensors by bits, flags, hooks."""
+    modules = {name: id(module) for name, module in model.named_modules()}
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    flags = {name: module.training for name, module in model.named_modules()}
+    hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
+    own = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    return modules, tensors, flags, hooks, own
+
+
+def assert_same(before, model):
+    after = state(model)
+    assert before[0] == after[0]
+    assert before[1].keys() == after[1].keys()
+    assert all(torch.equal(before[1][name], after[1][name]) for name in before[1])
+    assert before[2:] == after[2:]
+
+
+# ---- What is replaced ---------------------------------------------------------------------------
+
+
+def test_replaces_what_can_have_attention_and_says_why_not():
+    model = build()
+    report = augment_(model, EXAMPLE, min_dkh=2)
+    assert report.augmented == BY_DEFAULT
+    assert {row.name: row.why_not for row in report.rows if row.why_not} == {
+        "blocks.2": "kernel 1x1",
+        "blocks.3": "groups=2",
+        "idle": "never called",
+    }
+    sizes = {row.name: row.map for row in report.rows}
+    assert sizes["stem"] == (18, 14)
+    assert sizes["down"] == sizes["blocks.4"] == (9, 7)
+    assert sizes["last.conv"] == (5, 4)
+    assert sizes["idle"] is None
+    for name in BY_DEFAULT:
+        layer = model.get_submodule(name)
+        assert isinstance(layer, AugmentedConv)
+        assert layer.shape == sizes[name]
+        assert layer.relative
+    assert (model.down.dk, model.down.dv, model.down.Nh, model.down.pool) == (16, 8, 8, 1)
+    assert model(images()).shape == (2, 40)
+
+
+def test_the_report_is_a_table():
+    lines = str(augment_(build(), EXAMPLE, min_dkh=2)).splitlines()
+    assert lines[0].split() == ["convolution", "map", "out", "dk", "dv", "Nh", "pool"]
+    assert lines[2].split() == ["down", "9x7", "24", "16", "8", "8", "1"]
+    assert lines[4].split() == ["blocks.2", "9x7", "24", "kernel", "1x1"]
+    assert lines[-1] == "5 of 8 convolutions are augmented"
+
+
+def test_dk_and_dv_are_those_of_the_networks():
+    """`models.AA` and `augment_` have one rule."""
+    for dk, dv, Nh, min_dkh in [
+        (0.5, 0.25, 4, 1),
+        (0.2, 0.1, 2, 7),
+        (12, 4, 4, 20),
+        (1.5, 0.9, 2, 1),
+    ]:
+        model = build()
+        augment_(model, EXAMPLE, dk=dk, dv=dv, Nh=Nh, min_dkh=min_dkh)
+        rule = AA(dk, dv, Nh, min_dkh, "relative", (1,))
+        for name in BY_DEFAULT:
+            layer = model.get_submodule(name)
+            assert (layer.dk, layer.dv) == rule.channels(layer.out_channels)
+
+
+@pytest.mark.parametrize(("most", "first"), [(18 * 14, "stem"), (18 * 14 - 1, "down")])
+def test_max_positions_is_the_largest_map(most, first):
+    report = augment_(build(), EXAMPLE, max_positions=most)
+    assert report.augmented[0] == first
+    if first == "down":
+        assert report.rows[0].why_not == "252 positions, more than max_positions=251"
+
+
+def test_filter_fn_chooses_and_may_choose_any_size_and_kernel():
+    asked = []
+
+    def choose(module, name):
+        asked.append((type(module), name))
+        return name in ("stem", "blocks.2")
+
+    model = build()
+    report = augment_(model, EXAMPLE, filter_fn=choose, max_positions=1)
+    assert report.augmented == ["stem", "blocks.2"]
+    assert model.blocks[2].kernel_size == (1, 1)
+    assert {kind for kind, _ in asked} == {nn.Conv2d}
+    assert [name for _, name in asked] == [row.name for row in report.rows]
+    assert {row.why_not for row in report.rows} == {"", "not chosen by filter_fn"}
+
+
+@pytest.mark.parametrize(
+    ("pool", "expected"), [(None, [2, 1]), (1, [1, 1]), (2, [2, 2]), (3, [3, 3])]
+)
+def test_pool_is_the_papers_where_nothing_is_said(pool, expected):
+    """28x28 maps are pooled and 14x14 are not."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, 2, 1))
+    augment_(model, torch.zeros(1, 3, 28, 28), pool=pool)
+    assert [layer.pool for layer in model] == expected
+
+
+def test_relative_false_has_no_tables():
+    model = build()
+    augment_(model, EXAMPLE, relative=False)
+    assert not any(name.endswith("key_rel_h") for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "example",
+    [(EXAMPLE,), [EXAMPLE], {"x": EXAMPLE}, EXAMPLE.to("meta"), torch.zeros(1, 3, 18, 14)],
+    ids=["tuple", "list", "dict", "meta", "one image"],
+)
+def test_examples_of_all_kinds(example):
+    if isinstance(example, torch.Tensor) and example.is_meta:
+        assert augment_(build().to("meta"), example).augmented == BY_DEFAULT
+    else:
+        assert augment_(build(), example).augmented == BY_DEFAULT
+
+
+# ---- What is kept -------------------------------------------------------------------------------
+
+
+def test_the_kept_channels_compute_what_they_did():
+    model = build().double().eval()
+    before = {name: model.get_submodule(name) for name in BY_DEFAULT}
+    inputs = {}
+    for name, module in before.items():
+        module.register_forward_pre_hook(
+            lambda _, given, name=name: inputs.update({name: given[0]})
+        )
+    model(images().double())
+    for module in before.values():
+        module._forward_pre_hooks.clear()
+    augment_(model, EXAMPLE.double())
+    for name, old in before.items():
+        new = model.get_submodule(name)
+        kept = new.out_channels - new.dv
+        torch.testing.assert_close(new(inputs[name])[:, :kept], old(inputs[name])[:, :kept])
+
+
+def test_all_parameters_are_new_without_keep_weights():
+    model = build()
+    old = model.stem.weight.clone()
+    augment_(model, EXAMPLE, keep_weights=False)
+    assert not torch.isclose(model.stem.conv_out.weight, old[:8]).any()
+
+
+def test_dtype_flags_bias_and_requires_grad_are_kept():
+    model = build().double()
+    model.stem.eval()
+    model.down.weight.requires_grad_(False)
+    model.blocks[0].bias.requires_grad_(False)
+    augment_(model, EXAMPLE.double())
+    assert {p.dtype for p in model.parameters()} == {torch.float64}
+    assert [m.training for m in model.stem.modules()] == [False] * 4
+    assert model.down.training
+    assert model.training
+    assert model.down.conv_out.bias is model.down.qkv_conv.bias is model.down.attn_out.bias is None
+    assert model.stem.attn_out.bias is not None
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"down.conv_out.weight", "blocks.0.conv_out.bias"}
+
+
+def test_one_module_at_two_places_stays_one():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Conv2d(16, 16, 3, padding=1)
+            self.blocks = nn.ModuleList([self.first, nn.Conv2d(16, 16, 3, padding=1)])
+
+        def forward(self, x):
+            return self.blocks[1](self.blocks[0](self.first(x)))
+
+    model = Twice()
+    report = augment_(model, torch.zeros(1, 16, 5, 7))
+    assert report.augmented == ["first", "blocks.1"]
+    assert model.first is model.blocks[0]
+    assert isinstance(model.first, AugmentedConv)
+
+
+def test_the_forward_pass_of_the_example_leaves_no_trace():
+    class Counting(Small):
+        def forward(self, x):
+            self.calls = getattr(self, "calls", 0) + 1
+            self.seen = x
+            return super().forward(x)
+
+    model = Counting()
+    twin = copy.deepcopy(model)
+    before, generator = state(model), torch.get_rng_state()
+    with pytest.raises(ValueError, match="nothing to augment"):
+        augment_(model, EXAMPLE, max_positions=1)
+    assert_same(before, model)
+    assert torch.equal(torch.get_rng_state(), generator)
+    augment_(model, EXAMPLE)
+    assert not hasattr(model, "calls")
+    assert torch.equal(model.norm.running_mean, twin.norm.running_mean)
+    assert model.norm.num_batches_tracked == 0
+
+
+def test_twice_is_once():
+    model = build()
+    augment_(model, EXAMPLE, max_positions=100)
+    again = augment_(model, EXAMPLE)
+    assert again.augmented == ["stem"]
+    assert all("conv_out" not in row.name for row in again.rows)
+
+
+def test_the_network_trains_and_its_weights_are_saved_and_loaded():
+    model = build()
+    augment_(model, EXAMPLE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    model(images()).square().sum().backward()
+    optimizer.step()
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    # The keys' bias is one number for all keys of a query: it cancels where positions do not count.
+    assert changed >= {
+        name for name in before if not name.startswith("idle") and "bias" not in name
+    }
+    twin = build()
+    augment_(twin, EXAMPLE)
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin.eval()(images()), model.eval()(images()))
+
+
+# ---- What is refused ----------------------------------------------------------------------------
+
+
+class Branching(Small):
+    def forward(self, x):
+        return super().forward(x if x.sum() > 0 else -x)
+
+
+class Shared(nn.Module):
+    """One convolution at two sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        return self.head(x).mean() + self.head(x[:, :, ::2, ::2]).mean()
+
+
+class Same(nn.Conv2d):
+    """A subclass, which may compute anything."""
+
+
+def tied():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1))
+    model[1].weight = model[0].weight
+    return model
+
+
+def hooked():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1))
+    model[0].register_forward_hook(lambda *_: None)
+    return model
+
+
+def normed():
+    convolution = nn.Conv2d(16, 16, 3, padding=1)
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(convolution))
+
+
+def one(**change):
+    return nn.Sequential(nn.Conv2d(16, 16, **{"kernel_size": 3, "padding": 1} | change))
+
+
+SIXTEEN = torch.zeros(1, 16, 6, 8)
+CANNOT = [
+    (lambda: one(groups=4), "groups=4"),
+    (lambda: one(padding_mode="reflect"), "padding_mode=reflect"),
+    (lambda: one(padding_mode="circular"), "padding_mode=circular"),
+    (lambda: one(padding=0), "padding=0 with kernel_size=3"),
+    (lambda: one(padding="valid"), "padding='valid' must be"),
+    (lambda: nn.Sequential(Same(16, 16, 3, padding=1)), "Same, a subclass of Conv2d"),
+    (normed, "ParametrizedConv2d, a subclass of Conv2d"),
+    (hooked, "it has hooks, which would be lost"),
+    (tied, "another module has the same weight"),
+    (Shared, "called at several sizes: 6x8, 3x4"),
+    (lambda: nn.Sequential(nn.Conv2d(16, 8, 3, padding=1)), "Nh=8 heads would take all of its 8"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason"), CANNOT, ids=[reason for _, reason in CANNOT])
+def test_what_cannot_be_replaced_is_named(make, reason):
+    model = make()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"^nothing to augment: ") as raised:
+        augment_(model, SIXTEEN)
+    assert reason in str(raised.value)
+    assert_same(before, model)
+    with pytest.raises(
+        ValueError, match=r"^filter_fn chooses .*, which cannot be augmented: "
+    ) as raised:
+        augment_(model, SIXTEEN, filter_fn=lambda module, name: True)
+    assert reason in str(raised.value)
+    assert_same(before, model)
+
+
+def test_padding_same_is_taken():
+    model = one(padding="same")
+    augment_(model, SIXTEEN)
+    assert model(SIXTEEN).shape == SIXTEEN.shape
+
+
+def test_an_even_kernel_is_not_replaced_unless_asked_for():
+    model = one(kernel_size=2, stride=2, padding=0)
+    with pytest.raises(ValueError, match="even kernel 2x2"):
+        augment_(model, SIXTEEN)
+    augment_(model, SIXTEEN, filter_fn=lambda module, name: True)
+    assert model(SIXTEEN).shape == (1, 16, 3, 4)
+
+
+MODELS = [
+    (lambda: nn.Conv2d(3, 16, 3, padding=1), "model is itself a convolution"),
+    (lambda: nn.Sequential(nn.Linear(3, 3)), "nothing to augment: model has no Conv2d"),
+    (lambda: nn.DataParallel(Small()), "model is wrapped in DataParallel"),
+    (lambda: nn.Sequential(nn.DataParallel(Small())), "its module 0 is wrapped in DataParallel"),
+    (lambda: torch.compile(Small()), "model is compiled"),
+    (lambda: "resnet50", "model must be a torch module, not str"),
+    (Branching, "model's forward pass depends on the values of the data"),
+]
+
+
+# What torch.compile loads.
+LOADS = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
+
+
+@LOADS
+@pytest.mark.parametrize(("make", "words"), MODELS, ids=[words for _, words in MODELS])
+def test_models_that_cannot_be_augmented_are_refused(make, words):
+    example = torch.zeros(2, 3) if "no Conv2d" in words else EXAMPLE
+    with pytest.raises(ValueError, match=f"^{words}") as raised:
+        augment_(make(), example)
+    assert "\n" not in str(raised.value)
+
+
+@LOADS
+def test_a_model_compiled_in_place_is_refused():
+    model = build()
+    model.compile()
+    with pytest.raises(ValueError, match=r"^model is compiled"):
+        augment_(model, EXAMPLE)
+
+
+@pytest.mark.parametrize("example", [torch.zeros(2, 4, 18, 14), (), "image", None, torch.zeros(3)])
+def test_an_example_that_the_model_does_not_take_is_named(example):
+    model = build()
+    before = state(model)
+    with pytest.raises(ValueError, match=r"^model cannot be called with example_input: ") as raised:
+        augment_(model, example)
+    assert "\n" not in str(raised.value)
+    assert_same(before, model)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dk": 16.0}, "dk=16.0 is a fraction .* write 16 for channels"),
+        ({"dv": 0.0}, "dv=0.0 is a fraction"),
+        ({"dv": 1.5}, "dv=1.5 is a fraction"),
+        ({"dk": 1}, "dk=1 means 1 of the channels, which Nh=8 heads cannot share; write 1.0"),
+        ({"dk": True}, "dk=True must be an int"),
+        ({"dv": "0.1"}, "dv='0.1' must be an int"),
+        ({"Nh": 0}, "Nh=0 must be at least 1"),
+        ({"Nh": 2.0}, "Nh=2.0 must be an int"),
+        ({"min_dkh": 0}, "min_dkh=0 must be at least 1"),
+        ({"max_positions": -1}, "max_positions=-1 must be at least 1"),
+        ({"pool": 0}, "pool=0 must be at least 1"),
+        ({"pool": 1.5}, "pool=1.5 must be an int"),
+        ({"dk": 12}, "nothing to augment: .*dk=12 must be divisible by Nh=8"),
+        ({"dv": 48}, "nothing to augment: .*dv=48 must lie between 0 and out_channels=16"),
+    ],
+    ids=str,
+)
+def test_wrong_options_are_named(change, words):
+    model = build()
+    before = state(model)
+    with pytest.raises(ValueError, match=f"^{words}"):
+        augment_(model, EXAMPLE, **change)
+    assert_same(before, model)
+
+
+# ---- The paper's networks -----------------------------------------------------------------------
+
+
+class Bottleneck(nn.Module):
+    """As in torchvision: the stride is that of the 3x3 convolution."""
+
+    def __init__(self, before, width, stride):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.shortcut = nn.Identity()
+        if before != 4 * width:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(before, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
+
+    def forward(self, x):
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = self.bn3(self.conv3(torch.relu(self.bn2(self.conv2(y)))))
+        return torch.relu(y + self.shortcut(x))
+
+
+def resnet(depths):
+    layers = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
+    layers += [nn.MaxPool2d(3, 2, 1)]
+    before = 64
+    for stage, depth in enumerate(depths):
+        for index in range(depth):
+            width = 64 * 2**stage
+            layers.append(Bottleneck(before, width, 2 if stage and not index else 1))
+            before = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 1000))
+
+
+@pytest.mark.parametrize(
+    ("depths", "parameters", "flops", "paper"),
+    [
+        ((3, 4, 6, 3), 25_781_872, 8_360_198_496, ("25.8", 8.3)),
+        ((3, 4, 23, 3), 45_359_208, 16_277_030_496, ("45.4", 16.1)),
+        ((3, 8, 36, 3), 61_558_496, 24_091_352_928, ("61.6", 23.8)),
+    ],
+    ids=["AA-ResNet-50", "AA-ResNet-101", "AA-ResNet-152"],
+)
+def test_the_papers_imagenet_networks(depths, parameters, flops, paper):
+    """Table 2 of Bello et al. 2019 prints millions of parameters and GFLOPs with one decimal."""
+    example = torch.empty(1, 3, 224, 224, device="meta")
+    with torch.device("meta"):
+        model = resnet(depths)
+    plain = sum(p.numel() for p in model.parameters())
+    report = augment_(model, example)
+    assert len(report.augmented) == sum(depths[1:])
+    counted = sum(p.numel() for p in model.parameters())
+    assert counted == parameters
+    assert f"{counted / 1e6:.1f}" == paper[0]
+    assert plain < counted
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(example)
+    assert counter.get_total_flops() == flops
+    assert abs(flops / 1e9 / paper[1] - 1) < 0.015
