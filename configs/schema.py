@@ -197,7 +197,8 @@ class SGDConfig:
     momentum: float = MISSING
     # Whether momentum is Nesterov's; needs optim.momentum above 0.
     nesterov: bool = MISSING
-    # Factor of the weights that is added to their gradients, at least 0.
+    # Factor of the weights that is added to their gradients, at least 0. Of all parameters: biases,
+    # batch normalisation and the relative tables are decayed like the others.
     weight_decay: float = MISSING
 
 
@@ -209,7 +210,8 @@ class AdamWConfig:
     lr: float = MISSING
     # Decay rates of the running means of gradients and of their squares: two numbers in [0, 1).
     betas: list[float] = MISSING
-    # Weights shrink by this times the learning rate at each step, at least 0.
+    # Weights shrink by this times the learning rate at each step, at least 0: all parameters, with
+    # biases, batch normalisation and the relative tables.
     weight_decay: float = MISSING
 
 

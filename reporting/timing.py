@@ -1,6 +1,7 @@
 """What the benchmarks share: interleaved rounds, and the facts that go with every figure."""
 
 import json
+import multiprocessing
 import statistics
 import sys
 import time
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from training import provenance
+from training.device import peak_memory_mib
 
 
 def rounds(
@@ -36,6 +38,30 @@ def wait(device: torch.device) -> None:
     """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def peak(make_step: Callable[..., Callable[[], object]], case: object, device_name: str) -> float:
+    """Peak MiB of a step above what was allocated before it, in a new process.
+
+    ``make_step(case, device)`` makes it there; it is a function of a module.
+    """
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_here, (make_step, case, device_name))
+
+
+def _peak_here(
+    make_step: Callable[..., Callable[[], object]], case: object, device_name: str
+) -> float:
+    device = torch.device(device_name)
+    step = make_step(case, device)
+    if device.type == "cuda":
+        step()  # what compilation and the optimizer keep does not count
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device) / 2**20
+    else:
+        before = peak_memory_mib(device)
+    step()
+    return peak_memory_mib(device) - before
 
 
 def spread(milliseconds: list[float]) -> str:

@@ -11,7 +11,6 @@ before the step. Writes bench_step.md and bench_step.json.
 """
 
 import argparse
-import multiprocessing
 import statistics
 import sys
 import time
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import register
 from models import augmented_layers, count_flops
 from reporting import timing
-from training.device import choose_device, choose_dtype, peak_memory_mib, to_device
+from training.device import choose_device, choose_dtype, to_device
 from training.settings import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,25 +68,6 @@ def training_step(case: dict[str, Any], device: torch.device) -> Callable[[], No
         optimizer.zero_grad(set_to_none=True)
 
     return step
-
-
-def peak(case: dict[str, Any], device_name: str) -> float:
-    """Peak MiB of a step above what was allocated before it, in a new process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_here, (case, device_name))
-
-
-def _peak_here(case: dict[str, Any], device_name: str) -> float:
-    device = torch.device(device_name)
-    step = training_step(case, device)
-    if device.type == "cuda":
-        step()  # what compilation and the optimizer keep does not count
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device) / 2**20
-    else:
-        before = peak_memory_mib(device)
-    step()
-    return peak_memory_mib(device) - before
 
 
 def exponentials(network: nn.Module) -> int:
@@ -158,7 +138,7 @@ def measure(
                 "of_matmul_rate": products / seconds,
                 "floor_ms": {"products": 1e3 * products, "exponentials": 1e3 * powers},
                 "of_floor": seconds / (products + powers),
-                "peak_mib": peak(case, str(device)),
+                "peak_mib": timing.peak(training_step, case, str(device)),
                 **limit,
             }
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from reporting import timing
-from scripts import bench_attention, bench_layer, bench_step, bench_tracking
+from scripts import bench_attention, bench_augment, bench_layer, bench_step, bench_tracking
 
 
 def go(script, monkeypatch, *arguments):
@@ -85,7 +85,7 @@ def test_peak_memory_of_a_pass_covers_its_logits():
 
 def test_bench_step(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        bench_step, "peak", lambda case, _: {"none": 2.0, "aa": 3.0}[case["attention"]]
+        timing, "peak", lambda make, case, _: {"none": 2.0, "aa": 3.0}[case["attention"]]
     )
     monkeypatch.setattr(bench_step, "rates", lambda *_: {"matmul_flops": 1e9, "exp_per_s": 1e6})
     arguments = ("--models", "resnet8", "--batch", 2, "--rounds", 1, "--out", tmp_path)
@@ -187,3 +187,28 @@ def test_bench_attention(monkeypatch, tmp_path, capsys):
     written = (tmp_path / "bench_attention.md").read_text()
     assert written.strip() in capsys.readouterr().out
     assert written.count("**") == 2 * len(rows)
+
+
+def test_bench_augment(monkeypatch, tmp_path):
+    peaks = {"plain": 4.0, "pooled": 5.0, "full": 7.0}
+    monkeypatch.setattr(timing, "peak", lambda make, case, _: peaks[case["variant"]])
+    arguments = ("--models", "resnet18", "--size", 193, "--batch", 1, "--rounds", 1)
+    go(bench_augment, monkeypatch, *arguments, "--backend", "sdpa", "--out", tmp_path)
+    rows = json.loads((tmp_path / "bench_augment.json").read_text())["rows"]
+    plain, pooled, full = rows
+    assert [row["variant"] for row in rows] == list(peaks)
+    assert plain["parameters"] == 11_689_512  # as torchvision's documentation says
+    assert pooled["parameters"] == full["parameters"] > plain["parameters"]
+    assert plain["flops"] < pooled["flops"] < full["flops"]
+    assert "| 1.75 |" in (tmp_path / "bench_augment.md").read_text()
+    layers = [m for m in bench_augment.build(full).modules() if hasattr(m, "key_rel_h")]
+    assert {(layer.backend, layer.pool) for layer in layers} == {("sdpa", 1)}
+
+
+def test_peak_is_that_of_a_step_in_a_new_process():
+    assert timing.peak(holds, 64, "cpu") > 60
+
+
+def holds(mebibytes, device):
+    """A step that fills so much memory."""
+    return lambda: torch.ones(mebibytes * 2**18, device=device).sum()
