@@ -2,8 +2,10 @@
 
 import inspect
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 from functools import cache
 
 import pytest
@@ -279,3 +281,18 @@ def test_the_package_is_installed_whole():
     ]
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "aaconv").rglob("*.py")}
     assert {".".join(folder.parts) for folder in folders} == set(packages)
+
+
+def test_the_source_distribution_has_its_tests(tmp_path):
+    """Everything that is in a clone, but what is there for the place where it is developed."""
+    left_out = [".*", "__pycache__", "*.egg-info", "build", "dist", "outputs", "datasets", "wandb"]
+    clone = tmp_path / "clone"
+    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*left_out))
+    build = "from setuptools import build_meta; build_meta.build_sdist('..')"
+    subprocess.run([sys.executable, "-c", build], cwd=clone, check=True, capture_output=True)
+    (archive,) = tmp_path.glob("aaconv-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        packed = {name.partition("/")[2] for name in tar.getnames()}
+    files = {str(path.relative_to(clone)) for path in clone.rglob("*") if path.is_file()}
+    assert {name for name in files - packed if ".egg-info" not in name} == set()
+    assert "tests/test_layer.py" in packed

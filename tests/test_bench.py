@@ -189,6 +189,7 @@ def test_bench_attention(monkeypatch, tmp_path, capsys):
     assert written.count("**") == 2 * len(rows)
 
 
+@pytest.mark.slow
 def test_bench_augment(monkeypatch, tmp_path):
     peaks = {"plain": 4.0, "pooled": 5.0, "full": 7.0}
     monkeypatch.setattr(timing, "peak", lambda make, case, _: peaks[case["variant"]])

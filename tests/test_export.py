@@ -10,6 +10,8 @@ from torch.export import Dim
 from aaconv import AugmentedConv
 from aaconv.tables import fit_table
 
+from helpers import slow
+
 # Of the exporters themselves.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
@@ -54,7 +56,7 @@ def free():
     return {"x": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
 
 
-@pytest.mark.parametrize("change", CASES, ids=str)
+@pytest.mark.parametrize("change", [CASES[1], *map(slow, CASES[:1] + CASES[2:])], ids=str)
 def test_torch_export(change, free):
     layer = build(change)
     check(torch.export.export(layer, (images(),), dynamic_shapes=free).module(), layer)
@@ -71,6 +73,7 @@ class Together(nn.Module):
         return torch.cat([layer(x).flatten(1) for layer in self.layers], dim=1)
 
 
+@pytest.mark.slow
 def test_onnx(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     layers = Together()
@@ -83,6 +86,7 @@ def test_onnx(tmp_path):
     check(lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), layers)
 
 
+@pytest.mark.slow
 def test_ahead_of_time_inductor(tmp_path, free, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     layer = build({"stride": 2})

@@ -1,0 +1,61 @@
+"""The Python of README and docs runs as it is printed, and says what its comments say."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from data import vision
+
+from helpers import ROOT
+
+assert vision.datasets  # torchvision can be imported from now on
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PAGES = [
+    page
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    if "```python" in page.read_text()
+]
+
+
+def small_network():
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1))
+
+
+@pytest.mark.slow
+# Of the exporters and of torchvision.
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
+)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("timm")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    # What a page's first lines take as given.
+    names = {"network": small_network(), "example_images": torch.zeros(1, 3, 16, 16)}
+    for block in BLOCK.findall(page.read_text()):
+        exec(block, names)
+        for line in block.splitlines():
+            shape = re.fullmatch(r"(\S.*\.shape)  # (\([\d, ]+\)).*", line)
+            if shape:
+                assert str(tuple(eval(shape[1], names))) == shape[2]
+            printed = re.fullmatch(r"print\(.*\)  # (.*)", line)
+            if printed:
+                assert capsys.readouterr().out.rstrip("\n").endswith(printed[1])
+
+
+def test_the_report_that_the_page_shows_is_the_real_one():
+    from torchvision.models import resnet50
+
+    from aaconv import augment_
+
+    page = (ROOT / "docs" / "layer.md").read_text()
+    shown = re.search(r"^    convolution  .*?^    13 of 53 [^\n]*", page, re.DOTALL | re.MULTILINE)
+    with torch.device("meta"):
+        network = resnet50(weights=None)
+    report = augment_(network, torch.zeros(1, 3, 224, 224, device="meta"))
+    lines = str(report).splitlines()
+    for line in shown[0].splitlines():
+        assert line.strip() == "..." or line.removeprefix("    ") in lines
