@@ -4,8 +4,9 @@
 
 A step is forward, loss, backward and optimizer on random images. "pooled" is `augment_` by its
 defaults, which pool the attention on 28x28 maps as the paper does, "full" has pool=1. Times are
-medians (minimum to maximum) of interleaved rounds, and the ratio to plain is the median of those of
-the rounds; memory is the peak of a new process above what was allocated before the step. Writes bench_augment.md and bench_augment.json.
+medians (minimum to maximum) of interleaved rounds, and the ratio to plain is the median of the
+rounds' ratios; memory is the peak of a new process above what was allocated before the step. Writes
+bench_augment.md and bench_augment.json.
 """
 
 import argparse
