@@ -230,7 +230,10 @@ def _output_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         # A copy whose tensors are fake: what the forward pass stores, it does not store in `model`.
         tensors = [*model.parameters(), *model.buffers()]
-        shadow = copy.deepcopy(model, {id(t): mode.from_tensor(t) for t in tensors})
+        attributes = (value for module in model.modules() for value in vars(module).values())
+        tensors += [value for value in attributes if isinstance(value, Tensor)]
+        fake = {id(t): mode.from_tensor(t if t.is_leaf else t.detach()) for t in tensors}
+        shadow = copy.deepcopy(model, fake)
         with mode, torch.no_grad():
             for name, module in shadow.named_modules():
                 module.training = False

@@ -323,13 +323,14 @@ def _padding(
     """
     down, right = (d * (k - 1) // 2 for d, k in zip(dilation, kernel_size, strict=True))
     around = (down, right)
-    if given == "same" and stride == (1, 1) and min(kernel_size) > 0 and min(dilation) > 0:
-        return "same"
     if given == "same" and stride != (1, 1):
         raise ValueError(f"padding='same' needs stride=1, not {stride}; use padding={around}")
-    if isinstance(given, str):
+    # An even kernel can have it, too: torch pads one side more.
+    if given == "same" and min(*kernel_size, *dilation) >= 1:
+        return "same"
+    if isinstance(given, str) and given != "same":
         raise ValueError(f"padding={given!r} must be an int, a pair of ints, or 'same'")
-    padding = pair("padding", around if given is None else given)
+    padding = around if given is None or isinstance(given, str) else pair("padding", given)
     check_same_output_size(kernel_size, stride, padding, dilation)
     return padding
 

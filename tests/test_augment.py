@@ -314,6 +314,13 @@ def normed():
     return nn.Sequential(nn.utils.parametrizations.weight_norm(convolution))
 
 
+def spectral():
+    """Its weight is no parameter but a tensor that a hook computes before each call."""
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(16, 16, 3, padding=1)))
+    model(SIXTEEN)
+    return model
+
+
 def one(**change):
     return nn.Sequential(nn.Conv2d(16, 16, **{"kernel_size": 3, "padding": 1} | change))
 
@@ -328,6 +335,7 @@ CANNOT = [
     (lambda: nn.Sequential(Same(16, 16, 3, padding=1)), "Same, a subclass of Conv2d"),
     (normed, "ParametrizedConv2d, a subclass of Conv2d"),
     (hooked, "it has hooks, which would be lost"),
+    (spectral, "it has hooks, which would be lost"),
     (tied, "another module has the same weight"),
     (Shared, "called at several sizes: 6x8, 3x4"),
     (lambda: nn.Sequential(nn.Conv2d(16, 8, 3, padding=1)), "Nh=8 heads would take all of its 8"),

@@ -96,6 +96,8 @@ def test_what_is_no_pair_is_named(name, value):
         ({"padding": "valid"}, "padding='valid' must be an int, a pair of ints, or 'same'"),
         ({"padding": "same", "stride": 2}, r"padding='same' needs stride=1, not \(2, 2\)"),
         ({"padding": 1.0}, "padding=1.0 must be an int or a pair"),
+        ({"padding": "same", "kernel_size": 0}, "kernel_size=0, .* must be at least 1"),
+        ({"padding": "same", "dilation": 0}, "dilation=0 must be at least 1"),
         ({"pool": 0}, "pool=0 must be at least 1"),
     ],
     ids=str,

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from data import vision
+from scripts import augment_example
 
 from helpers import ROOT
 
@@ -59,3 +60,33 @@ def test_the_report_that_the_page_shows_is_the_real_one():
     lines = str(report).splitlines()
     for line in shown[0].splitlines():
         assert line.strip() == "..." or line.removeprefix("    ") in lines
+
+
+def test_the_example_of_training_on(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(
+        augment_example, "accuracy", lambda network, data: seen.append(network) or 7
+    )
+    words = ["--epochs", "1", "--epochs-after", "1", "--train-size", "64"]
+    monkeypatch.setattr("sys.argv", ["augment_example.py", *words])
+    augment_example.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        "plain, 1 epochs",
+        "augmented, not trained on",
+        "augmented, 1 epochs more",
+        "plain, 1 epochs more",
+    ]
+    augmented = [hasattr(network.stages[2][0].conv1, "qkv_conv") for network in seen]
+    assert augmented == [True, True, True, False]  # the first one became the second
+    assert seen[0] is seen[1] is seen[2] is not seen[3]
+
+
+def test_the_examples_accuracy_is_a_percentage():
+    data = augment_example.make_lookup(train_size=32, test_size=13)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, data.num_classes))
+    nn.init.zeros_(network[1].weight)
+    with torch.no_grad():
+        network[1].bias.copy_(torch.arange(8.0))
+    share = sum(int(label) == 7 for label in data.evaluation.labels) / 13
+    assert augment_example.accuracy(network, data) == pytest.approx(100 * share)
