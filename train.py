@@ -23,7 +23,6 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import hydra
@@ -35,10 +34,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+import aaconv
 from aaconv.functional import check_backend
 from configs.schema import register
 from data import Batches, Dataset, evaluation_batches
-from models import count_flops, count_parameters, layer_facts, layer_table
+from models import Description, count_flops, count_parameters, layer_facts, layer_table
 from training import checkpoint, cli, distributed, provenance, run_folder, stopping
 from training.device import (
     choose_device,
@@ -51,7 +51,7 @@ from training.kinds import UnreadableError
 from training.progress import EpochState, Progress, StepFigures
 from training.run_folder import RunFolder
 from training.scores import evaluate
-from training.settings import build_model, check, resolve
+from training.settings import build_model, check, network_arguments, resolve
 from training.tracking import Tracker, dashboard_config, track
 
 log = logging.getLogger("train")
@@ -66,6 +66,7 @@ class RunState(NamedTuple):
     dtype: torch.dtype
     dataset: Dataset
     batches: Batches
+    description: Description
     model: nn.Module
     wrapped_model: Any  # the model as training calls it: compiled, DistributedDataParallel
     ema_model: AveragedModel | None
@@ -156,9 +157,10 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             tracker.stopped(continued=stop.to_be_continued)
         summary = summarize(cfg, config, progress, dataset, facts) if finished else {}
         if finished and folder is not None:
+            folder.write_weights(evaluated_model(state), state.description)
             folder.write_summary(summary)
             tracker.summarize({k: v for k, v in summary.items() if "/" in k} | best(progress.rows))
-            show(cfg, state, tracker, config, facts)
+            show(cfg, state, tracker, config, facts, folder.path)
         log.info(
             "%s: %s",
             run_folder.scores_line(summary) if finished else stop_line(stop, progress),
@@ -211,6 +213,7 @@ def build(
         dtype=dtype,
         dataset=dataset,
         batches=batches,
+        description=describe_network(cfg, dataset),
         model=model,
         wrapped_model=torch.compile(wrapped_model) if cfg.compile else wrapped_model,
         ema_model=ema_model,
@@ -219,6 +222,21 @@ def build(
         autocast=autocast,
         # Only fp16 has too little range for gradients.
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+    )
+
+
+def describe_network(cfg: DictConfig, dataset: Dataset) -> Description:
+    """What is kept with the weights, so that the network can be rebuilt from its file alone."""
+    return Description(
+        network=network_arguments(
+            cfg, num_classes=dataset.num_classes, image_size=dataset.image_size
+        ),
+        class_names=list(dataset.class_names),
+        mean=list(dataset.mean),
+        std=list(dataset.std),
+        data=dataset.name,
+        version=aaconv.__version__,
+        commit=provenance.commit(),
     )
 
 
@@ -359,6 +377,7 @@ def show(
     tracker: Tracker,
     config: dict[str, Any],
     facts: dict[str, Any],
+    folder: Path,
 ) -> None:
     """Give the dashboard what there is to see of the finished run, and the weights if asked to."""
     if not tracker.active:
@@ -369,11 +388,9 @@ def show(
 
         tracker.show(media.final_media(model, state.dataset, cfg.eval_batch_size, state.autocast))
     if cfg.tracking.weights:
-        with TemporaryDirectory() as folder:
-            path = Path(folder, "weights.pt")
-            torch.save({k: v.cpu() for k, v in model.state_dict().items()}, path)
-            name = f"{facts['model']}-{facts['attention']}-{tracker.id}"
-            tracker.artifact(name, "model", [path], {"config": config, **facts})
+        files = [folder / name for name in (run_folder.WEIGHTS, run_folder.DESCRIPTION)]
+        name = f"{facts['model']}-{facts['attention']}-{tracker.id}"
+        tracker.artifact(name, "model", files, {"config": config, **facts})
 
 
 def save_progress(
@@ -386,6 +403,7 @@ def save_progress(
             state.stateful(),
             state.device,
             config=config,
+            description=state.description.to_dict(),
             progress=progress.state_dict(),
         )
         folder.keep()

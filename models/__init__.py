@@ -3,17 +3,23 @@
 from models.attention import AA, GE, SE, Attention, NoAttention
 from models.cost import augmented_layers, count_flops, count_parameters, layer_facts, layer_table
 from models.resnet import ResNet
+from models.saved import Description, Trained, build, describe_attention, load
 
 __all__ = [
     "AA",
     "GE",
     "SE",
     "Attention",
+    "Description",
     "NoAttention",
     "ResNet",
+    "Trained",
     "augmented_layers",
+    "build",
     "count_flops",
     "count_parameters",
+    "describe_attention",
     "layer_facts",
     "layer_table",
+    "load",
 ]

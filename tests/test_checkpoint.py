@@ -32,7 +32,8 @@ def at_step(number):
 
 
 def save(folder, number, config=CONFIG):
-    checkpoint.save(folder, {"model": model()}, CPU, config=config, progress=at_step(number))
+    kept = {"config": config, "description": {}, "progress": at_step(number)}
+    checkpoint.save(folder, {"model": model()}, CPU, **kept)
 
 
 def read(folder, config=CONFIG):
@@ -244,7 +245,8 @@ def full_disk():
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, full_disk, size):
     save(tmp_path, 1)
     full_disk(size)
+    kept = {"config": CONFIG, "description": {}, "progress": at_step(2)}
     with pytest.raises(OSError, match=r"last\.pt cannot be written \(File too large\)"):
-        checkpoint.save(tmp_path, {"model": model(400)}, CPU, config=CONFIG, progress=at_step(2))
+        checkpoint.save(tmp_path, {"model": model(400)}, CPU, **kept)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     assert read(tmp_path) == ("last.pt", 1)

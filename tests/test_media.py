@@ -205,9 +205,9 @@ def test_what_the_dashboard_gets_to_see(settings, tmp_path):
     artifacts = {r["artifact"]["name"]: r["artifact"] for r in records if r["type"] == "artifact"}
     (name,) = [name for name in artifacts if name.startswith("resnet8-aa-")]
     assert artifacts[name]["type"] == "model"
-    (content,) = artifacts[name]["manifest"]["contents"]
-    assert content["path"] == "weights.pt"
-    state = torch.load(content["local_path"], weights_only=True)
-    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
-    assert state.keys() == saved["model"].keys()
+    contents = artifacts[name]["manifest"]["contents"]
+    assert {content["path"] for content in contents} == {"weights.safetensors", "config.json"}
+    for content in contents:
+        kept = tmp_path / "run" / content["path"]
+        assert Path(content["local_path"]).read_bytes() == kept.read_bytes()
     assert json.loads(artifacts[name]["metadata"])["config"]["seed"] == 0

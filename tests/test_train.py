@@ -27,6 +27,7 @@ def test_what_a_run_writes(run, tmp_path):
     summary = run()
     folder = tmp_path / "run"
     written = {"last.pt", "previous.pt", "metrics.csv", "summary.json", "train.log", ".hydra"}
+    written |= {"weights.safetensors", "config.json"}
     assert {p.name for p in folder.iterdir()} == written
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     table = rows(folder)

@@ -39,10 +39,12 @@ def save(
     device: torch.device,
     *,
     config: dict[str, Any],
+    description: dict[str, Any],
     progress: dict[str, Any],
 ) -> None:
     """Write the folder's checkpoint: all states of ``stateful``, torch's RNGs', and the rest.
 
+    ``description`` is that of `models.Description`, by which `models.load` rebuilds the network.
     The one that was there becomes ``previous.pt``. See `training.files.write_whole` for what
     stays after a kill or on a full disk.
 
@@ -51,7 +53,8 @@ def save(
     """
     state: dict[str, Any] = {"format": FORMAT}
     state |= {name: part.state_dict() for name, part in stateful.items()}
-    state |= {"rng": torch.get_rng_state(), "config": config, **progress}
+    state |= {"rng": torch.get_rng_state(), "config": config, "description": description}
+    state |= progress
     if device.type != "cpu":
         state["device_rng"] = get_rng_state(device)
     write_whole(folder / LAST, lambda file: _write(state, file), before=folder / PREVIOUS)
@@ -108,7 +111,8 @@ def begin(
             )
         found = []
     used, state = load(found, config) if found else (None, {})
-    results = [folder / run_folder.SUMMARY, folder / run_folder.METRICS]
+    names = (run_folder.SUMMARY, run_folder.METRICS, run_folder.WEIGHTS, run_folder.DESCRIPTION)
+    results = [folder / name for name in names]
     if used is not None and used.parent.resolve() == folder.resolve():
         # Kept, a damaged one would push the good one out at the next save. The results may be
         # ahead of the good one.

@@ -2,6 +2,7 @@
 
     metrics.csv      a row for each epoch
     summary.json     the last epoch's scores and where they come from; only of a finished run
+    weights.safetensors, config.json    the finished network, see `models.load`
     failed.json      instead of it where a loss or a score was not finite
     last.pt          the newest checkpoint, and previous.pt the one before
     train.log        what the run printed
@@ -36,9 +37,17 @@ from typing import Any
 import filelock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
+from models.saved import (
+    DESCRIPTION,
+    WEIGHTS,
+    Description,
+    description_as_text,
+    weights_as_bytes,
+)
 from training import console
-from training.files import write_csv, write_json, write_text
+from training.files import write_csv, write_json, write_text, write_whole
 from training.kinds import (
     AMOUNT,
     CONFIG_KEYS,
@@ -132,6 +141,12 @@ class RunFolder:
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.csv, a row for each epoch."""
         write_csv(self.path / METRICS, rows)
+
+    def write_weights(self, model: nn.Module, description: Description) -> None:
+        """Write weights.safetensors and config.json, which `models.load` reads."""
+        weights = weights_as_bytes(model)
+        write_text(self.path / DESCRIPTION, description_as_text(description))
+        write_whole(self.path / WEIGHTS, lambda file: file.write(weights))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, which makes the run a finished one."""

@@ -9,8 +9,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+import models
 from configs.schema import OPTIONS, Config
-from models import ResNet
 
 # More is a slip of the keyboard, and would end in a run without end or in a lack of memory.
 MOST = {
@@ -178,13 +178,20 @@ def build_model(cfg: DictConfig, *, num_classes: int, image_size: tuple[int, int
     Raises:
         ValueError: see `models.ResNet`.
     """
-    return ResNet(
-        block=cfg.model.block,
-        depths=list(cfg.model.depths),
-        widths=list(cfg.model.widths),
-        stem=cfg.model.stem,
-        shortcut=cfg.model.shortcut.name,
-        num_classes=num_classes,
-        image_size=image_size,
-        attention=instantiate(cfg.attention, _convert_="all"),
-    )
+    return models.build(network_arguments(cfg, num_classes=num_classes, image_size=image_size))
+
+
+def network_arguments(
+    cfg: DictConfig, *, num_classes: int, image_size: tuple[int, int]
+) -> dict[str, Any]:
+    """The same as plain values: what `models.build` takes and a file of weights keeps."""
+    return {
+        "block": cfg.model.block,
+        "depths": list(cfg.model.depths),
+        "widths": list(cfg.model.widths),
+        "stem": cfg.model.stem,
+        "shortcut": cfg.model.shortcut.name,
+        "num_classes": num_classes,
+        "image_size": list(image_size),
+        "attention": models.describe_attention(instantiate(cfg.attention, _convert_="all")),
+    }

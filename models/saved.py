@@ -1,0 +1,277 @@
+"""Trained networks as files that explain themselves: saved by a run, rebuilt from the file alone.
+
+A run ends with two files side by side: ``weights.safetensors``, which other tools open too, and
+``config.json``, which says what network the weights are of, what its classes are called and how its
+images are normalised. A checkpoint, ``last.pt``, has the same inside. Loading runs no code of a
+file: weights are read as tensors, and the description as plain values.
+"""
+
+import json
+import math
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.attention import AA, GE, SE, Attention, NoAttention
+from models.resnet import ResNet
+
+WEIGHTS = "weights.safetensors"
+DESCRIPTION = "config.json"
+CHECKPOINTS = ("last.pt", "previous.pt")
+# Of the description; a change of names or meanings raises it.
+FORMAT = 1
+ATTENTIONS: dict[str, Callable[..., Attention]] = {k.name: k for k in (NoAttention, AA, SE, GE)}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a file of weights is of.
+
+    Attributes:
+        network: the arguments of `models.ResNet`, with ``attention`` as a dict of its ``name`` and
+            its settings.
+        class_names: a name for each logit.
+        mean, std: of the training images, per channel, on a scale where white is 1.
+        data: name of the data set.
+        version: of the code that has written it.
+        commit: likewise, or "unknown".
+    """
+
+    network: dict[str, Any]
+    class_names: list[str]
+    mean: list[float]
+    std: list[float]
+    data: str
+    version: str
+    commit: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, with the format's version."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Any, where: str) -> "Description":
+        """What `to_dict` has made.
+
+        Raises:
+            ValueError: a value is missing or of another type; the message begins with ``where``.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"{where}: no description of a network")
+        if values.get("format") != FORMAT:
+            raise ValueError(
+                f"{where}: format is {values.get('format')}; this version reads format {FORMAT}"
+            )
+        for name, (kind, fits) in _KINDS.items():
+            if name not in values:
+                raise ValueError(f"{where}: {name} is missing")
+            if not fits(values[name]):
+                raise ValueError(f"{where}: {name} is not {kind}")
+        if len(values["class_names"]) != values["network"].get("num_classes"):
+            raise ValueError(
+                f"{where}: {len(values['class_names'])} class_names for "
+                f"network.num_classes={values['network'].get('num_classes')}"
+            )
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with its weights, in evaluation mode, and what it needs to be used."""
+
+    network: ResNet
+    description: Description
+
+    @property
+    def class_names(self) -> list[str]:
+        """A name for each logit."""
+        return self.description.class_names
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of the images that it was trained on."""
+        height, width = self.description.network["image_size"]
+        return height, width
+
+
+def build(network: Mapping[str, Any]) -> ResNet:
+    """The network of a description, with new weights.
+
+    Raises:
+        ValueError: there is no such network; see `models.ResNet`.
+    """
+    arguments = dict(network)
+    attention = dict(arguments.pop("attention"))
+    name = attention.pop("name")
+    if name not in ATTENTIONS:
+        raise ValueError(f"attention={name} is not one of {', '.join(ATTENTIONS)}")
+    return ResNet(**arguments, attention=ATTENTIONS[name](**attention))
+
+
+def describe_attention(attention: Attention) -> dict[str, Any]:
+    """``attention`` as a dict of its name and its settings, as `build` takes it."""
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(attention).items()}
+    return {"name": attention.name, **settings}
+
+
+def weights_as_bytes(model: nn.Module) -> bytes:
+    """The parameters and buffers of ``model`` as a file of the safetensors format."""
+    from safetensors.torch import save
+
+    return save({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()})
+
+
+def description_as_text(description: Description) -> str:
+    """``description`` as the text of config.json."""
+    return json.dumps(description.to_dict(), indent=1, allow_nan=False) + "\n"
+
+
+# ---- Loading ------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Trained:
+    """A trained network, rebuilt from its file alone; no code of the file is run.
+
+    Args:
+        path: a run's folder, a ``weights.safetensors`` with its ``config.json`` beside it, or a
+            checkpoint. Of a folder the weights are taken, or the newest checkpoint of a run that is
+            not finished. Of a checkpoint with averaged weights these are taken, whose scores are
+            the run's.
+        device: where the network is put.
+
+    Returns:
+        The network in evaluation mode with its description; see `Trained`.
+
+    Raises:
+        ValueError: there is no such file, it is damaged, or its weights and its description do not
+            fit; one line that names the file and what does not fit.
+    """
+    file = _file(Path(path).expanduser())
+    read = _read_weights if file.suffix == ".safetensors" else _read_checkpoint
+    tensors, described, where = read(file)
+    description = Description.from_dict(described, where)
+    network = _with_weights(description, tensors, where, file)
+    return Trained(network.to(device).eval(), description)
+
+
+def _file(path: Path) -> Path:
+    if not path.exists():
+        raise ValueError(f"there is no {path}")
+    if path.is_dir():
+        for name in (WEIGHTS, *CHECKPOINTS):
+            if (path / name).is_file():
+                return path / name
+        raise ValueError(f"{path} has no {WEIGHTS} and no {CHECKPOINTS[0]}")
+    if path.suffix not in (".safetensors", ".pt"):
+        raise ValueError(f"{path} is neither a .safetensors file nor a checkpoint (.pt)")
+    return path
+
+
+def _read_weights(file: Path) -> tuple[dict[str, Tensor], Any, str]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    beside = file.with_name(DESCRIPTION)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {_one_line(error)}") from error
+    try:
+        described = json.loads(beside.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{beside} is missing, which describes {file.name}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{beside} is damaged: {_one_line(error)}") from error
+    return tensors, described, str(beside)
+
+
+def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], Any, str]:
+    try:
+        # torch.load does not look at the checksums that torch.save writes.
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum of {damaged}")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's are of many types
+        raise ValueError(f"{file} is damaged: {_one_line(error).partition('. ')[0]}") from error
+    if not isinstance(state, dict) or "description" not in state or "model" not in state:
+        raise ValueError(f"{file} does not say what network it is of: older code has written it")
+    if "ema_model" in state:
+        averaged = state["ema_model"]
+        return (
+            {k.removeprefix("module."): v for k, v in averaged.items() if k.startswith("module.")},
+            state["description"],
+            str(file),
+        )
+    return state["model"], state["description"], str(file)
+
+
+def _with_weights(
+    description: Description, tensors: Mapping[str, Tensor], where: str, file: Path
+) -> ResNet:
+    """The network that is described, with ``tensors``.
+
+    Raises:
+        ValueError: they do not fit, or no network is described.
+    """
+    depths = description.network.get("depths")
+    try:
+        if sum(depths) > len(tensors):  # type: ignore[arg-type]
+            raise ValueError(f"depths={depths} are more blocks than there are weights")
+        with torch.device("meta"):  # nothing is allocated before all is known to fit
+            network = build(description.network)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{where} describes no network: {_one_line(error)}") from error
+    own = network.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        if name not in tensors:
+            raise ValueError(f"{file} has no {name}, which the network of {where} has")
+        if name not in own:
+            raise ValueError(f"{file} has {name}, which the network of {where} has not")
+        given, expected = tuple(tensors[name].shape), tuple(own[name].shape)
+        if given != expected:
+            raise ValueError(f"{file}: {name} is {given}, and {expected} by {where}")
+    # In memory of their own, aligned as torch does it, and not in channels_last as a checkpoint's
+    # may be: the same weights then round in the same way.
+    own_memory = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+    network.load_state_dict(own_memory, assign=True)
+    return network
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_colour(value: Any) -> bool:
+    return _is_list(value, (int, float)) and len(value) == 3 and all(map(math.isfinite, value))
+
+
+def _is_list(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, kind) and not isinstance(one, bool) for one in value
+    )
+
+
+_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "network": (
+        "an object with attention and image_size",
+        lambda v: (
+            isinstance(v, dict)
+            and isinstance(v.get("attention"), dict)
+            and _is_list(v.get("image_size"), int)
+            and len(v["image_size"]) == 2
+        ),
+    ),
+    "class_names": ("a list of texts", lambda v: _is_list(v, str)),
+    "mean": ("three numbers", _is_colour),
+    "std": ("three numbers above 0", lambda v: _is_colour(v) and min(v) > 0),
+    "data": ("text", lambda v: isinstance(v, str)),
+    "version": ("text", lambda v: isinstance(v, str)),
+    "commit": ("text", lambda v: isinstance(v, str)),
+}

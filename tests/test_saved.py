@@ -1,0 +1,224 @@
+"""`models.load`: the network of a file alone, and one line where the parts do not fit."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import models
+from models import AA, GE, SE, Description, NoAttention
+from models.saved import description_as_text, weights_as_bytes
+
+from helpers import ROOT, TINY
+
+ATTENTIONS = [
+    NoAttention(),
+    GE(),
+    SE(ratio=2),
+    AA(0.5, 0.25, 2, 2, "relative", [2, 3]),
+    AA(4, 4, 2, 20, "coord", [1]),
+    AA(1.0, 0.5, 2, 1, "none", [2], backend="sdpa"),
+]
+
+
+def describe(attention=ATTENTIONS[3], **change):
+    network = {
+        "block": "basic",
+        "depths": [1, 1, 1],
+        "widths": [4, 8, 8],
+        "stem": 4,
+        "shortcut": "pad",
+        "num_classes": 3,
+        "image_size": [16, 20],
+        "attention": models.describe_attention(attention),
+    }
+    rest = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "data": "own", "version": "1"}
+    names = {"class_names": ["a", "b", "ü"], "commit": "unknown"}
+    return Description(**{"network": network, **rest, **names} | change)
+
+
+def trained(description):
+    torch.manual_seed(0)
+    network = models.build(description.network)
+    network(torch.randn(4, 3, 16, 20))  # so that the running means are not those of a new one
+    return network.eval()
+
+
+def write(folder, description=None, network=None):
+    description = description or describe()
+    network = network or trained(description)
+    (folder / "weights.safetensors").write_bytes(weights_as_bytes(network))
+    (folder / "config.json").write_text(description_as_text(description), encoding="utf-8")
+    return network
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
+def test_the_same_network_comes_back(tmp_path, attention):
+    description = describe(attention)
+    network = write(tmp_path, description)
+    loaded = models.load(tmp_path)
+    x = torch.randn(2, 3, 16, 20)
+    assert torch.equal(loaded.network(x), network(x))
+    assert loaded.description == description
+    assert loaded.class_names == ["a", "b", "ü"]
+    assert loaded.image_size == (16, 20)
+    assert not any(module.training for module in loaded.network.modules())
+    assert all(p.requires_grad for p in loaded.network.parameters())
+    assert torch.equal(models.load(str(tmp_path / "weights.safetensors")).network(x), network(x))
+
+
+def test_other_tools_open_the_weights(tmp_path):
+    network = write(tmp_path, network=trained(describe()).to(memory_format=torch.channels_last))
+    with safe_open(tmp_path / "weights.safetensors", framework="numpy") as file:
+        assert set(file.keys()) == network.state_dict().keys()
+        for name, tensor in network.state_dict().items():
+            assert (file.get_tensor(name) == tensor.detach().numpy()).all()
+
+
+def test_of_a_run_the_finished_network_is_loaded_and_of_a_checkpoint_the_same(tmp_path):
+    words = [*TINY, "epochs=2", "attention=aa", "ema=0.5", "tracking=csv"]
+    command = [sys.executable, ROOT / "train.py", *words, f"hydra.run.dir={tmp_path / 'run'}"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    files = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"weights.safetensors", "config.json", "last.pt", "previous.pt"} <= files
+    last = models.load(tmp_path / "run" / "last.pt")
+    finished = models.load(tmp_path / "run")
+    previous = models.load(tmp_path / "run" / "previous.pt")
+    assert finished.description == last.description
+    assert finished.description.data == "lookup"
+    assert finished.description.network["num_classes"] == len(finished.class_names)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(finished.network(x), last.network(x))  # the averaged weights, both times
+    assert not torch.equal(previous.network(x), last.network(x))
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert not torch.equal(state["model"]["head.weight"], last.network.head.weight)
+    # A run that is not finished has its checkpoint alone.
+    (tmp_path / "run" / "weights.safetensors").unlink()
+    assert torch.equal(models.load(tmp_path / "run").network(x), last.network(x))
+
+
+def change_description(change):
+    def damage(folder):
+        path = folder / "config.json"
+        values = json.loads(path.read_text(encoding="utf-8"))
+        change(values)
+        path.write_text(json.dumps(values), encoding="utf-8")
+
+    return damage
+
+
+def change_weights(change):
+    def damage(folder):
+        tensors = load_file(folder / "weights.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "weights.safetensors")
+
+    return damage
+
+
+def cut(name, size):
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
+
+
+def text(name, content):
+    return lambda folder: (folder / name).write_text(content)
+
+
+def set_network(**values):
+    return change_description(lambda d: d["network"].update(values))
+
+
+DAMAGE = {
+    "cut short": (cut("weights.safetensors", 1000), "weights.safetensors is damaged: "),
+    "empty": (cut("weights.safetensors", 0), "weights.safetensors is damaged: "),
+    "text": (text("weights.safetensors", "no weights"), "weights.safetensors is damaged: "),
+    "no description": (lambda f: (f / "config.json").unlink(), "config.json is missing, which des"),
+    "description cut": (cut("config.json", 50), "config.json is damaged: "),
+    "description empty": (text("config.json", ""), "config.json is damaged: "),
+    "a list": (text("config.json", "[1]"), "config.json: no description of a network"),
+    "deep": (text("config.json", "[" * 100_000), "config.json is damaged: "),
+    "other format": (change_description(lambda d: d.update(format=9)), "format is 9; this version"),
+    "no format": (change_description(lambda d: d.pop("format")), "format is None; this version"),
+    "no mean": (change_description(lambda d: d.pop("mean")), "config.json: mean is missing"),
+    "mean": (change_description(lambda d: d.update(mean=[1, 2])), "mean is not three numbers"),
+    "std": (change_description(lambda d: d.update(std=[1, 0, 1])), "std is not three numbers abo"),
+    "names": (change_description(lambda d: d.update(class_names="abc")), "class_names is not a li"),
+    "fewer names": (
+        change_description(lambda d: d["class_names"].pop()),
+        "2 class_names for network.num_classes=3",
+    ),
+    "no network": (change_description(lambda d: d.pop("network")), "network is missing"),
+    "network": (change_description(lambda d: d.update(network=3)), "network is not an object"),
+    "block": (set_network(block="dense"), "describes no network: block='dense' must be"),
+    "unknown": (set_network(colour=1), "describes no network: .*colour"),
+    "depths": (set_network(depths=[1, 10**12, 1]), "are more blocks than there are weights"),
+    "depths text": (set_network(depths="abc"), "describes no network: "),
+    "widths": (set_network(widths=[4, 8, 16]), r"is \(.*\), and \(.*\) by "),
+    "huge": (set_network(widths=[4, 8, 2**40]), "describes no network|, and .* by "),
+    "size": (set_network(image_size=[16, 16]), r"key_rel_w is \(19, 2\), and \(15, 2\) by"),
+    "attention": (set_network(attention={"name": "exec"}), "attention=exec is not one of none, a"),
+    "no name": (set_network(attention={}), "describes no network: 'name'"),
+    "setting": (set_network(attention={"name": "se", "code": "x"}), "describes no network: .*code"),
+    "one missing": (
+        change_weights(lambda t: t.pop("head.bias")),
+        "has no head.bias, which the network of",
+    ),
+    "one more": (
+        change_weights(lambda t: t.update(extra=torch.zeros(1))),
+        "has extra, which the network of .* has not",
+    ),
+    "shape": (
+        change_weights(lambda t: t.update({"head.bias": torch.zeros(4)})),
+        r"head.bias is \(4,\), and \(3,\) by",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_what_does_not_fit_is_named_in_one_line(tmp_path, kind):
+    damage, words = DAMAGE[kind]
+    write(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=words) as raised:
+        models.load(tmp_path)
+    assert "\n" not in str(raised.value)
+    assert str(tmp_path) in str(raised.value)
+
+
+def test_what_is_no_network_is_named(tmp_path):
+    for path, words in [
+        (tmp_path / "nowhere", "there is no "),
+        (tmp_path, "has no weights.safetensors and no last.pt"),
+        (tmp_path / "page.html", "is neither a .safetensors file nor a checkpoint"),
+    ]:
+        (tmp_path / "page.html").write_text("")
+        with pytest.raises(ValueError, match=words):
+            models.load(path)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("code of the file has run",))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"model": {}}, "does not say what network it is of: older code has written it"),
+        ([1, 2], "does not say what network it is of"),
+        ({"model": {}, "description": Evil()}, "is damaged: "),
+    ],
+)
+def test_a_checkpoint_that_does_not_explain_itself_is_refused(tmp_path, content, words, capsys):
+    torch.save(content, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=words) as raised:
+        models.load(tmp_path / "last.pt")
+    assert "\n" not in str(raised.value)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-30])
+    with pytest.raises(ValueError, match="is damaged: "):
+        models.load(tmp_path)
