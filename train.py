@@ -53,6 +53,7 @@ from training.run_folder import RunFolder
 from training.scores import evaluate
 from training.settings import build_model, check, network_arguments, resolve
 from training.tracking import Tracker, dashboard_config, track
+from training.variants import published
 
 log = logging.getLogger("train")
 register()
@@ -213,7 +214,7 @@ def build(
         dtype=dtype,
         dataset=dataset,
         batches=batches,
-        description=describe_network(cfg, dataset),
+        description=describe_network(cfg, dataset, dtype),
         model=model,
         wrapped_model=torch.compile(wrapped_model) if cfg.compile else wrapped_model,
         ema_model=ema_model,
@@ -225,7 +226,7 @@ def build(
     )
 
 
-def describe_network(cfg: DictConfig, dataset: Dataset) -> Description:
+def describe_network(cfg: DictConfig, dataset: Dataset, dtype: torch.dtype) -> Description:
     """What is kept with the weights, so that the network can be rebuilt from its file alone."""
     return Description(
         network=network_arguments(
@@ -235,6 +236,8 @@ def describe_network(cfg: DictConfig, dataset: Dataset) -> Description:
         mean=list(dataset.mean),
         std=list(dataset.std),
         data=dataset.name,
+        settings=published(resolve(cfg)),
+        precision=name_of(dtype),
         version=aaconv.__version__,
         commit=provenance.commit(),
     )

@@ -38,6 +38,8 @@ class Description:
         class_names: a name for each logit.
         mean, std: of the training images, per channel, on a scale where white is 1.
         data: name of the data set.
+        settings: all settings that decide the result of the run which has trained it.
+        precision: in which it was trained, such as "float32".
         version: of the code that has written it.
         commit: likewise, or "unknown".
     """
@@ -47,6 +49,8 @@ class Description:
     mean: list[float]
     std: list[float]
     data: str
+    settings: dict[str, Any]
+    precision: str
     version: str
     commit: str
 
@@ -272,6 +276,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "mean": ("three numbers", _is_colour),
     "std": ("three numbers above 0", lambda v: _is_colour(v) and min(v) > 0),
     "data": ("text", lambda v: isinstance(v, str)),
+    "settings": ("an object", lambda v: isinstance(v, dict)),
+    "precision": ("text", lambda v: isinstance(v, str)),
     "version": ("text", lambda v: isinstance(v, str)),
     "commit": ("text", lambda v: isinstance(v, str)),
 }

@@ -118,6 +118,33 @@ def _mean_top1(variant: Variant) -> float:
     return statistics.fmean(variant.by_seed("top1").values())
 
 
+def reliability(rows: list[dict[str, float | None]], error: float) -> str:
+    """Accuracy over confidence, a bar for each bin of `training.scores.Calibration`."""
+    width = 1 / len(rows)
+    with _panel(width=4.2, height=4.0) as (_, panel, svg):
+        shares = [row["images"] or 0.0 for row in rows]
+        for number, row in enumerate(rows):
+            if row["accuracy"] is None:
+                continue
+            alpha = 0.35 + 0.65 * shares[number] / max(shares)
+            panel.bar(
+                (number + 0.5) * width,
+                row["accuracy"],
+                width,
+                color=COLOURS[0],
+                alpha=alpha,
+                edgecolor="white",
+            )
+        panel.plot([0, 1], [0, 1], color=PLAIN, linewidth=1, linestyle="--")
+        panel.set_xlim(0, 1)
+        panel.set_ylim(0, 1)
+        panel.set_aspect("equal")
+        panel.set_xlabel("confidence (darker: more images)")
+        panel.set_ylabel("accuracy")
+        panel.set_title(f"expected calibration error {100 * error:.1f} points")
+    return svg[0]
+
+
 def over_epochs(variants: list[Variant], column: str, label: str) -> str:
     """A column of metrics.csv over the epochs: mean of the seeds, a band from lowest to highest."""
     return _lines(variants, column, label, lambda run: run.each_epoch("epoch"), "epoch")

@@ -20,26 +20,12 @@ if __name__ == "__main__":
 
 import argparse
 import json
-from typing import Any
 
-from configs.schema import NO_EFFECT_ON_RESULT
 from reporting.runs import read
 from reporting.text import count, printable
 from training.files import write_texts
 from training.run_folder import FAILURE, METRICS, SUMMARY
-
-
-def shown(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The nested ``settings`` without those that do not decide a result, nor groups left empty."""
-    kept: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            inside = shown(value, f"{prefix}{key}.")
-            if inside or not value:
-                kept[key] = inside
-        elif prefix + key not in NO_EFFECT_ON_RESULT:
-            kept[key] = value
-    return kept
+from training.variants import published
 
 
 def result_files(folder: Path) -> dict[str, str]:
@@ -48,7 +34,7 @@ def result_files(folder: Path) -> dict[str, str]:
     texts = {path.name: path.read_text(encoding="utf-8") for path in there if path.exists()}
     if SUMMARY in texts:
         summary = json.loads(texts[SUMMARY])
-        summary["config"] = shown(summary["config"])
+        summary["config"] = published(summary["config"])
         texts[SUMMARY] = json.dumps(summary, indent=1) + "\n"
     return texts
 

@@ -56,3 +56,44 @@ def evaluate(
     }
     classes = zip(right_in, images_of, strict=True)
     return scores, [100 * right / seen if seen else None for right, seen in classes]
+
+
+class Calibration:
+    """How well a network's confidence, its highest probability, says how often it is right.
+
+    With ``bins`` of equal width over the confidences from 0 to 1, the expected calibration error is
+    the mean over the images of |accuracy - confidence| of their bin (Guo et al., ICML 2017,
+    equation 3, with 15 bins).
+    """
+
+    def __init__(self, bins: int = 15) -> None:
+        self.images = torch.zeros(bins, dtype=torch.float64)
+        self.confidence = torch.zeros(bins, dtype=torch.float64)  # sums
+        self.right = torch.zeros(bins, dtype=torch.float64)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits (B, classes) and labels (B,)."""
+        confidence, predicted = logits.double().cpu().softmax(dim=1).max(dim=1)
+        # A confidence on an edge belongs to the bin below it, as in the paper.
+        bins = len(self.images)
+        index = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
+        self.images.index_add_(0, index, torch.ones_like(confidence))
+        self.confidence.index_add_(0, index, confidence)
+        self.right.index_add_(0, index, (predicted == labels.cpu()).double())
+
+    def rows(self) -> list[dict[str, float | None]]:
+        """For each bin its images, mean confidence and accuracy, in [0, 1]; None if it is empty."""
+        return [
+            {
+                "images": images,
+                "confidence": confidence / images if images else None,
+                "accuracy": right / images if images else None,
+            }
+            for images, confidence, right in zip(
+                self.images.tolist(), self.confidence.tolist(), self.right.tolist(), strict=True
+            )
+        ]
+
+    def expected_error(self) -> float:
+        """The expected calibration error, in [0, 1]."""
+        return float((self.right - self.confidence).abs().sum() / self.images.sum())

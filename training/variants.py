@@ -21,6 +21,22 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def published(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that decide a result, nested: no folder of a machine, no name of an account.
+
+    Groups of which nothing is left are left out.
+    """
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            inside = published(value, f"{prefix}{key}.")
+            if inside or not value:
+                kept[key] = inside
+        elif prefix + key not in NO_EFFECT_ON_RESULT:
+            kept[key] = value
+    return kept
+
+
 def result_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide a result, flattened."""
     return {k: v for k, v in flatten(config).items() if k not in NO_EFFECT_ON_RESULT}

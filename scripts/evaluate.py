@@ -1,0 +1,219 @@
+"""Score trained networks again: top-1, top-5, classes, calibration, speed.
+
+    python scripts/evaluate.py outputs/train/RUN
+    python scripts/evaluate.py RUN RUN2/last.pt weights.safetensors --out evaluation
+    python scripts/evaluate.py RUN device=cpu eval_batch_size=100 data.root=FOLDER
+
+Networks are given as for `models.load`: a run's folder, a weights.safetensors or a checkpoint. Each
+is evaluated on the images that its run was evaluated on, in the precision in which it was trained;
+that gives the run's own scores. What has an = is a setting, for all of them: another `data` must
+have the same classes. --out writes evaluation.json, with the accuracy of each class and the bins of
+the confidence, and a reliability diagram of each network.
+"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from training import console
+
+if __name__ == "__main__":
+    console.prepare("evaluate.py")
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
+
+import models
+from configs.schema import register
+from data import Dataset, evaluation_batches
+from reporting.text import printable
+from training.cli import explain
+from training.device import choose_device, choose_dtype, to_device
+from training.files import write_texts
+from training.scores import Calibration, evaluate
+
+register()
+
+# What may be set here; all else is the network's own.
+SETTINGS = ("device", "precision", "eval_batch_size", "channels_last")
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one network has come to; accuracies in per cent, ``ece`` in [0, 1]."""
+
+    path: str
+    data: str
+    images: int
+    scores: dict[str, float]
+    per_class_top1: dict[str, float | None]
+    ece: float
+    bins: list[dict[str, float | None]]
+    images_per_s: float
+    precision: str
+
+
+def compose_settings(trained: models.Trained, path: str, overrides: list[str]) -> DictConfig:
+    """The settings of the evaluation: those of the run, and over them ``overrides``.
+
+    Raises:
+        ValueError: an override is none of the evaluation's, or cannot be read.
+    """
+    keys = [word.partition("=")[0] for word in overrides]
+    for key in keys:
+        if key not in ("data", *SETTINGS) and not key.startswith("data."):
+            raise ValueError(f"{key}: not a setting here; there are data, {', '.join(SETTINGS)}")
+    description = trained.description
+    settings = description.settings
+    words = [f"precision={SHORT.get(description.precision, 'auto')}"]
+    if "data" not in keys:
+        own = settings.get("data", {})
+        words.append(f"data={description.data}")
+        words += [
+            f"data.{k}={json.dumps(v)}" for k, v in own.items() if k not in ("_target_", "name")
+        ]
+    words += [f"{key}={json.dumps(settings[key])}" for key in ("channels_last",) if key in settings]
+    try:
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            return compose("config", [*words, *overrides])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"{path}: {explain(error)}") from error
+
+
+def load_data(cfg: DictConfig, trained: models.Trained, path: str) -> Dataset:
+    """The data set of ``cfg``.
+
+    Raises:
+        ValueError: it has other classes than the network, or cannot be had.
+    """
+    dataset: Dataset = instantiate(cfg.data, _convert_="all")
+    if list(dataset.class_names) != trained.class_names:
+        raise ValueError(
+            f"{path} was trained on the {len(trained.class_names)} classes of "
+            f"{trained.description.data}; {dataset.name} has {dataset.num_classes} others"
+        )
+    return dataset
+
+
+def evaluate_file(path: str, overrides: list[str]) -> Evaluation:
+    """Load a network and score it.
+
+    Raises:
+        ValueError, FileNotFoundError: see `models.load`, `compose_settings` and `load_data`.
+    """
+    trained = models.load(path)
+    cfg = compose_settings(trained, path, overrides)
+    device = choose_device(cfg.device)
+    dtype = choose_dtype(cfg.precision.name, device)
+    dataset = load_data(cfg, trained, path).to(device)
+    model = to_device(trained.network, device, cfg.channels_last)
+    calibration = Calibration()
+    asked: list[Tensor] = []  # the labels of the batch that the network is given
+
+    def recorded(images: Tensor) -> Tensor:
+        logits: Tensor = model(images)
+        calibration.add(logits.detach().float(), asked.pop())
+        return logits
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        # The network was trained with the mean and the deviation of its own images.
+        mean, std = (tuple(getattr(trained.description, name)) for name in ("mean", "std"))
+        for images, labels in evaluation_batches(
+            dataset.evaluation, cfg.eval_batch_size, mean, std
+        ):
+            asked.append(labels)
+            yield images, labels
+
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    started = time.perf_counter()
+    scores, per_class = evaluate(recorded, batches(), autocast)
+    seconds = time.perf_counter() - started
+    return Evaluation(
+        path=path,
+        data=f"{dataset.name} {dataset.evaluated_on}",
+        images=len(dataset.evaluation),
+        scores=scores,
+        per_class_top1=dict(zip(trained.class_names, per_class, strict=True)),
+        ece=calibration.expected_error(),
+        bins=calibration.rows(),
+        images_per_s=len(dataset.evaluation) / seconds,
+        precision=str(dtype).removeprefix("torch."),
+    )
+
+
+def table(evaluations: list[Evaluation]) -> list[str]:
+    """A line for each network, below a line of headings."""
+    lines = [["network", "data", "images", "top-1 %", "top-5 %", "loss", "ECE %", "images/s"]]
+    for one in evaluations:
+        scores = [f"{one.scores['top1']:.2f}", f"{one.scores['top5']:.2f}"]
+        scores += [f"{one.scores['loss']:.4f}", f"{100 * one.ece:.2f}", f"{one.images_per_s:.0f}"]
+        lines.append([one.path, one.data, str(one.images), *scores])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            [*map(str.ljust, line[:2], widths[:2]), *map(str.rjust, line[2:], widths[2:])]
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def written(evaluations: list[Evaluation], out: Path) -> dict[Path, str]:
+    """The files of --out: evaluation.json, and for each network a diagram, by its number."""
+    from reporting import figures  # which needs matplotlib
+
+    rows: list[dict[str, Any]] = [vars(one) for one in evaluations]
+    texts = {out / "evaluation.json": json.dumps(rows, indent=1) + "\n"}
+    for number, one in enumerate(evaluations, start=1):
+        name = "reliability.svg" if len(evaluations) == 1 else f"reliability-{number}.svg"
+        texts[out / name] = figures.reliability(one.bins, one.ece)
+    return texts
+
+
+def main() -> None:
+    console.ready()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "words", nargs="+", metavar="NETWORK|NAME=VALUE", help="networks, and settings for all"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write the details")
+    arguments = parser.parse_args()
+    # The folders of runs have an = in their names.
+    paths = [word for word in arguments.words if "=" not in word or Path(word).exists()]
+    overrides = [word for word in arguments.words if word not in paths]
+    if not paths:
+        console.stop("evaluate.py", f"no network given; there is no {overrides[0]}")
+    evaluations = []
+    try:
+        for path in paths:
+            evaluations.append(evaluate_file(path, overrides))
+        print(printable("\n".join(table(evaluations))))
+        if arguments.out is not None:
+            texts = written(evaluations, arguments.out)
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            write_texts(texts)
+            print(printable(f"written: {', '.join(map(str, texts))}"))
+    except (ValueError, OSError, HydraException, RuntimeError) as error:
+        console.stop("evaluate.py", printable(explain(error)), 1)
+    except KeyboardInterrupt:
+        console.stop("evaluate.py", "interrupted", 130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""scripts/evaluate.py: the run's own scores again, calibration, and one line for what is wrong."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import models
+from models.saved import description_as_text, weights_as_bytes
+from scripts import evaluate
+from training.scores import Calibration
+
+from helpers import ROOT, TINY
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two finished runs, plain on held-out images and augmented with averaged weights."""
+    out = tmp_path_factory.mktemp("runs")
+    for name, words in {
+        "plain=1": ["attention=none", "data.val_size=12", "data.data_seed=3"],
+        "aa=1": ["attention=aa", "ema=0.5", "eval_batch_size=7"],
+    }.items():
+        words = [*TINY, *words, "tracking=csv", f"hydra.run.dir='{out / name}'"]
+        subprocess.run([sys.executable, ROOT / "train.py", *words], check=True, capture_output=True)
+    return out
+
+
+def go(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+
+
+def record(out):
+    return json.loads((out / "evaluation.json").read_text())
+
+
+@pytest.mark.parametrize("file", ["", "last.pt", "weights.safetensors"])
+def test_equals_the_summary_to_the_last_digit(folder, monkeypatch, tmp_path, file):
+    go(monkeypatch, folder / "plain=1" / file, "eval_batch_size=500", "--out", tmp_path / "out")
+    (got,) = record(tmp_path / "out")
+    summary = json.loads((folder / "plain=1" / "summary.json").read_text())
+    assert got["data"] == "lookup val"
+    assert got["images"] == 12
+    assert got["scores"] == {name: summary[f"val/{name}"] for name in ("loss", "top1", "top5")}
+    assert list(got["per_class_top1"].values()) == summary["per_class_top1"]
+    assert list(got["per_class_top1"]) == summary["class_names"]
+
+
+def test_several_at_once_are_a_table(folder, monkeypatch, tmp_path, capsys):
+    out = tmp_path / "out"
+    go(monkeypatch, folder / "plain=1", folder / "aa=1", "eval_batch_size=7", "--out", out)
+    lines = capsys.readouterr().out.splitlines()
+    plain, augmented = record(out)
+    summary = json.loads((folder / "aa=1" / "summary.json").read_text())
+    assert augmented["scores"]["loss"] == summary["test/loss"]  # of the averaged weights
+    assert lines[0].split()[:3] == ["network", "data", "images"]
+    assert lines[1].split()[0] == str(folder / "plain=1")
+    assert lines[2].split()[4] == f"{augmented['scores']['top1']:.2f}"
+    assert f"{100 * plain['ece']:.2f}" in lines[1].split()
+    assert {path.name for path in out.iterdir()} == {
+        "evaluation.json",
+        "reliability-1.svg",
+        "reliability-2.svg",
+    }
+    assert "<svg" in (out / "reliability-1.svg").read_text()
+
+
+def test_settings_are_used(folder, monkeypatch, tmp_path):
+    """Other images of the same classes, another precision, other batches."""
+    run, results = folder / "plain=1", []
+    for number, words in enumerate(
+        [[], ["data.val_size=5"], ["data=lookup", "data.test_size=33"], ["precision=bf16"]]
+    ):
+        go(monkeypatch, run, *words, "--out", tmp_path / str(number))
+        results += record(tmp_path / str(number))
+    assert [one["images"] for one in results] == [12, 5, 33, 12]
+    assert [one["data"] for one in results][2] == "lookup test"
+    assert [one["precision"] for one in results] == ["float32"] * 3 + ["bfloat16"]
+    assert results[3]["scores"]["loss"] != results[0]["scores"]["loss"]
+
+
+def test_the_calibration_by_hand():
+    """Confidences 0.5, 0.5, 0.75 and 1: bins of a quarter, each edge in the bin below it."""
+    calibration = Calibration(bins=4)
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.3, 0.5, 0.2], [0.75, 0.25, 0], [0, 0, 1.0]])
+    logits, labels = probabilities.double().log(), torch.tensor([0, 0, 1, 2])
+    calibration.add(logits[:3], labels[:3])
+    calibration.add(logits[3:], labels[3:])
+    rows = calibration.rows()
+    assert [row["images"] for row in rows] == [0, 2, 1, 1]
+    assert [row["accuracy"] for row in rows] == [None, 0.5, 0, 1]
+    assert rows[2]["confidence"] == pytest.approx(0.75)
+    assert calibration.expected_error() == pytest.approx((2 * 0 + 0.75 + 0) / 4)
+
+
+def save(folder, description):
+    folder.mkdir()
+    network = models.build(description.network)
+    (folder / "weights.safetensors").write_bytes(weights_as_bytes(network))
+    (folder / "config.json").write_text(description_as_text(description))
+    return folder
+
+
+WRONG = [
+    (["nowhere"], "there is no nowhere"),
+    (["runs=nowhere/x"], "no network given; there is no runs=nowhere/x"),
+    (["{run}", "epochs=3"], "epochs: not a setting here; there are data, device, precision"),
+    (["{run}", "attention=none"], "attention: not a setting here"),
+    (["{run}", "+data.colour=1"], "+data.colour: not a setting here"),
+    (["{run}", "data=cifar11"], "{run}: .*cifar11"),
+    (["{run}", "data.colour=1"], "{run}: data.colour: unknown setting colour; data has train"),
+    (["{run}", "data.val_size=x"], "{run}: data.val_size: .*'x'"),
+    (["{run}", "data.val_size=100000"], "val_size=100000"),
+    (["{run}", "eval_batch_size=0"], "batch_size=0 is below 1"),
+    (["{run}", "device=cuda:99"], "device=cuda:99"),
+    (["{run}", "device=toaster"], "device=toaster"),
+    (["{run}", "precision=fp99"], "precision"),
+    (["{run}", "data=cifar10", "data.root=nowhere", "data.download=false"], "nowhere"),
+    (["{run}", "data=["], "data=\\["),
+    (["{page}"], "is neither a .safetensors file nor a checkpoint"),
+    (["{run}", "--out", "{page}"], "page.html"),
+    (["{other}"], "{other} was trained on the 8 classes of lookup; lookup has 8 others"),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), WRONG, ids=[" ".join(words) for words, _ in WRONG])
+def test_what_is_wrong_is_said_in_one_line(folder, monkeypatch, tmp_path, capsys, words, line):
+    description = models.load(folder / "plain=1").description
+    renamed = [f"other {number}" for number in range(8)]
+    other = models.Description(**{**vars(description), "class_names": renamed})
+    names = {
+        "run": folder / "plain=1",
+        "page": tmp_path / "page.html",
+        "other": save(tmp_path / "other", other),
+    }
+    names["page"].write_text("")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        go(monkeypatch, *[word.format(**names) for word in words])
+    assert stopped.value.code in (1, 2)
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert said.err.startswith("evaluate.py: ")
+    pattern = line.replace("{run}", re.escape(str(names["run"])))
+    pattern = pattern.replace("{other}", re.escape(str(names["other"])))
+    assert re.search(pattern.replace("+data", r"\+data"), said.err), said.err
+    assert sorted(path for path in tmp_path.rglob("*")) == before
