@@ -1,0 +1,183 @@
+"""Say what a trained network sees in pictures.
+
+    python scripts/predict.py outputs/train/RUN picture.jpg folder/
+    python scripts/predict.py weights.safetensors folder/ --json > predictions.json
+
+The network is given as for `models.load`: a run's folder, a weights.safetensors or a checkpoint.
+Pictures are of any format and size that Pillow reads, of folders all at all levels. They are turned
+as their EXIF data say, laid on white where they are transparent, and scaled in proportion until
+they cover the network's image size; what sticks out is cut off evenly. Prints the most likely
+classes of each with their probabilities; --json and --csv print the same for programs. A file that
+is no picture is named on stderr, the others go on, and the exit code is 1.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training import console
+
+if __name__ == "__main__":
+    console.prepare("predict.py")
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import models
+from data import Images, evaluation_batches
+from data.pictures import read_picture
+from reporting.text import printable
+from training.device import choose_device
+
+BATCH_SIZE = 100
+# From this many pictures on there is a progress bar.
+MANY = 20
+
+
+class Prediction(NamedTuple):
+    """The most likely classes of a picture and their probabilities, in [0, 1], from the highest."""
+
+    file: str
+    classes: list[tuple[str, float]]
+
+
+def find(words: list[str]) -> list[Path]:
+    """The files that ``words`` name: themselves, and of folders all that are not hidden.
+
+    Raises:
+        ValueError: there is no such file, or no file in a folder.
+    """
+    files: list[Path] = []
+    for word in words:
+        path = Path(word)
+        if not path.exists():
+            raise ValueError(f"there is no {path}")
+        if path.is_file():
+            files.append(path)
+            continue
+        if not path.is_dir():  # to open a named pipe would wait forever
+            raise ValueError(f"{path} is neither a file nor a folder")
+        inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        inside = [f for f in inside if not any(p[0] == "." for p in f.relative_to(path).parts)]
+        if not inside:
+            raise ValueError(f"there is no file in {path}")
+        files += inside
+    return files
+
+
+def predict(
+    trained: models.Trained, files: list[Path], top: int, device: torch.device
+) -> Iterator[Prediction | str]:
+    """For each file its prediction, or in one line why there is none, in their order."""
+    for start in range(0, len(files), BATCH_SIZE):
+        read: list[Tensor | str] = [
+            _read(file, trained.image_size) for file in files[start : start + BATCH_SIZE]
+        ]
+        pixels = [picture for picture in read if isinstance(picture, Tensor)]
+        rows = iter(_probabilities(trained, torch.stack(pixels).to(device)) if pixels else ())
+        for file, picture in zip(files[start:], read, strict=False):
+            yield picture if isinstance(picture, str) else _best(file, next(rows), trained, top)
+
+
+def _read(file: Path, size: tuple[int, int]) -> Tensor | str:
+    try:
+        return read_picture(file, size)
+    except (ValueError, OSError) as error:
+        return f"{file}: {console.one_line(error)}"
+
+
+@torch.no_grad()
+def _probabilities(trained: models.Trained, pixels: Tensor) -> Tensor:
+    images = Images(pixels, torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device))
+    mean, std = trained.description.mean, trained.description.std
+    batches = evaluation_batches(images, BATCH_SIZE, (*mean,), (*std,))  # type: ignore[arg-type]
+    return torch.cat([trained.network(x).softmax(dim=1).cpu() for x, _ in batches])
+
+
+def _best(file: Path, probabilities: Tensor, trained: models.Trained, top: int) -> Prediction:
+    values, indices = probabilities.topk(min(top, len(probabilities)))
+    names = [trained.class_names[index] for index in indices.tolist()]
+    return Prediction(str(file), list(zip(names, values.tolist(), strict=True)))
+
+
+def as_table(predictions: list[Prediction]) -> str:
+    """A line for each picture."""
+    width = max(len(one.file) for one in predictions)
+    lines = []
+    for one in predictions:
+        classes = [f"{name} {100 * probability:.1f} %" for name, probability in one.classes]
+        lines.append(f"{one.file.ljust(width)}  {', '.join(classes)}")
+    return printable("\n".join(lines))
+
+
+def as_json(predictions: list[Prediction]) -> str:
+    """A list of objects with ``file`` and ``predictions``."""
+    rows: list[dict[str, Any]] = [
+        {
+            "file": printable(one.file),
+            "predictions": [{"class": name, "probability": p} for name, p in one.classes],
+        }
+        for one in predictions
+    ]
+    return json.dumps(rows, indent=1, ensure_ascii=False)
+
+
+def print_csv(predictions: list[Prediction]) -> None:
+    """A row for each class of each picture."""
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(["file", "rank", "class", "probability"])
+    for one in predictions:
+        for rank, (name, probability) in enumerate(one.classes, start=1):
+            writer.writerow([printable(one.file), rank, name, probability])
+
+
+def main() -> None:
+    console.ready()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="pictures, folders of them")
+    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes of each (5)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--csv", action="store_true", help="print CSV, a row for each class")
+    arguments = parser.parse_args()
+    try:
+        if arguments.top < 1:
+            raise ValueError(f"--top {arguments.top} must be at least 1")
+        device = choose_device(arguments.device)
+        files = find(arguments.pictures)
+        trained = models.load(arguments.network, device)
+        results = predict(trained, files, arguments.top, device)
+        hidden = None if len(files) >= MANY else True  # None: where stderr is no terminal
+        bar = tqdm(results, "pictures", total=len(files), leave=False, disable=hidden)
+        done = list(bar)
+    except (ValueError, OSError, RuntimeError) as error:
+        console.stop("predict.py", printable(console.one_line(error)))
+    except KeyboardInterrupt:
+        console.stop("predict.py", "interrupted", 130)
+    predictions = [one for one in done if isinstance(one, Prediction)]
+    if arguments.json:
+        print(as_json(predictions))
+    elif arguments.csv:
+        print_csv(predictions)
+    elif predictions:
+        print(as_table(predictions))
+    faults = [one for one in done if isinstance(one, str)]
+    for fault in faults:
+        console.tell("predict.py", printable(fault))
+    sys.exit(1 if faults else 0)
+
+
+if __name__ == "__main__":
+    main()

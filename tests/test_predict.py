@@ -1,0 +1,271 @@
+"""scripts/predict.py: pictures of any kind, as the network sees them, and what is no picture."""
+
+import csv
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_saved import describe, trained
+
+import models
+from data.pictures import read_picture
+from models.saved import description_as_text, weights_as_bytes
+from scripts import predict
+
+SIZE = (16, 20)
+
+
+@pytest.fixture
+def network(tmp_path):
+    folder = tmp_path / "network"
+    folder.mkdir()
+    description = describe()
+    (folder / "weights.safetensors").write_bytes(weights_as_bytes(trained(description)))
+    (folder / "config.json").write_text(description_as_text(description), encoding="utf-8")
+    return folder
+
+
+def pixels(height=16, width=20, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def go(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["predict.py", *map(str, words)])
+    with pytest.raises(SystemExit) as stopped:
+        predict.main()
+    return stopped.value.code
+
+
+# ---- Reading ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.ppm", "a.gif", "no_ending"])
+def test_a_picture_of_the_networks_size_stays_as_it_is(tmp_path, name):
+    picture = Image.fromarray(pixels())
+    if name == "a.gif":  # of 256 colours at most
+        picture = picture.quantize(64).convert("RGB")
+    path = tmp_path / name
+    picture.save(path, format="png" if name == "no_ending" else None)
+    assert np.array_equal(read_picture(path, SIZE).numpy(), np.array(picture))
+
+
+@pytest.mark.parametrize(
+    "mode", ["L", "1", "P", "LA", "RGBA", "PA", "CMYK", "YCbCr", "I;16", "I", "F"]
+)
+def test_all_modes_are_read(tmp_path, mode):
+    """A grey picture with the same value everywhere is that grey, whatever it is kept as."""
+    path = tmp_path / "grey.tiff"
+    value = 255 if mode == "1" else 128
+    if mode in ("I;16", "I"):
+        picture = Image.fromarray(np.full(SIZE, value << 8, np.uint16))
+        picture = picture.convert("I") if mode == "I" else picture
+    elif mode == "PA":
+        picture = Image.new("LA", SIZE[::-1], (value, 255)).convert("PA")
+        path = tmp_path / "grey.png"
+        picture = picture.convert("RGBA")
+    else:
+        picture = Image.new("RGB", SIZE[::-1], (value,) * 3)
+        picture = picture.quantize() if mode == "P" else picture.convert(mode)
+    picture.save(path)
+    read = read_picture(path, SIZE)
+    assert read.shape == (*SIZE, 3)
+    assert read.dtype == torch.uint8
+    assert (read.int() - value).abs().max() <= 1
+
+
+@pytest.mark.parametrize("how", ["RGBA", "LA", "P", "RGB"])
+def test_what_is_transparent_is_white(tmp_path, how):
+    picture = Image.new("RGBA", SIZE[::-1], (200, 0, 0, 255))
+    picture.paste((0, 0, 0, 0), (0, 0, 10, 16))
+    path = tmp_path / "half.png"
+    if how == "RGB":  # one colour that stands for transparent
+        flat = Image.new("RGB", SIZE[::-1], (200, 0, 0))
+        flat.paste((1, 2, 3), (0, 0, 10, 16))
+        flat.save(path, transparency=(1, 2, 3))
+    elif how == "P":
+        flat = Image.new("P", SIZE[::-1], 1)
+        flat.putpalette([0, 0, 0, 200, 0, 0])
+        flat.paste(0, (0, 0, 10, 16))
+        flat.save(path, transparency=0)
+    else:
+        picture.convert(how).save(path)
+    read = read_picture(path, SIZE)
+    assert (read[:, :10] == 255).all()
+    assert not (read[:, 10:] == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_it_is_turned_as_its_exif_data_say(tmp_path, orientation):
+    upright = Image.fromarray(pixels())
+    back = {
+        2: [Image.Transpose.FLIP_LEFT_RIGHT],
+        3: [Image.Transpose.ROTATE_180],
+        4: [Image.Transpose.FLIP_TOP_BOTTOM],
+        5: [Image.Transpose.TRANSPOSE],
+        6: [Image.Transpose.ROTATE_90],
+        7: [Image.Transpose.TRANSVERSE],
+        8: [Image.Transpose.ROTATE_270],
+    }
+    kept = upright
+    for step in back.get(orientation, []):
+        kept = kept.transpose(step)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    kept.save(tmp_path / "a.png", exif=exif)
+    read = read_picture(tmp_path / "a.png", SIZE)
+    assert np.array_equal(read.numpy(), np.array(upright))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "rows", "columns"),
+    [(32, 40, (0, 32), (0, 40)), (32, 60, (0, 32), (10, 50)), (64, 40, (16, 48), (0, 40))],
+)
+def test_it_covers_the_networks_size_and_is_cut_evenly(tmp_path, height, width, rows, columns):
+    picture = Image.fromarray(pixels(height, width))
+    picture.save(tmp_path / "a.png")
+    box = (columns[0], rows[0], columns[1], rows[1])
+    expected = picture.resize((20, 16), Image.Resampling.BICUBIC, box=box)
+    assert np.array_equal(read_picture(tmp_path / "a.png", SIZE).numpy(), np.array(expected))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 500), (500, 1), (3, 2)])
+def test_any_size_is_read(tmp_path, height, width):
+    Image.fromarray(pixels(height, width)).save(tmp_path / "a.png")
+    assert read_picture(tmp_path / "a.png", SIZE).shape == (*SIZE, 3)
+
+
+# ---- The command --------------------------------------------------------------------------------
+
+
+def test_probabilities_are_the_networks(network, tmp_path, monkeypatch, capsys):
+    for number in range(3):
+        Image.fromarray(pixels(seed=number)).save(tmp_path / f"{number}.png")
+    files = [tmp_path / f"{number}.png" for number in (2, 0, 1)]
+    monkeypatch.setattr(predict, "BATCH_SIZE", 2)
+    assert go(monkeypatch, network, *files, "--json", "--top", "3", "--device", "cpu") == 0
+    rows = json.loads(capsys.readouterr().out)
+    loaded = models.load(network)
+    mean, std = (np.array(getattr(loaded.description, name)) for name in ("mean", "std"))
+    assert [row["file"] for row in rows] == [str(file) for file in files]
+    for row, number in zip(rows, (2, 0, 1), strict=True):
+        x = (pixels(seed=number) / 255 - mean) / std
+        x = torch.tensor(x.transpose(2, 0, 1)[None], dtype=torch.float32)
+        expected = loaded.network(x).softmax(1)[0].tolist()
+        got = {one["class"]: one["probability"] for one in row["predictions"]}
+        assert got == pytest.approx(dict(zip(loaded.class_names, expected, strict=True)), abs=1e-5)
+        values = [one["probability"] for one in row["predictions"]]
+        assert values == sorted(values, reverse=True)
+
+
+def test_table_and_csv_say_the_same(network, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "Bilder für später" / "inner"
+    folder.mkdir(parents=True)
+    Image.fromarray(pixels()).save(folder / "ä.png")
+    (folder / ".hidden").write_text("no picture")
+    assert go(monkeypatch, network, tmp_path / "Bilder für später", "--top", "2") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert go(monkeypatch, network, tmp_path / "Bilder für später", "--csv", "--top", "9") == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert len(rows) == 3  # of nine asked for: there are no more classes
+    assert [row["rank"] for row in rows] == ["1", "2", "3"]
+    words = ", ".join(f"{r['class']} {100 * float(r['probability']):.1f} %" for r in rows[:2])
+    assert line == f"{folder / 'ä.png'}  {words}"
+
+
+def test_many_have_a_progress_bar(network, tmp_path, monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr(
+        predict, "tqdm", lambda results, *_, disable, **__: shown.append(disable) or results
+    )
+    for number in range(predict.MANY):
+        Image.fromarray(pixels(seed=number)).save(tmp_path / f"{number:02}.png")
+    files = sorted(tmp_path.glob("*.png"))
+    assert go(monkeypatch, network, *files[1:]) == 0
+    assert go(monkeypatch, network, *files) == 0
+    assert shown == [True, None]
+    assert len(capsys.readouterr().out.splitlines()) == 2 * predict.MANY - 1
+
+
+def cut(path, size):
+    Image.fromarray(pixels(64, 64)).save(path)
+    path.write_bytes(path.read_bytes()[:size])
+
+
+DAMAGED = {
+    "text.jpg": lambda path: path.write_text("<html></html>"),
+    "empty.png": lambda path: path.write_bytes(b""),
+    "short.png": lambda path: cut(path, 3000),
+    "header.png": lambda path: cut(path, 20),
+    "short.jpg": lambda path: cut(path, 900),
+    "short.tiff": lambda path: cut(path, 100),
+    "short.gif": lambda path: cut(path, 40),
+    "short.bmp": lambda path: cut(path, 60),
+    "bomb.png": lambda path: Image.new("1", (2000, 2000)).save(path),
+    "zeros.webp": lambda path: path.write_bytes(bytes(1000)),
+}
+
+
+def test_files_that_are_no_pictures_are_named_and_the_others_go_on(
+    network, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name, make in DAMAGED.items():
+        make(folder / name)
+    Image.fromarray(pixels()).save(folder / "m.png")
+    (folder / "z\x1b[31m.png").write_text("")
+    (folder / "link.png").symlink_to(tmp_path / "gone")  # leads nowhere: no file
+    assert go(monkeypatch, network, folder, "--json") == 1
+    said = capsys.readouterr()
+    assert [row["file"] for row in json.loads(said.out)] == [str(folder / "m.png")]
+    lines = said.err.splitlines()
+    assert len(lines) == len(DAMAGED) + 1
+    for name in DAMAGED:
+        assert sum(f"predict.py: {folder / name}: it " in line for line in lines) == 1, name
+    assert "\x1b" not in said.err
+    assert "more pixels than Pillow takes to be safe" in said.err
+
+
+def test_a_file_that_cannot_be_read_is_named(network, tmp_path, monkeypatch, capsys):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.png").touch()
+    monkeypatch.setattr(Image, "open", denied)
+    assert go(monkeypatch, network, tmp_path / "a.png") == 1
+    assert capsys.readouterr().err.startswith(f"predict.py: {tmp_path / 'a.png'}: [Errno 13] Perm")
+
+
+WRONG = [
+    (["nowhere", "{picture}"], "there is no nowhere"),
+    (["{network}", "nowhere.png"], "there is no nowhere.png"),
+    (["{network}", "{picture}", "nowhere"], "there is no nowhere"),
+    (["{network}", "{empty}"], "there is no file in {empty}"),
+    (["{network}", "{pipe}"], "{pipe} is neither a file nor a folder"),
+    (["{network}", "{picture}", "--top", "0"], "--top 0 must be at least 1"),
+    (["{network}", "{picture}", "--device", "toaster"], "device=toaster"),
+    (["{picture}", "{picture}"], "is neither a .safetensors file nor a checkpoint"),
+    (["{empty}", "{picture}"], "has no weights.safetensors and no last.pt"),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), WRONG, ids=[" ".join(words) for words, _ in WRONG])
+def test_mistakes_are_one_line_before_anything_is_printed(
+    network, tmp_path, monkeypatch, capsys, words, line
+):
+    names = {"network": network, "picture": tmp_path / "a.png", "empty": tmp_path / "empty"}
+    names["pipe"] = tmp_path / "pipe"
+    Image.fromarray(pixels()).save(names["picture"])
+    names["empty"].mkdir()
+    os.mkfifo(names["pipe"])
+    monkeypatch.chdir(tmp_path)
+    assert go(monkeypatch, *[word.format(**names) for word in words]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert line.format(**names) in said.err
