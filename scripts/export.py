@@ -1,0 +1,166 @@
+"""Export a trained network to ONNX and torch.export, with free batch, height and width.
+
+    python scripts/export.py outputs/train/RUN
+    python scripts/export.py weights.safetensors --out exported --formats onnx
+
+The network is given as for `models.load`. Writes network.onnx and network.pt2, whose input is
+images (B, 3, H, W), normalised by the mean and the deviation that they carry as metadata with the
+names of the classes, and whose output is logits (B, classes). A file is written only after it gave
+the network's own numbers, at the size of its images and at two others. ONNX needs
+pip install -c constraints.txt -e '.[app,export]'.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training import console
+
+if __name__ == "__main__":
+    console.prepare("export.py")
+
+import argparse
+import json
+import logging
+import warnings
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import BytesIO, StringIO
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+import models
+from models.saved import description_as_text
+from reporting.text import printable
+from training.files import write_whole
+
+FILES = {"onnx": "network.onnx", "torch": "network.pt2"}
+# How far logits may be off, as a part of the largest one.
+ALLOWED = 1e-4
+
+Run = Callable[[Tensor], Tensor]
+
+
+class Named(nn.Module):
+    """The network with the name of its input, which programs take over."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(images)
+        return logits
+
+
+def to_onnx(trained: models.Trained) -> tuple[bytes, Run]:
+    """The network as the bytes of an ONNX file, and a function that runs them."""
+    import onnxruntime
+
+    names = {"images": {0: "batch", 2: "height", 3: "width"}}
+    with redirect_stdout(StringIO()):  # of its progress
+        program = torch.onnx.export(
+            Named(trained.network),
+            (_examples(trained)[0],),
+            dynamo=True,
+            dynamic_shapes=names,
+            output_names=["logits"],
+            verbose=False,
+        )
+    assert program is not None
+    for name in ("class_names", "mean", "std"):
+        program.model.metadata_props[name] = json.dumps(getattr(trained.description, name))
+    with TemporaryDirectory() as folder:
+        path = Path(folder, FILES["onnx"])
+        program.save(path)
+        content = path.read_bytes()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
+
+
+def to_torch(trained: models.Trained) -> tuple[bytes, Run]:
+    """The network as the bytes of a file for torch.export.load, and a function that runs them."""
+    sizes = {"images": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
+    program = torch.export.export(
+        Named(trained.network), (_examples(trained)[0],), dynamic_shapes=sizes
+    )
+    content = BytesIO()
+    description = {"config.json": description_as_text(trained.description)}
+    torch.export.save(program, content, extra_files=description)
+    module = torch.export.load(BytesIO(content.getvalue())).module()
+    return content.getvalue(), lambda x: module(x)
+
+
+FORMATS = {"onnx": to_onnx, "torch": to_torch}
+
+
+def _examples(trained: models.Trained) -> list[Tensor]:
+    """Images of the network's own size, and of two others."""
+    height, width = trained.image_size
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, height, width), (1, height + height // 2, width), (3, height, width + 8)]
+    return [torch.randn(n, 3, h, w, generator=generator) for n, h, w in shapes]
+
+
+@torch.no_grad()
+def largest_error(run: Run, trained: models.Trained) -> float:
+    """How far the logits of an exported program are off, as a part of the largest one."""
+    errors = []
+    for images in _examples(trained):
+        own = trained.network(images)
+        errors.append(float((run(images) - own).abs().max() / own.abs().max()))
+    return max(errors)
+
+
+def export(trained: models.Trained, kind: str, out: Path) -> str:
+    """Write one format and say how exact it is.
+
+    Raises:
+        ValueError: the program gives other numbers than the network; nothing is written.
+    """
+    content, run = FORMATS[kind](trained)
+    error = largest_error(run, trained)
+    path = out / FILES[kind]
+    if not error <= ALLOWED:
+        raise ValueError(f"{path} is not written: its logits are off by {error:.1g} of the largest")
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(path, lambda file: file.write(content))
+    return f"{path}: {len(content) / 2**20:.1f} MiB, logits within {error:.1g} of the largest"
+
+
+def main() -> None:
+    console.ready()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where to write (default: beside the network)"
+    )
+    parser.add_argument("--formats", nargs="+", choices=sorted(FORMATS), default=sorted(FORMATS))
+    arguments = parser.parse_args()
+    given = Path(arguments.network)
+    out = arguments.out or (given if given.is_dir() else given.parent)
+    logging.disable(logging.WARNING)  # of the exporters
+    warnings.filterwarnings("ignore")
+    try:
+        trained = models.load(arguments.network)
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out} is not a folder")
+        for kind in dict.fromkeys(arguments.formats):
+            print(printable(export(trained, kind, out)), flush=True)
+    except ModuleNotFoundError as error:
+        command = "pip install -c constraints.txt -e '.[app,export]'"
+        console.stop("export.py", f"{error.name} is not installed: {command}, or --formats torch")
+    except (ValueError, OSError, RuntimeError) as error:
+        console.stop("export.py", printable(console.one_line(error)), 1)
+    except KeyboardInterrupt:
+        console.stop("export.py", "interrupted", 130)
+
+
+if __name__ == "__main__":
+    main()

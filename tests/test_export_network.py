@@ -1,0 +1,102 @@
+"""scripts/export.py: programs that other tools run, checked before they are written."""
+
+import json
+
+import pytest
+import torch
+from test_saved import describe, trained
+
+import models
+from models import NoAttention
+from models.saved import description_as_text, weights_as_bytes
+from scripts import export
+
+
+def save(folder, description):
+    folder.mkdir()
+    (folder / "weights.safetensors").write_bytes(weights_as_bytes(trained(description)))
+    (folder / "config.json").write_text(description_as_text(description), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def network(tmp_path):
+    return save(tmp_path / "network", describe(NoAttention()))
+
+
+def go(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["export.py", *map(str, words)])
+    monkeypatch.setattr(export.logging, "disable", lambda level: None)
+    export.main()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_both_formats_give_the_networks_numbers_at_any_size(tmp_path, monkeypatch, capsys):
+    runtime = pytest.importorskip("onnxruntime")
+    folder = save(tmp_path / "network", describe())  # with attention
+    go(monkeypatch, folder)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        str(folder / "network.onnx"),
+        str(folder / "network.pt2"),
+    ]
+    loaded = models.load(folder)
+    extra = {"config.json": ""}
+    program = torch.export.load(folder / "network.pt2", extra_files=extra).module()
+    assert json.loads(extra["config.json"]) == loaded.description.to_dict()
+    session = runtime.InferenceSession(folder / "network.onnx")
+    told = session.get_modelmeta().custom_metadata_map
+    assert json.loads(told["class_names"]) == loaded.class_names
+    assert json.loads(told["mean"]) == loaded.description.mean
+    for size in [(1, 3, 16, 20), (4, 3, 24, 16), (2, 3, 40, 33)]:
+        images = torch.randn(size)
+        expected = loaded.network(images)
+        torch.testing.assert_close(program(images), expected, rtol=1e-4, atol=1e-5)
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_other_numbers_are_not_written(network, tmp_path, monkeypatch, capsys):
+    def off_by_a_little(trained):
+        return b"content", lambda x: trained.network(x) * (1 + 1e-3 * (x.shape[3] > 20))
+
+    monkeypatch.setattr(export, "FORMATS", {"torch": off_by_a_little})
+    monkeypatch.setattr("sys.argv", ["export.py", str(network)])
+    with pytest.raises(SystemExit) as stopped:
+        go(monkeypatch, network, "--out", tmp_path / "out")
+    assert stopped.value.code == 1
+    line = capsys.readouterr().err
+    assert "network.pt2 is not written: its logits are off by 0.001 of the largest" in line
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "line", "code"),
+    [
+        (["nowhere"], "there is no nowhere", 1),
+        (["{network}/config.json"], "is neither a .safetensors file nor a checkpoint", 1),
+        (["{network}", "--out", "{network}/config.json"], "config.json is not a folder", 1),
+        (["{network}", "--formats", "tflite"], "tflite", 2),
+    ],
+)
+def test_mistakes_are_one_line(network, monkeypatch, capsys, words, line, code):
+    before = sorted(network.iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        go(monkeypatch, *[word.format(network=network) for word in words])
+    assert stopped.value.code == code
+    said = capsys.readouterr().err
+    assert line in said.splitlines()[-1]
+    assert code == 2 or said.count("\n") == 1
+    assert sorted(network.iterdir()) == before
+
+
+def test_a_library_that_is_missing_is_named(network, monkeypatch, capsys):
+    def missing(trained):
+        raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
+
+    monkeypatch.setattr(export, "FORMATS", {"onnx": missing})
+    with pytest.raises(SystemExit):
+        go(monkeypatch, network, "--formats", "onnx")
+    line = capsys.readouterr().err
+    assert line.startswith("export.py: onnxruntime is not installed: pip install -c constraints")
