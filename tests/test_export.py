@@ -56,7 +56,7 @@ def free():
     return {"x": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
 
 
-@pytest.mark.parametrize("change", [CASES[1], *map(slow, CASES[:1] + CASES[2:])], ids=str)
+@pytest.mark.parametrize("change", [CASES[1], *map(slow, CASES[3:])], ids=str)
 def test_torch_export(change, free):
     layer = build(change)
     check(torch.export.export(layer, (images(),), dynamic_shapes=free).module(), layer)
@@ -67,7 +67,7 @@ class Together(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(build(change) for change in CASES[:5])
+        self.layers = nn.ModuleList(build(change) for change in (CASES[0], *CASES[3:5]))
 
     def forward(self, x):
         return torch.cat([layer(x).flatten(1) for layer in self.layers], dim=1)

@@ -318,14 +318,14 @@ def test_compiled_and_exported():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("capability", [80, 90])
 def test_no_kernel_spills_or_exceeds_a_card(capability, tmp_path):
     """To machine code; no GPU is needed for that."""
     script = Path(__file__).parent.parent / "scripts" / "bench_kernels.py"
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
-    shapes = ["32x32:20:2:8", "56x56:20:4:8"]
-    if capability == 90:
-        shapes += ["16x16:8:2:4", "8x8:20:8:8"]
+    shapes = ["32x32:20:2:8"]
+    if capability == 90:  # the others take a minute each to compile
+        shapes += ["56x56:20:4:8", "8x8:20:8:8"]
     words = ["--capabilities", str(capability), "--shapes", *shapes, "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, script, *words], env=environment, capture_output=True, text=True
