@@ -7,23 +7,14 @@ import sys
 
 import pytest
 import torch
+from test_saved import describe, save
 
 import models
 from data import evaluation_batches, make_lookup
-from models.saved import description_as_text, weights_as_bytes
 from scripts import evaluate
 from training.scores import Calibration
 
 from helpers import ROOT, TINY
-
-
-def save(folder, description):
-    folder.mkdir()
-    network = models.build(description.network)
-    (folder / "weights.safetensors").write_bytes(weights_as_bytes(network))
-    (folder / "config.json").write_text(description_as_text(description))
-    return folder
-
 
 LOOKUP = make_lookup(train_size=32, test_size=16)
 
@@ -31,16 +22,8 @@ LOOKUP = make_lookup(train_size=32, test_size=16)
 def described(attention, **data):
     """A network for the built-in task as a run would have described it, but not trained."""
     settings = {"train_size": 32, "test_size": 16, "noise": 0.04, "data_seed": 0, **data}
-    network = {
-        "block": "basic",
-        "depths": [1, 1, 1],
-        "widths": [4, 8, 8],
-        "stem": 4,
-        "shortcut": "pad",
-        "num_classes": LOOKUP.num_classes,
-        "image_size": [32, 32],
-        "attention": models.describe_attention(attention),
-    }
+    network = describe(attention).network
+    network |= {"num_classes": LOOKUP.num_classes, "image_size": [32, 32]}
     return models.Description(
         network=network,
         class_names=list(LOOKUP.class_names),

@@ -4,19 +4,11 @@ import json
 
 import pytest
 import torch
-from test_saved import describe, trained
+from test_saved import describe, save
 
 import models
 from models import NoAttention
-from models.saved import description_as_text, weights_as_bytes
 from scripts import export
-
-
-def save(folder, description):
-    folder.mkdir()
-    (folder / "weights.safetensors").write_bytes(weights_as_bytes(trained(description)))
-    (folder / "config.json").write_text(description_as_text(description), encoding="utf-8")
-    return folder
 
 
 @pytest.fixture

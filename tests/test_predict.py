@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_saved import describe, trained
+from test_saved import describe, save
 
 import models
 from data.pictures import read_picture
-from models.saved import description_as_text, weights_as_bytes
 from scripts import predict
 
 SIZE = (16, 20)
@@ -21,12 +20,7 @@ SIZE = (16, 20)
 
 @pytest.fixture
 def network(tmp_path):
-    folder = tmp_path / "network"
-    folder.mkdir()
-    description = describe()
-    (folder / "weights.safetensors").write_bytes(weights_as_bytes(trained(description)))
-    (folder / "config.json").write_text(description_as_text(description), encoding="utf-8")
-    return folder
+    return save(tmp_path / "network", describe())
 
 
 def pixels(height=16, width=20, seed=0):

@@ -57,6 +57,13 @@ def write(folder, description=None, network=None):
     return network
 
 
+def save(folder, description):
+    """A new folder with the network of ``description``."""
+    folder.mkdir()
+    write(folder, description)
+    return folder
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS, ids=str)
 def test_the_same_network_comes_back(tmp_path, attention):
     description = describe(attention)
