@@ -269,6 +269,7 @@ def begin(
         if resume == "auto":
             log.info("resume=auto: nothing to continue in %s; the run begins at epoch 1", run_dir)
         return Progress(EpochState.begin(len(state.batches)))
+    checkpoint.check_data(saved, state.description.to_dict(), run_dir)
     checkpoint.restore(saved, state.stateful(), state.device, resumed)
     progress = Progress.from_state(saved)
     log.info("resumed %s %s", resumed, position(progress))

@@ -145,8 +145,8 @@ class GatherExciteConfig:
 @dataclass
 class CifarConfig:
     _target_: str = "data.load_cifar"
-    # Which of the two to load, cifar10 or cifar100. Choose data=cifar10 or data=cifar100 instead of
-    # setting it.
+    # Which to load: cifar10, cifar100 or cifar100_coarse (its 20 superclasses). Choose the option
+    # data=cifar10 and so on instead of setting it.
     name: str = MISSING
     # Folder that holds torchvision's files, or that they are downloaded into.
     root: str = MISSING
@@ -184,6 +184,29 @@ class LookupConfig:
     flip: bool = MISSING
     # Side in pixels of a square of the mean colour at a random position: 0 (no cutout) to 32. It
     # may cover the cue.
+    cutout: int = MISSING
+
+
+@dataclass
+class FolderConfig:
+    _target_: str = "data.load_folder"
+    # Folder with train/CLASS/ and val/CLASS/, which hold the images of each class.
+    root: str = MISSING
+    # What the data set is called in results; runs on different images need different names. By
+    # default the last part of data.root.
+    name: str = MISSING
+    # Height and width in pixels that all images are brought to, 1 to 1024: scaled with their sides
+    # in proportion until they cover it, and cut at the sides that stick out.
+    size: int = MISSING
+    # Training images to hold out and evaluate on instead of val/: 0 (evaluate on val/) to all but
+    # one of them.
+    val_size: int = MISSING
+    # Pixels of zeros on each side before a random crop to data.size: 0 (no crop) to data.size - 1.
+    crop_pad: int = MISSING
+    # Whether to mirror training images left to right with probability 1/2.
+    flip: bool = MISSING
+    # Side in pixels of a square of the mean colour at a random position, from 0 (no cutout) to
+    # all of data.size.
     cutout: int = MISSING
 
 
@@ -334,6 +357,7 @@ OPTIONS = (
     ("attention", "ge", GatherExciteConfig),
     ("data", "cifar", CifarConfig),
     ("data", "lookup", LookupConfig),
+    ("data", "folder", FolderConfig),
     ("optim", "sgd", SGDConfig),
     ("optim", "adamw", AdamWConfig),
     ("schedule", "warmup_cosine", WarmupCosineConfig),
@@ -355,8 +379,12 @@ def register() -> None:
 
     ``${if_augmented:${attention._target_},A,B}`` is A for networks with augmented convolutions and
     B for all others: the paper trains the two differently. ``${no_effect_on_folder:}`` lists the
-    settings that no folder is named by, ``${option_groups:}`` the groups and their options.
+    settings that no folder is named by, ``${option_groups:}`` the groups and their options,
+    ``${base_name:PATH}`` the last part of a path.
     """
+    OmegaConf.register_new_resolver(
+        "base_name", lambda path: Path(path).absolute().name, replace=True
+    )
     OmegaConf.register_new_resolver(
         "if_augmented",
         lambda target, there, otherwise: there if target == "models.AA" else otherwise,

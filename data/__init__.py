@@ -3,6 +3,7 @@
 from data.batches import Batches, evaluation_batches
 from data.cifar import load_cifar
 from data.dataset import Augmentation, Dataset, Images
+from data.folder import load_folder
 from data.lookup import make_lookup
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "Images",
     "evaluation_batches",
     "load_cifar",
+    "load_folder",
     "make_lookup",
 ]

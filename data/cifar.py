@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import http.client
 import os
+import pickle
 import socket
 import tempfile
 import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,12 +27,16 @@ _DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
 
 @dataclass(frozen=True)
 class Source:
-    """torchvision's class and folder for a data set; mean and std of all its training pixels."""
+    """torchvision's class and folder for a data set; mean and std of all its training pixels.
+
+    ``coarse``: whether the labels are CIFAR-100's superclasses, which torchvision does not read.
+    """
 
     class_name: str
     folder: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    coarse: bool = False
 
 
 SOURCES = {
@@ -48,6 +53,7 @@ SOURCES = {
         (0.2673, 0.2564, 0.2762),
     ),
 }
+SOURCES["cifar100_coarse"] = replace(SOURCES["cifar100"], coarse=True)
 
 
 def load_cifar(
@@ -60,6 +66,8 @@ def load_cifar(
     download: bool = True,
 ) -> Dataset:
     """CIFAR-10 ("cifar10") or CIFAR-100 ("cifar100") in memory: 32x32 images.
+
+    "cifar100_coarse" is CIFAR-100 with its 20 superclasses as labels, such as fish for shark.
 
     ``root`` holds torchvision's folder ("cifar-10-batches-py" or "cifar-100-python"). With
     ``download`` a missing data set, or the damaged files of one, are downloaded. ``val_size`` > 0
@@ -78,28 +86,51 @@ def load_cifar(
 
     source, root = SOURCES[name], os.path.abspath(os.path.expanduser(root))
     whole = _open(source, root, download)
-    train = _images(whole)
+    train = _images(whole, source)
+    class_names = _coarse_names(whole) if source.coarse else whole.classes
     if val_size:
         train, evaluation = hold_out(train, val_size)
     else:
-        evaluation = _images(_read(source, root, train=False))
+        evaluation = _images(_read(source, root, train=False), source)
     return Dataset(
         name=name,
         train=train,
         evaluation=evaluation,
         evaluated_on="val" if val_size else "test",
-        num_classes=len(whole.classes),
-        class_names=tuple(whole.classes),
+        num_classes=len(class_names),
+        class_names=tuple(class_names),
         mean=source.mean,
         std=source.std,
         augmentation=augmentation,
     )
 
 
-def _images(split: Any) -> Images:
+def _images(split: Any, source: Source) -> Images:
     # The files hold planes, (N, 3, H, W); torchvision returns a transposed view of them.
     pixels = torch.from_numpy(split.data).contiguous()
-    return Images(pixels, torch.tensor(split.targets))
+    labels = _coarse_labels(split) if source.coarse else split.targets
+    return Images(pixels, torch.tensor(labels))
+
+
+def _coarse_labels(split: Any) -> list[int]:
+    """The superclasses of the images of ``split``, in its order."""
+    labels: list[int] = []
+    for file, _ in split.train_list if split.train else split.test_list:
+        labels += _unpickle(split, file)["coarse_labels"]
+    return labels
+
+
+def _coarse_names(split: Any) -> list[str]:
+    names: list[str] = _unpickle(split, split.meta["filename"])["coarse_label_names"]
+    return names
+
+
+def _unpickle(split: Any, file: str) -> dict[str, Any]:
+    """A file of ``split``, whose checksum torchvision has found right when it read it."""
+    path = os.path.join(split.root, split.base_folder, file)
+    with open(path, "rb") as opened:
+        content: dict[str, Any] = pickle.load(opened, encoding="latin1")
+    return content
 
 
 def _torchvision_class(source: Source) -> Any:

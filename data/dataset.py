@@ -101,7 +101,8 @@ class Augmentation:
 class Dataset:
     """A training set, the images it is evaluated on, and what both have in common.
 
-    ``evaluated_on`` is "test", or "val" where ``evaluation`` was held out of the training images.
+    ``evaluated_on`` is "test", or "val" where ``evaluation`` was held out of the training images or
+    is the validation part of a folder.
     ``mean`` and ``std`` normalise the pixels, per channel, on a scale where white is 1; they are
     those of all training images, the held-out ones included.
 

@@ -220,9 +220,9 @@ def train(
     words = [*overrides, *run.variant, f"seed={run.seed}", "resume=auto"]
     if minutes is not None:
         words.append(f"max_minutes={minutes:.3f}")
+    epochs, printed = run.done()[0], time.monotonic()
     process = launch.start(words, run.folder, out_dir, train=ROOT / "train.py")
     try:
-        epochs, printed = run.done()[0], time.monotonic()
         while True:
             with suppress(subprocess.TimeoutExpired):
                 return process.wait(1.0)

@@ -30,27 +30,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from hydra.utils import instantiate
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
 import models
 from configs.schema import register
-from data import Dataset, evaluation_batches
+from data import evaluation_batches
 from reporting.text import printable
 from training.cli import explain
 from training.device import choose_device, choose_dtype, to_device
 from training.files import write_texts
 from training.scores import Calibration, evaluate
+from training.trained import compose_settings, load_data
 
 register()
 
 # What may be set here; all else is the network's own.
 SETTINGS = ("device", "precision", "eval_batch_size", "channels_last")
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -68,48 +64,6 @@ class Evaluation:
     precision: str
 
 
-def compose_settings(trained: models.Trained, path: str, overrides: list[str]) -> DictConfig:
-    """The settings of the evaluation: those of the run, and over them ``overrides``.
-
-    Raises:
-        ValueError: an override is none of the evaluation's, or cannot be read.
-    """
-    keys = [word.partition("=")[0] for word in overrides]
-    for key in keys:
-        if key not in ("data", *SETTINGS) and not key.startswith("data."):
-            raise ValueError(f"{key}: not a setting here; there are data, {', '.join(SETTINGS)}")
-    description = trained.description
-    settings = description.settings
-    words = [f"precision={SHORT.get(description.precision, 'auto')}"]
-    if "data" not in keys:
-        own = settings.get("data", {})
-        words.append(f"data={description.data}")
-        words += [
-            f"data.{k}={json.dumps(v)}" for k, v in own.items() if k not in ("_target_", "name")
-        ]
-    words += [f"{key}={json.dumps(settings[key])}" for key in ("channels_last",) if key in settings]
-    try:
-        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-            return compose("config", [*words, *overrides])
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}: {explain(error)}") from error
-
-
-def load_data(cfg: DictConfig, trained: models.Trained, path: str) -> Dataset:
-    """The data set of ``cfg``.
-
-    Raises:
-        ValueError: it has other classes than the network, or cannot be had.
-    """
-    dataset: Dataset = instantiate(cfg.data, _convert_="all")
-    if list(dataset.class_names) != trained.class_names:
-        raise ValueError(
-            f"{path} was trained on the {len(trained.class_names)} classes of "
-            f"{trained.description.data}; {dataset.name} has {dataset.num_classes} others"
-        )
-    return dataset
-
-
 def evaluate_file(path: str, overrides: list[str]) -> Evaluation:
     """Load a network and score it.
 
@@ -117,7 +71,7 @@ def evaluate_file(path: str, overrides: list[str]) -> Evaluation:
         ValueError, FileNotFoundError: see `models.load`, `compose_settings` and `load_data`.
     """
     trained = models.load(path)
-    cfg = compose_settings(trained, path, overrides)
+    cfg = compose_settings(trained, path, overrides, SETTINGS)
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.precision.name, device)
     dataset = load_data(cfg, trained, path).to(device)

@@ -397,6 +397,53 @@ def test_sources_are_torchvisions():
         assert getattr(datasets, source.class_name).base_folder == source.folder
 
 
+def test_the_coarse_classes_are_the_coarse_labels_of_the_same_images(monkeypatch, tmp_path):
+    random = np.random.default_rng(1)
+    kind = datasets.CIFAR100
+    folder = tmp_path / SOURCES["cifar100_coarse"].folder
+    folder.mkdir()
+    expected, sums = {}, {}
+    for name, size in (("train", 13), ("test", 5)):
+        fine = random.integers(0, 4, size).tolist()
+        expected[name] = [[2, 0, 1, 2][label] for label in fine]
+        rows = random.integers(0, 256, (size, 3 * 32 * 32), dtype=np.uint8)
+        content = {"data": rows, "fine_labels": fine, "coarse_labels": expected[name]}
+        (folder / name).write_bytes(pickle.dumps(content))
+        sums[name] = md5((folder / name).read_bytes())
+    names = {"fine_label_names": ["cod", "ivy", "fox", "eel"], "coarse_label_names": NAMES}
+    (folder / "meta").write_bytes(pickle.dumps(names))
+    monkeypatch.setattr(kind, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(kind, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5((folder / "meta").read_bytes())})
+    monkeypatch.setattr("data.cifar.TRAIN_SIZE", 13)
+    coarse = load_cifar("cifar100_coarse", str(tmp_path), download=False)
+    fine = load_cifar("cifar100", str(tmp_path), download=False)
+    assert coarse.train.labels.tolist() == expected["train"]
+    assert coarse.evaluation.labels.tolist() == expected["test"]
+    assert (coarse.num_classes, coarse.class_names) == (3, tuple(NAMES))
+    assert torch.equal(coarse.train.pixels, fine.train.pixels)
+    assert (coarse.mean, coarse.std) == (fine.mean, fine.std)
+    held_out = load_cifar("cifar100_coarse", str(tmp_path), val_size=4, download=False)
+    kept = torch.cat([held_out.train.labels, held_out.evaluation.labels])
+    assert sorted(kept.tolist()) == sorted(expected["train"])
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT is not set")
+def test_the_real_cifar100_has_twenty_coarse_classes_of_five_fine_ones():
+    root = os.environ["CIFAR_ROOT"]
+    fine, coarse = (
+        load_cifar(name, root, download=False) for name in ("cifar100", "cifar100_coarse")
+    )
+    pairs = set(zip(fine.train.labels.tolist(), coarse.train.labels.tolist(), strict=True))
+    assert len(pairs) == 100
+    assert torch.bincount(torch.tensor([c for _, c in pairs])).tolist() == [5] * 20
+    named = {fine.class_names[f]: coarse.class_names[c] for f, c in pairs}
+    assert (named["shark"], named["maple_tree"]) == ("fish", "trees")
+    tested = zip(fine.evaluation.labels.tolist(), coarse.evaluation.labels.tolist(), strict=True)
+    assert set(tested) == pairs
+
+
 @pytest.mark.real_data
 @pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT is not set")
 def test_the_real_cifar100_is_read_whole_and_has_the_stated_mean_and_deviation():

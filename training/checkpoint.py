@@ -1,6 +1,7 @@
 """Everything a run needs to continue: the last two checkpoints, each whole or absent."""
 
 import logging
+import math
 import zipfile
 from pathlib import Path
 from typing import IO, Any
@@ -182,6 +183,26 @@ def check_precision(state: dict[str, Any], precision: str, asked: str, folder: P
         raise ValueError(
             f"precision={asked} is {precision} here, and the run was trained in {before} so far; "
             f"precision={short} {pasteable('hydra.run.dir', folder)} continues it"
+        )
+
+
+def check_data(state: dict[str, Any], description: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError if the run of ``state`` was trained on other images than ``description``.
+
+    Two folders of images may have one name; classes, mean and deviation tell them apart.
+    """
+    before = state.get("description")
+    if not isinstance(before, dict):  # of code that did not keep it
+        return
+    alike = before.get("class_names") == description["class_names"] and all(
+        math.isclose(then, now, abs_tol=1e-6)
+        for name in ("mean", "std")
+        for then, now in zip(before[name], description[name], strict=True)
+    )
+    if not alike:
+        raise ValueError(
+            f"{folder} holds a run on other images that are called {description['data']}, too; "
+            "another name= or data.name= keeps them apart"
         )
 
 

@@ -24,7 +24,12 @@ from hydra.errors import HydraException, InstantiationException, OverrideParseEx
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 import aaconv
 from training import console, run_folder
@@ -277,6 +282,8 @@ def explain(error: BaseException) -> str:
     ):
         group, _, key = str(settings.full_key).rpartition(".")
         return unknown_setting(f"{group}." if group else "", key, settings.object_type)
+    if isinstance(settings, MissingMandatoryValue):
+        return f"{settings.full_key} has no value; give {settings.full_key}=..."
     if isinstance(settings, OmegaConfBaseException) and settings.full_key:
         hint = "; no value is written null" if "Value 'None'" in str(settings) else ""
         return f"{settings.full_key}: {_first_part(settings)}{hint}"

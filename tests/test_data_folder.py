@@ -1,0 +1,328 @@
+"""data=folder: the images, their classes, mean and deviation, what is kept, what is refused."""
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import models
+import train
+from data import folder, load_folder
+from data.vision import datasets
+from training import run_folder
+from training.trained import compose_settings, load_data
+
+CLASSES = ["ant", "Bee", "c d", "Käfer"]
+
+
+def write(path, size=(9, 7), seed=0, mode="RGB"):
+    """A picture of (width, height) with random pixels, which are returned."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return pixels
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """Four classes of three images in train/, and one of each but the last in val/."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = tmp_path / "my images"
+    for number, name in enumerate(CLASSES):
+        for image in range(3):
+            write(place / "train" / name / f"{image}.png", seed=10 * number + image)
+        if number < 3:
+            write(place / "val" / name / "x.png", seed=100 + number)
+    return place
+
+
+def load(root, **settings):
+    return load_folder(str(root), "mine", **{"size": 8, "crop_pad": 2, **settings})
+
+
+def test_classes_images_and_labels_are_those_of_torchvisions_image_folder(root):
+    write(root / "train" / "ant" / "deep" / "er" / "0.JPG")
+    write(root / "train" / "ant" / "grey.bmp", mode="L")
+    (root / "train" / "ant" / "Thumbs.db").write_bytes(b"no image")
+    (root / "train" / "notes.txt").write_text("not a class")
+    found = folder._files(root / "train", folder._classes(root / "train"))
+    theirs = datasets.ImageFolder(str(root / "train"))
+    assert [(str(path), label) for path, label in found] == sorted(
+        theirs.samples, key=lambda sample: (sample[1], Path(sample[0]))
+    )
+    dataset = load(root)
+    assert list(dataset.class_names) == theirs.classes == sorted(CLASSES)
+    assert dataset.train.labels.tolist() == [label for _, label in found]
+    assert dataset.evaluation.labels.tolist() == [
+        sorted(CLASSES).index(n) for n in sorted(CLASSES[:3])
+    ]
+    assert (dataset.name, dataset.evaluated_on, dataset.image_size) == ("mine", "val", (8, 8))
+
+
+def test_hidden_files_and_folders_are_passed_over(root):
+    write(root / "train" / ".cache" / "0.png")
+    write(root / "train" / "ant" / ".thumbnails" / "0.png")
+    (root / "train" / "ant" / "._0.png").write_bytes(b"of macOS, no image")
+    assert len(load(root).train) == 12
+
+
+def test_an_image_of_the_size_stays_as_it_is_and_others_cover_it(root):
+    pixels = write(root / "train" / "Bee" / "0.png", size=(8, 8))
+    flat = Image.new("RGB", (40, 10), "black")  # its middle quarter fills the square
+    flat.paste("white", (15, 0, 25, 10))
+    flat.save(root / "train" / "Bee" / "1.png")
+    train_images = load(root).train
+    assert np.array_equal(train_images.pixels[0].numpy(), pixels)
+    assert train_images.pixels[1].min() > 200
+
+
+def test_mean_and_deviation_are_those_of_all_training_images(root):
+    held_out = load(root, val_size=5)
+    whole = load(root)
+    values = whole.train.pixels.numpy().reshape(-1, 3).astype(np.float64) / 255
+    assert whole.mean == pytest.approx(values.mean(axis=0), rel=1e-12)
+    assert whole.std == pytest.approx(values.std(axis=0), rel=1e-12)
+    assert (held_out.mean, held_out.std) == (whole.mean, whole.std)
+    assert (len(held_out.train), len(held_out.evaluation)) == (7, 5)
+
+
+def test_held_out_images_need_no_validation_folder(root):
+    (root / "val").rename(root / "elsewhere")
+    assert len(load(root, val_size=3).evaluation) == 3
+
+
+# ---- What is kept -------------------------------------------------------------------------------
+
+
+def unreadable(*_):
+    raise AssertionError("an image was read again")
+
+
+def test_images_are_read_once(root, monkeypatch):
+    first = load(root)
+    monkeypatch.setattr(folder, "read_picture", unreadable)
+    again = load(root)
+    assert torch.equal(first.train.pixels, again.train.pixels)
+    assert torch.equal(first.evaluation.pixels, again.evaluation.pixels)
+    assert (first.mean, first.std) == (again.mean, again.std)
+
+
+@pytest.mark.parametrize("change", ["content", "size", "name", "one more"])
+def test_what_has_changed_is_read_again(root, change):
+    before = load(root).train.pixels
+    size = 8
+    first = root / "train" / "Bee" / "0.png"
+    if change == "content":
+        os.utime(first, ns=(1, 1))
+        write(first, seed=77)
+    elif change == "size":
+        size = 9
+    elif change == "name":
+        first.rename(first.with_name("9.png"))
+    else:
+        write(root / "train" / "Bee" / "00.png", seed=78)
+    after = load(root, size=size).train.pixels
+    assert before.shape != after.shape or not torch.equal(before, after)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "other", "pickle"])
+def test_a_damaged_file_of_the_cache_is_made_anew(root, damage):
+    first = load(root).train.pixels
+    for kept in folder.cache_folder().iterdir():
+        if damage == "cut":
+            kept.write_bytes(kept.read_bytes()[:200])
+        elif damage == "empty":
+            kept.write_bytes(b"")
+        elif damage == "other":
+            with kept.open("wb") as file:
+                np.save(file, np.zeros((2, 3)))
+        else:
+            with kept.open("wb") as file:
+                np.save(file, np.array([{}], dtype=object), allow_pickle=True)
+    assert torch.equal(load(root).train.pixels, first)
+
+
+@pytest.mark.parametrize("fault", ["full", "no folder", "no home"])
+def test_a_cache_that_cannot_be_written_costs_nothing_else(root, monkeypatch, tmp_path, fault):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    if fault == "full":
+        monkeypatch.setattr(np, "save", full)
+    elif fault == "no folder":
+        (tmp_path / "cache").write_text("a file")
+    else:
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "home", homeless)
+    assert len(load(root).train) == 12
+    if fault == "full":
+        assert not list((tmp_path / "cache" / "aaconv").iterdir())
+
+
+def test_ctrl_c_leaves_nothing_in_the_cache(root, monkeypatch, tmp_path):
+    def pressed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        load(root)
+    assert not list((tmp_path / "cache" / "aaconv").iterdir())
+
+
+# ---- What is refused ----------------------------------------------------------------------------
+
+
+def remove(*parts):
+    def change(root):
+        place = root.joinpath(*parts)
+        place.rename(root.parent / "removed")
+
+    return change
+
+
+def damage(*files):
+    def change(root):
+        for file in files:
+            path = root / "train" / file
+            content = path.read_bytes()
+            path.write_bytes(content[: random.Random(file).randrange(len(content) // 2)])
+
+    return change
+
+
+def only_one_class(root):
+    for name in CLASSES[1:]:
+        (root / "train" / name).rename(root.parent / name)
+
+
+def no_image_in_a_class(root):
+    for path in (root / "train" / "c d").iterdir():
+        path.rename(path.with_suffix(".txt"))
+
+
+def one_colour(root):
+    for path in (root / "train").glob("*/*.png"):
+        Image.new("RGB", (8, 8), (200, 5, 5)).save(path)
+
+
+REFUSED = {
+    "no root": (remove(), {}, FileNotFoundError, "there is no folder train/ in it"),
+    "no train": (remove("train"), {}, FileNotFoundError, "the images of each class belong in"),
+    "no val": (remove("val"), {}, FileNotFoundError, "data.val_size=N evaluates on N"),
+    "one class": (only_one_class, {}, ValueError, "has 1 folders; expected one for each class"),
+    "empty class": (no_image_in_a_class, {}, ValueError, "c d has no image"),
+    "strange class in val": (
+        lambda root: (root / "val" / "Bee").rename(root / "val" / "bee"),
+        {},
+        ValueError,
+        "the class 'bee', which train/ has not",
+    ),
+    "empty val": (
+        lambda root: [p.unlink() for p in (root / "val").glob("*/*")],
+        {},
+        ValueError,
+        "val has no image",
+    ),
+    "a class in bytes": (
+        lambda root: write(Path(os.fsdecode(os.fsencode(root / "train") + b"/\xff")) / "0.png"),
+        {},
+        ValueError,
+        r"the class '\udcff' needs a name of printable characters",
+    ),
+    "one damaged": (
+        damage("Bee/1.png"),
+        {},
+        ValueError,
+        "1 of 12 images cannot be read; mend or remove",
+    ),
+    "many damaged": (
+        damage("Bee/1.png", "ant/0.png", "ant/1.png", "c d/2.png", "Käfer/0.png"),
+        {},
+        ValueError,
+        ", and 2 more",
+    ),
+    "one colour": (one_colour, {}, ValueError, "one and the same colour in a channel"),
+    "size 0": (None, {"size": 0}, ValueError, "data.size=0 must be at least 1"),
+    "size -3": (None, {"size": -3}, ValueError, "data.size=-3 must be"),
+    "large": (None, {"size": 1025}, ValueError, "data.size=1025 must be at least 1 and at most"),
+    "crop": (None, {"crop_pad": 8}, ValueError, "crop_pad=8 could crop away a whole image of 8x8"),
+    "cutout": (None, {"cutout": 9}, ValueError, "cutout=9 is larger than an image of 8x8"),
+    "all held out": (None, {"val_size": 12}, ValueError, "val_size=12 cannot be held out of 12"),
+    "less than none": (None, {"val_size": -1}, ValueError, "val_size=-1 cannot be held out"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_named_in_one_line(root, case):
+    change, settings, kind, words = REFUSED[case]
+    if change is not None:
+        change(root)
+    with pytest.raises(kind) as caught:
+        load(root, **settings)
+    line = str(caught.value)
+    assert words in line
+    assert "\n" not in line
+    if "damaged" in case:
+        assert str(root / "train" / "Bee" / "1.png") in line
+        assert not folder.cache_folder().exists()
+
+
+def test_an_empty_name_is_refused(root):
+    with pytest.raises(ValueError, match=r"data\.name= must not be empty"):
+        load_folder(str(root), "", 8)
+
+
+# ---- A run --------------------------------------------------------------------------------------
+
+RUN = ["data.size=8", "data.crop_pad=2", "batch_size=4", "epochs=1", "model=resnet8"]
+RUN += ["tracking=csv", "precision=fp32", "model.stem=4", "model.widths=[4,8,8]"]
+
+
+@pytest.fixture
+def words(root):
+    return ["data=folder", f"data.root='{root}'", *RUN]
+
+
+def test_a_run_on_a_folder_is_called_after_it(words, run, tmp_path):
+    summary = run(base=words)
+    assert summary["data"] == "my images"
+    assert summary["class_names"] == sorted(CLASSES)
+    assert "val/top1" in summary
+    assert (tmp_path / "run" / run_folder.WEIGHTS).exists()
+
+
+def test_its_network_is_evaluated_on_the_folder_that_is_named(words, run, root, tmp_path):
+    summary = run(base=words)
+    trained = models.load(tmp_path / "run")
+    with pytest.raises(ValueError, match="on the folder my images; give its place, data.root="):
+        compose_settings(trained, "RUN", [], ())
+    cfg = compose_settings(trained, "RUN", [f"data.root='{root}'"], ())
+    assert cfg.data.size == 8
+    dataset = load_data(cfg, trained, "RUN")
+    assert (dataset.name, dataset.mean) == ("my images", tuple(trained.description.mean))
+    assert summary["evaluated_on"] == dataset.evaluated_on
+
+
+def test_other_images_of_the_same_name_are_not_trained_on(words, run, root):
+    run(*["max_minutes=null"], base=words)
+    for path in root.glob("train/ant/*.png"):
+        write(path, seed=int(path.stem) + 500)
+    (run_dir,) = {p.parent for p in root.parent.rglob("last.pt")}
+    (run_dir / run_folder.SUMMARY).unlink()
+    with pytest.raises(ValueError, match="holds a run on other images that are called my images"):
+        run("resume=auto", base=words)
+
+
+def test_a_missing_root_is_asked_for(settings):
+    from training import cli
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011 (OmegaConf's, of several types)
+        train.resolve(settings("data=folder", base=[]))
+    assert cli.explain(caught.value) == "data.root has no value; give data.root=..."
