@@ -56,6 +56,7 @@ from training import launch, run_folder
 from training.cli import explain
 from training.kinds import UnreadableError
 from training.run_folder import folder_name
+from training.variants import name_of_images
 
 register()
 
@@ -176,11 +177,12 @@ def plan(
         for override in parse(overrides)
         if override.get_key_element() not in (*NO_EFFECT_ON_RESULT, "tracking")
     ]
-    comparison = (out_dir / "compare" / (folder_name(naming) or "default")).absolute()
     lengths = {}
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        naming += name_of_images(compose("config", overrides), naming)
         for variant in expand(vary):
             lengths[variant] = int(compose("config", [*overrides, *variant]).epochs)
+    comparison = (out_dir / "compare" / (folder_name(naming) or "default")).absolute()
     runs = [
         PlannedRun(variant, seed, comparison / folder_name(variant) / f"seed={seed}", epochs)
         for seed in dict.fromkeys(seeds)

@@ -13,7 +13,8 @@ import models
 import train
 from data import folder, load_folder
 from data.vision import datasets
-from training import run_folder
+from scripts import compare
+from training import cli, run_folder
 from training.trained import compose_settings, load_data
 
 CLASSES = ["ant", "Bee", "c d", "Käfer"]
@@ -301,7 +302,7 @@ def test_a_run_on_a_folder_is_called_after_it(words, run, tmp_path):
 def test_its_network_is_evaluated_on_the_folder_that_is_named(words, run, root, tmp_path):
     summary = run(base=words)
     trained = models.load(tmp_path / "run")
-    with pytest.raises(ValueError, match="on the folder my images; give its place, data.root="):
+    with pytest.raises(ValueError, match=r"on the folder my images; give its place, data\.root="):
         compose_settings(trained, "RUN", [], ())
     cfg = compose_settings(trained, "RUN", [f"data.root='{root}'"], ())
     assert cfg.data.size == 8
@@ -320,9 +321,43 @@ def test_other_images_of_the_same_name_are_not_trained_on(words, run, root):
         run("resume=auto", base=words)
 
 
-def test_a_missing_root_is_asked_for(settings):
-    from training import cli
+def test_runs_on_two_folders_have_two_folders(monkeypatch, tmp_path):
+    scores = {"evaluated_on": "val", "val/top1": 1.0}
+    places = []
+    monkeypatch.setattr(train, "train", lambda cfg, place: places.append(place) or scores)
+    for words in ("data.root=a", "data.root=x/b", "data.root=a data.name=c", "data.root=a seed=1"):
+        argv = ["train.py", "data=folder", f"out_dir='{tmp_path}'", *words.split()]
+        monkeypatch.setattr("sys.argv", argv)
+        cli.run(train.main)
+    names = [str(place.relative_to(tmp_path / "train")) for place in places]
+    assert names == [
+        "data=folder,data.name=a/seed=0",
+        "data=folder,data.name=b/seed=0",
+        "data.name=c,data=folder/seed=0",
+        "data=folder,data.name=a/seed=1",
+    ]
 
-    with pytest.raises(Exception) as caught:  # noqa: PT011 (OmegaConf's, of several types)
-        train.resolve(settings("data=folder", base=[]))
-    assert cli.explain(caught.value) == "data.root has no value; give data.root=..."
+
+def test_comparisons_on_two_folders_have_two_folders(tmp_path):
+    vary = [["attention=none,aa"]]
+    (first, runs), (second, _), (same, _) = (
+        compare.plan(vary, [0], ["data=folder", f"data.root={root}", *more], tmp_path)
+        for root, more in (("a", []), ("b", []), ("c/b", ["data.name=a"]))
+    )
+    assert first.name == "data=folder,data.name=a"
+    assert second.name == "data=folder,data.name=b"
+    assert same == first
+    assert len(runs) == 2
+
+
+@pytest.mark.parametrize("program", ["train", "compare"])
+def test_a_missing_root_is_asked_for(monkeypatch, capsys, tmp_path, program):
+    words = (
+        ["data=folder", f"out_dir='{tmp_path}'"] if program == "train" else ["--", "data=folder"]
+    )
+    monkeypatch.setattr("sys.argv", [f"{program}.py", *words[program]])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(train.main) if program == "train" else compare.main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"{program}.py: data.root has no value; give data.root=...\n"
+    assert not list(tmp_path.iterdir())

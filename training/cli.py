@@ -27,6 +27,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
+    InterpolationToMissingValueError,
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
@@ -40,6 +41,7 @@ from training.launch import pasteable, quoted
 from training.outcome import DIVERGED, FAILED, SKIPPED, STOPPED, JobError
 from training.settings import is_text, unknown_setting
 from training.tracking import under_agent
+from training.variants import name_of_images
 
 # What the user has set HYDRA_FULL_ERROR to, which `run` sets for its own purpose; the processes
 # that a launcher starts find the user's value under the other name.
@@ -130,8 +132,9 @@ def run_dir(cfg: DictConfig, output_dir: Path | None = None) -> Path:
     sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
     if sweep and run and hydra.mode != RunMode.MULTIRUN:
         return folder / run_folder.folder_name([f"sweep={sweep}"]) / f"run={run}"
-    overrides = hydra.job.override_dirname
-    name = run_folder.folder_name([overrides]) if overrides else "default"
+    overrides = [hydra.job.override_dirname] if hydra.job.override_dirname else []
+    overrides += name_of_images(cfg, hydra.overrides.task)
+    name = run_folder.folder_name(overrides) if overrides else "default"
     return folder / name / f"seed={cfg.seed}"
 
 
@@ -282,8 +285,11 @@ def explain(error: BaseException) -> str:
     ):
         group, _, key = str(settings.full_key).rpartition(".")
         return unknown_setting(f"{group}." if group else "", key, settings.object_type)
-    if isinstance(settings, MissingMandatoryValue):
-        return f"{settings.full_key} has no value; give {settings.full_key}=..."
+    if isinstance(settings, MissingMandatoryValue | InterpolationToMissingValueError):
+        # Of a setting that refers to one without a value, the message names the latter at its end.
+        refers = isinstance(settings, InterpolationToMissingValueError)
+        key = _first_part(settings).rpartition(" ")[2] if refers else settings.full_key
+        return f"{key} has no value; give {key}=..."
     if isinstance(settings, OmegaConfBaseException) and settings.full_key:
         hint = "; no value is written null" if "Value 'None'" in str(settings) else ""
         return f"{settings.full_key}: {_first_part(settings)}{hint}"

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
-from configs.schema import NO_EFFECT_ON_RESULT, OPTIONS
+from omegaconf import DictConfig
+
+from configs.schema import NO_EFFECT_ON_RESULT, OPTIONS, FolderConfig
 
 # Hydra's own words in the settings of an option.
 HYDRAS = ("_target_", "_partial_")
@@ -49,6 +52,17 @@ def variant_settings(config: dict[str, Any]) -> dict[str, Any]:
     """
     settings = result_settings(config)
     return {k: v for k, v in settings.items() if k != "seed" and not k.startswith("model.aa.")}
+
+
+def name_of_images(cfg: DictConfig, given: Iterable[str]) -> list[str]:
+    """The override that tells a folder of images from others, unless it is among those ``given``.
+
+    `data.root` names no folder of results, for of other data sets it only says where a copy is.
+    """
+    told = any(word.startswith("data.name=") for word in given)
+    if told or cfg.data["_target_"] != FolderConfig._target_:
+        return []
+    return [f"data.name={cfg.data.name}"]
 
 
 def option_name(group: str, settings: dict[str, Any]) -> str:
