@@ -352,9 +352,10 @@ def test_comparisons_on_two_folders_have_two_folders(tmp_path):
 
 @pytest.mark.parametrize("program", ["train", "compare"])
 def test_a_missing_root_is_asked_for(monkeypatch, capsys, tmp_path, program):
-    words = (
-        ["data=folder", f"out_dir='{tmp_path}'"] if program == "train" else ["--", "data=folder"]
-    )
+    words = {
+        "train": ["data=folder", f"out_dir='{tmp_path}'"],
+        "compare": ["--", "data=folder"],
+    }
     monkeypatch.setattr("sys.argv", [f"{program}.py", *words[program]])
     with pytest.raises(SystemExit) as stopped:
         cli.run(train.main) if program == "train" else compare.main()
