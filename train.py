@@ -14,6 +14,7 @@ from training import console
 if __name__ == "__main__":
     console.prepare("train.py")
 
+import hashlib
 import logging
 import math
 import time
@@ -38,7 +39,19 @@ import aaconv
 from aaconv.functional import check_backend
 from configs.schema import register
 from data import Batches, Dataset, evaluation_batches
-from models import Description, count_flops, count_parameters, layer_facts, layer_table
+from models import (
+    Description,
+    Trained,
+    count_flops,
+    count_parameters,
+    freeze,
+    hold_frozen,
+    layer_facts,
+    layer_table,
+    load,
+    transfer,
+)
+from models.saved import weights_as_bytes
 from training import checkpoint, cli, distributed, provenance, run_folder, stopping
 from training.device import (
     choose_device,
@@ -119,15 +132,20 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             return finished_before(run_dir)
         if resumed is not None:
             checkpoint.check_precision(saved, name_of(dtype), config["precision"], run_dir)
+        initial = None
+        if cfg.init_from is not None and resumed is None:
+            with distributed.errors_in_all():
+                initial = load_initial(cfg.init_from)
 
         # ---- Data, model, and the step to begin with: the first, or the one after `resumed` ----
         with distributed.local_main_first():  # which may have to download the data
             dataset = instantiate(cfg.data, _convert_="all").to(device)
-        state = build(cfg, dataset, world, device, dtype)
-        progress = begin(state, resumed, saved, cfg.resume, run_dir)
+        state = build(cfg, dataset, world, device, dtype, initial)
+        progress = begin(state, resumed, saved, cfg.resume, run_dir, config)
         facts = describe(cfg, state)
         if len(progress.rows) < cfg.epochs:
-            progress.continue_on(provenance.place(device, facts["precision"], world.size))
+            place = provenance.place(device, facts["precision"], world.size)
+            progress.continue_on(place | origin_of(initial))
         if folder is not None:
             folder.start(cfg, replaced)
             if progress.rows:  # a kill may have come between the checkpoint and the rows
@@ -178,13 +196,17 @@ def build(
     world: distributed.World,
     device: torch.device,
     dtype: torch.dtype,
+    initial: Trained | None = None,
 ) -> RunState:
-    """Everything that trains, at its beginning."""
+    """Everything that trains, at its beginning, with what fits of the weights of ``initial``."""
     torch.manual_seed(cfg.seed)
     set_deterministic(cfg.deterministic)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
     model = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
+    if initial is not None:
+        take_weights(model, initial, dataset, cfg.init_from)
+    freeze(model, cfg.freeze)
     model = to_device(model, device, cfg.channels_last)
     if cfg.sync_batchnorm:
         model = distributed.convert_sync_batchnorm(model, device)
@@ -201,7 +223,9 @@ def build(
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if cfg.compile:  # a compiled network tries no backend
         try_backends(model, dataset, autocast)
-    optimizer = instantiate(cfg.optim, _convert_="all")(model.parameters())
+    optimizer = instantiate(cfg.optim, _convert_="all")(
+        [parameter for parameter in model.parameters() if parameter.requires_grad]
+    )
     ema_model = None
     if cfg.ema is not None:
         ema_model = AveragedModel(
@@ -224,6 +248,44 @@ def build(
         # Only fp16 has too little range for gradients.
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
     )
+
+
+def load_initial(path: str) -> Trained:
+    """The network that ``init_from`` names.
+
+    Raises:
+        ValueError: there is none that can be read.
+    """
+    try:
+        return load(path)
+    except ValueError as error:
+        raise ValueError(f"init_from={path}: {error}") from error
+
+
+def take_weights(model: nn.Module, initial: Trained, dataset: Dataset, path: str) -> None:
+    """Give ``model`` what fits of ``initial``, and log what does not.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    try:
+        done = transfer(model, initial, dataset.class_names)
+    except ValueError as error:
+        raise ValueError(f"init_from={path}: {error}") from error
+    log.info("init_from=%s: %s of %s parameters taken", path, f"{done.taken:,}", f"{done.of:,}")
+    for line in done.table():
+        log.info(line)
+
+
+def origin_of(initial: Trained | None) -> dict[str, Any]:
+    """What a summary says of the weights that a run began with; nothing for new ones."""
+    if initial is None:
+        return {}
+    description = initial.description
+    weights = hashlib.blake2b(weights_as_bytes(initial.network), digest_size=8).hexdigest()
+    return {
+        "init_from": {"data": description.data, "commit": description.commit, "weights": weights}
+    }
 
 
 def describe_network(cfg: DictConfig, dataset: Dataset, dtype: torch.dtype) -> Description:
@@ -257,6 +319,7 @@ def begin(
     saved: dict[str, Any],
     resume: str | None,
     run_dir: Path,
+    config: dict[str, Any],
 ) -> Progress:
     """The progress of a new run, or ``state`` and progress as the checkpoint has them.
 
@@ -268,6 +331,8 @@ def begin(
     if resumed is None:
         if resume == "auto":
             log.info("resume=auto: nothing to continue in %s; the run begins at epoch 1", run_dir)
+            for line in checkpoint.of_other_lengths(run_dir, config):
+                log.info("%s", line)
         return Progress(EpochState.begin(len(state.batches)))
     checkpoint.check_data(saved, state.description.to_dict(), run_dir)
     checkpoint.restore(saved, state.stateful(), state.device, resumed)
@@ -431,6 +496,7 @@ def train_epoch(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     state.model.train()
+    hold_frozen(state.model, cfg.freeze)
     bar = tqdm(
         state.batches.epoch(epoch, before.step),
         f"epoch {epoch + 1}/{cfg.epochs}",

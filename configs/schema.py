@@ -41,6 +41,10 @@ NO_EFFECT_ON_RESULT = (
     "data.download",
 )
 
+# What later versions have added, with the value that leaves everything as it was before: settings
+# with that value are the same as settings without the key.
+OPTIONAL: dict[str, Any] = {"init_from": None, "freeze": []}
+
 # OmegaConf reads these annotations at run time and knows `Union` and `Optional`, not `X | Y`.
 # ruff: noqa: UP007, UP045
 
@@ -335,6 +339,13 @@ class Config:
     sync_batchnorm: bool = MISSING
     # Whether to use only deterministic algorithms, so that a GPU repeats a run bit for bit; slower.
     deterministic: bool = MISSING
+    # Trained network to begin with: a run's folder, its weights.safetensors or a checkpoint. What
+    # fits is taken, and a table says what was not; the epochs and the learning rate's schedule are
+    # those of a new run. null begins with new weights.
+    init_from: Optional[str] = MISSING
+    # Modules that are not trained and keep the statistics of their normalisation, such as
+    # [conv,bn_in,stages.0]; [] trains all.
+    freeze: list[str] = MISSING
     # Checkpoint to continue from: null (start from scratch), auto (the run's own last one, if there
     # is one) or a path.
     resume: Optional[str] = MISSING

@@ -4,6 +4,7 @@ from models.attention import AA, GE, SE, Attention, NoAttention
 from models.cost import augmented_layers, count_flops, count_parameters, layer_facts, layer_table
 from models.resnet import ResNet
 from models.saved import Description, Trained, build, describe_attention, load
+from models.transfer import Transfer, freeze, hold_frozen, transfer
 
 __all__ = [
     "AA",
@@ -14,12 +15,16 @@ __all__ = [
     "NoAttention",
     "ResNet",
     "Trained",
+    "Transfer",
     "augmented_layers",
     "build",
     "count_flops",
     "count_parameters",
     "describe_attention",
+    "freeze",
+    "hold_frozen",
     "layer_facts",
     "layer_table",
     "load",
+    "transfer",
 ]

@@ -396,8 +396,9 @@ def test_sweeps_of_the_experiments():
 @pytest.mark.parametrize("group", ["data", "optim", "schedule", "tracking", slow("experiment")])
 def test_every_option_composes(settings, group):
     for option in options(group):
+        place = ["data.root=mine"] if option == "folder" else []  # which has no default
         OmegaConf.to_container(
-            settings(f"{group}={option}", base=[]), resolve=True, throw_on_missing=True
+            settings(f"{group}={option}", *place, base=[]), resolve=True, throw_on_missing=True
         )
 
 

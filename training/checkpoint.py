@@ -162,6 +162,12 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
         for key in sorted(here.keys() | there.keys())
         if here.get(key, "absent") != there.get(key, "absent")
     ]
+    if here.keys() == there.keys() and {k for k in here if here[k] != there[k]} == {"epochs"}:
+        raise ValueError(
+            f"{path} is of a run of {there['epochs']} epochs, and its learning rate is scheduled "
+            f"for them; {pasteable('init_from', path.parent)} with another name= begins a new "
+            f"schedule, of {here['epochs']} epochs, with its weights"
+        )
     if differing:
         raise ValueError(f"{path} is of a run with other settings: {', '.join(differing)}")
     return path, state
@@ -184,6 +190,25 @@ def check_precision(state: dict[str, Any], precision: str, asked: str, folder: P
             f"precision={asked} is {precision} here, and the run was trained in {before} so far; "
             f"precision={short} {pasteable('hydra.run.dir', folder)} continues it"
         )
+
+
+def of_other_lengths(folder: Path, config: dict[str, Any]) -> list[str]:
+    """Of each finished run beside ``folder`` that differs in its epochs alone, how to go on."""
+    lines = []
+    here = result_settings(config)
+    for summary in sorted(folder.parent.parent.glob(f"*/{folder.name}/{run_folder.SUMMARY}")):
+        try:
+            there = result_settings(run_folder.read_summary(summary.parent)["config"])
+        except (UnreadableError, OSError):
+            continue
+        differing = {k for k in here.keys() | there.keys() if here.get(k) != there.get(k)}
+        if differing == {"epochs"}:
+            lines.append(
+                f"{summary.parent} is the same run with epochs={there['epochs']}; "
+                f"{pasteable('init_from', summary.parent)} goes on from its weights, with a new "
+                f"schedule of the learning rate over {here['epochs']} epochs"
+            )
+    return lines
 
 
 def check_data(state: dict[str, Any], description: dict[str, Any], folder: Path) -> None:

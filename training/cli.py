@@ -288,7 +288,7 @@ def explain(error: BaseException) -> str:
     if isinstance(settings, MissingMandatoryValue | InterpolationToMissingValueError):
         # Of a setting that refers to one without a value, the message names the latter at its end.
         refers = isinstance(settings, InterpolationToMissingValueError)
-        key = _first_part(settings).rpartition(" ")[2] if refers else settings.full_key
+        key = _first_part(settings).rpartition(" ")[2] if refers else str(settings.full_key)
         return f"{key} has no value; give {key}=..."
     if isinstance(settings, OmegaConfBaseException) and settings.full_key:
         hint = "; no value is written null" if "Value 'None'" in str(settings) else ""

@@ -161,6 +161,8 @@ def _check_network(cfg: DictConfig) -> None:
         parameters: float = sum(p.numel() for p in network.parameters())
     except (RuntimeError, OverflowError, TypeError):
         parameters = math.inf  # torch counts to 2^63
+    else:
+        models.freeze(network, cfg.freeze)
     if parameters > MOST_PARAMETERS:
         sizes = [f"model.{key}={cfg.model[key]}" for key in ("depths", "widths", "stem")]
         sizes += [

@@ -3,14 +3,17 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from pathlib import PurePath
 from typing import Any
 
 from omegaconf import DictConfig
 
-from configs.schema import NO_EFFECT_ON_RESULT, OPTIONS, FolderConfig
+from configs.schema import NO_EFFECT_ON_RESULT, OPTIONAL, OPTIONS, FolderConfig
 
 # Hydra's own words in the settings of an option.
 HYDRAS = ("_target_", "_partial_")
+# Of the path of a trained network as much as tells runs apart: variant, seed, file.
+KEPT_PARTS = 3
 
 
 def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -27,7 +30,8 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def published(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The settings that decide a result, nested: no folder of a machine, no name of an account.
 
-    Groups of which nothing is left are left out.
+    Groups of which nothing is left are left out, and of a file to begin with the end of its path
+    is kept.
     """
     kept: dict[str, Any] = {}
     for key, value in config.items():
@@ -35,14 +39,20 @@ def published(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             inside = published(value, f"{prefix}{key}.")
             if inside or not value:
                 kept[key] = inside
+        elif prefix + key == "init_from" and value is not None:
+            kept[key] = "/".join(PurePath(value).parts[-KEPT_PARTS:])
         elif prefix + key not in NO_EFFECT_ON_RESULT:
             kept[key] = value
     return kept
 
 
 def result_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide a result, flattened."""
-    return {k: v for k, v in flatten(config).items() if k not in NO_EFFECT_ON_RESULT}
+    """The settings that decide a result, flattened, without those of `OPTIONAL` that do nothing."""
+    return {
+        k: v
+        for k, v in flatten(config).items()
+        if k not in NO_EFFECT_ON_RESULT and not (k in OPTIONAL and v == OPTIONAL[k])
+    }
 
 
 def variant_settings(config: dict[str, Any]) -> dict[str, Any]:

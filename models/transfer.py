@@ -1,0 +1,200 @@
+"""Weights of one network in another: what fits is taken, and a table says what was not."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from aaconv import AugmentedConv
+from aaconv.tables import fit_table
+from models.cost import augmented_layers
+from models.saved import Trained
+
+# Tensors of an augmented convolution that have a meaning with its own dk, dv and Nh alone.
+ATTENTIONS_OWN = ("qkv_conv", "attn_out", "key_rel_h", "key_rel_w")
+TABLES = ("key_rel_h", "key_rel_w")
+CONVOLUTION = "conv_out"  # of an augmented convolution; in a plain network it is the module itself
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor that was not taken as it is.
+
+    Attributes:
+        module: where it is, an augmented convolution being one module.
+        tensor: its name in there.
+        why: what was taken of it instead, or why nothing was.
+    """
+
+    module: str
+    tensor: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """What `transfer` has done.
+
+    Attributes:
+        taken: number of parameters that now have the values of the other network.
+        of: number of all parameters.
+        rows: the tensors that were not taken as they are, in the network's order, and after them
+            those of the other network that this one has no place for.
+    """
+
+    taken: int
+    of: int
+    rows: list[Row]
+
+    def table(self) -> list[str]:
+        """A line for each module with such tensors, those with one reason together."""
+        lines: list[tuple[str, str]] = []
+        for module in dict.fromkeys(row.module for row in self.rows):
+            reasons: dict[str, list[str]] = {}
+            for row in self.rows:
+                if row.module == module:
+                    reasons.setdefault(row.why, []).append(row.tensor)
+            said = [f"{', '.join(names)}: {why}" for why, names in reasons.items()]
+            lines.append((module, "; ".join(said)))
+        width = max((len(module) for module, _ in lines), default=0)
+        return [f"{module.ljust(width)}  {said}" for module, said in lines]
+
+
+def transfer(network: nn.Module, other: Trained, class_names: Sequence[str]) -> Transfer:
+    """Give ``network``, whose classes are ``class_names``, what fits of the weights of ``other``.
+
+    Taken are, under the same names,
+
+    - tensors of the same shape; of attention's only where dk, dv and Nh are the same;
+    - relative tables of another map size, converted by `aaconv.tables.fit_table`;
+    - where one network is augmented and the other is plain, or the dv differ, the convolution's
+      first output channels, as many as both have;
+    - the last layer, if the classes are the same.
+
+    Everything else keeps its initialisation.
+
+    Raises:
+        ValueError: no convolution's weight is taken, not even in part.
+    """
+    theirs = dict(other.network.state_dict())
+    here, there = augmented_layers(network), augmented_layers(other.network)
+    parameters = dict(network.named_parameters())
+    rows, used, taken, fits = [], set(), 0, False
+    for name, tensor in network.state_dict().items():
+        module, own = _place(name, here)
+        source = _source(name, module, own, theirs)
+        used.add(source)
+        if source is None:
+            value, why = None, "new"
+        elif module == "head" and other.class_names != list(class_names):
+            value, why = None, f"new, for {len(other.class_names)} other classes there"
+        elif own.partition(".")[0] in ATTENTIONS_OWN:
+            value, why = _of_attention(tensor, theirs[source], own, here[module], there[module])
+        else:
+            augmented = module in here or module in there
+            value, why = _of_convolution(tensor, theirs[source], augmented)
+        if why:
+            rows.append(Row(module, own, why))
+        if value is not None:
+            with torch.no_grad():
+                (tensor[: len(value)] if value.dim() else tensor).copy_(value)
+            taken += value.numel() if name in parameters else 0
+            fits = fits or value.dim() == 4
+    if not fits:
+        raise ValueError(
+            "no convolution of it fits this network; choose the model that it was trained with"
+        )
+    for name in theirs:
+        if name not in used:
+            rows.append(Row(*_place(name, there), "not in this network"))
+    return Transfer(taken, sum(p.numel() for p in network.parameters()), rows)
+
+
+def _place(name: str, layers: Iterable[str]) -> tuple[str, str]:
+    """A tensor's module, an augmented convolution being one, and its name there."""
+    for layer in layers:
+        if name.startswith(f"{layer}."):
+            return layer, name.removeprefix(f"{layer}.")
+    module, _, own = name.rpartition(".")
+    return module, own
+
+
+def _source(name: str, module: str, own: str, theirs: dict[str, Tensor]) -> str | None:
+    """The name in the other network, where a convolution may be augmented or plain."""
+    if name in theirs:
+        return name
+    first, _, rest = own.partition(".")
+    other = f"{module}.{rest}" if first == CONVOLUTION else f"{module}.{CONVOLUTION}.{own}"
+    return other if other in theirs else None
+
+
+def _of_attention(
+    tensor: Tensor, value: Tensor, own: str, here: AugmentedConv, there: AugmentedConv
+) -> tuple[Tensor | None, str]:
+    """What is taken of ``value``, and in words what of that is not as it was."""
+    sizes = {key: (getattr(here, key), getattr(there, key)) for key in ("dk", "dv", "Nh")}
+    differing = [f"{key}={theirs}" for key, (ours, theirs) in sizes.items() if ours != theirs]
+    if differing:
+        return None, f"new, {', '.join(differing)} there"
+    if own in TABLES and len(value) != len(tensor):
+        fitted = fit_table(value, (len(tensor) + 1) // 2)
+        return fitted, f"fitted from {len(value)} to {len(tensor)} rows"
+    if value.shape != tensor.shape:
+        return None, f"new, {_shape(value)} there"
+    return value, ""
+
+
+def _of_convolution(tensor: Tensor, value: Tensor, augmented: bool) -> tuple[Tensor | None, str]:
+    """The same of all other tensors; only an ``augmented`` convolution's may be taken in part."""
+    if value.shape == tensor.shape:
+        return value, ""
+    if not augmented or value.shape[1:] != tensor.shape[1:]:
+        return None, f"new, {_shape(value)} there"
+    if len(value) < len(tensor):
+        return value, f"its first {len(value)} of {len(tensor)} channels, the others new"
+    return value[: len(tensor)], f"the first {len(tensor)} of {len(value)} channels"
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a number"
+
+
+# ---- Freezing -----------------------------------------------------------------------------------
+
+
+def freeze(network: nn.Module, names: Sequence[str]) -> None:
+    """Let the modules of these ``names``, and all inside them, train no more.
+
+    Raises:
+        ValueError: a name is of no module with parameters, or nothing is left to train.
+    """
+    for name in names:
+        frozen = list(_module(network, name).parameters())
+        if not frozen:
+            raise ValueError(f"freeze={name}: that module has no parameters")
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise ValueError(f"freeze=[{','.join(names)}] leaves nothing to train")
+
+
+def hold_frozen(network: nn.Module, names: Sequence[str]) -> None:
+    """Put the frozen modules of a network in training into evaluation mode.
+
+    Batch normalisation then keeps its statistics there, which are as much learned as its weights.
+    """
+    for name in names:
+        _module(network, name).eval()
+
+
+def _module(network: nn.Module, name: str) -> nn.Module:
+    modules = dict(network.named_modules())
+    if not name or name not in modules:
+        inside = modules.get(name.rpartition(".")[0], network)
+        there = [child for child, _ in inside.named_children()]
+        where = name.rpartition(".")[0] if inside is not network else ""
+        raise ValueError(
+            f"freeze={name}: no module of the network; {where or 'it'} has {', '.join(there)}"
+        )
+    return modules[name]
