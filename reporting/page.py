@@ -30,7 +30,7 @@ from reporting.text import (
     signed_or_dash,
     spread,
 )
-from training.run_folder import is_finite
+from training.run_folder import WEIGHTS, is_finite
 
 # Comparisons that get a card at the head of the page; of more, the first card counts them.
 CARDS = 3
@@ -105,6 +105,7 @@ def contents(data: str, variants: list[Variant], excluded: list[Excluded]) -> di
         cost_section(variants),
         sweep_section(variants),
         classes_section(first),
+        attention_section(variants),
         paper_section(data, variants),
         provenance_section(variants),
         excluded_section(excluded),
@@ -485,6 +486,37 @@ def _by_class(comparison: Comparison) -> list[tuple[str, float, list[float]]]:
 
 def _classes(run: Run) -> list[str]:
     return list(run.summary["class_names"])
+
+
+def attention_section(variants: list[Variant]) -> Section | None:
+    """Where the attention of one run looks, if its weights and its images are there."""
+    if not any((r.folder / WEIGHTS).is_file() for v in variants for r in v.runs):
+        return None
+    from reporting import attention  # which needs torch
+
+    shown = attention.of_report(variants)
+    if shown is None:
+        return None
+    run, blocks, why_not = shown
+    label = next(variant.label for variant in variants if run in variant.runs)
+    pictures = [
+        Picture(
+            f"attention{number}",
+            f"Block {block.name}",
+            block.svg(),
+            f"Attention of {block.name} ({block.words}): the image with the position that looks "
+            "(frame), and what each head looks at (brightest: its largest weight).",
+        )
+        for number, block in enumerate(blocks, start=1)
+    ]
+    text = (
+        f"{label}, seed {run.seed}, on images of the evaluation. Of each image and block the "
+        "position is shown whose attention is the sharpest."
+    )
+    notes = [why_not] if why_not else []
+    return Section(
+        "What attention looks at", [text] if blocks else [], pictures=pictures, notes=notes
+    )
 
 
 def paper_section(data: str, variants: list[Variant]) -> Section:

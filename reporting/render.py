@@ -33,7 +33,6 @@ def report(folders: list[Path], out: Path, data: str | None = None) -> str:
     texts = {out / f"{picture.name}.svg": picture.svg for picture in _pictures(page)}
     texts[out / "report.html"] = _fill("report.html", page, str)
     texts[out / "report.md"] = _fill("report.md", page, markdown)
-    out.mkdir(parents=True, exist_ok=True)
     write_texts(texts)
     return _fill("short.md", page, one_line)
 

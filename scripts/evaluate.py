@@ -160,7 +160,6 @@ def main() -> None:
         print(printable("\n".join(table(evaluations))))
         if arguments.out is not None:
             texts = written(evaluations, arguments.out)
-            arguments.out.mkdir(parents=True, exist_ok=True)
             write_texts(texts)
             print(printable(f"written: {', '.join(map(str, texts))}"))
     except (ValueError, OSError, HydraException, RuntimeError) as error:

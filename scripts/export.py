@@ -36,7 +36,7 @@ from torch.export import Dim
 import models
 from models.saved import description_as_text
 from reporting.text import printable
-from training.files import write_whole
+from training.files import write_files
 
 FILES = {"onnx": "network.onnx", "torch": "network.pt2"}
 # How far logits may be off, as a part of the largest one.
@@ -127,8 +127,7 @@ def export(trained: models.Trained, kind: str, out: Path) -> str:
     path = out / FILES[kind]
     if not error <= ALLOWED:
         raise ValueError(f"{path} is not written: its logits are off by {error:.1g} of the largest")
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: file.write(content))
+    write_files({path: content})
     return f"{path}: {len(content) / 2**20:.1f} MiB, logits within {error:.1g} of the largest"
 
 

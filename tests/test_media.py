@@ -16,7 +16,8 @@ from aaconv import attention_maps
 from data import Dataset, evaluation_batches
 from data.dataset import Augmentation, Images
 from models import augmented_layers
-from training import media
+from models.attending import sharpest
+from training import media, tiles
 from training.settings import build_model
 
 from helpers import TINY
@@ -106,7 +107,7 @@ def test_pictures_show_the_weights_of_every_augmented_block(network):
     drawn = media.attention_pictures(model, dataset, PLAIN)
     names = ["stages.1.0.conv1", "stages.2.0.conv1"]
     assert list(drawn) == [f"media/attention/{name}" for name in names]
-    tile, step = media.TILE, media.TILE + media.GAP
+    tile, step = tiles.TILE, tiles.TILE + media.GAP
 
     # The weights once more, from the block's own input.
     inputs = {}
@@ -131,19 +132,19 @@ def test_pictures_show_the_weights_of_every_augmented_block(network):
                 centre = ((x + 0.5) * tile / side, (y + 0.5) * tile / side)
                 at = (int((head + 1) * step + centre[0]), int(step + centre[1]))
                 # Where the weight is largest there is nothing but the colour of attention.
-                assert picture.image.getpixel(at) == media.WARM
+                assert picture.image.getpixel(at) == tiles.WARM
 
 
 def test_the_marked_query_is_the_sharpest_one():
     weights = torch.full((2, 4, 4), 0.25)
     weights[:, 2] = torch.tensor([0.0, 1.0, 0.0, 0.0])
     weights[0, 3] = torch.tensor([0.0, 0.0, 1.0, 0.0])  # of one head alone
-    assert media._sharpest(weights) == 2
+    assert sharpest(weights) == 2
     pixels = torch.zeros(6, 6, 3, dtype=torch.uint8)
     image = media._drawn(pixels, weights.unflatten(-1, (2, 2)), 2)
-    tile = media.TILE
+    tile = tiles.TILE
     corner = image.getpixel((1, tile // 2 + 1))
-    assert corner == media.MARK
+    assert corner == tiles.MARK
     assert image.getpixel((tile - 2, tile - 2)) == (0, 0, 0)
     assert isinstance(image, Image.Image)
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,28 +42,40 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_texts(texts: Mapping[Path, str]) -> None:
-    """Several text files, all of them staged before the first one is replaced.
+    """Several text files; see `write_files`."""
+    # Names of folders may hold bytes that are no UTF-8; they come out as they went in.
+    write_files({path: t.encode(errors="surrogateescape") for path, t in texts.items()})
 
-    A disk that fills up meanwhile leaves every file as it was.
+
+def write_files(files: Mapping[Path, bytes]) -> None:
+    """Several files, all of them staged before the first one is replaced.
+
+    Folders that are not there are made. A disk that fills up meanwhile leaves every file as it was,
+    and no folder that was not there.
 
     Raises:
         OSError: the disk is full or a folder cannot be written; the message names the file.
     """
+    made: list[Path] = []
     staged: list[Path] = []
     path = None
     try:
-        for path, text in texts.items():
+        for path, content in files.items():
+            for folder in reversed([f for f in path.parents if not f.exists()]):
+                folder.mkdir()
+                made.append(folder)
             staged.append(_partial(path))
-            # Names of folders may hold bytes that are no UTF-8; they come out as they went in.
-            content = text.encode(errors="surrogateescape")
             _stage(staged[-1], lambda file, content=content: file.write(content))  # type: ignore[misc]
-        for path in texts:
+        for path in files:
             os.replace(_partial(path), path)
-        for folder in {path.parent for path in texts}:
+        for folder in {path.parent for path in files}:
             _sync_folder(folder)
     except BaseException as error:
         for partial in staged:
             partial.unlink(missing_ok=True)
+        for folder in reversed(made):
+            with suppress(OSError):  # somebody else has put something into it
+                folder.rmdir()
         if isinstance(error, OSError):
             raise OSError(f"{path} cannot be written ({error.strerror or error})") from error
         raise

@@ -4,18 +4,18 @@ Nothing here changes a run: the network's mode, its statistics and all random ge
 as they were. `training.tracking` sends what these functions return.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from aaconv import AugmentedConv, attention_maps
+from aaconv import attention_maps
 from data import Dataset, evaluation_batches
 from data.dataset import Images
 from models import augmented_layers
+from models.attending import as_in_evaluation, layer_inputs, output_size, sharpest
+from training import tiles
 from training.tracking import Media, Picture, Table
 
 # Images whose attention is drawn, and heads of each block; the rest would look much alike.
@@ -27,10 +27,8 @@ PREDICTIONS = 32
 WORST_CLASSES = 10
 TAKEN_FOR = 3
 
-# Side of a tile in pixels, the space between tiles, and the colours of attention and background.
-TILE, GAP = 128, 6
-WARM, PAPER = (255, 176, 32), (255, 255, 255)
-MARK = (230, 30, 30)
+# The space between tiles in pixels, and the colour behind them.
+GAP, PAPER = 6, (255, 255, 255)
 
 
 def moments(epochs: int) -> frozenset[int]:
@@ -54,15 +52,15 @@ def attention_pictures(
     images = _chosen(dataset.evaluation, ATTENTION_IMAGES)
     (batch, labels), *_ = evaluation_batches(images, len(images), dataset.mean, dataset.std)
     pictures: dict[str, list[Picture]] = {}
-    with torch.no_grad(), _as_in_evaluation(model), _inputs_of(layers) as inputs, autocast:
+    with torch.no_grad(), as_in_evaluation(model), layer_inputs(model) as inputs, autocast:
         model(batch)
         for name, layer in layers.items():
             maps = attention_maps(layer, inputs[name])[:, :HEADS].float().cpu()
-            size = _output_size(layer, inputs[name])
+            size = output_size(layer, inputs[name])
             words = f"{name}, {size[0]}x{size[1]}, dk={layer.dk}, dv={layer.dv}, Nh={layer.Nh}"
             pictures[f"media/attention/{name}"] = [
                 Picture(
-                    _drawn(pixels, weights.unflatten(-1, size), _sharpest(weights)),
+                    _drawn(pixels, weights.unflatten(-1, size), sharpest(weights)),
                     f"{words}; {dataset.class_names[label]}; heads 1 to {weights.shape[0]}, "
                     "above from the marked position, the sharpest, below from all",
                 )
@@ -95,51 +93,14 @@ def final_media(
     }
 
 
-# ---- The network, left as it was ----------------------------------------------------------------
-
-
-@contextmanager
-def _as_in_evaluation(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-@contextmanager
-def _inputs_of(layers: dict[str, AugmentedConv]) -> Iterator[dict[str, Tensor]]:
-    """The inputs that the layers get within the ``with``."""
-    inputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> RemovableHandle:
-        return layers[name].register_forward_pre_hook(
-            lambda _, given: inputs.__setitem__(name, given[0])
-        )
-
-    handles = [keep(name) for name in layers]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def _all_logits(
     model: nn.Module, dataset: Dataset, batch_size: int, autocast: torch.autocast
 ) -> Tensor:
     batches = evaluation_batches(dataset.evaluation, batch_size, dataset.mean, dataset.std)
-    with _as_in_evaluation(model), autocast:
+    with as_in_evaluation(model), autocast:
         logits: list[Tensor] = [model(images).float().cpu() for images, _ in batches]
     return torch.cat(logits)
-
-
-def _output_size(layer: AugmentedConv, x: Tensor) -> tuple[int, int]:
-    q, *_ = layer.queries_keys_values(x[:1])
-    return q.shape[2], q.shape[3]
 
 
 # ---- Tables and pictures ------------------------------------------------------------------------
@@ -201,41 +162,19 @@ def _confusion(names: Sequence[str], confusion: Tensor) -> Table:
 
 def _drawn(pixels: Tensor, weights: Tensor, query: int) -> Image.Image:
     """One image (H, W, 3), the marked query, and tiles for the weights (heads, queries, h, w)."""
-    image = Image.fromarray(pixels.numpy()).resize((TILE, TILE), Image.Resampling.NEAREST)
-    upper = [_tile(image, head[query]) for head in weights]
-    lower = [_tile(image, head.mean(dim=0)) for head in weights]
-    marked = _marked(image, query, (weights.shape[2], weights.shape[3]))
+    image = tiles.enlarged(pixels)
+    size = (weights.shape[2], weights.shape[3])
+    upper = [tiles.tile(image, head[query]) for head in weights]
+    lower = [tiles.tile(image, head.mean(dim=0)) for head in weights]
+    marked = tiles.marked(image, divmod(query, size[1]), size)
     return _grid([[marked, *upper], [image, *lower]])
-
-
-def _sharpest(weights: Tensor) -> int:
-    """Of the queries of weights (heads, queries, positions) the one with the lowest entropy."""
-    entropy = -torch.special.xlogy(weights, weights).sum(dim=-1)
-    return int(entropy.mean(dim=0).argmin())
-
-
-def _tile(image: Image.Image, weights: Tensor) -> Image.Image:
-    """The image in grey, and warm where the weights (h, w) are large."""
-    shades = (255 * weights / weights.max().clamp(min=1e-30)).round().to(torch.uint8)
-    heat = Image.fromarray(shades.numpy()).resize(image.size, Image.Resampling.NEAREST)
-    grey = image.convert("L").point([v // 3 for v in range(256)]).convert("RGB")
-    return Image.composite(Image.new("RGB", image.size, WARM), grey, heat)
-
-
-def _marked(image: Image.Image, query: int, size: tuple[int, int]) -> Image.Image:
-    row, column = divmod(query, size[1])
-    left, right = (c * TILE // size[1] for c in (column, column + 1))
-    top, bottom = (r * TILE // size[0] for r in (row, row + 1))
-    marked = image.copy()
-    ImageDraw.Draw(marked).rectangle((left, top, right - 1, bottom - 1), outline=MARK, width=3)
-    return marked
 
 
 def _grid(rows: Iterable[Sequence[Image.Image]]) -> Image.Image:
     rows = list(rows)
-    step = TILE + GAP
-    page = Image.new("RGB", (len(rows[0]) * step - GAP, len(rows) * step - GAP), PAPER)
+    width, height = (side + GAP for side in rows[0][0].size)
+    page = Image.new("RGB", (len(rows[0]) * width - GAP, len(rows) * height - GAP), PAPER)
     for y, row in enumerate(rows):
         for x, tile in enumerate(row):
-            page.paste(tile, (x * step, y * step))
+            page.paste(tile, (x * width, y * height))
     return page

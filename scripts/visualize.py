@@ -1,0 +1,184 @@
+"""Draw what each head of each augmented block attends to, over the image.
+
+    python scripts/visualize.py outputs/train/RUN
+    python scripts/visualize.py RUN --images 0 17 photo.jpg --queries 16,16 2,2 --out attention
+    python scripts/visualize.py RUN data.root=FOLDER
+
+The network is given as for `models.load`: a run's folder, a weights.safetensors or a checkpoint.
+Images are numbers, from 0 on, of images that the run was evaluated on, and files of any format and
+size that Pillow reads, fitted as by predict.py. Queries are pixels, ROW,COLUMN, of the image as the
+network gets it; without --queries the position is taken whose attention is the sharpest. Each block
+becomes a PNG and an SVG: a row for each image and query, a tile for each head. What has an = is a
+setting of the data.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training import console
+
+if __name__ == "__main__":
+    console.prepare("visualize.py")
+
+import argparse
+import re
+
+import torch
+from hydra.errors import HydraException
+
+import models
+from configs.schema import register
+from data import Images
+from data.pictures import read_picture
+from reporting import attention, figures
+from reporting.text import printable
+from training.cli import explain
+from training.device import choose_device
+from training.files import write_files
+from training.trained import compose_settings, load_data
+
+register()
+
+IMAGES = 3
+# More rows or tiles would be a picture that no program opens.
+MOST = 100
+
+
+def parse_query(word: str) -> tuple[int, int]:
+    """ROW,COLUMN as two whole numbers.
+
+    Raises:
+        ValueError: it is none.
+    """
+    found = re.fullmatch(r"(\d{1,9}),(\d{1,9})", word)
+    if found is None:
+        raise ValueError(f"--queries {word}: a query is ROW,COLUMN, two whole numbers such as 16,4")
+    return int(found[1]), int(found[2])
+
+
+def gather(
+    trained: models.Trained, path: str, words: list[str] | None, overrides: list[str]
+) -> tuple[Images, list[str]]:
+    """The images that ``words`` name, in their order, and what each is called.
+
+    The data set is read only where it is needed.
+
+    Raises:
+        ValueError: there is no such image, or a setting that nothing would read.
+        OSError: a file cannot be read.
+    """
+    numbers = [word for word in words or () if word.isascii() and word.isdecimal()]
+    if words is not None and not numbers and overrides:
+        raise ValueError(f"{overrides[0]}: none of the --images is of the data set")
+    files = {
+        word: _picture(word, trained.image_size) for word in words or () if word not in numbers
+    }
+    if words is not None and not numbers:
+        labels = torch.zeros(len(words), dtype=torch.int64)
+        return Images(torch.stack([files[w] for w in words]), labels), [Path(w).name for w in words]
+    dataset = load_data(compose_settings(trained, path, overrides, ()), trained, path)
+    if dataset.image_size != trained.image_size:
+        sizes = ["x".join(map(str, size)) for size in (dataset.image_size, trained.image_size)]
+        raise ValueError(
+            f"the images of {dataset.name} are {sizes[0]}, and {path} takes {sizes[1]}"
+        )
+    if words is None:
+        return attention.chosen(dataset, IMAGES)
+    found, classes = attention.by_index(dataset, [int(number) for number in numbers])
+    of_data = iter(zip(found.pixels, classes, numbers, strict=True))
+    rows = []
+    for word in words:
+        if word in files:
+            rows.append((files[word], Path(word).name))
+        else:
+            pixels, label, number = next(of_data)
+            rows.append((pixels, f"{number}: {label}"))
+    labels = torch.zeros(len(rows), dtype=torch.int64)
+    return Images(torch.stack([pixels for pixels, _ in rows]), labels), [name for _, name in rows]
+
+
+def _picture(word: str, size: tuple[int, int]) -> torch.Tensor:
+    if not Path(word).exists():
+        raise ValueError(f"there is no {word}; an image is a number from 0 on, or a file")
+    try:
+        return read_picture(Path(word), size)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{word}: {console.one_line(error)}") from error
+
+
+def draw(blocks: list[attention.Block], out: Path) -> dict[Path, bytes]:
+    """The files of all blocks and their contents."""
+    files = {}
+    for block in blocks:
+        files[out / f"attention-{block.name}.png"] = figures.as_png(block.svg)
+        files[out / f"attention-{block.name}.svg"] = block.svg().encode()
+    return files
+
+
+def visualize(
+    path: str,
+    images: list[str] | None,
+    queries: list[str] | None,
+    overrides: list[str],
+    out: Path | None,
+    device_name: str,
+) -> list[Path]:
+    """Write the pictures and return their files; nothing is written where something is wrong.
+
+    Raises:
+        ValueError, OSError: what is wrong, in one line.
+    """
+    points = None if queries is None else [parse_query(word) for word in queries]
+    rows = (IMAGES if images is None else len(images)) * (1 if points is None else len(points))
+    if rows > MOST:
+        raise ValueError(f"{rows} rows, one for each image and query, are more than {MOST}")
+    device = choose_device(device_name)
+    trained = models.load(path, device)
+    if not models.augmented_layers(trained.network):
+        name = trained.description.network["attention"]["name"]
+        raise ValueError(f"{path} has no attention to look at (attention={name})")
+    found, titles = gather(trained, path, images, overrides)
+    blocks = attention.blocks(trained, found.to(device), titles, points)
+    place = Path(path).expanduser()
+    out = out or (place if place.is_dir() else place.parent) / "attention"
+    files = draw(blocks, out)
+    write_files(files)
+    return list(files)
+
+
+def main() -> None:
+    console.ready()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
+    parser.add_argument("settings", nargs="*", metavar="data.NAME=VALUE", help="of the data")
+    parser.add_argument("--images", nargs="+", metavar="N|FILE", help=f"default: {IMAGES}, spread")
+    parser.add_argument("--queries", nargs="+", metavar="ROW,COLUMN", help="default: the sharpest")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: attention/ of the run")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    given = parser.parse_args()
+    # What has an = stands behind --images or --queries, too, unless a file is called so.
+    overrides = list(given.settings)
+    for words in (given.images or [], given.queries or []):
+        overrides += [word for word in words if "=" in word and not Path(word).exists()]
+    images, queries = (
+        None if words is None else [word for word in words if word not in overrides]
+        for words in (given.images, given.queries)
+    )
+    try:
+        for name, words in (("--images", images), ("--queries", queries)):
+            if words == []:
+                raise ValueError(f"{name} needs at least one value")
+        files = visualize(given.network, images, queries, overrides, given.out, given.device)
+    except (ValueError, OSError, HydraException, RuntimeError) as error:
+        console.stop("visualize.py", printable(explain(error)))
+    except KeyboardInterrupt:
+        console.stop("visualize.py", "interrupted", 130)
+    print(printable("\n".join(f"written: {file}" for file in files)))
+
+
+if __name__ == "__main__":
+    main()

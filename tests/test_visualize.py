@@ -1,0 +1,245 @@
+"""What attention looks at: models/attending.py, scripts/visualize.py, the report's section."""
+
+import re
+
+import pytest
+import torch
+from PIL import Image
+from test_data_folder import write
+from test_evaluate import LOOKUP, described
+from test_saved import describe, save
+
+import models
+from aaconv import attention_maps
+from models.attending import looks, sharpest
+from reporting import attention
+from reporting.page import attention_section
+from reporting.runs import group_by_variant, read
+from scripts import visualize
+from training import tiles
+
+AA = models.AA(0.5, 0.25, 2, 2, "relative", [2, 3])
+BLOCKS = ["stages.1.0.conv1", "stages.2.0.conv1"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Untrained networks: with attention for two kinds of images, and a plain one."""
+    (tmp_path / "runs").mkdir()
+    save(tmp_path / "runs" / "aa=1", described(AA))
+    save(tmp_path / "runs" / "plain=1", described(models.NoAttention()))
+    save(tmp_path / "runs" / "own", describe(AA))  # of 16x20 images
+    write(tmp_path / "photo.jpg", size=(50, 31))
+    (tmp_path / "broken.png").write_bytes((tmp_path / "photo.jpg").read_bytes()[:300])
+    return tmp_path / "runs"
+
+
+def go(monkeypatch, *words):
+    monkeypatch.setattr("sys.argv", ["visualize.py", *map(str, words)])
+    visualize.main()
+
+
+# ---- Weights ------------------------------------------------------------------------------------
+
+
+def test_a_look_has_the_layers_weights_at_the_place_of_the_pixel():
+    network = models.build(describe(AA).network).train()
+    torch.manual_seed(1)
+    batch = torch.randn(2, 3, 16, 20)
+    seen = looks(network, batch, [(0, 0), (15, 19), (7, 12)])
+    assert network.training
+    network.eval()
+    for image, of_image in enumerate(seen):
+        x = torch.relu(network.bn_in(network.conv(batch[image : image + 1])))
+        x = network.stages[0](x)
+        for look, stage, size in zip(of_image, network.stages[1:], [(8, 10), (4, 5)], strict=True):
+            assert look.size == size
+            expected = attention_maps(stage[0].conv1, x)[0].unflatten(-1, size)
+            places = [(0, 0), (size[0] - 1, size[1] - 1), (7 * size[0] // 16, 12 * size[1] // 20)]
+            assert look.queries == places
+            for number, (row, column) in enumerate(places):
+                torch.testing.assert_close(
+                    look.weights[:, number], expected[:, row * size[1] + column]
+                )
+            x = stage(x)
+    assert [look.name for look in seen[0]] == BLOCKS
+
+
+def test_by_default_the_sharpest_position_looks():
+    network = models.build(describe(AA).network)
+    ((first, _),) = looks(network, torch.randn(1, 3, 16, 20))
+    every = [(2 * row, 2 * column) for row in range(8) for column in range(10)]
+    ((whole, _),) = looks(network, torch.zeros(1, 3, 16, 20) + 0.5, every)
+    assert whole.queries == [(row, column) for row in range(8) for column in range(10)]
+    assert len(first.queries) == 1
+    entropies = [
+        -sum(float(w * w.log()) for head in range(2) for w in whole.weights[head, q].flatten())
+        for q in range(80)
+    ]
+    best = min(range(80), key=lambda q: entropies[q])
+    assert sharpest(whole.weights.flatten(2)) == best
+
+
+def test_a_tile_is_brightest_where_the_weight_is_largest():
+    pixels = torch.full((6, 9, 3), 90, dtype=torch.uint8)
+    image = tiles.enlarged(pixels)
+    assert image.size == (9 * 14, 6 * 14)
+    weights = torch.tensor([[0.1, 0.2, 0.0], [0.4, 0.3, 0.0]])
+    drawn = tiles.tile(image, weights)
+    assert drawn.getpixel((5, 80)) == tiles.WARM
+    assert drawn.getpixel((120, 5)) == (30, 30, 30)
+    marked = tiles.marked(image, (1, 2), (2, 3))
+    assert marked.getpixel((84, 42)) == marked.getpixel((125, 83)) == tiles.MARK
+    assert marked.getpixel((83, 42)) == (90, 90, 90)
+    fine = tiles.marked(image, (999, 999), (1000, 1000))  # a map finer than the picture
+    assert fine.getpixel((125, 83)) == tiles.MARK
+
+
+# ---- The command --------------------------------------------------------------------------------
+
+
+def test_each_block_becomes_a_png_and_an_svg(folder, monkeypatch, capsys):
+    go(monkeypatch, folder / "aa=1")
+    out = folder / "aa=1" / "attention"
+    names = {f"attention-{block}.{kind}" for block in BLOCKS for kind in ("png", "svg")}
+    assert {path.name for path in out.iterdir()} == names
+    assert capsys.readouterr().out.count("written: ") == 4
+    with Image.open(out / f"attention-{BLOCKS[0]}.png") as picture:
+        assert picture.width > 300
+    text = (out / f"attention-{BLOCKS[0]}.svg").read_text()
+    assert text.count("<image") == 3 * 3  # three images, each with two heads
+
+
+def drawn(folder, monkeypatch, out, *words):
+    go(monkeypatch, folder / "aa=1", *words, "--out", out)
+    return (out / f"attention-{BLOCKS[0]}.svg").read_text()
+
+
+def test_images_queries_and_settings_are_used(folder, monkeypatch, tmp_path):
+    cases = [
+        [],
+        ["--images", "0", "5"],
+        ["--images", "0", "5", "--queries", "0,0", "31,31", "9,20"],
+        ["--images", tmp_path / "photo.jpg", "3"],
+        ["--images", "3", "data.noise=0.2"],
+        ["data.data_seed=4", "--images", "3"],
+    ]
+    pictures = [
+        drawn(folder, monkeypatch, tmp_path / str(number), *words)
+        for number, words in enumerate(cases)
+    ]
+    assert [picture.count("<image") for picture in pictures] == [9, 6, 18, 6, 3, 3]
+    assert len(set(pictures)) == len(cases)
+
+
+def test_the_images_are_those_of_their_numbers(folder):
+    trained = models.load(folder / "aa=1")
+    found, titles = visualize.gather(trained, "RUN", ["7", "2"], [])
+    assert torch.equal(found.pixels, LOOKUP.evaluation.pixels[[7, 2]])
+    names = [LOOKUP.class_names[label] for label in LOOKUP.evaluation.labels[[7, 2]].tolist()]
+    assert titles == [f"7: {names[0]}", f"2: {names[1]}"]
+
+
+def test_files_need_no_data(folder, monkeypatch, tmp_path):
+    """Nor a square image: the network is of 16x20."""
+    out = tmp_path / "out"
+    go(monkeypatch, folder / "own", "--images", tmp_path / "photo.jpg", "--out", out)
+    assert len(list(out.iterdir())) == 4
+
+
+WRONG = [
+    (["nowhere"], "there is no nowhere"),
+    (["{runs}/plain=1"], "has no attention to look at \\(attention=none\\)"),
+    (["{runs}"], "has no weights.safetensors and no last.pt"),
+    (["{photo}"], "is neither a .safetensors file nor a checkpoint"),
+    (["{run}", "--images", "16"], "there is no image 16; lookup test has the images 0 to 15"),
+    (["{run}", "--images", "-1"], "there is no -1; an image is a number from 0 on, or a file"),
+    (["{run}", "--images", "nowhere.png"], "there is no nowhere.png; an image is"),
+    (["{run}", "--images", "{broken}"], "broken.png: it is damaged"),
+    (["{run}", "--images", "{runs}"], "{runs}: .*"),
+    (["{run}", "--images", "²"], "there is no ²"),
+    (["{run}", "--images", *map(str, range(101))], "101 rows"),
+    (["{run}", "--queries", *["1,1"] * 34], "102 rows, one for each image and query, are more"),
+    (["{run}", "--queries", "5"], "--queries 5: a query is ROW,COLUMN"),
+    (["{run}", "--queries", "a,b"], "--queries a,b: a query is ROW,COLUMN"),
+    (["{run}", "--queries", "1,2,3"], "a query is ROW,COLUMN"),
+    (["{run}", "--queries", "1.5,2"], "a query is ROW,COLUMN"),
+    (["{run}", "--queries", "32,0"], "there is no pixel 32,0 in an image of 32x32; rows go from"),
+    (["{run}", "--queries", "0,99"], "there is no pixel 0,99"),
+    (["{run}", "--queries", "data.noise=0.1"], "--queries needs at least one value"),
+    (["{run}", "epochs=3"], "epochs: not a setting here; there are data\n"),
+    (["{run}", "data.crop_pad=2"], "data.crop_pad: it changes the images of a training alone"),
+    (["{run}", "data.colour=1"], "data.colour: unknown setting colour"),
+    (["{run}", "data=cifar10", "data.root=none", "data.download=false"], "no CIFAR10 in"),
+    (["{run}", "--images", "{photo}", "data.noise=0.1"], "none of the --images is of the data"),
+    (["{run}", "--device", "toaster"], "device=toaster"),
+    (["{run}", "--out", "{photo}"], "photo.jpg"),
+    (["{run}", "word"], "word: not a setting here"),
+    (["{runs}/own"], "own"),
+]
+
+
+@pytest.mark.parametrize(("words", "line"), WRONG, ids=[" ".join(w[:4]) for w, _ in WRONG])
+def test_what_is_wrong_is_said_in_one_line(folder, monkeypatch, tmp_path, capsys, words, line):
+    places = {"runs": folder, "run": folder / "aa=1"}
+    places |= {"photo": tmp_path / "photo.jpg", "broken": tmp_path / "broken.png"}
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        go(monkeypatch, *[word.format(**places) for word in words])
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert re.search(line.replace("{runs}", re.escape(str(folder))), said), said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_leaves_nothing(folder, monkeypatch, tmp_path, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr("training.files.os.fsync", full)
+    with pytest.raises(SystemExit):
+        go(monkeypatch, folder / "aa=1", "--out", tmp_path / "deep" / "er")
+    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ---- The report ---------------------------------------------------------------------------------
+
+
+def section(folder):
+    runs, _ = read([folder])
+    variants, _ = group_by_variant(runs)
+    return attention_section(variants)
+
+
+def test_the_report_shows_the_last_block_of_each_stage(run, tmp_path):
+    run("attention=none", folder="runs/plain")
+    run(folder="runs/aa")
+    made = section(tmp_path / "runs")
+    assert [picture.title for picture in made.pictures] == [f"Block {name}" for name in BLOCKS]
+    assert "AA, seed 0" in made.text[0]
+    assert made.notes == []
+    for picture in made.pictures:
+        assert picture.svg.count("<image") == 3 * (1 + 4)
+    again = section(tmp_path / "runs")
+    assert [p.svg for p in again.pictures] == [p.svg for p in made.pictures]
+    (tmp_path / "runs" / "aa" / "weights.safetensors").write_bytes(b"cut")
+    damaged = section(tmp_path / "runs")
+    assert damaged.pictures == []
+    assert "The attention of aa is not shown: " in damaged.notes[0]
+    (tmp_path / "runs" / "aa" / "weights.safetensors").unlink()
+    assert section(tmp_path / "runs") is None  # the plain one's weights show nothing
+
+
+def test_images_that_are_gone_are_a_line_in_the_report(run, tmp_path, monkeypatch):
+    run(folder="runs/aa")
+
+    def gone(*_, **__):
+        raise FileNotFoundError("no images there")
+
+    monkeypatch.setattr(attention, "instantiate", gone)
+    (line,) = section(tmp_path / "runs").notes
+    assert line == "The attention of aa is not shown: no images there."
