@@ -69,6 +69,15 @@ OURS = {
 }
 # The status of the whole set is printed at most this often while a run is training.
 STATUS_EVERY_S = 60.0
+# With fewer seeds than this an interval says little.
+ENOUGH_SEEDS = 3
+# What the commands that are named at the end do.
+PURPOSES = {
+    "evaluate.py": "  # classes, calibration, speed",
+    "visualize.py": "  # what attention looks at",
+    "compare.py": f"  # {ENOUGH_SEEDS} seeds: an interval",
+    "export.py": "  # ONNX and torch.export",
+}
 # Exit codes of a run that a signal has stopped, as shells have them.
 STOPPED = tuple(
     128 + getattr(signal, name)
@@ -367,9 +376,53 @@ def compare(
         )
     if not finished:
         print("no run is finished: there is nothing to report yet")
+    elif not failed and len(finished) == len(runs):
+        commands = next_commands(runs, vary, overrides, out_dir)
+        if commands:
+            print("next:", *(f"  {command}" for command in commands), sep="\n")
     for run, reason in failed.items():
         print(f"failed: {run}: {reason}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def next_commands(
+    runs: list[PlannedRun], vary: list[list[str]], overrides: list[str], out_dir: Path
+) -> list[str]:
+    """Three commands for whoever has the finished ``runs``, to be pasted where this was called."""
+    kept = [run for run in runs if (run.folder / run_folder.WEIGHTS).is_file()]
+    if not kept:  # of older code
+        return []
+    folders = [shown(run.folder) for run in kept if run.seed == kept[0].seed]
+    augmented = next((run for run in kept if attends(run)), None)
+    commands = [["evaluate.py", *folders]]
+    if augmented is not None:
+        commands.append(["visualize.py", shown(augmented.folder)])
+    seeds = sorted({run.seed for run in runs})
+    if len(seeds) < ENOUGH_SEEDS:
+        more = seeds + [s for s in range(max(seeds) + ENOUGH_SEEDS) if s not in seeds]
+        words = ["compare.py", "--seeds", *map(str, more[:ENOUGH_SEEDS])]
+        words += [word for group in vary for word in ("--vary", *group)]
+        if out_dir.absolute() != (ROOT / "outputs").absolute():
+            words += ["--out", shown(out_dir)]
+        commands.append([*words, "--", *overrides])
+    commands.append(["export.py", shown((augmented or kept[0]).folder)])
+    python = shown(Path(sys.executable)) if sys.executable else "python"
+    return [
+        f"{shlex.join([python, shown(ROOT / 'scripts' / script), *words])}{PURPOSES[script]}"
+        for script, *words in commands[:3]
+    ]
+
+
+def attends(run: PlannedRun) -> bool:
+    """Whether the network of a finished run has attention to look at."""
+    return bool(run_folder.read_summary(run.folder)["attention"] == "aa")
+
+
+def shown(path: Path) -> str:
+    """A path as it is shortest from here; links stay links, as .venv/bin/python is one."""
+    path = path.absolute()
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def interrupt(signum: int, _: Any) -> None:

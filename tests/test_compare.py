@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -153,6 +154,13 @@ def test_trains_what_is_missing_and_reports(tmp_path, capfd):
     assert f"written: {folder / 'report.html'}" in done.stdout.decode()
     assert "AA" in (folder / "report.md").read_text(encoding="utf-8")
     assert out.name in (runs[0].folder / "train.log").read_text(encoding="utf-8")
+    _, _, next_ones = done.stdout.decode().partition("next:\n")
+    evaluate, visualize, more = (line.partition("  #")[0] for line in next_ones.splitlines())
+    for line in (evaluate, visualize):
+        subprocess.run(line, cwd=ROOT, shell=True, check=True, capture_output=True)
+    assert len(list((runs[1].folder / "attention").glob("*.png"))) == 2
+    vary = ["--vary", "attention=none,aa", "--out", str(out), "--", *SHORT, "epochs=1"]
+    assert shlex.split(more)[1:] == ["scripts/compare.py", "--seeds", "0", "1", "2", *vary]
     before = runs[1].folder.joinpath("summary.json").stat().st_mtime_ns
     (runs[0].folder / "summary.json").unlink()
     capfd.readouterr()
@@ -163,6 +171,26 @@ def test_trains_what_is_missing_and_reports(tmp_path, capfd):
     assert "resumed" in printed
     assert "[2/2] attention=aa seed=0: already finished" in printed
     assert runs[1].folder.joinpath("summary.json").stat().st_mtime_ns == before
+
+
+def test_with_enough_seeds_or_without_attention_other_commands_are_named(tmp_path, monkeypatch):
+    for seed in (0, 1, 2):
+        make_run(tmp_path / f"plain/seed={seed}", seed=seed)
+        (tmp_path / f"plain/seed={seed}/weights.safetensors").touch()
+    runs = [compare.PlannedRun((), s, tmp_path / f"plain/seed={s}", 3) for s in (0, 1, 2)]
+    monkeypatch.chdir(tmp_path)
+    for some, expected in (
+        (runs, ["evaluate.py plain/seed=0", "export.py plain/seed=0"]),
+        (runs[1:], ["evaluate.py plain/seed=1", "compare.py --seeds 1 2 0", "export.py plain/"]),
+        ([], []),
+    ):
+        lines = compare.next_commands(some, [["attention=none"]], ["epochs=3"], ROOT / "outputs")
+        assert len(lines) == len(expected)
+        for line, words in zip(lines, expected, strict=True):
+            assert f"scripts/{words}" in line
+    for run in runs:
+        (run.folder / "weights.safetensors").unlink()
+    assert compare.next_commands(runs, [], [], tmp_path) == []
 
 
 @pytest.mark.slow
