@@ -40,3 +40,8 @@ def run(settings, tmp_path):
         return train.train(settings(*overrides, base=base), run_dir)
 
     return go
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first: begun last, they would run on when all others are done."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -1,0 +1,104 @@
+"""docs/tutorial.md: every command is run as it is printed, on smaller networks and fewer images."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+# What is changed in the copy of the project: the defaults, so that no command has to be.
+SMALLER = {
+    "configs/data/lookup.yaml": {
+        "train_size: 10000": "train_size: 64",
+        "test_size: 2000": "test_size: 16",
+    },
+    "configs/experiment/lookup.yaml": {
+        "epochs: 4": "epochs: 1",
+        "batch_size: 32": "batch_size: 16",
+    },
+    "configs/model/resnet8.yaml": {
+        "widths: [16, 32, 64]": "widths: [4, 8, 8]",
+        "stem: 16": "stem: 4",
+    },
+}
+PYTHON = ".venv/bin/python"
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The project as it is here, made smaller."""
+    place = tmp_path_factory.mktemp("clone")
+    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    listed = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file() and not name.startswith(("results/", "tests/")):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, place / name)
+    for name, changes in SMALLER.items():
+        text = (place / name).read_text()
+        for before, after in changes.items():
+            assert text.count(before) == 1, f"{name}: {before}"
+            text = text.replace(before, after)
+        (place / name).write_text(text)
+    return place
+
+
+def blocks():
+    page = (ROOT / "docs" / "tutorial.md").read_text()
+    return [(kind, text) for kind, text in BLOCK.findall(page)]
+
+
+def run(command, clone):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    done = subprocess.run(
+        command, cwd=clone, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_every_command_does_what_the_page_says(clone):
+    outputs = {}
+    for kind, text in blocks():
+        if kind == "python":
+            outputs[text] = run([sys.executable, "-c", text], clone)
+            continue
+        for line in text.splitlines():
+            # The environment of the tests, which `make install` has set up.
+            command = line.replace("make compare", f"{PYTHON} scripts/compare.py")
+            command = command.replace(PYTHON, f'"{sys.executable}"')
+            outputs[line] = run(["bash", "-c", command], clone)
+    first = outputs["make compare"]
+    (three,) = (text for kind, text in blocks() if "scripts/evaluate.py outputs/compare" in text)
+    said = [line.partition("  #")[0].strip() for line in first.partition("next:\n")[2].splitlines()]
+    shown = [line.replace(sys.executable, PYTHON) for line in said]
+    # By default compare.py varies and sets what it names at its end.
+    shown[2] = shown[2].replace(" --vary attention=none,aa -- experiment=lookup", "")
+    assert shown == three.splitlines()
+    words = {name: [line for line in outputs if name in line] for name in ("max_minutes", "resume")}
+    assert "stopped (" in outputs[words["max_minutes"][0]]
+    assert "epoch 1/1" in outputs[words["resume"][0]]
+    (sweep,) = (line for line in outputs if " -m " in line)
+    assert outputs[sweep].count("test top-1") >= 8
+    (fine,) = (line for line in outputs if "freeze" in line)
+    assert "parameters taken" in outputs[fine]
+    assert "head  weight, bias: new, for 8 other classes there" in outputs[fine]
+    made = {str(path.relative_to(clone / "outputs")) for path in Path(clone / "outputs").rglob("*")}
+    run_of_aa = "compare/experiment=lookup/attention=aa/seed=0"
+    for name in ("network.onnx", "network.pt2", "weights.safetensors", "metrics.csv"):
+        assert f"{run_of_aa}/{name}" in made
+    assert any(name.startswith(f"{run_of_aa}/attention/") for name in made)
+    assert "heads/report.html" in made
