@@ -5,15 +5,20 @@
 
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass, field
 from typing import Any
 
 from reporting import figures, paper
+from reporting.differences import (
+    classes_section,
+    differences_section,
+    equal_cost_section,
+    in_words,
+)
 from reporting.paired import Comparison, Difference, compare_with_plain, nearest
+from reporting.parts import Card, Picture, Section, Table
 from reporting.runs import KINDS, NOT_SET, Excluded, Run, Variant
 from reporting.text import (
     DASH,
-    MINUS,
     against,
     as_text,
     by_seed,
@@ -45,55 +50,6 @@ FACTS = {
 }
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells as text; the first ``texts`` columns are words, the others numbers."""
-
-    head: list[str]
-    rows: list[list[str]]
-    texts: int = 1
-    caption: str = ""
-
-    @property
-    def long(self) -> bool:
-        """Whether it would push what follows out of sight."""
-        return len(self.rows) > 16
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An SVG, the name of its file next to report.md, and what it shows in words."""
-
-    name: str
-    title: str
-    svg: str
-    caption: str
-
-
-@dataclass(frozen=True)
-class Card:
-    """A comparison's outcome, for the head of the page."""
-
-    title: str
-    number: str
-    unit: str
-    verdict: str
-    tone: str  # better, worse or open
-    details: list[str]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and its contents; ``folded``, a title and a table, is shown on demand."""
-
-    title: str
-    text: list[str] = field(default_factory=list)
-    tables: list[Table] = field(default_factory=list)
-    pictures: list[Picture] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    folded: tuple[str, Table] | None = None
-
-
 def contents(data: str, variants: list[Variant], excluded: list[Excluded]) -> dict[str, Any]:
     """Everything that the templates show of the variants, which are all of one data set."""
     comparisons = compare_with_plain(variants)
@@ -101,6 +57,7 @@ def contents(data: str, variants: list[Variant], excluded: list[Excluded]) -> di
     sections = [
         scores_section(data, variants),
         differences_section(comparisons),
+        equal_cost_section(first),
         curves_section(variants, first),
         cost_section(variants),
         sweep_section(variants),
@@ -227,7 +184,7 @@ def caveats(variants: list[Variant], comparisons: list[Comparison]) -> list[str]
         if comparison.differing:
             found.append(
                 f"{comparison.variant.label} and {comparison.baseline.label} were not trained with "
-                f"the same settings: {_differing(comparison)}."
+                f"the same settings: {in_words(comparison)}."
             )
     for fact, differently in FACTS.items():
         values = sorted({value for variant in variants for value in variant.facts(fact)})
@@ -238,10 +195,6 @@ def caveats(variants: list[Variant], comparisons: list[Comparison]) -> list[str]
         shown = shortened(commit(value) if fact == "commit" else value for value in values)
         found.append(f"{who} were trained {differently} ({shown}); see “{PROVENANCE}”.")
     return found
-
-
-def _differing(comparison: Comparison) -> str:
-    return "; ".join(f"{key} {a} vs. {b}" for key, (a, b) in comparison.differing.items())
 
 
 def _forest(comparisons: list[Comparison]) -> Picture | None:
@@ -306,41 +259,6 @@ def _cells(row: paper.Row | None) -> list[str]:
     if row is None:
         return [DASH] * 4
     return [f"{row.parameters} M", str(row.gflops), str(row.top1), str(row.top5)]
-
-
-def differences_section(comparisons: list[Comparison]) -> Section | None:
-    """The paired differences and the test that the intervals come from."""
-    if not comparisons:
-        return None
-    head = ["variant", "other settings that differ", "n", "top-1", "95 % interval", "t (df)", "p"]
-    head += ["top-1 by seed", "top-5 (interval)"]
-    rows = []
-    for comparison in comparisons:
-        found, top5 = comparison.top1, comparison.top5
-        rows.append(
-            [
-                f"{comparison.variant.label} {MINUS} {comparison.baseline.label}",
-                _differing(comparison) or "none",
-                str(found.n),
-                signed_or_dash(found.mean),
-                interval(found.low, found.high),
-                DASH if found.t is None else f"{signed(found.t)} ({found.n - 1})",
-                p_value(found.p).removeprefix("= "),
-                ", ".join(f"{seed}: {signed(d)}" for seed, d in found.by_seed.items()) or DASH,
-                DASH
-                if top5.mean is None
-                else f"{signed(top5.mean)} ({interval(top5.low, top5.high)})",
-            ]
-        )
-    return Section(
-        "Differences from the plain baseline",
-        [
-            "In percentage points. Runs with the same seed form a pair. The interval and p are "
-            "from a two-sided paired t-test, which assumes normally distributed differences; a "
-            "single pair has neither. They are not corrected for multiple comparisons."
-        ],
-        [Table(head, rows, texts=2)],
-    )
 
 
 def curves_section(variants: list[Variant], comparisons: list[Comparison]) -> Section:
@@ -432,60 +350,6 @@ def sweep_section(variants: list[Variant]) -> Section | None:
         "block's output channels. All panels of a network share one colour scale."
     )
     return Section("Size of the attention", [text], pictures=pictures)
-
-
-def classes_section(comparisons: list[Comparison]) -> Section | None:
-    """Which classes gain and lose, for the first augmented variant that shares seeds with plain."""
-    for comparison in comparisons:
-        rows = _by_class(comparison) if comparison.variant.attention == "aa" else []
-        if rows:
-            break
-    else:
-        return None
-    n = comparison.top1.n
-    cut = len(rows) > 2 * figures.CLASSES
-    ends = f"the {figures.CLASSES} classes that lose and that gain most" if cut else "all classes"
-    unit = "AA minus plain, top-1 (percentage points)"
-    table = [
-        [name, signed(mean), ", ".join(map(signed, pairs))] for name, mean, pairs in reversed(rows)
-    ]
-    return Section(
-        "Classes",
-        [
-            f"{comparison.variant.label} minus {comparison.baseline.label}, n = "
-            f"{count(n, 'pair')} of seeds. With few test images per class and many classes, "
-            "some differ a lot by chance alone."
-        ],
-        pictures=[
-            Picture(
-                "classes",
-                "Differences by class",
-                figures.classes(rows, unit),
-                f"Mean difference of {ends}" + ("; dots are the pairs." if n > 1 else "."),
-            )
-        ],
-        folded=(f"all {len(rows)} classes", Table(["class", "AA minus plain", "by pair"], table)),
-    )
-
-
-def _by_class(comparison: Comparison) -> list[tuple[str, float, list[float]]]:
-    names = comparison.variant.first["class_names"]
-    ours, theirs = (
-        {run.seed: run.summary["per_class_top1"] for run in variant.runs if _classes(run) == names}
-        for variant in (comparison.variant, comparison.baseline)
-    )
-    rows = []
-    for number, name in enumerate(names):
-        both = [s for s in comparison.top1.by_seed if s in ours and s in theirs]
-        scores = [(ours[seed][number], theirs[seed][number]) for seed in both]
-        pairs = [a - b for a, b in scores if a is not None and b is not None]
-        if pairs:
-            rows.append((name, statistics.mean(pairs), pairs))
-    return sorted(rows, key=lambda row: (row[1], row[0]))
-
-
-def _classes(run: Run) -> list[str]:
-    return list(run.summary["class_names"])
 
 
 def attention_section(variants: list[Variant]) -> Section | None:

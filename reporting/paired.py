@@ -4,11 +4,13 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from scipy import stats
+import numpy
+from scipy import optimize, stats
 
 from reporting.runs import Variant
 
 LEVEL = 0.95
+QUANTILES = 10_000
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,52 @@ def compare_with_plain(variants: list[Variant]) -> list[Comparison]:
             if baseline is baselines[0] or same_epochs:
                 comparisons.append(_compare(variant, baseline))
     return comparisons
+
+
+def among_others(comparisons: list[Comparison]) -> list[Comparison]:
+    """All differences between four networks of one recipe but attention's from plain.
+
+    Those of the networks without augmented convolutions from plain, then attention's from each of
+    them. Empty where there is more than one variant of a kind, or settings differ.
+    """
+    kinds = [comparison.variant.attention for comparison in comparisons]
+    if any(c.differing for c in comparisons) or "aa" not in kinds or len(set(kinds)) < len(kinds):
+        return []
+    augmented = next(c.variant for c in comparisons if c.variant.attention == "aa")
+    others = [c for c in comparisons if c.variant.attention != "aa"]
+    return others + [_compare(augmented, other.variant) for other in others]
+
+
+def holm(p_values: list[float | None]) -> list[float | None]:
+    """P-values corrected for their number (Holm 1979); None, where there was no test, stays."""
+    tested = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    corrected: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, index) in enumerate(tested):
+        highest = max(highest, min(1.0, p * (len(tested) - rank)))
+        corrected[index] = highest
+    return corrected
+
+
+def detectable(n: int, sd: float, power: float = 0.8) -> float:
+    """The mean difference that a paired t-test finds with this ``power``, at the level of 5 %.
+
+    ``n`` is the number of pairs, at least 2, and ``sd`` the standard deviation of their
+    differences.
+    """
+    edge = stats.t.ppf((1 + LEVEL) / 2, n - 1)
+    # The quantiles of the estimated deviation over the true one; scipy's noncentral t has holes.
+    quantiles = (numpy.arange(QUANTILES) + 0.5) / QUANTILES
+    estimated = numpy.sqrt(stats.chi2.ppf(quantiles, n - 1) / (n - 1))
+
+    def lacking(shift: float) -> float:
+        both = stats.norm.cdf(shift - edge * estimated) + stats.norm.cdf(-shift - edge * estimated)
+        return float(both.mean()) - power
+
+    high = 1.0
+    while lacking(high) < 0:
+        high *= 2
+    return float(optimize.brentq(lacking, 0.0, high)) * sd / n**0.5
 
 
 def nearest(comparisons: list[Comparison]) -> list[Comparison]:

@@ -7,7 +7,8 @@ from typing import Any
 
 import jinja2
 
-from reporting.page import Picture, contents
+from reporting.page import contents
+from reporting.parts import Picture
 from reporting.runs import group_by_variant, read, select_data
 from reporting.text import markdown, one_line, printable
 from training.files import write_texts

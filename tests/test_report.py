@@ -687,9 +687,9 @@ def test_classes_are_compared_by_pair(tmp_path):
     make_run(tmp_path / "a0", 70.0, 0, "aa", facts=by_class(15, 10))
     make_run(tmp_path / "a1", 72.0, 1, "aa", facts=by_class(33, 38))
     section = page.classes_section(paired.compare_with_plain(variants_of(tmp_path)))
-    assert section.folded[1].rows == [
-        ["a", "+4.00", "+5.00, +3.00"],
-        ["b", f"{MINUS}6.00", f"{MINUS}10.00, {MINUS}2.00"],
+    assert section.folded[1].rows == [  # t = 4 and -1.5 with one degree of freedom
+        ["a", "+4.00", "+5.00, +3.00", "0.31"],
+        ["b", f"{MINUS}6.00", f"{MINUS}10.00, {MINUS}2.00", "0.37"],
     ]
 
 

@@ -1,0 +1,108 @@
+"""Differences where both networks have cost the same, instead of after as many epochs.
+
+Attention costs time. The network that needs less for its epochs sets the budget, and the curve of
+the other one is read after the last whole epoch that it has finished by then. That epoch is in the
+middle of its schedule, where the learning rate has not come down: the difference says what stopping
+there would have given, not what a shorter schedule would.
+"""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from reporting.paired import Comparison, Difference, paired
+from reporting.runs import Variant
+from training.run_folder import is_finite
+
+# Beside the folders of a comparison's variants: milliseconds of a step by the folder's name, which
+# have been measured apart, on a quiet machine.
+STEP_TIMES = "step_times.json"
+
+
+@dataclass(frozen=True)
+class EqualCost:
+    """A comparison at equal cost.
+
+    Attributes:
+        comparison: which one.
+        cost: what is equal, in words.
+        ratio: what an epoch of the variant costs, over what one of the baseline does.
+        epochs: after which the variant and the baseline are read.
+        found: the differences of top-1.
+    """
+
+    comparison: Comparison
+    cost: str
+    ratio: float
+    epochs: tuple[int, int]
+    found: Difference
+
+
+def at_equal_cost(comparison: Comparison) -> list[EqualCost]:
+    """At equal training time and at equal FLOPs, where both are known.
+
+    Raises:
+        ValueError: a step_times.json is damaged.
+    """
+    pair = (comparison.variant, comparison.baseline)
+    steps = [_step_ms(variant) for variant in pair]
+    made = []
+    if None not in steps:
+        made.append(_at("training time, measured apart", comparison, *map(_known, steps)))
+    elif len({place for variant in pair for place in variant.facts("hardware")}) == 1:
+        seconds = (_seconds(variant) for variant in pair)
+        made.append(_at("training time of the runs", comparison, *seconds))
+    flops = (float(variant.first["flops"]) for variant in pair)
+    made.append(_at("FLOPs", comparison, *flops))
+    return [one for one in made if one is not None]
+
+
+def _known(value: float | None) -> float:
+    assert value is not None
+    return value
+
+
+def _at(cost: str, comparison: Comparison, ours: float, theirs: float) -> EqualCost | None:
+    """``ours`` and ``theirs`` are the costs of an epoch; None if one has no epoch in the budget."""
+    variants = (comparison.variant, comparison.baseline)
+    planned = [min(len(run.rows) for run in variant.runs) for variant in variants]
+    budget = min(planned[0] * ours, planned[1] * theirs)
+    # Of the one that sets the budget the quotient may round down to an epoch less.
+    epochs = [
+        min(number, int(budget / one * (1 + 1e-9)))
+        for number, one in zip(planned, (ours, theirs), strict=True)
+    ]
+    if min(epochs) < 1 or epochs == planned:
+        return None
+    scores = [
+        {run.seed: run.each_epoch("top1")[epoch - 1] for run in variant.runs}
+        for variant, epoch in zip(variants, epochs, strict=True)
+    ]
+    return EqualCost(comparison, cost, ours / theirs, (epochs[0], epochs[1]), paired(*scores))
+
+
+def _seconds(variant: Variant) -> float:
+    """The median epoch of all its runs."""
+    return statistics.median(
+        seconds for run in variant.runs for seconds in run.each_epoch("perf/epoch_seconds")
+    )
+
+
+def _step_ms(variant: Variant) -> float | None:
+    """Milliseconds of a step that were measured apart, or None."""
+    folder = variant.runs[0].folder.parent
+    file = folder.parent / STEP_TIMES
+    if not file.is_file():
+        return None
+    return _read(file).get(folder.name)
+
+
+def _read(file: Path) -> dict[str, float]:
+    try:
+        times = json.loads(file.read_text(encoding="utf-8"))["ms"]
+        if all(is_finite(value) and value > 0 for value in times.values()):
+            return dict(times)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{file} is damaged: expected an object ms of milliseconds above 0 by folder")

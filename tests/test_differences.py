@@ -1,0 +1,143 @@
+"""The report's differences among all networks, at equal cost, by class, and what they can show."""
+
+import json
+import random
+import statistics
+
+import pytest
+from scipy import stats
+
+from reporting import differences
+from reporting.equal_cost import STEP_TIMES, at_equal_cost
+from reporting.paired import among_others, compare_with_plain, detectable, holm, nearest
+from reporting.runs import group_by_variant, read
+
+from folders import make_run
+
+TOP1 = {"none": [70.0, 71.0, 70.4], "se": [71.5, 71.9, 71.8], "ge": [69.0, 70.5, 69.9]}
+TOP1["aa"] = [70.9, 72.2, 71.0]
+FLOPS = {"none": 100, "aa": 185, "se": 100, "ge": 100}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four networks of three seeds, 10 epochs each; attention's take a quarter longer."""
+    for attention, scores in TOP1.items():
+        for seed, top1 in enumerate(scores):
+            make_run(
+                tmp_path / f"attention={attention}" / f"seed={seed}",
+                top1,
+                seed,
+                attention,
+                epochs=10,
+                facts={"flops": FLOPS[attention]},
+            )
+    return tmp_path
+
+
+def comparisons(folder):
+    runs, _ = read([folder])
+    variants, _ = group_by_variant(runs)
+    return nearest(compare_with_plain(variants))
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, None, 0.03]) == [pytest.approx(0.03), 0.06, None, 0.06]
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize(("n", "sd"), [(2, 1.0), (3, 0.35), (5, 0.7)])
+def test_the_detectable_difference_is_found_four_times_in_five(n, sd):
+    shift = detectable(n, sd)
+    draw = random.Random(0)
+    edge = stats.t.ppf(0.975, n - 1)
+    found = 0
+    for _ in range(4000):
+        pairs = [draw.gauss(shift, sd) for _ in range(n)]
+        found += abs(statistics.mean(pairs)) > edge * statistics.stdev(pairs) / n**0.5
+    assert found / 4000 == pytest.approx(0.8, abs=0.03)
+
+
+def test_the_other_differences_of_table_1(folder):
+    others = among_others(comparisons(folder))
+    labels = [(c.variant.attention, c.baseline.attention) for c in others]
+    assert labels == [("ge", "none"), ("se", "none"), ("aa", "ge"), ("aa", "se")]
+    assert others[3].top1.by_seed == pytest.approx({0: -0.6, 1: 0.3, 2: -0.8})
+    _, table = differences.differences_section(comparisons(folder)).tables
+    expected = holm([c.top1.p for c in others])
+    assert [float(row[5]) for row in table.rows] == pytest.approx(expected, rel=0.1)
+    assert "the 4 of them" in table.caption
+
+
+def test_another_recipe_makes_no_family_of_differences(folder):
+    make_run(folder / "more", 75.0, 0, "se", epochs=10, optim__lr=0.3)
+    assert among_others(comparisons(folder)) == []
+
+
+def test_the_power_is_told(folder):
+    notes = differences.differences_section(comparisons(folder)).notes
+    found = comparisons(folder)[2].top1
+    assert any(f"{detectable(3, found.sd):.2f} points is found in four of five" in n for n in notes)
+
+
+def test_at_equal_cost_the_slower_curve_is_read_earlier(folder):
+    (aa,) = (c for c in comparisons(folder) if c.variant.attention == "aa")
+    time, flops = at_equal_cost(aa)
+    # 12 and 15 seconds an epoch: 120 seconds are 8 epochs of attention's.
+    assert (time.cost, time.epochs) == ("training time of the runs", (8, 10))
+    assert time.ratio == pytest.approx(1.25)
+    assert flops.epochs == (5, 10)  # 10 / 1.85 = 5.4
+    for found, epoch in ((time, 8), (flops, 5)):
+        for seed in range(3):
+            row = aa.variant.runs[seed].rows[epoch - 1]["test/top1"]
+            assert found.found.by_seed[seed] == pytest.approx(row - TOP1["none"][seed])
+
+
+def test_times_that_were_measured_apart_are_taken(folder):
+    times = {"ms": {"attention=none": 400.0, "attention=aa": 800.0, "attention=se": 400.0}}
+    (folder / STEP_TIMES).write_text(json.dumps(times))
+    found = {c.variant.attention: at_equal_cost(c) for c in comparisons(folder)}
+    assert [one.cost for one in found["aa"]] == ["training time, measured apart", "FLOPs"]
+    assert found["aa"][0].epochs == (5, 10)
+    assert found["se"] == []  # as fast as plain: nothing else to say
+    # Not measured, so as the runs have taken.
+    assert [one.cost for one in found["ge"]] == ["training time of the runs"]
+    section = differences.equal_cost_section(comparisons(folder))
+    assert [row[1] for row in section.tables[0].rows] == [
+        one.cost for one in (*found["ge"], *found["aa"])
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"ms": 3}', '{"ms": {"a": -1}}', '{"ms": {"a": "x"}}', "\udc00"]
+)
+def test_damaged_times_are_named(folder, text):
+    (folder / STEP_TIMES).write_text(text, errors="surrogatepass")
+    with pytest.raises(ValueError, match=r"step_times\.json is damaged: expected an object ms"):
+        differences.equal_cost_section(comparisons(folder))
+
+
+def test_on_two_machines_no_times_are_compared(folder):
+    make_run(folder / "x" / "seed=7", 70, 7, "aa", epochs=10, facts={"hardware": "Other"})
+    (aa,) = (c for c in comparisons(folder) if c.variant.attention == "aa")
+    assert [one.cost for one in at_equal_cost(aa)] == ["FLOPs"]
+
+
+def test_classes_are_corrected_for_their_number(folder):
+    section = differences.classes_section(comparisons(folder))
+    assert "corrected by Holm for the 7 classes" in section.text[0]
+    _, table = section.folded
+    assert table.head[3] == "p by Holm"
+    (aa,) = (c for c in comparisons(folder) if c.variant.attention == "aa")
+    names = aa.variant.first["class_names"]
+    raw = []
+    for number in range(len(names)):
+        pairs = [
+            (a.summary["per_class_top1"][number], b.summary["per_class_top1"][number])
+            for a, b in zip(aa.variant.runs, aa.baseline.runs, strict=True)
+        ]
+        raw.append(float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue))
+    expected = dict(zip(names, holm(raw), strict=True))
+    for row in table.rows:
+        assert float(row[3]) == pytest.approx(expected[row[0]], rel=0.1)
