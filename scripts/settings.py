@@ -29,6 +29,9 @@ COMMAND = "python scripts/settings.py"
 
 INTRO = f"""# Settings
 
+[README](../README.md) · [tutorial](tutorial.md) · [data](data.md) · [layer](layer.md) ·
+[results](results.md) · [benchmarks](benchmarks.md) · [reliability](reliability.md)
+
 <!-- Written by `{COMMAND}` from configs/schema.py and the YAML files in configs/. -->
 
 `python train.py NAME=VALUE ...` sets any of these, `GROUP=OPTION` chooses an option of a group, and
