@@ -1,6 +1,7 @@
 """Fixtures that compose settings and train tiny runs."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -14,6 +15,10 @@ if not torch.cuda.is_available():
 import train
 
 from helpers import CONFIGS, TINY
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and with them all the
+# processes that they start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Networks this small run no faster on two threads, and the suite runs in two processes.
 torch.set_num_threads(1)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 
@@ -428,6 +428,11 @@ def started(out):
     ) as process:
         try:
             yield process
+        except BaseException:  # its run would outlive it, without an end
+            for holder in out.rglob(".holder"):
+                with suppress(ProcessLookupError):
+                    os.kill(json.loads(holder.read_text())["pid"], signal.SIGKILL)
+            raise
         finally:
             process.kill()
 

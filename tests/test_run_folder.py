@@ -41,7 +41,22 @@ def start(*words, program="train.py", cwd=None, prefix=(), **options):
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("environment", {})
     command = [*prefix, sys.executable, str(ROOT / program), *words]
-    return subprocess.Popen(command, cwd=cwd, env=environment, **options)
+    STARTED.append(subprocess.Popen(command, cwd=cwd, env=environment, **options))
+    return STARTED[-1]
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def none_is_left():
+    """What a failing test has not waited for would run on, some of it without an end."""
+    yield
+    for process in STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    STARTED.clear()
 
 
 def tiny(folder, *words):
