@@ -98,7 +98,7 @@ SETTINGS = [
     ("+nothing=1", "nothing: unknown setting nothing; there are model, attention"),
     ("++optim.momentum=0.9", "optim.momentum: unknown setting momentum; optim=adamw has lr"),
     ("~epochs", "epochs has been taken away; leave out ~epochs"),
-    ("~attention", "attention: Missing mandatory value: attention"),
+    ("~attention", "attention has no value; give attention=..."),
     ("~nothing", "Could not delete from config. 'nothing' does not exist"),
     ("model=resnet9", "Could not find 'model/resnet9' Available options in 'model': resnet110"),
     ("attention=sea", "Could not find 'attention/sea' Available options in 'attention': aa ge"),

@@ -142,7 +142,7 @@ def test_the_marked_query_is_the_sharpest_one():
     assert sharpest(weights) == 2
     pixels = torch.zeros(6, 6, 3, dtype=torch.uint8)
     image = media._drawn(pixels, weights.unflatten(-1, (2, 2)), 2)
-    tile = tiles.TILE
+    tile = tiles.enlarged(pixels).width
     corner = image.getpixel((1, tile // 2 + 1))
     assert corner == tiles.MARK
     assert image.getpixel((tile - 2, tile - 2)) == (0, 0, 0)
