@@ -252,7 +252,8 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _is_colour(value: Any) -> bool:
+def is_colour(value: Any) -> bool:
+    """Whether ``value`` is a list of three finite numbers, one for each channel."""
     return _is_list(value, (int, float)) and len(value) == 3 and all(map(math.isfinite, value))
 
 
@@ -273,8 +274,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ),
     ),
     "class_names": ("a list of texts", lambda v: _is_list(v, str)),
-    "mean": ("three numbers", _is_colour),
-    "std": ("three numbers above 0", lambda v: _is_colour(v) and min(v) > 0),
+    "mean": ("three numbers", is_colour),
+    "std": ("three numbers above 0", lambda v: is_colour(v) and min(v) > 0),
     "data": ("text", lambda v: isinstance(v, str)),
     "settings": ("an object", lambda v: isinstance(v, dict)),
     "precision": ("text", lambda v: isinstance(v, str)),

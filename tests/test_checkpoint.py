@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import resource
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -250,3 +251,23 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, full_disk, size):
         checkpoint.save(tmp_path, {"model": model(400)}, CPU, **kept)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     assert read(tmp_path) == ("last.pt", 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "alike"),
+    [
+        ({}, True),
+        ({"mean": [0.5, 0.4, 0.3 + 1e-9]}, True),  # another processor may round otherwise
+        ({"mean": [0.5, 0.4, 0.31]}, False),
+        ({"std": [0.2, 0.2, 0.1001]}, False),
+        ({"class_names": ["a", "b"]}, False),
+        ({"class_names": ["b", "a", "c"]}, False),
+        ({"mean": None, "std": []}, True),  # not said: by code before
+    ],
+)
+def test_images_are_told_apart_by_classes_mean_and_deviation(tmp_path, change, alike):
+    description = {"class_names": ["a", "b", "c"], "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1]}
+    description |= {"data": "mine"}
+    with nullcontext() if alike else pytest.raises(ValueError, match="on other images that are"):
+        checkpoint.check_data({"description": description | change}, description, tmp_path)
+    checkpoint.check_data({}, description, tmp_path)

@@ -1,5 +1,6 @@
 """Everything a run needs to continue: the last two checkpoints, each whole or absent."""
 
+import glob
 import logging
 import math
 import zipfile
@@ -8,6 +9,7 @@ from typing import IO, Any
 
 import torch
 
+from models.saved import is_colour
 from training import progress, run_folder
 from training.console import one_line
 from training.device import get_rng_state, set_rng_state
@@ -196,7 +198,8 @@ def of_other_lengths(folder: Path, config: dict[str, Any]) -> list[str]:
     """Of each finished run beside ``folder`` that differs in its epochs alone, how to go on."""
     lines = []
     here = result_settings(config)
-    for summary in sorted(folder.parent.parent.glob(f"*/{folder.name}/{run_folder.SUMMARY}")):
+    pattern = f"*/{glob.escape(folder.name)}/{run_folder.SUMMARY}"
+    for summary in sorted(folder.parent.parent.glob(pattern)):
         try:
             there = result_settings(run_folder.read_summary(summary.parent)["config"])
         except (UnreadableError, OSError):
@@ -219,10 +222,13 @@ def check_data(state: dict[str, Any], description: dict[str, Any], folder: Path)
     before = state.get("description")
     if not isinstance(before, dict):  # of code that did not keep it
         return
+    colours = [
+        (before[name], description[name]) for name in ("mean", "std") if is_colour(before.get(name))
+    ]
     alike = before.get("class_names") == description["class_names"] and all(
         math.isclose(then, now, abs_tol=1e-6)
-        for name in ("mean", "std")
-        for then, now in zip(before[name], description[name], strict=True)
+        for pair in colours
+        for then, now in zip(*pair, strict=True)
     )
     if not alike:
         raise ValueError(
