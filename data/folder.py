@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.dataset import Augmentation, Dataset, Images, check_val_size, hold_out
-from data.pictures import read_picture
+from data.pictures import read_by_several, reading
 
 log = logging.getLogger(__name__)
 
@@ -176,20 +176,21 @@ def _read_all(paths: list[Path], size: int) -> Tensor:
 
     def read(index: int) -> str | None:
         try:
-            pixels[index] = read_picture(paths[index], (size, size))
+            pixels[index] = read_by_several(paths[index], (size, size))
         except (ValueError, OSError) as error:
             return f"{paths[index]}: {' '.join(str(error).split())}"
         return None
 
     # Pillow lets go of the interpreter while it decodes and scales.
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        results = pool.map(read, range(len(paths)))
-        hidden = None if len(paths) >= MANY else True  # None: where stderr is no terminal
-        bar = tqdm(results, "images", total=len(paths), leave=False, disable=hidden)
-        faults = [fault for fault in bar if fault is not None]
-    finally:  # Ctrl-C does not wait for the rest
-        pool.shutdown(cancel_futures=True)
+    with reading():
+        try:
+            results = pool.map(read, range(len(paths)))
+            hidden = None if len(paths) >= MANY else True  # None: where stderr is no terminal
+            bar = tqdm(results, "images", total=len(paths), leave=False, disable=hidden)
+            faults = [fault for fault in bar if fault is not None]
+        finally:  # Ctrl-C does not wait for the rest
+            pool.shutdown(cancel_futures=True)
     if faults:
         more = f", and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
         raise ValueError(

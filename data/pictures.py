@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +25,33 @@ def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
         ValueError: it is no picture, is damaged, or is so large that it may be an attack; one line.
         OSError: it cannot be read.
     """
+    with reading():
+        return read_by_several(path, size)
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Pillow's warnings as `read_picture` wants them; they are the whole process's."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        # What Pillow has to say of odd metadata, such as damaged EXIF, does not matter here.
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def read_by_several(path: Path, size: tuple[int, int]) -> Tensor:
+    """`read_picture` for several threads at once, all of them within one `reading`."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     height, width = size
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # What Pillow has to say of odd metadata, such as damaged EXIF, does not matter here.
-            warnings.simplefilter("ignore", UserWarning)
-            with Image.open(path) as picture:
-                upright = ImageOps.exif_transpose(picture)
-                fitted = ImageOps.fit(
-                    _as_rgb(upright), (width, height), method=Image.Resampling.BICUBIC
-                )
+        with Image.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture)
+            fitted = ImageOps.fit(
+                _as_rgb(upright), (width, height), method=Image.Resampling.BICUBIC
+            )
     except UnidentifiedImageError:
         raise ValueError("it is no picture that Pillow reads") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

@@ -9,6 +9,7 @@ from hydra.utils import instantiate
 from omegaconf.errors import OmegaConfBaseException
 
 import models
+from configs.schema import OPTIONS
 from data import Dataset, Images, evaluation_batches
 from models.attending import Look, looks
 from reporting import figures
@@ -18,6 +19,8 @@ from training.cli import explain
 
 # Images in the report.
 IMAGES = 3
+# What makes a data set.
+KNOWN = {kind._target_ for group, _, kind in OPTIONS if group == "data"}
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,12 @@ def of_report(variants: list[Variant]) -> tuple[Run, list[Block], str] | None:
 def _dataset(run: Run, trained: models.Trained) -> Dataset:
     """The run's images, if they are still where it found them; nothing is downloaded."""
     settings: dict[str, Any] = dict(run.summary["config"]["data"])
+    # What a file names is not called, but for the project's own; nor what its values name.
+    if settings.get("_target_") not in KNOWN:
+        raise ValueError(f"its data, {settings.get('_target_')}, are none of this project's")
     if "download" in settings:
         settings["download"] = False
-    dataset: Dataset = instantiate(settings, _convert_="all")
+    dataset: Dataset = instantiate(settings, _convert_="all", _recursive_=False)
     if list(dataset.class_names) != trained.class_names:
         raise ValueError(f"the images of {dataset.name} have other classes by now")
     return dataset

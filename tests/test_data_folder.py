@@ -2,6 +2,7 @@
 
 import os
 import random
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,21 @@ def test_held_out_images_need_no_validation_folder(root):
     assert len(load(root, val_size=3).evaluation) == 3
 
 
+def test_warnings_are_afterwards_as_they_were(root):
+    """Threads that each set and reset them would leave them as another had set them."""
+    before = list(warnings.filters)
+    for seed in range(300):
+        write(root / "train" / "ant" / f"more{seed}.png", seed=seed)
+    load(root)
+    assert list(warnings.filters) == before
+
+
+def test_a_picture_that_may_be_an_attack_is_refused(root, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    with pytest.raises(ValueError, match=r"12 of 12 images cannot be read.*more pixels"):
+        load(root)
+
+
 # ---- What is kept -------------------------------------------------------------------------------
 
 
@@ -105,7 +121,7 @@ def unreadable(*_):
 
 def test_images_are_read_once(root, monkeypatch):
     first = load(root)
-    monkeypatch.setattr(folder, "read_picture", unreadable)
+    monkeypatch.setattr(folder, "read_by_several", unreadable)
     again = load(root)
     assert torch.equal(first.train.pixels, again.train.pixels)
     assert torch.equal(first.evaluation.pixels, again.evaluation.pixels)

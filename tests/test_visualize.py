@@ -1,5 +1,6 @@
 """What attention looks at: models/attending.py, scripts/visualize.py, the report's section."""
 
+import json
 import re
 
 import pytest
@@ -243,3 +244,19 @@ def test_images_that_are_gone_are_a_line_in_the_report(run, tmp_path, monkeypatc
     monkeypatch.setattr(attention, "instantiate", gone)
     (line,) = section(tmp_path / "runs").notes
     assert line == "The attention of aa is not shown: no images there."
+
+
+def test_nothing_that_a_summary_names_is_called(run, tmp_path):
+    run(folder="runs/aa")
+    file = tmp_path / "runs" / "aa" / "summary.json"
+    summary = json.loads(file.read_text())
+    target = {"_target_": "os.mkdir", "_args_": [str(tmp_path / "called")]}
+    for data in (target, {**summary["config"]["data"], "_target_": None}, {}):
+        summary["config"]["data"] = data
+        file.write_text(json.dumps(summary))
+        (line,) = section(tmp_path / "runs").notes
+        assert "are none of this project's" in line
+    summary["config"]["data"] = {"_target_": "data.make_lookup", "noise": target}
+    file.write_text(json.dumps(summary))
+    assert section(tmp_path / "runs").pictures == []
+    assert not (tmp_path / "called").exists()
