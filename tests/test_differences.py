@@ -109,6 +109,15 @@ def test_times_that_were_measured_apart_are_taken(folder):
     ]
 
 
+def test_a_trifle_more_is_as_much(folder):
+    for attention, flops in (("none", 100_000), ("se", 100_050)):
+        for seed in range(3):
+            file = folder / f"attention={attention}" / f"seed={seed}" / "summary.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"flops": flops}))
+    (se,) = (c for c in comparisons(folder) if c.variant.attention == "se")
+    assert [one.cost for one in at_equal_cost(se)] == ["training time of the runs"]
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"ms": 3}', '{"ms": {"a": -1}}', '{"ms": {"a": "x"}}', "\udc00"]
 )
