@@ -16,8 +16,9 @@ from reporting import figures
 from reporting.runs import Run, Variant
 from training import run_folder, tiles
 from training.cli import explain
+from training.media import spread
 
-# Images in the report.
+# Images in the report, and by default of visualize.py.
 IMAGES = 3
 # What makes a data set.
 KNOWN = {kind._target_ for group, _, kind in OPTIONS if group == "data"}
@@ -118,9 +119,7 @@ def _dataset(run: Run, trained: models.Trained) -> Dataset:
 
 def chosen(dataset: Dataset, number: int) -> tuple[Images, list[str]]:
     """Images of the evaluation, evenly spread, and their classes."""
-    number = min(number, len(dataset.evaluation))
-    indices = [index * len(dataset.evaluation) // number for index in range(number)]
-    return by_index(dataset, indices)
+    return by_index(dataset, spread(len(dataset.evaluation), number))
 
 
 def by_index(dataset: Dataset, indices: list[int]) -> tuple[Images, list[str]]:

@@ -57,8 +57,6 @@ def publish(source: Path, target: Path) -> str:
         place = target / folder.relative_to(source)
         texts |= {place / name: text for name, text in result_files(folder).items()}
     new = {path: text for path, text in texts.items() if not is_there(path, text)}
-    for path in new:
-        path.parent.mkdir(parents=True, exist_ok=True)
     write_texts(new)
     added = len({path.parent for path in new})
     there = len(runs) + len(diverged) - added

@@ -41,7 +41,6 @@ from training.trained import compose_settings, load_data
 
 register()
 
-IMAGES = 3
 # More rows or tiles would be a picture that no program opens.
 MOST = 100
 
@@ -85,7 +84,7 @@ def gather(
             f"the images of {dataset.name} are {sizes[0]}, and {path} takes {sizes[1]}"
         )
     if words is None:
-        return attention.chosen(dataset, IMAGES)
+        return attention.chosen(dataset, attention.IMAGES)
     found, classes = attention.by_index(dataset, [int(number) for number in numbers])
     of_data = iter(zip(found.pixels, classes, numbers, strict=True))
     rows = []
@@ -131,7 +130,9 @@ def visualize(
         ValueError, OSError: what is wrong, in one line.
     """
     points = None if queries is None else [parse_query(word) for word in queries]
-    rows = (IMAGES if images is None else len(images)) * (1 if points is None else len(points))
+    rows = (attention.IMAGES if images is None else len(images)) * (
+        1 if points is None else len(points)
+    )
     if rows > MOST:
         raise ValueError(f"{rows} rows, one for each image and query, are more than {MOST}")
     device = choose_device(device_name)
@@ -155,7 +156,7 @@ def main() -> None:
     )
     parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
     parser.add_argument("settings", nargs="*", metavar="data.NAME=VALUE", help="of the data")
-    parser.add_argument("--images", nargs="+", metavar="N|FILE", help=f"default: {IMAGES}, spread")
+    parser.add_argument("--images", nargs="+", metavar="N|FILE", help="default: three, spread")
     parser.add_argument("--queries", nargs="+", metavar="ROW,COLUMN", help="default: the sharpest")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: attention/ of the run")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")

@@ -62,7 +62,7 @@ def write_files(files: Mapping[Path, bytes]) -> None:
     try:
         for path, content in files.items():
             for folder in reversed([f for f in path.parents if not f.exists()]):
-                folder.mkdir()
+                folder.mkdir(exist_ok=True)  # another process may have been quicker
                 made.append(folder)
             staged.append(_partial(path))
             _stage(staged[-1], lambda file, content=content: file.write(content))  # type: ignore[misc]

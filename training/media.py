@@ -106,14 +106,14 @@ def _all_logits(
 # ---- Tables and pictures ------------------------------------------------------------------------
 
 
-def _spread(number: int, wanted: int) -> list[int]:
+def spread(number: int, wanted: int) -> list[int]:
     """At most ``wanted`` of the indices 0 to number - 1, evenly spread."""
     wanted = min(number, wanted)
     return [index * number // wanted for index in range(wanted)]
 
 
 def _chosen(images: Images, wanted: int) -> Images:
-    indices = _spread(len(images), wanted)
+    indices = spread(len(images), wanted)
     return Images(images.pixels[indices], images.labels[indices])
 
 
@@ -121,7 +121,7 @@ def _predictions(dataset: Dataset, logits: Tensor, labels: Tensor, predicted: Te
     names = dataset.class_names
     confidence = logits.softmax(dim=1).amax(dim=1)
     rows = []
-    for index in _spread(len(labels), PREDICTIONS):
+    for index in spread(len(labels), PREDICTIONS):
         truth, guess = int(labels[index]), int(predicted[index])
         image = Image.fromarray(dataset.evaluation.pixels[index].cpu().numpy())
         # Enlarged, because browsers blur an image of 32 pixels.
