@@ -215,7 +215,9 @@ class AugmentedConv(nn.Module):
 
     def _reset_tables(self) -> None:
         for table in (self.key_rel_w, self.key_rel_h):
-            if table is not None:
+            # On the meta device there is nothing to draw, but torch would import its compiler for
+            # it, which takes nearly as long as importing torch itself.
+            if table is not None and not table.is_meta:
                 nn.init.normal_(table, std=(self.dk // self.Nh) ** -0.5)
 
     def no_weight_decay(self) -> set[str]:

@@ -94,7 +94,8 @@ class ResNet(nn.Module):
 
 
 def _initialise(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d):
+    # On the meta device there is nothing to draw; see AugmentedConv.
+    if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)

@@ -79,6 +79,17 @@ def test_the_same_network_comes_back(tmp_path, attention):
     assert torch.equal(models.load(str(tmp_path / "weights.safetensors")).network(x), network(x))
 
 
+@pytest.mark.slow
+def test_loading_does_not_import_the_compiler_of_torch(tmp_path):
+    """It takes nearly as long as importing torch, and a network that is loaded needs no drawing."""
+    write(tmp_path)
+    program = (
+        "import sys, torch, models; x = torch.zeros(1, 3, 16, 20); "
+        "models.load(sys.argv[1]).network(x); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT).returncode == 0
+
+
 def test_other_tools_open_the_weights(tmp_path):
     network = write(tmp_path, network=trained(describe()).to(memory_format=torch.channels_last))
     with safe_open(tmp_path / "weights.safetensors", framework="numpy") as file:
