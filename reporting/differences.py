@@ -9,8 +9,10 @@ from reporting.parts import Picture, Section, Table
 from reporting.runs import Run
 from reporting.text import DASH, MINUS, count, interval, p_value, signed, signed_or_dash
 
-# Comparisons whose power is told.
+# Comparisons whose power, and whose training, is told.
 TOLD = 3
+# Mean accuracy of the last epoch's steps.
+TRAINED = "train/top1"
 
 
 def differences_section(comparisons: list[Comparison]) -> Section | None:
@@ -45,7 +47,7 @@ def differences_section(comparisons: list[Comparison]) -> Section | None:
             "single pair has neither. They are not corrected for multiple comparisons."
         ],
         [Table(head, rows, texts=2), *_among_others(nearest(comparisons))],
-        notes=_power(nearest(comparisons)),
+        notes=_in_training(nearest(comparisons)) + _power(nearest(comparisons)),
     )
 
 
@@ -72,6 +74,24 @@ def _among_others(comparisons: list[Comparison]) -> list[Table]:
         f"corrected for the {len(rows)} of them, the intervals are not."
     )
     return [Table(head, rows, caption=caption)]
+
+
+def _in_training(comparisons: list[Comparison]) -> list[str]:
+    """The differences on the training images: whether a network fits less or generalises less."""
+    notes = []
+    for comparison in comparisons[:TOLD]:
+        variant, baseline = comparison.variant, comparison.baseline
+        found = paired(variant.by_seed(TRAINED), baseline.by_seed(TRAINED))
+        if found.mean is None:
+            continue
+        details = ", ".join(f"{seed}: {signed(d)}" for seed, d in found.by_seed.items())
+        if found.low is not None:
+            details = f"95 % interval {interval(found.low, found.high)}; {details}"
+        notes.append(
+            f"{variant.label} {MINUS} {baseline.label} on the training images, as they were "
+            f"augmented in the last epoch: {signed(found.mean)} points ({details})."
+        )
+    return notes
 
 
 def _power(comparisons: list[Comparison]) -> list[str]:

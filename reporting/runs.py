@@ -186,7 +186,7 @@ def _progress(folder: Path) -> str:
 
 def _not_finite(run: Run) -> str | None:
     """What of a run's losses and scores is not finite, in words."""
-    for name in ("train/loss", *run_folder.SCORES):
+    for name in ("train/loss", "train/top1", *run_folder.SCORES):
         for epoch, value in enumerate(run.each_epoch(name), start=1):
             if not run_folder.is_finite(value):
                 return f"{name} is {value:g} at epoch {epoch}"

@@ -133,7 +133,8 @@ def write_summary(folder, epochs=1):
 
 def write_rows(folder, epochs, seconds=1.0):
     folder.mkdir(parents=True, exist_ok=True)
-    rest = {"train/loss": 1.0, "train/lr": 0.1, "test/loss": 1, "test/top1": 1, "test/top5": 1}
+    rest = {"train/loss": 1.0, "train/top1": 1, "train/lr": 0.1}
+    rest |= {"test/loss": 1, "test/top1": 1, "test/top5": 1}
     RunFolder(folder).write_metrics(
         [{"epoch": e, **rest, "perf/epoch_seconds": seconds} for e in range(1, epochs + 1)]
     )
@@ -336,12 +337,12 @@ def test_time_to_go_is_that_of_the_variant(tmp_path):
 
 
 def test_a_run_gets_its_settings_and_the_set_its_status(tmp_path, monkeypatch, capsys):
-    header = "epoch,train/loss,train/lr,test/loss,test/top1,test/top5,perf/epoch_seconds"
+    header = "epoch,train/loss,train/top1,train/lr,test/loss,test/top1,test/top5,perf/epoch_seconds"
     (tmp_path / "train.py").write_text(
         f"""import pathlib, sys, time
 here = pathlib.Path(__file__).parent
 (here / "words").write_text(chr(10).join(sys.argv[1:]))
-(here / "metrics.csv").write_text(chr(10).join([{header!r}, "1,1,1,1,1,1,2.0", ""]))
+(here / "metrics.csv").write_text(chr(10).join([{header!r}, "1,1,1,1,1,1,1,2.0", ""]))
 guard = time.monotonic() + 240
 while not (here / "told").exists() and time.monotonic() < guard:
     time.sleep(0.01)

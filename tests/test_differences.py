@@ -81,6 +81,37 @@ def test_the_power_is_told(folder):
     assert any(f"{detectable(3, found.sd):.2f} points is found in four of five" in n for n in notes)
 
 
+def trained(folder, attention, seed, top1):
+    """Make this the accuracy on the training images in the summary of a run."""
+    file = folder / f"attention={attention}" / f"seed={seed}" / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"train/top1": top1}))
+
+
+def test_the_difference_in_training_is_told(folder):
+    for attention, scores in (("none", [75.0, 77.5, 76.0]), ("aa", [74.0, 75.5, 76.5])):
+        for seed, top1 in enumerate(scores):
+            trained(folder, attention, seed, top1)
+    notes = differences.differences_section(comparisons(folder)).notes
+    told = [note for note in notes if "on the training images" in note]
+    assert [note[:10] for note in told] == [
+        f"{label} \N{MINUS SIGN} plain" for label in ("GE", "SE", "AA")
+    ]
+    interval = stats.ttest_1samp([-1.0, -2.0, 0.5], 0).confidence_interval(0.95)
+    low, high = (f"{abs(value):.2f}" for value in interval)
+    assert told[2] == (
+        "AA \N{MINUS SIGN} plain on the training images, as they were augmented in the last epoch: "
+        f"\N{MINUS SIGN}0.83 points (95 % interval \N{MINUS SIGN}{low} to +{high}; "
+        "0: \N{MINUS SIGN}1.00, 1: \N{MINUS SIGN}2.00, 2: +0.50)."
+    )
+
+
+def test_of_a_single_pair_there_is_no_interval(tmp_path):
+    for attention, top1 in (("none", 70.0), ("aa", 71.0)):
+        make_run(tmp_path / attention, top1, 4, attention)
+    (note,) = differences.differences_section(comparisons(tmp_path)).notes
+    assert note.endswith("in the last epoch: +1.00 points (4: +1.00).")
+
+
 def test_at_equal_cost_the_slower_curve_is_read_earlier(folder):
     (aa,) = (c for c in comparisons(folder) if c.variant.attention == "aa")
     time, flops = at_equal_cost(aa)

@@ -40,10 +40,13 @@ DAMAGES = {
 }
 # What summary.json promises; config and the stretches promise more, below.
 PROMISED = {
-    *("format", "epochs", "seed", "train/loss", "train/lr", "test/loss", "test/top1", "test/top5"),
+    *("format", "epochs", "seed", "train/loss", "train/top1", "train/lr"),
+    *("test/loss", "test/top1", "test/top5"),
     *("perf/total_seconds", "per_class_top1", "class_names", "model", "attention", "data"),
     *("evaluated_on", "parameters", "flops", "stretches", "config"),
 }
+# Where they are not finite, the run has diverged; the files are whole.
+SCORED = ("train/loss", "train/top1", "test/loss", "test/top1", "test/top5")
 PROMISED_WITHIN = {
     *("config.seed", "config.epochs", "config.attention", "config.data"),
     *(f"stretches.{n}.{key}" for n in (0, 1) for key in stretch()),
@@ -119,9 +122,7 @@ def test_every_damaged_key_of_a_summary_is_named(tmp_path):
         assert "\n" not in result.why
         if result.kind == "diverged":
             assert (key, name) in {
-                (score, damage)
-                for score in ("train/loss", "test/loss", "test/top1", "test/top5")
-                for damage in ("nan", "infinite", "large")
+                (score, damage) for score in SCORED for damage in ("nan", "infinite", "large")
             }
         else:
             assert result.kind == "unreadable"
@@ -136,6 +137,7 @@ def test_every_damaged_key_of_a_summary_is_named(tmp_path):
         *((key, "half a character") for key in ("model", "data")),
         *((key, damage) for key in ("train/loss", "test/loss") for damage in ("negative",)),
         *((key, "fraction") for key in ("train/loss", "test/loss", "train/lr", "test/top1")),
+        ("train/top1", "fraction"),
         *((key, "fraction") for key in ("test/top5", "perf/total_seconds")),
         ("config.attention", "object"),
         ("config.data", "object"),
@@ -221,7 +223,6 @@ def test_every_damaged_column_of_the_metrics_is_named(tmp_path, finished):
     path = folder / "metrics.csv"
     lines = path.read_text(encoding="utf-8").splitlines()
     unused = ("perf/images_per_s", "perf/peak_memory_mib")
-    scores = ("train/loss", "test/loss", "test/top1", "test/top5")
     for value, column, cells in csv_damages(lines):
         path.write_text("\n".join(",".join(row) for row in cells) + "\n", encoding="utf-8")
         result = result_of(folder)
@@ -229,7 +230,7 @@ def test_every_damaged_column_of_the_metrics_is_named(tmp_path, finished):
             continue
         if value == "-1" and column in ("train/loss", "test/loss"):
             continue
-        if value in ("nan", "inf", "1e300") and column in scores:
+        if value in ("nan", "inf", "1e300") and column in SCORED:
             assert result.kind == ("diverged" if finished else "unfinished"), (value, column)
             continue
         assert isinstance(result, runs.Excluded), (value, column)
@@ -266,7 +267,7 @@ def test_a_row_too_many_or_too_few_is_no_result(tmp_path):
         ([*lines[:2], lines[3], lines[2]], "metrics.csv, row 2: epoch is 3, not 2"),
         (["test" + line if line is lines[0] else line for line in lines], "no column epoch"),
         ([line.replace("test/", "val/") for line in lines], "has no column test/top1"),
-        ([lines[0], "1,2,3\n"], "row 1: test/loss is null"),
+        ([lines[0], "1,2,3,4\n"], "row 1: test/loss is null"),
         ([lines[0], lines[1].rstrip() + ",7\n"], "row 1 has more values than"),
     ):
         path.write_text("".join(changed), encoding="utf-8")

@@ -60,6 +60,7 @@ SUMMARY_KEYS: dict[str, Kind] = {
     "epochs": COUNT,
     "seed": SEED,
     "train/loss": LOSS,
+    "train/top1": SCORE,
     "train/lr": AMOUNT,
     "perf/total_seconds": AMOUNT,
     "class_names": TEXTS,
@@ -87,7 +88,7 @@ CONFIG_KEYS: dict[str, Kind] = {
     "attention": OBJECT,
     "data": OBJECT,
 }
-TRAINING_COLUMNS = ("epoch", "train/loss", "train/lr", "perf/epoch_seconds")
+TRAINING_COLUMNS = ("epoch", "train/loss", "train/top1", "train/lr", "perf/epoch_seconds")
 
 
 def check_keys(value: dict[str, Any], kinds: dict[str, Kind], where: str = "") -> None:
