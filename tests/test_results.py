@@ -5,8 +5,10 @@ import statistics
 
 import pytest
 
+from reporting.paired import compare_with_plain
 from reporting.render import report
 from reporting.runs import group_by_variant, read
+from reporting.text import signed
 
 from helpers import ROOT
 
@@ -21,30 +23,48 @@ NAMES = {
 
 
 @pytest.fixture(scope="module")
-def tables(tmp_path_factory):
-    """The tables of the sections that docs/results.md shows, as report.md has them."""
+def sections(tmp_path_factory):
+    """The sections of report.md by their titles."""
     out = tmp_path_factory.mktemp("report")
     report([ROOT / "results" / "cpu20"], out)
-    sections = re.split(
-        r"^## ", (out / "report.md").read_text(encoding="utf-8"), flags=re.MULTILINE
-    )
-    found = {}
-    for section in sections:
-        title, _, rest = section.partition("\n")
-        if title in SHOWN:
-            found[title] = re.findall(r"(?:^\|.*\n)+", rest, re.MULTILINE)
-    return found
+    text = (out / "report.md").read_text(encoding="utf-8")
+    parts = (part.partition("\n") for part in re.split(r"^## ", text, flags=re.MULTILINE))
+    return {title: rest for title, _, rest in parts}
+
+
+def unwrapped(file):
+    """A page's words, however its lines are broken."""
+    return " ".join((ROOT / file).read_text(encoding="utf-8").split())
 
 
 @pytest.mark.parametrize("section", SHOWN)
-def test_the_page_has_the_tables_of_the_report(tables, section):
+def test_the_page_has_the_tables_of_the_report(sections, section):
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert tables[section]
-    for table in tables[section]:
+    tables = re.findall(r"(?:^\|.*\n)+", sections[section], re.MULTILINE)
+    assert tables
+    for table in tables:
         assert table in page
 
 
-def test_readme_has_the_rows(tables):
+def test_the_page_has_the_notes_of_the_report(sections):
+    """On the training images, and on what the design could have found."""
+    notes = re.findall(r"^- .*", sections["Differences from the plain baseline"], re.MULTILINE)
+    assert any("AA \N{MINUS SIGN} plain on the training images" in note for note in notes)
+    for note in notes:
+        assert note in unwrapped("docs/results.md")
+
+
+def test_readme_says_how_far_attention_is_from_plain():
+    runs, _ = read([ROOT / "results" / "cpu20"])
+    variants, _ = group_by_variant(runs)
+    (found,) = (c.top1 for c in compare_with_plain(variants) if c.variant.attention == "aa")
+    assert found.mean < 0
+    low, high = signed(found.low, 1), signed(found.high, 1)
+    words = f"attention is {-found.mean:.1f} points below plain ({low} to {high}, "
+    assert words in unwrapped("README.md")
+
+
+def test_readme_has_the_rows():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     runs, excluded = read([ROOT / "results" / "cpu20"])
     assert excluded == []
