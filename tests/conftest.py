@@ -24,6 +24,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def own_wandb_process(monkeypatch):
+    """Processes that a test starts do not share a wandb process that an earlier test has left."""
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+
+
 @pytest.fixture
 def settings(tmp_path):
     """A function from overrides to the settings of a tiny run below ``tmp_path``."""
