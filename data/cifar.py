@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from data.dataset import Augmentation, Dataset, Images, check_val_size, hold_out
+from data.pictures import one_line
 
 TRAIN_SIZE = 50_000
 IMAGE_SIZE = 32
@@ -269,4 +270,4 @@ def _short(error: BaseException) -> str:
         error = error.reason if isinstance(error.reason, BaseException) else error
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)

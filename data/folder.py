@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from data.dataset import Augmentation, Dataset, Images, check_val_size, hold_out
-from data.pictures import read_by_several, reading
+from data.pictures import one_line, read_by_several, reading
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _read_all(paths: list[Path], size: int) -> Tensor:
         try:
             pixels[index] = read_by_several(paths[index], (size, size))
         except (ValueError, OSError) as error:
-            return f"{paths[index]}: {' '.join(str(error).split())}"
+            return f"{paths[index]}: {one_line(error)}"
         return None
 
     # Pillow lets go of the interpreter while it decodes and scales.

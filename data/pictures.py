@@ -59,9 +59,9 @@ def read_by_several(path: Path, size: tuple[int, int]) -> Tensor:
     except OSError as error:
         if error.errno is not None:
             raise
-        raise ValueError(f"it is damaged: {_one_line(error)}") from error
+        raise ValueError(f"it is damaged: {one_line(error)}") from error
     except (ValueError, SyntaxError, EOFError, TypeError, IndexError, OverflowError) as error:
-        raise ValueError(f"it is damaged: {_one_line(error)}") from error
+        raise ValueError(f"it is damaged: {one_line(error)}") from error
     return torch.from_numpy(np.array(fitted))
 
 
@@ -78,5 +78,6 @@ def _as_rgb(picture: Any) -> Any:
     return picture.convert("RGB")
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What the error says, without line breaks; its type's name where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

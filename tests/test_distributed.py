@@ -198,3 +198,12 @@ def test_half_precision_stays(monkeypatch):
     norm.eval()
     with pytest.raises(AssertionError):
         torch.testing.assert_close(norm(x), expected)
+
+
+def test_an_error_without_words_is_told_by_its_name(monkeypatch):
+    """Errors of torch.distributed may have no message."""
+    monkeypatch.setattr(distributed, "world", lambda: distributed.World(0, 2, 0))
+    monkeypatch.setattr(distributed, "_init_group", lambda *_: None)
+    words = r"rank 0 of 2: another process has died or does not answer \(DistStoreError\)"
+    with pytest.raises(ConnectionError, match=words), distributed.process_group():
+        raise torch.distributed.DistStoreError

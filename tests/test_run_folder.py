@@ -463,6 +463,20 @@ def test_what_cannot_be_written_to_stderr_is_dropped(monkeypatch):
     console.write_stderr("x")
 
 
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [
+        ("a\nb", "a"),
+        ("  a  b \r\nc", "a  b"),
+        ("\n\na\n", "a"),
+        ("", "OSError"),
+        (" \n", "OSError"),
+    ],
+)
+def test_the_first_line_of_an_error(said, line):
+    assert console.first_line(OSError(said)) == line
+
+
 # ---- Results ------------------------------------------------------------------------------------
 
 

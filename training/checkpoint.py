@@ -11,7 +11,7 @@ import torch
 
 from models.saved import is_colour
 from training import progress, run_folder
-from training.console import one_line
+from training.console import first_line, one_line
 from training.device import get_rng_state, set_rng_state
 from training.files import write_whole
 from training.kinds import (
@@ -149,7 +149,7 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
             break
         except Exception as error:
             # torch adds a page of advice to its first line.
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = first_line(error)
             if path == paths[-1]:
                 names = " and ".join(map(str, paths))
                 raise ValueError(

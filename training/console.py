@@ -73,6 +73,12 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what the error says, where a page of advice or of addresses follows it."""
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__
+
+
 def _open_closed_streams() -> None:
     # Otherwise the next file that is opened, a checkpoint for example, would be taken for stderr.
     for number in (0, 1, 2):

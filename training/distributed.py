@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from training.console import first_line
+
 T = TypeVar("T")
 
 # A process that does not reach a collective operation within this time is given up, and all end.
@@ -115,7 +117,7 @@ def process_group(*, compiles: bool = False) -> Iterator[World]:
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise ConnectionError(
                 f"rank {here.rank} of {here.size}: another process has died or does not answer "
-                f"({str(error).splitlines()[0]}); run the same command with resume=auto to continue"
+                f"({first_line(error)}); run the same command with resume=auto to continue"
             ) from error
         raise
     await_main()

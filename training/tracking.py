@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from training.console import first_line
 from training.variants import HYDRAS, flatten, option_name, variant_label
 
 if TYPE_CHECKING:
@@ -177,7 +178,7 @@ class Tracker:
             _let_go()
             rescue = f"; {_sync(kept)} uploads what was logged so far" if kept is not None else ""
             log.warning(
-                "wandb: %s; from here on %s alone has it%s", _reason(error), self._record, rescue
+                "wandb: %s; from here on %s alone has it%s", first_line(error), self._record, rescue
             )
 
 
@@ -316,10 +317,6 @@ def _services() -> list[int]:
     return found
 
 
-def _reason(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 @contextmanager
 def track(
     mode: str,
@@ -398,7 +395,7 @@ def _start(mode: str, record: str, **arguments: Any) -> Any | None:
             fault = "it is not installed (pip install wandb), or set tracking=csv"
             break
         except (Exception, SystemExit) as error:
-            fault = _reason(error)
+            fault = first_line(error)
             _let_go()
     if run is None:
         log.warning("wandb: %s; %s alone has this run", fault, record)
