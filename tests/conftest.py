@@ -53,6 +53,20 @@ def run(settings, tmp_path):
     return go
 
 
+@pytest.fixture
+def sketches(request, monkeypatch):
+    """A report's pictures are drawn only where a test asks for ``pictures``: they take longest."""
+    from reporting import figures
+
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr(figures, "_as_svg", lambda figure: "<svg/>")
+
+
+@pytest.fixture
+def pictures():
+    """See `sketches`."""
+
+
 def pytest_collection_modifyitems(items):
     """The longest first: begun last, they would run on when all others are done."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -5,6 +5,8 @@ import json
 import math
 import random
 
+from reporting import runs
+
 CLASSES = ["apple", "aquarium_fish", "bear", "maple_tree", "pickup_truck", "<rocket>", "sea"]
 TARGETS = {"none": "NoAttention", "aa": "AA", "se": "SE", "ge": "GE"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -135,6 +137,12 @@ def make_run(
     if finished:
         (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder
+
+
+def variants_of(root):
+    """What the report makes of the runs below ``root``."""
+    found, _ = runs.read([root])
+    return runs.group_by_variant(found)[0]
 
 
 def failed(folder, error="the loss is not finite at epoch 2"):

@@ -10,9 +10,8 @@ from scipy import stats
 from reporting import differences
 from reporting.equal_cost import STEP_TIMES, at_equal_cost
 from reporting.paired import among_others, compare_with_plain, detectable, holm, nearest
-from reporting.runs import group_by_variant, read
 
-from folders import make_run
+from folders import make_run, variants_of
 
 TOP1 = {"none": [70.0, 71.0, 70.4], "se": [71.5, 71.9, 71.8], "ge": [69.0, 70.5, 69.9]}
 TOP1["aa"] = [70.9, 72.2, 71.0]
@@ -36,9 +35,7 @@ def folder(tmp_path):
 
 
 def comparisons(folder):
-    runs, _ = read([folder])
-    variants, _ = group_by_variant(runs)
-    return nearest(compare_with_plain(variants))
+    return nearest(compare_with_plain(variants_of(folder)))
 
 
 def test_holm_by_hand():

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from reporting import figures, page, render, runs
+from reporting import page, render, runs
 
 from folders import failed, make_run, stretch
 from helpers import ROOT
+
+pytestmark = pytest.mark.usefixtures("sketches")
 
 MISSING = object()
 # What any value may be replaced by. Python reads and writes NaN as JSON, and 1e999 as infinity.
@@ -51,12 +53,6 @@ PROMISED_WITHIN = {
     *("config.seed", "config.epochs", "config.attention", "config.data"),
     *(f"stretches.{n}.{key}" for n in (0, 1) for key in stretch()),
 }
-
-
-@pytest.fixture(autouse=True)
-def sketches(monkeypatch):
-    """Pictures are laid out but not drawn, which would take most of the time."""
-    monkeypatch.setattr(figures, "_as_svg", lambda figure: "<svg/>")
 
 
 def healthy(root):

@@ -1,0 +1,324 @@
+"""The report's two files: what they hold, names from outside in them, where they are written."""
+
+import base64
+import errno
+import html
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from reporting import figures, page, paired, render, text
+
+from folders import NASTY, make_run, nasty_runs, variants_of
+from helpers import ROOT
+
+pytestmark = pytest.mark.usefixtures("sketches")
+
+MINUS = "\N{MINUS SIGN}"
+
+
+# ---- The files ----------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """The parts of a page that a browser would act on."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open = [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "link", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def sweep(root):
+    for dk in (8, 16):
+        for dv in (4, 8, 12):
+            for heads in (2, 4):
+                settings = {"attention__dk": dk, "attention__dv": dv, "attention__Nh": heads}
+                for seed in (0, 1):
+                    top1 = 60.0 + dk / 10 + dv / 100 + heads / 1000 + seed * (1 + dv / 50)
+                    folder = root / f"{dk},{dv},{heads},{seed}"
+                    make_run(folder, top1, seed, "aa", **settings)
+    make_run(root / "p0", 60.0, 0)
+    make_run(root / "p1", 61.0, 1)
+
+
+def test_the_page_needs_nothing_but_itself(tmp_path, pictures):
+    sweep(tmp_path)
+    render.report([tmp_path], tmp_path / "out")
+    written = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    found = Page(written)
+    assert found.open == []
+    assert not [tag for tag, _ in found.tags if tag in ("script", "iframe", "object")]
+    links = [a[k] for _, a in found.tags for k in ("src", "href") if k in a]
+    assert len(links) > 6
+    assert all(link.startswith("data:") for link in links)
+    assert "url(" not in written
+    assert "@import" not in written
+    pictures = [a for tag, a in found.tags if tag == "img"]
+    assert all(len(a["alt"]) > 20 for a in pictures)
+    names = re.findall(
+        r"!\[.*\]\((.+)\)", (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    )
+    for name, picture in zip(names, pictures, strict=True):
+        svg = base64.b64decode(picture["src"].partition(",")[2])
+        assert svg == (tmp_path / "out" / name).read_bytes()
+        assert svg.lstrip().startswith(b"<?xml")
+    assert "sweep1-Nh2.svg" in names
+
+
+@pytest.mark.slow
+def test_the_same_runs_give_the_same_bytes(tmp_path, pictures):
+    sweep(tmp_path / "runs")
+    for name in "ab":
+        render.report([tmp_path / "runs"], tmp_path / name)
+    first, second = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in "ab")
+    assert first == second
+
+
+def test_a_sweep_is_counted_and_drawn_by_cell(tmp_path, monkeypatch):
+    sweep(tmp_path)
+    variants = variants_of(tmp_path)
+    drawn = []
+    monkeypatch.setattr(page.figures, "heatmap", lambda *given: drawn.append(given) or "<svg/>")
+    section = page.sweep_section(variants)
+    assert [picture.name for picture in section.pictures] == ["sweep1-Nh2", "sweep1-Nh4"]
+    (two, low, high, title), four = drawn
+    assert title == "wrn16_4, Nh = 2"
+    assert len(two) == 6
+    assert four[0]["16", "12"] == (pytest.approx(60 + 1.6 + 0.12 + 0.004 + 0.62), 2)
+    assert (low, high) == four[1:3]
+    assert low == pytest.approx(60 + 0.8 + 0.04 + 0.002 + 0.54)
+    assert high == four[0]["16", "12"][0]
+    head, *_ = page.cards(paired.nearest(paired.compare_with_plain(variants)))
+    assert head.title.startswith("12 augmented variants")
+    # Differences by seed: dk / 10 + dv / 100 + heads / 1000, and dv / 50 more at seed 1. With one
+    # degree of freedom t must pass 12.7: only a mean above 6.35 * dv / 50 would do.
+    decided = {
+        (dk, dv, heads)
+        for dk in (8, 16) for dv in (4, 8, 12) for heads in (2, 4)
+        if dk / 10 + dv / 100 + heads / 1000 + dv / 100 > 12.7062 * dv / 100
+    }  # fmt: skip
+    assert 0 < len(decided) < 12
+    assert head.number == f"{len(decided)} better, 0 worse"
+    assert head.unit == f"and {12 - len(decided)} undecided"
+    assert "12 of them have at least two pairs" in head.details[0]
+    assert "about 0.6 of 12 would exclude zero" in head.details[1]
+    assert head.verdict == "Mean differences in top-1 range from +0.88 to +1.84 percentage points."
+
+
+def test_classes_are_compared_by_pair(tmp_path):
+    def by_class(*values):
+        return {"per_class_top1": [*values, None], "class_names": ["a", "b", "c"]}
+
+    make_run(tmp_path / "p0", 70.0, 0, facts=by_class(10, 20))
+    make_run(tmp_path / "p1", 71.0, 1, facts=by_class(30, 40))
+    make_run(tmp_path / "a0", 70.0, 0, "aa", facts=by_class(15, 10))
+    make_run(tmp_path / "a1", 72.0, 1, "aa", facts=by_class(33, 38))
+    section = page.classes_section(paired.compare_with_plain(variants_of(tmp_path)))
+    assert section.folded[1].rows == [  # t = 4 and -1.5 with one degree of freedom
+        ["a", "+4.00", "+5.00, +3.00", "0.31"],
+        ["b", f"{MINUS}6.00", f"{MINUS}10.00, {MINUS}2.00", "0.37"],
+    ]
+
+
+@pytest.mark.parametrize("attention", ["none", "aa"])
+def test_one_run_alone_has_a_page(tmp_path, pictures, attention):
+    make_run(tmp_path / "a", 70.0, 0, attention, epochs=1)
+    written = render.report([tmp_path], tmp_path / "out")
+    assert "There are no finished runs of both a plain network and one with attention." in written
+
+
+@pytest.mark.slow
+def test_two_hundred_runs(tmp_path, pictures):
+    """All of them are on the page: 64 augmented variants and two plain ones, three seeds each."""
+    for number in range(66):
+        for seed in range(3):
+            attention = "aa" if number < 64 else "none"
+            settings = {"batch_size": 256 if number < 65 else 512}
+            if attention == "aa":
+                dk, dv, heads = 8 * (1 + number % 4), 4 * (1 + number // 4 % 4), 2 ** (number // 16)
+                settings |= {"attention__dk": dk, "attention__dv": dv, "attention__Nh": heads}
+            make_run(
+                tmp_path / f"{number}/{seed}", 60 + (7 * number + seed * seed) % 13,
+                seed, attention, epochs=4, **settings,
+            )  # fmt: skip
+    make_run(tmp_path / "x/0", 1.0, 3, finished=False)
+    make_run(tmp_path / "x/1", 1.0, 0, data__name="cifar10")
+    written = render.report([tmp_path], tmp_path / "out")
+    assert "198 finished runs of 66 variants" in written
+    assert "2 folders excluded" in written
+    assert written.count("\n| AA ") == 64
+    assert len([*(tmp_path / "out").glob("*.svg")]) == 11
+    assert (tmp_path / "out" / "report.html").stat().st_size < 3e6
+
+
+def test_colours_of_few_and_of_many(tmp_path):
+    make_run(tmp_path / "p", 70.0, epochs=4)
+    make_run(tmp_path / "q0", 60.0, 0)
+    make_run(tmp_path / "q1", 60.0, 1)
+    make_run(tmp_path / "se", 71.0, attention="se")
+    make_run(tmp_path / "aa", 71.0, attention="aa")
+    few = {one.label: colour for one, colour in figures.colours(variants_of(tmp_path)).items()}
+    assert few["plain epochs=3"] == figures.PLAIN
+    assert few["AA"] == figures.COLOURS[0]
+    assert len(set(few.values())) == 4
+    for dk in range(10, 20):
+        make_run(tmp_path / f"{dk}", 70.0 + dk, attention="aa", attention__dk=dk)
+    many = {one.label: colour for one, colour in figures.colours(variants_of(tmp_path)).items()}
+    hued = [label for label, colour in many.items() if colour in figures.COLOURS]
+    assert hued == [f"AA dk={dk}" for dk in (16, 17, 18, 19)]
+    assert many["plain epochs=3"] == figures.PLAIN
+    assert many["plain epochs=4"] == figures.OTHERS
+
+
+# ---- Names from outside -------------------------------------------------------------------------
+
+
+def of_markdown(line):
+    """What a reader sees of a line of Markdown in which everything is escaped."""
+    assert not re.search(r"(?<!\\)(?:\\\\)*[`*\[\]~$<>|]", line), line
+    assert not re.search(r"://|www\.|^(#|[-+=]+|\d+[.)])( |$)", line), line
+    for underscore in re.finditer(r"(?<!\\)_", line):
+        around = line[underscore.start() - 1 : underscore.end() + 1]
+        assert re.fullmatch(r"[A-Za-z0-9]_[A-Za-z0-9]", around), line
+    return html.unescape(re.sub(r"\\([!-/:-@\[-`{-~])", r"\1", line))
+
+
+@pytest.mark.parametrize("name", [*NASTY, "- item", "+", "1. item", "12)", "# head", "---", "==="])
+def test_markdown_shows_a_name_as_it_is(name):
+    line = text.markdown(name)
+    assert of_markdown(line) == text.one_line(name)
+    assert not re.search(r"[\x00-\x1f\x7f\u202a-\u202e\ud800-\udfff]", line)
+    # Ordinary names and numbers are left alone.
+    for plain in ("wrn16_4", "AA dk=0.2 optim.lr=0.1", "73.00 ± 2.65", "+1.62", "2.5", "a - b, c."):
+        assert text.markdown(plain) == plain
+
+
+def test_bytes_of_another_locale_are_read_as_utf_8():
+    assert text.printable("Gr\udcc3\udcb6\udcc3\udc9fe \udcff\ud800") == r"Größe \xff\ud800"
+
+
+def test_names_are_text_in_both_files(tmp_path, pictures):
+    nasty_runs(tmp_path / "runs")
+    console = render.report([tmp_path / "runs"], tmp_path / "out")
+    assert "\x1b" not in console
+    console.encode()
+    written = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    found = Page(written)
+    assert found.open == []
+    allowed = "html head meta link title style body main h1 h2 h3 p section div article span ul li"
+    allowed += " strong figure img figcaption table thead tbody tr th td caption details summary"
+    assert {tag for tag, _ in found.tags} <= set(allowed.split())
+    assert not any("onerror" in attributes for _, attributes in found.tags)
+    assert "{{ title }}{% raw %}" in written
+    markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    own = {"<details>", "</details>", "<summary>", "</summary>"}
+    assert set(re.findall(r"<[^>\n]*>", markdown)) == own
+    width = None
+    for line in markdown.splitlines():
+        assert re.fullmatch(r"#{1,2} [A-Z].*", line) or not line.startswith("#")
+        if not line.startswith("|"):
+            width = None
+            continue
+        cells = line[2:-2].split(" | ") if not line.startswith("|--") else line[1:-1].split("|")
+        width = width or len(cells)
+        assert len(cells) == width, line
+        if not line.startswith("|--"):
+            for cell in cells:
+                of_markdown(cell)
+
+
+# ---- Where it is written ------------------------------------------------------------------------
+
+
+def run_report(arguments, prefix="", **environment):
+    """scripts/report.py in a shell of its own: exit code, standard output and error as bytes."""
+    script = f'{prefix} exec "$0" "$@"'
+    command = ["bash", "-c", script, sys.executable, str(ROOT / "scripts" / "report.py")]
+    return subprocess.run(
+        [*command, *map(os.fsencode, arguments)],
+        capture_output=True,
+        env=os.environ | environment,
+        timeout=600,
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_utf_8_whatever_the_locale_says(tmp_path):
+    """`LC_ALL=C` with what Python does about it switched off: its default is then ASCII."""
+    names = ["Äpfel", "大きさ", "ñ"]
+    root = tmp_path / "Läufe"
+    for seed in (0, 1):
+        make_run(root / f"p{seed}", 70.0, seed, classes=names, data__name="größe")
+        make_run(root / f"ä{seed}", 71.0 + seed, seed, "aa", classes=names, data__name="größe")
+    make_run(root / "unfertig ü", 1.0, 2, finished=False)
+    make_run(Path(os.fsdecode(os.fsencode(root) + b"/\xff")) / "x", 1.0, 2, finished=False)
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run_report([root, "--data", "größe"], **locale)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""
+    assert f"written: {root}/report.html" in done.stdout.decode()
+    assert "on größe, evaluated" in done.stdout.decode()
+    for name in ("report.md", "report.html"):
+        written = (root / name).read_text(encoding="utf-8")
+        assert all(word in written for word in [*names, f"{root}/unfertig ü", "±", MINUS])
+        assert ("/\\xff/x" if name.endswith("html") else "/\\\\xff/x") in written
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(tmp_path, monkeypatch):
+    make_run(tmp_path / "p", 70.0)
+    render.report([tmp_path], tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    make_run(tmp_path / "a", 71.0, attention="aa")
+    written = len(before) + 2  # with the pictures of a comparison
+    for number in range(written):
+        left = iter([True] * number + [False])
+
+        def fsync(handle, left=left):
+            if not next(left, True):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(OSError, match=r"cannot be written \(No space left on device\)"):
+            render.report([tmp_path], tmp_path / "out")
+        after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert after == before
+    monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_an_error_is_utf_8_too(tmp_path):
+    done = run_report([tmp_path / "fehlt ß"], LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 1
+    assert done.stderr.decode() == f"report.py: there is no {tmp_path}/fehlt ß\n"
+
+
+@pytest.mark.slow
+def test_the_command_on_a_full_disk(tmp_path):
+    make_run(tmp_path / "p", 70.0)
+    assert run_report([tmp_path]).returncode == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("report*")}
+    make_run(tmp_path / "a", 71.0, attention="aa")
+    done = run_report([tmp_path], prefix="ulimit -f 60;")
+    assert done.returncode == 1
+    assert re.fullmatch(
+        rf"report\.py: {tmp_path}/report\.html cannot be written \(File too large\)\n",
+        done.stderr.decode(),
+    )
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("report*")} == before
+    assert not list(tmp_path.glob("*.partial"))
