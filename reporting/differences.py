@@ -4,13 +4,28 @@ import statistics
 
 from reporting import figures
 from reporting.equal_cost import at_equal_cost
-from reporting.paired import LEVEL, Comparison, among_others, detectable, holm, nearest, paired
+from reporting.paired import (
+    LEVEL,
+    Comparison,
+    among_others,
+    detectable,
+    holm,
+    nearest,
+    paired,
+)
 from reporting.parts import Picture, Section, Table
 from reporting.runs import Run
-from reporting.text import DASH, MINUS, count, interval, p_value, signed, signed_or_dash
+from reporting.text import (
+    DASH,
+    MINUS,
+    by_seed_signed,
+    count,
+    interval,
+    p_value,
+    signed,
+    signed_or_dash,
+)
 
-# Comparisons whose power, and whose training, is told.
-TOLD = 3
 # Mean accuracy of the last epoch's steps.
 TRAINED = "train/top1"
 
@@ -26,14 +41,14 @@ def differences_section(comparisons: list[Comparison]) -> Section | None:
         found, top5 = comparison.top1, comparison.top5
         rows.append(
             [
-                f"{comparison.variant.label} {MINUS} {comparison.baseline.label}",
+                _name(comparison),
                 in_words(comparison) or "none",
                 str(found.n),
                 signed_or_dash(found.mean),
                 interval(found.low, found.high),
                 DASH if found.t is None else f"{signed(found.t)} ({found.n - 1})",
                 p_value(found.p).removeprefix("= "),
-                ", ".join(f"{seed}: {signed(d)}" for seed, d in found.by_seed.items()) or DASH,
+                by_seed_signed(found.by_seed),
                 DASH
                 if top5.mean is None
                 else f"{signed(top5.mean)} ({interval(top5.low, top5.high)})",
@@ -46,8 +61,12 @@ def differences_section(comparisons: list[Comparison]) -> Section | None:
             "from a two-sided paired t-test, which assumes normally distributed differences; a "
             "single pair has neither. They are not corrected for multiple comparisons."
         ],
-        [Table(head, rows, texts=2), *_among_others(nearest(comparisons))],
-        notes=_in_training(nearest(comparisons)) + _power(nearest(comparisons)),
+        [
+            Table(head, rows, texts=2),
+            *_among_others(nearest(comparisons)),
+            *_in_training(nearest(comparisons)),
+            *_power(nearest(comparisons)),
+        ],
     )
 
 
@@ -59,7 +78,7 @@ def _among_others(comparisons: list[Comparison]) -> list[Table]:
     corrected = holm([comparison.top1.p for comparison in others])
     rows = [
         [
-            f"{comparison.variant.label} {MINUS} {comparison.baseline.label}",
+            _name(comparison),
             str(comparison.top1.n),
             signed_or_dash(comparison.top1.mean),
             interval(comparison.top1.low, comparison.top1.high),
@@ -76,33 +95,51 @@ def _among_others(comparisons: list[Comparison]) -> list[Table]:
     return [Table(head, rows, caption=caption)]
 
 
-def _in_training(comparisons: list[Comparison]) -> list[str]:
+def _in_training(comparisons: list[Comparison]) -> list[Table]:
     """The differences on the training images: whether a network fits less or generalises less."""
-    notes = []
-    for comparison in comparisons[:TOLD]:
+    rows = []
+    for comparison in comparisons:
         variant, baseline = comparison.variant, comparison.baseline
         found = paired(variant.by_seed(TRAINED), baseline.by_seed(TRAINED))
-        if found.mean is None:
-            continue
-        details = ", ".join(f"{seed}: {signed(d)}" for seed, d in found.by_seed.items())
-        if found.low is not None:
-            details = f"95 % interval {interval(found.low, found.high)}; {details}"
-        notes.append(
-            f"{variant.label} {MINUS} {baseline.label} on the training images, as they were "
-            f"augmented in the last epoch: {signed(found.mean)} points ({details})."
-        )
-    return notes
+        if found.mean is not None:
+            rows.append(
+                [
+                    _name(comparison),
+                    str(found.n),
+                    signed(found.mean),
+                    interval(found.low, found.high),
+                    by_seed_signed(found.by_seed),
+                ]
+            )
+    if not rows:
+        return []
+    caption = (
+        "The same on the training images, as they were augmented in the last epoch: a network that "
+        "is lower here has fitted them less, one that is lower on the test set alone generalises "
+        "less."
+    )
+    return [Table(["difference", "n", "top-1", "95 % interval", "by seed"], rows, caption=caption)]
 
 
-def _power(comparisons: list[Comparison]) -> list[str]:
+def _power(comparisons: list[Comparison]) -> list[Table]:
     """What the designs could have found."""
-    tested = [c for c in comparisons if c.top1.n > 1 and c.top1.low is not None]
-    return [
-        f"{c.variant.label}: with {c.top1.n} pairs and the standard deviation of {c.top1.sd:.2f} "
-        f"between them, a true difference of {detectable(c.top1.n, c.top1.sd or 0.0):.2f} points "
-        "is found in four of five cases."
-        for c in tested[:TOLD]
+    rows = [
+        [
+            _name(comparison),
+            str(comparison.top1.n),
+            f"{sd:.2f}",
+            f"{detectable(comparison.top1.n, sd):.2f}",
+        ]
+        for comparison in comparisons
+        if comparison.top1.low is not None and (sd := comparison.top1.sd) is not None
     ]
+    if not rows:
+        return []
+    caption = (
+        "What this many pairs can find: the true difference of top-1 that the test finds in four "
+        "of five cases, if pairs differ as much as they do here."
+    )
+    return [Table(["difference", "n", "sd of the pairs", "found"], rows, caption=caption)]
 
 
 def equal_cost_section(comparisons: list[Comparison]) -> Section | None:
@@ -112,14 +149,14 @@ def equal_cost_section(comparisons: list[Comparison]) -> Section | None:
         return None
     rows = [
         [
-            f"{one.comparison.variant.label} {MINUS} {one.comparison.baseline.label}",
+            _name(one.comparison),
             one.cost,
             f"{one.ratio:.2f}",
             f"{one.epochs[0]} and {one.epochs[1]}",
             str(one.found.n),
             signed_or_dash(one.found.mean),
             interval(one.found.low, one.found.high),
-            ", ".join(f"{seed}: {signed(d)}" for seed, d in one.found.by_seed.items()) or DASH,
+            by_seed_signed(one.found.by_seed),
         ]
         for one in found
     ]
@@ -212,6 +249,10 @@ def _by_class(comparison: Comparison) -> list[tuple[str, float, list[float]]]:
 
 def _classes(run: Run) -> list[str]:
     return list(run.summary["class_names"])
+
+
+def _name(comparison: Comparison) -> str:
+    return f"{comparison.variant.label} {MINUS} {comparison.baseline.label}"
 
 
 def in_words(comparison: Comparison) -> str:

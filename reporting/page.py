@@ -17,6 +17,7 @@ from reporting.differences import (
 from reporting.paired import Comparison, Difference, compare_with_plain, nearest
 from reporting.parts import Card, Picture, Section, Table
 from reporting.runs import KINDS, NOT_SET, Excluded, Run, Variant
+from reporting.sweeps import sweep_section
 from reporting.text import (
     DASH,
     against,
@@ -35,7 +36,7 @@ from reporting.text import (
     signed_or_dash,
     spread,
 )
-from training.run_folder import WEIGHTS, is_finite
+from training.run_folder import WEIGHTS
 
 # Comparisons that get a card at the head of the page; of more, the first card counts them.
 CARDS = 3
@@ -320,36 +321,6 @@ def cost_section(variants: list[Variant]) -> Section:
             ),
         ],
     )
-
-
-def sweep_section(variants: list[Variant]) -> Section | None:
-    """Heatmaps over dk and dv, one for each Nh, of what is otherwise trained alike."""
-    axes = ("attention.dk", "attention.dv", "attention.Nh")
-    sweeps: dict[str, list[Variant]] = defaultdict(list)
-    for variant in variants:
-        if all(is_finite(variant.settings.get(axis)) for axis in axes):
-            rest = {k: v for k, v in variant.settings.items() if k not in axes}
-            sweeps[f"{variant.model} {sorted(rest.items(), key=str)}"].append(variant)
-    pictures = []
-    for number, members in enumerate((m for m in sweeps.values() if len(m) > 1), start=1):
-        panels: dict[str, dict[tuple[str, str], tuple[float, int]]] = defaultdict(dict)
-        for variant in members:
-            dk, dv, heads = (variant.setting(axis) for axis in axes)
-            values = variant.by_seed("top1").values()
-            panels[heads][dk, dv] = (statistics.mean(values), len(values))
-        means = [mean for cells in panels.values() for mean, _ in cells.values()]
-        for heads, cells in sorted(panels.items(), key=lambda item: float(item[0])):
-            title = f"{members[0].model}, Nh = {heads}"
-            svg = figures.heatmap(cells, min(means), max(means), title)
-            caption = f"{title}: mean top-1 (%) of the last epoch over n seeds."
-            pictures.append(Picture(f"sweep{number}-Nh{heads}", title, svg, caption))
-    if not pictures:
-        return None
-    text = (
-        "dk and dv are numbers of channels or, written with a decimal point, fractions of the "
-        "block's output channels. All panels of a network share one colour scale."
-    )
-    return Section("Size of the attention", [text], pictures=pictures)
 
 
 def attention_section(variants: list[Variant]) -> Section | None:

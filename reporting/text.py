@@ -50,6 +50,11 @@ def by_seed(scores: dict[int, float], same_seeds: bool) -> str:
     return ", ".join(f"{seed}: {value:.2f}" for seed, value in scores.items())
 
 
+def by_seed_signed(differences: dict[int, float]) -> str:
+    """The single differences with their seeds; a dash if there are none."""
+    return ", ".join(f"{seed}: {signed(d)}" for seed, d in differences.items()) or DASH
+
+
 def against(ours: float, printed: float) -> str:
     """Our value, the paper's, and the difference."""
     return f"{ours:.2f} / {printed} ({signed(ours - printed)})"

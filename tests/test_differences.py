@@ -34,6 +34,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+def table(found, word):
+    """The one table of these comparisons whose caption has the word."""
+    (one,) = (t for t in differences.differences_section(found).tables if word in t.caption)
+    return one
+
+
 def comparisons(folder):
     return nearest(compare_with_plain(variants_of(folder)))
 
@@ -61,10 +67,9 @@ def test_the_other_differences_of_table_1(folder):
     labels = [(c.variant.attention, c.baseline.attention) for c in others]
     assert labels == [("ge", "none"), ("se", "none"), ("aa", "ge"), ("aa", "se")]
     assert others[3].top1.by_seed == pytest.approx({0: -0.6, 1: 0.3, 2: -0.8})
-    _, table = differences.differences_section(comparisons(folder)).tables
+    rows = table(comparisons(folder), "corrected for the 4 of them").rows
     expected = holm([c.top1.p for c in others])
-    assert [float(row[5]) for row in table.rows] == pytest.approx(expected, rel=0.1)
-    assert "the 4 of them" in table.caption
+    assert [float(row[5]) for row in rows] == pytest.approx(expected, rel=0.1)
 
 
 def test_another_recipe_makes_no_family_of_differences(folder):
@@ -73,9 +78,23 @@ def test_another_recipe_makes_no_family_of_differences(folder):
 
 
 def test_the_power_is_told(folder):
-    notes = differences.differences_section(comparisons(folder)).notes
-    found = comparisons(folder)[2].top1
-    assert any(f"{detectable(3, found.sd):.2f} points is found in four of five" in n for n in notes)
+    sd = comparisons(folder)[2].top1.sd
+    assert table(comparisons(folder), "four of five cases").rows[2] == [
+        "AA \N{MINUS SIGN} plain",
+        "3",
+        f"{sd:.2f}",
+        f"{detectable(3, sd):.2f}",
+    ]
+
+
+def test_every_variant_of_a_sweep_has_its_rows(tmp_path):
+    for seed in range(2):
+        make_run(tmp_path / "plain" / str(seed), 70.0 + seed, seed, "none")
+        for number, dk in enumerate((8, 16, 32, 64, 128)):
+            run = tmp_path / f"{dk}-{seed}"
+            make_run(run, 71.0 + number * (2 + seed) / 7, seed, "aa", attention__dk=dk)
+    for word in ("training images", "four of five cases"):
+        assert len(table(comparisons(tmp_path), word).rows) == 5
 
 
 def trained(folder, attention, seed, top1):
@@ -88,25 +107,27 @@ def test_the_difference_in_training_is_told(folder):
     for attention, scores in (("none", [75.0, 77.5, 76.0]), ("aa", [74.0, 75.5, 76.5])):
         for seed, top1 in enumerate(scores):
             trained(folder, attention, seed, top1)
-    notes = differences.differences_section(comparisons(folder)).notes
-    told = [note for note in notes if "on the training images" in note]
-    assert [note[:10] for note in told] == [
+    rows = table(comparisons(folder), "training images").rows
+    assert [row[0] for row in rows] == [
         f"{label} \N{MINUS SIGN} plain" for label in ("GE", "SE", "AA")
     ]
     interval = stats.ttest_1samp([-1.0, -2.0, 0.5], 0).confidence_interval(0.95)
     low, high = (f"{abs(value):.2f}" for value in interval)
-    assert told[2] == (
-        "AA \N{MINUS SIGN} plain on the training images, as they were augmented in the last epoch: "
-        f"\N{MINUS SIGN}0.83 points (95 % interval \N{MINUS SIGN}{low} to +{high}; "
-        "0: \N{MINUS SIGN}1.00, 1: \N{MINUS SIGN}2.00, 2: +0.50)."
-    )
+    assert rows[2][1:] == [
+        "3",
+        "\N{MINUS SIGN}0.83",
+        f"\N{MINUS SIGN}{low} to +{high}",
+        "0: \N{MINUS SIGN}1.00, 1: \N{MINUS SIGN}2.00, 2: +0.50",
+    ]
 
 
 def test_of_a_single_pair_there_is_no_interval(tmp_path):
     for attention, top1 in (("none", 70.0), ("aa", 71.0)):
         make_run(tmp_path / attention, top1, 4, attention)
-    (note,) = differences.differences_section(comparisons(tmp_path)).notes
-    assert note.endswith("in the last epoch: +1.00 points (4: +1.00).")
+    (row,) = table(comparisons(tmp_path), "training images").rows
+    assert row[1:] == ["1", "+1.00", "\N{EN DASH}", "4: +1.00"]
+    tables = differences.differences_section(comparisons(tmp_path)).tables
+    assert not any("four of five cases" in one.caption for one in tables)
 
 
 def test_at_equal_cost_the_slower_curve_is_read_earlier(folder):

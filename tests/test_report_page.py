@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from reporting import figures, page, paired, render, text
+from reporting import figures, page, paired, render, sweeps, text
 
 from folders import NASTY, make_run, nasty_runs, variants_of
 from helpers import ROOT
@@ -93,8 +93,8 @@ def test_a_sweep_is_counted_and_drawn_by_cell(tmp_path, monkeypatch):
     sweep(tmp_path)
     variants = variants_of(tmp_path)
     drawn = []
-    monkeypatch.setattr(page.figures, "heatmap", lambda *given: drawn.append(given) or "<svg/>")
-    section = page.sweep_section(variants)
+    monkeypatch.setattr(sweeps.figures, "heatmap", lambda *given: drawn.append(given) or "<svg/>")
+    section = sweeps.sweep_section(variants)
     assert [picture.name for picture in section.pictures] == ["sweep1-Nh2", "sweep1-Nh4"]
     (two, low, high, title), four = drawn
     assert title == "wrn16_4, Nh = 2"

@@ -47,21 +47,9 @@ def test_the_page_has_the_tables_of_the_report(sections, section):
         assert table in page
 
 
-def test_the_page_has_the_notes_of_the_report(sections):
-    """On the training images, and on what the design could have found."""
-    notes = re.findall(r"^- .*", sections["Differences from the plain baseline"], re.MULTILINE)
-    assert any("AA \N{MINUS SIGN} plain on the training images" in note for note in notes)
-    for note in notes:
-        assert note in unwrapped("docs/results.md")
-
-
 def test_readme_says_how_far_attention_is_from_plain():
     compared = compare_with_plain(variants_of(ROOT / "results" / "cpu20"))
-    (found,) = (
-        c.top1
-        for c in compared
-        if c.variant.attention == "aa" and c.variant.setting("attention.position") == "relative"
-    )
+    (found,) = (c.top1 for c in compared if c.variant.attention == "aa")
     where = "below" if found.mean < 0 else "above"
     pairs = {2: "two", 3: "three", 4: "four", 5: "five"}[found.n]
     low, high = signed(found.low, 1), signed(found.high, 1)
@@ -77,8 +65,6 @@ def test_readme_has_the_rows():
     assert excluded == []
     variants, _ = group_by_variant(runs)
     for variant in variants:
-        if variant.settings.get("attention.position", "relative") != "relative":
-            continue
         scores = [f"{run.last('top1'):.2f}" for run in variant.runs]
         spread = f"{statistics.mean(map(float, scores)):.2f}"
         if len(scores) > 1:
