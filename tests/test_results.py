@@ -47,6 +47,11 @@ def test_the_page_has_the_tables_of_the_report(sections, section):
         assert table in page
 
 
+def test_the_page_says_how_many_classes_differ(sections):
+    (told,) = re.findall(r"corrected by Holm for the .*?\.", sections["Classes"])
+    assert told in unwrapped("docs/results.md")
+
+
 def test_readme_says_how_far_attention_is_from_plain():
     compared = compare_with_plain(variants_of(ROOT / "results" / "cpu20"))
     (found,) = (c.top1 for c in compared if c.variant.attention == "aa")
