@@ -11,6 +11,8 @@ from PIL import Image
 from reporting import figures
 from reporting.paired import Comparison, compare_with_plain, nearest
 from reporting.runs import Variant, group_by_variant, read, select_data
+from reporting.sweeps import by_recipe
+from reporting.text import short
 from training.tracking import Media, Picture, Table, track
 
 COLUMNS = [
@@ -24,6 +26,20 @@ COLUMNS = [
     "p",
     "parameters",
     "GFLOPs",
+]
+# Of the table of attention's settings; the difference is that of the value from the baseline.
+SETTINGS = [
+    "recipe",
+    "setting",
+    "value",
+    "baseline",
+    "combinations",
+    "n",
+    "difference",
+    "95 % low",
+    "95 % high",
+    "p",
+    "p by Holm",
 ]
 
 
@@ -40,8 +56,9 @@ def post(
 ) -> None:
     """Give the dashboard what the finished runs in ``folders`` show, and the page ``report``.
 
-    The table of all variants, with their paired differences from the plain network, the forest
-    plot, the learning curves, and the report as an artifact. The same comparison is the same run
+    The table of all variants, with their paired differences from the plain network, what each
+    setting of attention does in a sweep, the forest plot, the learning curves, and the report as
+    an artifact. The same comparison is the same run
     each time, which then has the newer results. No fault of wandb's is passed on.
 
     Raises:
@@ -98,6 +115,8 @@ def _media(variants: list[Variant], comparisons: list[Comparison]) -> dict[str, 
             figures.as_png(lambda: figures.differences(paired)),
             "difference from the plain network in percentage points, paired by seed, 95 % interval",
         )
+    if effects := _effects(variants):
+        media["compare/settings"] = Table(SETTINGS, effects)
     return media
 
 
@@ -119,6 +138,17 @@ def _rows(variants: list[Variant], comparisons: list[Comparison]) -> list[list[A
                 variant.first["flops"] / 1e9,
             ]
         )
+    return rows
+
+
+def _effects(variants: list[Variant]) -> list[list[Any]]:
+    rows = []
+    for recipe, found, corrected in by_recipe(variants):
+        for effect, p in zip(found, corrected, strict=True):
+            top1 = effect.top1
+            words = [recipe, short(effect.setting), *effect.values]
+            numbers = [top1.mean, top1.low, top1.high, top1.p, p]
+            rows.append([*words, effect.combinations, top1.n, *numbers])
     return rows
 
 

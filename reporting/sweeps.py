@@ -76,6 +76,38 @@ def _effect(variants: list[Variant], key: str, ours: str, theirs: str) -> Effect
     return Effect(key, (ours, theirs), len(pairs), paired(*means))
 
 
+def by_recipe(variants: list[Variant]) -> list[tuple[str, list[Effect], list[float | None]]]:
+    """For each recipe that has them: its name, its effects, and their p by Holm.
+
+    The name is empty where there is only one recipe.
+    """
+    recipes: dict[str, list[Variant]] = defaultdict(list)
+    for variant in variants:
+        if variant.attention == "aa":
+            recipes[str(_recipe(variant))].append(variant)
+    differing = _differing([members[0] for members in recipes.values()])
+    outcomes = []
+    for members in recipes.values():
+        found = effects(members)
+        if found:
+            words = [f"{short(key)}={members[0].setting(key)}" for key in differing]
+            name = shortened([members[0].model, *words], 4) if len(recipes) > 1 else ""
+            outcomes.append((name, found, holm([effect.top1.p for effect in found])))
+    return outcomes
+
+
+def _recipe(variant: Variant) -> list[tuple[str, str]]:
+    settings = sorted((k, variant.setting(k)) for k in variant.settings if not _of_attention(k))
+    return [("model", variant.model), *settings]
+
+
+def _differing(variants: list[Variant]) -> list[str]:
+    """The settings beside the network's and attention's that recipes differ in."""
+    keys = sorted({key for variant in variants for key in variant.settings})
+    keys = [key for key in keys if not _of_attention(key) and not key.startswith("model.")]
+    return [key for key in keys if len({variant.setting(key) for variant in variants}) > 1]
+
+
 def _of_attention(key: str) -> bool:
     return key.startswith("attention.")
 
@@ -93,7 +125,8 @@ def _ascending(value: str) -> tuple[bool, list[tuple[float, str]]]:
 
 def sweep_section(variants: list[Variant]) -> Section | None:
     """What attention's settings do; None where no two variants differ in one of them alone."""
-    tables, pictures = _tables(variants), _heatmaps(variants)
+    tables = [_table(*outcome) for outcome in by_recipe(variants)]
+    pictures = _heatmaps(variants)
     if not tables and not pictures:
         return None
     text = []
@@ -105,24 +138,7 @@ def sweep_section(variants: list[Variant]) -> Section | None:
     return Section("Settings of the attention", text, tables, pictures)
 
 
-def _tables(variants: list[Variant]) -> list[Table]:
-    recipes: dict[str, list[Variant]] = defaultdict(list)
-    for variant in variants:
-        if variant.attention == "aa":
-            recipes[str(_recipe(variant))].append(variant)
-    differing = _differing([members[0] for members in recipes.values()])
-    tables = []
-    for members in recipes.values():
-        found = effects(members)
-        if found:
-            names = [f"{short(key)}={members[0].setting(key)}" for key in differing]
-            of = f"{shortened([members[0].model, *names], 4)}: " if len(recipes) > 1 else ""
-            tables.append(_table(found, of))
-    return tables
-
-
-def _table(found: list[Effect], of: str) -> Table:
-    corrected = holm([effect.top1.p for effect in found])
+def _table(recipe: str, found: list[Effect], corrected: list[float | None]) -> Table:
     rows = [
         [
             short(effect.setting),
@@ -139,25 +155,14 @@ def _table(found: list[Effect], of: str) -> Table:
     ]
     head = ["setting", "difference", "combinations", "n", "top-1", "95 % interval", "p"]
     caption = (
-        f"{of}Top-1 with one value of a setting minus that with another, by seed and all other "
-        "settings alike: the mean over the combinations of the others that both values were run "
-        f"with. The last p is corrected for the {len(rows)} rows, the intervals are not."
+        f"{recipe}{': ' if recipe else ''}Top-1 with one value of a setting minus that with "
+        "another, by seed and all other settings alike: the mean over the combinations of the "
+        "others that both values were run with. The last p is corrected for the "
+        f"{len(rows)} rows, the intervals are not."
     )
     if len(rows) == 1:
         caption = caption.partition(" The last p")[0]
     return Table([*head, "p by Holm", "by seed"], rows, texts=2, caption=caption)
-
-
-def _recipe(variant: Variant) -> list[tuple[str, str]]:
-    settings = sorted((k, variant.setting(k)) for k in variant.settings if not _of_attention(k))
-    return [("model", variant.model), *settings]
-
-
-def _differing(variants: list[Variant]) -> list[str]:
-    """The settings beside the network's and attention's that recipes differ in."""
-    keys = sorted({key for variant in variants for key in variant.settings})
-    keys = [key for key in keys if not _of_attention(key) and not key.startswith("model.")]
-    return [key for key in keys if len({variant.setting(key) for variant in variants}) > 1]
 
 
 def _heatmaps(variants: list[Variant]) -> list[Picture]:

@@ -108,6 +108,7 @@ def _comparison() -> list[Any]:
         ),
         panels.MediaBrowser(title="Mean over the seeds", media_keys=["compare/curves"]),
         panels.WeavePanelSummaryTable(table_name="compare/table"),
+        panels.WeavePanelSummaryTable(table_name="compare/settings"),
     ]
 
 

@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 from scipy import stats
 
+from reporting import dashboard
 from reporting.paired import holm
 from reporting.sweeps import effects, sweep_section
 
@@ -119,3 +120,16 @@ def test_without_a_second_variant_of_attention_there_is_no_section(tmp_path):
     train(tmp_path, 70.5, 1)
     make_run(tmp_path / "plain", 69.0, 0)
     assert sweep_section(variants_of(tmp_path)) is None
+
+
+def test_the_dashboard_has_the_same_as_numbers(tmp_path):
+    for dk, seed in product((8, 16), range(3)):
+        train(tmp_path, 70.0 + dk / 8 + seed * dk / 80, seed, attention__dk=dk)
+    (row,) = dashboard._effects(variants_of(tmp_path))
+    seen = dict(zip(dashboard.SETTINGS, row, strict=True))
+    words = [seen[key] for key in ("recipe", "setting", "value", "baseline", "combinations", "n")]
+    assert words == ["", "dk", "16", "8", 1, 3]
+    test = stats.ttest_1samp([1.0, 1.1, 1.2], 0)
+    low, high = test.confidence_interval(0.95)
+    numbers = [seen[key] for key in ("difference", "95 % low", "95 % high", "p", "p by Holm")]
+    assert numbers == pytest.approx([1.1, low, high, test.pvalue, test.pvalue])

@@ -68,9 +68,11 @@ def recorded(settings, run, tmp_path):
     for number, word in enumerate(("data.val_size=0", "data.val_size=40")):
         cfg = settings("attention=aa", word, *online, base=base)
         train.train(cfg, tmp_path / str(number))
-    for name, attention in (("plain", "none"), ("aa", "aa")):
-        for seed in range(2):
-            make_run(tmp_path / "compared" / f"{name}{seed}", attention=attention, seed=seed)
+    for seed in range(2):
+        make_run(tmp_path / "compared" / f"plain{seed}", seed=seed)
+        for dk in (8, 16):
+            run_dir = tmp_path / "compared" / f"aa{dk}{seed}"
+            make_run(run_dir, attention="aa", seed=seed, attention__dk=dk)
     report = tmp_path / "report.html"
     report.write_text("a report")
     dashboard.post(
