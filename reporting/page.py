@@ -17,7 +17,7 @@ from reporting.differences import (
 from reporting.paired import Comparison, Difference, compare_with_plain, nearest
 from reporting.parts import Card, Picture, Section, Table
 from reporting.runs import KINDS, NOT_SET, Excluded, Run, Variant
-from reporting.sweeps import sweep_section
+from reporting.sweeps import sweep_card, sweep_section
 from reporting.text import (
     DASH,
     against,
@@ -71,7 +71,7 @@ def contents(data: str, variants: list[Variant], excluded: list[Excluded]) -> di
     return {
         "title": "Does attention help?",
         "summary": summary_line(data, variants, excluded),
-        "cards": cards(first),
+        "cards": [*cards(first), *filter(None, [sweep_card(variants)])],
         "forest": _forest(first),
         "caveats": caveats(variants, first),
         "sections": [section for section in sections if section is not None],

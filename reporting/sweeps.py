@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from reporting import figures
-from reporting.paired import Difference, holm, paired
-from reporting.parts import Picture, Section, Table
+from reporting.paired import LEVEL, Difference, holm, paired
+from reporting.parts import Card, Picture, Section, Table
 from reporting.runs import Variant
 from reporting.text import (
     MINUS,
     by_seed_signed,
+    count,
     interval,
     natural,
     p_value,
@@ -120,7 +121,43 @@ def _ascending(value: str) -> tuple[bool, list[tuple[float, str]]]:
     return (value not in ABSENT, natural(value))
 
 
-# ---- The section --------------------------------------------------------------------------------
+# ---- On the page --------------------------------------------------------------------------------
+
+
+def sweep_card(variants: list[Variant]) -> Card | None:
+    """How many differences between attention's settings are significant, and the largest one."""
+    rows = [
+        (recipe, effect, p)
+        for recipe, found, corrected in by_recipe(variants)
+        for effect, p in zip(found, corrected, strict=True)
+    ]
+    if not rows:
+        return None
+    tested = [row for row in rows if row[2] is not None]
+    clear = [row for row in tested if row[2] is not None and row[2] < 1 - LEVEL]
+    recipe, effect, p = max(clear or rows, key=lambda row: abs(row[1].top1.mean or 0.0))
+    ours, theirs = effect.values
+    largest = f"{short(effect.setting)} {ours} vs. {theirs}, {signed_or_dash(effect.top1.mean)}"
+    largest += f" percentage points{f' ({recipe})' if recipe else ''}"
+    details = [f"n = {count(effect.top1.n, 'seed')}"]
+    if effect.top1.low is not None:
+        details.insert(0, f"95 % interval {interval(effect.top1.low, effect.top1.high)}")
+    if p is not None:
+        details.append(f"p {p_value(p)}, corrected for the number of differences (Holm)")
+    if clear:
+        verdict = f"{'It is' if len(clear) == 1 else 'The largest of them is'} {largest}."
+    elif tested:
+        verdict = f"None is significant; the largest is {largest}."
+    else:
+        verdict = f"Without several seeds each may be chance; the largest is {largest}."
+    return Card(
+        "Settings of the attention, against each other",
+        f"{len(clear)} of {len(rows)}",
+        f"differences between two values {'is' if len(clear) == 1 else 'are'} significant",
+        verdict,
+        "open",
+        details,
+    )
 
 
 def sweep_section(variants: list[Variant]) -> Section | None:

@@ -6,9 +6,9 @@ from itertools import product
 import pytest
 from scipy import stats
 
-from reporting import dashboard
+from reporting import dashboard, page
 from reporting.paired import holm
-from reporting.sweeps import effects, sweep_section
+from reporting.sweeps import effects, sweep_card, sweep_section
 
 from folders import make_run, variants_of
 
@@ -133,3 +133,42 @@ def test_the_dashboard_has_the_same_as_numbers(tmp_path):
     low, high = test.confidence_interval(0.95)
     numbers = [seen[key] for key in ("difference", "95 % low", "95 % high", "p", "p by Holm")]
     assert numbers == pytest.approx([1.1, low, high, test.pvalue, test.pvalue])
+
+
+def test_the_page_begins_with_how_many_differ(tmp_path):
+    draw = random.Random(2)
+    for dk, dv, seed in product((8, 16), (4, 8), range(3)):
+        top1 = 70.0 + (3.0 if dk == 16 else 0.0) + draw.gauss(0, 0.1)
+        train(tmp_path, top1, seed, attention__dk=dk, attention__dv=dv)
+    variants = variants_of(tmp_path)
+    card = sweep_card(variants)
+    dk, _ = effects(augmented(tmp_path))
+    assert (card.number, card.unit) == (
+        "1 of 2",
+        "differences between two values is significant",
+    )
+    assert card.verdict == (f"It is dk 16 vs. 8, +{dk.top1.mean:.2f} percentage points.")
+    assert card.details[1] == "n = 3 seeds"
+    # Without a plain network there is no other answer, and the page says so first.
+    cards = page.contents("cifar100 test", variants, [])["cards"]
+    assert [one.title for one in cards] == ["No comparison", card.title]
+
+
+def test_what_is_not_significant_and_what_cannot_be_tested_is_said(tmp_path):
+    for dk, top1 in ((8, 70.0), (16, 70.5)):
+        train(tmp_path, top1, 0, attention__dk=dk)
+    card = sweep_card(variants_of(tmp_path))
+    assert (card.number, card.unit) == (
+        "0 of 1",
+        "differences between two values are significant",
+    )
+    assert card.verdict == (
+        "Without several seeds each may be chance; the largest is dk 16 vs. 8, +0.50 percentage "
+        "points."
+    )
+    for dk, top1 in ((8, 71.0), (16, 70.9)):
+        train(tmp_path, top1, 1, attention__dk=dk)
+    card = sweep_card(variants_of(tmp_path))
+    assert card.verdict.startswith("None is significant; the largest is dk 16 vs. 8, +0.20")
+    make_run(tmp_path / "plain", 69.0, 0)
+    assert sweep_card([v for v in variants_of(tmp_path) if v.attention == "none"]) is None
