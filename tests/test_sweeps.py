@@ -147,7 +147,7 @@ def test_the_page_begins_with_how_many_differ(tmp_path):
         "1 of 2",
         "differences between two values is significant",
     )
-    assert card.verdict == (f"It is dk 16 vs. 8, +{dk.top1.mean:.2f} percentage points.")
+    assert card.verdict == f"It is dk 16 vs. 8, +{dk.top1.mean:.2f} percentage points."
     assert card.details[1] == "n = 3 seeds"
     # Without a plain network there is no other answer, and the page says so first.
     cards = page.contents("cifar100 test", variants, [])["cards"]
