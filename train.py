@@ -61,6 +61,7 @@ from training.device import (
     to_device,
 )
 from training.kinds import UnreadableError
+from training.optimizer import make_optimizer
 from training.progress import EpochState, Progress, StepFigures
 from training.run_folder import RunFolder
 from training.scores import evaluate
@@ -223,9 +224,7 @@ def build(
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if cfg.compile:  # a compiled network tries no backend
         try_backends(model, dataset, autocast)
-    optimizer = instantiate(cfg.optim, _convert_="all")(
-        [parameter for parameter in model.parameters() if parameter.requires_grad]
-    )
+    optimizer = make_optimizer(cfg.optim, model)
     ema_model = None
     if cfg.ema is not None:
         ema_model = AveragedModel(

@@ -1,8 +1,9 @@
 """Attention into a network that exists: its convolutions replaced by augmented ones, in place."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from aaconv.checks import whole
-from aaconv.modules import AugmentedConv
+from aaconv.maps import augmented_layers
+from aaconv.modules import AugmentedConv, check_init
 from aaconv.ratios import channels, check_amount
 
 # The paper pools 28x28 maps and no smaller ones (section 4.2).
@@ -74,6 +76,8 @@ def augment_(
     max_positions: int = 784,
     relative: bool = True,
     pool: int | None = None,
+    init: str = "torch",
+    qk_norm: bool = False,
     keep_weights: bool = True,
 ) -> Report:
     """Replace convolutions of ``model`` by `AugmentedConv`, in place.
@@ -89,7 +93,9 @@ def augment_(
     convolution has the requires_grad of the old one, and with ``keep_weights`` its first
     ``out - dv`` channels. The attention is new and trainable, and takes the place of the last dv
     channels: train the network on. An optimizer that was made before does not know the new
-    parameters: make it afterwards.
+    parameters: make it afterwards. What the model's ``no_weight_decay()`` names, which timm's
+    optimizers ask for, has the relative tables, too. `attention_stats` shows how softly the new
+    layers attend.
 
     Args:
         model: any network of torch modules. One that is compiled, or wrapped for several devices,
@@ -108,6 +114,8 @@ def augment_(
         relative: learn relative positions.
         pool: of `AugmentedConv`, for all layers. By default, as in the paper, 2 on maps of more
             than POOLED_ABOVE positions, such as 28x28, and 1 on smaller ones.
+        init: of `AugmentedConv`.
+        qk_norm: of `AugmentedConv`.
         keep_weights: keep the first ``out - dv`` channels of the old convolution; otherwise all
             parameters are new.
 
@@ -120,7 +128,9 @@ def augment_(
             forward pass fails or depends on the values of the data, ``filter_fn`` chooses what
             cannot be replaced, or nothing can be replaced at all.
     """
-    options = _Options(dk, dv, Nh, min_dkh, filter_fn, max_positions, relative, pool, keep_weights)
+    options = _Options(
+        dk, dv, Nh, min_dkh, filter_fn, max_positions, relative, pool, init, qk_norm, keep_weights
+    )
     _check_model(model)
     names = _convolution_names(model)
     sizes = _output_sizes(model, example_input)
@@ -135,7 +145,24 @@ def augment_(
         for name in own if row.layer is not None else ():
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, row.layer)
+    if not isinstance(getattr(model, "no_weight_decay", None), partial):  # augmented before
+        inherited = getattr(model, "no_weight_decay", _nothing)
+        model.no_weight_decay = partial(_no_weight_decay, model, inherited)  # type: ignore[assignment]
     return Report(rows)
+
+
+def _nothing() -> set[str]:
+    return set()
+
+
+def _no_weight_decay(model: nn.Module, inherited: Callable[[], Iterable[str]]) -> set[str]:
+    """What ``inherited`` names, and the relative tables of the augmented layers."""
+    tables = {
+        f"{name}.{table}"
+        for name, layer in augmented_layers(model).items()
+        for table in layer.no_weight_decay()
+    }
+    return set(inherited()) | tables
 
 
 @dataclass(frozen=True)
@@ -150,6 +177,8 @@ class _Options:
     max_positions: int
     relative: bool
     pool: int | None
+    init: str
+    qk_norm: bool
     keep_weights: bool
 
     def __post_init__(self) -> None:
@@ -165,6 +194,7 @@ class _Options:
             amount = given if isinstance(given, float) else whole(name, given)
             object.__setattr__(self, name, amount)
             check_amount(name, amount, self.Nh)
+        check_init(self.init)
 
 
 # ---- The model ----------------------------------------------------------------------------------
@@ -218,7 +248,7 @@ def _output_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[
     Raises:
         ValueError: the forward pass fails, or depends on the values of the data.
     """
-    args, kwargs = _arguments(example_input)
+    args, kwargs = call_arguments(example_input)
     sizes: dict[str, list[tuple[int, int]]] = {}
 
     def note(name: str, output: Tensor) -> None:
@@ -256,7 +286,8 @@ def _output_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[
     return sizes
 
 
-def _arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call with ``example_input``; see `augment_`."""
     if isinstance(example_input, Mapping):
         return (), dict(example_input)
     if isinstance(example_input, tuple | list):
@@ -370,6 +401,8 @@ def _augmented(
             dilation=convolution.dilation,  # type: ignore[arg-type]
             bias=convolution.bias is not None,
             pool=pool,
+            init=options.init,
+            qk_norm=options.qk_norm,
             device=convolution.weight.device,
             dtype=convolution.weight.dtype,
         )

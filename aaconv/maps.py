@@ -1,9 +1,11 @@
-"""What a layer attends to, computed when it is asked for."""
+"""What a layer attends to, computed when it is asked for, and the layers of a network."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from aaconv.modules import AugmentedConv
 
@@ -58,3 +60,33 @@ def _bias(q: Tensor, table: Tensor, at: Tensor, length: int) -> Tensor:
     """``q . table[j - at + length - 1]`` for all j, (B, Nh, n, length), query by query."""
     offsets = torch.arange(length, device=at.device) - at[:, None] + length - 1
     return torch.einsum("bhnd,njd->bhnj", q, table[offsets])
+
+
+# ---- The layers of a network --------------------------------------------------------------------
+
+
+def augmented_layers(model: nn.Module) -> dict[str, AugmentedConv]:
+    """The augmented convolutions of a network by their module names."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, AugmentedConv)}
+
+
+def output_size(layer: AugmentedConv, x: Tensor) -> tuple[int, int]:
+    """(h, w) of the positions that attend to each other when the layer's input is ``x``."""
+    q, *_ = layer.queries_keys_values(x[:1])
+    return q.shape[2], q.shape[3]
+
+
+@contextmanager
+def layer_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """The inputs that the augmented layers get within the ``with``, by their names."""
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str, layer: AugmentedConv) -> RemovableHandle:
+        return layer.register_forward_pre_hook(lambda _, args: inputs.__setitem__(name, args[0]))
+
+    handles = [keep(name, layer) for name, layer in augmented_layers(model).items()]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -14,9 +14,17 @@ What the paper leaves open or we do differently:
 
 - A stride is that of the plain convolution and of the 1x1 one that gives queries, keys and values,
   so attention runs at the resolution of the output. (The paper's pseudo-code has no stride.)
-- The relative tables are initialised with mean 0 and standard deviation dkh^-0.5. The paper's
+- The relative tables are initialized with mean 0 and standard deviation dkh^-0.5. The paper's
   pseudo-code passes dkh^-0.5 to random_normal_initializer without naming the argument, and by
   position that would be the mean.
+- Queries, keys and values begin with torch's variance 1 / (3 Cin), not with the Glorot variance
+  2 / (Cin + 2 dk + dv) that tf.layers.conv2d gives the paper's listing (``init="glorot"``). Both
+  attend softly on normalized inputs. On the stream of a post-activation network, which grows with
+  every block, Glorot's logits are twice as large and attention begins nearly one-hot; docs/layer.md
+  has the measurement.
+- ``qk_norm`` divides the queries and keys of each head by their root mean square (Dehghani et al.
+  2023, arXiv 2302.05442; Wortsman et al. 2023, arXiv 2309.14322), which the paper does not: it
+  keeps attention soft on a stream of any size. Content logits are then at most sqrt(dkh).
 - Maps of another size than the tables are made for are accepted, see `fit_table`.
 - Pooled attention, which the paper has on its largest ImageNet maps, is spread over the output so
   that each pooled position stays where it is in the input, and the averages at the borders are
@@ -25,6 +33,7 @@ What the paper leaves open or we do differently:
 Letters: B batch, H x W map, Nh heads, dkh = dk / Nh and dvh = dv / Nh channels per head.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,6 +51,16 @@ from aaconv.checks import (
 from aaconv.encodings import ABSOLUTE
 from aaconv.functional import attention_2d, check_backend_name, is_transformed
 from aaconv.tables import fit_table
+
+# How the convolutions that give queries, keys and values and that mix the heads can begin; torch's
+# own start is drawn by their constructors.
+INITS: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "torch": None,
+    "glorot": nn.init.xavier_uniform_,
+    "kaiming": nn.init.kaiming_normal_,
+}
+# Added to the mean square of a query or key, so that zeros stay zeros.
+QK_NORM_EPS = 1e-6
 
 
 class AugmentedConv(nn.Module):
@@ -74,12 +93,21 @@ class AugmentedConv(nn.Module):
         dilation: of the plain convolution.
         groups: of the plain convolution.
         bias: whether the three convolutions have a bias.
+        qkv_bias: whether the one that gives q, k and v has a bias; by default as ``bias`` says.
         qkv_kernel_size: kernel of the convolution that gives q, k and v; 1 in the paper.
         pool: attention runs on a map that is smaller by this factor: its input is averaged over
             ``2 * pool - 1`` squared pixels at every pool-th one, its output interpolated
             bilinearly. 2 is the paper's for its largest ImageNet maps (section 4.2), 1 is none.
             ``shape`` is still that of the layer's output, and so are the tables: a pooled map has
             the offsets that are multiples of ``pool``.
+        init: what the weights of attention's own convolutions, ``qkv_conv`` and ``attn_out``, are
+            drawn from: ``"torch"``, uniform with variance 1 / (3 fan_in) as in any torch
+            convolution; ``"glorot"``, uniform with variance 2 / (fan_in + fan_out), that of the
+            paper's listing; ``"kaiming"``, normal with variance 2 / fan_in (He et al. 2015), with
+            which attention begins saturated in post-activation networks. Biases begin at zero but
+            for ``"torch"``, where they are torch's.
+        qk_norm: divide the queries and keys of each head by their root mean square over the dkh
+            channels, after the bias and before the positions.
         backend: how attention is computed: ``"auto"``, ``"reference"``, ``"sdpa"``, ``"tiled"``,
             ``"native"`` or ``"fused"``, see `attention_2d`.
         device: where the parameters are made.
@@ -121,6 +149,9 @@ class AugmentedConv(nn.Module):
         qkv_kernel_size: int = 1,
         absolute: str = "none",
         pool: int = 1,
+        qkv_bias: bool | None = None,
+        init: str = "torch",
+        qk_norm: bool = False,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -136,6 +167,7 @@ class AugmentedConv(nn.Module):
         self.pool = whole("pool", pool)
         self.shape = pair("shape", shape)
         self.absolute = absolute
+        self.init, self.qk_norm = init, qk_norm
         self.backend = backend
         qkv_kernel_size = whole("qkv_kernel_size", qkv_kernel_size)
         check_channels(self.in_channels, self.out_channels, self.dk, self.dv, self.Nh)
@@ -174,7 +206,7 @@ class AugmentedConv(nn.Module):
                 qkv_kernel_size,
                 self.stride if qkv_kernel_size > 1 else 1,
                 padding=qkv_kernel_size // 2,
-                bias=bias,
+                bias=bias if qkv_bias is None else qkv_bias,
                 **factory,
             )
             self.attn_out = nn.Conv2d(self.dv, self.dv, 1, bias=bias, **factory)
@@ -186,7 +218,7 @@ class AugmentedConv(nn.Module):
             self.key_rel_w = nn.Parameter(torch.empty(2 * width - 1, channels, **factory))
             self.key_rel_h = nn.Parameter(torch.empty(2 * height - 1, channels, **factory))
             self.register_load_state_dict_pre_hook(_fit_loaded_tables)
-        self._reset_tables()
+        self._initialize_attention()
 
     def _check_attention(self, relative: bool) -> None:
         shape = self.shape[0] if self.shape[0] == self.shape[1] else self.shape
@@ -204,6 +236,7 @@ class AugmentedConv(nn.Module):
             )
         if self.pool < 1:
             raise ValueError(f"pool={self.pool} must be at least 1, which is none")
+        check_init(self.init)
         check_backend_name(self.backend)
 
     def reset_parameters(self) -> None:
@@ -211,12 +244,19 @@ class AugmentedConv(nn.Module):
         for convolution in (self.conv_out, self.qkv_conv, self.attn_out):
             if convolution is not None:
                 convolution.reset_parameters()
-        self._reset_tables()
+        self._initialize_attention()
 
-    def _reset_tables(self) -> None:
+    def _initialize_attention(self) -> None:
+        # On the meta device there is nothing to draw, but torch would import its compiler for it,
+        # which takes nearly as long as importing torch itself.
+        draw = INITS[self.init]
+        for convolution in (self.qkv_conv, self.attn_out):
+            if draw is None or convolution is None or convolution.weight.is_meta:
+                continue
+            draw(convolution.weight)
+            if convolution.bias is not None:
+                nn.init.zeros_(convolution.bias)
         for table in (self.key_rel_w, self.key_rel_h):
-            # On the meta device there is nothing to draw, but torch would import its compiler for
-            # it, which takes nearly as long as importing torch itself.
             if table is not None and not table.is_meta:
                 nn.init.normal_(table, std=(self.dk // self.Nh) ** -0.5)
 
@@ -265,7 +305,7 @@ class AugmentedConv(nn.Module):
 
         Queries, keys and values, (B, Nh, H, W, channels per head) with H and W of the output, over
         ``pool`` and rounded up, and the two tables of relative positions, (2H-1, dkh) and
-        (2W-1, dkh), None without any.
+        (2W-1, dkh), None without any. Queries and keys are normalized where ``qk_norm`` says so.
         """
         assert self.qkv_conv is not None
         size = self._output_size(x)
@@ -281,6 +321,8 @@ class AugmentedConv(nn.Module):
             t.unflatten(1, (self.Nh, -1)).permute(0, 1, 3, 4, 2)
             for t in qkv.split((self.dk, self.dk, self.dv), dim=1)
         )
+        if self.qk_norm:
+            q, k = _over_rms(q), _over_rms(k)
         if self.key_rel_h is None or self.key_rel_w is None:
             return q, k, v, None, None
         height, width = q.shape[2:4] if self.pool == 1 else size
@@ -309,7 +351,20 @@ class AugmentedConv(nn.Module):
     def extra_repr(self) -> str:
         text = f"dk={self.dk}, dv={self.dv}, Nh={self.Nh}, shape={self.shape}"
         text = f"{text}, relative={self.relative}, absolute={self.absolute}, pool={self.pool}"
-        return f"{text}, backend={self.backend}"
+        return f"{text}, init={self.init}, qk_norm={self.qk_norm}, backend={self.backend}"
+
+
+def check_init(init: str) -> None:
+    """Raise ValueError, in one line, unless ``init`` is one of INITS."""
+    if init not in INITS:
+        raise ValueError(f"init={init!r} is unknown; choose one of {', '.join(INITS)}")
+
+
+def _over_rms(x: Tensor) -> Tensor:
+    """``x`` over its root mean square in the last dimension, computed in at least float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean_square = wide.square().mean(dim=-1, keepdim=True)
+    return (wide * torch.rsqrt(mean_square + QK_NORM_EPS)).to(x.dtype)
 
 
 def _padding(

@@ -41,9 +41,17 @@ NO_EFFECT_ON_RESULT = (
     "data.download",
 )
 
-# What later versions have added, with the value that leaves everything as it was before: settings
-# with that value are the same as settings without the key.
-OPTIONAL: dict[str, Any] = {"init_from": None, "freeze": []}
+# What later versions have added, with the value that was in effect before: settings of older files,
+# which do not have the key, are read as if they had that value.
+OPTIONAL: dict[str, Any] = {
+    "init_from": None,
+    "freeze": [],
+    "attention.blocks": "all",
+    "attention.bias": False,
+    "attention.init": "kaiming",
+    "attention.qk_norm": False,
+    "optim.decay": "all",
+}
 
 # OmegaConf reads these annotations at run time and knows `Union` and `Optional`, not `X | Y`.
 # ruff: noqa: UP007, UP045
@@ -60,6 +68,11 @@ class ShortcutKind(Enum):
     projection = "projection"
     pad = "pad"
     subsample = "subsample"
+
+
+class Decay(Enum):
+    all = "all"
+    weights = "weights"
 
 
 class WandbMode(Enum):
@@ -83,6 +96,10 @@ class AttentionDefaultsConfig:
     min_dkh: int = MISSING
     # Default of attention.stages for this network.
     stages: list[int] = MISSING
+    # Default of attention.init for this network.
+    init: str = MISSING
+    # Default of attention.qk_norm for this network.
+    qk_norm: bool = MISSING
 
 
 @dataclass
@@ -112,26 +129,60 @@ class NoAttentionConfig:
 
 
 @dataclass
-class AugmentedConvConfig:
+class ReplacingConfig:
+    """What `models.attention.Replacing` has: attention, and the controls that replace it."""
+
+    # Channels that attention, or its control, takes out of a block's output channels: a number of
+    # channels (int, divisible by attention.Nh) or a fraction of them, above 0 and at most 1 (float,
+    # the paper's upsilon).
+    dv: Union[int, float] = MISSING
+    # Attention heads, at least 1; a fraction attention.dv is rounded to a multiple of it.
+    Nh: int = MISSING
+    # Stages to augment, counted from 1, at least one of them.
+    stages: list[int] = MISSING
+    # Which of their blocks: all, unstrided (not the first one, which halves the map, but in stage
+    # 1) or last (the last of each stage).
+    blocks: str = MISSING
+
+
+@dataclass
+class AugmentedConvConfig(ReplacingConfig):
     _target_: str = "models.AA"
     # Key channels of an augmented convolution: a number of channels (an int such as 20, divisible
     # by attention.Nh) or a fraction of its output channels, above 0 and at most 2 (a float such as
     # 0.2, the paper's kappa). So 1 is a single channel, and 1.0 as many as the block puts out.
     dk: Union[int, float] = MISSING
-    # Value channels, taken out of its output channels: a number of channels (int, divisible by
-    # attention.Nh) or a fraction of them, above 0 and at most 1 (float, the paper's upsilon).
-    dv: Union[int, float] = MISSING
-    # Attention heads, at least 1.
-    Nh: int = MISSING
     # Minimum key channels per head, at least 1, where attention.dk is a fraction.
     min_dkh: int = MISSING
     # How attention knows where a pixel is: relative (learned, the paper's), none, sine or coord.
     position: str = MISSING
-    # Stages to augment, counted from 1, at least one of them.
-    stages: list[int] = MISSING
+    # Whether queries, keys and values have a bias.
+    bias: bool = MISSING
+    # How the convolutions that give queries, keys and values and that mix the heads begin: torch
+    # (variance 1 / (3 fan_in)), glorot (2 / (fan_in + fan_out), the paper's listing) or kaiming
+    # (2 / fan_in, with which attention begins nearly one-hot in post-activation networks).
+    init: str = MISSING
+    # Whether the queries and keys of each head are divided by their root mean square, which keeps
+    # attention soft however large the features grow; not in the paper.
+    qk_norm: bool = MISSING
     # Implementation of attention: auto (the fastest measured), reference, sdpa, tiled, native
     # or fused; see aaconv.attention_2d. All compute the same, up to rounding.
     backend: str = MISSING
+
+
+@dataclass
+class RemovedConfig(ReplacingConfig):
+    _target_: str = "models.Removed"
+
+
+@dataclass
+class PointwiseConfig(ReplacingConfig):
+    _target_: str = "models.Pointwise"
+
+
+@dataclass
+class GlobalMeanConfig(ReplacingConfig):
+    _target_: str = "models.GlobalMean"
 
 
 @dataclass
@@ -224,9 +275,11 @@ class SGDConfig:
     momentum: float = MISSING
     # Whether momentum is Nesterov's; needs optim.momentum above 0.
     nesterov: bool = MISSING
-    # Factor of the weights that is added to their gradients, at least 0. Of all parameters: biases,
-    # batch normalisation and the relative tables are decayed like the others.
+    # Factor of the weights that is added to their gradients, at least 0; optim.decay says of which.
     weight_decay: float = MISSING
+    # Which parameters are decayed: all, or weights (not biases, batch normalization and the
+    # relative tables).
+    decay: Decay = MISSING
 
 
 @dataclass
@@ -237,9 +290,12 @@ class AdamWConfig:
     lr: float = MISSING
     # Decay rates of the running means of gradients and of their squares: two numbers in [0, 1).
     betas: list[float] = MISSING
-    # Weights shrink by this times the learning rate at each step, at least 0: all parameters, with
-    # biases, batch normalisation and the relative tables.
+    # Weights shrink by this times the learning rate at each step, at least 0; optim.decay says
+    # which of them do.
     weight_decay: float = MISSING
+    # Which parameters are decayed: all, or weights (not biases, batch normalization and the
+    # relative tables).
+    decay: Decay = MISSING
 
 
 @dataclass
@@ -366,6 +422,9 @@ OPTIONS = (
     ("attention", "aa", AugmentedConvConfig),
     ("attention", "se", SqueezeExciteConfig),
     ("attention", "ge", GatherExciteConfig),
+    ("attention", "removed", RemovedConfig),
+    ("attention", "pointwise", PointwiseConfig),
+    ("attention", "mean", GlobalMeanConfig),
     ("data", "cifar", CifarConfig),
     ("data", "lookup", LookupConfig),
     ("data", "folder", FolderConfig),
@@ -388,17 +447,18 @@ def _option_groups() -> str:
 def register() -> None:
     """Register the types with Hydra, under the names that the YAML files use, and resolvers.
 
-    ``${if_augmented:${attention._target_},A,B}`` is A for networks with augmented convolutions and
-    B for all others: the paper trains the two differently. ``${no_effect_on_folder:}`` lists the
-    settings that no folder is named by, ``${option_groups:}`` the groups and their options,
-    ``${base_name:PATH}`` the last part of a path.
+    ``${if_augmented:${attention._target_},A,B}`` is A for networks with augmented convolutions, and
+    for the controls of these, and B for all others: the paper trains the two differently.
+    ``${no_effect_on_folder:}`` lists the settings that no folder is named by, ``${option_groups:}``
+    the groups and their options, ``${base_name:PATH}`` the last part of a path.
     """
+    augmented = {kind._target_ for _, _, kind in OPTIONS if issubclass(kind, ReplacingConfig)}
     OmegaConf.register_new_resolver(
         "base_name", lambda path: Path(path).absolute().name, replace=True
     )
     OmegaConf.register_new_resolver(
         "if_augmented",
-        lambda target, there, otherwise: there if target == "models.AA" else otherwise,
+        lambda target, there, otherwise: there if target in augmented else otherwise,
         replace=True,
     )
     OmegaConf.register_new_resolver(

@@ -1,18 +1,33 @@
 """Residual networks for small images, with and without attention."""
 
-from models.attention import AA, GE, SE, Attention, NoAttention
-from models.cost import augmented_layers, count_flops, count_parameters, layer_facts, layer_table
+from aaconv.maps import augmented_layers
+from models.attention import (
+    AA,
+    ATTENTIONS,
+    GE,
+    SE,
+    Attention,
+    GlobalMean,
+    NoAttention,
+    Pointwise,
+    Removed,
+)
+from models.cost import count_flops, count_parameters, layer_facts, layer_table
 from models.resnet import ResNet
 from models.saved import Description, Trained, build, describe_attention, load
 from models.transfer import Transfer, freeze, hold_frozen, transfer
 
 __all__ = [
     "AA",
+    "ATTENTIONS",
     "GE",
     "SE",
     "Attention",
     "Description",
+    "GlobalMean",
     "NoAttention",
+    "Pointwise",
+    "Removed",
     "ResNet",
     "Trained",
     "Transfer",

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from aaconv import AugmentedConv, attention_maps
-from models.cost import augmented_layers
+from aaconv.maps import augmented_layers, layer_inputs, output_size
 
 
 @dataclass(frozen=True)
@@ -100,12 +99,6 @@ def sharpest(weights: Tensor) -> int:
     return int(entropy.mean(dim=0).argmin())
 
 
-def output_size(layer: AugmentedConv, x: Tensor) -> tuple[int, int]:
-    """(h, w) of the positions that attend to each other when the layer's input is ``x``."""
-    q, *_ = layer.queries_keys_values(x[:1])
-    return q.shape[2], q.shape[3]
-
-
 @contextmanager
 def as_in_evaluation(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode within the ``with``, and afterwards each module as it was."""
@@ -116,19 +109,3 @@ def as_in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-@contextmanager
-def layer_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The inputs that the augmented layers get within the ``with``, by their names."""
-    inputs: dict[str, Tensor] = {}
-
-    def keep(name: str, layer: AugmentedConv) -> RemovableHandle:
-        return layer.register_forward_pre_hook(lambda _, given: inputs.__setitem__(name, given[0]))
-
-    handles = [keep(name, layer) for name, layer in augmented_layers(model).items()]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,9 +1,15 @@
-"""The kinds of attention that the residual blocks can have.
+"""The options of the group `attention`: what the residual blocks have beside convolutions.
 
-`NoAttention` is the baseline. `AA` is an attention-augmented first convolution (Bello et al.,
-ICCV 2019), `SE` squeeze-and-excitation (Hu et al., CVPR 2018), `GE` gather-excite without
-parameters and with global extent (Hu et al., NeurIPS 2018).
+`NoAttention` is the baseline, `AA` an attention-augmented first convolution (Bello et al., ICCV
+2019), `SE` squeeze-and-excitation (Hu et al., CVPR 2018), `GE` gather-excite without parameters and
+with global extent (Hu et al., NeurIPS 2018). `Removed`, `Pointwise` and `GlobalMean` are controls
+of `AA`: something simpler in the place of its dv channels.
+
+An option is a class here, its settings in configs/schema.py, and a YAML file in configs/attention.
+Everything else asks the class.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,56 +20,74 @@ from torch import Tensor, nn
 
 from aaconv import AugmentedConv
 from aaconv.functional import check_backend_name
+from aaconv.modules import check_init
 from aaconv.ratios import channels, check_amount
 
 POSITIONS = ("relative", "none", "sine", "coord")
+BLOCKS = ("all", "unstrided", "last")
 
 
 @dataclass(frozen=True)
-class NoAttention:
+class Place:
+    """Where a residual block stands in its network.
+
+    Attributes:
+        stage: counted from 1.
+        block: its number in the stage, from 1 to ``blocks``.
+        blocks: of the stage.
+        stride: of the block.
+        size: (H, W) of its output.
+    """
+
+    stage: int
+    block: int
+    blocks: int
+    stride: int
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An option: by itself the baseline, whose convolutions are plain.
+
+    Attributes:
+        name: of the option, in settings, summaries and files.
+        label: in reports, as Table 1 of the paper writes it.
+    """
+
+    name: ClassVar[str]
+    label: ClassVar[str]
+
+    def check(self, depths: Sequence[int]) -> None:
+        """Raise ValueError for settings that no network of such stages can have."""
+
+    def first_convolution(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
+        """The first 3x3 convolution of a block, which may have fewer than ``out_channels``.
+
+        Raises:
+            ValueError: there is no such convolution; the message names the stage.
+        """
+        return nn.Conv2d(in_channels, out_channels, 3, place.stride, padding=1, bias=False)
+
+    def recalibration(self, channels: int) -> nn.Module:
+        """The module that ends a residual branch.
+
+        Raises:
+            ValueError: the settings do not fit so many channels.
+        """
+        return nn.Identity()
+
+
+@dataclass(frozen=True)
+class NoAttention(Attention):
     """Plain convolutions: the baseline."""
 
     name: ClassVar[str] = "none"
+    label: ClassVar[str] = "plain"
 
 
 @dataclass(frozen=True)
-class AA:
-    """An attention-augmented first convolution.
-
-    Attributes:
-        dk: key channels of a block, as a number (int) or as a fraction of its output channels
-            (float, the paper's kappa), which is at most 2.
-        dv: value channels in the same way (upsilon); a fraction is at most 1.
-        Nh: number of heads. Fractions are rounded to a multiple of it, at least one channel per
-            head.
-        min_dkh: minimum key channels per head where ``dk`` is a fraction; an int ``dk`` is used
-            as it is.
-        position: the encoding of positions: ``relative`` (learned, as in the paper), ``none``,
-            ``sine`` or ``coord`` (see ``absolute`` of `aaconv.AugmentedConv`).
-        stages: the stages, counted from 1, whose blocks are augmented.
-        backend: how attention is computed, see `aaconv.attention_2d`.
-    """
-
-    name: ClassVar[str] = "aa"
-
-    dk: int | float
-    dv: int | float
-    Nh: int
-    min_dkh: int
-    position: str
-    stages: Sequence[int]
-    backend: str = "auto"
-
-    def channels(self, out_channels: int) -> tuple[int, int]:
-        """dk and dv of a block with ``out_channels`` output channels."""
-        return (
-            channels(self.dk, out_channels, self.Nh, self.min_dkh),
-            channels(self.dv, out_channels, self.Nh),
-        )
-
-
-@dataclass(frozen=True)
-class SE:
+class SE(Attention):
     """Squeeze-and-excitation at the end of every residual branch.
 
     Attributes:
@@ -71,90 +95,236 @@ class SE:
     """
 
     name: ClassVar[str] = "se"
+    label: ClassVar[str] = "SE"
     ratio: int
+
+    def check(self, depths: Sequence[int]) -> None:
+        if self.ratio < 1:
+            raise ValueError(f"attention.ratio={self.ratio} must be at least 1")
+
+    def recalibration(self, channels: int) -> nn.Module:
+        return SqueezeExcite(channels, self.ratio)
 
 
 @dataclass(frozen=True)
-class GE:
+class GE(Attention):
     """Gather-excite at the end of every residual branch, see `GatherExcite`."""
 
     name: ClassVar[str] = "ge"
+    label: ClassVar[str] = "GE"
+
+    def recalibration(self, channels: int) -> nn.Module:
+        return GatherExcite()
 
 
-Attention = NoAttention | AA | SE | GE
+@dataclass(frozen=True, kw_only=True)
+class Replacing(Attention):
+    """What takes the place of dv output channels of some blocks' first convolution.
 
-
-def check_attention(attention: Attention, stages: int) -> None:
-    """Raise ValueError for settings that no network of ``stages`` stages can have."""
-    if isinstance(attention, SE) and attention.ratio < 1:
-        raise ValueError(f"attention.ratio={attention.ratio} must be at least 1")
-    if not isinstance(attention, AA):
-        return
-    if attention.Nh < 1:
-        raise ValueError(f"attention.Nh={attention.Nh} must be at least 1")
-    if attention.min_dkh < 1:
-        raise ValueError(f"attention.min_dkh={attention.min_dkh} must be at least 1")
-    if attention.position not in POSITIONS:
-        raise ValueError(
-            f"attention.position={attention.position} is unknown; "
-            f"choose one of {', '.join(POSITIONS)}"
-        )
-    check_backend_name(attention.backend)
-    check_amount("attention.dk", attention.dk, attention.Nh)
-    check_amount("attention.dv", attention.dv, attention.Nh)
-    if not attention.stages or not set(attention.stages) <= set(range(1, stages + 1)):
-        raise ValueError(
-            f"attention.stages={list(attention.stages)} must be some of the network's stages "
-            f"1 to {stages}; use attention=none to augment no stage"
-        )
-
-
-def first_convolution(
-    in_channels: int,
-    out_channels: int,
-    stride: int,
-    size: tuple[int, int],
-    stage: int,
-    attention: Attention,
-) -> nn.Module:
-    """The first 3x3 convolution of a block, augmented if ``attention`` says so for ``stage``.
-
-    ``size`` is (H, W) of its output.
-
-    Raises:
-        ValueError: `AugmentedConv` rejects the arguments; the message names the stage.
+    Attributes:
+        dv: those channels, as a number (int) or as a fraction of the block's output channels
+            (float, the paper's upsilon), which is at most 1.
+        Nh: number of heads; a fraction is rounded to a multiple of it.
+        stages: the stages, counted from 1, in which it does.
+        blocks: in which blocks of these stages: ``all``, ``unstrided`` (not the one that halves the
+            map), or ``last`` (the last of each stage).
     """
-    if not isinstance(attention, AA) or stage not in attention.stages:
-        return nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
-    dk, dv = attention.channels(out_channels)
-    try:
+
+    dv: int | float
+    Nh: int
+    stages: Sequence[int]
+    blocks: str = "all"
+
+    def check(self, depths: Sequence[int]) -> None:
+        if self.Nh < 1:
+            raise ValueError(f"attention.Nh={self.Nh} must be at least 1")
+        check_amount("attention.dv", self.dv, self.Nh)
+        if self.blocks not in BLOCKS:
+            raise ValueError(
+                f"attention.blocks={self.blocks} is unknown; choose one of {', '.join(BLOCKS)}"
+            )
+        if not self.stages or not set(self.stages) <= set(range(1, len(depths) + 1)):
+            raise ValueError(
+                f"attention.stages={list(self.stages)} must be some of the network's stages "
+                f"1 to {len(depths)}; use attention=none to augment no stage"
+            )
+        for stage in self.stages:
+            if self.blocks == "unstrided" and stage > 1 and depths[stage - 1] == 1:
+                raise ValueError(
+                    f"attention.blocks=unstrided leaves no block of stage {stage}, whose only one "
+                    f"has a stride; take it out of attention.stages={list(self.stages)}"
+                )
+
+    def dv_of(self, out_channels: int) -> int:
+        """dv of a block with ``out_channels`` output channels."""
+        return channels(self.dv, out_channels, self.Nh)
+
+    def first_convolution(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
+        if place.stage not in self.stages or not self._has_block(place):
+            return super().first_convolution(in_channels, out_channels, place)
+        try:
+            return self.replaced(in_channels, out_channels, place)
+        except ValueError as error:
+            raise ValueError(f"attention in stage {place.stage}: {error}") from error
+
+    def _has_block(self, place: Place) -> bool:
+        if self.blocks == "last":
+            return place.block == place.blocks
+        return self.blocks == "all" or place.stride == 1
+
+    def replaced(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
+        """The first convolution of a block that is chosen.
+
+        Raises:
+            ValueError: there is none with so many channels.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AA(Replacing):
+    """An attention-augmented first convolution.
+
+    Attributes:
+        dk: key channels of a block, as a number (int) or as a fraction of its output channels
+            (float, the paper's kappa), which is at most 2.
+        min_dkh: minimum key channels per head where ``dk`` is a fraction; an int ``dk`` is used
+            as it is.
+        position: the encoding of positions: ``relative`` (learned, as in the paper), ``none``,
+            ``sine`` or ``coord`` (see ``absolute`` of `aaconv.AugmentedConv`).
+        bias: whether queries, keys and values have a bias.
+        init: how attention's own convolutions begin, see `aaconv.AugmentedConv`.
+        qk_norm: whether queries and keys are normalized, see there.
+        backend: how attention is computed, see `aaconv.attention_2d`.
+    """
+
+    name: ClassVar[str] = "aa"
+    label: ClassVar[str] = "AA"
+
+    dk: int | float
+    min_dkh: int
+    position: str
+    bias: bool = False
+    init: str = "torch"
+    qk_norm: bool = True
+    backend: str = "auto"
+
+    def check(self, depths: Sequence[int]) -> None:
+        super().check(depths)
+        if self.min_dkh < 1:
+            raise ValueError(f"attention.min_dkh={self.min_dkh} must be at least 1")
+        if self.position not in POSITIONS:
+            raise ValueError(
+                f"attention.position={self.position} is unknown; "
+                f"choose one of {', '.join(POSITIONS)}"
+            )
+        check_backend_name(self.backend)
+        check_init(self.init)
+        check_amount("attention.dk", self.dk, self.Nh)
+
+    def dk_of(self, out_channels: int) -> int:
+        """dk of a block with ``out_channels`` output channels."""
+        return channels(self.dk, out_channels, self.Nh, self.min_dkh)
+
+    def replaced(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
         return AugmentedConv(
             in_channels,
             out_channels,
             kernel_size=3,
-            dk=dk,
-            dv=dv,
-            Nh=attention.Nh,
-            shape=size,
-            relative=attention.position == "relative",
-            absolute="none" if attention.position == "relative" else attention.position,
-            stride=stride,
+            dk=self.dk_of(out_channels),
+            dv=self.dv_of(out_channels),
+            Nh=self.Nh,
+            shape=place.size,
+            relative=self.position == "relative",
+            absolute="none" if self.position == "relative" else self.position,
+            stride=place.stride,
             bias=False,
-            backend=attention.backend,
+            qkv_bias=self.bias,
+            init=self.init,
+            qk_norm=self.qk_norm,
+            backend=self.backend,
         )
-    except ValueError as error:
-        raise ValueError(f"attention in stage {stage}: {error}") from error
 
 
-def recalibration(channels: int, attention: Attention) -> nn.Module:
-    """The module that ends a residual branch: a gate for `SE` and `GE`, else the identity.
+@dataclass(frozen=True, kw_only=True)
+class Removed(Replacing):
+    """Control: nothing in the place of the dv channels; the block is narrower by them inside."""
+
+    name: ClassVar[str] = "removed"
+    label: ClassVar[str] = "removed"
+
+    def replaced(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
+        kept = _kept(out_channels, self.dv_of(out_channels))
+        return nn.Conv2d(in_channels, kept, 3, place.stride, padding=1, bias=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pointwise(Replacing):
+    """Control: a 1x1 convolution gives the dv channels, which no other position reaches."""
+
+    name: ClassVar[str] = "pointwise"
+    label: ClassVar[str] = "1x1"
+
+    def replaced(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
+        dv = self.dv_of(out_channels)
+        return SideConv(in_channels, out_channels, dv, place.stride, mean=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalMean(Replacing):
+    """Control: attention whose weights are all equal gives the dv channels."""
+
+    name: ClassVar[str] = "mean"
+    label: ClassVar[str] = "mean"
+
+    def replaced(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
+        dv = self.dv_of(out_channels)
+        return SideConv(in_channels, out_channels, dv, place.stride, mean=True)
+
+
+# By name, in the order of the paper's Table 1 and after them the controls.
+ATTENTIONS: dict[str, type[Attention]] = {
+    kind.name: kind for kind in (NoAttention, GE, SE, AA, Removed, Pointwise, GlobalMean)
+}
+
+
+def _kept(out_channels: int, dv: int) -> int:
+    if not 0 < dv < out_channels:
+        raise ValueError(f"dv={dv} must be above 0 and below out_channels={out_channels}")
+    return out_channels - dv
+
+
+class SideConv(nn.Module):
+    """A 3x3 and a 1x1 convolution in parallel, as convolution and attention are in `AugmentedConv`.
+
+    Maps (B, in_channels, H, W) to (B, out_channels, H/stride, W/stride), rounded up. The last
+    ``dv`` channels are the 1x1 convolution's, with ``mean`` its output's mean over all positions:
+    what attention gives whose weights are all equal.
 
     Raises:
-        ValueError: the ratio of `SE` is larger than ``channels``.
+        ValueError: ``dv`` leaves no channel to one of the two.
     """
-    if isinstance(attention, SE):
-        return SqueezeExcite(channels, attention.ratio)
-    return GatherExcite() if isinstance(attention, GE) else nn.Identity()
+
+    def __init__(
+        self, in_channels: int, out_channels: int, dv: int, stride: int, *, mean: bool
+    ) -> None:
+        super().__init__()
+        kept = _kept(out_channels, dv)
+        self.out_channels, self.stride, self.mean = out_channels, stride, mean
+        self.conv_out = nn.Conv2d(in_channels, kept, 3, stride, padding=1, bias=False)
+        self.side_conv = nn.Conv2d(in_channels, dv, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv_out(x)
+        # Unstrided, after subsampling, for the reason given in aaconv/modules.py.
+        x = x[:, :, :: self.stride, :: self.stride]
+        if self.mean:  # of the input: a convolution without bias and a mean can be exchanged
+            x = x.mean(dim=(2, 3), keepdim=True)
+        side = self.side_conv(x)
+        return torch.cat((out, side.expand(-1, -1, *out.shape[2:])), dim=1)
+
+
+Convolution = nn.Conv2d | AugmentedConv | SideConv
 
 
 class SqueezeExcite(nn.Module):

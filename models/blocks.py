@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention, first_convolution, recalibration
+from models.attention import Attention, Place
 
 
 class Shortcut(nn.Module):
@@ -54,19 +54,18 @@ class BasicBlock(nn.Module):
         self,
         in_channels: int,
         channels: int,
-        stride: int,
-        size: tuple[int, int],
-        stage: int,
+        place: Place,
         shortcut: str,
         attention: Attention,
     ) -> None:
         super().__init__()
-        self.conv1 = first_convolution(in_channels, channels, stride, size, stage, attention)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.conv1 = attention.first_convolution(in_channels, channels, place)
+        inner = self.conv1.out_channels
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.recalibrate = recalibration(channels, attention)
-        self.shortcut = _post_activation_shortcut(in_channels, channels, stride, shortcut)
+        self.recalibrate = attention.recalibration(channels)
+        self.shortcut = _post_activation_shortcut(in_channels, channels, place.stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
@@ -87,9 +86,7 @@ class Bottleneck(nn.Module):
         self,
         in_channels: int,
         channels: int,
-        stride: int,
-        size: tuple[int, int],
-        stage: int,
+        place: Place,
         shortcut: str,
         attention: Attention,
     ) -> None:
@@ -97,12 +94,13 @@ class Bottleneck(nn.Module):
         out_channels = channels * self.expansion
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = first_convolution(channels, channels, stride, size, stage, attention)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.conv2 = attention.first_convolution(channels, channels, place)
+        inner = self.conv2.out_channels
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.recalibrate = recalibration(out_channels, attention)
-        self.shortcut = _post_activation_shortcut(in_channels, out_channels, stride, shortcut)
+        self.recalibrate = attention.recalibration(out_channels)
+        self.shortcut = _post_activation_shortcut(in_channels, out_channels, place.stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
@@ -123,21 +121,20 @@ class PreActBlock(nn.Module):
         self,
         in_channels: int,
         channels: int,
-        stride: int,
-        size: tuple[int, int],
-        stage: int,
+        place: Place,
         shortcut: str,
         attention: Attention,
     ) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = first_convolution(in_channels, channels, stride, size, stage, attention)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.recalibrate = recalibration(channels, attention)
+        self.conv1 = attention.first_convolution(in_channels, channels, place)
+        inner = self.conv1.out_channels
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, channels, 3, padding=1, bias=False)
+        self.recalibrate = attention.recalibration(channels)
         self.shortcut = None
-        if stride > 1 or in_channels != channels:
-            self.shortcut = Shortcut(in_channels, channels, stride, shortcut)
+        if place.stride > 1 or in_channels != channels:
+            self.shortcut = Shortcut(in_channels, channels, place.stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(x))

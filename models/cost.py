@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from aaconv import AugmentedConv
+from aaconv.maps import augmented_layers
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -29,11 +29,6 @@ def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
     with counter, torch.no_grad():
         shadow(torch.empty(1, 3, *image_size, device="meta"))
     return counter.get_total_flops()
-
-
-def augmented_layers(model: nn.Module) -> dict[str, AugmentedConv]:
-    """The augmented convolutions of a network by their module names."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, AugmentedConv)}
 
 
 def layer_facts(model: nn.Module) -> list[dict[str, Any]]:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.attention import Attention, NoAttention, check_attention
+from aaconv.maps import augmented_layers
+from models.attention import Attention, NoAttention, Place
 from models.blocks import BasicBlock, Bottleneck, PreActBlock
 
 BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck] | type[PreActBlock]] = {
@@ -60,7 +61,7 @@ class ResNet(nn.Module):
                 f"depths={list(depths)}, widths={list(widths)}, stem={stem} and "
                 f"num_classes={num_classes} must be at least 1"
             )
-        check_attention(attention, len(depths))
+        attention.check(depths)
         make_block = BLOCKS[block]
         self.conv = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         # Pre-activation blocks normalise their own input, so the normalisation that the others
@@ -71,17 +72,16 @@ class ResNet(nn.Module):
         channels, size = stem, image_size
         for index, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             blocks = nn.Sequential()
-            for position in range(depth):
-                stride = 2 if index > 0 and position == 0 else 1
+            for number in range(depth):
+                stride = 2 if index > 0 and number == 0 else 1
                 size = (-(-size[0] // stride), -(-size[1] // stride))
-                blocks.append(
-                    make_block(channels, width, stride, size, index + 1, shortcut, attention)
-                )
+                place = Place(index + 1, number + 1, depth, stride, size)
+                blocks.append(make_block(channels, width, place, shortcut, attention))
                 channels = width * make_block.expansion
             self.stages.append(blocks)
         self.bn_out = nn.BatchNorm2d(channels) if preact else nn.Identity()
         self.head = nn.Linear(channels, num_classes)
-        self.apply(_initialise)
+        _initialize(self)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn_in(self.conv(x))
@@ -93,9 +93,14 @@ class ResNet(nn.Module):
         return self.head(x.mean(dim=(2, 3)))
 
 
-def _initialise(module: nn.Module) -> None:
-    # On the meta device there is nothing to draw; see AugmentedConv.
-    if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
-        nn.init.kaiming_normal_(module.weight)
-    elif isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
+def _initialize(network: nn.Module) -> None:
+    """Draw the convolutions and zero the last layer's bias; attention has initialized itself."""
+    layers = augmented_layers(network).values()
+    of_attention = {part for layer in layers for part in (layer.qkv_conv, layer.attn_out)}
+    for module in network.modules():
+        # On the meta device there is nothing to draw; see AugmentedConv.
+        if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
+            if module not in of_attention:
+                nn.init.kaiming_normal_(module.weight)
+        elif isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)

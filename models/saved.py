@@ -17,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attention import AA, GE, SE, Attention, NoAttention
+from models.attention import ATTENTIONS, Attention
 from models.resnet import ResNet
 
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "config.json"
 CHECKPOINTS = ("last.pt", "previous.pt")
 # Of the description; a change of names or meanings raises it.
-FORMAT = 1
-ATTENTIONS: dict[str, Callable[..., Attention]] = {k.name: k for k in (NoAttention, AA, SE, GE)}
+FORMAT = 2
+# What attention of format 1 was, whose files do not say it.
+OF_FORMAT_1 = {"blocks": "all", "bias": False, "init": "kaiming", "qk_norm": False}
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,10 @@ class Description:
         """
         if not isinstance(values, dict):
             raise ValueError(f"{where}: no description of a network")
-        if values.get("format") != FORMAT:
+        if values.get("format") not in (1, FORMAT):
             raise ValueError(
-                f"{where}: format is {values.get('format')}; this version reads format {FORMAT}"
+                f"{where}: format is {values.get('format')}; this version reads formats 1 and "
+                f"{FORMAT}"
             )
         for name, (kind, fits) in _KINDS.items():
             if name not in values:
@@ -81,7 +83,11 @@ class Description:
                 f"{where}: {len(values['class_names'])} class_names for "
                 f"network.num_classes={values['network'].get('num_classes')}"
             )
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        kept = {field.name: values[field.name] for field in fields(cls)}
+        attention = kept["network"]["attention"]
+        if values["format"] == 1 and attention.get("name") == "aa":
+            kept["network"] = kept["network"] | {"attention": OF_FORMAT_1 | attention}
+        return cls(**kept)
 
 
 @dataclass(frozen=True)

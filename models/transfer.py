@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from aaconv import AugmentedConv
+from aaconv.maps import augmented_layers
 from aaconv.tables import fit_table
-from models.cost import augmented_layers
 from models.saved import Trained
 
+# What decides what attention's tensors mean.
+DECISIVE = ("dk", "dv", "Nh", "qk_norm")
 # Tensors of an augmented convolution that have a meaning with its own dk, dv and Nh alone.
 ATTENTIONS_OWN = ("qkv_conv", "attn_out", "key_rel_h", "key_rel_w")
 TABLES = ("key_rel_h", "key_rel_w")
@@ -66,7 +68,7 @@ def transfer(network: nn.Module, other: Trained, class_names: Sequence[str]) -> 
 
     Taken are, under the same names,
 
-    - tensors of the same shape; of attention's only where dk, dv and Nh are the same;
+    - tensors of the same shape; of attention's only where dk, dv, Nh and qk_norm are the same;
     - relative tables of another map size, converted by `aaconv.tables.fit_table`;
     - where one network is augmented and the other is plain, or the dv differ, the convolution's
       first output channels, as many as both have;
@@ -133,8 +135,8 @@ def _of_attention(
     tensor: Tensor, value: Tensor, own: str, here: AugmentedConv, there: AugmentedConv
 ) -> tuple[Tensor | None, str]:
     """What is taken of ``value``, and in words what of that is not as it was."""
-    sizes = {key: (getattr(here, key), getattr(there, key)) for key in ("dk", "dv", "Nh")}
-    differing = [f"{key}={theirs}" for key, (ours, theirs) in sizes.items() if ours != theirs]
+    pairs = {key: (getattr(here, key), getattr(there, key)) for key in DECISIVE}
+    differing = [f"{key}={theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
     if differing:
         return None, f"new, {', '.join(differing)} there"
     if own in TABLES and len(value) != len(tensor):

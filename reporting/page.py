@@ -253,7 +253,7 @@ def scores_section(data: str, variants: list[Variant]) -> Section:
 def _printed(data: str, variant: Variant) -> paper.Row | None:
     if data != paper.DATA or variant.model != paper.MODEL:
         return None
-    return paper.TABLE1[variant.attention]
+    return paper.TABLE1.get(variant.attention)
 
 
 def _cells(row: paper.Row | None) -> list[str]:

@@ -67,6 +67,9 @@ RECIPE = (
     Recipe("attention.min_dkh", None, 20, "table"),
     Recipe("attention.position", None, "relative", "table"),
     Recipe("attention.stages", None, [1, 2, 3], "table"),
+    Recipe("attention.blocks", None, "all", "table"),
+    Recipe("attention.init", None, "glorot", "second"),
+    Recipe("attention.qk_norm", None, False, "second"),
 )
 NOTES = (
     "GFLOPs: ours count every multiply-add of the forward pass, attention's too, and come to 12.3 "

@@ -9,13 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from models import ATTENTIONS
 from reporting.text import as_text, natural, one_line, short
 from training import run_folder
 from training.run_folder import SUMMARY, UnreadableError
 from training.variants import variant_settings
 
-# How Table 1 of the paper writes the choices of attention, in its order.
-ATTENTION = {"none": "plain", "ge": "GE", "se": "SE", "aa": "AA"}
 # The settings that are named first where several would tell two variants apart.
 NAMED_FIRST = ("epochs", "batch_size", "optim.lr", "optim.weight_decay", "data.val_size")
 NOT_SET = "not set"
@@ -162,10 +161,10 @@ def _read_run(folder: Path) -> Run | Excluded:
             summary, rows = run_folder.read_result(folder)
         except FileNotFoundError:
             return Excluded(folder, "unfinished", _progress(folder))
-        if summary["attention"] not in ATTENTION:
+        if summary["attention"] not in ATTENTIONS:
             raise UnreadableError(
                 f"{folder / SUMMARY}: attention is {summary['attention']}, not "
-                f"{', '.join(ATTENTION)}"
+                f"{', '.join(ATTENTIONS)}"
             )
     except UnreadableError as error:
         # The folder is named beside it.
@@ -235,7 +234,7 @@ def group_by_variant(runs: list[Run]) -> tuple[list[Variant], list[Excluded]]:
         else:
             same[run.seed] = run
     variants = _labelled([[same[seed] for seed in sorted(same)] for same in members.values()])
-    order = list(ATTENTION)
+    order = list(ATTENTIONS)
     variants.sort(key=lambda v: (v.model, order.index(v.attention), natural(v.label)))
     return variants, duplicates
 
@@ -249,7 +248,7 @@ def _labelled(groups: list[list[Run]]) -> list[Variant]:
     variants = []
     for (model, attention), members in alike.items():
         words = [model] if several_models else []
-        words.append(ATTENTION[attention])
+        words.append(ATTENTIONS[attention].label)
         keys = distinguishing(members)
         for variant in members:
             settings = [f"{short(key)}={variant.setting(key)}" for key in keys]

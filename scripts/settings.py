@@ -81,7 +81,8 @@ def read_schema(source: str) -> Schema:
             members = [a.targets[0] for a in node.body if isinstance(a, ast.Assign)]
             choices[node.name] = [m.id for m in members if isinstance(m, ast.Name)]
         else:
-            fields[node.name] = [
+            inherited = [f for base in node.bases for f in fields.get(ast.unparse(base), [])]
+            fields[node.name] = inherited + [
                 Field(a.target.id, ast.unparse(a.annotation), comment_above(lines, a.lineno))
                 for a in node.body
                 if isinstance(a, ast.AnnAssign)

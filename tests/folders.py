@@ -5,10 +5,11 @@ import json
 import math
 import random
 
+from models import ATTENTIONS
 from reporting import runs
 
 CLASSES = ["apple", "aquarium_fish", "bear", "maple_tree", "pickup_truck", "<rocket>", "sea"]
-TARGETS = {"none": "NoAttention", "aa": "AA", "se": "SE", "ge": "GE"}
+TARGETS = {name: kind.__name__ for name, kind in ATTENTIONS.items()}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 # What a name may be, and must be shown as and not acted on.

@@ -28,7 +28,9 @@ def attention(q, k, v, rel_h=None, rel_w=None):
     return torch.stack(heads).reshape(B, N, H, W, v.shape[-1])
 
 
-def augmented_conv(x, weights, *, dk, dv, Nh, stride=1, padding=1, dilation=1, groups=1):
+def augmented_conv(
+    x, weights, *, dk, dv, Nh, stride=1, padding=1, dilation=1, groups=1, qk_norm=False
+):
     """[Conv(X), MHA(X)] from a dict of the layer's parameters, for a 1x1 qkv convolution."""
     out = []
     if "conv_out.weight" in weights:
@@ -46,7 +48,8 @@ def augmented_conv(x, weights, *, dk, dv, Nh, stride=1, padding=1, dilation=1, g
     if dv:
         kept = x[:, :, ::stride, ::stride]
         qkv = torch.einsum("bihw,oi->bhwo", kept, weights["qkv_conv.weight"][:, :, 0, 0])
-        qkv = qkv + weights["qkv_conv.bias"]
+        if "qkv_conv.bias" in weights:
+            qkv = qkv + weights["qkv_conv.bias"]
         dkh, dvh = dk // Nh, dv // Nh
         q, k, v = [], [], []
         for n in range(Nh):
@@ -54,6 +57,10 @@ def augmented_conv(x, weights, *, dk, dv, Nh, stride=1, padding=1, dilation=1, g
             k.append(qkv[..., dk + n * dkh : dk + (n + 1) * dkh])
             v.append(qkv[..., 2 * dk + n * dvh : 2 * dk + (n + 1) * dvh])
         q, k, v = (torch.stack(t, dim=1) for t in (q, k, v))
+        if qk_norm:
+            q, k = (
+                t * dkh**0.5 / ((t * t).sum(-1, keepdim=True) + dkh * 1e-6) ** 0.5 for t in (q, k)
+            )
         attended = attention(q, k, v, weights.get("key_rel_h"), weights.get("key_rel_w"))
         together = torch.cat([attended[:, n] for n in range(Nh)], dim=-1)  # (B, H, W, dv)
         mixed = torch.einsum("bhwi,oi->bohw", together, weights["attn_out.weight"][:, :, 0, 0])
@@ -64,7 +71,8 @@ def augmented_conv(x, weights, *, dk, dv, Nh, stride=1, padding=1, dilation=1, g
 def resnet(x, state, *, block, shortcut, attention):
     """A ResNet in evaluation mode, from its state dict.
 
-    ``attention`` is "none", "ge", "se", or for augmented blocks a dict of dk, dv and Nh.
+    ``attention`` is "none", "ge", "se", "removed", "pointwise", "mean", or for augmented blocks a
+    dict of dk, dv and Nh.
     """
     residual = {"basic": _basic, "bottleneck": _bottleneck, "preact": _preact}[block]
     blocks = sorted({name[: len("stages.0.0")] for name in state if name.startswith("stages.")})
@@ -122,10 +130,17 @@ def _shortcut(x, y, weights, stride, kind, normalise):
 
 
 def _first(x, weights, name, stride, attention):
+    if attention in ("pointwise", "mean"):
+        out = F.conv2d(x, weights[name + ".conv_out.weight"], stride=stride, padding=1)
+        side = F.conv2d(x, weights[name + ".side_conv.weight"], stride=stride)
+        if attention == "mean":
+            flat = side.flatten(2)
+            side = flat.mean(2, keepdim=True).repeat(1, 1, flat.shape[2]).view(side.shape)
+        return torch.cat([out, side], dim=1)
     if not isinstance(attention, dict):
         return F.conv2d(x, weights[name + ".weight"], stride=stride, padding=1)
     own = {n.removeprefix(name + "."): t for n, t in weights.items() if n.startswith(name)}
-    own["qkv_conv.bias"] = own["attn_out.bias"] = torch.zeros(1, dtype=x.dtype)
+    own["attn_out.bias"] = torch.zeros(1, dtype=x.dtype)
     return augmented_conv(x, own, stride=stride, **attention)
 
 

@@ -1,6 +1,7 @@
 """`augment_`: what is replaced and by what, what is kept, and what is refused before any change."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from aaconv import AugmentedConv, augment_
+from data import vision
 from models import AA
 
 
@@ -109,10 +111,11 @@ def test_dk_and_dv_are_those_of_the_networks():
     ]:
         model = build()
         augment_(model, EXAMPLE, dk=dk, dv=dv, Nh=Nh, min_dkh=min_dkh)
-        rule = AA(dk, dv, Nh, min_dkh, "relative", (1,))
+        rule = AA(dk=dk, dv=dv, Nh=Nh, min_dkh=min_dkh, position="relative", stages=(1,))
         for name in BY_DEFAULT:
             layer = model.get_submodule(name)
-            assert (layer.dk, layer.dv) == rule.channels(layer.out_channels)
+            out = layer.out_channels
+            assert (layer.dk, layer.dv) == (rule.dk_of(out), rule.dv_of(out))
 
 
 @pytest.mark.parametrize(("most", "first"), [(18 * 14, "stem"), (18 * 14 - 1, "down")])
@@ -246,6 +249,53 @@ def test_the_forward_pass_of_the_example_leaves_no_trace():
     assert not hasattr(model, "calls")
     assert torch.equal(model.norm.running_mean, twin.norm.running_mean)
     assert model.norm.num_batches_tracked == 0
+
+
+def test_the_start_that_is_asked_for_reaches_every_layer():
+    model = build()
+    augment_(model, EXAMPLE, init="glorot", qk_norm=True)
+    layers = [m for m in model.modules() if isinstance(m, AugmentedConv)]
+    assert {(layer.init, layer.qk_norm) for layer in layers} == {("glorot", True)}
+
+
+class Spared(Small):
+    """Names a parameter that is not to be decayed, as timm's models do."""
+
+    def no_weight_decay(self):
+        return {"head.weight"}
+
+
+@pytest.mark.parametrize("kind", [Small, Spared])
+def test_the_tables_are_named_to_optimizers_that_ask(kind):
+    model = kind().to(torch.float64)
+    report = augment_(model, EXAMPLE.to(torch.float64), max_positions=100)
+    tables = {
+        f"{name}.{table}" for name in report.augmented for table in ("key_rel_h", "key_rel_w")
+    }
+    own = {"head.weight"} if kind is Spared else set()
+    assert model.no_weight_decay() == tables | own
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        again = augment_(other, EXAMPLE.to(torch.float64))  # and the stem
+        assert again.augmented == ["stem"]
+        assert other.no_weight_decay() == tables | own | {"stem.key_rel_h", "stem.key_rel_w"}
+        assert model.no_weight_decay() == tables | own
+    model = build()
+    assert augment_(model, EXAMPLE, relative=False).augmented
+    assert model.no_weight_decay() == set()
+
+
+def test_timms_optimizers_decay_no_table():
+    assert vision.datasets  # torchvision can be imported from now on
+    timm = pytest.importorskip("timm")
+    optim = pytest.importorskip("timm.optim")
+    model = timm.create_model("resnet18")
+    report = augment_(model, torch.zeros(1, 3, 64, 64))
+    optimizer = optim.create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=0.5)
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    tables = [p for name, p in model.named_parameters() if "key_rel" in name]
+    assert len(tables) == 2 * len(report.augmented) == 32
+    assert {decay[table] for table in tables} == {0.0}
+    assert decay[model.layer3[0].conv1.qkv_conv.weight] == 0.5
 
 
 def test_twice_is_once():

@@ -42,7 +42,7 @@ def folder(tmp_path):
     """Two networks, one of a run with held-out images."""
     (tmp_path / "runs").mkdir()
     save(tmp_path / "runs" / "plain=1", described(models.NoAttention(), val_size=12))
-    attention = models.AA(0.5, 0.25, 2, 2, "relative", [3])
+    attention = models.AA(dk=0.5, dv=0.25, Nh=2, min_dkh=2, position="relative", stages=[3])
     save(tmp_path / "runs" / "aa=1", described(attention))
     return tmp_path / "runs"
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(
 SIZES = [(2, 16, 13), (1, 16, 13), (3, 9, 11), (1, 7, 8), (2, 31, 29), (5, 8, 40)]
 CASES = [
     {},
-    {"stride": 2},
+    {"stride": 2, "qk_norm": True},
     {"pool": 2},
     {"pool": 2, "stride": 2},
     {"relative": False, "absolute": "coord"},

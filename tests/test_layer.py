@@ -45,6 +45,8 @@ EQUAL = [
     {"dk": 0, "dv": 0},
     {"Nh": 1},
     {"dk": 2, "dv": 2},
+    {"qk_norm": True},
+    {"qk_norm": True, "qkv_bias": False, "stride": 2},
     {"dilation": 2, "padding": 2},
     {"kernel_size": 5},
     {"in_channels": 6, "out_channels": 10, "groups": 3},
@@ -72,6 +74,7 @@ def test_equals_the_formula_with_gradients(change, backend):
         padding=dilation * (kernel - 1) // 2,
         dilation=dilation,
         groups=change.get("groups", 1),
+        qk_norm=layer.qk_norm,
     )
     assert out.shape == (2, change.get("out_channels", 11), 3, 5)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-10)
@@ -103,6 +106,57 @@ def test_the_examples_of_the_description(stride, size):
     assert shapes["qkv_conv.weight"] == (84, 3, 1, 1)
     assert shapes["attn_out.weight"] == (4, 4, 1, 1)
     assert shapes["conv_out.weight"] == (16, 3, 3, 3)
+
+
+# Of weights (out, in, 1, 1) with fan_in = in and fan_out = out; a uniform one on (-a, a) has the
+# variance a^2 / 3.
+@pytest.mark.parametrize(
+    ("init", "variance", "uniform"),
+    [
+        ("torch", lambda fan_in, fan_out: 1 / (3 * fan_in), True),
+        ("glorot", lambda fan_in, fan_out: 2 / (fan_in + fan_out), True),
+        ("kaiming", lambda fan_in, fan_out: 2 / fan_in, False),
+    ],
+)
+def test_attention_starts_as_init_says(init, variance, uniform):
+    torch.manual_seed(0)
+    layer = AugmentedConv(150, 310, 3, dk=120, dv=300, Nh=4, init=init)
+    first = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    layer.reset_parameters()
+    for conv, fan_in, fan_out in ((layer.qkv_conv, 150, 540), (layer.attn_out, 300, 300)):
+        weight, expected = conv.weight.detach(), variance(fan_in, fan_out)
+        assert weight.shape[:2] == (fan_out, fan_in)
+        # The mean of n squares is off by sqrt(2 / n) of itself or less: 0.005 at 90,000 weights.
+        assert weight.square().mean().item() == pytest.approx(expected, rel=0.03)
+        most = math.sqrt(3 * expected)
+        assert (weight.abs().max().item() <= most * (1 + 1e-6)) is uniform
+        assert (conv.bias.abs().max().item() > 0) is (init == "torch")
+    assert layer.conv_out.weight.std().item() == pytest.approx((1 / (3 * 9 * 150)) ** 0.5, rel=0.03)
+    for name, parameter in layer.named_parameters():
+        if name.endswith("weight"):
+            assert not torch.equal(parameter, first[name]), name
+
+
+def test_normalized_attention_does_not_depend_on_the_size_of_queries_and_keys():
+    layers = [build(qk_norm=qk_norm, relative=False) for qk_norm in (True, False)]
+    outs = []
+    for layer in layers:
+        before = layer(image(2, 5, 3, 5))
+        with torch.no_grad():
+            layer.qkv_conv.weight[: 2 * layer.dk] *= 30
+            layer.qkv_conv.bias[: 2 * layer.dk] *= 30
+        outs.append((layer(image(2, 5, 3, 5)) - before).abs().max().item())
+    assert outs[0] < 1e-5 < 0.1 < outs[1]
+
+
+def test_only_queries_keys_and_values_lose_their_bias():
+    layer = AugmentedConv(5, 11, 3, 6, 4, 2, qkv_bias=False)
+    assert layer.qkv_conv.bias is None
+    assert layer.attn_out.bias is not None
+    assert layer.conv_out.bias is not None
+    layer = AugmentedConv(5, 11, 3, 6, 4, 2, bias=False, qkv_bias=True)
+    assert layer.qkv_conv.bias is not None
+    assert layer.attn_out.bias is None
 
 
 def test_tables_start_with_mean_0_and_standard_deviation_of_the_formula():
@@ -283,6 +337,7 @@ def test_even_kernel_where_the_sizes_agree():
         ({"qkv_kernel_size": 2}, "qkv_kernel_size=2 must be odd"),
         ({"backend": "quick"}, "backend='quick' is unknown; choose one of auto, reference, sdpa"),
         ({"backend": "fold"}, "^backend='fold' is called 'sdpa' now; use backend='sdpa'$"),
+        ({"init": "he"}, "init='he' is unknown; choose one of torch, glorot, kaiming"),
         ({"absolute": "cosine"}, "absolute='cosine' is unknown; choose one of none, sine, coord"),
         ({"absolute": "sine", "in_channels": 3}, "absolute=sine needs in_channels"),
     ],

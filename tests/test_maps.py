@@ -30,11 +30,15 @@ def weights_by_loops(layer, x, stride):
             for query in range(H * W):
                 iy, ix = divmod(query, W)
                 q = weight[rows] @ x[b, :, iy, ix] + bias[rows]
+                if layer.qk_norm:
+                    q = q / (q.square().mean() + 1e-6).sqrt()
                 logits = []
                 for key in range(H * W):
                     jy, jx = divmod(key, W)
                     of_keys = slice(layer.dk + rows.start, layer.dk + rows.stop)
                     k = weight[of_keys] @ x[b, :, jy, jx] + bias[of_keys]
+                    if layer.qk_norm:
+                        k = k / (k.square().mean() + 1e-6).sqrt()
                     if layer.relative:
                         k = k + layer.key_rel_h[jy - iy + H - 1] + layer.key_rel_w[jx - ix + W - 1]
                     logits.append(float(q @ k) / math.sqrt(dkh))
@@ -48,7 +52,7 @@ def weights_by_loops(layer, x, stride):
 @pytest.mark.parametrize("relative", [True, False])
 @pytest.mark.parametrize(("size", "stride"), [((3, 5), 1), slow((7, 2), 1), ((2, 3), 2)])
 def test_equals_the_formula(size, stride, relative):
-    layer = layer_of(size, stride=stride, relative=relative)
+    layer = layer_of(size, stride=stride, relative=relative, qk_norm=size == (3, 5))
     x = torch.randn(2, 5, size[0] * stride, size[1] * stride - (stride - 1), dtype=torch.float64)
     maps = attention_maps(layer, x)
     positions = size[0] * size[1]

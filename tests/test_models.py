@@ -6,9 +6,13 @@ import torch
 from aaconv import AugmentedConv
 from models import (
     AA,
+    ATTENTIONS,
     GE,
     SE,
+    GlobalMean,
     NoAttention,
+    Pointwise,
+    Removed,
     ResNet,
     augmented_layers,
     count_flops,
@@ -16,12 +20,16 @@ from models import (
     layer_facts,
     layer_table,
 )
-from models.attention import GatherExcite, SqueezeExcite
+from models.attention import GatherExcite, Place, SideConv, SqueezeExcite
 from models.blocks import Shortcut
 
 import reference
+from helpers import CONFIGS
 
 PAPER = AA(dk=0.2, dv=0.1, Nh=8, min_dkh=20, position="relative", stages=[1, 2, 3])
+
+
+CONTROLS = (Removed, Pointwise, GlobalMean)
 
 
 def wide(shortcut, attention):
@@ -46,6 +54,7 @@ def tiny(attention=NoAttention(), **change):  # noqa: B008
 
 def aa(**change):
     settings = {"dk": 8, "dv": 4, "Nh": 2, "min_dkh": 1, "position": "relative", "stages": [1, 2]}
+    settings |= {"qk_norm": False}
     return AA(**(settings | change))
 
 
@@ -101,7 +110,7 @@ def test_flops_of_wide_resnet_28_10():
     ("ratio", "millions"), [(0.25, 24.3), (0.5, 22.3), (0.75, 20.7), (1.0, 19.4)]
 )
 def test_parameters_of_resnet_50_over_the_ratio(ratio, millions):
-    attention = AA(ratio, ratio, 8, 20, "relative", [2, 3, 4])
+    attention = AA(dk=ratio, dv=ratio, Nh=8, min_dkh=20, position="relative", stages=[2, 3, 4])
     with torch.device("meta"):
         model = ResNet(
             "bottleneck",
@@ -143,7 +152,18 @@ def test_parameters_of_cifar_resnets(n):
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck", "preact"])
 @pytest.mark.parametrize("shortcut", ["projection", "pad", "subsample"])
-@pytest.mark.parametrize("attention", [NoAttention(), SE(4), GE(), aa()], ids=str)
+@pytest.mark.parametrize(
+    "attention",
+    [
+        NoAttention(),
+        SE(4),
+        GE(),
+        aa(),
+        aa(bias=True, qk_norm=True),
+        *(kind(dv=0.25, Nh=2, stages=[2]) for kind in CONTROLS),
+    ],
+    ids=str,
+)
 def test_every_kind_learns_on_odd_sizes(block, shortcut, attention):
     model = tiny(attention, block=block, shortcut=shortcut)
     out = model(torch.randn(3, 3, 11, 13))
@@ -155,7 +175,16 @@ def test_every_kind_learns_on_odd_sizes(block, shortcut, attention):
 @pytest.mark.parametrize("block", ["basic", "bottleneck", "preact"])
 @pytest.mark.parametrize("shortcut", ["projection", "pad", "subsample"])
 @pytest.mark.parametrize(
-    "attention", [NoAttention(), SE(4), GE(), aa(dk=4)], ids=["none", "se", "ge", "aa"]
+    "attention",
+    [
+        NoAttention(),
+        SE(4),
+        GE(),
+        aa(dk=4),
+        aa(dk=4, qk_norm=True, bias=True),
+        *(kind(dv=4, Nh=2, stages=[1, 2]) for kind in CONTROLS),
+    ],
+    ids=["none", "se", "ge", "aa", "aa normalized", *(kind.name for kind in CONTROLS)],
 )
 def test_equals_the_network_written_out(block, shortcut, attention):
     model = tiny(attention, block=block, shortcut=shortcut, image_size=(3, 5)).double().eval()
@@ -165,7 +194,9 @@ def test_equals_the_network_written_out(block, shortcut, attention):
         elif tensor.dim() == 1 and tensor.is_floating_point():  # of normalisations, and the head's
             tensor.normal_()
     x = torch.randn(2, 3, 3, 5, dtype=torch.float64)
-    kind = {"dk": 4, "dv": 4, "Nh": 2} if isinstance(attention, AA) else attention.name
+    kind = attention.name
+    if isinstance(attention, AA):
+        kind = {"dk": 4, "dv": 4, "Nh": 2, "qk_norm": attention.qk_norm}
     expected = reference.resnet(
         x, model.state_dict(), block=block, shortcut=shortcut, attention=kind
     )
@@ -198,15 +229,21 @@ def test_networks_differ_in_the_augmented_convolutions_alone():
     ],
 )
 def test_channels_from_numbers_and_fractions(change, width, expected):
-    assert aa(**change).channels(width) == expected
+    attention = aa(**change)
+    assert (attention.dk_of(width), attention.dv_of(width)) == expected
 
 
 def test_every_setting_of_aa_reaches_the_layer():
-    layer = augmented_layers(tiny(aa(dk=12, dv=6, Nh=3, position="none", backend="reference")))
-    layer = layer["stages.0.0.conv1"]
+    settings = {"position": "none", "backend": "reference", "init": "glorot"}
+    layers = augmented_layers(tiny(aa(dk=12, dv=6, Nh=3, bias=True, qk_norm=True, **settings)))
+    layer = layers["stages.0.0.conv1"]
     assert isinstance(layer, AugmentedConv)
     assert (layer.dk, layer.dv, layer.Nh, layer.backend) == (12, 6, 3, "reference")
+    assert (layer.init, layer.qk_norm) == ("glorot", True)
+    assert layer.qkv_conv.bias is not None
+    assert layer.attn_out.bias is None
     assert layer.key_rel_h is None
+    assert augmented_layers(tiny(aa()))["stages.0.0.conv1"].qkv_conv.bias is None
 
 
 def test_the_table_shows_what_was_resolved():
@@ -277,6 +314,15 @@ def test_squeeze_excite_and_gather_excite_by_their_formulas():
         torch.testing.assert_close(layer(x)[n], x[n] * gate[:, None, None])
 
 
+@pytest.mark.parametrize("init", ["torch", "glorot", "kaiming"])
+def test_a_network_does_not_draw_over_the_start_of_attention(init):
+    model = tiny(aa(dk=32, dv=32, Nh=4, init=init), widths=[64, 128], stem=64)
+    layer = augmented_layers(model)["stages.1.0.conv1"]
+    expected = {"torch": 1 / (3 * 64), "glorot": 2 / (64 + 96), "kaiming": 2 / 64}[init]
+    assert layer.qkv_conv.weight.square().mean().item() == pytest.approx(expected, rel=0.06)
+    assert layer.conv_out.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
+
+
 def test_initialisation():
     model = tiny(widths=[64, 128], stem=64)
     conv = model.stages[1][0].conv1
@@ -285,8 +331,63 @@ def test_initialisation():
     assert model.head.bias.abs().max() == 0
 
 
-def test_attentions_have_the_names_that_choose_them():
-    assert [kind.name for kind in (NoAttention(), aa(), SE(4), GE())] == ["none", "aa", "se", "ge"]
+def test_attentions_are_found_by_the_names_that_choose_them():
+    assert {name: kind.name for name, kind in ATTENTIONS.items()} == {n: n for n in ATTENTIONS}
+    options = {path.stem for path in (CONFIGS / "attention").glob("*.yaml")}
+    assert set(ATTENTIONS) == options
+    assert len({kind.label for kind in ATTENTIONS.values()}) == len(ATTENTIONS)
+
+
+# In a basic block of 8 to 16 channels with a stride of 2, on an 11x13 image, so 6x7 positions after
+# it, dv = 4: the plain first convolution has 9 * 8 * 16 weights and the second 9 * 16 * 16.
+@pytest.mark.parametrize(
+    ("kind", "parameters", "multiply_adds"),
+    [
+        # 4 channels fewer: of the first's outputs, of the normalization's two numbers, and of the
+        # second's inputs.
+        (Removed, -(9 * 8 * 4) - 2 * 4 - 9 * 4 * 16, -(9 * 8 * 4 + 9 * 4 * 16) * 42),
+        # 8 * 4 weights instead of 9 * 8 * 4, at each position, or once for their mean.
+        (Pointwise, -8 * 8 * 4, -8 * 8 * 4 * 42),
+        (GlobalMean, -8 * 8 * 4, -9 * 8 * 4 * 42 + 8 * 4),
+    ],
+)
+def test_parameters_and_flops_of_controls(kind, parameters, multiply_adds):
+    plain = tiny(depths=[1, 1])
+    control = tiny(kind(dv=0.25, Nh=2, stages=[2]), depths=[1, 1])
+    assert count_parameters(control) - count_parameters(plain) == parameters
+    flops = count_flops(control, (11, 13)) - count_flops(plain, (11, 13))
+    assert flops == 2 * multiply_adds
+
+
+def test_a_global_mean_is_attention_with_equal_weights():
+    """Queries of zeros see all positions alike; what is left is values, mean and W^O."""
+    torch.manual_seed(0)
+    place = Place(stage=1, block=1, blocks=1, stride=2, size=(3, 4))
+    layer = aa(dk=4, stages=[1]).first_convolution(5, 9, place).double()
+    control = GlobalMean(dv=4, Nh=2, stages=[1]).first_convolution(5, 9, place).double()
+    with torch.no_grad():
+        layer.qkv_conv.weight[:4] = 0
+        control.conv_out.weight.copy_(layer.conv_out.weight)
+        mixed = layer.attn_out.weight[:, :, 0, 0] @ layer.qkv_conv.weight[8:, :, 0, 0]
+        control.side_conv.weight.copy_(mixed[:, :, None, None])
+    x = torch.randn(2, 5, 5, 7, dtype=torch.float64)
+    torch.testing.assert_close(control(x), layer(x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "augmented"),
+    [
+        ("all", ["0.0", "0.1", "1.0", "1.1", "1.2"]),
+        ("unstrided", ["0.0", "0.1", "1.1", "1.2"]),
+        ("last", ["0.1", "1.2"]),
+    ],
+)
+def test_blocks_of_a_stage(blocks, augmented):
+    model = tiny(aa(blocks=blocks), depths=[2, 3])
+    assert list(augmented_layers(model)) == [f"stages.{name}.conv1" for name in augmented]
+    control = tiny(Pointwise(dv=4, Nh=2, stages=[1, 2], blocks=blocks), depths=[2, 3])
+    found = [name for name, m in control.named_modules() if isinstance(m, SideConv)]
+    assert found == list(augmented_layers(model))
 
 
 @pytest.mark.parametrize(
@@ -305,6 +406,14 @@ def test_attentions_have_the_names_that_choose_them():
         (aa(stages=[]), {}, r"attention.stages=\[\].*attention=none"),
         (aa(stages=[0, 1]), {}, r"attention.stages=\[0, 1\].*1 to 2"),
         (aa(stages=[3]), {}, r"attention.stages=\[3\]"),
+        (aa(blocks="first"), {}, "attention.blocks=first is unknown; choose one of all, unstri"),
+        (aa(blocks="unstrided"), {"depths": [1, 1]}, "blocks=unstrided leaves no block of stage 2"),
+        (aa(init="he"), {}, "init='he' is unknown; choose one of torch"),
+        (Removed(dv=1.0, Nh=2, stages=[1]), {}, "in stage 1: dv=8 must be .* below out_channels=8"),
+        (Pointwise(dv=9, Nh=3, stages=[1]), {}, "attention in stage 1: dv=9 must be"),
+        (GlobalMean(dv=0.5, Nh=0, stages=[1]), {}, "attention.Nh=0"),
+        (GlobalMean(dv=2.0, Nh=1, stages=[1]), {}, "attention.dv=2.0"),
+        (Removed(dv=4, Nh=2, stages=[]), {}, r"attention.stages=\[\].*attention=none"),
         (aa(backend="quick"), {}, "^backend='quick' is unknown"),
         (aa(backend="fold"), {}, "^backend='fold' is called 'sdpa' now; use backend='sdpa'$"),
         (SE(0), {}, "attention.ratio=0"),

@@ -313,7 +313,8 @@ def test_the_time_counts_from_the_beginning_of_the_process():
     before = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     began, first_line = map(float, done.stdout.split())
-    assert before - 0.02 < began < first_line  # the system counts in hundredths
+    # The system counts in hundredths, from a time of boot that it rounds, too.
+    assert before - 0.1 < began < first_line
 
 
 def test_an_interrupted_epoch_tells_its_whole_time(run, tmp_path):

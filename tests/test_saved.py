@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import models
+from configs.schema import OPTIONAL
 from models import AA, GE, SE, Description, NoAttention
-from models.saved import description_as_text, weights_as_bytes
+from models.saved import OF_FORMAT_1, description_as_text, weights_as_bytes
 
 from helpers import ROOT, TINY
 
@@ -19,9 +20,9 @@ ATTENTIONS = [
     NoAttention(),
     GE(),
     SE(ratio=2),
-    AA(0.5, 0.25, 2, 2, "relative", [2, 3]),
-    AA(4, 4, 2, 20, "coord", [1]),
-    AA(1.0, 0.5, 2, 1, "none", [2], backend="sdpa"),
+    AA(dk=0.5, dv=0.25, Nh=2, min_dkh=2, position="relative", stages=[2, 3]),
+    AA(dk=4, dv=4, Nh=2, min_dkh=20, position="coord", stages=[1]),
+    AA(dk=1.0, dv=0.5, Nh=2, min_dkh=1, position="none", stages=[2], backend="sdpa"),
 ]
 
 
@@ -77,6 +78,31 @@ def test_the_same_network_comes_back(tmp_path, attention):
     assert not any(module.training for module in loaded.network.modules())
     assert all(p.requires_grad for p in loaded.network.parameters())
     assert torch.equal(models.load(str(tmp_path / "weights.safetensors")).network(x), network(x))
+
+
+def test_attention_of_an_older_file_is_as_it_was(tmp_path):
+    """Not normalized, whatever the default is now; its file does not say so."""
+    younger = ("blocks", "bias", "init", "qk_norm")
+
+    def age(description):
+        description["format"] = 1
+        for name in younger:
+            del description["network"]["attention"][name]
+
+    attention = AA(dk=4, dv=4, Nh=2, min_dkh=2, position="relative", stages=[2], qk_norm=False)
+    network = write(tmp_path, describe(attention))
+    change_description(age)(tmp_path)
+    loaded = models.load(tmp_path)
+    x = torch.randn(2, 3, 16, 20)
+    assert torch.equal(loaded.network(x), network(x))
+    told = loaded.description.network["attention"]
+    assert {name: told[name] for name in younger} == {
+        "blocks": "all",
+        "bias": False,
+        "init": "kaiming",
+        "qk_norm": False,
+    }
+    assert {f"attention.{k}": v for k, v in OF_FORMAT_1.items()}.items() <= OPTIONAL.items()
 
 
 @pytest.mark.slow
@@ -179,7 +205,7 @@ DAMAGE = {
     "widths": (set_network(widths=[4, 8, 16]), r"is \(.*\), and \(.*\) by "),
     "huge": (set_network(widths=[4, 8, 2**40]), "describes no network|, and .* by "),
     "size": (set_network(image_size=[16, 16]), r"key_rel_w is \(19, 2\), and \(15, 2\) by"),
-    "attention": (set_network(attention={"name": "exec"}), "attention=exec is not one of none, a"),
+    "attention": (set_network(attention={"name": "exec"}), "attention=exec is not one of none, ge"),
     "no name": (set_network(attention={}), "describes no network: 'name'"),
     "setting": (set_network(attention={"name": "se", "code": "x"}), "describes no network: .*code"),
     "one missing": (

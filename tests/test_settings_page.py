@@ -39,9 +39,9 @@ def fields_with_lines():
     """(class, field, line) of every setting, found by the text of its class's body."""
     lines = SOURCE.splitlines()
     for node in config_classes():
-        start = lines.index(f"class {node.__name__}:")
+        start = next(n for n, line in enumerate(lines) if line.startswith(f"class {node.__name__}"))
         for field in dataclasses.fields(node):
-            if field.name[0] != "_":
+            if field.name in node.__annotations__ and field.name[0] != "_":
                 offset = next(
                     n
                     for n, line in enumerate(lines[start:])

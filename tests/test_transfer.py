@@ -29,7 +29,7 @@ NAMES = ["ant", "bee", "cat"]
 
 
 def aa(dk=4, dv=2, Nh=2, stages=(2,), position="relative"):
-    return AA(dk, dv, Nh, 1, position, list(stages))
+    return AA(dk=dk, dv=dv, Nh=Nh, min_dkh=1, position=position, stages=list(stages))
 
 
 def network(attention=None, seed=0, **change):
@@ -254,9 +254,27 @@ def test_frozen_parts_of_a_run_stay_as_they_were(run, tmp_path, extra):
 
 def test_settings_that_do_nothing_are_those_of_older_runs():
     old = {"seed": 1, "epochs": 3}
-    assert result_settings({**old, "init_from": None, "freeze": []}) == old
+    same = {**old, "init_from": None, "freeze": []}
+    assert result_settings(same) == result_settings(old) == same
     new = {**old, "init_from": "x/y", "freeze": ["conv"]}
     assert result_settings(new) == new
+
+
+def test_the_start_of_older_attention_is_told():
+    """It was drawn over by the networks, and its queries and keys were not normalized."""
+    aa = {"_target_": "models.AA", "dk": 0.5}
+    filled = result_settings({"seed": 1, "attention": aa, "model": {"aa": {"dk": 0.5}, "stem": 4}})
+    assert {k: v for k, v in filled.items() if k.startswith("attention.")} == {
+        "attention._target_": "models.AA",
+        "attention.dk": 0.5,
+        "attention.blocks": "all",
+        "attention.bias": False,
+        "attention.init": "kaiming",
+        "attention.qk_norm": False,
+    }
+    assert "model.aa.dk" not in filled
+    plain = result_settings({"attention": {"_target_": "models.NoAttention"}})
+    assert [k for k in plain if k.startswith("attention.")] == ["attention._target_"]
 
 
 def test_no_path_of_a_machine_is_published():

@@ -19,7 +19,7 @@ from reporting.runs import group_by_variant, read
 from scripts import visualize
 from training import tiles
 
-AA = models.AA(0.5, 0.25, 2, 2, "relative", [2, 3])
+AA = models.AA(dk=0.5, dv=0.25, Nh=2, min_dkh=2, position="relative", stages=[2, 3])
 BLOCKS = ["stages.1.0.conv1", "stages.2.0.conv1"]
 
 

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from aaconv import attention_maps
+from aaconv.maps import layer_inputs, output_size
 from data import Dataset, evaluation_batches
 from data.dataset import Images
 from models import augmented_layers
-from models.attending import as_in_evaluation, layer_inputs, output_size, sharpest
+from models.attending import as_in_evaluation, sharpest
 from training import tiles
 from training.tracking import Media, Picture, Table
 

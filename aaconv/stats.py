@@ -1,0 +1,153 @@
+"""How soft the attention of a network is: the entropy of its weights, and its gradients.
+
+Attention that begins nearly one-hot hardly learns where to look, because the gradient of a softmax
+vanishes where one weight is close to 1. Put into a network of your own, it is worth a look before
+the first epoch::
+
+    print(attention_stats(model, images, lambda logits: F.cross_entropy(logits, labels)))
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aaconv.augment import call_arguments
+from aaconv.maps import attention_maps, augmented_layers, layer_inputs, output_size
+from aaconv.modules import AugmentedConv
+
+# Queries whose weights are computed at once.
+QUERIES = 1024
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One augmented layer, its means over images, heads and queries.
+
+    Attributes:
+        name: of its module.
+        size: (h, w) of the positions that attend to each other.
+        entropy: of the weights of a query, as a share of its maximum log(h w): 1 is uniform, 0 is
+            one-hot.
+        largest: the largest weight of a query.
+        gradient: norm of the loss's gradient over the layer's parameters; None without a loss.
+    """
+
+    name: str
+    size: tuple[int, int]
+    entropy: float
+    largest: float
+    gradient: float | None
+
+
+@dataclass(frozen=True)
+class AttentionStats:
+    """What `attention_stats` found; as text, a table by layer.
+
+    Attributes:
+        layers: the augmented layers in the network's order.
+        gradient: norm of the loss's gradient over all parameters; None without a loss.
+    """
+
+    layers: list[LayerStats]
+    gradient: float | None
+
+    @property
+    def lowest_entropy(self) -> float | None:
+        """That of the layer that attends most sharply; None for a network without attention."""
+        return min((layer.entropy for layer in self.layers), default=None)
+
+    def __str__(self) -> str:
+        lines = [["attention", "map", "entropy", "largest weight", "gradient"]]
+        for layer in self.layers:
+            size = f"{layer.size[0]}x{layer.size[1]}"
+            shares = [f"{layer.entropy:.2f}", f"{layer.largest:.3f}"]
+            lines.append([layer.name, size, *shares, _norm(layer.gradient)])
+        lines.append(["network", "", "", "", _norm(self.gradient)])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+            for line in lines
+        )
+
+
+def attention_stats(
+    model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None = None
+) -> AttentionStats:
+    """How softly each augmented layer of ``model`` attends, and how large its gradients are.
+
+    One pass in the model's own mode: before training, in training mode, batch normalization then
+    uses the statistics of the batch, as the first step will. Parameters, their ``grad`` and buffers
+    are left as they were.
+
+    Args:
+        model: any network; one without augmented layers has an empty table.
+        example_input: what ``model`` is called with, a tensor, a tuple of arguments or a dict of
+            keyword arguments. A hundred images of the task; noise says little.
+        loss: from the model's output to a scalar whose gradient is measured; None measures none.
+
+    Raises:
+        ValueError: a layer was not reached by the forward pass; the message names it.
+    """
+    args, kwargs = call_arguments(example_input)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    gradients: dict[str, Tensor] = {}
+    with _buffers_kept(model), layer_inputs(model) as inputs:
+        with torch.set_grad_enabled(loss is not None):
+            output = model(*args, **kwargs)
+            if loss is not None:
+                found = torch.autograd.grad(
+                    loss(output), list(parameters.values()), allow_unused=True
+                )
+                gradients = {n: g for n, g in zip(parameters, found, strict=True) if g is not None}
+        layers = []
+        for name, layer in augmented_layers(model).items():
+            if layer.dv == 0:
+                continue
+            if name not in inputs:
+                raise ValueError(f"{name} was not reached by the forward pass of example_input")
+            own = [g for n, g in gradients.items() if n.startswith(f"{name}.")]
+            gradient = None if loss is None else _total_norm(own)
+            layers.append(_layer_stats(name, layer, inputs[name].detach(), gradient))
+    return AttentionStats(layers, None if loss is None else _total_norm(list(gradients.values())))
+
+
+def _layer_stats(name: str, layer: AugmentedConv, x: Tensor, gradient: float | None) -> LayerStats:
+    size = output_size(layer, x)
+    positions = size[0] * size[1]
+    entropy = largest = 0.0
+    rows = 0
+    for image in x.split(1):
+        for first in range(0, positions, QUERIES):
+            queries = range(first, min(first + QUERIES, positions))
+            weights = attention_maps(layer, image, queries)
+            entropy -= float(torch.special.xlogy(weights, weights).sum())
+            largest += float(weights.amax(dim=-1).sum())
+            rows += weights.shape[1] * len(queries)
+    # A single position has nothing to choose from: its one weight is uniform.
+    share = entropy / rows / math.log(positions) if positions > 1 else 1.0
+    return LayerStats(name, size, share, largest / rows, gradient)
+
+
+def _total_norm(gradients: list[Tensor]) -> float:
+    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+
+
+def _norm(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the buffers of ``model``, the statistics of its normalization, back at the end."""
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                buffer.copy_(value)

@@ -1,0 +1,161 @@
+"""Show how softly the attention of a network begins, and of a run also how softly it ends.
+
+    python scripts/softness.py outputs/train/RUN
+    python scripts/softness.py RUN data.root=FOLDER --images 256
+    python scripts/softness.py model=resnet56 attention.init=glorot attention.qk_norm=false seed=1
+
+The network is a run's folder, a weights.safetensors or a checkpoint, or settings as for train.py,
+whose network is then at its start. On images of the evaluation, spread evenly, with batch
+normalization as in training: of each augmented layer the entropy of its weights as a share of its
+maximum (1 is uniform, 0 is one-hot), the largest weight of a query, and the norm of the gradient of
+the cross-entropy; below them the norm of the whole network's, at the start beside that of the plain
+network. An entropy below about 0.6 at the start means that attention begins saturated: its gradient
+hardly says where else to look. `aaconv.attention_stats` measures the same in any network.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training import console
+
+if __name__ == "__main__":
+    console.prepare("softness.py")
+
+import argparse
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import instantiate
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor, nn
+
+import models
+from aaconv import attention_stats
+from aaconv.stats import AttentionStats
+from configs.schema import register
+from data import Dataset, Images, evaluation_batches
+from reporting.text import printable
+from training.cli import explain
+from training.device import choose_device
+from training.media import spread
+from training.settings import check, network_arguments
+from training.trained import CONFIGS, compose_settings, load_data
+
+register()
+
+IMAGES = 128
+# More would need more memory than the network's own training.
+MOST_IMAGES = 4096
+
+
+def batch_of(
+    dataset: Dataset, mean: Any, std: Any, number: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Images of the evaluation, spread evenly, and their labels."""
+    chosen = spread(len(dataset.evaluation), number)
+    images = Images(dataset.evaluation.pixels[chosen], dataset.evaluation.labels[chosen])
+    images = images.to(device)
+    (batch, *_) = evaluation_batches(images, len(images), tuple(mean), tuple(std))
+    return batch
+
+
+def stats_of(network: nn.Module, images: Tensor, labels: Tensor) -> AttentionStats:
+    """Entropy and gradients of ``network`` as the first step of a training would have them."""
+    network = network.to(images.device).train()
+    return attention_stats(network, images, lambda logits: F.cross_entropy(logits, labels))
+
+
+def new_network(network: dict[str, Any], seed: int) -> models.ResNet:
+    """A network of these arguments as a run of this seed begins with it."""
+    torch.manual_seed(seed)
+    return models.build(network)
+
+
+def at_start(network: dict[str, Any], seed: int, images: Tensor, labels: Tensor) -> list[str]:
+    """The lines on a network that is new, and on the plain one beside it."""
+    attention = network["attention"]
+    if "init" not in attention:
+        raise ValueError(f"attention={attention['name']} has no attention to look at")
+    own = stats_of(new_network(network, seed), images, labels)
+    plain_network = network | {"attention": models.describe_attention(models.NoAttention())}
+    plain = stats_of(new_network(plain_network, seed), images, labels)
+    assert own.gradient is not None
+    assert plain.gradient is not None
+    return [
+        f"at the start (init={attention['init']}, qk_norm={str(attention['qk_norm']).lower()}, "
+        f"seed={seed})",
+        str(own),
+        f"gradient of the plain network: {plain.gradient:.3g} "
+        f"(ratio {own.gradient / plain.gradient:.2f})",
+    ]
+
+
+def of_settings(overrides: list[str], number: int, device: torch.device) -> list[str]:
+    """The lines on a network that is given by settings.
+
+    Raises:
+        ValueError, HydraException, OmegaConfBaseException: they are wrong.
+    """
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        cfg = compose("config", overrides)
+    check(cfg)
+    dataset: Dataset = instantiate(cfg.data, _convert_="all")
+    batch = batch_of(dataset, dataset.mean, dataset.std, number, device)
+    network = network_arguments(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
+    return at_start(network, cfg.seed, *batch)
+
+
+def of_run(path: str, overrides: list[str], number: int, device: torch.device) -> list[str]:
+    """The lines on a trained network, at its start and after training.
+
+    Raises:
+        ValueError, OSError: there is none, it has no attention, or its images cannot be had.
+    """
+    trained = models.load(path)
+    described = trained.description
+    dataset = load_data(compose_settings(trained, path, overrides, ()), trained, path)
+    batch = batch_of(dataset, described.mean, described.std, number, device)
+    origin, seed = described.settings.get("init_from"), described.settings.get("seed")
+    if origin is not None:
+        lines = [f"it began with the weights of {origin}"]
+    else:
+        lines = at_start(described.network, seed or 0, *batch)
+    return [*lines, "", "after training", str(stats_of(trained.network, *batch))]
+
+
+def main() -> None:
+    console.ready()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("words", nargs="+", metavar="NETWORK|NAME=VALUE")
+    parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help="default: 128")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    given = parser.parse_args()
+    # The folders of runs have an = in their names.
+    paths = [word for word in given.words if "=" not in word or Path(word).exists()]
+    overrides = [word for word in given.words if word not in paths]
+    try:
+        if len(paths) > 1:
+            raise ValueError(f"{paths[1]}: one network at a time")
+        if not 2 <= given.images <= MOST_IMAGES:
+            raise ValueError(f"--images {given.images} must be from 2 to {MOST_IMAGES}")
+        device = choose_device(given.device)
+        if paths:
+            lines = of_run(paths[0], overrides, given.images, device)
+        else:
+            lines = of_settings(overrides, given.images, device)
+    except (ValueError, OSError, HydraException, OmegaConfBaseException, RuntimeError) as error:
+        console.stop("softness.py", printable(explain(error)))
+    except KeyboardInterrupt:
+        console.stop("softness.py", "interrupted", 130)
+    print(printable("\n".join(lines)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""How softly attention starts: the measure against loops, and the networks by it."""
+
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from aaconv import AugmentedConv, attention_maps, attention_stats, augment_
+from data import evaluation_batches, load_cifar, make_lookup, vision
+from training.settings import build_model
+
+from helpers import CONFIGS, slow
+
+assert vision.datasets  # torchvision can be imported from now on
+
+
+class Net(nn.Module):
+    """Two augmented layers, one of them with a stride, and batch normalization."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = AugmentedConv(3, 7, 3, 4, 2, 2, (5, 3), True, qk_norm=True)
+        self.norm = nn.BatchNorm2d(7)
+        self.second = AugmentedConv(7, 6, 3, 3, 3, 3, (3, 2), True, stride=2)
+
+    def forward(self, x, scale=1.0):
+        return self.second(torch.relu(self.norm(self.first(x)))).mean(dim=(1, 2, 3)) * scale
+
+
+def build():
+    torch.manual_seed(0)
+    return Net().double()
+
+
+X = torch.randn(2, 3, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_entropy_and_largest_weight_by_loops():
+    model = build()
+    stats = attention_stats(model, X)
+    assert [(layer.name, layer.size) for layer in stats.layers] == [
+        ("first", (5, 3)),
+        ("second", (3, 2)),
+    ]
+    inner = torch.relu(F.batch_norm(model.first(X), None, None, training=True))
+    for layer, x, found in ((model.first, X, 0), (model.second, inner, 1)):
+        entropies, largest = [], []
+        for of_image in attention_maps(layer, x).tolist():
+            for of_head in of_image:
+                for row in of_head:
+                    entropies.append(-sum(w * math.log(w) for w in row) / math.log(len(row)))
+                    largest.append(max(row))
+        got = stats.layers[found]
+        assert got.entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-9)
+        assert got.largest == pytest.approx(sum(largest) / len(largest), rel=1e-9)
+        assert got.gradient is None
+    assert stats.gradient is None
+    assert stats.lowest_entropy == min(layer.entropy for layer in stats.layers)
+
+
+def test_gradients_are_those_of_the_loss():
+    model = build()
+    stats = attention_stats(model, (X, 3.0), lambda out: out.square().sum())
+    twin = build()
+    twin(X, 3.0).square().sum().backward()
+
+    def norm(module):
+        return math.sqrt(sum(float((p.grad**2).sum()) for p in module.parameters()))
+
+    assert stats.gradient == pytest.approx(norm(twin), rel=1e-9)
+    assert [layer.gradient for layer in stats.layers] == pytest.approx(
+        [norm(twin.first), norm(twin.second)], rel=1e-9
+    )
+
+
+def test_the_model_is_left_as_it_was():
+    model, twin = build(), build()
+    attention_stats(model, {"x": X}, torch.sum)
+    assert all(p.grad is None for p in model.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name]), name
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert model.training
+
+
+def test_uniform_and_one_hot_attention():
+    model = build()
+    with torch.no_grad():
+        model.first.qkv_conv.weight[:4] = 0
+        model.first.qkv_conv.bias[:4] = 0
+        model.second.qkv_conv.weight *= 1e4
+    first, second = attention_stats(model, X).layers
+    assert (first.entropy, first.largest) == pytest.approx((1, 1 / 15))
+    assert second.entropy < 0.05 < 0.95 < second.largest
+
+
+def test_networks_without_anything_to_choose():
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), AugmentedConv(4, 4, 3, 0, 0, 1))
+    stats = attention_stats(plain.double(), X, torch.sum)
+    assert stats.layers == []
+    assert stats.lowest_entropy is None
+    assert stats.gradient > 0
+    single = AugmentedConv(3, 4, 3, 2, 2, 1).double()
+    (layer,) = attention_stats(single, X[:, :, :1, :1]).layers
+    assert (layer.entropy, layer.largest) == (1, 1)
+    model = build()
+    model.unused = AugmentedConv(3, 4, 3, 2, 2, 1).double()
+    with pytest.raises(ValueError, match=r"^unused was not reached by the forward pass"):
+        attention_stats(model, X)
+
+
+def test_the_table_has_a_line_for_each_layer_and_one_for_the_network():
+    lines = str(attention_stats(build(), X, torch.sum)).splitlines()
+    assert lines[0].split() == ["attention", "map", "entropy", "largest", "weight", "gradient"]
+    assert [line.split()[0] for line in lines[1:]] == ["first", "second", "network"]
+    assert lines[1].split()[1] == "5x3"
+    assert len(lines[3].split()) == 2
+
+
+# ---- The networks of the project ----------------------------------------------------------------
+
+# Larger networks take seconds to minutes; ResNet-56 is the one in which attention began one-hot.
+NETWORKS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
+QUICK = ("resnet8", "resnet20")
+LARGE = ("wrn28_10", "resnet50", "resnet34", "wrn40_2", "resnet110")
+
+
+def started(settings, name, attention, images, number, seed=0):
+    cfg = settings(f"model={name}", f"attention={attention}", base=[])
+    torch.manual_seed(seed)
+    network = build_model(cfg, num_classes=100, image_size=(32, 32))
+    x, y = images
+    return attention_stats(network, x[:number], lambda out: F.cross_entropy(out, y[:number]))
+
+
+@pytest.fixture(scope="module")
+def lookup():
+    dataset = make_lookup(train_size=64, test_size=32)
+    return next(iter(evaluation_batches(dataset.evaluation, 32, dataset.mean, dataset.std)))
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else slow(n) for n in NETWORKS])
+def test_attention_starts_soft_in_every_network(settings, lookup, name):
+    number = 4 if name in LARGE else 16
+    stats = started(settings, name, "aa", lookup, number)
+    assert stats.layers
+    assert stats.lowest_entropy > 0.6
+
+
+@pytest.mark.parametrize("name", ["resnet20", slow("resnet56")])
+def test_gradients_start_at_the_size_of_the_plain_networks(settings, lookup, name):
+    norms = [
+        started(settings, name, attention, lookup, 32).gradient for attention in ("aa", "none")
+    ]
+    assert norms[0] < 2.2 * norms[1]
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
+@pytest.mark.skipif("CIFAR_ROOT" not in os.environ, reason="CIFAR_ROOT is not set")
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["resnet20", "resnet56"])
+def test_so_does_it_on_photographs(settings, name, seed):
+    dataset = load_cifar("cifar100", os.environ["CIFAR_ROOT"], download=False)
+    batch = next(iter(evaluation_batches(dataset.evaluation, 64, dataset.mean, dataset.std)))
+    own, plain = (
+        started(settings, name, attention, batch, 64, seed) for attention in ("aa", "none")
+    )
+    assert own.lowest_entropy > 0.6
+    assert own.gradient < 2.2 * plain.gradient
+
+
+def test_the_former_start_is_nearly_one_hot(settings, lookup):
+    """What the measure is for; the networks of results/cpu20 began so."""
+    former = ("attention.init=kaiming", "attention.qk_norm=false")
+    cfg = settings("model=resnet20", "attention=aa", *former, base=[])
+    torch.manual_seed(0)
+    network = build_model(cfg, num_classes=8, image_size=(32, 32))
+    assert attention_stats(network, lookup[0]).lowest_entropy < 0.6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_augmented_networks_of_torchvision_start_soft(name):
+    from torchvision import models
+
+    torch.manual_seed(0)
+    model = getattr(models, name)()
+    x = torch.randn(4, 3, 64, 64)
+    augment_(model, x)
+    assert attention_stats(model, x).lowest_entropy > 0.6
