@@ -1,7 +1,14 @@
 """Residual networks for small images, with and without attention."""
 
 from models.attention import AA, GE, SE, Attention, NoAttention
-from models.cost import augmented_layers, count_flops, count_parameters, layer_facts, layer_table
+from models.cost import (
+    augmented_layers,
+    count_flops,
+    count_parameters,
+    layer_facts,
+    layer_table,
+    receptive_field,
+)
 from models.resnet import ResNet
 from models.saved import Description, Trained, build, describe_attention, load
 from models.transfer import Transfer, freeze, hold_frozen, transfer
@@ -26,5 +33,6 @@ __all__ = [
     "layer_facts",
     "layer_table",
     "load",
+    "receptive_field",
     "transfer",
 ]
