@@ -51,6 +51,7 @@ OPTIONAL: dict[str, Any] = {
     "attention.init": "kaiming",
     "attention.qk_norm": False,
     "optim.decay": "all",
+    "data.distance": None,
 }
 
 # OmegaConf reads these annotations at run time and knows `Union` and `Optional`, not `X | Y`.
@@ -227,6 +228,9 @@ class LookupConfig:
     test_size: int = MISSING
     # Standard deviation of the noise on each pixel value, 0 to 1, where white is 1.
     noise: float = MISSING
+    # Pixels of background between a cue that is a stripe and shapes in a column: 1 to 24; null has
+    # the cue in one corner and the shapes along the two far sides, 24 pixels away or more.
+    distance: Optional[int] = MISSING
     # Seed of the images themselves; apart from `seed`, so that seeds share the same images.
     data_seed: int = MISSING
     # Training images to hold out and evaluate on instead of the test set: 0 (evaluate on the test

@@ -43,6 +43,11 @@ SHAPES = {
 # at row and column 25 at the latest, and the shapes begin at 26.
 _FAR = IMAGE_SIZE - SHAPE_SIZE
 SLOTS = tuple((row, _FAR) for row in (1, 9, 17, 25)) + tuple((_FAR, col) for col in (1, 9, 17))
+# Those of a given distance from the cue, all in one column, which five of them fill.
+COLUMN_OF_SLOTS = tuple((row, _FAR) for row in (0, 6, 13, 20, 26))
+DISTANCES = range(1, _FAR - CUE_SIZE + 1)
+
+Corners = tuple[tuple[int, int], ...]
 
 
 def make_lookup(
@@ -54,6 +59,7 @@ def make_lookup(
     crop_pad: int = 0,
     flip: bool = False,
     cutout: int = 0,
+    distance: int | None = None,
 ) -> Dataset:
     """32x32 images whose class is the shape that has the colour of a far-away cue; 8 classes.
 
@@ -75,19 +81,25 @@ def make_lookup(
     - 48 % is the best found, by fitting from 12 random starts and scoring on all 1,881,600 scenes,
       where every shape contributes on its own, D_s = sum_i d_s(shape_i, colour_i).
 
-    Raises ValueError for sizes, noise or augmentation out of range.
+    With ``distance`` d the cue is a stripe instead, two pixels wide and as high as the image, and
+    the five shapes fill a column along the right side in random order. Between the two are d
+    columns of background, 1 to 24: all shapes are equally far from the cue, and nothing else
+    changes with d. The proven ceiling then holds for windows of up to d + 1 pixels.
+
+    Raises ValueError for sizes, noise, augmentation or distance out of range.
     """
-    _check(train_size, test_size, noise)
+    _check(train_size, test_size, noise, distance)
     check_val_size(val_size, train_size)
     augmentation = Augmentation(crop_pad, flip, cutout)
     augmentation.check_fits(IMAGE_SIZE, IMAGE_SIZE)
 
-    train = _draw(train_size, noise, seeded_generator("lookup", "train", data_seed))
+    train = _draw(train_size, noise, distance, seeded_generator("lookup", "train", data_seed))
     mean, std = _mean_and_std(train.pixels)
     if val_size:
         train, evaluation = hold_out(train, val_size)
     else:
-        evaluation = _draw(test_size, noise, seeded_generator("lookup", "test", data_seed))
+        generator = seeded_generator("lookup", "test", data_seed)
+        evaluation = _draw(test_size, noise, distance, generator)
     return Dataset(
         name="lookup",
         train=train,
@@ -101,20 +113,34 @@ def make_lookup(
     )
 
 
-def _check(train_size: int, test_size: int, noise: float) -> None:
+def geometry(distance: int | None) -> tuple[Corners, Corners]:
+    """Top left pixels of the slots for shapes, and of the 2x2 squares that make up the cue."""
+    if distance is None:
+        return SLOTS, ((0, 0),)
+    column = _FAR - distance - CUE_SIZE
+    return COLUMN_OF_SLOTS, tuple((row, column) for row in range(0, IMAGE_SIZE, CUE_SIZE))
+
+
+def _check(train_size: int, test_size: int, noise: float, distance: int | None) -> None:
     for name, size in (("train_size", train_size), ("test_size", test_size)):
         if size < 1:
             raise ValueError(f"{name}={size} is below 1; give the number of images to generate")
     if not 0 <= noise <= 1:
         raise ValueError(f"noise={noise} lies outside 0 to 1; white is 1")
+    if distance is not None and distance not in DISTANCES:
+        raise ValueError(
+            f"distance={distance} lies outside {DISTANCES[0]} to {DISTANCES[-1]} pixels, what fits "
+            "between cue and shapes; null is the task with the cue in a corner"
+        )
 
 
-def _draw(number: int, noise: float, generator: torch.Generator) -> Images:
+def _draw(number: int, noise: float, distance: int | None, generator: torch.Generator) -> Images:
+    slots, cue = geometry(distance)
     shapes = _distinct(number, len(SHAPES), generator)
     colours = _distinct(number, len(COLOURS), generator)
-    slots = _distinct(number, len(SLOTS), generator)
+    places = _pixels_of(slots, SHAPE_SIZE)[_distinct(number, len(slots), generator)]
     cued = torch.randint(SHAPES_SHOWN, (number, 1), generator=generator)
-    clean = _paint(shapes, colours, slots, cue=colours.gather(1, cued))
+    clean = _paint(shapes, colours, places, _pixels_of(cue, CUE_SIZE), colours.gather(1, cued))
     return Images(_add_noise(clean, noise, generator), shapes.gather(1, cued)[:, 0])
 
 
@@ -123,14 +149,20 @@ def _distinct(number: int, kinds: int, generator: torch.Generator) -> Tensor:
     return torch.rand(number, kinds, generator=generator).argsort(1)[:, :SHAPES_SHOWN]
 
 
-def _paint(shapes: Tensor, colours: Tensor, slots: Tensor, cue: Tensor) -> Tensor:
-    """Images (N, 32, 32, 3) uint8 without noise."""
+def _paint(
+    shapes: Tensor, colours: Tensor, places: Tensor, cue: Tensor, cue_colour: Tensor
+) -> Tensor:
+    """Images (N, 32, 32, 3) uint8 without noise.
+
+    Shape i, in colour i, is drawn on the pixels ``places[:, i]``, and ``cue_colour`` (N, 1) fills
+    the pixels ``cue``; all pixels are flat indices.
+    """
     number, background = len(shapes), len(COLOURS)
     inked = _patterns()[shapes]
     ink = torch.where(inked, colours[:, :, None], background)
     canvas = torch.full((number, IMAGE_SIZE * IMAGE_SIZE), background)
-    canvas.scatter_(1, _pixels_of(SLOTS, SHAPE_SIZE)[slots].flatten(1), ink.flatten(1))
-    canvas[:, _pixels_of(((0, 0),), CUE_SIZE)[0]] = cue
+    canvas.scatter_(1, places.flatten(1), ink.flatten(1))
+    canvas[:, cue.flatten()] = cue_colour
     palette = torch.tensor([*COLOURS.values(), BACKGROUND], dtype=torch.uint8)
     return palette[canvas].view(number, IMAGE_SIZE, IMAGE_SIZE, 3)
 
@@ -142,7 +174,7 @@ def _patterns() -> Tensor:
     )
 
 
-def _pixels_of(corners: tuple[tuple[int, int], ...], side: int) -> Tensor:
+def _pixels_of(corners: Corners, side: int) -> Tensor:
     """(len(corners), side * side): flat indices of the pixels of the square at each corner."""
     steps = torch.arange(side)
     square = (steps[:, None] * IMAGE_SIZE + steps).flatten()

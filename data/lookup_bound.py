@@ -1,7 +1,8 @@
 """What a sum of local evidence can reach on the lookup data set: ``python -m data.lookup_bound``.
 
 Three figures, all on noiseless symbolic scenes; the docstring of ``make_lookup`` states them. A
-scene is a colour for each of the five shapes shown and a cue among those colours. Takes minutes.
+scene is a colour for each of the five shapes shown and a cue among those colours. The ceiling is
+printed first, with the receptive fields that it holds for; the fits take minutes.
 
 The ceiling, proven: no argmax_s [a_s(cue) + D_s(scene without cue)] is right more often. Fix five
 shapes, five colours and the slots, which leaves 120 ways to colour the shapes. For a colouring p
@@ -11,6 +12,10 @@ D_p(c) >= a_q(c)(c) + D_q(c) over the k cues c, where the D cancel, and the same
 exchanged, shows that all of these are ties, and a tie is always broken the same way. A matching of
 k extends to (5 - k)! colourings, hence the sum over colourings of binomial(|C|, k) is at most
 binomial(5, k)^2 (5 - k)!. The ceiling is the largest mean of |C| / 5 under these constraints.
+
+That a network is of this form needs windows of its receptive field that never hold both a pixel of
+the cue and a pixel of a shape. Where they do not, the ceiling is the same for every
+``data.distance``, since shapes and slots are fixed above.
 
 What is reached with D: a_s(c) = s c, with colours and shapes numbered. D can make any set of cues
 right whose shapes increase with their colours, so that |C| is the length of the longest increasing
@@ -32,8 +37,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.lookup import COLOURS, SHAPES, SHAPES_SHOWN
+from data.lookup import COLOURS, CUE_SIZE, SHAPES, SHAPES_SHOWN, geometry
 
+DISTANCES_PRINTED = (None, *range(4, 25, 4))
 RESTARTS = 12
 STEPS = 6000
 SCENES_PER_STEP = 1024
@@ -53,6 +59,24 @@ def ceiling() -> Fraction:
         ):
             best = max(best, sum(n * right for right, n in counts.items()))
     return Fraction(best, shown * colourings)
+
+
+def smallest_window(distance: int | None) -> int:
+    """Side in pixels of the smallest square window that holds a pixel of the cue and of a shape.
+
+    The ceiling holds up to a receptive field of one less. ``distance`` as for ``make_lookup``.
+    """
+    slots, cue_corners = geometry(distance)
+    cue = [(r + i, c + j) for r, c in cue_corners for i in range(CUE_SIZE) for j in range(CUE_SIZE)]
+    set_in_any = {
+        (i, j)
+        for pattern in SHAPES.values()
+        for i, row in enumerate(pattern)
+        for j, pixel in enumerate(row)
+        if pixel == "#"
+    }
+    shapes = [(r + i, c + j) for r, c in slots for i, j in set_in_any]
+    return 1 + min(max(abs(r - i), abs(c - j)) for r, c in cue for i, j in shapes)
 
 
 def joint_reached() -> Fraction:
@@ -122,6 +146,9 @@ def fit_additive(
 
 def main() -> None:
     print(f"proven for any a and D: at most {100 * float(ceiling()):.1f} %")
+    for distance in DISTANCES_PRINTED:
+        task = f"data.distance={'null' if distance is None else distance}"
+        print(f"  {task}: for receptive fields of up to {smallest_window(distance) - 1} pixels")
     print(
         f"reached with a D that sees all the shapes at once: {100 * float(joint_reached()):.1f} %"
     )

@@ -12,7 +12,13 @@ from models.attention import (
     Pointwise,
     Removed,
 )
-from models.cost import count_flops, count_parameters, layer_facts, layer_table
+from models.cost import (
+    count_flops,
+    count_parameters,
+    layer_facts,
+    layer_table,
+    receptive_field,
+)
 from models.resnet import ResNet
 from models.saved import Description, Trained, build, describe_attention, load
 from models.transfer import Transfer, freeze, hold_frozen, transfer
@@ -41,5 +47,6 @@ __all__ = [
     "layer_facts",
     "layer_table",
     "load",
+    "receptive_field",
     "transfer",
 ]

@@ -1,12 +1,14 @@
 """Parameters, FLOPs and augmented layers of a network."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from aaconv import AugmentedConv
 from aaconv.maps import augmented_layers
 
 
@@ -66,3 +68,26 @@ def layer_table(facts: list[dict[str, Any]]) -> list[str]:
     return [
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
     ]
+
+
+def receptive_field(model: nn.Module) -> int:
+    """Side in pixels of the window of the image that one position of the last feature map sees.
+
+    Through convolutions, that is: from the kernel sizes, strides and dilations along the residual
+    branches of a network of this package, all of them square. Of a network with attention it is
+    the field of its convolutions alone; attention, like squeeze-and-excitation, sees the whole map.
+    """
+    side, step = 1, 1
+    for layer in _convolutions(model):
+        side += (layer.kernel_size[0] - 1) * layer.dilation[0] * step
+        step *= layer.stride[0]
+    return side
+
+
+def _convolutions(module: nn.Module) -> Iterator[nn.Conv2d | AugmentedConv]:
+    """Those that follow each other, in order; a shortcut sees no more than the branch beside it."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d | AugmentedConv):
+            yield child
+        elif name not in ("shortcut", "recalibrate"):
+            yield from _convolutions(child)

@@ -16,9 +16,10 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
+from reporting.distance import Curve
 from reporting.paired import Comparison
 from reporting.runs import Run, Variant
-from reporting.text import one_line
+from reporting.text import MINUS, one_line
 
 Figure = Any  # matplotlib is not typed
 
@@ -41,6 +42,7 @@ STYLE = {
 }
 # Okabe and Ito's colours, which the colour-blind can tell apart; the plain network is black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6000")
+DASHES = {"none": "--", "aa": "-", "se": "-.", "ge": ":"}
 PLAIN, OTHERS = "#222222", "#c4c4c4"
 # More lines than this cannot be told apart: then only the best have a hue. More rows, or more
 # classes at either end, cannot be read.
@@ -314,6 +316,53 @@ def over_flops(variants: list[Variant]) -> str:
         panel.set_ylabel("top-1 accuracy (%)")
         panel.margins(x=0.15)
         _legend(figure, panel, chosen)
+    return svg[0]
+
+
+def over_distance(curves: list[Curve], chance: float, ceiling: float) -> str:
+    """Top-1 over the distance as a multiple of the receptive field: mean of the seeds, and each.
+
+    ``chance`` and ``ceiling`` (%) are what guessing one of the shapes gives, and what no plain
+    network exceeds whose receptive field is at most the distance + 1.
+    """
+    names = list(dict.fromkeys(curve.model for curve in curves))
+    with _panel(7.0, 3.8) as (figure, panel, svg):
+        for curve in curves:
+            colour = COLOURS[names.index(curve.model) % len(COLOURS)]
+            x = [curve.ratio(distance) for distance in curve.top1]
+            seeds = [list(scores.values()) for scores in curve.top1.values()]
+            same_n = len({len(values) for values in seeds}) == 1
+            for at, values in zip(x, seeds, strict=True):
+                panel.plot([at] * len(values), values, ".", color=colour, alpha=0.5, markersize=5)
+            panel.plot(
+                x,
+                [statistics.fmean(values) for values in seeds],
+                color=colour,
+                linewidth=1.7,
+                linestyle=DASHES[curve.attention],
+                label=_label(curve.label, len(seeds[0]) if same_n else None),
+            )
+        begins = min(1 - 1 / curve.receptive_field for curve in curves)
+        right = 1.05 * max(1, *(curve.ratio(d) for curve in curves for d in curve.top1))
+        panel.axhline(chance, color="#777", linewidth=1, linestyle=":")
+        panel.axhline(ceiling, color="#777", linewidth=1, linestyle=":")
+        panel.plot([begins, right], [ceiling, ceiling], color=PLAIN, linewidth=2.5)
+        limit = f"limit of plain networks,\nproven from distance =\nreceptive field {MINUS} 1 on"
+        for y, text in ((chance, "chance"), (ceiling, limit)):
+            panel.annotate(
+                f"{y:.3g} %: {text}",
+                (1, y),
+                (5, 0),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        panel.set_xlim(0, right)
+        panel.set_ylim(0, 103)
+        panel.set_xlabel("distance / receptive field of the convolutions")
+        panel.set_ylabel("top-1 accuracy (%)")
+        _legend(figure, panel, {})
     return svg[0]
 
 

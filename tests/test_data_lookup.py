@@ -1,3 +1,4 @@
+import hashlib
 import itertools
 import random
 import re
@@ -5,8 +6,9 @@ from fractions import Fraction
 
 import pytest
 import torch
+from hydra.utils import instantiate
 
-from data import Images, make_lookup
+from data import Images, lookup_bound, make_lookup
 from data.lookup import BACKGROUND, COLOURS, SHAPES, SHAPES_SHOWN, SLOTS
 from data.lookup_bound import (
     RESTARTS,
@@ -15,11 +17,15 @@ from data.lookup_bound import (
     ceiling,
     fit_additive,
     joint_reached,
+    smallest_window,
 )
+from training.variants import variant_settings
 
 RECEPTIVE_FIELD = 25
 COLOUR_OF = {value: name for name, value in COLOURS.items()}
 CLASSES = list(SHAPES)
+# Where the shapes are that have a distance: five, one above the other along the right side.
+COLUMN = [(0, 26), (6, 26), (13, 26), (20, 26), (26, 26)]
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +43,10 @@ def coloured(image: torch.Tensor) -> dict[tuple[int, int], str]:
     return found
 
 
-def read_shapes(pixels: dict[tuple[int, int], str]) -> dict[str, str]:
+def read_shapes(pixels: dict[tuple[int, int], str], slots=SLOTS) -> dict[str, str]:
     """Shape and colour in each slot that holds one, found by comparing every pattern."""
     found = {}
-    for row, column in SLOTS:
+    for row, column in slots:
         here = {
             (i, j): pixels[row + i, column + j]
             for i, j in itertools.product(range(6), repeat=2)
@@ -81,6 +87,95 @@ def test_no_window_of_the_receptive_field_holds_cue_and_shape(clean):
 
     assert windows_with_both(RECEPTIVE_FIELD) == 0
     assert windows_with_both(RECEPTIVE_FIELD + 1) > 0
+
+
+@pytest.mark.parametrize("distance", [1, 4, 13, 24])
+def test_with_a_distance_the_class_is_the_shape_in_the_colour_of_the_stripe(distance):
+    images = make_lookup(60, 1, noise=0.0, distance=distance).train
+    stripe = list(itertools.product(range(32), (24 - distance, 25 - distance)))
+    for image, label in zip(images.pixels, images.labels.tolist(), strict=True):
+        pixels = coloured(image)
+        cue = {pixels.pop(position) for position in stripe}
+        shown = read_shapes(pixels, COLUMN)
+        assert len(pixels) == 20 * 5
+        assert len(shown) == len(set(shown.values())) == 5
+        assert cue == {shown[CLASSES[label]]}
+
+
+def test_every_shape_begins_where_its_distance_from_the_stripe_ends():
+    for lines in SHAPES.values():
+        assert any(line[0] == "#" for line in lines)
+    for distance in (3, 17):
+        for image in make_lookup(40, 1, noise=0.0, distance=distance).train.pixels:
+            columns = sorted({column for _, column in coloured(image)})
+            assert columns == [24 - distance, 25 - distance, *range(26, 32)]
+
+
+def test_nothing_but_the_stripe_changes_with_the_distance():
+    near, far = (make_lookup(50, 20, distance=distance) for distance in (2, 23))
+    for part in ("train", "evaluation"):
+        one, other = getattr(near, part), getattr(far, part)
+        assert torch.equal(one.labels, other.labels)
+        assert torch.equal(one.pixels[:, :, 26:], other.pixels[:, :, 26:])
+        assert not torch.equal(one.pixels, other.pixels)
+
+
+def test_with_a_distance_the_answer_is_in_every_slot_equally_often():
+    images = make_lookup(800, 1, noise=0.0, distance=6).train
+    slots = []
+    for image, label in zip(images.pixels, images.labels.tolist(), strict=True):
+        pixels = coloured(image)
+        slots += [s for s in COLUMN if CLASSES[label] in read_shapes(pixels, [s])]
+    assert len(slots) == 800
+    # Five standard deviations of a binomial count.
+    for slot in COLUMN:
+        assert abs(slots.count(slot) - 160) < 5 * (800 * 0.2 * 0.8) ** 0.5
+
+
+@pytest.mark.parametrize("distance", [None, 1, 8, 24])
+def test_the_smallest_window_is_the_first_that_holds_cue_and_shape_in_an_image(distance):
+    images = make_lookup(30, 1, noise=0.0, distance=distance).train.pixels
+    inked = (images != torch.tensor(BACKGROUND)).any(-1)
+    cue = torch.zeros(32, 32, dtype=torch.bool)
+    if distance is None:
+        cue[:2, :2] = True
+    else:
+        cue[:, 24 - distance : 26 - distance] = True
+    found = None
+    for side in range(1, 33):
+        for top, left in itertools.product(range(33 - side), repeat=2):
+            here = inked[:, top : top + side, left : left + side]
+            of_cue = cue[top : top + side, left : left + side]
+            if ((here & of_cue).any((1, 2)) & (here & ~of_cue).any((1, 2))).any():
+                found = found or side
+        if found:
+            break
+    assert smallest_window(distance) == found == (26 if distance is None else distance + 2)
+
+
+def test_the_module_prints_how_far_the_ceiling_holds(monkeypatch, capsys):
+    monkeypatch.setattr(lookup_bound, "RESTARTS", 0)
+    lookup_bound.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("at most 64.2 %")
+    assert [re.findall(r"null|\d+", line) for line in lines[1:8]] == [
+        ["null", "25"], ["4", "5"], ["8", "9"], ["12", "13"], ["16", "17"], ["20", "21"],
+        ["24", "25"],
+    ]  # fmt: skip
+
+
+def test_the_distance_is_a_setting_that_changes_the_images_and_names_a_variant(settings):
+    corner, stripe = settings(), settings("data.distance=7")
+    images = [instantiate(cfg.data, _convert_="all").train.pixels for cfg in (corner, stripe)]
+    assert torch.equal(images[0], make_lookup(96, 40).train.pixels)
+    assert torch.equal(images[1], make_lookup(96, 40, distance=7).train.pixels)
+    assert not torch.equal(*images)
+    # Results from before there was a distance are results of the task with none.
+    before, null, seven = (
+        variant_settings({"data": {"_target_": "data.make_lookup", "noise": 0.0} | extra})
+        for extra in ({}, {"distance": None}, {"distance": 7})
+    )
+    assert before == null != seven
 
 
 def test_every_shape_colour_slot_and_class_is_equally_likely():
@@ -174,6 +269,11 @@ def test_the_images_stay_the_same_from_version_to_version():
     dataset = make_lookup(8, 8, noise=0.0)
     assert dataset.train.labels.tolist() == [3, 7, 0, 7, 2, 1, 1, 7]
     assert dataset.evaluation.labels.tolist() == [3, 4, 6, 1, 4, 2, 3, 3]
+    digest = hashlib.sha256()
+    for images in (dataset.train, dataset.evaluation):
+        digest.update(images.pixels.numpy().tobytes())
+    # Of the images as they were drawn before there was a distance.
+    assert digest.hexdigest() == "0116d8c31944f679380988a299facba535c453053ec6076a3da5abb78ccb657f"
 
 
 def test_mean_and_deviation_are_those_of_the_training_pixels():
@@ -198,6 +298,10 @@ def test_mean_and_deviation_are_those_of_the_training_pixels():
         ("val_size", 10_000),
         ("crop_pad", 32),
         ("cutout", 33),
+        ("distance", 0),
+        ("distance", 25),
+        ("distance", -1),
+        ("distance", 4.5),
     ],
 )
 def test_mistakes_are_named(name, value):

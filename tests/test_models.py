@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from aaconv import AugmentedConv
 from models import (
@@ -19,6 +20,7 @@ from models import (
     count_parameters,
     layer_facts,
     layer_table,
+    receptive_field,
 )
 from models.attention import GatherExcite, Place, SideConv, SqueezeExcite
 from models.blocks import Shortcut
@@ -143,11 +145,58 @@ def test_position_reaches_every_augmented_layer(position, relative, absolute):
 # He et al. print 0.27M, 0.46M, 0.66M, 0.85M and 1.7M for 10 classes; by arithmetic:
 # 432 + 9 * (16^2 * 2n + 16*32 + 32^2 * (2n-1) + 32*64 + 64^2 * (2n-1)) weights,
 # 2 * (16 + 2n * (16 + 32 + 64)) of the normalisations, 650 of the classifier.
-@pytest.mark.parametrize("n", [1, 3, 5, 7, 9, 18])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 9, 18])
 def test_parameters_of_cifar_resnets(n):
     expected = 432 + 9 * (256 * 2 * n + 512 + 1024 * (2 * n - 1) + 2048 + 4096 * (2 * n - 1))
     expected += 2 * (16 + 2 * n * 112) + 650
     assert count_parameters(ResNet("basic", [n] * 3, [16, 32, 64], 16, "subsample", 10)) == expected
+
+
+def seen_by_one_position(network, features, size):
+    """Height and width of the window that the gradient of one position of ``features`` reaches.
+
+    With positive weights and a positive image nothing cancels and every ReLU passes.
+    """
+    network.double().eval()
+    for weight in network.parameters():
+        nn.init.constant_(weight, 0.1)
+    image = torch.ones(1, 3, *size, dtype=torch.float64, requires_grad=True)
+    kept = []
+    features.register_forward_hook(lambda module, given, made: kept.append(made))
+    network(image)
+    middle = [length // 2 for length in kept[0].shape[2:]]
+    (gradient,) = torch.autograd.grad(kept[0][0, 0, middle[0], middle[1]], image)
+    rows, columns = gradient[0, 0].nonzero().unbind(1)
+    return int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "side"),
+    [
+        ({"depths": [1] * 3}, 25),
+        ({"depths": [2] * 3, "shortcut": "projection"}, 53),
+        ({"depths": [3] * 3, "shortcut": "subsample"}, 81),
+        ({"depths": [1] * 3, "block": "preact"}, 25),
+        ({"depths": [1, 2, 1], "block": "bottleneck", "shortcut": "projection"}, 15),
+    ],
+    ids=str,
+)
+def test_the_receptive_field_is_what_the_gradient_of_one_position_reaches(change, side):
+    network = tiny(widths=[2, 2, 2], stem=2, **change)
+    assert receptive_field(network) == side
+    assert seen_by_one_position(network, network.stages, (193, 211)) == (side, side)
+
+
+def test_the_receptive_field_of_strides_and_dilations():
+    layers = [nn.Conv2d(3, 2, 5, stride=3, dilation=2), nn.Conv2d(2, 2, 1, stride=2)]
+    network = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(2, 1, 3))
+    assert receptive_field(network) == 21
+    assert seen_by_one_position(network, network, (61, 67)) == (21, 21)
+
+
+@pytest.mark.parametrize("attention", [SE(4), GE(), aa(dk=4, stages=[1, 2])], ids=str)
+def test_attention_adds_nothing_to_the_receptive_field_of_the_convolutions(attention):
+    assert receptive_field(tiny(attention)) == receptive_field(tiny()) == 21
 
 
 @pytest.mark.parametrize("block", ["basic", "bottleneck", "preact"])

@@ -1,0 +1,71 @@
+"""Draw accuracy on the built-in task over how far apart cue and shapes are.
+
+    python scripts/compare.py --vary attention=none,aa data.distance=4,8,12,16,20,24 \\
+        --seeds 0 1 2 --out outputs/distance -- experiment=lookup
+    python scripts/distance.py outputs/distance --out distance.svg
+
+The finished runs below the given folders that have a data.distance make a line for each network and
+attention, over the distance as a multiple of the receptive field of the network's convolutions. The
+same numbers are printed as a table. Seeds are drawn as dots.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from training import console
+
+if __name__ == "__main__":
+    console.prepare("distance.py")
+
+import argparse
+
+from data.lookup import SHAPES_SHOWN
+from data.lookup_bound import ceiling
+from reporting import distance, figures
+from reporting.runs import read
+from reporting.text import printable
+from training.files import write_text
+
+
+def draw(folders: list[Path], out: Path) -> str:
+    """Write the picture of the runs below ``folders`` to ``out``; says what is in it.
+
+    Raises:
+        ValueError: there is nothing to draw, or not on one picture; nothing is written then.
+        OSError: a file cannot be read or written.
+    """
+    if out.suffix != ".svg":
+        raise ValueError(
+            f"--out {out}: the picture is an SVG file; give it a name that ends in .svg"
+        )
+    runs, excluded = read(folders)
+    curves, left = distance.curves(runs)
+    svg = figures.over_distance(curves, 100 / SHAPES_SHOWN, 100 * float(ceiling()))
+    write_text(out, svg)
+    lines = distance.table(curves)
+    lines += [f"left out, {e.kind}: {e.folder} ({e.why})" for e in [*excluded, *left]]
+    return "\n".join([*lines, f"written: {out}"])
+
+
+def main() -> None:
+    console.ready()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="FOLDER", help="run folders, or folders above them"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.svg", help="the picture")
+    arguments = parser.parse_args()
+    try:
+        print(printable(draw(arguments.runs, arguments.out)))
+    except (ValueError, OSError) as error:
+        console.stop("distance.py", printable(console.one_line(error)))
+    except KeyboardInterrupt:
+        console.stop("distance.py", "interrupted", 130)
+
+
+if __name__ == "__main__":
+    main()
