@@ -187,6 +187,13 @@ def caveats(variants: list[Variant], comparisons: list[Comparison]) -> list[str]
                 f"{comparison.variant.label} and {comparison.baseline.label} were not trained with "
                 f"the same settings: {in_words(comparison)}."
             )
+    saturated = [variant.label for variant in variants if _began_saturated(variant)]
+    if saturated:
+        found.append(
+            f"The attention of {shortened(saturated)} began nearly one-hot (attention.init=kaiming "
+            "without attention.qk_norm, as in all runs before there was a choice), which it has to "
+            "unlearn first: `scripts/softness.py` measures it."
+        )
     for fact, differently in FACTS.items():
         values = sorted({value for variant in variants for value in variant.facts(fact)})
         if len(values) == 1:
@@ -196,6 +203,12 @@ def caveats(variants: list[Variant], comparisons: list[Comparison]) -> list[str]
         shown = shortened(commit(value) if fact == "commit" else value for value in values)
         found.append(f"{who} were trained {differently} ({shown}); see “{PROVENANCE}”.")
     return found
+
+
+def _began_saturated(variant: Variant) -> bool:
+    """Whether attention began on an unnormalized stream with weights too large for it."""
+    start = (variant.settings.get("attention.init"), variant.settings.get("attention.qk_norm"))
+    return start == ("kaiming", False) and variant.settings.get("model.block") != "preact"
 
 
 def _forest(comparisons: list[Comparison]) -> Picture | None:

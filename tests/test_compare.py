@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 import pytest
 
 from scripts import compare
-from training import run_folder
+from training import launch, run_folder
 from training.run_folder import RunFolder, claimed
 
 from folders import make_run
@@ -487,3 +487,18 @@ def test_killed_started_again_and_interrupted(tmp_path):
         "compare.py: stopped; the same command continues: python scripts/"
     )
     assert not any("Traceback" in line for line in printed)
+
+
+def test_a_run_that_ignores_ctrl_c_is_asked_to_save_all_the_same():
+    """As everything does that a shell starts in the background."""
+    code = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as run:
+        assert run.stdout.readline() == b"ready\n"
+        launch.interrupt(run)
+        assert run.wait() == 7

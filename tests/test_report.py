@@ -360,6 +360,24 @@ def test_other_networks_are_not_held_against_the_papers_scores(tmp_path):
     assert "81.00 / 80.3" not in whole
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, True),  # of before there was a choice
+        ({"attention__init": "kaiming", "attention__qk_norm": False}, True),
+        ({"attention__init": "kaiming", "attention__qk_norm": True}, False),
+        ({"attention__init": "glorot", "attention__qk_norm": False}, False),
+        ({"model__block": "preact"}, False),
+    ],
+)
+def test_attention_that_began_nearly_one_hot_is_told(tmp_path, settings, told):
+    make_run(tmp_path / "p", 60.0, attention="none")
+    make_run(tmp_path / "a", 59.0, attention="aa", **settings)
+    render.report([tmp_path], tmp_path / "out")
+    whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert ("The attention of AA began nearly one-hot" in whole) is told
+
+
 def test_the_papers_table_is_of_options_that_there_are():
     assert set(paper.TABLE1) < set(runs.ATTENTIONS)
 

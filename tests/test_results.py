@@ -1,5 +1,6 @@
 """results/: the pages' numbers are those of the raw rows, by the command that the pages name."""
 
+import csv
 import re
 import statistics
 
@@ -8,7 +9,7 @@ import pytest
 from reporting.paired import compare_with_plain
 from reporting.render import report
 from reporting.runs import group_by_variant, read
-from reporting.text import signed
+from reporting.text import MINUS, signed
 
 from folders import variants_of
 from helpers import ROOT
@@ -88,3 +89,65 @@ def test_every_run_is_of_the_planned_commit_and_recipe():
     assert runs[0].facts("commit")[0].startswith("39acecd")
     for key, value in (("epochs", 15), ("optim.lr", 0.2), ("label_smoothing", 0.1)):
         assert {run.settings[key] for run in runs} == {value}
+
+
+# ---- What was found about it afterwards ---------------------------------------------------------
+
+
+def by_attention(name):
+    """The last epoch's values of a column, by attention and seed, read from the raw rows."""
+    values = {}
+    for path in sorted((ROOT / "results" / "cpu20").glob("attention=*/seed=*/metrics.csv")):
+        with path.open() as file:
+            *_, last = csv.DictReader(file)
+        kind, seed = (part.partition("=")[2] for part in path.parts[-3:-1])
+        values.setdefault(kind, {})[int(seed)] = float(last[name])
+    return values
+
+
+def unpaired(values, kind):
+    """Mean difference from plain and its 95 % interval, by one pooled standard deviation."""
+    squares = sum(
+        sum((x - statistics.mean(group.values())) ** 2 for x in group.values())
+        for group in values.values()
+    )
+    freedom = sum(len(group) - 1 for group in values.values())
+    sd = (squares / freedom) ** 0.5
+    ours, plain = values[kind].values(), values["none"].values()
+    mean = statistics.mean(ours) - statistics.mean(plain)
+    # The 97.5 % quantile of t with 12 degrees of freedom, from a table.
+    assert freedom == 12
+    half = 2.1788 * sd * (1 / len(ours) + 1 / len(plain)) ** 0.5
+    return sd, mean, mean - half, mean + half
+
+
+def test_the_page_has_the_unpaired_differences():
+    page = unwrapped("docs/results.md")
+    sd, mean, low, high = unpaired(by_attention("test/top1"), "aa")
+    assert f"({sd:.2f} points, 12 degrees of freedom)" in page
+    assert f"{signed(mean)} points ({signed(low)} to {signed(high)})" in page
+    losses = by_attention("test/loss")
+    for kind, name in (("aa", "attention"), ("se", "SE"), ("ge", "GE")):
+        sd, mean, low, high = unpaired(losses, kind)
+        assert f"standard deviation is {sd:.3f} nats" in page
+        words = f"{name} {MINUS} plain"
+        assert words in page
+        assert f"{signed(mean, 3)} ({signed(low, 3)} to {signed(high, 3)}" in page
+
+
+def test_the_page_says_when_attention_falls_back():
+    gaps = []
+    for seed in range(5):
+        curves = []
+        for kind in ("aa", "none"):
+            folder = ROOT / "results" / "cpu20" / f"attention={kind}" / f"seed={seed}"
+            with (folder / "metrics.csv").open() as file:
+                curves.append([float(row["train/top1"]) for row in csv.DictReader(file)])
+        gaps.append([a - b for a, b in zip(*curves, strict=True)])
+    means = [-statistics.mean(of_epoch) for of_epoch in zip(*gaps, strict=True)]
+    middle = means[2:9]
+    assert (
+        f"by {means[0]:.1f} points after the first epoch, by {min(middle):.1f} to "
+        f"{max(middle):.1f} from the third to the ninth"
+    ) in unwrapped("docs/results.md")
+    assert f"and by {means[-1]:.1f} at the end" in unwrapped("docs/results.md")

@@ -3,10 +3,10 @@
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,13 @@ def start(
 
 
 def interrupt(run: subprocess.Popen[bytes]) -> None:
-    """Ask a run to save and end, as Ctrl-C does; one that does not is killed."""
-    run.send_signal(signal.SIGINT if os.name != "nt" else signal.SIGTERM)
+    """Ask a run to save and end; one that does not is killed.
+
+    By SIGTERM: a shell's background job, and what it starts, ignores Ctrl-C.
+    """
+    run.terminate()
     try:
-        run.wait(PATIENCE_S)
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(PATIENCE_S)
     finally:
         run.kill()
