@@ -56,6 +56,7 @@ from training import checkpoint, cli, distributed, provenance, run_folder, stopp
 from training.device import (
     choose_device,
     choose_dtype,
+    compiled,
     peak_memory_mib,
     set_deterministic,
     to_device,
@@ -239,7 +240,7 @@ def build(
         batches=batches,
         description=describe_network(cfg, dataset, dtype),
         model=model,
-        wrapped_model=torch.compile(wrapped_model) if cfg.compile else wrapped_model,
+        wrapped_model=compiled(wrapped_model) if cfg.compile else wrapped_model,
         ema_model=ema_model,
         optimizer=optimizer,
         schedule=instantiate(cfg.schedule)(optimizer, cfg.epochs * len(batches)),

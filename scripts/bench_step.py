@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from configs.schema import register
 from models import augmented_layers, count_flops
 from reporting import timing
-from training.device import choose_device, choose_dtype, to_device
+from training.device import choose_device, choose_dtype, compiled, to_device
 from training.settings import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +58,7 @@ def training_step(case: dict[str, Any], device: torch.device) -> Callable[[], No
         images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (case["batch"],), device=device)
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True)
-    forward = torch.compile(network) if case["compile"] else network
+    forward = compiled(network) if case["compile"] else network
 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -87,6 +87,97 @@ def inputs_like(tensors, dtype):
 
 def with_gradients(function, tensors):
     out = function(*tensors)
-    direction = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
-    direction = direction.to(out.device)
-    return [out, *torch.autograd.grad(out, tensors, direction)]
+    return [out, *torch.autograd.grad(out, tensors, direction_of(out))]
+
+
+def direction_of(out):
+    """What is put into the backward pass: multiples of 1/8, which no dtype rounds."""
+    return (7 * torch.arange(out.numel()) % 17 - 8).reshape(out.shape).to(out) / 8
+
+
+def rounding_errors(tensors, inner=torch.float32, saved=None):
+    """How far `with_gradients` of attention may be from the truth, before its results are rounded.
+
+    That is of the output, then of the gradients of ``tensors``, which are those of `inputs` in the
+    dtype that attention gets them in. Element by element, by the bounds of Higham, Accuracy and
+    Stability of Numerical Algorithms, chapter 3, worked out in float64 for these numbers: no
+    processor's errors are in them. ``inner`` is the dtype of the weights and of the gradients of
+    the logits, ``saved`` that of the output from which the backward pass takes the mean gradient
+    of a query's weights, by default the same. With u the unit roundoff of ``inner``:
+
+    - A sum of n products in float32 errs by g(n) times the sum of their sizes; g(n) is n u of
+      float32, or 6 sqrt(n) u where that is less, as roundings are as often up as down. This is
+      exceeded with a probability of 2 exp(-18) (Higham & Mary, A New Approach to Probabilistic
+      Rounding Error Analysis, 2019).
+    - A logit has D products, as many for its row and for its column, which are summed in float32
+      with a scale and a maximum: g(D + 8). In half precision u^2 of the position terms come to it,
+      which are held in two numbers there.
+    - A weight in the output is off most when its own logit is too high and all others too low. The
+      backward pass has it from the normaliser of the forward pass, whose errors do not cancel.
+    - Sums over weights and gradients of logits have at most four roundings to ``inner``: of either
+      factor, of a part of the sum (torch's kernel has tiles of queries), and of it all. In float32
+      it is g of the number of positions of all heads and images, channels, and 8 for the powers.
+    - What is less than 2^-80 (in native), or rounded to less than a normal number, is cut off.
+    """
+    q, k, v, *tables = (t.detach().cpu().double() for t in tensors)
+    (H, W, D), out_gradient = q.shape[2:], direction_of(v).flatten(2, 3)
+    at = torch.arange(H * W)
+    offsets = [
+        (place - place[:, None] + size - 1).expand(*q.shape[:2], -1, -1)
+        for place, size in ((at // W, H), (at % W, W))
+    ][: len(tables)]
+    q, k, v = (t.flatten(2, 3) for t in (q, k, v))
+
+    def of_sum(n):
+        return min(n, 6 * n**0.5) * 2**-24
+
+    def of_roundings(dtype):
+        many = of_sum(q.shape[:3].numel() + v.shape[-1] + 8)
+        return many if dtype == torch.float32 else 4 * torch.finfo(dtype).eps / 2
+
+    def logits(q, k, tables):
+        terms = [(q @ t.mT).gather(-1, o) for t, o in zip(tables, offsets, strict=True)]
+        return D**-0.5 * (q @ k.mT), D**-0.5 * sum(terms, torch.zeros(1))
+
+    def over_keys(t):
+        return t.sum(-1, keepdim=True)
+
+    u = of_roundings(inner)
+    cut_off = max(2.0**-80, u * torch.finfo(inner).smallest_normal)
+    content, position = logits(q.abs(), k.abs(), [t.abs() for t in tables])
+    logit_error = of_sum(D + 8) * (content + position)
+    if inner != torch.float32:
+        logit_error += (u / 4) ** 2 * (position + 4)
+
+    weights = sum(logits(q, k, tables)).softmax(-1)
+    more, less = weights * logit_error.exp(), weights * (-logit_error).exp()
+    most, least = more / (more + over_keys(less) - less), less / (less + over_keys(more) - more)
+    out_error = (torch.maximum(most - weights, weights - least) + u * weights + cut_off) @ v.abs()
+
+    error = weights * (logit_error.exp() * over_keys(more) - 1 + u) + cut_off
+    gradient, size = (
+        out_gradient @ v.mT,
+        of_roundings(saved or inner) * (out_gradient.abs() @ v.abs().mT),
+    )
+    gradient = gradient - over_keys(weights * gradient)
+    gradient_error = size + over_keys(error * gradient.abs() + weights * size)
+    logit_gradient_error = D**-0.5 * (
+        (error + u * weights) * gradient.abs() + (weights + error) * gradient_error + cut_off
+    )
+    q_error, table_errors = logit_gradient_error @ k.abs(), []
+    for table, offset in zip(tables, offsets, strict=True):
+        by_offset = torch.zeros(*q.shape[:3], len(table), dtype=torch.float64)
+        by_offset.scatter_add_(-1, offset, logit_gradient_error)
+        q_error += by_offset @ table.abs()
+        table_errors.append((by_offset.mT @ q.abs()).sum((0, 1)))
+    k_error, v_error = logit_gradient_error.mT @ q.abs(), error.mT @ out_gradient.abs()
+    return [out_error, q_error, k_error, v_error, *table_errors]
+
+
+def assert_rounded(got, exact, errors):
+    """Within `rounding_errors` and the rounding of the results, each to its own dtype."""
+    for index, (a, b, error) in enumerate(zip(got, exact, errors, strict=True)):
+        about = torch.finfo(a.dtype)
+        error = error.view_as(b)  # heads by (H, W), where positions were one after the other
+        error = error + about.eps / 2 * (b.abs() + error + about.smallest_normal)
+        assert ((a.cpu().double() - b.cpu()).abs() <= error).all(), index

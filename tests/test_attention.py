@@ -16,7 +16,16 @@ from aaconv.backends import native_build
 from aaconv.functional import check_backend, choose_backend, unavailable_reason
 
 import reference
-from helpers import CASES, ROOT, inputs, inputs_like, usable, with_gradients
+from helpers import (
+    CASES,
+    ROOT,
+    assert_rounded,
+    inputs,
+    inputs_like,
+    rounding_errors,
+    usable,
+    with_gradients,
+)
 
 
 def case(size, heads, dkh, dvh, relative):
@@ -50,62 +59,37 @@ def test_tiles_of_any_size_cover_all(monkeypatch, tile_bytes):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("backend", usable(torch.float32))
+def in_float64(tensors):
+    """By the formula without its loops, which are compared above."""
+    tensors = inputs_like(tensors, torch.float64)
+    return with_gradients(lambda *t: attention_2d(*t, backend="reference"), tensors)
+
+
+def inner(backend, dtype):
+    """What a backend rounds the weights to; most compute in float32 whatever they are given."""
+    return dtype if backend in ("sdpa", "fused") else torch.float32
+
+
+@pytest.mark.parametrize("backend", [b for b in usable(torch.float32) if b != "auto"])
 def test_gradients_taken_inside_autocast(backend):
-    tensors = inputs((3, 5), 2, 4, 3, torch.float32)
+    tensors = inputs_like(inputs((3, 5), 2, 4, 3, torch.bfloat16), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         got = with_gradients(lambda *t: attention_2d(*t, backend=backend), tensors)
-    exact = with_gradients(reference.attention, inputs_like(tensors, torch.float64))
-    for name, a, b in zip(("out", "q", "k", "v", "rel_h", "rel_w"), got, exact, strict=True):
-        # The tiles' own backward pass leaves autocast; what follows it, towards q, does not.
-        inside = backend == "native" or (backend == "tiled" and name in ("out", "k", "v"))
-        error = 1e-5 if inside else 0.03
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=error * b.abs().max().item())
-
-
-@pytest.mark.parametrize("backend", usable(torch.bfloat16))
-def test_half_precision_errs_no_more_than_the_naive_way(backend):
-    """Output within 2x, gradients within 3x of what the formula errs when computed in bf16."""
-
-    def naive(q, k, v, rel_h, rel_w):
-        H, W, D = q.shape[2:]
-        ys, xs = torch.arange(H), torch.arange(W)
-        key = k.flatten(2, 3)
-        row = torch.einsum("bnhwd,hgd->bnhwg", q, rel_h[ys - ys[:, None] + H - 1])
-        column = torch.einsum("bnhwd,wud->bnhwu", q, rel_w[xs - xs[:, None] + W - 1])
-        logits = (q.flatten(2, 3) @ key.mT).unflatten(3, (H, W)).unflatten(2, (H, W))
-        logits = (logits + row[..., None] + column[..., None, :]).flatten(4, 5) * D**-0.5
-        return logits.softmax(-1) @ v.flatten(2, 3)[:, :, None]
-
-    exact = with_gradients(naive, inputs((7, 5), 3, 8, 5))
-    low = inputs_like(inputs((7, 5), 3, 8, 5), torch.bfloat16)
-    got = with_gradients(lambda *t: attention_2d(*t, backend=backend), low)
-    plain = with_gradients(naive, low)
-    for index, (a, b, e) in enumerate(zip(got, plain, exact, strict=True)):
-        error, allowed = (a - e).abs().max(), (b - e).abs().max()
-        assert error <= (2 if index == 0 else 3) * allowed + 1e-6, index
+    # The tiles' own backward pass leaves autocast; what follows it, towards q, does not.
+    rounded = {"reference": (1, 2, 3, 4, 5), "sdpa": range(6), "tiled": (1, 4, 5)}.get(backend, ())
+    outside, inside = (rounding_errors(tensors, d) for d in (torch.float32, torch.bfloat16))
+    errors = [(inside if index in rounded else outside)[index] for index in range(6)]
+    assert_rounded(got, in_float64(tensors), errors)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5, 8.0])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in ("reference", "fused")])
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in ("auto", "fused")])
 def test_the_backend_chooses_how_and_never_what(backend, dtype, scale):
-    """Up to logits of 242 no backend errs much more in half precision than the reference does.
-
-    The output twice as much, gradients of queries, keys and values three times, those of the
-    tables, which torch's own kernels sum from rounded terms, four times.
-    """
+    """Up to logits of 242 no backend errs more in half precision than by its roundings."""
     low = inputs_like(inputs((7, 5), 3, 20, 4, scale=scale), dtype)
-    exact = with_gradients(
-        lambda *t: attention_2d(*t, backend="reference"), inputs_like(low, torch.float64)
-    )
-    got, own = (
-        with_gradients(lambda *t, b=b: attention_2d(*t, backend=b), low)
-        for b in (backend, "reference")
-    )
-    for index, (a, b, e) in enumerate(zip(got, own, exact, strict=True)):
-        error, allowed = (a - e).abs().max(), (b - e).abs().max()
-        assert error <= (2, 3, 3, 3, 4, 4)[index] * allowed, index
+    got = with_gradients(lambda *t: attention_2d(*t, backend=backend), low)
+    assert_rounded(got, in_float64(low), rounding_errors(low, inner(backend, dtype)))
 
 
 # The interpreter's, where a GPU is silent.
@@ -119,8 +103,8 @@ def test_large_logits_in_fp16_stay_finite(backend):
     with torch.autocast("cpu", torch.float16):
         out, *gradients = with_gradients(lambda *t: attention_2d(*t, backend=backend), low)
     assert out.dtype == torch.float16
-    exact = attention_2d(*(t.detach().double() for t in low), backend="reference")
-    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2e-2)
+    errors = rounding_errors(low, inner(backend, torch.float16))
+    assert_rounded([out], in_float64(low)[:1], errors[:1])
     assert all(g.isfinite().all() for g in gradients)
 
 

@@ -14,7 +14,17 @@ from aaconv import AugmentedConv, attention_2d, functional
 from aaconv.backends import native, native_build
 
 import reference
-from helpers import ROOT, inputs, inputs_like, machine_lacks, slow, with_gradients
+from helpers import (
+    ROOT,
+    assert_rounded,
+    direction_of,
+    inputs,
+    inputs_like,
+    machine_lacks,
+    rounding_errors,
+    slow,
+    with_gradients,
+)
 
 # (H, W), heads, dkh, dvh, batch. Of 64 queries and keys at once; vectors of 16, or of 8.
 CASES = [
@@ -42,29 +52,27 @@ def single(tensors):
     return inputs_like(tensors, torch.float32)
 
 
-def assert_close(got, expected, error):
-    """Within ``error`` of the largest value, or of 1: some gradients are sums that cancel."""
-    for index, (a, b) in enumerate(zip(got, expected, strict=True)):
-        assert a.dtype == got[0].dtype
-        worst = (a.double() - b).abs().max().item()
-        assert worst <= error * max(1.0, b.abs().max().item()), index
+def check(tensors, formula=reference.attention):
+    """The output and the gradients of ``tensors``, against those of ``formula`` in float64."""
+    exact = with_gradients(formula, inputs_like(tensors, torch.float64))
+    assert_rounded(with_gradients(by_kernel, tensors), exact, rounding_errors(tensors))
+
+
+def naive(*tensors):
+    """Checked pair by pair elsewhere."""
+    return attention_2d(*tensors, backend="reference")
 
 
 @pytest.mark.parametrize(("size", "heads", "dkh", "dvh", "batch"), CASES)
 @pytest.mark.parametrize("relative", [True, False])
 def test_equals_the_formula_with_gradients(size, heads, dkh, dvh, batch, relative):
-    tensors = inputs(size, heads, dkh, dvh, batch=batch)[: 5 if relative else 3]
-    expected = with_gradients(reference.attention, tensors)
-    assert_close(with_gradients(by_kernel, single(tensors)), expected, 5e-6)
+    check(single(inputs(size, heads, dkh, dvh, batch=batch)[: 5 if relative else 3]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(17, 19), (32, 32), (9, 70)])
 def test_equals_the_formula_on_large_maps(size):
-    """Against the naive way in float64, which is checked pair by pair elsewhere."""
-    tensors = inputs(size, 2, 20, 3, batch=1)
-    expected = with_gradients(lambda *t: attention_2d(*t, backend="reference"), tensors)
-    assert_close(with_gradients(by_kernel, single(tensors)), expected, 5e-6)
+    check(single(inputs(size, 2, 20, 3, batch=1)), naive)
 
 
 @pytest.mark.parametrize("dtype", native.DTYPES)
@@ -85,11 +93,8 @@ def test_strides_are_as_they_come(layout, dtype):
         parts = together.contiguous(memory_format=kind).split((12, 12, 8), dim=1)
         views = [t.unflatten(1, (2, -1)).permute(0, 1, 3, 4, 2) for t in parts]
     assert not any(t.is_contiguous() for t in views)
-    given = [t.requires_grad_() for t in (*views, *tables)]
-    expected = with_gradients(reference.attention, inputs_like(given, torch.float64))
     # The kernel computes in float32; what half types lose is their own rounding of the result.
-    error = 5e-6 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-    assert_close(with_gradients(by_kernel, given), expected, error)
+    check([t.requires_grad_() for t in (*views, *tables)])
 
 
 def test_half_precision_has_all_its_numbers():
@@ -100,6 +105,18 @@ def test_half_precision_has_all_its_numbers():
         got = by_kernel(torch.zeros_like(value), torch.zeros_like(value), value)
         assert torch.equal(got.isnan(), value.isnan())
         assert torch.equal(got[~got.isnan()], value[~value.isnan()])
+
+
+def test_the_powers_are_right_to_the_last_bits():
+    """Of two keys with the logits 0 and -x the second has the weight 1 / (1 + e^x)."""
+    x = torch.linspace(0, 4, 1001)
+    k = torch.stack((torch.zeros(1001), -x), dim=1)[:, None, None, :, None]  # as many images
+    v = torch.tensor([0.0, 1.0]).expand(1001, 2)[:, None, None, :, None]
+    got = by_kernel(torch.ones_like(k), k, v)[:, 0, 0, 0, 0].double()
+    exact = 1 / (1 + x.double().exp())
+    # x is rounded with log2(e), in the query and in the product; then the power's polynomial and
+    # its five steps, the total, its reciprocal and the output.
+    assert ((got - exact).abs() <= (3 * x + 9) * 2**-24 * exact).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 5), (2, 2, 0, 5), (2, 2, 3, 0)])
@@ -131,11 +148,9 @@ def test_large_logits_stay_finite():
     logits = (tensors[0].flatten(2, 3) @ tensors[1].flatten(2, 3).mT).abs().max()
     assert logits > 1e5
     results = with_gradients(by_kernel, tensors)
-    exact = with_gradients(
-        lambda *t: attention_2d(*t, backend="reference"), inputs_like(tensors, torch.float64)
-    )
     assert all(t.isfinite().all() for t in results)
-    assert_close(results[:1], exact[:1], 1e-2)
+    exact = with_gradients(naive, inputs_like(tensors, torch.float64))
+    assert_rounded(results[:1], exact[:1], rounding_errors(tensors)[:1])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -150,13 +165,13 @@ def test_what_is_no_number_is_not_hidden(bad, index):
 
 @pytest.mark.parametrize("index", range(5))
 def test_each_input_alone_has_its_gradient(index):
-    tensors = inputs((3, 5), 2, 6, 4)
-    expected = with_gradients(reference.attention, tensors)[index + 1]
-    low = [t.detach() for t in single(tensors)]
-    low[index].requires_grad_()
-    out = by_kernel(*low)
-    direction = torch.linspace(-1, 1, out.numel()).reshape(out.shape)
-    assert_close(torch.autograd.grad(out, low[index], direction), [expected], 5e-6)
+    low = single(inputs((3, 5), 2, 6, 4))
+    expected = with_gradients(by_kernel, low)[index + 1]
+    alone = [t.detach() for t in low]
+    alone[index].requires_grad_()
+    out = by_kernel(*alone)
+    (got,) = torch.autograd.grad(out, alone[index], direction_of(out))
+    assert torch.equal(got, expected)
 
 
 def test_second_derivatives_are_refused():
@@ -345,9 +360,7 @@ def test_a_compiler_without_openmp_makes_a_kernel_of_one_thread(cache, tmp_path,
     monkeypatch.setenv("CXX", fake_compiler(tmp_path, f'{refuse}\nexec {real} "$@"'))
     library = native_build.load()
     monkeypatch.setattr(native_build, "load", lambda: library)
-    tensors = inputs((5, 3), 2, 7, 3)
-    expected = with_gradients(reference.attention, tensors)
-    assert_close(with_gradients(by_kernel, single(tensors)), expected, 5e-6)
+    check(single(inputs((5, 3), 2, 7, 3)))
 
 
 @pytest.mark.slow
@@ -357,9 +370,7 @@ def test_shorter_vectors_compute_the_same(cache, monkeypatch):
     monkeypatch.setattr(native_build, "FLAGS", tuple(flags))
     library = native_build.load()
     monkeypatch.setattr(native_build, "load", lambda: library)
-    tensors = inputs((5, 13), 2, 7, 3)
-    expected = with_gradients(reference.attention, tensors)
-    assert_close(with_gradients(by_kernel, single(tensors)), expected, 5e-6)
+    check(single(inputs((5, 13), 2, 7, 3)))
 
 
 SANITIZED = """

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import train
+from training import cli
 
 from helpers import CONFIGS, TINY, rows, slow
 
@@ -265,6 +266,43 @@ def test_compile_is_called_and_agrees(run, tmp_path, monkeypatch):
     assert len(compiled) == 1
     loss = [float(rows(tmp_path / folder)[0]["train/loss"]) for folder in ("base", "compiled")]
     assert loss[1] == pytest.approx(loss[0], rel=1e-3)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """What is compiled, and is as slow as before; torch keeps two programs for the same code."""
+    compile, graphs = torch.compile, []
+
+    def remember(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda model: compile(model, backend=remember))
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=False):
+        yield graphs
+
+
+@pytest.mark.slow
+def test_every_job_of_a_sweep_is_compiled(run, graphs):
+    for job, dk in enumerate((32, 40, 48), start=1):
+        run("compile=true", f"attention.dk={dk}", "epochs=1", folder=str(dk))
+        assert len(graphs) == 2 * job  # one for training, one for the evaluation
+
+
+@pytest.mark.slow
+def test_a_network_that_would_go_on_uncompiled_is_told_of_in_one_line(run, graphs, capsys):
+    # Batches of two sizes are evaluated, so it is compiled three times.
+    with pytest.raises(SystemExit) as stopped, cli.one_line_errors():
+        run("compile=true", "epochs=1", "eval_batch_size=30")
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(
+        "train.py: compile=true, but torch compiles this network again and again"
+    )
+    assert line.endswith(
+        "no more after 2 times (TORCH_LOGS=recompiles says why); use compile=false"
+    )
+    assert len(graphs) == 2
 
 
 @pytest.mark.slow

@@ -230,7 +230,7 @@ def _launched_here(hydra: Any) -> bool:
 
 def _is_for_the_user(error: Exception) -> bool:
     expected = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
-    return isinstance(error, expected) or _lacks_memory(error)
+    return isinstance(error, expected) or _lacks_memory(error) or _is_compiled_too_often(error)
 
 
 def _job_error(error: Exception) -> JobError:
@@ -267,6 +267,11 @@ def _lacks_memory(error: BaseException) -> bool:
     return known or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
+def _is_compiled_too_often(error: BaseException) -> bool:
+    # Its class is the compiler's, which takes seconds to import.
+    return "fail_on_recompile_limit_hit" in str(error)
+
+
 def explain(error: BaseException) -> str:
     """The error in one line: the value, and what to change where that is known."""
     cause = error.__cause__
@@ -276,6 +281,12 @@ def explain(error: BaseException) -> str:
         return (
             f"not enough memory ({_first_part(error)}); a smaller batch_size, eval_batch_size, "
             "model or data set, or a larger grad_accum, needs less"
+        )
+    if _is_compiled_too_often(error):
+        return (
+            "compile=true, but torch compiles this network again and again, and no more after "
+            f"{torch._dynamo.config.recompile_limit} times (TORCH_LOGS=recompiles says why); use "
+            "compile=false"
         )
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {_grammar_fault(error)}"

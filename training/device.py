@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -125,6 +126,20 @@ def to_device(model: nn.Module, device: torch.device, channels_last: bool) -> nn
     layout = torch.channels_last if channels_last else torch.contiguous_format
     # torch's own annotations leave memory_format out.
     return model.to(device, memory_format=layout)  # type: ignore[call-overload]
+
+
+def compiled(model: nn.Module) -> Any:
+    """``model``, compiled, or an error (`training.cli` explains it), but never half of each.
+
+    The compiler keeps a limited number of programs for the same code, which networks share, and
+    would leave the next one uncompiled: after four networks of a sweep, each of which is trained
+    and evaluated. So here it forgets what it has compiled before.
+    """
+    from torch import _dynamo  # which takes seconds to import
+
+    _dynamo.reset()
+    _dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(model)
 
 
 def peak_memory_mib(device: torch.device) -> float:
