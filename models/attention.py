@@ -206,7 +206,7 @@ class AA(Replacing):
     position: str
     bias: bool = False
     init: str = "torch"
-    qk_norm: bool = True
+    qk_norm: bool = False
     backend: str = "auto"
 
     def check(self, depths: Sequence[int]) -> None:

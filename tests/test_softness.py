@@ -40,7 +40,7 @@ def test_a_network_by_its_settings(monkeypatch, capsys):
     text = printed(monkeypatch, capsys, *SETTINGS, "--images", 32)
     soft = numbers(text, "stages.1.0.conv1")
     assert len(soft) == 1
-    assert text.startswith("at the start (init=torch, qk_norm=true, seed=0)\n")
+    assert text.startswith("at the start (init=torch, qk_norm=false, seed=0)\n")
     assert "after training" not in text
     former = ["attention.init=kaiming", "attention.qk_norm=false", "seed=7"]
     text = printed(monkeypatch, capsys, *SETTINGS, *former, "--images", 32)
