@@ -105,5 +105,6 @@ def variant_label(config: dict[str, Any], model: str, attention: str) -> str:
     """
     text = json.dumps(variant_settings(config), sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-    amounts = [f"{k}={config['attention'][k]}" for k in ("dk", "dv", "Nh") if attention == "aa"]
+    own = config["attention"]
+    amounts = [f"{key}={own[key]}" for key in ("dk", "dv", "Nh") if key in own]
     return " ".join([model, attention, *amounts, digest])
