@@ -19,8 +19,8 @@ What the paper leaves open or we do differently:
   position that would be the mean.
 - Queries, keys and values begin with torch's variance 1 / (3 Cin), not with the Glorot variance
   2 / (Cin + 2 dk + dv) that tf.layers.conv2d gives the paper's listing (``init="glorot"``). Both
-  attend softly on normalized inputs. The stream of a post-activation network grows with every block,
-  and there Glorot's attention begins sharper: docs/layer.md has the measurement.
+  attend softly on normalized inputs. The stream of a post-activation network grows with every
+  block, and there Glorot's attention begins sharper: docs/layer.md has the measurement.
 - ``qk_norm`` divides the queries and keys of each head by their root mean square (Dehghani et al.
   2023, arXiv 2302.05442; Wortsman et al. 2023, arXiv 2309.14322), which the paper does not: it
   keeps attention soft on a stream of any size. Content logits are then at most sqrt(dkh), and a

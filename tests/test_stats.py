@@ -125,7 +125,16 @@ def test_the_table_has_a_line_for_each_layer_and_one_for_the_network():
 # Larger networks take seconds to minutes; ResNet-56 is the one in which attention began one-hot.
 NETWORKS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
 QUICK = ("resnet8", "resnet20")
-LARGE = ("wrn28_10", "resnet50", "resnet34", "wrn40_2", "resnet110")
+LARGE = (
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet110",
+    "wrn16_4",
+    "wrn28_2",
+    "wrn28_10",
+    "wrn40_2",
+)
 
 
 def started(settings, name, attention, images, number, seed=0):
@@ -144,7 +153,7 @@ def lookup():
 
 @pytest.mark.parametrize("name", [n if n in QUICK else slow(n) for n in NETWORKS])
 def test_attention_starts_soft_in_every_network(settings, lookup, name):
-    number = 4 if name in LARGE else 16
+    number = 2 if name in LARGE else 16
     stats = started(settings, name, "aa", lookup, number)
     assert stats.layers
     assert stats.lowest_entropy > 0.6
@@ -165,9 +174,9 @@ def test_gradients_start_at_the_size_of_the_plain_networks(settings, lookup, nam
 @pytest.mark.parametrize("name", ["resnet20", "resnet56"])
 def test_so_does_it_on_photographs(settings, name, seed):
     dataset = load_cifar("cifar100", os.environ["CIFAR_ROOT"], download=False)
-    batch = next(iter(evaluation_batches(dataset.evaluation, 64, dataset.mean, dataset.std)))
+    batch = next(iter(evaluation_batches(dataset.evaluation, 16, dataset.mean, dataset.std)))
     own, plain = (
-        started(settings, name, attention, batch, 64, seed) for attention in ("aa", "none")
+        started(settings, name, attention, batch, 16, seed) for attention in ("aa", "none")
     )
     assert own.lowest_entropy > 0.6
     assert own.gradient < 2.2 * plain.gradient
