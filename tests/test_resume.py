@@ -496,3 +496,22 @@ def test_deterministic_on_a_gpu(run, tmp_path, usual_algorithms, precision):
             run(*overrides, AT_ONCE, "resume=auto", folder="parts")
     run(*overrides, "resume=auto", folder="parts")
     assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_of_before_there_was_a_choice_of_start_goes_on_as_it_began(run, tmp_path):
+    """Its checkpoint does not say how attention began, nor whether it is normalized."""
+    former = ("attention=aa", "attention.init=kaiming", "attention.qk_norm=false")
+    with pytest.raises(SystemExit):
+        run(*former, AT_ONCE)
+    path = tmp_path / "run" / "last.pt"
+    state = torch.load(path, weights_only=True)
+    for name in ("init", "qk_norm", "blocks", "bias"):
+        del state["config"]["attention"][name]
+    for name in ("init", "qk_norm"):
+        del state["config"]["model"]["aa"][name]
+    del state["config"]["optim"]["decay"]
+    torch.save(state, path)
+    words = r"attention\.init \(kaiming there, torch here\)$"
+    with pytest.raises(ValueError, match=words):
+        run("attention=aa", "resume=auto")
+    assert run(*former, "resume=auto")["epochs"] == 2
