@@ -15,6 +15,7 @@ from aaconv.checks import whole
 from aaconv.maps import augmented_layers
 from aaconv.modules import AugmentedConv, check_init
 from aaconv.ratios import channels, check_amount
+from aaconv.text import table
 
 # The paper pools 28x28 maps and no smaller ones (section 4.2).
 POOLED_ABOVE = 400
@@ -53,15 +54,8 @@ class Report:
             amounts = [layer.dk, layer.dv, layer.Nh, layer.pool] if layer else [""] * 4
             size = "" if row.map is None else f"{row.map[0]}x{row.map[1]}"
             lines.append([row.name, size, *map(str, [row.out, *amounts]), row.why_not])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(
-                [line[0].ljust(widths[0]), *map(str.rjust, line[1:-1], widths[1:-1]), line[-1]]
-            ).rstrip()
-            for line in lines
-        ]
         count = f"{len(self.augmented)} of {len(self.rows)} convolutions are augmented"
-        return "\n".join([*table, count])
+        return "\n".join([*table(lines, "lrrrrrrl"), count])
 
 
 def augment_(

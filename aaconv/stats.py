@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from aaconv.augment import call_arguments
 from aaconv.maps import attention_maps, augmented_layers, layer_inputs, output_size
 from aaconv.modules import AugmentedConv
+from aaconv.text import table
 
 # Queries whose weights are computed at once.
 QUERIES = 1024
@@ -68,11 +69,7 @@ class AttentionStats:
             shares = [f"{layer.entropy:.2f}", f"{layer.largest:.3f}"]
             lines.append([layer.name, size, *shares, _norm(layer.gradient)])
         lines.append(["network", "", "", "", _norm(self.gradient)])
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
-            for line in lines
-        )
+        return "\n".join(table(lines, "lrrrr"))
 
 
 def attention_stats(

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aaconv import AugmentedConv
 from aaconv.maps import augmented_layers
+from aaconv.text import table
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -64,10 +65,7 @@ def layer_table(facts: list[dict[str, Any]]) -> list[str]:
     for layer in facts:
         size = f"{layer['height']}x{layer['width']}"
         rows.append((layer["name"], *(str(layer[c]) for c in columns), size))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    ]
+    return table(rows, "lrrrrrrr")
 
 
 def receptive_field(model: nn.Module) -> int:

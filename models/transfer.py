@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from aaconv import AugmentedConv
+from aaconv import AugmentedConv, text
 from aaconv.maps import augmented_layers
 from aaconv.tables import fit_table
 from models.saved import Trained
@@ -59,8 +59,7 @@ class Transfer:
                     reasons.setdefault(row.why, []).append(row.tensor)
             said = [f"{', '.join(names)}: {why}" for why, names in reasons.items()]
             lines.append((module, "; ".join(said)))
-        width = max((len(module) for module, _ in lines), default=0)
-        return [f"{module.ljust(width)}  {said}" for module, said in lines]
+        return text.table(lines, "ll")
 
 
 def transfer(network: nn.Module, other: Trained, class_names: Sequence[str]) -> Transfer:

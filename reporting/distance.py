@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 import models
+from aaconv import text
 from models import ATTENTIONS
 from reporting.runs import Excluded, Run, Variant, group_by_variant
 from reporting.text import by_seed, count, one_line, shortened
@@ -106,10 +107,4 @@ def table(found: list[Curve]) -> list[str]:
             words += [f"{distance}/{curve.receptive_field} = {curve.ratio(distance):.2f}"]
             words += [str(len(scores)), f"{sum(scores.values()) / len(scores):.2f}"]
             lines.append([*words, by_seed(scores, len(seeds) == 1)])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            [*map(str.ljust, line[:2], widths), *map(str.rjust, line[2:-1], widths[2:]), line[-1]]
-        )
-        for line in lines
-    ]
+    return text.table(lines, "llrrrrl")

@@ -34,6 +34,7 @@ from hydra.errors import HydraException
 from torch import Tensor
 
 import models
+from aaconv import text
 from configs.schema import register
 from data import evaluation_batches
 from reporting.text import printable
@@ -117,13 +118,7 @@ def table(evaluations: list[Evaluation]) -> list[str]:
         scores = [f"{one.scores['top1']:.2f}", f"{one.scores['top5']:.2f}"]
         scores += [f"{one.scores['loss']:.4f}", f"{100 * one.ece:.2f}", f"{one.images_per_s:.0f}"]
         lines.append([one.path, one.data, str(one.images), *scores])
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return [
-        "  ".join(
-            [*map(str.ljust, line[:2], widths[:2]), *map(str.rjust, line[2:], widths[2:])]
-        ).rstrip()
-        for line in lines
-    ]
+    return text.table(lines, "llrrrrrr")
 
 
 def written(evaluations: list[Evaluation], out: Path) -> dict[Path, str]:

@@ -32,6 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import models
+from aaconv import text
 from data import Images, evaluation_batches
 from data.pictures import read_picture
 from reporting.text import printable
@@ -110,12 +111,11 @@ def _best(file: Path, probabilities: Tensor, trained: models.Trained, top: int) 
 
 def as_table(predictions: list[Prediction]) -> str:
     """A line for each picture."""
-    width = max(len(one.file) for one in predictions)
-    lines = []
-    for one in predictions:
-        classes = [f"{name} {100 * probability:.1f} %" for name, probability in one.classes]
-        lines.append(f"{one.file.ljust(width)}  {', '.join(classes)}")
-    return printable("\n".join(lines))
+    rows = [
+        [one.file, ", ".join(f"{name} {100 * share:.1f} %" for name, share in one.classes)]
+        for one in predictions
+    ]
+    return printable("\n".join(text.table(rows, "ll")))
 
 
 def as_json(predictions: list[Prediction]) -> str:

@@ -1,0 +1,20 @@
+"""Tables in plain text."""
+
+from collections.abc import Sequence
+
+
+def table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    """``rows`` as lines of aligned columns, two spaces apart.
+
+    Args:
+        rows: cells, equally many in each row.
+        align: for each column ``l`` (left) or ``r`` (right).
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust if side == "l" else str.rjust for side in align]
+    return [
+        "  ".join(
+            side(cell, width) for side, cell, width in zip(sides, row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]
