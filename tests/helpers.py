@@ -110,8 +110,8 @@ def rounding_errors(tensors, inner=torch.float32, saved=None):
       exceeded with a probability of 2 exp(-18) (Higham & Mary, A New Approach to Probabilistic
       Rounding Error Analysis, 2019).
     - A logit has D products, as many for its row and for its column, which are summed in float32
-      with a scale and a maximum: g(D + 8). In half precision u^2 of the position terms come to it,
-      which are held in two numbers there.
+      with a scale and a maximum: g(D + 8). In half precision u^2 of the position terms (sdpa), and
+      of that mean (fused), come to it: they are held in two numbers there.
     - A weight in the output is off most when its own logit is too high and all others too low. The
       backward pass has it from the normaliser of the forward pass, whose errors do not cancel.
     - Sums over weights and gradients of logits have at most four roundings to ``inner``: of either
@@ -145,9 +145,8 @@ def rounding_errors(tensors, inner=torch.float32, saved=None):
     u = of_roundings(inner)
     cut_off = max(2.0**-80, u * torch.finfo(inner).smallest_normal)
     content, position = logits(q.abs(), k.abs(), [t.abs() for t in tables])
-    logit_error = of_sum(D + 8) * (content + position)
-    if inner != torch.float32:
-        logit_error += (u / 4) ** 2 * (position + 4)
+    squared = 0 if inner == torch.float32 else (u / 4) ** 2
+    logit_error = of_sum(D + 8) * (content + position) + squared * (position + 4)
 
     weights = sum(logits(q, k, tables)).softmax(-1)
     more, less = weights * logit_error.exp(), weights * (-logit_error).exp()
@@ -155,12 +154,10 @@ def rounding_errors(tensors, inner=torch.float32, saved=None):
     out_error = (torch.maximum(most - weights, weights - least) + u * weights + cut_off) @ v.abs()
 
     error = weights * (logit_error.exp() * over_keys(more) - 1 + u) + cut_off
-    gradient, size = (
-        out_gradient @ v.mT,
-        of_roundings(saved or inner) * (out_gradient.abs() @ v.abs().mT),
-    )
+    gradient = out_gradient @ v.mT
     gradient = gradient - over_keys(weights * gradient)
-    gradient_error = size + over_keys(error * gradient.abs() + weights * size)
+    own_error = (of_roundings(saved or inner) + squared) * (out_gradient.abs() @ v.abs().mT)
+    gradient_error = own_error + over_keys(error * gradient.abs() + weights * own_error)
     logit_gradient_error = D**-0.5 * (
         (error + u * weights) * gradient.abs() + (weights + error) * gradient_error + cut_off
     )

@@ -180,7 +180,8 @@ def test_autocast(dtype, backend):
     assert out.dtype == dtype
     layer.backend = "reference"
     exact = layer.double()(x.detach().double())
-    assert (out.double() - exact).abs().max() < 0.02 * exact.abs().max()
+    # Eight roundings: of image, both weights, queries and keys, values, weights, mixture, output.
+    assert (out.double() - exact).abs().max() < 8 * torch.finfo(dtype).eps / 2 * exact.abs().max()
     out.float().sum().backward()
     assert x.grad.isfinite().all()
 
@@ -208,8 +209,10 @@ def test_strided_and_channels_last_trains_on_few_channels(backend):
     exact.zero_grad()
     exact(y).square().mean().backward()
     wanted = [y.grad, *(p.grad for p in exact.parameters())]
+    # Sums over the positions of all images; see helpers.rounding_errors.
+    error = 6 * (32 * 16 * 16) ** 0.5 * 2**-24
     for a, b in zip(got, wanted, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=0, atol=2e-5 * b.abs().max().item())
+        torch.testing.assert_close(a.double(), b, rtol=0, atol=error * b.abs().max().item())
 
 
 def test_non_contiguous_input():
