@@ -63,6 +63,9 @@ def children(process):
 
 # One image of the evaluation is left over, for the first process.
 SETTINGS = ["epochs=3", "data.test_size=41", "grad_accum=2", "ema=0.9", "grad_clip=0.5"]
+# Sums in another order are rounded otherwise. Adam makes whole steps of gradients that are nothing
+# but rounding, and larger steps of SGD soon take other sides of the ReLUs.
+SETTINGS += ["optim=sgd", "optim.lr=0.003"]
 
 
 @pytest.fixture(scope="module")
