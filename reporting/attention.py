@@ -32,8 +32,8 @@ class Block:
     words: str
     rows: list[figures.Tiles]
 
-    def svg(self) -> str:
-        """The picture, as the text of an SVG file."""
+    def figure(self) -> figures.Figure:
+        """The picture."""
         return figures.attention(f"{self.name} ({self.words})", self.rows)
 
 
