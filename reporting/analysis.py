@@ -26,10 +26,6 @@ class Analysis:
     def runs(self) -> list[Run]:
         return [run for variant in self.variants for run in variant.runs]
 
-    def conditions(self, name: str) -> list[str]:
-        """The different values over all runs; see `Run.conditions`."""
-        return sorted({value for run in self.runs for value in run.conditions(name)})
-
     @cached_property
     def comparisons(self) -> list[Comparison]:
         """Each variant with attention against the plain network of the nearest settings.
@@ -111,7 +107,7 @@ class Analysis:
     @cached_property
     def effects(self) -> list[list[sweeps.Effect]]:
         """What attention's settings do, for each recipe that was trained with several."""
-        return sweeps.by_recipe(self.variants)
+        return sweeps.effects(self.variants)
 
     @cached_property
     def heatmaps(self) -> list[sweeps.Heatmap]:

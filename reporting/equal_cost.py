@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reporting.paired import Comparison, Difference, paired
-from reporting.runs import Variant
+from reporting.runs import Variant, conditions
 from training.run_folder import is_finite
 
 # Beside the folders of a comparison's variants: milliseconds of a step by the folder's name, which
@@ -54,7 +54,7 @@ def at_equal_cost(comparison: Comparison) -> list[EqualCost]:
     costs = {}
     if len(step_ms) == 2:
         costs["training time, measured apart"] = step_ms
-    elif len({value for variant in pair for value in variant.conditions("hardware")}) == 1:
+    elif len(conditions([run for variant in pair for run in variant.runs], "hardware")) == 1:
         costs["training time of the runs"] = [_epoch_seconds(variant) for variant in pair]
     costs["FLOPs"] = [float(variant.first["flops"]) for variant in pair]
     found = [_at(cost, comparison, *of_epoch) for cost, of_epoch in costs.items()]

@@ -3,36 +3,19 @@
 `contents` gives it as plain values; templates/ has the two forms, HTML and Markdown.
 """
 
+import statistics
 from typing import Any
 
-from reporting import differences, figures, paper, sections
+from reporting import differences, figures, paper, sections, text
 from reporting.analysis import Analysis
 from reporting.paired import LEVEL, Comparison, Difference
 from reporting.parts import Card, Picture
-from reporting.runs import Variant
+from reporting.runs import Variant, conditions
 from reporting.sections import CONDITIONS, PROVENANCE
-from reporting.text import (
-    DASH,
-    commit,
-    count,
-    dataset,
-    interval,
-    p_in_words,
-    short,
-    shortened,
-    signed,
-)
+from reporting.text import DASH, commit, count, interval, p_in_words, short, shortened, signed
 
 # Comparisons that get a card at the head of the page; of more, the first card counts them.
 CARDS = 3
-# How to say that runs differ in these.
-DIFFERENTLY = {
-    "commit": "at different commits",
-    "hardware": "on different hardware",
-    "precision": "in different precisions",
-    "torch": "with different versions of torch",
-    "processes": "with different numbers of processes",
-}
 SECTIONS = (
     sections.scores_section,
     differences.differences_section,
@@ -64,13 +47,12 @@ def summary_line(analysis: Analysis) -> str:
     """What was compared, in a few words."""
     name, _, on = analysis.data.rpartition(" ")
     where = {"test": "test set", "val": "validation set, held out from the training images"}[on]
-    models, epochs = (
-        shortened(dict.fromkeys(values))
-        for values in zip(*((v.model, v.setting("epochs")) for v in analysis.variants), strict=True)
-    )
+    models = shortened(dict.fromkeys(variant.model for variant in analysis.variants))
+    epochs = shortened(dict.fromkeys(variant.setting("epochs") for variant in analysis.variants))
+    runs, variants = len(analysis.runs), len(analysis.variants)
     line = (
-        f"{count(len(analysis.runs), 'finished run')} of {count(len(analysis.variants), 'variant')}"
-        f" on {dataset(name)}, evaluated on the {where}. Network: {models}; epochs: {epochs}. "
+        f"{count(runs, 'finished run')} of {count(variants, 'variant')} on {text.dataset(name)}, "
+        f"evaluated on the {where}. Network: {models}; epochs: {epochs}. "
         "Scores are those of the last epoch, not of the best one."
     )
     if analysis.excluded:
@@ -86,16 +68,9 @@ def cards(comparisons: list[Comparison]) -> list[Card]:
     augmented = [c for c in comparisons if c.variant.attention == "aa"]
     others = [c for c in comparisons if c.variant.attention != "aa"]
     if not comparisons:
-        return [
-            Card(
-                "No comparison",
-                DASH,
-                "",
-                "There are no finished runs of both a plain network and one with attention.",
-                "open",
-                ["A variant is compared with attention=none on the same network and data."],
-            )
-        ]
+        outcome = "There are no finished runs of both a plain network and one with attention."
+        how = "A variant is compared with attention=none on the same network and data."
+        return [Card("No comparison", DASH, "", outcome, [how])]
     if len(augmented) > CARDS:
         return [_card_of_many(augmented), *map(_card, others[: CARDS - 1])]
     return [_card(comparison) for comparison in [*augmented, *others][:CARDS]]
@@ -103,14 +78,14 @@ def cards(comparisons: list[Comparison]) -> list[Card]:
 
 def _card(comparison: Comparison) -> Card:
     found, label = comparison.top1, comparison.variant.label
+    p = "" if found.p is None else f", {p_in_words(found.p)}"
     details = [
         "no interval" if found.low is None else f"95 % interval {interval(found.low, found.high)}",
-        f"n = {count(found.n, 'pair')} of seeds"
-        + ("" if found.p is None else f", {p_in_words(found.p)}"),
+        f"n = {count(found.n, 'pair')} of seeds{p}",
     ]
     if found.n:
         ours, theirs = (
-            sum(variant.by_seed("top1")[seed] for seed in found.by_seed) / found.n
+            statistics.mean(variant.by_seed("top1")[seed] for seed in found.by_seed)
             for variant in (comparison.variant, comparison.baseline)
         )
         details.append(f"{ours:.2f} % vs. {theirs:.2f} %")
@@ -121,8 +96,8 @@ def _card(comparison: Comparison) -> Card:
         signed(found.mean),
         "percentage points of top-1 accuracy",
         verdict(found, label),
-        {1: "better", -1: "worse", 0: "open"}[found.sign],
         details,
+        {1: "better", -1: "worse", 0: "open"}[found.sign],
     )
 
 
@@ -152,7 +127,6 @@ def _card_of_many(comparisons: list[Comparison]) -> Card:
         f"{signs.count(1)} better, {signs.count(-1)} worse",
         f"and {signs.count(0)} undecided",
         outcome,
-        "open",
         [
             f"{tested} of them have at least two pairs of seeds, as an interval needs",
             "95 % intervals, not corrected for multiple comparisons: by chance alone, about "
@@ -189,7 +163,6 @@ def sweep_card(analysis: Analysis) -> Card | None:
         f"{len(clear)} of {len(effects)}",
         f"differences between two values {'is' if len(clear) == 1 else 'are'} significant",
         outcome,
-        "open",
         details,
     )
 
@@ -213,14 +186,13 @@ def caveats(analysis: Analysis) -> list[str]:
             "without attention.qk_norm, as in all runs before there was a choice), which it has to "
             "unlearn first: `scripts/softness.py` measures it."
         )
-    for condition in CONDITIONS:
-        values = analysis.conditions(condition)
+    for condition, differently in CONDITIONS.items():
+        values = conditions(analysis.runs, condition)
         if len(values) > 1:
-            mixed = [v.label for v in analysis.variants if len(v.conditions(condition)) > 1]
+            mixed = [v.label for v in analysis.variants if len(conditions(v.runs, condition)) > 1]
             who = f"The runs of {shortened(mixed)}" if mixed else "The variants"
             shown = shortened(map(commit, values) if condition == "commit" else values)
-            how = DIFFERENTLY[condition]
-            found.append(f"{who} were trained {how} ({shown}); see “{PROVENANCE}”.")
+            found.append(f"{who} were trained {differently} ({shown}); see “{PROVENANCE}”.")
     return found
 
 

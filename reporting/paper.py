@@ -26,7 +26,7 @@ SURE = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of Table 1: millions of parameters, GFLOPs of one image, accuracies in per cent."""
+    """A row of Table 1: millions of parameters, GFLOPs of one image, accuracies in percent."""
 
     name: str
     parameters: float

@@ -48,8 +48,8 @@ class Card:
     number: str
     unit: str
     verdict: str
-    tone: str  # better, worse or open
     details: list[str]
+    tone: str = "open"  # or better, or worse
 
 
 @dataclass(frozen=True)

@@ -58,13 +58,6 @@ class Run:
         """For each start of the run what it ran on, packages by their versions among it."""
         return [segment["versions"] | segment for segment in self.summary["stretches"]]
 
-    def conditions(self, name: str) -> list[str]:
-        """The different values of what is no setting, over the run's segments in order.
-
-        ``name`` is commit, hardware, precision, processes, or a package for its version.
-        """
-        return list(dict.fromkeys(str(s.get(name, "unknown")) for s in self.segments))
-
     def _key(self, name: str) -> str:
         return f"{self.summary['evaluated_on']}/{name}" if name in run_folder.SCORES else name
 
@@ -112,9 +105,13 @@ class Variant:
         """The mean of `by_seed`."""
         return statistics.fmean(self.by_seed(name).values())
 
-    def conditions(self, name: str) -> list[str]:
-        """The different values over all segments of all runs; see `Run.conditions`."""
-        return sorted({value for run in self.runs for value in run.conditions(name)})
+
+def conditions(runs: list[Run], name: str) -> list[str]:
+    """The different values of what is no setting, over all segments of the runs, sorted.
+
+    ``name`` is commit, hardware, precision, processes, or a package for its version.
+    """
+    return sorted({str(segment.get(name, "unknown")) for run in runs for segment in run.segments})
 
 
 # ---- Reading ------------------------------------------------------------------------------------

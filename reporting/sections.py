@@ -3,12 +3,18 @@
 from reporting import figures, paper, text
 from reporting.analysis import Analysis
 from reporting.parts import Picture, Section, Table, tables
-from reporting.runs import KINDS, differing_settings
+from reporting.runs import KINDS, Run, conditions, differing_settings
 from training.run_folder import WEIGHTS
 
 PROVENANCE = "Where the numbers come from"
-# What is no setting and yet may change a number.
-CONDITIONS = ("commit", "hardware", "precision", "torch", "processes")
+# What is no setting and yet may change a number, and how to say that runs differ in it.
+CONDITIONS = {
+    "commit": "at different commits",
+    "hardware": "on different hardware",
+    "precision": "in different precisions",
+    "torch": "with different versions of torch",
+    "processes": "with different numbers of processes",
+}
 
 
 def scores_section(analysis: Analysis) -> Section:
@@ -55,7 +61,7 @@ def curves_section(analysis: Analysis) -> Section:
 
 def cost_section(analysis: Analysis) -> Section:
     """Accuracy against time and FLOPs."""
-    hardware = analysis.conditions("hardware")
+    hardware = conditions(analysis.runs, "hardware")
     where = f"Measured on {', '.join(hardware)}."
     if len(hardware) > 1:
         where += " Times on different hardware are not comparable."
@@ -128,10 +134,12 @@ def provenance_section(analysis: Analysis) -> Section:
     rows = []
     for variant in variants:
         row = {"variant": variant.label, "seeds": ", ".join(str(r.seed) for r in variant.runs)}
-        rows.append(row | {name: _values(name, variant.conditions(name)) for name in CONDITIONS})
+        rows.append(row | {name: _values(variant.runs, name) for name in CONDITIONS})
     made = tables(rows, texts=2 + len(CONDITIONS))
     continued = [run for run in analysis.runs if len(run.segments) > 1]
-    moved = [run for run in continued if any(len(run.conditions(c)) > 1 for c in CONDITIONS)]
+    moved = [
+        run for run in continued if any(len(conditions([run], name)) > 1 for name in CONDITIONS)
+    ]
     notes = []
     if continued:
         notes.append(
@@ -144,7 +152,7 @@ def provenance_section(analysis: Analysis) -> Section:
             "variant": variant.label,
             "seed": str(run.seed),
             "from epoch": str(segment["first_epoch"]),
-            **{name: _values(name, [str(segment.get(name, "unknown"))]) for name in CONDITIONS},
+            **{name: _shown(name, str(segment.get(name, "unknown"))) for name in CONDITIONS},
         }
         for variant in variants
         for run in variant.runs
@@ -165,10 +173,13 @@ def provenance_section(analysis: Analysis) -> Section:
     )
 
 
-def _values(condition: str, values: list[str]) -> str:
-    if condition == "commit":
-        values = [text.commit(value) for value in values]
+def _values(runs: list[Run], condition: str) -> str:
+    values = [_shown(condition, value) for value in conditions(runs, condition)]
     return ("mixed: " if len(values) > 1 else "") + ", ".join(values)
+
+
+def _shown(condition: str, value: str) -> str:
+    return text.commit(value) if condition == "commit" else value
 
 
 def excluded_section(analysis: Analysis) -> Section | None:

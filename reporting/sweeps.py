@@ -4,6 +4,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import combinations
+from typing import Any
 
 from reporting.paired import Difference, corrected, paired
 from reporting.runs import Variant, differing_settings
@@ -19,82 +20,74 @@ ABSENT = ("none", "null", "false")
 class Effect:
     """A setting's one value against another one, in runs that are alike in all else."""
 
+    recipe: str  # what it differs in from the others; empty where there is one
     setting: str
     values: tuple[str, str]  # the second is the baseline
     combinations: int  # of the other settings, that both values were run with
     top1: Difference
-    recipe: str = ""  # by what it differs from the others, where there are several
 
 
-def effects(variants: list[Variant]) -> list[Effect]:
+def effects(variants: list[Variant]) -> list[list[Effect]]:
     """What each setting of attention does to top-1, any two of its values against each other.
 
-    ``variants`` are of one recipe. Two runs form a pair if the seed and all settings but this one
-    are the same. Where such pairs differ in the other settings, a seed's difference is their mean:
-    seeds are the independent samples, the combinations that they are trained in are not.
+    A list for each recipe that has them, corrected for their number. Two runs form a pair if the
+    seed and all settings but one are the same.
     """
-    keys = {key for variant in variants for key in variant.settings if _of_attention(key)}
-    found = []
-    for key in sorted(keys, key=_first_the_sizes):
-        values = sorted({variant.setting(key) for variant in variants}, key=_ascending)
-        for low, high in combinations(values, 2):
-            effect = _effect(variants, key, high, low)
-            if effect is not None:
-                found.append(effect)
-    return found
-
-
-def _effect(variants: list[Variant], key: str, ours: str, theirs: str) -> Effect | None:
-    others: dict[str, dict[str, Variant]] = defaultdict(dict)
-    for variant in variants:
-        rest = sorted((k, variant.setting(k)) for k in variant.settings if k != key)
-        others[str(rest)][variant.setting(key)] = variant
-    pairs = [
-        (both[ours], both[theirs]) for both in others.values() if {ours, theirs} <= both.keys()
-    ]
-    scores: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for one, other in pairs:
-        first, second = one.by_seed("top1"), other.by_seed("top1")
-        for seed in first.keys() & second.keys():
-            scores[seed].append((first[seed], second[seed]))
-    if not scores:
-        return None
-    means = [
-        {seed: statistics.mean(pair[side] for pair in found) for seed, found in scores.items()}
-        for side in (0, 1)
-    ]
-    return Effect(key, (ours, theirs), len(pairs), paired(*means))
-
-
-def by_recipe(variants: list[Variant]) -> list[list[Effect]]:
-    """For each recipe that has them its `effects`, corrected for their number."""
     recipes: dict[str, list[Variant]] = defaultdict(list)
     for variant in variants:
         if variant.attention == "aa":
             recipes[str(_recipe(variant))].append(variant)
     differing = differing_settings([members[0] for members in recipes.values()])
-    differing = [k for k in differing if not _of_attention(k) and not k.startswith("model.")]
-    outcomes = []
+    differing = [key for key in differing if not key.startswith(("attention.", "model."))]
+    families = []
     for members in recipes.values():
         words = [f"{short(key)}={members[0].setting(key)}" for key in differing]
         name = shortened([members[0].model, *words], 4) if len(recipes) > 1 else ""
-        found = effects(members)
+        found = _effects(name, members)
         top1 = corrected([effect.top1 for effect in found])
-        outcomes.append([replace(e, top1=t, recipe=name) for e, t in zip(found, top1, strict=True)])
-    return [outcome for outcome in outcomes if outcome]
+        families.append([replace(e, top1=t) for e, t in zip(found, top1, strict=True)])
+    return [family for family in families if family]
 
 
 def _recipe(variant: Variant) -> list[tuple[str, str]]:
-    settings = sorted((k, variant.setting(k)) for k in variant.settings if not _of_attention(k))
-    return [("model", variant.model), *settings]
+    keys = sorted(key for key in variant.settings if not key.startswith("attention."))
+    return [("model", variant.model), *((key, variant.setting(key)) for key in keys)]
 
 
-def _of_attention(key: str) -> bool:
-    return key.startswith("attention.")
+def _effects(recipe: str, variants: list[Variant]) -> list[Effect]:
+    """Of the variants of one recipe; sizes come first, and values ascend."""
+    pairs: dict[tuple[str, str, str], list[tuple[Variant, Variant]]] = defaultdict(list)
+    for both in combinations(variants, 2):
+        keys = differing_settings([*both])
+        if len(keys) == 1:
+            low, high = sorted(both, key=lambda v: _ascending(v.setting(keys[0])))
+            pairs[keys[0], low.setting(keys[0]), high.setting(keys[0])].append((high, low))
+
+    def order(values: tuple[str, str, str]) -> tuple[Any, ...]:
+        key, low, high = values
+        size = SIZES.index(key) if key in SIZES else len(SIZES)
+        return (size, key, _ascending(low), _ascending(high))
+
+    found = [
+        Effect(recipe, key, (high, low), len(pairs[key, low, high]), _mean(pairs[key, low, high]))
+        for key, low, high in sorted(pairs, key=order)
+    ]
+    return [effect for effect in found if effect.top1.n]
 
 
-def _first_the_sizes(key: str) -> tuple[int, str]:
-    return (SIZES.index(key) if key in SIZES else len(SIZES), key)
+def _mean(pairs: list[tuple[Variant, Variant]]) -> Difference:
+    """A seed's difference is the mean over the pairs that have it.
+
+    Seeds are the independent samples, the combinations of settings that they are trained in are
+    not.
+    """
+    by_seed: dict[int, list[float]] = defaultdict(list)
+    for ours, theirs in pairs:
+        first, second = ours.by_seed("top1"), theirs.by_seed("top1")
+        for seed in first.keys() & second.keys():
+            by_seed[seed].append(first[seed] - second[seed])
+    means = {seed: statistics.mean(found) for seed, found in by_seed.items()}
+    return paired(means, dict.fromkeys(means, 0.0))
 
 
 def _ascending(value: str) -> tuple[bool, list[tuple[float, str]]]:

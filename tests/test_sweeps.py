@@ -22,10 +22,6 @@ def train(root, top1, seed, **settings):
     return make_run(root / words, top1, seed, "aa", **settings)
 
 
-def augmented(root):
-    return [variant for variant in variants_of(root) if variant.attention == "aa"]
-
-
 def test_effects_of_a_grid_against_loops(tmp_path):
     """dk, dv and Nh with holes: a seed's difference is the mean of its pairs, and no other's."""
     draw = random.Random(3)
@@ -36,7 +32,7 @@ def test_effects_of_a_grid_against_loops(tmp_path):
         scores[dk, dv, heads, seed] = top1 = 60 + draw.gauss(dk / 50 + dv / 40, 1.0)
         settings = {"attention__dk": dk, "attention__dv": dv, "attention__Nh": heads}
         train(tmp_path, top1, seed, **settings)
-    found = effects(augmented(tmp_path))
+    (found,) = effects(variants_of(tmp_path))
     names = [(e.setting.removeprefix("attention."), *e.values) for e in found]
     assert names == [
         ("dk", "24", "8"),
@@ -98,7 +94,7 @@ def test_what_differs_in_two_settings_or_in_the_seed_is_no_pair(tmp_path):
     train(tmp_path, 70.0, 0, attention__dk=8, attention__dv=4)
     train(tmp_path, 71.0, 0, attention__dk=16, attention__dv=8)
     train(tmp_path, 72.0, 1, attention__dk=16, attention__dv=4)
-    assert effects(augmented(tmp_path)) == []
+    assert effects(variants_of(tmp_path)) == []
 
 
 def test_recipes_and_networks_are_not_mixed(tmp_path):
@@ -144,7 +140,7 @@ def test_the_page_begins_with_how_many_differ(tmp_path):
         train(tmp_path, top1, seed, attention__dk=dk, attention__dv=dv)
     analysis = analysis_of(tmp_path)
     card = page.sweep_card(analysis)
-    dk, _ = effects(augmented(tmp_path))
+    ((dk, _),) = effects(variants_of(tmp_path))
     assert (card.number, card.unit) == (
         "1 of 2",
         "differences between two values is significant",
