@@ -46,6 +46,8 @@ NO_EFFECT_ON_RESULT = (
 OPTIONAL: dict[str, Any] = {
     "init_from": None,
     "freeze": [],
+    "model._target_": "models.ResNet",
+    "model._partial_": True,
     "attention.blocks": "all",
     "attention.bias": False,
     "attention.init": "kaiming",
@@ -63,12 +65,6 @@ class Precision(Enum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
-
-
-class ShortcutKind(Enum):
-    projection = "projection"
-    pad = "pad"
-    subsample = "subsample"
 
 
 class Decay(Enum):
@@ -105,6 +101,8 @@ class AttentionDefaultsConfig:
 
 @dataclass
 class ModelConfig:
+    _target_: str = "models.ResNet"
+    _partial_: bool = True
     # What the network is called in summaries and reports.
     name: str = MISSING
     # Kind of residual block: basic, bottleneck or preact (pre-activation, as in wide ResNets).
@@ -119,7 +117,7 @@ class ModelConfig:
     stem: int = MISSING
     # How a shortcut changes shape: projection (1x1 convolution), pad (average pooling, then zero
     # channels) or subsample (drops pixels, then zero channels).
-    shortcut: ShortcutKind = MISSING
+    shortcut: str = MISSING
     # Where and how much to augment this network by default; attention=aa reads it.
     aa: AttentionDefaultsConfig = field(default_factory=AttentionDefaultsConfig)
 

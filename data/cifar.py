@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
+from aaconv.text import one_line
 from data.dataset import Augmentation, Dataset, Images, check_val_size, hold_out
-from data.pictures import one_line
 
 TRAIN_SIZE = 50_000
 IMAGE_SIZE = 32

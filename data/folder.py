@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from aaconv.text import one_line
 from data.dataset import Augmentation, Dataset, Images, check_val_size, hold_out
-from data.pictures import one_line, read_by_several, reading
+from data.pictures import read_by_several, reading
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aaconv.text import one_line
 from models.attention import ATTENTIONS, Attention
 from models.resnet import ResNet
 
@@ -123,8 +124,14 @@ def build(network: Mapping[str, Any]) -> ResNet:
     return ResNet(**arguments, attention=ATTENTIONS[name](**attention))
 
 
+def describe(network: ResNet) -> dict[str, Any]:
+    """The arguments of ``network`` as plain values, as `build` takes them."""
+    arguments = network.arguments
+    return arguments | {"attention": describe_attention(arguments["attention"])}
+
+
 def describe_attention(attention: Attention) -> dict[str, Any]:
-    """``attention`` as a dict of its name and its settings, as `build` takes it."""
+    """``attention`` as a dict of its name and its settings."""
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(attention).items()}
     return {"name": attention.name, **settings}
 
@@ -190,13 +197,13 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], Any, str]:
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {_one_line(error)}") from error
+        raise ValueError(f"{file} is damaged: {one_line(error)}") from error
     try:
         described = json.loads(beside.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{beside} is missing, which describes {file.name}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{beside} is damaged: {_one_line(error)}") from error
+        raise ValueError(f"{beside} is damaged: {one_line(error)}") from error
     return tensors, described, str(beside)
 
 
@@ -209,7 +216,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], Any, str]:
             raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's are of many types
-        raise ValueError(f"{file} is damaged: {_one_line(error).partition('. ')[0]}") from error
+        raise ValueError(f"{file} is damaged: {one_line(error).partition('. ')[0]}") from error
     if not isinstance(state, dict) or "description" not in state or "model" not in state:
         raise ValueError(f"{file} does not say what network it is of: older code has written it")
     if "ema_model" in state:
@@ -237,7 +244,7 @@ def _with_weights(
         with torch.device("meta"):  # nothing is allocated before all is known to fit
             network = build(description.network)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{where} describes no network: {_one_line(error)}") from error
+        raise ValueError(f"{where} describes no network: {one_line(error)}") from error
     own = network.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         if name not in tensors:
@@ -252,10 +259,6 @@ def _with_weights(
     own_memory = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     network.load_state_dict(own_memory, assign=True)
     return network
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_colour(value: Any) -> bool:

@@ -7,7 +7,6 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -91,42 +90,22 @@ def _as_svg(figure: Figure) -> str:
     return text.getvalue()
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """A row of `attention`: a title, and an image with the query, then a tile for each head."""
-
-    title: str
-    images: list[Any]  # PIL images of one size
-
-
-def attention(title: str, rows: list[Tiles]) -> str:
-    """Rows of small pictures: the image with the query's place, and what each head sees of it."""
-    columns = max(len(row.images) for row in rows)
-    with plt.rc_context(STYLE | {"axes.grid": False, "axes.titlelocation": "center"}):
-        figure, panels = plt.subplots(
-            len(rows),
-            columns,
-            figsize=(1.2 * columns + 0.8, 1.2 * len(rows) + 0.6),
-            layout="constrained",
-            squeeze=False,
-        )
-        try:
-            figure.suptitle(one_line(title), fontsize=10)
-            for row, drawn in zip(rows, panels, strict=True):
-                for column, (image, panel) in enumerate(zip(row.images, drawn, strict=True)):
-                    panel.imshow(image, interpolation="none")
-                    panel.set(xticks=[], yticks=[])
-                    panel.spines[:].set_visible(False)
-                    if row is rows[0]:
-                        head = "image" if column == 0 else f"head {column}"
-                        panel.set_title(head, fontsize=8)
-                lines = [_label(line) for line in row.title.split("\n")]
-                drawn[0].set_ylabel(
-                    "\n".join(lines), fontsize=8, rotation=0, ha="right", va="center"
-                )
-            return _as_svg(figure)
-        finally:
-            plt.close(figure)
+def attention(title: str, image: Any, rows: list[str], columns: list[str]) -> str:
+    """A PIL image of equal tiles, as many rows and columns of them as there are names."""
+    names = ["\n".join(_label(line) for line in row.split("\n")) for row in rows]
+    beside = 0.07 * max(len(line) for name in names for line in name.split("\n")) + 0.2
+    with _panel(image.width / 107 + beside, image.height / 107 + 0.6) as (_, panel, svg):
+        panel.imshow(image, interpolation="none")
+        panel.grid(visible=False)
+        panel.spines[:].set_visible(False)
+        panel.set_title(one_line(title), fontsize=10, loc="center")
+        panel.xaxis.tick_top()
+        panel.tick_params(length=0, labelsize=8)
+        middles = [(number + 0.5) / len(columns) * image.width for number in range(len(columns))]
+        panel.set_xticks(middles, columns)
+        middles = [(number + 0.5) / len(rows) * image.height for number in range(len(rows))]
+        panel.set_yticks(middles, names)
+    return svg[0]
 
 
 def _label(text: str, n: int | None = None) -> str:

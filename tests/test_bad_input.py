@@ -189,7 +189,7 @@ SETTINGS = [
     ("model.depths=[1,1,1000000]", "model.depths=[1, 1, 1000000] must not be more than 1000"),
     ("model.widths=[4,8,1000000000]", "model.widths=[4, 8, 1000000000]"),
     ("model.stem=0", "stem=0"),
-    ("model.block=dense", "block='dense' must be one of basic, bottleneck, preact"),
+    ("model.block=dense", "block=dense must be one of basic, bottleneck, preact"),
     # where it runs and what it is called
     ("device=tpu", "device=tpu is not a device; use auto, cpu or cuda"),
     ("device=mps", "device=mps is not available here; use auto or cpu"),

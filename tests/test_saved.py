@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import models
 from configs.schema import OPTIONAL
 from models import AA, GE, SE, Description, NoAttention
-from models.saved import OF_FORMAT_1, description_as_text, weights_as_bytes
+from models.saved import OF_FORMAT_1, describe_attention, description_as_text, weights_as_bytes
 
 from helpers import ROOT, TINY
 
@@ -35,7 +35,7 @@ def describe(attention=ATTENTIONS[3], **change):
         "shortcut": "pad",
         "num_classes": 3,
         "image_size": [16, 20],
-        "attention": models.describe_attention(attention),
+        "attention": describe_attention(attention),
     }
     rest = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "data": "own", "version": "1"}
     rest |= {"settings": {"epochs": 3, "optim": {"lr": 0.1}}, "precision": "float32"}
@@ -198,7 +198,7 @@ DAMAGE = {
     ),
     "no network": (change_description(lambda d: d.pop("network")), "network is missing"),
     "network": (change_description(lambda d: d.update(network=3)), "network is not an object"),
-    "block": (set_network(block="dense"), "describes no network: block='dense' must be"),
+    "block": (set_network(block="dense"), "describes no network: block=dense must be"),
     "unknown": (set_network(colour=1), "describes no network: .*colour"),
     "depths": (set_network(depths=[1, 10**12, 1]), "are more blocks than there are weights"),
     "depths text": (set_network(depths="abc"), "describes no network: "),

@@ -412,7 +412,7 @@ def test_the_papers_recipe_and_the_equal_one(settings, attention):
     equal = settings("experiment=table1_equal", f"attention={attention}", base=[])
     assert (equal.batch_size, equal.optim.lr, equal.optim.weight_decay) == (256, 0.2, 5e-4)
     for paper in (cfg, equal):
-        assert (paper.epochs, paper.schedule.warmup, paper.model.shortcut.name) == (
+        assert (paper.epochs, paper.schedule.warmup, paper.model.shortcut) == (
             500,
             0.05,
             "pad",

@@ -10,6 +10,7 @@ from test_saved import describe
 import models
 import train
 from models import AA, GE, SE, NoAttention, Trained, freeze, hold_frozen, transfer
+from models.saved import describe_attention
 from training import run_folder
 from training.variants import published, result_settings
 
@@ -35,7 +36,7 @@ def aa(dk=4, dv=2, Nh=2, stages=(2,), position="relative"):
 def network(attention=None, seed=0, **change):
     """A network with random statistics, too."""
     torch.manual_seed(seed)
-    described = models.describe_attention(attention or NoAttention())
+    described = describe_attention(attention or NoAttention())
     made = models.build({**NETWORK, **change, "attention": described})
     for name, tensor in made.state_dict().items():
         if "running" in name:

@@ -7,7 +7,6 @@ from typing import Any, Optional
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 import models
 from configs.schema import OPTIONS, Config
@@ -174,26 +173,16 @@ def _check_network(cfg: DictConfig) -> None:
         )
 
 
-def build_model(cfg: DictConfig, *, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+def build_model(cfg: DictConfig, *, num_classes: int, image_size: tuple[int, int]) -> models.ResNet:
     """The network of ``cfg.model`` with the attention of ``cfg.attention``, for such images.
 
     Raises:
         ValueError: see `models.ResNet`.
     """
-    return models.build(network_arguments(cfg, num_classes=num_classes, image_size=image_size))
-
-
-def network_arguments(
-    cfg: DictConfig, *, num_classes: int, image_size: tuple[int, int]
-) -> dict[str, Any]:
-    """The same as plain values: what `models.build` takes and a file of weights keeps."""
-    return {
-        "block": cfg.model.block,
-        "depths": list(cfg.model.depths),
-        "widths": list(cfg.model.widths),
-        "stem": cfg.model.stem,
-        "shortcut": cfg.model.shortcut.name,
-        "num_classes": num_classes,
-        "image_size": list(image_size),
-        "attention": models.describe_attention(instantiate(cfg.attention, _convert_="all")),
-    }
+    arguments = {key: value for key, value in cfg.model.items() if key not in ("name", "aa")}
+    network: models.ResNet = instantiate(arguments, _convert_="all")(
+        num_classes=num_classes,
+        image_size=image_size,
+        attention=instantiate(cfg.attention, _convert_="all"),
+    )
+    return network

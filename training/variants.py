@@ -53,7 +53,7 @@ def completed(config: dict[str, Any]) -> dict[str, Any]:
     for key, value in OPTIONAL.items():
         group, _, name = key.rpartition(".")
         holder = filled.get(group) if group else filled
-        if isinstance(holder, dict) and (not group or name in _settings_of(holder)):
+        if isinstance(holder, dict) and (group in ("", "model") or name in _settings_of(holder)):
             holder.setdefault(name, value)
     return filled
 
