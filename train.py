@@ -149,7 +149,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         facts = describe_training(cfg, state)
         if len(progress.rows) < cfg.epochs:
             place = provenance.place(device, facts["precision"], world.size)
-            progress.continue_on(place | origin_of(initial))
+            progress.start_segment(place | origin_of(initial))
         if folder is not None:
             folder.start(cfg, replaced)
             if progress.rows:  # a kill may have come between the checkpoint and the rows
@@ -217,7 +217,7 @@ def build(
     batches = Batches(
         dataset.train,
         cfg.batch_size,
-        dataset.augmentation,
+        instantiate(cfg.augmentation, _convert_="all"),
         dataset.mean,
         dataset.std,
         cfg.seed,
@@ -405,7 +405,7 @@ def start_tracking(
     world: distributed.World,
 ) -> Any:
     """The context manager of the run on the dashboard, which continues if it was there before."""
-    place = {k: v for k, v in progress.stretches[-1].items() if k != "first_epoch"}
+    place = {k: v for k, v in progress.segments[-1].items() if k != "first_epoch"}
     return track(
         config["wandb"]["mode"] if world.is_main else "disabled",
         folder=Path(cfg.out_dir),
@@ -641,7 +641,7 @@ def summarize(
         "per_class_top1": progress.per_class_top1,
         "class_names": list(dataset.class_names),
         **{key: facts[key] for key in facts if key != "precision"},
-        "stretches": progress.stretches,
+        "segments": progress.segments,
         "config": config,
     }
 

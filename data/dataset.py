@@ -122,7 +122,6 @@ class Dataset:
     class_names: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    augmentation: Augmentation
 
     def __post_init__(self) -> None:
         if self.evaluated_on not in ("test", "val"):
@@ -198,7 +197,4 @@ def hold_out(train: Images, size: int) -> tuple[Images, Images]:
     order = torch.randperm(len(train), generator=seeded_generator("hold-out"))
     order = order.to(train.labels.device)
     held_out, rest = order[:size].sort().values, order[size:].sort().values
-    return (
-        train.select(rest),
-        train.select(held_out),
-    )
+    return train.select(rest), train.select(held_out)

@@ -25,9 +25,7 @@ WEIGHTS = "weights.safetensors"
 DESCRIPTION = "config.json"
 CHECKPOINTS = ("last.pt", "previous.pt")
 # Of the description; a change of names or meanings raises it.
-FORMAT = 2
-# What attention of format 1 was, whose files do not say it.
-OF_FORMAT_1 = {"blocks": "all", "bias": False, "init": "kaiming", "qk_norm": False}
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -69,10 +67,9 @@ class Description:
         """
         if not isinstance(values, dict):
             raise ValueError(f"{where}: no description of a network")
-        if values.get("format") not in (1, FORMAT):
+        if values.get("format") != FORMAT:
             raise ValueError(
-                f"{where}: format is {values.get('format')}; this version reads formats 1 and "
-                f"{FORMAT}"
+                f"{where}: format is {values.get('format')}; this version reads format {FORMAT}"
             )
         for name, (kind, fits) in _KINDS.items():
             if name not in values:
@@ -84,11 +81,7 @@ class Description:
                 f"{where}: {len(values['class_names'])} class_names for "
                 f"network.num_classes={values['network'].get('num_classes')}"
             )
-        kept = {field.name: values[field.name] for field in fields(cls)}
-        attention = kept["network"]["attention"]
-        if values["format"] == 1 and attention.get("name") == "aa":
-            kept["network"] = kept["network"] | {"attention": OF_FORMAT_1 | attention}
-        return cls(**kept)
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)

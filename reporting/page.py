@@ -449,7 +449,7 @@ def provenance_section(variants: list[Variant]) -> Section:
         rows.append([variant.label, seeds, *(_fact(variant.facts(fact), fact) for fact in FACTS)])
     tables = [Table(["variant", "seeds", *FACTS], rows, texts=2 + len(FACTS))]
     runs = [(variant, run) for variant in variants for run in variant.runs]
-    continued = [(v, run) for v, run in runs if len(run.summary["stretches"]) > 1]
+    continued = [(v, run) for v, run in runs if len(run.summary["segments"]) > 1]
     moved = [(v, run) for v, run in continued if any(len(run.facts(f)) > 1 for f in FACTS)]
     notes = []
     if continued:
@@ -459,7 +459,7 @@ def provenance_section(variants: list[Variant]) -> Section:
             f"{len(moved) or 'none'} of them under different conditions."
         )
     if moved:
-        tables.append(_stretches(moved))
+        tables.append(_segments(moved))
     keys = sorted({key for variant in variants for key in variant.settings})
     shared = [key for key in keys if len({variant.setting(key) for variant in variants}) == 1]
     settings = Table(["setting", "value"], [[k, variants[0].setting(k)] for k in shared], texts=2)
@@ -478,16 +478,16 @@ def _fact(values: list[str], fact: str) -> str:
     return ("mixed: " if len(values) > 1 else "") + ", ".join(values)
 
 
-def _stretches(runs: list[tuple[Variant, Run]]) -> Table:
-    """Each stretch of the runs that were continued under different conditions."""
+def _segments(runs: list[tuple[Variant, Run]]) -> Table:
+    """Each segment of the runs that were continued under different conditions."""
     rows = []
     for variant, run in runs:
-        for stretch in run.summary["stretches"]:
-            facts = stretch["versions"] | stretch
+        for segment in run.summary["segments"]:
+            facts = segment["versions"] | segment
             values = [_fact([str(facts.get(fact, "unknown"))], fact) for fact in FACTS]
-            rows.append([variant.label, str(run.seed), str(stretch["first_epoch"]), *values])
+            rows.append([variant.label, str(run.seed), str(segment["first_epoch"]), *values])
     head = ["variant", "seed", "from epoch", *FACTS]
-    caption = "Runs that were continued under different conditions, stretch by stretch."
+    caption = "Runs that were continued under different conditions, segment by segment."
     return Table(head, rows, texts=len(head), caption=caption)
 
 

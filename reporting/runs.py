@@ -53,12 +53,12 @@ class Run:
         return [row[self._key(name)] for row in self.rows]
 
     def facts(self, fact: str) -> list[str]:
-        """The different values of a fact that is no setting, over the run's stretches in order.
+        """The different values of a fact that is no setting, over the run's segments in order.
 
         ``fact`` is commit, hardware, precision, processes, or a package for its version.
         """
-        stretches = [s["versions"] | s for s in self.summary["stretches"]]
-        return list(dict.fromkeys(str(s.get(fact, "unknown")) for s in stretches))
+        segments = [s["versions"] | s for s in self.summary["segments"]]
+        return list(dict.fromkeys(str(s.get(fact, "unknown")) for s in segments))
 
     def _key(self, name: str) -> str:
         return f"{self.summary['evaluated_on']}/{name}" if name in run_folder.SCORES else name
@@ -104,7 +104,7 @@ class Variant:
         return {run.seed: run.last(name) for run in self.runs}
 
     def facts(self, fact: str) -> list[str]:
-        """The different values of a fact over all stretches of all runs; see `Run.facts`."""
+        """The different values of a fact over all segments of all runs; see `Run.facts`."""
         return sorted({value for run in self.runs for value in run.facts(fact)})
 
 

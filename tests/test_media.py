@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 import train
 from aaconv import attention_maps
 from data import Dataset, evaluation_batches
-from data.dataset import Augmentation, Images
+from data.dataset import Images
 from models import augmented_layers
 from models.views import AttentionView, sharpest
 from training import attention_picture, media
@@ -44,7 +44,7 @@ def dataset_of(labels, guesses, classes):
     images = Images(pixels, torch.tensor(labels))
     names = tuple(f"c{n}" for n in range(classes))
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return Dataset("d", images, images, "test", classes, names, mean, std, Augmentation())
+    return Dataset("d", images, images, "test", classes, names, mean, std)
 
 
 def test_tables_count_what_a_network_takes_images_for():

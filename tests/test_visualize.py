@@ -182,7 +182,7 @@ WRONG = [
     (["{run}", "--queries", "0,99"], "pixel 0,99 is outside"),
     (["{run}", "--queries", "data.noise=0.1"], "--queries needs at least one value"),
     (["{run}", "epochs=3"], "epochs: not a setting here; there are data\n"),
-    (["{run}", "data.crop_pad=2"], "data.crop_pad: it changes the images of a training alone"),
+    (["{run}", "augmentation.crop_pad=2"], "augmentation.crop_pad: not a setting here"),
     (["{run}", "data.colour=1"], "data.colour: unknown setting colour"),
     (["{run}", "data=cifar10", "data.root=none", "data.download=false"], "no CIFAR10 in"),
     (["{run}", "--images", "{photo}", "data.noise=0.1"], "none of the --images is of the data"),
