@@ -41,9 +41,11 @@ from configs.schema import register
 from data import Batches, Dataset, evaluation_batches
 from models import (
     Description,
+    ResNet,
     Trained,
     count_flops,
     count_parameters,
+    describe,
     freeze,
     hold_frozen,
     layer_facts,
@@ -66,7 +68,7 @@ from training.optimizer import make_optimizer
 from training.progress import EpochState, Progress, StepFigures
 from training.run_folder import RunFolder
 from training.scores import evaluate
-from training.settings import build_model, check, network_arguments, resolve
+from training.settings import build_model, check, resolve
 from training.tracking import Tracker, dashboard_config, track
 from training.variants import published
 
@@ -144,10 +146,10 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             dataset = instantiate(cfg.data, _convert_="all").to(device)
         state = build(cfg, dataset, world, device, dtype, initial)
         progress = begin(state, resumed, saved, cfg.resume, run_dir, config)
-        facts = describe(cfg, state)
+        facts = describe_training(cfg, state)
         if len(progress.rows) < cfg.epochs:
             place = provenance.place(device, facts["precision"], world.size)
-            progress.continue_on(place | origin_of(initial))
+            progress.start_segment(place | origin_of(initial))
         if folder is not None:
             folder.start(cfg, replaced)
             if progress.rows:  # a kill may have come between the checkpoint and the rows
@@ -205,17 +207,17 @@ def build(
     set_deterministic(cfg.deterministic)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
-    model = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
+    network = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
     if initial is not None:
-        take_weights(model, initial, dataset, cfg.init_from)
-    freeze(model, cfg.freeze)
-    model = to_device(model, device, cfg.channels_last)
+        take_weights(network, initial, dataset, cfg.init_from)
+    freeze(network, cfg.freeze)
+    model = to_device(network, device, cfg.channels_last)
     if cfg.sync_batchnorm:
         model = distributed.convert_sync_batchnorm(model, device)
     batches = Batches(
         dataset.train,
         cfg.batch_size,
-        dataset.augmentation,
+        instantiate(cfg.augmentation, _convert_="all"),
         dataset.mean,
         dataset.std,
         cfg.seed,
@@ -238,7 +240,7 @@ def build(
         dtype=dtype,
         dataset=dataset,
         batches=batches,
-        description=describe_network(cfg, dataset, dtype),
+        description=describe_run(cfg, network, dataset, dtype),
         model=model,
         wrapped_model=compiled(wrapped_model) if cfg.compile else wrapped_model,
         ema_model=ema_model,
@@ -288,12 +290,12 @@ def origin_of(initial: Trained | None) -> dict[str, Any]:
     }
 
 
-def describe_network(cfg: DictConfig, dataset: Dataset, dtype: torch.dtype) -> Description:
+def describe_run(
+    cfg: DictConfig, network: ResNet, dataset: Dataset, dtype: torch.dtype
+) -> Description:
     """What is kept with the weights, so that the network can be rebuilt from its file alone."""
     return Description(
-        network=network_arguments(
-            cfg, num_classes=dataset.num_classes, image_size=dataset.image_size
-        ),
+        network=describe(network),
         class_names=list(dataset.class_names),
         mean=list(dataset.mean),
         std=list(dataset.std),
@@ -367,11 +369,11 @@ def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def describe(cfg: DictConfig, state: RunState) -> dict[str, Any]:
+def describe_training(cfg: DictConfig, state: RunState) -> dict[str, Any]:
     """What will be trained; logged, and returned for summary and dashboard."""
     facts = {
         "model": cfg.model.name,
-        "attention": instantiate(cfg.attention).name,
+        "attention": state.description.network["attention"]["name"],
         "data": state.dataset.name,
         "evaluated_on": state.dataset.evaluated_on,
         "parameters": count_parameters(state.model),
@@ -403,7 +405,7 @@ def start_tracking(
     world: distributed.World,
 ) -> Any:
     """The context manager of the run on the dashboard, which continues if it was there before."""
-    place = {k: v for k, v in progress.stretches[-1].items() if k != "first_epoch"}
+    place = {k: v for k, v in progress.segments[-1].items() if k != "first_epoch"}
     return track(
         config["wandb"]["mode"] if world.is_main else "disabled",
         folder=Path(cfg.out_dir),
@@ -435,9 +437,9 @@ def pictures(
         return {}
     from training import media  # which needs Pillow
 
-    if len(progress.rows) not in media.moments(cfg.epochs):
+    if len(progress.rows) not in media.media_epochs(cfg.epochs):
         return {}
-    return {**media.attention_pictures(evaluated_model(state), state.dataset, state.autocast)}
+    return {**media.attention_pictures(evaluated_model(state), state.dataset)}
 
 
 def show(
@@ -639,7 +641,7 @@ def summarize(
         "per_class_top1": progress.per_class_top1,
         "class_names": list(dataset.class_names),
         **{key: facts[key] for key in facts if key != "precision"},
-        "stretches": progress.stretches,
+        "segments": progress.segments,
         "config": config,
     }
 

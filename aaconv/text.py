@@ -1,4 +1,4 @@
-"""Tables in plain text."""
+"""Tables in plain text, and errors in one line."""
 
 from collections.abc import Sequence
 
@@ -18,3 +18,8 @@ def table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def one_line(error: BaseException) -> str:
+    """What the error says, without line breaks; its type's name where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

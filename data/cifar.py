@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from data.dataset import Augmentation, Dataset, Images, check_val_size, hold_out
-from data.pictures import one_line
+from aaconv.text import one_line
+from data.dataset import Dataset, Images, check_val_size, hold_out
 
 TRAIN_SIZE = 50_000
 IMAGE_SIZE = 32
@@ -61,9 +61,6 @@ def load_cifar(
     name: str,
     root: str,
     val_size: int = 0,
-    crop_pad: int = 4,
-    flip: bool = True,
-    cutout: int = 0,
     download: bool = True,
 ) -> Dataset:
     """CIFAR-10 ("cifar10") or CIFAR-100 ("cifar100") in memory: 32x32 images.
@@ -75,15 +72,13 @@ def load_cifar(
     holds that many training images out and evaluates on them; the test images are then not read.
     Mean and standard deviation are those of all 50,000 training images in either case.
 
-    Raises ValueError for an unknown name, a ``val_size`` or an augmentation that does not fit, a
-    ``root`` that cannot be read, and damaged files; FileNotFoundError for a missing data set. A
+    Raises ValueError for an unknown name, a ``val_size`` that does not fit, a ``root`` that cannot
+    be read, and damaged files; FileNotFoundError for a missing data set. A
     download that fails or is interrupted removes everything it made, and nothing else.
     """
     if name not in SOURCES:
         raise ValueError(f"name={name!r} is unknown; choose one of {', '.join(SOURCES)}")
     check_val_size(val_size, TRAIN_SIZE)
-    augmentation = Augmentation(crop_pad, flip, cutout)
-    augmentation.check_fits(IMAGE_SIZE, IMAGE_SIZE)
 
     source, root = SOURCES[name], os.path.abspath(os.path.expanduser(root))
     whole = _open(source, root, download)
@@ -102,7 +97,6 @@ def load_cifar(
         class_names=tuple(class_names),
         mean=source.mean,
         std=source.std,
-        augmentation=augmentation,
     )
 
 

@@ -45,6 +45,10 @@ class Images:
         """Images ``rank``, ``rank + world_size``, ...: over all ranks, each image exactly once."""
         return Images(self.pixels[rank::world_size], self.labels[rank::world_size])
 
+    def select(self, indices: list[int] | Tensor) -> Images:
+        """The images of these numbers, counted from 0, in their order."""
+        return Images(self.pixels[indices], self.labels[indices])
+
 
 def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     if not isinstance(tensor, Tensor):
@@ -118,7 +122,6 @@ class Dataset:
     class_names: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    augmentation: Augmentation
 
     def __post_init__(self) -> None:
         if self.evaluated_on not in ("test", "val"):
@@ -194,7 +197,4 @@ def hold_out(train: Images, size: int) -> tuple[Images, Images]:
     order = torch.randperm(len(train), generator=seeded_generator("hold-out"))
     order = order.to(train.labels.device)
     held_out, rest = order[:size].sort().values, order[size:].sort().values
-    return (
-        Images(train.pixels[rest], train.labels[rest]),
-        Images(train.pixels[held_out], train.labels[held_out]),
-    )
+    return train.select(rest), train.select(held_out)

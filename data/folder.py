@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data.dataset import Augmentation, Dataset, Images, check_val_size, hold_out
-from data.pictures import one_line, read_by_several, reading
+from aaconv.text import one_line
+from data.dataset import Dataset, Images, check_val_size, hold_out
+from data.pictures import read_by_several, reading
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +41,6 @@ def load_folder(
     name: str,
     size: int,
     val_size: int = 0,
-    crop_pad: int = 4,
-    flip: bool = True,
-    cutout: int = 0,
 ) -> Dataset:
     """The images of ``root/train/CLASS/`` and ``root/val/CLASS/`` in memory, ``size`` x ``size``.
 
@@ -65,8 +63,6 @@ def load_folder(
         raise ValueError("data.name= must not be empty: the runs of a data set are told by it")
     if not 1 <= size <= LARGEST:
         raise ValueError(f"data.size={size} must be at least 1 and at most {LARGEST} pixels")
-    augmentation = Augmentation(crop_pad, flip, cutout)
-    augmentation.check_fits(size, size)
     folder = Path(root).expanduser().absolute()
     if not (folder / TRAIN).is_dir():
         raise FileNotFoundError(
@@ -101,7 +97,6 @@ def load_folder(
         class_names=tuple(classes),
         mean=mean,
         std=std,
-        augmentation=augmentation,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from data.dataset import Augmentation, Dataset, Images, check_val_size, hold_out, seeded_generator
+from data.dataset import Dataset, Images, check_val_size, hold_out, seeded_generator
 
 IMAGE_SIZE = 32
 CUE_SIZE = 2
@@ -56,9 +56,6 @@ def make_lookup(
     noise: float = 0.04,
     val_size: int = 0,
     data_seed: int = 0,
-    crop_pad: int = 0,
-    flip: bool = False,
-    cutout: int = 0,
     distance: int | None = None,
 ) -> Dataset:
     """32x32 images whose class is the shape that has the colour of a far-away cue; 8 classes.
@@ -68,8 +65,8 @@ def make_lookup(
     of these five colours, each equally likely, and the class is the shape in that colour. ``noise``
     is the standard deviation of the Gaussian noise on every pixel value, on a scale where white is
     1. Training and test images come from different generator streams of ``data_seed``;
-    ``val_size`` > 0 holds that many training images out and evaluates on them. Augmentation is off
-    by default, since a crop or a cutout may remove the cue.
+    ``val_size`` > 0 holds that many training images out and evaluates on them. A crop or a cutout
+    may remove the cue.
 
     No 25x25 window (a ResNet-8's receptive field) holds a pixel of the cue and a pixel of a shape.
     A network that adds up what such windows show can therefore only compute
@@ -86,12 +83,10 @@ def make_lookup(
     columns of background, 1 to 24: all shapes are equally far from the cue, and nothing else
     changes with d. The proven ceiling then holds for windows of up to d + 1 pixels.
 
-    Raises ValueError for sizes, noise, augmentation or distance out of range.
+    Raises ValueError for sizes, noise or distance out of range.
     """
     _check(train_size, test_size, noise, distance)
     check_val_size(val_size, train_size)
-    augmentation = Augmentation(crop_pad, flip, cutout)
-    augmentation.check_fits(IMAGE_SIZE, IMAGE_SIZE)
 
     train = _draw(train_size, noise, distance, seeded_generator("lookup", "train", data_seed))
     mean, std = _mean_and_std(train.pixels)
@@ -109,7 +104,6 @@ def make_lookup(
         class_names=tuple(SHAPES),
         mean=mean,
         std=std,
-        augmentation=augmentation,
     )
 
 

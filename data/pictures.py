@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aaconv.text import one_line
+
 
 def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
     """A picture as (H, W, 3) uint8, RGB, for ``size`` (H, W).
@@ -76,8 +78,3 @@ def _as_rgb(picture: Any) -> Any:
         white = Image.new("RGBA", opaque.size, "white")
         return Image.alpha_composite(white, opaque).convert("RGB")
     return picture.convert("RGB")
-
-
-def one_line(error: BaseException) -> str:
-    """What the error says, without line breaks; its type's name where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__

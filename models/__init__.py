@@ -20,7 +20,7 @@ from models.cost import (
     receptive_field,
 )
 from models.resnet import ResNet
-from models.saved import Description, Trained, build, describe_attention, load
+from models.saved import Description, Trained, build, describe, load
 from models.transfer import Transfer, freeze, hold_frozen, transfer
 
 __all__ = [
@@ -41,7 +41,7 @@ __all__ = [
     "build",
     "count_flops",
     "count_parameters",
-    "describe_attention",
+    "describe",
     "freeze",
     "hold_frozen",
     "layer_facts",

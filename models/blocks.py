@@ -28,7 +28,7 @@ class Shortcut(nn.Module):
             # Unstrided, after subsampling, for the reason given in aaconv/modules.py.
             self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
         elif kind not in ("pad", "subsample"):
-            raise ValueError(f"shortcut={kind!r} must be projection, pad or subsample")
+            raise ValueError(f"shortcut={kind} must be projection, pad or subsample")
         elif self.added_channels < 0:
             raise ValueError(
                 f"shortcut={kind} cannot narrow {in_channels} channels to {out_channels}; "
@@ -45,27 +45,51 @@ class Shortcut(nn.Module):
         return F.pad(x, (0, 0, 0, 0, 0, self.added_channels))
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, normalised after each (He et al., CVPR 2016)."""
+class Block(nn.Module):
+    """What all blocks share: a residual branch, its recalibration, and a shortcut beside it.
+
+    Args:
+        in_channels: of the input.
+        channels: of the branch; the output has ``expansion`` times as many.
+        place: where the block stands in its network.
+        shortcut: see `Shortcut`, which a block that keeps the shape does not need.
+        attention: what the branch has in addition to convolutions.
+    """
 
     expansion = 1
+    normalizes_projection = True
 
     def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        place: Place,
-        shortcut: str,
-        attention: Attention,
+        self, in_channels: int, channels: int, place: Place, shortcut: str, attention: Attention
     ) -> None:
         super().__init__()
+        out_channels = channels * self.expansion
+        self.add_branch(in_channels, channels, place, attention)
+        self.recalibrate = attention.recalibration(out_channels)
+        self.changes_shape = place.stride > 1 or in_channels != out_channels
+        self.shortcut: nn.Module = nn.Identity()
+        if self.changes_shape:
+            self.shortcut = Shortcut(in_channels, out_channels, place.stride, shortcut)
+            if shortcut == "projection" and self.normalizes_projection:
+                self.shortcut = nn.Sequential(self.shortcut, nn.BatchNorm2d(out_channels))
+
+    def add_branch(
+        self, in_channels: int, channels: int, place: Place, attention: Attention
+    ) -> None:
+        """Add the branch's convolutions and normalizations."""
+        raise NotImplementedError
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions, normalized after each (He et al., CVPR 2016)."""
+
+    def add_branch(
+        self, in_channels: int, channels: int, place: Place, attention: Attention
+    ) -> None:
         self.conv1 = attention.first_convolution(in_channels, channels, place)
-        inner = self.conv1.out_channels
-        self.bn1 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(self.conv1.out_channels)
+        self.conv2 = nn.Conv2d(self.conv1.out_channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.recalibrate = attention.recalibration(channels)
-        self.shortcut = _post_activation_shortcut(in_channels, channels, place.stride, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
@@ -73,7 +97,7 @@ class BasicBlock(nn.Module):
         return torch.relu(y + self.shortcut(x))
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1, 3x3 and 1x1 convolution, 4 x ``channels`` out (He et al., CVPR 2016).
 
     `AA` augments the 3x3 one, the only one that sees more than one pixel; that gives the parameter
@@ -82,25 +106,16 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        place: Place,
-        shortcut: str,
-        attention: Attention,
+    def add_branch(
+        self, in_channels: int, channels: int, place: Place, attention: Attention
     ) -> None:
-        super().__init__()
-        out_channels = channels * self.expansion
         self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = attention.first_convolution(channels, channels, place)
         inner = self.conv2.out_channels
         self.bn2 = nn.BatchNorm2d(inner)
-        self.conv3 = nn.Conv2d(inner, out_channels, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(out_channels)
-        self.recalibrate = attention.recalibration(out_channels)
-        self.shortcut = _post_activation_shortcut(in_channels, out_channels, place.stride, shortcut)
+        self.conv3 = nn.Conv2d(inner, channels * self.expansion, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels * self.expansion)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
@@ -109,47 +124,25 @@ class Bottleneck(nn.Module):
         return torch.relu(y + self.shortcut(x))
 
 
-class PreActBlock(nn.Module):
-    """Two 3x3 convolutions, normalised before each (Zagoruyko and Komodakis, BMVC 2016).
+class PreActBlock(Block):
+    """Two 3x3 convolutions, normalized before each (Zagoruyko and Komodakis, BMVC 2016).
 
-    Where the shape changes, the shortcut starts after the first normalisation and ReLU.
+    Where the shape changes, the shortcut starts after the first normalization and ReLU.
     """
 
-    expansion = 1
+    normalizes_projection = False
 
-    def __init__(
-        self,
-        in_channels: int,
-        channels: int,
-        place: Place,
-        shortcut: str,
-        attention: Attention,
+    def add_branch(
+        self, in_channels: int, channels: int, place: Place, attention: Attention
     ) -> None:
-        super().__init__()
         self.bn1 = nn.BatchNorm2d(in_channels)
         self.conv1 = attention.first_convolution(in_channels, channels, place)
-        inner = self.conv1.out_channels
-        self.bn2 = nn.BatchNorm2d(inner)
-        self.conv2 = nn.Conv2d(inner, channels, 3, padding=1, bias=False)
-        self.recalibrate = attention.recalibration(channels)
-        self.shortcut = None
-        if place.stride > 1 or in_channels != channels:
-            self.shortcut = Shortcut(in_channels, channels, place.stride, shortcut)
+        self.bn2 = nn.BatchNorm2d(self.conv1.out_channels)
+        self.conv2 = nn.Conv2d(self.conv1.out_channels, channels, 3, padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(x))
-        if self.shortcut is not None:
+        if self.changes_shape:
             x = self.shortcut(y)
         y = self.conv2(torch.relu(self.bn2(self.conv1(y))))
         return x + self.recalibrate(y)
-
-
-def _post_activation_shortcut(
-    in_channels: int, out_channels: int, stride: int, kind: str
-) -> nn.Module:
-    if stride == 1 and in_channels == out_channels:
-        return nn.Identity()
-    shortcut = Shortcut(in_channels, out_channels, stride, kind)
-    if kind == "projection":
-        return nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
-    return shortcut

@@ -1,15 +1,16 @@
 """The residual network of the comparison: CIFAR ResNets, wide ResNets, bottlenecks."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from aaconv.maps import augmented_layers
 from models.attention import Attention, NoAttention, Place
-from models.blocks import BasicBlock, Bottleneck, PreActBlock
+from models.blocks import BasicBlock, Block, Bottleneck, PreActBlock
 
-BLOCKS: dict[str, type[BasicBlock] | type[Bottleneck] | type[PreActBlock]] = {
+BLOCKS: dict[str, type[Block]] = {
     "basic": BasicBlock,
     "bottleneck": Bottleneck,
     "preact": PreActBlock,
@@ -34,6 +35,9 @@ class ResNet(nn.Module):
         attention: what the blocks have in addition to convolutions, see `models.attention`.
             Networks to compare differ in this argument alone.
 
+    Attributes:
+        arguments: all of the above, with which an equal network can be built.
+
     Raises:
         ValueError: the arguments contradict each other; the message names the values.
     """
@@ -51,7 +55,7 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         if block not in BLOCKS:
-            raise ValueError(f"block={block!r} must be one of {', '.join(BLOCKS)}")
+            raise ValueError(f"block={block} must be one of {', '.join(BLOCKS)}")
         if not depths or len(depths) != len(widths):
             raise ValueError(
                 f"depths={list(depths)} and widths={list(widths)} must be equally long, not empty"
@@ -62,9 +66,19 @@ class ResNet(nn.Module):
                 f"num_classes={num_classes} must be at least 1"
             )
         attention.check(depths)
+        self.arguments: dict[str, Any] = {
+            "block": block,
+            "depths": list(depths),
+            "widths": list(widths),
+            "stem": stem,
+            "shortcut": shortcut,
+            "num_classes": num_classes,
+            "image_size": list(image_size),
+            "attention": attention,
+        }
         make_block = BLOCKS[block]
         self.conv = nn.Conv2d(3, stem, 3, padding=1, bias=False)
-        # Pre-activation blocks normalise their own input, so the normalisation that the others
+        # Pre-activation blocks normalize their own input, so the normalization that the others
         # have after the stem comes after the last block instead.
         preact = block == "preact"
         self.bn_in = nn.Identity() if preact else nn.BatchNorm2d(stem)

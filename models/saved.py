@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aaconv.text import one_line
 from models.attention import ATTENTIONS, Attention
 from models.resnet import ResNet
 
@@ -24,9 +25,7 @@ WEIGHTS = "weights.safetensors"
 DESCRIPTION = "config.json"
 CHECKPOINTS = ("last.pt", "previous.pt")
 # Of the description; a change of names or meanings raises it.
-FORMAT = 2
-# What attention of format 1 was, whose files do not say it.
-OF_FORMAT_1 = {"blocks": "all", "bias": False, "init": "kaiming", "qk_norm": False}
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -68,10 +67,9 @@ class Description:
         """
         if not isinstance(values, dict):
             raise ValueError(f"{where}: no description of a network")
-        if values.get("format") not in (1, FORMAT):
+        if values.get("format") != FORMAT:
             raise ValueError(
-                f"{where}: format is {values.get('format')}; this version reads formats 1 and "
-                f"{FORMAT}"
+                f"{where}: format is {values.get('format')}; this version reads format {FORMAT}"
             )
         for name, (kind, fits) in _KINDS.items():
             if name not in values:
@@ -83,11 +81,7 @@ class Description:
                 f"{where}: {len(values['class_names'])} class_names for "
                 f"network.num_classes={values['network'].get('num_classes')}"
             )
-        kept = {field.name: values[field.name] for field in fields(cls)}
-        attention = kept["network"]["attention"]
-        if values["format"] == 1 and attention.get("name") == "aa":
-            kept["network"] = kept["network"] | {"attention": OF_FORMAT_1 | attention}
-        return cls(**kept)
+        return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -123,8 +117,14 @@ def build(network: Mapping[str, Any]) -> ResNet:
     return ResNet(**arguments, attention=ATTENTIONS[name](**attention))
 
 
+def describe(network: ResNet) -> dict[str, Any]:
+    """The arguments of ``network`` as plain values, as `build` takes them."""
+    arguments = network.arguments
+    return arguments | {"attention": describe_attention(arguments["attention"])}
+
+
 def describe_attention(attention: Attention) -> dict[str, Any]:
-    """``attention`` as a dict of its name and its settings, as `build` takes it."""
+    """``attention`` as a dict of its name and its settings."""
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(attention).items()}
     return {"name": attention.name, **settings}
 
@@ -190,13 +190,13 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], Any, str]:
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {_one_line(error)}") from error
+        raise ValueError(f"{file} is damaged: {one_line(error)}") from error
     try:
         described = json.loads(beside.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{beside} is missing, which describes {file.name}") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{beside} is damaged: {_one_line(error)}") from error
+        raise ValueError(f"{beside} is damaged: {one_line(error)}") from error
     return tensors, described, str(beside)
 
 
@@ -209,7 +209,7 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], Any, str]:
             raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's are of many types
-        raise ValueError(f"{file} is damaged: {_one_line(error).partition('. ')[0]}") from error
+        raise ValueError(f"{file} is damaged: {one_line(error).partition('. ')[0]}") from error
     if not isinstance(state, dict) or "description" not in state or "model" not in state:
         raise ValueError(f"{file} does not say what network it is of: older code has written it")
     if "ema_model" in state:
@@ -237,7 +237,7 @@ def _with_weights(
         with torch.device("meta"):  # nothing is allocated before all is known to fit
             network = build(description.network)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{where} describes no network: {_one_line(error)}") from error
+        raise ValueError(f"{where} describes no network: {one_line(error)}") from error
     own = network.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         if name not in tensors:
@@ -252,10 +252,6 @@ def _with_weights(
     own_memory = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     network.load_state_dict(own_memory, assign=True)
     return network
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_colour(value: Any) -> bool:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf.errors import OmegaConfBaseException
@@ -11,10 +10,11 @@ from omegaconf.errors import OmegaConfBaseException
 import models
 from configs.schema import OPTIONS
 from data import Dataset, Images, evaluation_batches
-from models.attending import Look, looks
+from models.views import attention_views
 from reporting import figures
 from reporting.runs import Run, Variant
-from training import run_folder, tiles
+from training import run_folder
+from training.attention_picture import AttentionPicture, attention_picture, layer_line
 from training.cli import explain
 from training.media import spread
 
@@ -26,15 +26,25 @@ KNOWN = {kind._target_ for group, _, kind in OPTIONS if group == "data"}
 
 @dataclass(frozen=True)
 class Block:
-    """One augmented layer on several images: a row for each image and query."""
+    """One augmented layer on several images.
+
+    Attributes:
+        name: of the layer.
+        words: its map size, dk, dv and Nh.
+        picture: see `training.attention_picture`.
+        titles: what each row of the picture is called.
+    """
 
     name: str
     words: str
-    rows: list[figures.Tiles]
+    picture: AttentionPicture
+    titles: list[str]
 
     def figure(self) -> figures.Figure:
-        """The picture."""
-        return figures.attention(f"{self.name} ({self.words})", self.rows)
+        """The picture with its titles."""
+        columns = ["image", *(f"head {number + 1}" for number in range(self.picture.heads))]
+        title = f"{self.name} ({self.words})"
+        return figures.attention(title, self.picture.image, self.titles, columns)
 
 
 def blocks(
@@ -57,28 +67,17 @@ def blocks(
     """
     mean, std = trained.description.mean, trained.description.std
     (batch, _), *_ = evaluation_batches(images, len(images), (*mean,), (*std,))  # type: ignore[arg-type]
-    seen = looks(trained.network, batch, queries)
     made = []
-    for number, name in enumerate(models.augmented_layers(trained.network)):
-        of_images = [of_image[number] for of_image in seen]
-        first = of_images[0]
-        height, width = first.size
-        words = f"{height}x{width}, Nh={first.layer.Nh}, dk={first.layer.dk}, dv={first.layer.dv}"
+    for name, views in attention_views(trained.network, batch, queries).items():
+        picture = attention_picture(images.pixels, views)
         rows = [
-            _tiles(pixels.cpu(), look, query, title)
-            for pixels, look, title in zip(images.pixels, of_images, titles, strict=True)
-            for query in range(len(look.queries))
+            "mean over positions"
+            if query is None
+            else f"{titles[image]}\nfrom {query[0]},{query[1]}"
+            for image, query in picture.rows
         ]
-        made.append(Block(name, words, rows))
+        made.append(Block(name, layer_line(views[0]), picture, rows))
     return made
-
-
-def _tiles(pixels: torch.Tensor, look: Look, query: int, title: str) -> figures.Tiles:
-    image = tiles.enlarged(pixels)
-    row, column = look.queries[query]
-    heads = [tiles.tile(image, head[query]) for head in look.weights]
-    frame = tiles.marked(image, look.queries[query], look.size)
-    return figures.Tiles(f"{title}\nfrom {row},{column}", [frame, *heads])
 
 
 # ---- For the report -----------------------------------------------------------------------------
@@ -134,6 +133,5 @@ def by_index(dataset: Dataset, indices: list[int]) -> tuple[Images, list[str]]:
                 f"there is no image {index}; {dataset.name} {dataset.evaluated_on} has the images "
                 f"0 to {len(dataset.evaluation) - 1}"
             )
-    labels = dataset.evaluation.labels[indices]
-    images = Images(dataset.evaluation.pixels[indices], labels)
-    return images, [dataset.class_names[label] for label in labels.tolist()]
+    images = dataset.evaluation.select(indices)
+    return images, [dataset.class_names[label] for label in images.labels.tolist()]

@@ -7,7 +7,6 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -77,32 +76,22 @@ def one_panel(width: float = 5.2, height: float = 3.5) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """A row of `attention`: a title, and an image with the query, then a tile for each head."""
-
-    title: str
-    images: list[Any]  # PIL images of one size
-
-
 @style()
-def attention(title: str, rows: list[Tiles]) -> Figure:
-    """Rows of small pictures: the image with the query's place, and what each head sees of it."""
-    columns = max(len(row.images) for row in rows)
-    figure = Figure(figsize=(1.2 * columns + 0.8, 1.2 * len(rows) + 0.6), layout="constrained")
-    panels = figure.subplots(len(rows), columns, squeeze=False)
-    figure.suptitle(one_line(title), fontsize=10)
-    for row, drawn in zip(rows, panels, strict=True):
-        for image, panel in zip(row.images, drawn, strict=True):
-            panel.imshow(image, interpolation="none")
-            panel.grid(visible=False)
-            panel.set(xticks=[], yticks=[])
-            panel.spines[:].set_visible(False)
-        lines = "\n".join(fit_label(line) for line in row.title.split("\n"))
-        drawn[0].set_ylabel(lines, fontsize=8, rotation=0, ha="right", va="center")
-    for column, panel in enumerate(panels[0]):
-        head = f"head {column}" if column else "image"
-        panel.set_title(head, fontsize=8, loc="center")
+def attention(title: str, image: Any, rows: list[str], columns: list[str]) -> Figure:
+    """A PIL image of equal tiles, as many rows and columns of them as there are names."""
+    names = ["\n".join(fit_label(line) for line in row.split("\n")) for row in rows]
+    beside = 0.07 * max(len(line) for name in names for line in name.split("\n")) + 0.2
+    figure, panel = one_panel(image.width / 107 + beside, image.height / 107 + 0.6)
+    panel.imshow(image, interpolation="none")
+    panel.grid(visible=False)
+    panel.spines[:].set_visible(False)
+    panel.set_title(one_line(title), fontsize=10, loc="center")
+    panel.xaxis.tick_top()
+    panel.tick_params(length=0, labelsize=8)
+    middles = [(number + 0.5) / len(columns) * image.width for number in range(len(columns))]
+    panel.set_xticks(middles, columns)
+    middles = [(number + 0.5) / len(rows) * image.height for number in range(len(rows))]
+    panel.set_yticks(middles, names)
     return figure
 
 

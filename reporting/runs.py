@@ -56,7 +56,7 @@ class Run:
     @property
     def segments(self) -> list[dict[str, Any]]:
         """For each start of the run what it ran on, packages by their versions among it."""
-        return [segment["versions"] | segment for segment in self.summary["stretches"]]
+        return [segment["versions"] | segment for segment in self.summary["segments"]]
 
     def _key(self, name: str) -> str:
         return f"{self.summary['evaluated_on']}/{name}" if name in run_folder.SCORES else name

@@ -111,8 +111,9 @@ def attention_section(analysis: Analysis) -> Section | None:
             f"attention{number}",
             f"Block {block.name}",
             block.figure(),
-            f"Attention of {block.name} ({block.words}): the image with the position that looks "
-            "(frame), and what each head looks at (brightest: its largest weight).",
+            f"Attention of {block.name} ({block.words}): the image with one position (frame), and "
+            "the weights of each head from there (brightest: the largest); below, their mean over "
+            "all positions.",
         )
         for number, block in enumerate(blocks, start=1)
     ]

@@ -20,7 +20,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from aaconv import augment_
-from data import Batches, Dataset, evaluation_batches, make_lookup
+from data import Augmentation, Batches, Dataset, evaluation_batches, make_lookup
 from models import ResNet
 
 AUGMENTED = "stages.2.0.conv1"
@@ -30,7 +30,7 @@ LEARNING_RATE = 2e-3
 
 def train(network: nn.Module, data: Dataset, epochs: int, seed: int) -> None:
     """Train with AdamW and one cycle of the learning rate."""
-    batches = Batches(data.train, BATCH_SIZE, data.augmentation, data.mean, data.std, seed)
+    batches = Batches(data.train, BATCH_SIZE, Augmentation(), data.mean, data.std, seed)
     # Made here, so that it has the parameters that the network has now.
     optimizer = torch.optim.AdamW(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(

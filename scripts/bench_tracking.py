@@ -68,7 +68,7 @@ def parts(cfg: Any, state: train.RunState, tracker: Any) -> dict[str, Callable[[
         "step": step,
         "norm": lambda: torch.nn.utils.get_total_norm(grads),
         "right": lambda: (logits.argmax(dim=1) == labels).float().mean(),
-        "pictures": lambda: media.attention_pictures(state.model, state.dataset, state.autocast),
+        "pictures": lambda: media.attention_pictures(state.model, state.dataset),
         "tables": tables,
         "row": lambda: tracker.log(row | {"epoch": next(epochs)}),
     }

@@ -49,7 +49,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.schema import NO_EFFECT_ON_RESULT, register
+from configs.schema import names_folder, register
 from reporting import dashboard, render
 from reporting.analysis import analyze
 from training import launch, run_folder
@@ -184,7 +184,7 @@ def plan(
     naming = [
         str(override.input_line)
         for override in parse(overrides)
-        if override.get_key_element() not in (*NO_EFFECT_ON_RESULT, "tracking")
+        if names_folder(override.get_key_element())
     ]
     lengths = {}
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):

@@ -43,9 +43,9 @@ SMALL = [
     "experiment=lookup",
     "data.train_size=96",
     "data.test_size=96",
-    "data.crop_pad=2",
-    "data.flip=true",
-    "data.cutout=8",
+    "augmentation.crop_pad=2",
+    "augmentation.flip=true",
+    "augmentation.cutout=8",
     "model.widths=[4,8,8]",
     "model.stem=4",
     "model.aa={stages:[3],dk:0.5,dv:0.25,Nh:4,min_dkh:8}",
@@ -253,8 +253,8 @@ def fault_test(
         "uninterrupted_s": round(startup + training, 2),
         "startup_s": round(startup, 2),
         "torch": torch.__version__,
-        "hardware": expected[run_folder.SUMMARY]["stretches"][0]["hardware"],
-        "commit": expected[run_folder.SUMMARY]["stretches"][0]["commit"],
+        "hardware": expected[run_folder.SUMMARY]["segments"][0]["hardware"],
+        "commit": expected[run_folder.SUMMARY]["segments"][0]["commit"],
         "moments": [kill._asdict() for kill in given],
     }
     (out / "faults.json").write_text(json.dumps(outcome, indent=1) + "\n")

@@ -3,23 +3,25 @@
     python scripts/settings.py            # after a change in configs/
     python scripts/settings.py --check    # exits with 1 and one line if the page is out of date
 
-Types and meanings are those of configs/schema.py, whose comment above a field is its meaning;
-defaults are those of the YAML files, before anything that refers to another setting is resolved.
+Types, meanings and ranges are those of configs/schema.py; defaults are those of the YAML files,
+before anything that refers to another setting is resolved.
 """
 
 import argparse
-import ast
+import dataclasses
 import re
 import sys
+from dataclasses import Field
+from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_origin
 
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from configs.schema import NO_EFFECT_ON_RESULT, OPTIONS
+from configs.schema import NO_EFFECT, OPTIONS, Config, fields_below
 from training.files import write_text
 from training.variants import flatten
 
@@ -45,6 +47,7 @@ GROUPS = {
     "model": (("model",), "The network: the residual network that all comparisons share."),
     "attention": (("attention",), "What the network's blocks have in addition to convolutions."),
     "data": (("data",), "The images it is trained and evaluated on."),
+    "augmentation": (("augmentation",), "Random changes to the training images."),
     "optim": (("optim",), "The optimizer."),
     "schedule": (("schedule",), "The learning rate over the steps of a run."),
     "tracking": (
@@ -54,76 +57,43 @@ GROUPS = {
 }
 
 
-class Field(NamedTuple):
-    """A field of a config class: its annotation as source text, and the comment above it."""
+class Row(NamedTuple):
+    """What the page says of a setting, whichever options have it."""
 
     name: str
     type: str
-    comment: str
+    meaning: str
 
 
-class Schema(NamedTuple):
-    """configs/schema.py as source: the fields of its config classes, the members of its enums."""
-
-    fields: dict[str, list[Field]]
-    choices: dict[str, list[str]]
-
-
-def read_schema(source: str) -> Schema:
-    """The classes in ``source``; a field of Hydra's own, such as ``_target_``, is left out."""
-    lines = source.splitlines()
-    fields: dict[str, list[Field]] = {}
-    choices: dict[str, list[str]] = {}
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        if any(ast.unparse(base) == "Enum" for base in node.bases):
-            members = [a.targets[0] for a in node.body if isinstance(a, ast.Assign)]
-            choices[node.name] = [m.id for m in members if isinstance(m, ast.Name)]
-        else:
-            inherited = [f for base in node.bases for f in fields.get(ast.unparse(base), [])]
-            fields[node.name] = inherited + [
-                Field(a.target.id, ast.unparse(a.annotation), comment_above(lines, a.lineno))
-                for a in node.body
-                if isinstance(a, ast.AnnAssign)
-                and isinstance(a.target, ast.Name)
-                and not a.target.id.startswith("_")
-            ]
-    return Schema(fields, choices)
+def rows_of(kind: Any, prefix: str) -> list[Row]:
+    """The settings of a config class under their dotted names, those inside it included."""
+    return [
+        Row(name, type_in_words(field.type), meaning(name, field))
+        for name, field in fields_below(kind, prefix)
+    ]
 
 
-def comment_above(lines: list[str], number: int) -> str:
-    """The comment on the whole lines directly above line ``number``, counted from 1."""
-    found: list[str] = []
-    for line in reversed(lines[: number - 1]):
-        if not line.strip().startswith("#"):
-            break
-        found.insert(0, line.strip().removeprefix("#").strip())
-    return " ".join(found)
-
-
-def settings(schema: Schema, class_name: str, prefix: str) -> list[Field]:
-    """All settings of a config class under their dotted names, those of nested classes included."""
-    found: list[Field] = []
-    for field in schema.fields[class_name]:
-        if field.type in schema.fields:
-            found += settings(schema, field.type, f"{prefix}{field.name}.")
-        else:
-            found.append(field._replace(name=prefix + field.name))
-    return found
-
-
-def type_in_words(schema: Schema, annotation: str) -> str:
+def type_in_words(kind: Any) -> str:
     """``Optional[float]`` is "float or null"; an enum is the list of its members."""
-    if annotation in schema.choices:
-        return ", ".join(map(code, schema.choices[annotation]))
-    name, bracket, inner = annotation.rstrip("]").partition("[")
-    if not bracket:
-        return annotation
-    words = [type_in_words(schema, part) for part in inner.split(", ")]
-    if name == "list":
-        return f"list of {words[0]}"
-    return " or ".join([*words, "null"] if name == "Optional" else words)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return ", ".join(code(member.name) for member in kind)
+    if kind is type(None):
+        return "null"
+    words = [type_in_words(part) for part in get_args(kind)]
+    if not words:
+        return str(kind.__name__)
+    return f"list of {words[0]}" if get_origin(kind) is list else " or ".join(words)
+
+
+def meaning(name: str, field: Field[Any]) -> str:
+    """A setting's help, its range, and whether it changes a result."""
+    words = [field.metadata["help"]]
+    allowed = field.metadata["range"].words()
+    if allowed:
+        words.append(f"{allowed[0].upper()}{allowed[1:]}.")
+    if name in NO_EFFECT:
+        words.append("*No effect.*")
+    return " ".join(words)
 
 
 def read_yaml(path: Path) -> tuple[list[Any], dict[str, Any]]:
@@ -173,12 +143,12 @@ def in_yaml(value: Any) -> str:
     return str(value)
 
 
-def section(schema: Schema, configs: Path, group: str) -> str:
+def section(configs: Path, group: str) -> str:
     """A group: its options, with the defaults that differ between them, and its settings."""
     _, text = GROUPS[group]
-    own, values = read_options(schema, configs, group)
+    own, values = read_options(configs, group)
     default_option = chosen_option(configs, group)
-    options_of: dict[Field, list[str]] = {}
+    options_of: dict[Row, list[str]] = {}
     for option, fields in own.items():
         for field in fields:
             options_of.setdefault(field, []).append(option)
@@ -204,9 +174,9 @@ def section(schema: Schema, configs: Path, group: str) -> str:
             [
                 code(field.name),
                 "" if len(options) == len(own) else ", ".join(map(code, options)),
-                type_in_words(schema, field.type),
+                field.type,
                 "see above" if field in differing else code(*defaults[field]),
-                meaning(field),
+                field.meaning,
             ]
             for field, options in options_of.items()
         ]
@@ -215,23 +185,22 @@ def section(schema: Schema, configs: Path, group: str) -> str:
 
 
 def read_options(
-    schema: Schema, configs: Path, group: str
-) -> tuple[dict[str, list[Field]], dict[str, dict[str, Any]]]:
+    configs: Path, group: str
+) -> tuple[dict[str, list[Row]], dict[str, dict[str, Any]]]:
     """Of each option of a group its settings, and their default values by name."""
     prefixes, _ = GROUPS[group]
-    classes = {name: node.__name__ for g, name, node in OPTIONS if g == group}
-    fields: dict[str, list[Field]] = {}
+    classes = {name: node for g, name, node in OPTIONS if g == group}
+    of_config = {field.name: field.type for field in dataclasses.fields(Config)}
+    fields: dict[str, list[Row]] = {}
     values: dict[str, dict[str, Any]] = {}
     for path in sorted((configs / group).glob("*.yaml"), key=natural):
         loaded = load_values(path)
         name = schema_name(path)
         fields[path.stem] = []
         for prefix in prefixes:
-            if name is None:  # no schema of its own: that of the field of Config
-                class_name = next(f.type for f in schema.fields["Config"] if f.name == prefix)
-            else:
-                class_name = classes[name]
-            fields[path.stem] += settings(schema, class_name, f"{prefix}.")
+            # Without a schema of its own it has that of the field of Config.
+            kind = of_config[prefix] if name is None else classes[name]
+            fields[path.stem] += rows_of(kind, f"{prefix}.")
         # A file for the whole configuration has the prefix already.
         values[path.stem] = {
             f.name: loaded[f.name] if f.name in loaded else loaded[f.name.partition(".")[2]]
@@ -251,10 +220,6 @@ def chosen_option(configs: Path, group: str) -> str:
     return next(str(e[group]) for e in defaults if isinstance(e, dict) and group in e)
 
 
-def meaning(field: Field) -> str:
-    return field.comment + (" *No effect.*" if field.name in NO_EFFECT_ON_RESULT else "")
-
-
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
@@ -266,19 +231,14 @@ def code(text: str) -> str:
     return f"`{text}`"
 
 
-def run_section(schema: Schema, configs: Path) -> str:
+def run_section(configs: Path) -> str:
     """The settings that belong to no group."""
     values = load_values(configs / "config.yaml")
     grouped = {prefix for prefixes, _ in GROUPS.values() for prefix in prefixes}
     rows = [
-        [
-            code(field.name),
-            type_in_words(schema, field.type),
-            code(in_yaml(values[field.name])),
-            meaning(field),
-        ]
-        for field in schema.fields["Config"]
-        if field.name not in grouped
+        [code(row.name), row.type, code(in_yaml(values[row.name])), row.meaning]
+        for row in rows_of(Config, "")
+        if row.name.partition(".")[0] not in grouped
     ]
     text = "Settings of the run itself."
     return f"## run\n\n{text}\n\n{table(['setting', 'type', 'default', 'meaning'], rows)}"
@@ -298,9 +258,8 @@ def experiment_section(configs: Path) -> str:
 
 def page(configs: Path) -> str:
     """The text of docs/settings.md for the schema and the YAML files in ``configs``."""
-    schema = read_schema((configs / "schema.py").read_text(encoding="utf-8"))
-    sections = [section(schema, configs, group) for group in GROUPS]
-    parts = [INTRO.strip(), run_section(schema, configs), *sections, experiment_section(configs)]
+    sections = [section(configs, group) for group in GROUPS]
+    parts = [INTRO.strip(), run_section(configs), *sections, experiment_section(configs)]
     return "\n\n".join(parts) + "\n"
 
 

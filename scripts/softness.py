@@ -38,12 +38,12 @@ import models
 from aaconv import attention_stats
 from aaconv.stats import AttentionStats
 from configs.schema import register
-from data import Dataset, Images, evaluation_batches
+from data import Dataset, evaluation_batches
 from reporting.text import printable
 from training.cli import explain
 from training.device import choose_device
 from training.media import spread
-from training.settings import check, network_arguments
+from training.settings import build_model, check
 from training.trained import CONFIGS, compose_settings, load_data
 
 register()
@@ -58,8 +58,7 @@ def batch_of(
 ) -> tuple[Tensor, Tensor]:
     """Images of the evaluation, spread evenly, and their labels."""
     chosen = spread(len(dataset.evaluation), number)
-    images = Images(dataset.evaluation.pixels[chosen], dataset.evaluation.labels[chosen])
-    images = images.to(device)
+    images = dataset.evaluation.select(chosen).to(device)
     (batch, *_) = evaluation_batches(images, len(images), tuple(mean), tuple(std))
     return batch
 
@@ -82,7 +81,7 @@ def at_start(network: dict[str, Any], seed: int, images: Tensor, labels: Tensor)
     if "init" not in attention:
         raise ValueError(f"attention={attention['name']} has no attention to look at")
     own = stats_of(new_network(network, seed), images, labels)
-    plain_network = network | {"attention": models.describe_attention(models.NoAttention())}
+    plain_network = network | {"attention": {"name": "none"}}
     plain = stats_of(new_network(plain_network, seed), images, labels)
     assert own.gradient is not None
     assert plain.gradient is not None
@@ -106,8 +105,8 @@ def of_settings(overrides: list[str], number: int, device: torch.device) -> list
     check(cfg)
     dataset: Dataset = instantiate(cfg.data, _convert_="all")
     batch = batch_of(dataset, dataset.mean, dataset.std, number, device)
-    network = network_arguments(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
-    return at_start(network, cfg.seed, *batch)
+    network = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
+    return at_start(models.describe(network), cfg.seed, *batch)
 
 
 def of_run(path: str, overrides: list[str], number: int, device: torch.device) -> list[str]:

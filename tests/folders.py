@@ -38,8 +38,8 @@ NASTY = [
 ]
 
 
-def stretch(first_epoch=1, **facts):
-    """An entry of a summary's stretches; ``facts`` replace its own, ``torch`` the version."""
+def segment(first_epoch=1, **facts):
+    """An entry of a summary's segments; ``facts`` replace its own, ``torch`` the version."""
     versions = {"python": "3.11.7", "torch": facts.pop("torch", "2.13.0")}
     return {
         "first_epoch": first_epoch,
@@ -67,12 +67,13 @@ def make_run(
 ):
     """One run; ``overrides`` are settings, "__" for a dot, and ``facts`` replace the summary's.
 
-    Facts that are no key of the summary (commit, hardware, ...) are those of its only stretch.
+    Facts that are no key of the summary (commit, hardware, ...) are those of its only segment.
     """
     config = {
         "model": {"name": "wrn16_4", "depths": [2, 2, 2], "aa": {"dk": 0.2}},
         "attention": {"_target_": f"models.{TARGETS[attention]}"},
-        "data": {"_target_": "data.load_cifar", "name": "cifar100", "root": "r", "crop_pad": 4},
+        "data": {"_target_": "data.load_cifar", "name": "cifar100", "root": "r"},
+        "augmentation": {"_target_": "data.Augmentation", "crop_pad": 4},
         "optim": {"_target_": "torch.optim.SGD", "lr": 0.2, "weight_decay": 5e-4},
         "schedule": {"_target_": "training.schedule.one_cycle", "warmup": 0.2},
         "wandb": {"mode": "disabled"},
@@ -116,7 +117,7 @@ def make_run(
     by_class = [min(100.0, max(0.0, top1 + draw.gauss(0, 6))) for _ in classes]
     last = rows[-1]
     summary = {
-        "format": 2,
+        "format": 3,
         "epochs": epochs,
         "seed": seed,
         **{key: last[key] for key in last if key.startswith(("train/", f"{evaluated_on}/"))},
@@ -129,13 +130,13 @@ def make_run(
         "evaluated_on": evaluated_on,
         "parameters": {"none": 2_750_000, "aa": 2_700_000}.get(attention, 2_780_000),
         "flops": {"none": 776_000_000, "aa": 1_110_000_000}.get(attention, 777_000_000),
-        "stretches": [stretch()],
+        "segments": [segment()],
         "config": config,
     }
     facts = dict(facts)
     summary |= {key: facts.pop(key) for key in list(facts) if key in summary}
     if facts:
-        summary["stretches"] = [stretch(**facts)]
+        summary["segments"] = [segment(**facts)]
     if finished:
         (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     return folder
@@ -155,7 +156,7 @@ def analysis_of(root):
 def failed(folder, error="the loss is not finite at epoch 2"):
     """Make of ``folder`` one whose run has diverged."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"format": 2, "error": error})
+    text = json.dumps({"format": 3, "error": error})
     (folder / "failed.json").write_text(text, encoding="utf-8")
     return folder
 
@@ -164,7 +165,7 @@ def nasty_runs(root):
     """Every kind of text in a run's files and names, each with every nasty name."""
     whole = " ".join(NASTY)
     facts = {"model": whole, "class_names": NASTY, "per_class_top1": [50.0] * len(NASTY)}
-    moved = [stretch(), stretch(2, commit=whole, hardware=whole, precision=whole, torch=whole)]
+    moved = [segment(), segment(2, commit=whole, hardware=whole, precision=whole, torch=whole)]
     for number, attention in enumerate(("none", "aa", "aa")):
         settings = {"attention__dk": whole} if number == 2 else {}
         settings |= {"optim__momentum": whole} if number else {}
@@ -172,7 +173,7 @@ def nasty_runs(root):
             root / f"{number}",
             70.0 + number,
             attention=attention,
-            facts=facts | {"stretches": moved},
+            facts=facts | {"segments": moved},
             optim__nesterov={whole: whole},
             **settings,
         )

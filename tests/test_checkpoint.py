@@ -207,7 +207,7 @@ def test_states_of_other_code(tmp_path):
         checkpoint.restore(state, {"ema_model": nn.Linear(2, 3)}, CPU, path)
 
 
-KEYS = ["format", "config", "rng", "model", "epoch_state", "rows", "per_class_top1", "stretches"]
+KEYS = ["format", "config", "rng", "model", "epoch_state", "rows", "per_class_top1", "segments"]
 KEYS += ["epoch_state.step", "epoch_state.loss_sum", "epoch_state.lr"]
 
 

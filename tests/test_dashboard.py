@@ -141,7 +141,7 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
         "data.val_size": 8,
         "precision": "fp32",
         "place.precision": "float32",
-        "place.versions.torch": summary["stretches"][0]["versions"]["torch"],
+        "place.versions.torch": summary["segments"][0]["versions"]["torch"],
         "parameters": summary["parameters"],
         "flops": summary["flops"],
         "evaluated_on": "val",

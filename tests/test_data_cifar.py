@@ -165,13 +165,6 @@ def test_holding_out_takes_the_evaluation_from_the_training_set(present):
     )
 
 
-def test_augmentation_is_handed_on(present):
-    default = load_cifar("cifar10", str(present)).augmentation
-    assert (default.crop_pad, default.flip, default.cutout) == (4, True, 0)
-    other = load_cifar("cifar10", str(present), crop_pad=1, flip=False, cutout=9).augmentation
-    assert (other.crop_pad, other.flip, other.cutout) == (1, False, 9)
-
-
 def test_a_tilde_means_the_home_folder(present, monkeypatch):
     monkeypatch.setenv("HOME", str(present.parent))
     assert len(load_cifar("cifar10", f"~/{present.name}").train) == 13
@@ -183,9 +176,6 @@ def test_a_tilde_means_the_home_folder(present, monkeypatch):
         ({"name": "cifar1000"}, "name='cifar1000' .*cifar10, cifar100"),
         ({"val_size": -1}, "val_size=-1 .*13"),
         ({"val_size": 13}, "val_size=13 .*13"),
-        ({"crop_pad": 32}, "crop_pad=32 "),
-        ({"cutout": 33}, "cutout=33 "),
-        ({"cutout": -2}, "cutout=-2 "),
     ],
 )
 def test_mistakes_are_reported_before_the_files_are_looked_at(files, tmp_path, options, word):

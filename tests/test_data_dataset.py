@@ -68,7 +68,6 @@ def own_dataset(**changes) -> Dataset:
         "class_names": tuple("abcde"),
         "mean": (0.5, 0.4, 0.3),
         "std": (0.2, 0.3, 0.4),
-        "augmentation": Augmentation(),
     }
     return Dataset(**(fields | changes))
 

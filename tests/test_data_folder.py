@@ -43,7 +43,7 @@ def root(tmp_path, monkeypatch):
 
 
 def load(root, **settings):
-    return load_folder(str(root), "mine", **{"size": 8, "crop_pad": 2, **settings})
+    return load_folder(str(root), "mine", **{"size": 8, **settings})
 
 
 def test_classes_images_and_labels_are_those_of_torchvisions_image_folder(root):
@@ -269,8 +269,6 @@ REFUSED = {
     "size 0": (None, {"size": 0}, ValueError, "data.size=0 must be at least 1"),
     "size -3": (None, {"size": -3}, ValueError, "data.size=-3 must be"),
     "large": (None, {"size": 1025}, ValueError, "data.size=1025 must be at least 1 and at most"),
-    "crop": (None, {"crop_pad": 8}, ValueError, "crop_pad=8 could crop away a whole image of 8x8"),
-    "cutout": (None, {"cutout": 9}, ValueError, "cutout=9 is larger than an image of 8x8"),
     "all held out": (None, {"val_size": 12}, ValueError, "val_size=12 cannot be held out of 12"),
     "less than none": (None, {"val_size": -1}, ValueError, "val_size=-1 cannot be held out"),
 }
@@ -298,7 +296,7 @@ def test_an_empty_name_is_refused(root):
 
 # ---- A run --------------------------------------------------------------------------------------
 
-RUN = ["data.size=8", "data.crop_pad=2", "batch_size=4", "epochs=1", "model=resnet8"]
+RUN = ["data.size=8", "augmentation.crop_pad=2", "batch_size=4", "epochs=1", "model=resnet8"]
 RUN += ["tracking=csv", "precision=fp32", "model.stem=4", "model.widths=[4,8,8]"]
 
 

@@ -170,12 +170,11 @@ def test_the_distance_is_a_setting_that_changes_the_images_and_names_a_variant(s
     assert torch.equal(images[0], make_lookup(96, 40).train.pixels)
     assert torch.equal(images[1], make_lookup(96, 40, distance=7).train.pixels)
     assert not torch.equal(*images)
-    # Results from before there was a distance are results of the task with none.
-    before, null, seven = (
-        variant_settings({"data": {"_target_": "data.make_lookup", "noise": 0.0} | extra})
-        for extra in ({}, {"distance": None}, {"distance": 7})
+    null, seven = (
+        variant_settings({"data": {"_target_": "data.make_lookup", "distance": distance}})
+        for distance in (None, 7)
     )
-    assert before == null != seven
+    assert null != seven
 
 
 def test_every_shape_colour_slot_and_class_is_equally_likely():
@@ -245,13 +244,10 @@ def test_seeds_and_splits_draw_differently():
 
 
 def test_sizes_names_and_held_out_images():
-    dataset = make_lookup(50, 20, crop_pad=2, flip=True, cutout=3)
+    dataset = make_lookup(50, 20)
     assert (len(dataset.train), len(dataset.evaluation)) == (50, 20)
     assert (dataset.name, dataset.evaluated_on) == ("lookup", "test")
     assert (dataset.num_classes, dataset.class_names) == (8, tuple(SHAPES))
-    augmentation = dataset.augmentation
-    assert (augmentation.crop_pad, augmentation.flip, augmentation.cutout) == (2, True, 3)
-    assert not any(vars(make_lookup(1, 1).augmentation).values())
 
     held = make_lookup(50, 20, val_size=7)
     assert (len(held.train), len(held.evaluation), held.evaluated_on) == (43, 7, "val")
@@ -296,8 +292,6 @@ def test_mean_and_deviation_are_those_of_the_training_pixels():
         ("noise", float("nan")),
         ("val_size", -1),
         ("val_size", 10_000),
-        ("crop_pad", 32),
-        ("cutout", 33),
         ("distance", 0),
         ("distance", 25),
         ("distance", -1),

@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from hydra.utils import instantiate
-from PIL import Image
 
 import train
 from aaconv import attention_maps
 from data import Dataset, evaluation_batches
-from data.dataset import Augmentation, Images
+from data.dataset import Images
 from models import augmented_layers
-from models.attending import sharpest
-from training import media, tiles
+from models.views import AttentionView, sharpest
+from training import attention_picture, media
 from training.settings import build_model
 
 from helpers import TINY
@@ -45,7 +44,7 @@ def dataset_of(labels, guesses, classes):
     images = Images(pixels, torch.tensor(labels))
     names = tuple(f"c{n}" for n in range(classes))
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-    return Dataset("d", images, images, "test", classes, names, mean, std, Augmentation())
+    return Dataset("d", images, images, "test", classes, names, mean, std)
 
 
 def test_tables_count_what_a_network_takes_images_for():
@@ -84,8 +83,8 @@ def test_the_images_shown_are_always_the_same_ones(number, shown):
 @pytest.mark.parametrize(
     ("epochs", "expected"), [(1, {1}), (2, {1, 2}), (3, {1, 2, 3}), (30, {1, 15, 30})]
 )
-def test_attention_is_drawn_at_three_moments(epochs, expected):
-    assert media.moments(epochs) == expected
+def test_attention_is_drawn_after_three_epochs(epochs, expected):
+    assert media.media_epochs(epochs) == expected
 
 
 @pytest.fixture
@@ -104,10 +103,10 @@ def network(settings):
 
 def test_pictures_show_the_weights_of_every_augmented_block(network):
     model, dataset = network("attention.Nh=8", "attention.dv=8", "attention.dk=8")
-    drawn = media.attention_pictures(model, dataset, PLAIN)
+    drawn = media.attention_pictures(model, dataset)
     names = ["stages.1.0.conv1", "stages.2.0.conv1"]
     assert list(drawn) == [f"media/attention/{name}" for name in names]
-    tile, step = tiles.TILE, tiles.TILE + media.GAP
+    tile, step = attention_picture.TILE, attention_picture.TILE + attention_picture.GAP
 
     # The weights once more, from the block's own input.
     inputs = {}
@@ -118,21 +117,23 @@ def test_pictures_show_the_weights_of_every_augmented_block(network):
     ((batch, _),) = evaluation_batches(images, 3, dataset.mean, dataset.std)
     model(batch)
     for name, layer in augmented_layers(model).items():
-        pictures = drawn[f"media/attention/{name}"]
-        assert len(pictures) == 3
-        assert "Nh=8" in pictures[0].caption
-        assert "heads 1 to 4" in pictures[0].caption
+        (picture,) = drawn[f"media/attention/{name}"]
+        assert picture.image.size == (
+            9 * step - attention_picture.GAP,
+            6 * step - attention_picture.GAP,
+        )
+        assert "Nh=8" in picture.caption
         side = layer.shape[0]
-        for number, picture in enumerate(pictures):
-            assert picture.image.size == (5 * step - media.GAP, 2 * step - media.GAP)
-            maps = attention_maps(layer, inputs[name])[number]
-            for head in range(4):
-                below = maps[head].mean(0)
-                y, x = divmod(int(below.argmax()), side)
-                centre = ((x + 0.5) * tile / side, (y + 0.5) * tile / side)
-                at = (int((head + 1) * step + centre[0]), int(step + centre[1]))
-                # Where the weight is largest there is nothing but the colour of attention.
-                assert picture.image.getpixel(at) == tiles.WARM
+        for number, maps in enumerate(attention_maps(layer, inputs[name])):
+            mean = maps.mean(1)  # over the queries
+            best = maps[:, sharpest(maps)]
+            for head in range(8):
+                for row, weights in ((2 * number, best[head]), (2 * number + 1, mean[head])):
+                    y, x = divmod(int(weights.argmax()), side)
+                    middle = ((x + 0.5) * tile / side, (y + 0.5) * tile / side)
+                    at = (int((head + 1) * step + middle[0]), int(row * step + middle[1]))
+                    # Where the weight is largest there is nothing but the color of attention.
+                    assert picture.image.getpixel(at) == attention_picture.WARM
 
 
 def test_the_marked_query_is_the_sharpest_one():
@@ -140,17 +141,21 @@ def test_the_marked_query_is_the_sharpest_one():
     weights[:, 2] = torch.tensor([0.0, 1.0, 0.0, 0.0])
     weights[0, 3] = torch.tensor([0.0, 0.0, 1.0, 0.0])  # of one head alone
     assert sharpest(weights) == 2
-    pixels = torch.zeros(6, 6, 3, dtype=torch.uint8)
-    image = media._drawn(pixels, weights.unflatten(-1, (2, 2)), 2)
-    tile = tiles.enlarged(pixels).width
-    corner = image.getpixel((1, tile // 2 + 1))
-    assert corner == tiles.MARK
-    assert image.getpixel((tile - 2, tile - 2)) == (0, 0, 0)
-    assert isinstance(image, Image.Image)
+    pixels = torch.zeros(1, 6, 6, 3, dtype=torch.uint8)
+    maps = weights.unflatten(-1, (2, 2))
+    view = AttentionView(None, [(1, 0)], maps[:, 2:3], maps.mean(dim=1))
+    drawn = attention_picture.attention_picture(pixels, [view])
+    assert drawn.rows == [(0, (1, 0)), (0, None)]
+    assert drawn.heads == 2
+    tile = attention_picture.enlarged(pixels[0]).width
+    assert drawn.image.getpixel((1, tile // 2 + 1)) == attention_picture.MARK
+    assert drawn.image.getpixel((tile - 2, tile - 2)) == (0, 0, 0)
+    below = tile + attention_picture.GAP
+    assert drawn.image.getpixel((1, below + tile // 2 + 1)) == (0, 0, 0)  # no query, no mark
 
 
 def test_a_plain_network_has_no_pictures_of_attention(network):
-    assert media.attention_pictures(*network("attention=none"), PLAIN) == {}
+    assert media.attention_pictures(*network("attention=none")) == {}
 
 
 def test_the_network_and_the_random_generators_are_left_as_they_were(network):
@@ -159,7 +164,7 @@ def test_the_network_and_the_random_generators_are_left_as_they_were(network):
     model.stages[1].eval()  # not all modules need be in the same mode
     modes = [module.training for module in model.modules()]
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    media.attention_pictures(model, dataset, PLAIN)
+    media.attention_pictures(model, dataset)
     media.final_media(model, dataset, 16, PLAIN)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), rng)
@@ -199,7 +204,7 @@ def test_what_the_dashboard_gets_to_see(settings, tmp_path):
     for block in ("stages.1.0.conv1", "stages.2.0.conv1"):
         assert [f"media/attention/{block}" in entry for entry in text] == [True, True, False, True]
         pictures = list(kept.rglob(f"{block}*.png"))
-        assert len(pictures) == 9
+        assert len(pictures) == 3
     tables = {path.name.split("_")[0]: path for path in kept.rglob("*.table.json")}
     assert tables.keys() == {"predictions", "classes", "confusion"}
     assert len(json.loads(tables["predictions"].read_text())["data"]) == 32

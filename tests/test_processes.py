@@ -90,7 +90,7 @@ def test_two_processes_give_the_curve_of_one(runs):
             close = 1e-3 if name == "train/grad_norm" else 1e-5
             assert float(b[name]) == pytest.approx(float(value), rel=close, abs=close), name
     a, b = (json.loads((runs[n] / "summary.json").read_text()) for n in ("one", "two"))
-    assert [s["stretches"][0]["processes"] for s in (a, b)] == [1, 2]
+    assert [s["segments"][0]["processes"] for s in (a, b)] == [1, 2]
     assert a["per_class_top1"] == pytest.approx(b["per_class_top1"])
     a, b = (torch.load(runs[n] / "last.pt", weights_only=True) for n in ("one", "two"))
     for part in ("model", "ema_model"):

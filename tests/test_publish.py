@@ -22,7 +22,7 @@ def make(folder):
     (folder / "none" / "seed=0" / "last.pt").write_bytes(b"weights")
     make_run(folder / "none" / "seed=1", seed=1, finished=False)
     (folder / "none" / "seed=2").mkdir()
-    (folder / "none" / "seed=2" / "failed.json").write_text('{"format": 2, "error": "loss is NaN"}')
+    (folder / "none" / "seed=2" / "failed.json").write_text('{"format": 3, "error": "loss is NaN"}')
 
 
 def files(folder):

@@ -13,7 +13,7 @@ from reporting import page, paired, paper, render, runs, text
 from scripts import report as report_command
 from training.settings import build_model
 
-from folders import analysis_of, failed, make_run, stretch, variants_of
+from folders import analysis_of, failed, make_run, segment, variants_of
 from helpers import CONFIGS
 
 pytestmark = pytest.mark.usefixtures("sketches")
@@ -215,10 +215,10 @@ def test_variants_of_different_commits_are_noted(tmp_path):
 
 
 def test_a_continued_run_names_all_that_it_was_trained_on(tmp_path):
-    other = stretch(2, commit="f" * 40, hardware="A CPU", torch="2.14.1", precision="float32")
+    other = segment(2, commit="f" * 40, hardware="A CPU", torch="2.14.1", precision="float32")
     make_run(tmp_path / "p")
-    make_run(tmp_path / "a", attention="aa", facts={"stretches": [stretch(), other]})
-    make_run(tmp_path / "b", seed=1, facts={"stretches": [stretch(), stretch(3)]})
+    make_run(tmp_path / "a", attention="aa", facts={"segments": [segment(), other]})
+    make_run(tmp_path / "b", seed=1, facts={"segments": [segment(), segment(3)]})
     head = render.report([tmp_path], tmp_path / "out")
     for differently in (
         "at different commits (0123456789, ffffffffff)",
@@ -233,10 +233,10 @@ def test_a_continued_run_names_all_that_it_was_trained_on(tmp_path):
         "| AA | 0 | mixed: 0123456789, ffffffffff | mixed: A CPU, Some GPU | "
         "mixed: bfloat16, float32 | mixed: 2.13.0, 2.14.1 | 1 |" in whole
     )
-    stretches = whole[whole.index("Runs that were continued under different conditions") :]
+    segments = whole[whole.index("Runs that were continued under different conditions") :]
     assert (
         "| AA | 0 | 1 | 0123456789 | Some GPU | bfloat16 | 2.13.0 | 1 |\n"
-        "| AA | 0 | 2 | ffffffffff | A CPU | float32 | 2.14.1 | 1 |\n\n" in stretches
+        "| AA | 0 | 2 | ffffffffff | A CPU | float32 | 2.14.1 | 1 |\n\n" in segments
     )
     assert (
         "2 of 3 runs were interrupted and continued, 1 of them under different conditions" in whole
@@ -364,7 +364,6 @@ def test_other_networks_are_not_held_against_the_papers_scores(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({}, True),  # of before there was a choice
         ({"attention__init": "kaiming", "attention__qk_norm": False}, True),
         ({"attention__init": "kaiming", "attention__qk_norm": True}, False),
         ({"attention__init": "glorot", "attention__qk_norm": False}, False),

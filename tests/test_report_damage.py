@@ -17,7 +17,7 @@ import pytest
 from reporting import page, render, runs
 from reporting.analysis import Analysis
 
-from folders import failed, make_run, stretch
+from folders import failed, make_run, segment
 from helpers import ROOT
 
 pytestmark = pytest.mark.usefixtures("sketches")
@@ -41,18 +41,18 @@ DAMAGES = {
     "large": 1e300,
     "huge": 10**400,
 }
-# What summary.json promises; config and the stretches promise more, below.
+# What summary.json promises; config and the segments promise more, below.
 PROMISED = {
     *("format", "epochs", "seed", "train/loss", "train/top1", "train/lr"),
     *("test/loss", "test/top1", "test/top5"),
     *("perf/total_seconds", "per_class_top1", "class_names", "model", "attention", "data"),
-    *("evaluated_on", "parameters", "flops", "stretches", "config"),
+    *("evaluated_on", "parameters", "flops", "segments", "config"),
 }
 # Where they are not finite, the run has diverged; the files are whole.
 SCORED = ("train/loss", "train/top1", "test/loss", "test/top1", "test/top5")
 PROMISED_WITHIN = {
     *("config.seed", "config.epochs", "config.attention", "config.data"),
-    *(f"stretches.{n}.{key}" for n in (0, 1) for key in stretch()),
+    *(f"segments.{n}.{key}" for n in (0, 1) for key in segment()),
 }
 
 
@@ -63,8 +63,8 @@ def healthy(root):
 
 def whole_summary(root):
     """A summary with everything that one may have: its text as a value."""
-    stretches = {"stretches": [stretch(), stretch(2, commit="f" * 40)]}
-    folder = make_run(root, 71.0, 1, "aa", facts=stretches, grad_clip=None, compile=False)
+    segments = {"segments": [segment(), segment(2, commit="f" * 40)]}
+    folder = make_run(root, 71.0, 1, "aa", facts=segments, grad_clip=None, compile=False)
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
@@ -139,12 +139,12 @@ def test_every_damaged_key_of_a_summary_is_named(tmp_path):
         ("config.attention", "object"),
         ("config.data", "object"),
         *(
-            (f"stretches.{n}.{key}", damage)
+            (f"segments.{n}.{key}", damage)
             for n in (0, 1)
             for key in ("commit", "hardware", "precision")
             for damage in ("text", "half a character")
         ),
-        *((f"stretches.{n}.versions", "object") for n in (0, 1)),
+        *((f"segments.{n}.versions", "object") for n in (0, 1)),
     }
 
 
@@ -183,7 +183,7 @@ def test_a_damaged_folder_is_listed_and_the_rest_is_reported(tmp_path):
     assert "AA vs. plain: +2.00" in head
     whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert (
-        f"| unreadable | summary.json: format is 1; this version reads format 2 | {tmp_path}"
+        f"| unreadable | summary.json: format is 1; this version reads format 3 | {tmp_path}"
         in (whole.replace("\\_", "_"))
     )
 
@@ -314,7 +314,7 @@ def as_brackets(path):
 
 
 def as_nesting(path):
-    path.write_text('{"format": 2, "config": ' + '{"a": ' * 400 + "1" + "}" * 401)
+    path.write_text('{"format": 3, "config": ' + '{"a": ' * 400 + "1" + "}" * 401)
 
 
 def as_digits(path):
@@ -322,7 +322,7 @@ def as_digits(path):
 
 
 def as_another_format(path):
-    path.write_text('{"format": 3}' if path.suffix == ".json" else "epoch,train_loss\n1,2.0\n")
+    path.write_text('{"format": 4}' if path.suffix == ".json" else "epoch,train_loss\n1,2.0\n")
 
 
 @contextlib.contextmanager
@@ -363,7 +363,7 @@ def test_a_file_that_is_none_of_a_runs_is_named(tmp_path, name, damage):
 @pytest.mark.parametrize("damage", [None, [], {}, "", 7, True, math.nan, MISSING])
 def test_a_damaged_failure_is_named(tmp_path, damage):
     folder = failed(make_run(tmp_path / "a", finished=False))
-    value = damaged({"format": 2, "error": "x"}, ["error"], damage)
+    value = damaged({"format": 3, "error": "x"}, ["error"], damage)
     (folder / "failed.json").write_text(json.dumps(value), encoding="utf-8")
     result = result_of(folder)
     assert result.kind == "unreadable"
@@ -420,7 +420,7 @@ def test_without_asserts_too(tmp_path):
     healthy(tmp_path)
     summary = whole_summary(tmp_path / "whole")
     folders = []
-    for key in ("model", "epochs", "stretches", "test/top1"):
+    for key in ("model", "epochs", "segments", "test/top1"):
         for name in ("missing", "null", "nan", "negative"):
             folders.append(tmp_path / "damaged" / f"{len(folders)}")
             shutil.copytree(tmp_path / "whole", folders[-1])

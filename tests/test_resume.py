@@ -75,7 +75,7 @@ def dropping_out(build):
 
 KINDS = {
     "sgd-ema-fp16": ["optim=sgd", "ema=0.9", "precision=fp16"],
-    "augmented-clipped": ["data.crop_pad=2", "data.flip=true", "data.cutout=8", "grad_clip=0.1"],
+    "augmented-clipped": ["augmentation={crop_pad:2,flip:true,cutout:8}", "grad_clip=0.1"],
     "warm-up-accumulated": ["schedule=warmup_cosine", "schedule.warmup=0.5", "grad_accum=2"],
     "bf16-preact-smooth": ["precision=bf16", "model.block=preact", "label_smoothing=0.1"],
     "se-deterministic": ["attention=se", "attention.ratio=2", "deterministic=true"],

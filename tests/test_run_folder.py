@@ -530,21 +530,21 @@ def test_a_finished_run_is_never_written_again(run, tmp_path, monkeypatch, caplo
 
 @pytest.mark.slow
 def test_a_continued_run_names_all_that_it_was_trained_on(run, tmp_path, monkeypatch):
-    """Case 5: each stretch has its commit and hardware, and the epoch that it began in."""
+    """Case 5: each segment has its commit and hardware, and the epoch that it began in."""
     for commit in ("first", "first", "second"):
         monkeypatch.setattr(provenance, "commit", lambda commit=commit: commit)
         with pytest.raises(SystemExit):
             run("max_minutes=1e-9", "resume=auto", "data.train_size=64", "epochs=3")
     monkeypatch.setattr(provenance, "hardware", lambda _: "elsewhere")
     summary = run("resume=auto", "data.train_size=64", "epochs=3")
-    stretches = summary["stretches"]
-    assert [(s["commit"], s["first_epoch"]) for s in stretches] == [
+    segments = summary["segments"]
+    assert [(s["commit"], s["first_epoch"]) for s in segments] == [
         ("first", 1),
         ("second", 1),  # whose evaluation it began with
         ("second", 2),
     ]
-    assert [s["hardware"] == "elsewhere" for s in stretches] == [False, False, True]
-    assert run_folder.read_summary(tmp_path / "run")["stretches"] == stretches
+    assert [s["hardware"] == "elsewhere" for s in segments] == [False, False, True]
+    assert run_folder.read_summary(tmp_path / "run")["segments"] == segments
 
 
 @pytest.mark.parametrize(
@@ -606,8 +606,9 @@ def test_names_of_any_overrides_fit_a_file_system(tmp_path):
 def test_many_ordinary_overrides(tmp_path, monkeypatch):
     """Case 7: their names are longer than the name of a folder can be."""
     words = [*TINY, "epochs=1", "optim.weight_decay=0.0001", "schedule.warmup=0.1", "ema=0.9"]
-    words += ["label_smoothing=0.1", "grad_clip=1.0", "data.crop_pad=2", "data.flip=true"]
-    words += ["data.cutout=4", "schedule.start=0.2", "schedule.end=0.01", "precision=fp32"]
+    words += ["label_smoothing=0.1", "grad_clip=1.0", "schedule.start=0.2", "schedule.end=0.01"]
+    words += ["augmentation.crop_pad=2", "augmentation.flip=true", "augmentation.cutout=4"]
+    words += ["precision=fp32"]
     assert len(",".join(words)) > 255
     monkeypatch.chdir(tmp_path)
     for other in ("optim.betas=[0.9,0.99]", "optim.betas=[0.8,0.99]"):

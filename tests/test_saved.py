@@ -10,9 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import models
-from configs.schema import OPTIONAL
 from models import AA, GE, SE, Description, NoAttention
-from models.saved import OF_FORMAT_1, description_as_text, weights_as_bytes
+from models.saved import describe_attention, description_as_text, weights_as_bytes
 
 from helpers import ROOT, TINY
 
@@ -35,7 +34,7 @@ def describe(attention=ATTENTIONS[3], **change):
         "shortcut": "pad",
         "num_classes": 3,
         "image_size": [16, 20],
-        "attention": models.describe_attention(attention),
+        "attention": describe_attention(attention),
     }
     rest = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "data": "own", "version": "1"}
     rest |= {"settings": {"epochs": 3, "optim": {"lr": 0.1}}, "precision": "float32"}
@@ -78,31 +77,6 @@ def test_the_same_network_comes_back(tmp_path, attention):
     assert not any(module.training for module in loaded.network.modules())
     assert all(p.requires_grad for p in loaded.network.parameters())
     assert torch.equal(models.load(str(tmp_path / "weights.safetensors")).network(x), network(x))
-
-
-def test_attention_of_an_older_file_is_as_it_was(tmp_path):
-    """Not normalized, whatever the default is now; its file does not say so."""
-    younger = ("blocks", "bias", "init", "qk_norm")
-
-    def age(description):
-        description["format"] = 1
-        for name in younger:
-            del description["network"]["attention"][name]
-
-    attention = AA(dk=4, dv=4, Nh=2, min_dkh=2, position="relative", stages=[2], qk_norm=False)
-    network = write(tmp_path, describe(attention))
-    change_description(age)(tmp_path)
-    loaded = models.load(tmp_path)
-    x = torch.randn(2, 3, 16, 20)
-    assert torch.equal(loaded.network(x), network(x))
-    told = loaded.description.network["attention"]
-    assert {name: told[name] for name in younger} == {
-        "blocks": "all",
-        "bias": False,
-        "init": "kaiming",
-        "qk_norm": False,
-    }
-    assert {f"attention.{k}": v for k, v in OF_FORMAT_1.items()}.items() <= OPTIONAL.items()
 
 
 @pytest.mark.slow
@@ -188,6 +162,10 @@ DAMAGE = {
     "deep": (text("config.json", "[" * 100_000), "config.json is damaged: "),
     "other format": (change_description(lambda d: d.update(format=9)), "format is 9; this version"),
     "no format": (change_description(lambda d: d.pop("format")), "format is None; this version"),
+    "format 2": (
+        change_description(lambda d: d.update(format=2)),
+        "format is 2; this version reads format 3",
+    ),
     "no mean": (change_description(lambda d: d.pop("mean")), "config.json: mean is missing"),
     "mean": (change_description(lambda d: d.update(mean=[1, 2])), "mean is not three numbers"),
     "std": (change_description(lambda d: d.update(std=[1, 0, 1])), "std is not three numbers abo"),
@@ -198,7 +176,7 @@ DAMAGE = {
     ),
     "no network": (change_description(lambda d: d.pop("network")), "network is missing"),
     "network": (change_description(lambda d: d.update(network=3)), "network is not an object"),
-    "block": (set_network(block="dense"), "describes no network: block='dense' must be"),
+    "block": (set_network(block="dense"), "describes no network: block=dense must be"),
     "unknown": (set_network(colour=1), "describes no network: .*colour"),
     "depths": (set_network(depths=[1, 10**12, 1]), "are more blocks than there are weights"),
     "depths text": (set_network(depths="abc"), "describes no network: "),

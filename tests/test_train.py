@@ -46,10 +46,10 @@ def test_what_a_run_writes(run, tmp_path):
     assert summary["parameters"] > 0
     assert summary["flops"] > 0
     assert len(summary["per_class_top1"]) == len(summary["class_names"]) == 8
-    (stretch,) = summary["stretches"]
-    assert stretch["versions"]["torch"] == torch.__version__
-    assert len(stretch["commit"].removesuffix("-dirty")) in (40, len("unknown"))
-    assert (stretch["first_epoch"], stretch["precision"], stretch["processes"]) == (1, "float32", 1)
+    (segment,) = summary["segments"]
+    assert segment["versions"]["torch"] == torch.__version__
+    assert len(segment["commit"].removesuffix("-dirty")) in (40, len("unknown"))
+    assert (segment["first_epoch"], segment["precision"], segment["processes"]) == (1, "float32", 1)
 
 
 def test_what_the_dashboard_is_told(run, monkeypatch):
@@ -187,9 +187,9 @@ def base(tmp_path_factory):
         slow("data.noise=0.2"),
         slow("data.data_seed=1"),
         slow("data.val_size=32"),
-        slow("data.crop_pad=1"),
-        slow("data.flip=true"),
-        slow("data.cutout=4"),
+        slow("augmentation.crop_pad=1"),
+        slow("augmentation.flip=true"),
+        slow("augmentation.cutout=4"),
         slow("optim=sgd"),
         "optim.lr=0.001",
         slow("optim.weight_decay=0.5"),
@@ -412,7 +412,7 @@ def test_the_papers_recipe_and_the_equal_one(settings, attention):
     equal = settings("experiment=table1_equal", f"attention={attention}", base=[])
     assert (equal.batch_size, equal.optim.lr, equal.optim.weight_decay) == (256, 0.2, 5e-4)
     for paper in (cfg, equal):
-        assert (paper.epochs, paper.schedule.warmup, paper.model.shortcut.name) == (
+        assert (paper.epochs, paper.schedule.warmup, paper.model.shortcut) == (
             500,
             0.05,
             "pad",

@@ -10,6 +10,7 @@ from test_saved import describe
 import models
 import train
 from models import AA, GE, SE, NoAttention, Trained, freeze, hold_frozen, transfer
+from models.saved import describe_attention
 from training import run_folder
 from training.variants import published, result_settings
 
@@ -35,7 +36,7 @@ def aa(dk=4, dv=2, Nh=2, stages=(2,), position="relative"):
 def network(attention=None, seed=0, **change):
     """A network with random statistics, too."""
     torch.manual_seed(seed)
-    described = models.describe_attention(attention or NoAttention())
+    described = describe_attention(attention or NoAttention())
     made = models.build({**NETWORK, **change, "attention": described})
     for name, tensor in made.state_dict().items():
         if "running" in name:
@@ -214,9 +215,9 @@ def test_a_run_begins_with_the_weights_of_another(run, tmp_path, caplog):
     second = run("attention=aa", f"init_from='{tmp_path / 'first'}'", "epochs=1", folder="second")
     assert "parameters taken" in caplog.text
     assert "the first 4 of 8 channels" in caplog.text
-    origin = second["stretches"][0]["init_from"]
+    origin = second["segments"][0]["init_from"]
     assert origin["data"] == "lookup"
-    assert "init_from" not in first["stretches"][0]
+    assert "init_from" not in first["segments"][0]
     scratch = run("attention=aa", "epochs=1", folder="scratch")
     assert second["train/loss"] != scratch["train/loss"]
 
@@ -230,7 +231,7 @@ def test_a_run_from_weights_that_has_stopped_continues_without_them(run, tmp_pat
     (tmp_path / "first").rename(tmp_path / "gone")
     parts = run(*words, "resume=auto", folder="parts")
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
-    assert parts["stretches"][0]["init_from"] == whole["stretches"][0]["init_from"]
+    assert parts["segments"][0]["init_from"] == whole["segments"][0]["init_from"]
     with pytest.raises(ValueError, match=r"first: there is no"):
         run(*words, folder="again")
     assert not list((tmp_path / "again").glob("*"))
@@ -252,29 +253,15 @@ def test_frozen_parts_of_a_run_stay_as_they_were(run, tmp_path, extra):
         assert torch.equal(before[name], after[name]) == (name in frozen), name
 
 
-def test_settings_that_do_nothing_are_those_of_older_runs():
-    old = {"seed": 1, "epochs": 3}
-    same = {**old, "init_from": None, "freeze": []}
-    assert result_settings(same) == result_settings(old) == same
-    new = {**old, "init_from": "x/y", "freeze": ["conv"]}
-    assert result_settings(new) == new
-
-
-def test_the_start_of_older_attention_is_told():
-    """It was drawn over by the networks, and its queries and keys were not normalized."""
+def test_what_decides_a_result():
     aa = {"_target_": "models.AA", "dk": 0.5}
-    filled = result_settings({"seed": 1, "attention": aa, "model": {"aa": {"dk": 0.5}, "stem": 4}})
-    assert {k: v for k, v in filled.items() if k.startswith("attention.")} == {
+    config = {"seed": 1, "name": "a", "attention": aa, "model": {"aa": {"dk": 0.5}, "stem": 4}}
+    assert result_settings(config) == {
+        "seed": 1,
         "attention._target_": "models.AA",
         "attention.dk": 0.5,
-        "attention.blocks": "all",
-        "attention.bias": False,
-        "attention.init": "kaiming",
-        "attention.qk_norm": False,
+        "model.stem": 4,
     }
-    assert "model.aa.dk" not in filled
-    plain = result_settings({"attention": {"_target_": "models.NoAttention"}})
-    assert [k for k in plain if k.startswith("attention.")] == ["attention._target_"]
 
 
 def test_no_path_of_a_machine_is_published():
@@ -323,7 +310,7 @@ def test_more_epochs_are_never_silently_a_new_run(monkeypatch, tmp_path, capsys)
     word = line.partition("; ")[2].partition(" goes on from")[0].strip('"')
     go(monkeypatch, tmp_path, *TINY, "epochs=2", word)  # as printed
     (summary,) = tmp_path.glob("lookup/*init_from*/seed=0/summary.json")
-    assert json.loads(summary.read_text())["stretches"][0]["init_from"]["data"] == "lookup"
+    assert json.loads(summary.read_text())["segments"][0]["init_from"]["data"] == "lookup"
 
 
 def test_a_finished_run_asked_for_more_epochs_says_how_to_go_on(run, tmp_path):

@@ -1,4 +1,4 @@
-"""What attention looks at: models/attending.py, scripts/visualize.py, the report's section."""
+"""What attention looks at: models/views.py, scripts/visualize.py, the report's section."""
 
 import json
 import re
@@ -12,12 +12,12 @@ from test_saved import describe, save
 
 import models
 from aaconv import attention_maps
-from models.attending import looks, sharpest
+from models.views import attention_views
 from reporting import attention
 from reporting.analysis import analyze
 from reporting.sections import attention_section
 from scripts import visualize
-from training import tiles
+from training import attention_picture
 
 AA = models.AA(dk=0.5, dv=0.25, Nh=2, min_dkh=2, position="relative", stages=[2, 3])
 BLOCKS = ["stages.1.0.conv1", "stages.2.0.conv1"]
@@ -43,57 +43,61 @@ def go(monkeypatch, *words):
 # ---- Weights ------------------------------------------------------------------------------------
 
 
-def test_a_look_has_the_layers_weights_at_the_place_of_the_pixel():
+def test_a_view_has_the_layers_weights_at_the_place_of_the_pixel():
     network = models.build(describe(AA).network).train()
     torch.manual_seed(1)
     batch = torch.randn(2, 3, 16, 20)
-    seen = looks(network, batch, [(0, 0), (15, 19), (7, 12)])
+    views = attention_views(network, batch, [(0, 0), (15, 19), (7, 12)])
     assert network.training
+    assert list(views) == BLOCKS
     network.eval()
-    for image, of_image in enumerate(seen):
+    for image in range(2):
         x = torch.relu(network.bn_in(network.conv(batch[image : image + 1])))
         x = network.stages[0](x)
-        for look, stage, size in zip(of_image, network.stages[1:], [(8, 10), (4, 5)], strict=True):
-            assert look.size == size
+        for name, stage, size in zip(BLOCKS, network.stages[1:], [(8, 10), (4, 5)], strict=True):
+            view = views[name][image]
+            assert view.layer is stage[0].conv1
+            assert view.size == size
+            assert view.mean is None
             expected = attention_maps(stage[0].conv1, x)[0].unflatten(-1, size)
             places = [(0, 0), (size[0] - 1, size[1] - 1), (7 * size[0] // 16, 12 * size[1] // 20)]
-            assert look.queries == places
+            assert view.queries == places
             for number, (row, column) in enumerate(places):
                 torch.testing.assert_close(
-                    look.weights[:, number], expected[:, row * size[1] + column]
+                    view.weights[:, number], expected[:, row * size[1] + column]
                 )
             x = stage(x)
-    assert [look.name for look in seen[0]] == BLOCKS
 
 
-def test_by_default_the_sharpest_position_looks():
+def test_by_default_the_view_is_from_the_sharpest_position():
     network = models.build(describe(AA).network)
-    ((first, _),) = looks(network, torch.randn(1, 3, 16, 20))
+    batch = torch.randn(1, 3, 16, 20)
+    (first,) = attention_views(network, batch)[BLOCKS[0]]
     every = [(2 * row, 2 * column) for row in range(8) for column in range(10)]
-    ((whole, _),) = looks(network, torch.zeros(1, 3, 16, 20) + 0.5, every)
+    (whole,) = attention_views(network, batch, every)[BLOCKS[0]]
     assert whole.queries == [(row, column) for row in range(8) for column in range(10)]
-    assert len(first.queries) == 1
     entropies = [
-        -sum(float(w * w.log()) for head in range(2) for w in whole.weights[head, q].flatten())
-        for q in range(80)
+        -sum(float((w * w.log()).sum()) for w in whole.weights[:, query]) for query in range(80)
     ]
-    best = min(range(80), key=lambda q: entropies[q])
-    assert sharpest(whole.weights.flatten(2)) == best
+    best = min(range(80), key=lambda query: entropies[query])
+    assert first.queries == [divmod(best, 10)]
+    torch.testing.assert_close(first.weights[:, 0], whole.weights[:, best])
+    torch.testing.assert_close(first.mean, whole.weights.mean(dim=1))
 
 
 def test_a_tile_is_brightest_where_the_weight_is_largest():
     pixels = torch.full((6, 9, 3), 90, dtype=torch.uint8)
-    image = tiles.enlarged(pixels)
+    image = attention_picture.enlarged(pixels)
     assert image.size == (9 * 14, 6 * 14)
     weights = torch.tensor([[0.1, 0.2, 0.0], [0.4, 0.3, 0.0]])
-    drawn = tiles.tile(image, weights)
-    assert drawn.getpixel((5, 80)) == tiles.WARM
+    drawn = attention_picture.tile(image, weights)
+    assert drawn.getpixel((5, 80)) == attention_picture.WARM
     assert drawn.getpixel((120, 5)) == (30, 30, 30)
-    marked = tiles.marked(image, (1, 2), (2, 3))
-    assert marked.getpixel((84, 42)) == marked.getpixel((125, 83)) == tiles.MARK
+    marked = attention_picture.marked(image, (1, 2), (2, 3))
+    assert marked.getpixel((84, 42)) == marked.getpixel((125, 83)) == attention_picture.MARK
     assert marked.getpixel((83, 42)) == (90, 90, 90)
-    fine = tiles.marked(image, (999, 999), (1000, 1000))  # a map finer than the picture
-    assert fine.getpixel((125, 83)) == tiles.MARK
+    fine = attention_picture.marked(image, (999, 999), (1000, 1000))  # a map finer than the picture
+    assert fine.getpixel((125, 83)) == attention_picture.MARK
 
 
 # ---- The command --------------------------------------------------------------------------------
@@ -107,13 +111,22 @@ def test_each_block_becomes_a_png_and_an_svg(folder, monkeypatch, capsys):
     assert capsys.readouterr().out.count("written: ") == 4
     with Image.open(out / f"attention-{BLOCKS[0]}.png") as picture:
         assert picture.width > 300
-    text = (out / f"attention-{BLOCKS[0]}.svg").read_text()
-    assert text.count("<image") == 3 * 3  # three images, each with two heads
+        # Three images from one position and the mean over all; beside each, two heads.
+        assert picture.width / picture.height < 1.2
+    assert "<image" in (out / f"attention-{BLOCKS[0]}.svg").read_text()
 
 
 def drawn(folder, monkeypatch, out, *words):
+    """The picture of the first block, and how many rows of tiles it has."""
+    sizes = []
+    draw = attention.attention_picture
+    monkeypatch.setattr(
+        attention, "attention_picture", lambda *given: sizes.append(draw(*given)) or sizes[-1]
+    )
     go(monkeypatch, folder / "aa=1", *words, "--out", out)
-    return (out / f"attention-{BLOCKS[0]}.svg").read_text()
+    monkeypatch.undo()
+    assert sizes[0].heads == 2
+    return (out / f"attention-{BLOCKS[0]}.svg").read_text(), len(sizes[0].rows)
 
 
 def test_images_queries_and_settings_are_used(folder, monkeypatch, tmp_path):
@@ -129,8 +142,8 @@ def test_images_queries_and_settings_are_used(folder, monkeypatch, tmp_path):
         drawn(folder, monkeypatch, tmp_path / str(number), *words)
         for number, words in enumerate(cases)
     ]
-    assert [picture.count("<image") for picture in pictures] == [9, 6, 18, 6, 3, 3]
-    assert len(set(pictures)) == len(cases)
+    assert [rows for _, rows in pictures] == [6, 4, 6, 4, 2, 2]
+    assert len({svg for svg, _ in pictures}) == len(cases)
 
 
 def test_the_images_are_those_of_their_numbers(folder):
@@ -165,11 +178,11 @@ WRONG = [
     (["{run}", "--queries", "a,b"], "--queries a,b: a query is ROW,COLUMN"),
     (["{run}", "--queries", "1,2,3"], "a query is ROW,COLUMN"),
     (["{run}", "--queries", "1.5,2"], "a query is ROW,COLUMN"),
-    (["{run}", "--queries", "32,0"], "there is no pixel 32,0 in an image of 32x32; rows go from"),
-    (["{run}", "--queries", "0,99"], "there is no pixel 0,99"),
+    (["{run}", "--queries", "32,0"], "pixel 32,0 is outside the 32x32 image; rows go from"),
+    (["{run}", "--queries", "0,99"], "pixel 0,99 is outside"),
     (["{run}", "--queries", "data.noise=0.1"], "--queries needs at least one value"),
     (["{run}", "epochs=3"], "epochs: not a setting here; there are data\n"),
-    (["{run}", "data.crop_pad=2"], "data.crop_pad: it changes the images of a training alone"),
+    (["{run}", "augmentation.crop_pad=2"], "augmentation.crop_pad: not a setting here"),
     (["{run}", "data.colour=1"], "data.colour: unknown setting colour"),
     (["{run}", "data=cifar10", "data.root=none", "data.download=false"], "no CIFAR10 in"),
     (["{run}", "--images", "{photo}", "data.noise=0.1"], "none of the --images is of the data"),
@@ -222,7 +235,7 @@ def test_the_report_shows_the_last_block_of_each_stage(run, tmp_path):
     assert "AA, seed 0" in made.text[0]
     assert made.notes == []
     for picture in made.pictures:
-        assert picture.svg.count("<image") == 3 * (1 + 4)
+        assert "<image" in picture.svg
     again = section(tmp_path / "runs")
     assert [p.svg for p in again.pictures] == [p.svg for p in made.pictures]
     (tmp_path / "runs" / "aa" / "weights.safetensors").write_bytes(b"cut")

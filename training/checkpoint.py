@@ -20,7 +20,7 @@ from training.kinds import (
     UnreadableError,
     check_keys,
     check_kind,
-    check_stretches,
+    check_segments,
 )
 from training.launch import pasteable
 from training.run_folder import FORMAT, LAST, PREVIOUS
@@ -185,7 +185,7 @@ def check_precision(state: dict[str, Any], precision: str, asked: str, folder: P
 
     ``precision`` is what the setting ``asked`` stands for on this machine.
     """
-    before = state["stretches"][-1]["precision"] if state["stretches"] else precision
+    before = state["segments"][-1]["precision"] if state["segments"] else precision
     if before != precision:
         short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[before]
         raise ValueError(
@@ -254,7 +254,7 @@ def _check(state: Any, path: Path) -> None:
         run_folder.check_format(state)
         check_keys(state, _KINDS)
         check_keys(state["epoch_state"], progress.EPOCH_KINDS, "epoch_state.")
-        check_stretches(state["stretches"])
+        check_segments(state["segments"])
     except UnreadableError as error:
         raise _of_other_code(path, error) from None
 

@@ -71,10 +71,10 @@ SUMMARY_KEYS: dict[str, Kind] = {
     "evaluated_on": ("test or val", lambda v: v in SPLITS),
     "parameters": COUNT,
     "flops": COUNT,
-    "stretches": ("a list of at least one object", lambda v: isinstance(v, list) and v != []),
+    "segments": ("a list of at least one object", lambda v: isinstance(v, list) and v != []),
     "config": OBJECT,
 }
-STRETCH_KEYS: dict[str, Kind] = {
+SEGMENT_KEYS: dict[str, Kind] = {
     "first_epoch": COUNT,
     "commit": TEXT,
     "versions": ("an object of texts", lambda v: isinstance(v, dict) and TEXTS[1]([*v.values()])),
@@ -133,8 +133,8 @@ def shortened(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def check_stretches(stretches: list[Any], where: str = "") -> None:
-    """Raise UnreadableError unless each of a run's stretches is complete."""
-    for number, stretch in enumerate(stretches):
-        check_kind(stretch, OBJECT, f"{where}stretches[{number}]")
-        check_keys(stretch, STRETCH_KEYS, f"{where}stretches[{number}].")
+def check_segments(segments: list[Any], where: str = "") -> None:
+    """Raise UnreadableError unless each of a run's segments is complete."""
+    for number, segment in enumerate(segments):
+        check_kind(segment, OBJECT, f"{where}segments[{number}]")
+        check_keys(segment, SEGMENT_KEYS, f"{where}segments[{number}].")

@@ -4,72 +4,51 @@ Nothing here changes a run: the network's mode, its statistics and all random ge
 as they were. `training.tracking` sends what these functions return.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from aaconv import attention_maps
-from aaconv.maps import layer_inputs, output_size
 from data import Dataset, evaluation_batches
-from data.dataset import Images
-from models import augmented_layers
-from models.attending import as_in_evaluation, sharpest
-from training import tiles
+from models.views import attention_views, eval_mode
+from training.attention_picture import attention_picture, layer_line
 from training.tracking import Media, Picture, Table
 
-# Images whose attention is drawn, and heads of each block; the rest would look much alike.
+# Images whose attention is drawn.
 ATTENTION_IMAGES = 3
-HEADS = 4
 # Images in the table of predictions.
 PREDICTIONS = 32
 # Classes whose confusion is told, and how many others for each.
 WORST_CLASSES = 10
 TAKEN_FOR = 3
 
-# The space between tiles in pixels, and the colour behind them.
-GAP, PAPER = 6, (255, 255, 255)
 
-
-def moments(epochs: int) -> frozenset[int]:
+def media_epochs(epochs: int) -> frozenset[int]:
     """The epochs, counted from 1, after which attention is drawn: first, middle and last."""
     return frozenset((1, (epochs + 1) // 2, epochs))
 
 
-def attention_pictures(
-    model: nn.Module, dataset: Dataset, autocast: torch.autocast
-) -> dict[str, list[Picture]]:
-    """Where each augmented block of ``model`` looks, on a few fixed images of the evaluation.
+def attention_pictures(model: nn.Module, dataset: Dataset) -> dict[str, list[Picture]]:
+    """What each augmented block of ``model`` attends to, on a few fixed images of the evaluation.
 
-    A picture has the image and a tile for each of a few heads. In the upper row a tile shows the
-    weights of one query, the one marked in the image, whose attention is the sharpest (the lowest
-    entropy, averaged over the heads); in the lower row their mean over all queries. The brightest
-    position of a tile has its largest weight. Empty for a plain network.
+    One picture for each block, see `training.attention_picture`; computed in float32. Empty for a
+    plain network.
     """
-    layers = augmented_layers(model)
-    if not layers:
-        return {}
-    images = _chosen(dataset.evaluation, ATTENTION_IMAGES)
+    indices = spread(len(dataset.evaluation), ATTENTION_IMAGES)
+    images = dataset.evaluation.select(indices)
     (batch, labels), *_ = evaluation_batches(images, len(images), dataset.mean, dataset.std)
-    pictures: dict[str, list[Picture]] = {}
-    with torch.no_grad(), as_in_evaluation(model), layer_inputs(model) as inputs, autocast:
-        model(batch)
-        for name, layer in layers.items():
-            maps = attention_maps(layer, inputs[name])[:, :HEADS].float().cpu()
-            size = output_size(layer, inputs[name])
-            words = f"{name}, {size[0]}x{size[1]}, dk={layer.dk}, dv={layer.dv}, Nh={layer.Nh}"
-            pictures[f"media/attention/{name}"] = [
-                Picture(
-                    _drawn(pixels, weights.unflatten(-1, size), sharpest(weights)),
-                    f"{words}; {dataset.class_names[label]}; heads 1 to {weights.shape[0]}, "
-                    "above from the marked position, the sharpest, below from all",
-                )
-                for pixels, weights, label in zip(
-                    images.pixels.cpu(), maps, labels.tolist(), strict=True
-                )
-            ]
-    return pictures
+    names = [dataset.class_names[label] for label in labels.tolist()]
+    return {
+        f"media/attention/{layer}": [
+            Picture(
+                attention_picture(images.pixels, views).image,
+                f"{layer}, {layer_line(views[0])}; {', '.join(names)}. Of each image from the "
+                "marked position, whose attention is the sharpest, and the mean over all positions",
+            )
+        ]
+        for layer, views in attention_views(model, batch).items()
+    }
 
 
 def final_media(
@@ -99,7 +78,7 @@ def _all_logits(
     model: nn.Module, dataset: Dataset, batch_size: int, autocast: torch.autocast
 ) -> Tensor:
     batches = evaluation_batches(dataset.evaluation, batch_size, dataset.mean, dataset.std)
-    with as_in_evaluation(model), autocast:
+    with eval_mode(model), autocast:
         logits: list[Tensor] = [model(images).float().cpu() for images, _ in batches]
     return torch.cat(logits)
 
@@ -111,11 +90,6 @@ def spread(number: int, wanted: int) -> list[int]:
     """At most ``wanted`` of the indices 0 to number - 1, evenly spread."""
     wanted = min(number, wanted)
     return [index * number // wanted for index in range(wanted)]
-
-
-def _chosen(images: Images, wanted: int) -> Images:
-    indices = spread(len(images), wanted)
-    return Images(images.pixels[indices], images.labels[indices])
 
 
 def _predictions(dataset: Dataset, logits: Tensor, labels: Tensor, predicted: Tensor) -> Table:
@@ -159,23 +133,3 @@ def _confusion(names: Sequence[str], confusion: Tensor) -> Table:
                 own, share = (round(float(shares[index, i]), 2) for i in (index, other))
                 rows.append([names[index], own, names[other], share])
     return Table(["class", "top-1 %", "taken for", "of its images %"], rows)
-
-
-def _drawn(pixels: Tensor, weights: Tensor, query: int) -> Image.Image:
-    """One image (H, W, 3), the marked query, and tiles for the weights (heads, queries, h, w)."""
-    image = tiles.enlarged(pixels)
-    size = (weights.shape[2], weights.shape[3])
-    upper = [tiles.tile(image, head[query]) for head in weights]
-    lower = [tiles.tile(image, head.mean(dim=0)) for head in weights]
-    marked = tiles.marked(image, divmod(query, size[1]), size)
-    return _grid([[marked, *upper], [image, *lower]])
-
-
-def _grid(rows: Iterable[Sequence[Image.Image]]) -> Image.Image:
-    rows = list(rows)
-    width, height = (side + GAP for side in rows[0][0].size)
-    page = Image.new("RGB", (len(rows[0]) * width - GAP, len(rows) * height - GAP), PAPER)
-    for y, row in enumerate(rows):
-        for x, tile in enumerate(row):
-            page.paste(tile, (x * width, y * height))
-    return page

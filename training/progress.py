@@ -111,14 +111,14 @@ class Progress:
         epoch_state: of the epoch in progress.
         rows: the metrics of each finished epoch.
         per_class_top1: top-1 accuracy of each class after the last of them, in per cent.
-        stretches: where the epochs were trained: a run that is continued elsewhere has several.
+        segments: where the epochs were trained: a run that is continued elsewhere has several.
         wandb_id: of the run on the dashboard.
     """
 
     epoch_state: EpochState
     rows: list[dict[str, Any]] = field(default_factory=list)
     per_class_top1: list[float | None] | None = None
-    stretches: list[dict[str, Any]] = field(default_factory=list)
+    segments: list[dict[str, Any]] = field(default_factory=list)
     wandb_id: str | None = None
 
     @classmethod
@@ -133,15 +133,15 @@ class Progress:
             "epoch_state": vars(self.epoch_state).copy(),
             "rows": self.rows,
             "per_class_top1": self.per_class_top1,
-            "stretches": self.stretches,
+            "segments": self.segments,
             "wandb_id": self.wandb_id,
         }
 
-    def continue_on(self, place: dict[str, Any]) -> None:
+    def start_segment(self, place: dict[str, Any]) -> None:
         """Note commit, versions, hardware, precision and processes of what is trained next."""
-        if self.stretches and self.stretches[-1] == self.stretches[-1] | place:
+        if self.segments and self.segments[-1] == self.segments[-1] | place:
             return
-        self.stretches = [*self.stretches, {"first_epoch": len(self.rows) + 1, **place}]
+        self.segments = [*self.segments, {"first_epoch": len(self.rows) + 1, **place}]
 
     def finish_epoch(
         self, row: dict[str, Any], per_class_top1: list[float | None], steps: int
@@ -156,7 +156,7 @@ KINDS: dict[str, Kind] = {
     "epoch_state": OBJECT,
     "rows": ("a list of objects", lambda v: isinstance(v, list) and all(map(OBJECT[1], v))),
     "per_class_top1": ("a list or null", lambda v: v is None or isinstance(v, list)),
-    "stretches": ("a list", lambda v: isinstance(v, list)),
+    "segments": ("a list", lambda v: isinstance(v, list)),
     "wandb_id": ("text or null", lambda v: v is None or isinstance(v, str)),
 }
 TENSOR: Kind = ("a tensor", lambda v: isinstance(v, Tensor))

@@ -10,7 +10,7 @@ import torch
 
 
 def place(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
-    """Where a stretch of a run is trained: commit, versions, hardware, precision, processes."""
+    """Where a segment of a run is trained: commit, versions, hardware, precision, processes."""
     return {
         "commit": commit(),
         "versions": versions(),

@@ -60,7 +60,7 @@ from training.kinds import (
     TRAINING_COLUMNS,
     UnreadableError,
     check_keys,
-    check_stretches,
+    check_segments,
     check_values,
     is_finite,
     is_number,
@@ -69,7 +69,7 @@ from training.kinds import (
 )
 
 # Of everything in a run's folder. A change of names or meanings raises it.
-FORMAT = 2
+FORMAT = 3
 
 METRICS = "metrics.csv"
 SUMMARY = "summary.json"
@@ -320,7 +320,7 @@ def read_summary(folder: Path) -> dict[str, Any]:
     on = summary["evaluated_on"]
     scores = {f"{on}/{name}": kind for name, kind in SCORE_KINDS.items()}
     check_keys(summary, scores, f"{path}: ")
-    check_stretches(summary["stretches"], f"{path}: ")
+    check_segments(summary["segments"], f"{path}: ")
     for key in ("epochs", "seed"):
         if summary[key] != summary["config"][key]:
             raise UnreadableError(

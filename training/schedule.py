@@ -1,4 +1,4 @@
-"""Learning rate over the steps of a run; the optimiser's own rate is the highest of them."""
+"""Learning rate over the steps of a run; the optimizer's own rate is the highest of them."""
 
 import math
 
@@ -10,12 +10,7 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, *, warmup: float) -> L
     """A straight line from 0 over the fraction ``warmup`` of all steps, then half a cosine to 0.
 
     The first step is one step up the line, so that none is lost at a rate of 0.
-
-    Raises:
-        ValueError: ``warmup`` is not in [0, 1).
     """
-    if not 0 <= warmup < 1:
-        raise ValueError(f"schedule.warmup={warmup} must be at least 0 and less than 1")
     rising = round(warmup * total_steps)
 
     def factor(step: int) -> float:
@@ -34,15 +29,7 @@ def one_cycle(
     Both are half a cosine (Smith and Topin, 2018). The momentum stays as it is. Unlike
     torch's OneCycleLR it works for any number of steps, and its ends are fractions of the highest
     rate.
-
-    Raises:
-        ValueError: a fraction is out of range.
     """
-    if not 0 <= warmup <= 1:
-        raise ValueError(f"schedule.warmup={warmup} must be at least 0 and at most 1")
-    for name, value in (("start", start), ("end", end)):
-        if not 0 < value <= 1:
-            raise ValueError(f"schedule.{name}={value} must be above 0 and at most 1")
     last = max(1, total_steps - 1)
     top = warmup * last
 

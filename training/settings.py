@@ -2,28 +2,17 @@
 
 import dataclasses
 import math
-from typing import Any, Optional
+from typing import Any, Optional, get_args
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 
 import models
-from configs.schema import OPTIONS, Config
+from configs.schema import OPTIONS, SETTINGS
 
-# More is a slip of the keyboard, and would end in a run without end or in a lack of memory.
-MOST = {
-    "epochs": 1_000_000,
-    "batch_size": 2**31 - 1,
-    "grad_accum": 2**31 - 1,
-    "eval_batch_size": 2**31 - 1,
-    "log_every": 2**31 - 1,
-    "data.train_size": 1_000_000,
-    "data.test_size": 1_000_000,
-}
-MOST_BLOCKS = 1000
-MOST_PARAMETERS = 10**10
+MAX_BLOCKS = 1000
+MAX_PARAMETERS = 10**10
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
@@ -39,33 +28,36 @@ def check(cfg: DictConfig, world_size: int = 1) -> None:
     What only the data can tell, such as a batch larger than the set, is found when they are read.
     """
     _check_keys(cfg)
-    for name, most in MOST.items():
-        value = OmegaConf.select(cfg, name)
-        if value is not None and not 1 <= value <= most:
-            bound = f"at least 1 and at most {most}" if value > most else "at least 1"
-            raise ValueError(f"{name}={value} must be {bound}")
+    _check_ranges(cfg)
     if cfg.batch_size % (cfg.grad_accum * world_size):
         parts = f"grad_accum={cfg.grad_accum}"
         if world_size > 1:
             parts += f" times {world_size} processes"
         raise ValueError(f"batch_size={cfg.batch_size} must be divisible by {parts}")
-    if not 0 <= cfg.seed < 2**32:
-        raise ValueError(f"seed={cfg.seed} must be at least 0 and less than 2^32")
-    if not 0 <= cfg.label_smoothing < 1:
-        raise ValueError(f"label_smoothing={cfg.label_smoothing} must be in [0, 1)")
-    if cfg.grad_clip is not None and not 0 < cfg.grad_clip < math.inf:
-        raise ValueError(f"grad_clip={cfg.grad_clip} must be positive and finite, or null for none")
-    if cfg.ema is not None and not 0 < cfg.ema < 1:
-        raise ValueError(f"ema={cfg.ema} must lie between 0 and 1, or be null for none")
-    for name in ("checkpoint_minutes", "max_minutes"):
-        if cfg[name] is not None and not cfg[name] > 0:
-            raise ValueError(f"{name}={cfg[name]} must be positive, or null for none")
     for name in ("name", "out_dir"):
         if not cfg[name]:
             raise ValueError(f"{name}= must not be empty: it names a folder")
     _check_project(cfg.wandb.project, cfg.wandb.mode.name)
-    _check_optimizer(cfg)
+    if "momentum" in cfg.optim and cfg.optim.nesterov and not cfg.optim.momentum:
+        raise ValueError("optim.nesterov=true needs an optim.momentum above 0")
     _check_network(cfg)
+
+
+def _check_ranges(node: DictConfig, where: str = "") -> None:
+    """Each value against the range of its field, see `configs.setting`."""
+    kind: Any = OmegaConf.get_type(node)
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    for key in map(str, node):
+        value, field = node[key], known[key]
+        if isinstance(value, DictConfig):
+            _check_ranges(value, f"{where}{key}.")
+        elif "range" in field.metadata and not field.metadata["range"].allows(value):
+            words = field.metadata["range"].words()
+            if isinstance(value, float) and not math.isfinite(value):
+                words = f"finite and {words}"
+            if type(None) in get_args(field.type):
+                words += ", or null"
+            raise ValueError(f"{where}{key}={value} must be {words}")
 
 
 def _check_keys(node: DictConfig, where: str = "") -> None:
@@ -79,7 +71,7 @@ def _check_keys(node: DictConfig, where: str = "") -> None:
                 raise ValueError(unknown_setting(where, key, kind))
         for name, field in known.items():
             if name not in node:
-                raise ValueError(f"{where}{name} has been taken away; leave out ~{where}{name}")
+                raise ValueError(f"{where}{name} cannot be removed; leave out ~{where}{name}")
             if name[0] == "_" and node[name] != field.default:
                 raise ValueError(
                     f"{where}{name}={node[name]} cannot be set; choose another option of the group "
@@ -105,21 +97,9 @@ def _with_option(group: str, kind: Any) -> str:
 
 def is_text(key: str) -> bool:
     """Whether the setting of this dotted name is any text, or a path; hydra's own count as such."""
-    if key.startswith("hydra."):
-        return True
-    kinds: list[Any] = [Config]
-    *groups, name = key.split(".")
-    for group in groups:
-        fields = {f.name: f for kind in kinds for f in dataclasses.fields(kind)}
-        if group not in fields:
-            return False
-        own = fields[group].type
-        of_options = [kind for there, _, kind in OPTIONS if there == group]
-        kinds = [own] if dataclasses.is_dataclass(own) else of_options
-    return any(
-        f.name == name and f.type in (str, Optional[str])  # noqa: UP045 (as the schema writes it)
-        for kind in kinds
-        for f in dataclasses.fields(kind)
+    texts = (str, Optional[str])  # noqa: UP045 (as the schema writes it)
+    return key.startswith("hydra.") or any(
+        name == key and field.type in texts for name, field in SETTINGS
     )
 
 
@@ -131,28 +111,13 @@ def _check_project(project: str, mode: str) -> None:
         )
 
 
-def _check_optimizer(cfg: DictConfig) -> None:
-    optim = cfg.optim
-    if not 0 < optim.lr < math.inf:
-        raise ValueError(f"optim.lr={optim.lr} must be positive and finite")
-    if not 0 <= optim.weight_decay < math.inf:
-        raise ValueError(f"optim.weight_decay={optim.weight_decay} must be finite, at least 0")
-    if "betas" in optim and not (len(optim.betas) == 2 and all(0 <= b < 1 for b in optim.betas)):
-        raise ValueError(f"optim.betas={list(optim.betas)} must be two numbers in [0, 1)")
-    if "momentum" in optim:
-        if not 0 <= optim.momentum < 1:
-            raise ValueError(f"optim.momentum={optim.momentum} must be in [0, 1)")
-        if optim.nesterov and not optim.momentum:
-            raise ValueError("optim.nesterov=true needs an optim.momentum above 0")
-
-
 def _check_network(cfg: DictConfig) -> None:
     attention = cfg.attention
     if OmegaConf.select(attention, "dv") == 0:
         raise ValueError("attention.dv=0 leaves nothing of the attention; use attention=none")
-    if sum(cfg.model.depths) > MOST_BLOCKS:
+    if sum(cfg.model.depths) > MAX_BLOCKS:
         raise ValueError(
-            f"model.depths={list(cfg.model.depths)} must not be more than {MOST_BLOCKS} blocks"
+            f"model.depths={list(cfg.model.depths)} must not be more than {MAX_BLOCKS} blocks"
         )
     try:
         # Without memory; the number of classes and the images' size change little of it.
@@ -163,37 +128,27 @@ def _check_network(cfg: DictConfig) -> None:
         parameters = math.inf  # torch counts to 2^63
     else:
         models.freeze(network, cfg.freeze)
-    if parameters > MOST_PARAMETERS:
+    if parameters > MAX_PARAMETERS:
         sizes = [f"model.{key}={cfg.model[key]}" for key in ("depths", "widths", "stem")]
         sizes += [
             f"attention.{key}={attention[key]}" for key in ("dk", "min_dkh") if key in attention
         ]
         raise ValueError(
-            f"the network would have more than {MOST_PARAMETERS:.0e} parameters; "
+            f"the network would have more than {MAX_PARAMETERS:.0e} parameters; "
             f"make one of {', '.join(sizes)} smaller"
         )
 
 
-def build_model(cfg: DictConfig, *, num_classes: int, image_size: tuple[int, int]) -> nn.Module:
+def build_model(cfg: DictConfig, *, num_classes: int, image_size: tuple[int, int]) -> models.ResNet:
     """The network of ``cfg.model`` with the attention of ``cfg.attention``, for such images.
 
     Raises:
         ValueError: see `models.ResNet`.
     """
-    return models.build(network_arguments(cfg, num_classes=num_classes, image_size=image_size))
-
-
-def network_arguments(
-    cfg: DictConfig, *, num_classes: int, image_size: tuple[int, int]
-) -> dict[str, Any]:
-    """The same as plain values: what `models.build` takes and a file of weights keeps."""
-    return {
-        "block": cfg.model.block,
-        "depths": list(cfg.model.depths),
-        "widths": list(cfg.model.widths),
-        "stem": cfg.model.stem,
-        "shortcut": cfg.model.shortcut.name,
-        "num_classes": num_classes,
-        "image_size": list(image_size),
-        "attention": models.describe_attention(instantiate(cfg.attention, _convert_="all")),
-    }
+    arguments = {key: value for key, value in cfg.model.items() if key not in ("name", "aa")}
+    network: models.ResNet = instantiate(arguments, _convert_="all")(
+        num_classes=num_classes,
+        image_size=image_size,
+        attention=instantiate(cfg.attention, _convert_="all"),
+    )
+    return network

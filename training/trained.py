@@ -17,7 +17,6 @@ from training.cli import explain
 from training.launch import quoted
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-TRAINING_ALONE = ("data.crop_pad", "data.flip", "data.cutout")
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -37,8 +36,6 @@ def compose_settings(
         if key not in ("data", *allowed) and not key.startswith("data."):
             there = ", ".join(("data", *allowed))
             raise ValueError(f"{key}: not a setting here; there are {there}")
-        if key in TRAINING_ALONE:
-            raise ValueError(f"{key}: it changes the images of a training alone, and nothing here")
     settings = trained.description.settings
     words = [f"precision={SHORT.get(trained.description.precision, 'auto')}"]
     if "data" not in keys:

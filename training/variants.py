@@ -1,6 +1,5 @@
 """Settings as flat keys, those of them that decide a result, and what a variant is called."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
@@ -9,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from configs.schema import NO_EFFECT_ON_RESULT, OPTIONAL, OPTIONS, FolderConfig
+from configs.schema import OPTIONS, FolderConfig, decides_result
 
 # Hydra's own words in the settings of an option.
 HYDRAS = ("_target_", "_partial_")
@@ -42,38 +41,14 @@ def published(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
                 kept[key] = inside
         elif prefix + key == "init_from" and value is not None:
             kept[key] = "/".join(PurePath(value).parts[-KEPT_PARTS:])
-        elif prefix + key not in NO_EFFECT_ON_RESULT:
+        elif decides_result(prefix + key):
             kept[key] = value
     return kept
 
 
-def completed(config: dict[str, Any]) -> dict[str, Any]:
-    """``config`` with the settings that are younger than it, at the value that it had in effect."""
-    filled = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
-    for key, value in OPTIONAL.items():
-        group, _, name = key.rpartition(".")
-        holder = filled.get(group) if group else filled
-        if isinstance(holder, dict) and (not group or name in _settings_of(holder)):
-            holder.setdefault(name, value)
-    return filled
-
-
-def _settings_of(option: dict[str, Any]) -> set[str]:
-    """The settings that the option of a group has."""
-    kinds = [kind for _, _, kind in OPTIONS if kind._target_ == option.get("_target_")]
-    return {field.name for kind in kinds for field in dataclasses.fields(kind)}
-
-
 def result_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide a result, flattened.
-
-    Without ``model.aa``: it holds the defaults of ``attention``, which says it all.
-    """
-    return {
-        k: v
-        for k, v in flatten(completed(config)).items()
-        if k not in NO_EFFECT_ON_RESULT and not k.startswith("model.aa.")
-    }
+    """The settings that decide a result, flattened."""
+    return {k: v for k, v in flatten(config).items() if decides_result(k)}
 
 
 def variant_settings(config: dict[str, Any]) -> dict[str, Any]:

@@ -12,20 +12,22 @@ from aaconv.maps import augmented_layers, layer_inputs, output_size
 
 
 @dataclass(frozen=True)
-class Look:
-    """Where one layer looks on one image.
+class AttentionView:
+    """The attention of one layer on one image.
 
     Attributes:
         layer: the layer.
-        name: of its module.
-        weights: (Nh, queries, h, w) on the CPU, float32 or wider; each map adds up to 1.
-        queries: the output positions that look, as (row, column).
+        queries: output positions, as (row, column).
+        weights: of these queries, (Nh, queries, h, w) on the CPU, float32 or wider; each map adds
+            up to 1.
+        mean: weights averaged over all queries, (Nh, h, w); None where queries were chosen, because
+            only theirs are computed then.
     """
 
     layer: AugmentedConv
-    name: str
-    weights: Tensor
     queries: list[tuple[int, int]]
+    weights: Tensor
+    mean: Tensor | None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -33,18 +35,19 @@ class Look:
         return self.weights.shape[2], self.weights.shape[3]
 
 
-def looks(
+def attention_views(
     model: nn.Module, batch: Tensor, queries: Sequence[tuple[int, int]] | None = None
-) -> list[list[Look]]:
-    """For each image of ``batch`` where each augmented layer looks, in the network's order.
+) -> dict[str, list[AttentionView]]:
+    """The attention of each augmented layer, by its name, on each image of ``batch``.
 
     The model is left as it was, its mode and its statistics too.
 
     Args:
         model: the network.
-        batch: images (B, 3, H, W), normalised as it was trained.
-        queries: pixels (row, column) of the image from whose place is looked; by default from the
-            one position of each layer and image whose attention is the sharpest, see `sharpest`.
+        batch: images (B, 3, H, W), normalized as it was trained.
+        queries: pixels (row, column) of the image; a layer's queries are the positions that cover
+            them. By default the one position of each layer and image whose attention is the
+            sharpest, see `sharpest`.
 
     Raises:
         ValueError: a pixel that no image of the batch has.
@@ -53,33 +56,28 @@ def looks(
     for row, column in queries or ():
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(
-                f"there is no pixel {row},{column} in an image of {height}x{width}; rows go from 0 "
+                f"pixel {row},{column} is outside the {height}x{width} image; rows go from 0 "
                 f"to {height - 1}, columns from 0 to {width - 1}"
             )
-    found: list[list[Look]] = [[] for _ in range(len(batch))]
-    with torch.no_grad(), as_in_evaluation(model), layer_inputs(model) as inputs:
+    with torch.no_grad(), eval_mode(model), layer_inputs(model) as inputs:
         model(batch)
-        for name, layer in augmented_layers(model).items():
-            x = inputs[name]
-            size = output_size(layer, x)
-            for image, images_looks in enumerate(found):
-                images_looks.append(_look(layer, name, x[image : image + 1], size, queries, batch))
-    return found
+        return {
+            name: [_view(layer, image[None], queries, batch) for image in inputs[name]]
+            for name, layer in augmented_layers(model).items()
+        }
 
 
-def _look(
-    layer: AugmentedConv,
-    name: str,
-    x: Tensor,
-    size: tuple[int, int],
-    queries: Sequence[tuple[int, int]] | None,
-    batch: Tensor,
-) -> Look:
-    height, width = size
+def _view(
+    layer: AugmentedConv, x: Tensor, queries: Sequence[tuple[int, int]] | None, batch: Tensor
+) -> AttentionView:
+    height, width = output_size(layer, x)
+    mean = None
     if queries is None:
         maps = attention_maps(layer, x)[0].float().cpu()
         best = sharpest(maps)
-        maps, places = maps[:, best : best + 1], [divmod(best, width)]
+        places = [divmod(best, width)]
+        mean = maps.mean(dim=1).unflatten(-1, (height, width))
+        maps = maps[:, best : best + 1]
     else:
         places = [
             (row * height // batch.shape[2], column * width // batch.shape[3])
@@ -87,7 +85,7 @@ def _look(
         ]
         flat = [row * width + column for row, column in places]
         maps = attention_maps(layer, x, flat)[0].float().cpu()
-    return Look(layer, name, maps.unflatten(-1, size), places)
+    return AttentionView(layer, places, maps.unflatten(-1, (height, width)), mean)
 
 
 def sharpest(weights: Tensor) -> int:
@@ -100,7 +98,7 @@ def sharpest(weights: Tensor) -> int:
 
 
 @contextmanager
-def as_in_evaluation(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode within the ``with``, and afterwards each module as it was."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -1,0 +1,84 @@
+"""A setting's meaning and range, as metadata of its field in `configs.schema`."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a setting may have; of a list, that each of its values may have.
+
+    Attributes:
+        at_least, at_most: bounds that are allowed themselves.
+        above, below: bounds that are not.
+        length: of a list.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    length: int | None = None
+
+    def words(self) -> str:
+        """The range as a sentence goes on after "must be"; empty where all is allowed."""
+        bounds = (
+            ("at least", self.at_least),
+            ("above", self.above),
+            ("at most", self.at_most),
+            ("below", self.below),
+        )
+        parts = [f"{word} {_number(bound)}" for word, bound in bounds if bound is not None]
+        text = " and ".join(parts)
+        return text if self.length is None else f"{self.length} numbers, each {text}"
+
+    def allows(self, value: Any) -> bool:
+        """Whether ``value``, a number or a list of numbers, is in the range; null always is."""
+        if value is None:
+            return True
+        if isinstance(value, Iterable) and not isinstance(value, str):
+            values = list(value)
+            return self.length in (None, len(values)) and all(map(self.allows, values))
+        if not isinstance(value, (int, float)):
+            return True
+        return math.isfinite(value) and not (
+            (self.at_least is not None and value < self.at_least)
+            or (self.above is not None and value <= self.above)
+            or (self.at_most is not None and value > self.at_most)
+            or (self.below is not None and value >= self.below)
+        )
+
+
+def _number(bound: float) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+
+
+ANY = Range()
+
+
+def setting(
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    length: int | None = None,
+    decides_result: bool = True,
+) -> Any:
+    """A field whose default the YAML files have.
+
+    Args:
+        help: what it means, its unit, and its range where the bounds cannot say it.
+        at_least, above, at_most, below, length: see `Range`.
+        decides_result: False for what names, locates, speeds up or reports a run and changes
+            nothing in its result: no folder is named after it, a checkpoint can be continued with
+            another value, and compare.py passes it on to every run.
+    """
+    allowed = Range(at_least, above, at_most, below, length)
+    metadata = {"help": help, "range": allowed, "decides_result": decides_result}
+    return field(default=MISSING, metadata=metadata)
