@@ -57,11 +57,15 @@ def _recipe(variant: Variant) -> list[tuple[str, str]]:
 def _effects(recipe: str, variants: list[Variant]) -> list[Effect]:
     """Of the variants of one recipe; sizes come first, and values ascend."""
     pairs: dict[tuple[str, str, str], list[tuple[Variant, Variant]]] = defaultdict(list)
-    for both in combinations(variants, 2):
-        keys = differing_settings([*both])
-        if len(keys) == 1:
-            low, high = sorted(both, key=lambda v: _ascending(v.setting(keys[0])))
-            pairs[keys[0], low.setting(keys[0]), high.setting(keys[0])].append((high, low))
+    for key in differing_settings(variants):
+        alike: dict[str, list[Variant]] = defaultdict(list)
+        for variant in variants:
+            rest = sorted((k, variant.setting(k)) for k in variant.settings if k != key)
+            alike[str(rest)].append(variant)
+        for both in (both for members in alike.values() for both in combinations(members, 2)):
+            low, high = sorted(both, key=lambda variant: _ascending(variant.setting(key)))
+            if low.setting(key) != high.setting(key):
+                pairs[key, low.setting(key), high.setting(key)].append((high, low))
 
     def order(values: tuple[str, str, str]) -> tuple[Any, ...]:
         key, low, high = values
@@ -81,13 +85,16 @@ def _mean(pairs: list[tuple[Variant, Variant]]) -> Difference:
     Seeds are the independent samples, the combinations of settings that they are trained in are
     not.
     """
-    by_seed: dict[int, list[float]] = defaultdict(list)
+    scores: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for ours, theirs in pairs:
         first, second = ours.by_seed("top1"), theirs.by_seed("top1")
         for seed in first.keys() & second.keys():
-            by_seed[seed].append(first[seed] - second[seed])
-    means = {seed: statistics.mean(found) for seed, found in by_seed.items()}
-    return paired(means, dict.fromkeys(means, 0.0))
+            scores[seed].append((first[seed], second[seed]))
+    means = [
+        {seed: statistics.mean(both[side] for both in found) for seed, found in scores.items()}
+        for side in (0, 1)
+    ]
+    return paired(*means)
 
 
 def _ascending(value: str) -> tuple[bool, list[tuple[float, str]]]:
