@@ -53,7 +53,7 @@ from configs.schema import names_folder, register
 from reporting import dashboard
 from reporting.render import report
 from training import launch, run_folder
-from training.cli import explain
+from training.errors import explain
 from training.kinds import UnreadableError
 from training.run_folder import folder_name
 from training.variants import name_of_images
@@ -65,6 +65,7 @@ OURS = {
     "seed": "--seeds",
     "out_dir": "--out",
     "resume": "nothing, for it always continues,",
+    "run_dir": "--out",
     "hydra.run.dir": "--out",
 }
 # The status of the whole set is printed at most this often while a run is training.

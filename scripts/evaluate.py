@@ -38,8 +38,8 @@ from aaconv import text
 from configs.schema import register
 from data import evaluation_batches
 from reporting.text import printable
-from training.cli import explain
 from training.device import choose_device, choose_dtype, to_device
+from training.errors import explain
 from training.files import write_texts
 from training.scores import Calibration, evaluate
 from training.trained import compose_settings, load_data

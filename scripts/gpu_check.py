@@ -163,7 +163,7 @@ def training(device: torch.device, on_gpu: bool, data: str | None, out: Path) ->
     for attention in ("none", "aa"):
         folder = out / "training" / attention
         command = [sys.executable, "train.py", *words, f"attention={attention}", "resume=auto"]
-        command += ["tracking=csv", f"device={device.type}", f"hydra.run.dir={folder}"]
+        command += ["tracking=csv", f"device={device.type}", f"run_dir={folder}"]
         step = Step("training", attention, command, ("hydra", "tqdm"), None, lacks, environment)
         made.append(step)
     return made

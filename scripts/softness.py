@@ -40,8 +40,8 @@ from aaconv.stats import AttentionStats
 from configs.schema import register
 from data import Dataset, evaluation_batches
 from reporting.text import printable
-from training.cli import explain
 from training.device import choose_device
+from training.errors import explain
 from training.media import spread
 from training.settings import build_model, check
 from training.trained import CONFIGS, compose_settings, load_data

@@ -34,8 +34,8 @@ from data import Images
 from data.pictures import read_picture
 from reporting import attention, figures
 from reporting.text import printable
-from training.cli import explain
 from training.device import choose_device
+from training.errors import explain
 from training.files import write_files
 from training.trained import compose_settings, load_data
 

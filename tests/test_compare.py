@@ -366,7 +366,7 @@ sys.exit(7)"""
         "resume=auto",
         "max_minutes=1.500",
         f"out_dir='{tmp_path / 'o'}'",
-        f"hydra.run.dir='{tmp_path}'",
+        f"run_dir='{tmp_path}'",
     ]
 
 

@@ -62,7 +62,7 @@ def test_equals_the_summary_to_the_last_digit(tmp_path):
     words = [*TINY, "ema=0.5", "data.val_size=12", "data.data_seed=3", "tracking=csv"]
     run, out = tmp_path / "run=1", tmp_path / "out"
     commands = [
-        ["train.py", *words, f"hydra.run.dir='{run}'"],
+        ["train.py", *words, f"run_dir='{run}'"],
         ["scripts/evaluate.py", run, run / "last.pt", "--out", out],
     ]
     for script, *rest in commands:

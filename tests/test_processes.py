@@ -23,7 +23,7 @@ GUARD = 240  # seconds after which a process is taken to hang
 
 def start_run(folder, *overrides, processes=2):
     """A tiny run in ``folder``."""
-    words = [f"hydra.run.dir={folder}", f"out_dir={folder.parent}", *overrides]
+    words = [f"run_dir={folder}", f"out_dir={folder.parent}", *overrides]
     return start(*words, processes=processes)
 
 

@@ -61,7 +61,7 @@ def none_is_left():
 
 def tiny(folder, *words):
     """Words for a tiny run in ``folder``."""
-    return [*TINY, "device=cpu", f"out_dir={folder.parent}", f"hydra.run.dir={folder}", *words]
+    return [*TINY, "device=cpu", f"out_dir={folder.parent}", f"run_dir={folder}", *words]
 
 
 def wait_for(path, process):

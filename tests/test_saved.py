@@ -100,7 +100,7 @@ def test_other_tools_open_the_weights(tmp_path):
 
 def test_of_a_run_the_finished_network_is_loaded_and_of_a_checkpoint_the_same(tmp_path):
     words = [*TINY, "epochs=2", "attention=aa", "ema=0.5", "tracking=csv"]
-    command = [sys.executable, ROOT / "train.py", *words, f"hydra.run.dir={tmp_path / 'run'}"]
+    command = [sys.executable, ROOT / "train.py", *words, f"run_dir={tmp_path / 'run'}"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"weights.safetensors", "config.json", "last.pt", "previous.pt"} <= files

@@ -190,7 +190,7 @@ def check_precision(state: dict[str, Any], precision: str, asked: str, folder: P
         short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[before]
         raise ValueError(
             f"precision={asked} is {precision} here, and the run was trained in {before} so far; "
-            f"precision={short} {pasteable('hydra.run.dir', folder)} continues it"
+            f"precision={short} {pasteable('run_dir', folder)} continues it"
         )
 
 

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 import models
 from configs.schema import FolderConfig
 from data import Dataset
-from training.cli import explain
+from training.errors import explain
 from training.launch import quoted
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
