@@ -40,8 +40,8 @@ class Block:
     picture: AttentionPicture
     titles: list[str]
 
-    def svg(self) -> str:
-        """The picture with its titles, as the text of an SVG file."""
+    def figure(self) -> figures.Figure:
+        """The picture with its titles."""
         columns = ["image", *(f"head {number + 1}" for number in range(self.picture.heads))]
         title = f"{self.name} ({self.words})"
         return figures.attention(title, self.picture.image, self.titles, columns)

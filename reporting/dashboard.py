@@ -9,42 +9,20 @@ from typing import Any
 from PIL import Image
 
 from reporting import figures
-from reporting.paired import Comparison, compare_with_plain, nearest
-from reporting.runs import Variant, group_by_variant, read, select_data
-from reporting.sweeps import by_recipe
+from reporting.analysis import Analysis
+from reporting.paired import Difference
 from reporting.text import short
 from training.tracking import Media, Picture, Table, track
 
-COLUMNS = [
-    "variant",
-    "n",
-    "mean top-1 %",
-    "sd",
-    "difference",
-    "95 % low",
-    "95 % high",
-    "p",
-    "parameters",
-    "GFLOPs",
-]
+# Of the mean of a difference.
+DIFFERENCE = ["difference", "95 % low", "95 % high", "p"]
+COLUMNS = ["variant", "n", "mean top-1 %", "sd", *DIFFERENCE, "parameters", "GFLOPs"]
 # Of the table of attention's settings; the difference is that of the value from the baseline.
-SETTINGS = [
-    "recipe",
-    "setting",
-    "value",
-    "baseline",
-    "combinations",
-    "n",
-    "difference",
-    "95 % low",
-    "95 % high",
-    "p",
-    "p by Holm",
-]
+SETTINGS = ["recipe", "setting", "value", "baseline", "combinations", "n", *DIFFERENCE, "p (Holm)"]
 
 
 def post(
-    folders: list[Path],
+    analysis: Analysis,
     report: Path,
     *,
     out_dir: Path,
@@ -52,21 +30,14 @@ def post(
     project: str,
     entity: str | None,
     mode: str,
-    data: str | None = None,
 ) -> None:
-    """Give the dashboard what the finished runs in ``folders`` show, and the page ``report``.
+    """Give the dashboard what the runs show, and the page ``report`` on them.
 
     The table of all variants, with their paired differences from the plain network, what each
     setting of attention does in a sweep, the forest plot, the learning curves, and the report as
-    an artifact. The same comparison is the same run
-    each time, which then has the newer results. No fault of wandb's is passed on.
-
-    Raises:
-        ValueError: see `reporting.runs.read`.
+    an artifact. The same comparison is the same run each time, which then has the newer results.
+    No fault of wandb's is passed on.
     """
-    data, runs, _ = select_data(read(folders)[0], data)
-    variants, _ = group_by_variant(runs)
-    comparisons = nearest(compare_with_plain(variants))
     with track(
         mode,
         folder=out_dir,
@@ -75,13 +46,13 @@ def post(
         group=group,
         name=f"compare {group}",
         job_type="compare",
-        tags=[data],
-        config=_config(data, variants),
+        tags=[analysis.data],
+        config=_config(analysis),
         run_id=_id(project, report.parent),
         record=report.name,
     ) as tracker:
         if tracker.active:
-            tracker.post(_media(variants, comparisons))
+            tracker.post(_media(analysis))
             tracker.artifact(f"report-{tracker.id}", "report", [report], {"group": group})
 
 
@@ -90,67 +61,60 @@ def _id(project: str, folder: Path) -> str:
     return f"compare-{hashlib.blake2b(text, digest_size=6).hexdigest()}"
 
 
-def _config(data: str, variants: list[Variant]) -> dict[str, Any]:
+def _config(analysis: Analysis) -> dict[str, Any]:
     return {
-        "data": data,
-        "variants": [variant.label for variant in variants],
-        "seeds": sorted({run.seed for variant in variants for run in variant.runs}),
-        "runs": sum(len(variant.runs) for variant in variants),
-        "epochs": sorted({int(variant.settings["epochs"]) for variant in variants}),
+        "data": analysis.data,
+        "variants": [variant.label for variant in analysis.variants],
+        "seeds": sorted({run.seed for run in analysis.runs}),
+        "runs": len(analysis.runs),
+        "epochs": sorted({int(run.settings["epochs"]) for run in analysis.runs}),
     }
 
 
-def _media(variants: list[Variant], comparisons: list[Comparison]) -> dict[str, Media]:
-    on = variants[0].first["evaluated_on"]
+def _media(analysis: Analysis) -> dict[str, Media]:
+    on = analysis.variants[0].first["evaluated_on"]
     media: dict[str, Media] = {
-        "compare/table": Table(COLUMNS, _rows(variants, comparisons)),
+        "compare/table": Table(COLUMNS, _rows(analysis)),
         "compare/curves": _picture(
-            figures.as_png(lambda: figures.over_epochs(variants, "top1", f"{on} top-1 (%)")),
+            figures.over_epochs(analysis.variants, "top1", f"{on} top-1 (%)"),
             "mean over the seeds, with a band from the lowest to the highest",
         ),
     }
-    paired = [c for c in comparisons if c.top1.mean is not None][: figures.ROWS]
+    paired = [comparison for comparison in analysis.nearest if comparison.top1.n]
     if paired:
         media["compare/differences"] = _picture(
-            figures.as_png(lambda: figures.differences(paired)),
+            figures.differences(paired[: figures.ROWS]),
             "difference from the plain network in percentage points, paired by seed, 95 % interval",
         )
-    if effects := _effects(variants):
-        media["compare/settings"] = Table(SETTINGS, effects)
+    if analysis.effects:
+        media["compare/settings"] = Table(SETTINGS, _effects(analysis))
     return media
 
 
-def _rows(variants: list[Variant], comparisons: list[Comparison]) -> list[list[Any]]:
-    found = {comparison.variant: comparison.top1 for comparison in comparisons}
-    rows = []
-    for variant in variants:
+def _rows(analysis: Analysis) -> list[list[Any]]:
+    found = {comparison.variant: comparison.top1 for comparison in analysis.nearest}
+    rows: list[list[Any]] = []
+    for variant in analysis.variants:
         scores = list(variant.by_seed("top1").values())
-        difference = found.get(variant)
-        pair = [getattr(difference, name, None) for name in ("mean", "low", "high", "p")]
-        rows.append(
-            [
-                variant.label,
-                len(scores),
-                statistics.fmean(scores),
-                statistics.stdev(scores) if len(scores) > 1 else None,
-                *pair,
-                int(variant.first["parameters"]),
-                variant.first["flops"] / 1e9,
-            ]
-        )
+        sd = statistics.stdev(scores) if len(scores) > 1 else None
+        difference = _numbers(found.get(variant, Difference({})))
+        cost = [int(variant.first["parameters"]), variant.first["flops"] / 1e9]
+        rows.append([variant.label, len(scores), variant.mean("top1"), sd, *difference, *cost])
     return rows
 
 
-def _effects(variants: list[Variant]) -> list[list[Any]]:
-    rows = []
-    for recipe, found, corrected in by_recipe(variants):
-        for effect, p in zip(found, corrected, strict=True):
-            top1 = effect.top1
-            words = [recipe, short(effect.setting), *effect.values]
-            numbers = [top1.mean, top1.low, top1.high, top1.p, p]
-            rows.append([*words, effect.combinations, top1.n, *numbers])
+def _effects(analysis: Analysis) -> list[list[Any]]:
+    rows: list[list[Any]] = []
+    for effect in (effect for family in analysis.effects for effect in family):
+        words = [effect.recipe, short(effect.setting), *effect.values]
+        top1 = effect.top1
+        rows.append([*words, effect.combinations, top1.n, *_numbers(top1), top1.p_holm])
     return rows
 
 
-def _picture(png: bytes, caption: str) -> Picture:
-    return Picture(Image.open(io.BytesIO(png)).convert("RGB"), caption)
+def _numbers(found: Difference) -> list[float | None]:
+    return [found.mean, found.low, found.high, found.p]
+
+
+def _picture(figure: figures.Figure, caption: str) -> Picture:
+    return Picture(Image.open(io.BytesIO(figures.as_png(figure))).convert("RGB"), caption)

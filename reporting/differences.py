@@ -1,59 +1,43 @@
-"""The report's sections on differences: from plain, among all four, at equal cost, by class."""
+"""The report's sections on differences: from plain, at equal cost, by class, between settings."""
 
-import statistics
-
-from reporting import figures
-from reporting.equal_cost import at_equal_cost
-from reporting.paired import (
-    LEVEL,
-    Comparison,
-    among_others,
-    detectable,
-    holm,
-    nearest,
-    paired,
-)
-from reporting.parts import Picture, Section, Table
-from reporting.runs import Run
-from reporting.text import (
-    DASH,
-    MINUS,
-    by_seed_signed,
-    count,
-    interval,
-    p_value,
-    signed,
-    signed_or_dash,
-)
-
-# Mean accuracy of the last epoch's steps.
-TRAINED = "train/top1"
+from reporting import figures, text
+from reporting.analysis import Analysis, Named
+from reporting.paired import LEVEL, Difference, minimum_detectable_difference
+from reporting.parts import Picture, Section, Table, tables
+from reporting.sweeps import Effect
+from reporting.text import DASH, MINUS, interval, p_value, signed
 
 
-def differences_section(comparisons: list[Comparison]) -> Section | None:
+def cells(found: Difference, *headings: str) -> dict[str, str]:
+    """What a table says of a difference of top-1, under these headings."""
+    by_seed = ", ".join(f"{seed}: {signed(value)}" for seed, value in found.by_seed.items())
+    every = {
+        "n": str(found.n),
+        "top-1": signed(found.mean),
+        "95 % interval": interval(found.low, found.high),
+        "t (df)": DASH if found.t is None else f"{signed(found.t)} ({found.n - 1})",
+        "p": p_value(found.p),
+        "p (Holm)": p_value(found.p_holm),
+        "by seed": by_seed or DASH,
+        "top-1 by seed": by_seed or DASH,
+    }
+    return {heading: every[heading] for heading in headings}
+
+
+def differences_section(analysis: Analysis) -> Section | None:
     """The paired differences and the test that the intervals come from."""
-    if not comparisons:
+    if not analysis.comparisons:
         return None
-    head = ["variant", "other settings that differ", "n", "top-1", "95 % interval", "t (df)", "p"]
-    head += ["top-1 by seed", "top-5 (interval)"]
+    headings = ("n", "top-1", "95 % interval", "t (df)", "p", "top-1 by seed")
     rows = []
-    for comparison in comparisons:
-        found, top5 = comparison.top1, comparison.top5
-        rows.append(
-            [
-                _name(comparison),
-                in_words(comparison) or "none",
-                str(found.n),
-                signed_or_dash(found.mean),
-                interval(found.low, found.high),
-                DASH if found.t is None else f"{signed(found.t)} ({found.n - 1})",
-                p_value(found.p).removeprefix("= "),
-                by_seed_signed(found.by_seed),
-                DASH
-                if top5.mean is None
-                else f"{signed(top5.mean)} ({interval(top5.low, top5.high)})",
-            ]
-        )
+    for comparison in analysis.comparisons:
+        row = {"variant": comparison.name}
+        row["other settings that differ"] = comparison.differing_in_words or "none"
+        row |= cells(comparison.top1, *headings)
+        top5 = comparison.top5
+        known = f"{signed(top5.mean)} ({interval(top5.low, top5.high)})"
+        row["top-5 (interval)"] = known if top5.n else DASH
+        rows.append(row)
     return Section(
         "Differences from the plain baseline",
         [
@@ -62,198 +46,147 @@ def differences_section(comparisons: list[Comparison]) -> Section | None:
             "single pair has neither. They are not corrected for multiple comparisons."
         ],
         [
-            Table(head, rows, texts=2),
-            *_among_others(nearest(comparisons)),
-            *_in_training(nearest(comparisons)),
-            *_power(nearest(comparisons)),
+            *tables(rows, texts=2),
+            *_named(
+                analysis.among_others,
+                ("n", "top-1", "95 % interval", "p", "p (Holm)"),
+                "All differences between the networks but attention's from plain; in the last "
+                f"column p is corrected for the {len(analysis.among_others)} of them, the "
+                "intervals are not.",
+            ),
+            *_named(
+                analysis.in_training,
+                ("n", "top-1", "95 % interval", "by seed"),
+                "The same on the training images, as they were augmented in the last epoch: a "
+                "network that is lower here has fitted them less, one that is lower on the test "
+                "set alone generalizes less.",
+            ),
+            *_power(analysis),
         ],
     )
 
 
-def _among_others(comparisons: list[Comparison]) -> list[Table]:
-    """The differences of Table 1 beside the main one, corrected for their number."""
-    others = among_others(comparisons)
-    if not others:
-        return []
-    corrected = holm([comparison.top1.p for comparison in others])
-    rows = [
-        [
-            _name(comparison),
-            str(comparison.top1.n),
-            signed_or_dash(comparison.top1.mean),
-            interval(comparison.top1.low, comparison.top1.high),
-            p_value(comparison.top1.p).removeprefix("= "),
-            p_value(p).removeprefix("= "),
-        ]
-        for comparison, p in zip(others, corrected, strict=True)
-    ]
-    head = ["difference", "n", "top-1", "95 % interval", "p", "p by Holm"]
-    caption = (
-        f"All differences between the networks but attention's from plain; in the last column p is "
-        f"corrected for the {len(rows)} of them, the intervals are not."
-    )
-    return [Table(head, rows, caption=caption)]
+def _named(found: Named, headings: tuple[str, ...], caption: str) -> list[Table]:
+    """The table of named differences, unless there are none."""
+    rows = [{"difference": name, **cells(difference, *headings)} for name, difference in found]
+    return tables(rows, caption=caption)
 
 
-def _in_training(comparisons: list[Comparison]) -> list[Table]:
-    """The differences on the training images: whether a network fits less or generalises less."""
-    rows = []
-    for comparison in comparisons:
-        variant, baseline = comparison.variant, comparison.baseline
-        found = paired(variant.by_seed(TRAINED), baseline.by_seed(TRAINED))
-        if found.mean is not None:
-            rows.append(
-                [
-                    _name(comparison),
-                    str(found.n),
-                    signed(found.mean),
-                    interval(found.low, found.high),
-                    by_seed_signed(found.by_seed),
-                ]
-            )
-    if not rows:
-        return []
-    caption = (
-        "The same on the training images, as they were augmented in the last epoch: a network that "
-        "is lower here has fitted them less, one that is lower on the test set alone generalises "
-        "less."
-    )
-    return [Table(["difference", "n", "top-1", "95 % interval", "by seed"], rows, caption=caption)]
-
-
-def _power(comparisons: list[Comparison]) -> list[Table]:
+def _power(analysis: Analysis) -> list[Table]:
     """What the designs could have found."""
-    rows = [
-        [
-            _name(comparison),
-            str(comparison.top1.n),
-            f"{sd:.2f}",
-            f"{detectable(comparison.top1.n, sd):.2f}",
-        ]
-        for comparison in comparisons
-        if comparison.top1.low is not None and (sd := comparison.top1.sd) is not None
-    ]
-    if not rows:
-        return []
+    rows = []
+    for name, found in ((c.name, c.top1) for c in analysis.nearest):
+        if found.sd is not None and found.low is not None:
+            least = minimum_detectable_difference(found.n, found.sd)
+            row = {"difference": name, "n": str(found.n), "sd of the pairs": f"{found.sd:.2f}"}
+            rows.append({**row, "minimum detectable": f"{least:.2f}"})
     caption = (
         "What this many pairs can find: the true difference of top-1 that the test finds in four "
         "of five cases, if pairs differ as much as they do here."
     )
-    return [Table(["difference", "n", "sd of the pairs", "found"], rows, caption=caption)]
+    return tables(rows, caption=caption)
 
 
-def equal_cost_section(comparisons: list[Comparison]) -> Section | None:
+def equal_cost_section(analysis: Analysis) -> Section | None:
     """The differences at equal training time and at equal FLOPs."""
-    found = [equal for comparison in comparisons for equal in at_equal_cost(comparison)]
-    if not found:
-        return None
     rows = [
-        [
-            _name(one.comparison),
-            one.cost,
-            f"{one.ratio:.2f}",
-            f"{one.epochs[0]} and {one.epochs[1]}",
-            str(one.found.n),
-            signed_or_dash(one.found.mean),
-            interval(one.found.low, one.found.high),
-            by_seed_signed(one.found.by_seed),
-        ]
-        for one in found
+        {
+            "difference": equal.comparison.name,
+            "equal": equal.cost,
+            "ratio": f"{equal.ratio:.2f}",
+            "after epochs": f"{equal.epochs[0]} and {equal.epochs[1]}",
+            **cells(equal.top1, "n", "top-1", "95 % interval", "by seed"),
+        }
+        for equal in analysis.equal_cost
     ]
-    head = [
-        "difference",
-        "equal",
-        "ratio",
-        "after epochs",
-        "n",
-        "top-1",
-        "95 % interval",
-        "by seed",
-    ]
+    if not rows:
+        return None
     return Section(
         "At equal cost",
         [
             "The network that needs less for all of its epochs sets the budget; the other one is "
             "read after the last epoch that it has finished within it, in the middle of its "
-            "schedule. That favours the one whose learning rate has come down. The ratio is what "
+            "schedule. That favors the one whose learning rate has come down. The ratio is what "
             "an epoch of the first costs, over what one of the second does."
         ],
-        [Table(head, rows, texts=2)],
+        tables(rows, texts=2),
     )
 
 
-def classes_section(comparisons: list[Comparison]) -> Section | None:
+def classes_section(analysis: Analysis) -> Section | None:
     """Which classes gain and lose, for the first augmented variant that shares seeds with plain."""
-    for comparison in comparisons:
-        rows = _by_class(comparison) if comparison.variant.attention == "aa" else []
-        if rows:
-            break
-    else:
+    if analysis.classes is None:
         return None
+    comparison, found = analysis.classes
     n = comparison.top1.n
-    cut = len(rows) > 2 * figures.CLASSES
+    cut = len(found) > 2 * figures.CLASSES
     ends = f"the {figures.CLASSES} classes that lose and that gain most" if cut else "all classes"
-    unit = "AA minus plain, top-1 (percentage points)"
-    corrected = holm(
-        [paired(dict(enumerate(pairs)), dict.fromkeys(range(n), 0.0)).p for _, _, pairs in rows]
-    )
-    told = sum(p is not None and p < 1 - LEVEL for p in corrected)
-    head = ["class", "AA minus plain", "by pair", "p by Holm"]
-    table = [
-        [name, signed(mean), ", ".join(map(signed, pairs)), p_value(p).removeprefix("= ")]
-        for (name, mean, pairs), p in reversed(list(zip(rows, corrected, strict=True)))
-    ]
-    text = (
+    words = (
         f"{comparison.variant.label} minus {comparison.baseline.label}, n = "
-        f"{count(n, 'pair')} of seeds. With few test images per class and many classes, "
+        f"{text.count(n, 'pair')} of seeds. With few test images per class and many classes, "
         "some differ a lot by chance alone."
     )
-    if any(p is not None for p in corrected):
-        text += (
-            f" By paired t-tests, corrected by Holm for the {len(rows)} classes, "
-            f"{told or 'none'} of them {'differs' if told < 2 else 'differ'}."
+    p_values = [difference.p_holm for _, difference in found if difference.p_holm is not None]
+    if p_values:
+        number = sum(p < 1 - LEVEL for p in p_values)
+        words += (
+            f" By paired t-tests, corrected by Holm for the {len(found)} classes, "
+            f"{number or 'none'} of them {'differs' if number < 2 else 'differ'}."
         )
-    return Section(
-        "Classes",
-        [text],
-        pictures=[
-            Picture(
-                "classes",
-                "Differences by class",
-                figures.classes(rows, unit),
-                f"Mean difference of {ends}" + ("; dots are the pairs." if n > 1 else "."),
-            )
-        ],
-        folded=(
-            f"all {len(rows)} classes",
-            Table(head, table),
-        ),
+    picture = Picture(
+        "classes",
+        "Differences by class",
+        figures.by_class(found, "AA minus plain, top-1 (percentage points)"),
+        f"Mean difference of {ends}" + ("; dots are the pairs." if n > 1 else "."),
     )
+    rows = [
+        {
+            "class": name,
+            "AA minus plain": signed(difference.mean),
+            "by pair": ", ".join(map(signed, difference.by_seed.values())),
+            **cells(difference, "p (Holm)"),
+        }
+        for name, difference in reversed(found)
+    ]
+    (every,) = tables(rows)
+    folded = (f"all {len(rows)} classes", every)
+    return Section("Classes", [words], pictures=[picture], folded=folded)
 
 
-def _by_class(comparison: Comparison) -> list[tuple[str, float, list[float]]]:
-    names = comparison.variant.first["class_names"]
-    ours, theirs = (
-        {run.seed: run.summary["per_class_top1"] for run in variant.runs if _classes(run) == names}
-        for variant in (comparison.variant, comparison.baseline)
+def sweep_section(analysis: Analysis) -> Section | None:
+    """What attention's settings do; None where no two variants differ in one of them alone."""
+    if not analysis.effects and not analysis.heatmaps:
+        return None
+    pictures = []
+    for it in analysis.heatmaps:
+        drawn = figures.heatmap(it.cells, it.low, it.high, it.title)
+        caption = f"{it.title}: mean top-1 (%) of the last epoch over n seeds."
+        pictures.append(Picture(it.name, it.title, drawn, caption))
+    words = (
+        "dk and dv are numbers of channels or, written with a decimal point, fractions of the "
+        "block's output channels. All panels of a network share one color scale."
     )
-    rows = []
-    for number, name in enumerate(names):
-        both = [s for s in comparison.top1.by_seed if s in ours and s in theirs]
-        scores = [(ours[seed][number], theirs[seed][number]) for seed in both]
-        pairs = [a - b for a, b in scores if a is not None and b is not None]
-        if pairs:
-            rows.append((name, statistics.mean(pairs), pairs))
-    return sorted(rows, key=lambda row: (row[1], row[0]))
+    made = [made for family in analysis.effects for made in _effects(family)]
+    return Section("Settings of the attention", [words] if pictures else [], made, pictures)
 
 
-def _classes(run: Run) -> list[str]:
-    return list(run.summary["class_names"])
-
-
-def _name(comparison: Comparison) -> str:
-    return f"{comparison.variant.label} {MINUS} {comparison.baseline.label}"
-
-
-def in_words(comparison: Comparison) -> str:
-    return "; ".join(f"{key} {a} vs. {b}" for key, (a, b) in comparison.differing.items())
+def _effects(family: list[Effect]) -> list[Table]:
+    headings = ("n", "top-1", "95 % interval", "p", "p (Holm)", "by seed")
+    rows = [
+        {
+            "setting": text.short(effect.setting),
+            "difference": f" {MINUS} ".join(effect.values),
+            "combinations": str(effect.combinations),
+            **cells(effect.top1, *headings),
+        }
+        for effect in family
+    ]
+    recipe = family[0].recipe
+    caption = (
+        f"{recipe}{': ' if recipe else ''}Top-1 with one value of a setting minus that with "
+        "another, by seed and all other settings alike: the mean over the combinations of the "
+        "others that both values were run with."
+    )
+    if len(rows) > 1:
+        caption += f" The last p is corrected for the {len(rows)} rows, the intervals are not."
+    return tables(rows, texts=2, caption=caption)

@@ -1,5 +1,6 @@
-"""Runs of the lookup data set over the distance between cue and shapes: curves and their table."""
+"""Runs of the lookup data set over the distance between cue and shapes: curves, table, picture."""
 
+import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -8,10 +9,12 @@ import torch
 import models
 from aaconv import text
 from models import ATTENTIONS
-from reporting.runs import Excluded, Run, Variant, group_by_variant
-from reporting.text import by_seed, count, one_line, shortened
+from reporting import figures
+from reporting.runs import Excluded, Run, Variant, differing_settings, group_by_variant
+from reporting.text import MINUS, by_seed, count, one_line, shortened
 
 DISTANCE = "data.distance"
+DASHES = {"none": "--", "aa": "-", "se": "-.", "ge": ":"}
 
 
 @dataclass(frozen=True)
@@ -56,21 +59,18 @@ def curves(runs: list[Run]) -> tuple[list[Curve], list[Excluded]]:
         networks[variant.model].append(variant)
         lines[variant.model, variant.attention].append(variant)
     for model, members in networks.items():
-        _check_alike(model, [k for k in _differing(members) if not k.startswith("attention.")])
+        differing = differing_settings(members)
+        _check_alike(model, [key for key in differing if not key.startswith("attention.")])
     for (model, attention), members in lines.items():
-        _check_alike(f"{model} {ATTENTIONS[attention].label}", _differing(members))
+        _check_alike(f"{model} {ATTENTIONS[attention].label}", differing_settings(members))
     found = [_curve(*key, members) for key, members in lines.items()]
     order = list(ATTENTIONS)
     found.sort(key=lambda c: (c.receptive_field, c.model, order.index(c.attention)))
     return found, excluded
 
 
-def _differing(variants: list[Variant]) -> list[str]:
-    keys = {key for variant in variants for key in variant.settings} - {DISTANCE}
-    return sorted(key for key in keys if len({v.setting(key) for v in variants}) > 1)
-
-
 def _check_alike(name: str, differing: list[str]) -> None:
+    differing = [key for key in differing if key != DISTANCE]
     if differing:
         raise ValueError(
             f"runs of {one_line(name)} differ in {shortened(differing)}, which no curve may mix; "
@@ -108,3 +108,49 @@ def table(found: list[Curve]) -> list[str]:
             words += [str(len(scores)), f"{sum(scores.values()) / len(scores):.2f}"]
             lines.append([*words, by_seed(scores, len(seeds) == 1)])
     return text.table(lines, "llrrrrl")
+
+
+@figures.style()
+def draw(curves: list[Curve], chance: float, ceiling: float) -> figures.Figure:
+    """Top-1 over the distance as a multiple of the receptive field: mean of the seeds, and each.
+
+    ``chance`` and ``ceiling`` (%) are what guessing one of the shapes gives, and what no plain
+    network exceeds whose receptive field is at most the distance + 1.
+    """
+    names = list(dict.fromkeys(curve.model for curve in curves))
+    figure, panel = figures.one_panel(7.0, 3.8)
+    for curve in curves:
+        color = figures.COLORS[names.index(curve.model) % len(figures.COLORS)]
+        x = [curve.ratio(distance) for distance in curve.top1]
+        seeds = [list(scores.values()) for scores in curve.top1.values()]
+        same_n = len({len(values) for values in seeds}) == 1
+        for at, values in zip(x, seeds, strict=True):
+            panel.plot([at] * len(values), values, ".", color=color, alpha=0.5, markersize=5)
+        panel.plot(
+            x,
+            [statistics.fmean(values) for values in seeds],
+            color=color,
+            linewidth=1.7,
+            linestyle=DASHES[curve.attention],
+            label=figures.fit_label(curve.label, len(seeds[0]) if same_n else None),
+        )
+    begins = min(1 - 1 / curve.receptive_field for curve in curves)
+    right = 1.05 * max(1, *(curve.ratio(d) for curve in curves for d in curve.top1))
+    panel.axhline(chance, color="#777", linewidth=1, linestyle=":")
+    panel.axhline(ceiling, color="#777", linewidth=1, linestyle=":")
+    panel.plot([begins, right], [ceiling, ceiling], color=figures.PLAIN, linewidth=2.5)
+    limit = f"limit of plain networks,\nproven from distance =\nreceptive field {MINUS} 1 on"
+    for y, words in ((chance, "chance"), (ceiling, limit)):
+        panel.annotate(
+            f"{y:.3g} %: {words}",
+            (1, y),
+            (5, 0),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    panel.set(xlim=(0, right), ylim=(0, 103))
+    panel.set(xlabel="distance / receptive field of the convolutions", ylabel="top-1 accuracy (%)")
+    figures.add_legend(figure, panel, {})
+    return figure

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from reporting.paired import Comparison, Difference, paired
-from reporting.runs import Variant
+from reporting.runs import Variant, conditions
 from training.run_folder import is_finite
 
 # Beside the folders of a comparison's variants: milliseconds of a step by the folder's name, which
@@ -33,14 +33,14 @@ class EqualCost:
         cost: what is equal, in words.
         ratio: what an epoch of the variant costs, over what one of the baseline does.
         epochs: after which the variant and the baseline are read.
-        found: the differences of top-1.
+        top1: the differences by then.
     """
 
     comparison: Comparison
     cost: str
     ratio: float
     epochs: tuple[int, int]
-    found: Difference
+    top1: Difference
 
 
 def at_equal_cost(comparison: Comparison) -> list[EqualCost]:
@@ -50,21 +50,15 @@ def at_equal_cost(comparison: Comparison) -> list[EqualCost]:
         ValueError: a step_times.json is damaged.
     """
     pair = (comparison.variant, comparison.baseline)
-    steps = [_step_ms(variant) for variant in pair]
-    made = []
-    if None not in steps:
-        made.append(_at("training time, measured apart", comparison, *map(_known, steps)))
-    elif len({place for variant in pair for place in variant.facts("hardware")}) == 1:
-        seconds = (_seconds(variant) for variant in pair)
-        made.append(_at("training time of the runs", comparison, *seconds))
-    flops = (float(variant.first["flops"]) for variant in pair)
-    made.append(_at("FLOPs", comparison, *flops))
-    return [one for one in made if one is not None]
-
-
-def _known(value: float | None) -> float:
-    assert value is not None
-    return value
+    step_ms = [ms for variant in pair if (ms := _step_ms(variant)) is not None]
+    costs = {}
+    if len(step_ms) == 2:
+        costs["training time, measured apart"] = step_ms
+    elif len(conditions([run for variant in pair for run in variant.runs], "hardware")) == 1:
+        costs["training time of the runs"] = [_epoch_seconds(variant) for variant in pair]
+    costs["FLOPs"] = [float(variant.first["flops"]) for variant in pair]
+    found = [_at(cost, comparison, *of_epoch) for cost, of_epoch in costs.items()]
+    return [equal for equal in found if equal is not None]
 
 
 def _at(cost: str, comparison: Comparison, ours: float, theirs: float) -> EqualCost | None:
@@ -73,8 +67,8 @@ def _at(cost: str, comparison: Comparison, ours: float, theirs: float) -> EqualC
     planned = [min(len(run.rows) for run in variant.runs) for variant in variants]
     budget = min(planned[0] * ours, planned[1] * theirs)
     epochs = [
-        min(number, int(budget / one + NEARLY))
-        for number, one in zip(planned, (ours, theirs), strict=True)
+        min(number, int(budget / cost_of_epoch + NEARLY))
+        for number, cost_of_epoch in zip(planned, (ours, theirs), strict=True)
     ]
     if min(epochs) < 1 or epochs == planned:
         return None
@@ -85,7 +79,7 @@ def _at(cost: str, comparison: Comparison, ours: float, theirs: float) -> EqualC
     return EqualCost(comparison, cost, ours / theirs, (epochs[0], epochs[1]), paired(*scores))
 
 
-def _seconds(variant: Variant) -> float:
+def _epoch_seconds(variant: Variant) -> float:
     """The median epoch of all its runs."""
     return statistics.median(
         seconds for run in variant.runs for seconds in run.each_epoch("perf/epoch_seconds")

@@ -1,13 +1,15 @@
-"""Differences of a variant from a plain network, paired by seed, and what they show."""
+"""Differences paired by seed: their interval and test, and how far a test reaches."""
 
 import statistics
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy
 from scipy import optimize, stats
 
-from reporting.runs import Variant
+from reporting.runs import Run, Variant, differing_settings
+from reporting.text import MINUS
 
 LEVEL = 0.95
 QUANTILES = 10_000
@@ -15,7 +17,10 @@ QUANTILES = 10_000
 
 @dataclass(frozen=True)
 class Difference:
-    """Differences by seed; the interval and the test are None where there is no basis for them."""
+    """Differences by seed; the interval and the test are None where there is no basis for them.
+
+    ``p_holm`` is ``p`` corrected for the number of a family's tests, where there is a family.
+    """
 
     by_seed: dict[int, float]
     mean: float | None = None
@@ -24,6 +29,7 @@ class Difference:
     high: float | None = None
     t: float | None = None
     p: float | None = None
+    p_holm: float | None = None
 
     @property
     def n(self) -> int:
@@ -37,22 +43,11 @@ class Difference:
         return (self.low > 0) - (self.high < 0)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A variant, a plain network as its baseline, and how they differ besides the attention."""
-
-    variant: Variant
-    baseline: Variant
-    differing: dict[str, tuple[str, str]]  # setting: (the variant's value, the baseline's)
-    top1: Difference
-    top5: Difference
-
-
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> Difference:
     """``ours`` minus ``theirs`` over the seeds of both; two-sided paired t-test, 95 % interval.
 
     There is no interval for a single pair, and none for pairs that all differ by the same amount:
-    the spread that the test divides by is then unknown or zero.
+    the deviation that the test divides by is then unknown or zero.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     by_seed = {seed: ours[seed] - theirs[seed] for seed in seeds}
@@ -70,53 +65,63 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> Difference:
     return Difference(by_seed, mean, sd, low, high, float(test.statistic), float(test.pvalue))
 
 
-def compare_with_plain(variants: list[Variant]) -> list[Comparison]:
-    """Each variant with attention against the plain network whose settings are nearest to its own.
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """A variant and a plain network, or another one, as its baseline."""
 
-    Network and data must be the same. Other plain networks that are trained for as many epochs
-    follow: a different recipe gives another answer, and `Comparison.differing` says how it differs.
-    """
-    comparisons = []
-    for variant in variants:
-        if variant.attention == "none":
-            continue
-        baselines = [
-            v for v in variants if v.attention == "none" and _subject(v) == _subject(variant)
-        ]
-        baselines.sort(key=lambda v: len(_differing(variant, v)))
-        for baseline in baselines:
-            same_epochs = baseline.settings["epochs"] == variant.settings["epochs"]
-            if baseline is baselines[0] or same_epochs:
-                comparisons.append(_compare(variant, baseline))
-    return comparisons
+    variant: Variant
+    baseline: Variant
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant.label} {MINUS} {self.baseline.label}"
+
+    @cached_property
+    def differing(self) -> dict[str, tuple[str, str]]:
+        """The settings beside attention's that differ: the variant's value and the baseline's."""
+        keys = differing_settings([self.variant, self.baseline])
+        keys = [key for key in keys if not key.startswith("attention.")]
+        return {key: (self.variant.setting(key), self.baseline.setting(key)) for key in keys}
+
+    @property
+    def differing_in_words(self) -> str:
+        return "; ".join(f"{key} {a} vs. {b}" for key, (a, b) in self.differing.items())
+
+    @cached_property
+    def top1(self) -> Difference:
+        return self.difference(lambda run: run.last("top1"))
+
+    @cached_property
+    def top5(self) -> Difference:
+        return self.difference(lambda run: run.last("top5"))
+
+    def difference(self, score: Callable[[Run], float | None]) -> Difference:
+        """The differences of the runs' ``score``; runs where it is None are left out."""
+        ours, theirs = (
+            {run.seed: value for run in variant.runs if (value := score(run)) is not None}
+            for variant in (self.variant, self.baseline)
+        )
+        return paired(ours, theirs)
 
 
-def among_others(comparisons: list[Comparison]) -> list[Comparison]:
-    """All differences between four networks of one recipe but attention's from plain.
-
-    Those of the networks without augmented convolutions from plain, then attention's from each of
-    them. Empty where there is more than one variant of a kind, or settings differ.
-    """
-    kinds = [comparison.variant.attention for comparison in comparisons]
-    if any(c.differing for c in comparisons) or "aa" not in kinds or len(set(kinds)) < len(kinds):
-        return []
-    augmented = next(c.variant for c in comparisons if c.variant.attention == "aa")
-    others = [c for c in comparisons if c.variant.attention != "aa"]
-    return others + [_compare(augmented, other.variant) for other in others]
+def corrected(family: list[Difference]) -> list[Difference]:
+    """The same differences with `Difference.p_holm`."""
+    p_values = holm_bonferroni([found.p for found in family])
+    return [replace(found, p_holm=p) for found, p in zip(family, p_values, strict=True)]
 
 
-def holm(p_values: list[float | None]) -> list[float | None]:
+def holm_bonferroni(p_values: list[float | None]) -> list[float | None]:
     """P-values corrected for their number (Holm 1979); None, where there was no test, stays."""
     tested = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
-    corrected: list[float | None] = [None] * len(p_values)
+    result: list[float | None] = [None] * len(p_values)
     highest = 0.0
     for rank, (p, index) in enumerate(tested):
         highest = max(highest, min(1.0, p * (len(tested) - rank)))
-        corrected[index] = highest
-    return corrected
+        result[index] = highest
+    return result
 
 
-def detectable(n: int, sd: float, power: float = 0.8) -> float:
+def minimum_detectable_difference(n: int, sd: float, power: float = 0.8) -> float:
     """The mean difference that a paired t-test finds with this ``power``, at the level of 5 %.
 
     ``n`` is the number of pairs, at least 2, and ``sd`` the standard deviation of their
@@ -135,27 +140,3 @@ def detectable(n: int, sd: float, power: float = 0.8) -> float:
     while lacking(high) < 0:
         high *= 2
     return float(optimize.brentq(lacking, 0.0, high)) * sd / n**0.5
-
-
-def nearest(comparisons: list[Comparison]) -> list[Comparison]:
-    """For each variant the comparison with its nearest baseline."""
-    first: dict[Variant, Comparison] = {}
-    for comparison in comparisons:
-        first.setdefault(comparison.variant, comparison)
-    return list(first.values())
-
-
-def _compare(variant: Variant, baseline: Variant) -> Comparison:
-    top1, top5 = (paired(variant.by_seed(s), baseline.by_seed(s)) for s in ("top1", "top5"))
-    return Comparison(variant, baseline, _differing(variant, baseline), top1, top5)
-
-
-def _subject(variant: Variant) -> dict[str, Any]:
-    return {k: v for k, v in variant.settings.items() if k.startswith(("model.", "data."))}
-
-
-def _differing(ours: Variant, theirs: Variant) -> dict[str, tuple[str, str]]:
-    keys = sorted(ours.settings.keys() | theirs.settings.keys())
-    keys = [key for key in keys if not key.startswith("attention.")]
-    pairs = {key: (ours.setting(key), theirs.setting(key)) for key in keys}
-    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}

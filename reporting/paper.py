@@ -1,10 +1,18 @@
-"""What the paper prints for CIFAR-100 (Bello et al., ICCV 2019, Table 1), and how it trained.
+"""What the paper prints for CIFAR-100 (Bello et al., ICCV 2019, Table 1), beside these runs.
 
 Each value says how well it is known. The paper prints single numbers, without the number of runs
 or a spread.
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from reporting import text
+from reporting.analysis import Analysis
+from reporting.parts import Section, tables
+from reporting.runs import NOT_SET, Variant
+from reporting.text import DASH, short_name, signed
 
 NETWORK = "Wide-ResNet-28-10"
 MODEL, DATA = "wrn28_10", "cifar100 test"
@@ -18,7 +26,7 @@ SURE = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of Table 1: millions of parameters, GFLOPs of one image, accuracies in per cent."""
+    """A row of Table 1: millions of parameters, GFLOPs of one image, accuracies in percent."""
 
     name: str
     parameters: float
@@ -77,3 +85,87 @@ NOTES = (
     "Parameters: ours share the position tables among the heads (36.05 M); a table per head "
     "would give 36.18 M, which is nearer to the paper's 36.2 M.",
 )
+
+
+def printed(data: str, variant: Variant) -> Row | None:
+    """The paper's row of the variant's network, if it has one."""
+    same = data == DATA and variant.model == MODEL
+    return TABLE1.get(variant.attention) if same else None
+
+
+def cells(row: Row | None) -> dict[str, str]:
+    """The numbers of the paper's row, or dashes."""
+    if row is None:
+        return dict.fromkeys(("parameters", "GFLOPs", "top-1 %", "top-5 %"), DASH)
+    return {
+        "parameters": f"{row.parameters} M",
+        "GFLOPs": str(row.gflops),
+        "top-1 %": str(row.top1),
+        "top-5 %": str(row.top5),
+    }
+
+
+def paper_section(analysis: Analysis) -> Section:
+    """How far the paper's scores and ours differ, and how the recipes do."""
+    gain = TABLE1["aa"].top1 - TABLE1["none"].top1
+    words = [
+        f"The paper (Bello et al., ICCV 2019, Table 1: {NETWORK} on CIFAR-100) prints single "
+        "numbers, without the number of runs or a spread. By these numbers, attention changes "
+        f"top-1 by {signed(gain, 1)} points."
+    ]
+    rows = {variant: printed(analysis.data, variant) for variant in analysis.variants}
+    matched = {variant: row for variant, row in rows.items() if row is not None}
+    notes: list[str] = []
+    if matched:
+        made = tables(_beside(matched))
+        if any(variant.attention == "aa" for variant in matched):
+            notes += NOTES
+    else:
+        words.append(
+            f"None of these runs is a {NETWORK} evaluated on CIFAR-100's test set, so they "
+            "are not comparable with its scores, which are:"
+        )
+        made = tables([{"the paper's network": r.name, **cells(r)} for r in TABLE1.values()])
+    one_of_each = {v.attention: v for v in analysis.variants[::-1]}.values()
+    recipe = _recipe(matched or sorted(one_of_each, key=analysis.variants.index))
+    made += tables(recipe, texts=5, caption="Settings that differ from the paper's.")
+    if not recipe:
+        notes.append("The recipe is the paper's, as far as that is known.")
+    return Section("Comparison with the paper", words, made, notes=notes)
+
+
+def _beside(matched: dict[Variant, Row]) -> list[dict[str, str]]:
+    return [
+        {
+            "ours / paper (difference)": variant.label,
+            "n": str(len(variant.runs)),
+            "top-1 %": text.against(variant.mean("top1"), row.top1),
+            "top-5 %": text.against(variant.mean("top5"), row.top5),
+            "parameters, M": text.against(variant.first["parameters"] / 1e6, row.parameters),
+            "GFLOPs": text.against(variant.first["flops"] / 1e9, row.gflops),
+        }
+        for variant, row in matched.items()
+    ]
+
+
+def _recipe(variants: Iterable[Variant]) -> list[dict[str, str]]:
+    """Where the paper's settings are others, a row for each setting and pair of values."""
+    labels: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for setting in RECIPE:
+        for variant in variants:
+            theirs = setting.of(variant.attention)
+            ours = ({"model.name": variant.model} | variant.settings).get(setting.key, NOT_SET)
+            if theirs is not None and theirs != ours:
+                values = [short_name(text.as_text(value)) for value in (theirs, ours)]
+                key = (setting.key, *values, SURE[setting.sure])
+                labels[key].append(variant.label)
+    return [
+        {
+            "setting": short_name(key),
+            "variants": ", ".join(of_these),
+            "paper": theirs,
+            "here": ours,
+            "source of the paper's value": source,
+        }
+        for (key, theirs, ours, source), of_these in labels.items()
+    ]

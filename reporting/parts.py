@@ -1,6 +1,9 @@
 """What the report is made of: tables, pictures, cards and sections, as plain values."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
+
+from reporting import figures
 
 
 @dataclass(frozen=True)
@@ -18,14 +21,23 @@ class Table:
         return len(self.rows) > 16
 
 
+def tables(rows: list[dict[str, str]], texts: int = 1, caption: str = "") -> list[Table]:
+    """A table of cells by their columns' headings, the same in all rows; none without rows."""
+    return [Table([*rows[0]], [[*row.values()] for row in rows], texts, caption)] if rows else []
+
+
 @dataclass(frozen=True)
 class Picture:
-    """An SVG, the name of its file next to report.md, and what it shows in words."""
+    """A figure, the name of its file next to report.md, and what it shows in words."""
 
     name: str
     title: str
-    svg: str
+    figure: figures.Figure
     caption: str
+
+    @cached_property
+    def svg(self) -> str:
+        return figures.as_svg(self.figure)
 
 
 @dataclass(frozen=True)
@@ -36,8 +48,8 @@ class Card:
     number: str
     unit: str
     verdict: str
-    tone: str  # better, worse or open
     details: list[str]
+    tone: str = "open"  # or better, or worse
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Run folders in; report.html, report.md and its pictures out."""
+"""An analysis in; report.html, report.md and its pictures out."""
 
 import base64
 from collections.abc import Callable
@@ -7,30 +7,28 @@ from typing import Any
 
 import jinja2
 
+from reporting.analysis import Analysis, analyze
 from reporting.page import contents
-from reporting.parts import Picture
-from reporting.runs import group_by_variant, read, select_data
-from reporting.text import markdown, one_line, printable
+from reporting.parts import Picture, Table
+from reporting.text import markdown, markdown_table, one_line, printable
 from training.files import write_texts
 
 
 def report(folders: list[Path], out: Path, data: str | None = None) -> str:
+    """`write` what `analyze` finds in the run folders."""
+    return write(analyze(folders, data), out)
+
+
+def write(analysis: Analysis, out: Path) -> str:
     """Write report.html, report.md and its pictures to ``out``; return the head for a terminal.
 
-    ``data`` is the data set that the report is about, by default the one of most runs. A report
-    that is in ``out`` already is replaced as a whole or not at all.
+    A report that is in ``out`` already is replaced as a whole or not at all.
 
     Raises:
-        ValueError: no finished run, or none of ``data``; nothing is written.
+        ValueError: what is beside the runs is damaged; nothing is written.
         OSError: ``out`` cannot be written to, or its disk is full.
     """
-    runs, excluded = read(folders)
-    if not runs:
-        reasons = "; ".join(f"{e.folder.name} {e.kind} ({e.why})" for e in excluded[:3])
-        raise ValueError(f"no finished run in {', '.join(map(str, folders))}: {reasons}")
-    data, runs, others = select_data(runs, data)
-    variants, duplicates = group_by_variant(runs)
-    page = contents(data, variants, excluded + others + duplicates)
+    page = contents(analysis)
     texts = {out / f"{picture.name}.svg": picture.svg for picture in _pictures(page)}
     texts[out / "report.html"] = _fill("report.html", page, str)
     texts[out / "report.md"] = _fill("report.md", page, markdown)
@@ -48,6 +46,11 @@ def _fill(name: str, page: dict[str, Any], shown: Callable[[str], str]) -> str:
 
     Text is HTML-escaped in .html; in .md templates the filter ``shown`` makes of it what shows it.
     """
+
+    def table(it: Table) -> str:
+        head, *rows = ([shown(cell) for cell in cells] for cells in (it.head, *it.rows))
+        return markdown_table(head, rows, it.texts)
+
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
         autoescape=jinja2.select_autoescape(),
@@ -57,5 +60,5 @@ def _fill(name: str, page: dict[str, Any], shown: Callable[[str], str]) -> str:
         keep_trailing_newline=True,
     )
     environment.filters["base64"] = lambda text: base64.b64encode(text.encode()).decode()
-    environment.filters["shown"] = shown
+    environment.filters |= {"shown": shown, "table": table}
     return printable(environment.get_template(name).render(page))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,13 +53,10 @@ class Run:
         """The same, a value for each epoch."""
         return [row[self._key(name)] for row in self.rows]
 
-    def facts(self, fact: str) -> list[str]:
-        """The different values of a fact that is no setting, over the run's segments in order.
-
-        ``fact`` is commit, hardware, precision, processes, or a package for its version.
-        """
-        segments = [s["versions"] | s for s in self.summary["segments"]]
-        return list(dict.fromkeys(str(s.get(fact, "unknown")) for s in segments))
+    @property
+    def segments(self) -> list[dict[str, Any]]:
+        """For each start of the run what it ran on, packages by their versions among it."""
+        return [segment["versions"] | segment for segment in self.summary["segments"]]
 
     def _key(self, name: str) -> str:
         return f"{self.summary['evaluated_on']}/{name}" if name in run_folder.SCORES else name
@@ -103,9 +101,17 @@ class Variant:
         """A score of the last epoch, or another number of the summary, by seed."""
         return {run.seed: run.last(name) for run in self.runs}
 
-    def facts(self, fact: str) -> list[str]:
-        """The different values of a fact over all segments of all runs; see `Run.facts`."""
-        return sorted({value for run in self.runs for value in run.facts(fact)})
+    def mean(self, name: str) -> float:
+        """The mean of `by_seed`."""
+        return statistics.fmean(self.by_seed(name).values())
+
+
+def conditions(runs: list[Run], name: str) -> list[str]:
+    """The different values of what is no setting, over all segments of the runs, sorted.
+
+    ``name`` is commit, hardware, precision, processes, or a package for its version.
+    """
+    return sorted({str(segment.get(name, "unknown")) for run in runs for segment in run.segments})
 
 
 # ---- Reading ------------------------------------------------------------------------------------
@@ -226,20 +232,20 @@ def group_by_variant(runs: list[Run]) -> tuple[list[Variant], list[Excluded]]:
     members: dict[str, dict[int, Run]] = {}
     duplicates = []
     for run in runs:
-        facts = [run.summary["model"], run.summary["attention"], run.settings]
-        same = members.setdefault(json.dumps(facts, sort_keys=True), {})
+        recipe = [run.summary["model"], run.summary["attention"], run.settings]
+        same = members.setdefault(json.dumps(recipe, sort_keys=True), {})
         if run.seed in same:
             why = f"seed {run.seed} of the same settings is in {same[run.seed].folder}"
             duplicates.append(Excluded(run.folder, "duplicate", why))
         else:
             same[run.seed] = run
-    variants = _labelled([[same[seed] for seed in sorted(same)] for same in members.values()])
+    variants = _labeled([[same[seed] for seed in sorted(same)] for same in members.values()])
     order = list(ATTENTIONS)
     variants.sort(key=lambda v: (v.model, order.index(v.attention), natural(v.label)))
     return variants, duplicates
 
 
-def _labelled(groups: list[list[Run]]) -> list[Variant]:
+def _labeled(groups: list[list[Run]]) -> list[Variant]:
     unnamed = [Variant("", runs) for runs in groups]
     several_models = len({variant.model for variant in unnamed}) > 1
     alike: dict[tuple[str, str], list[Variant]] = {}
@@ -256,17 +262,22 @@ def _labelled(groups: list[list[Run]]) -> list[Variant]:
     return variants
 
 
+def differing_settings(variants: list[Variant]) -> list[str]:
+    """The settings that not all of the variants have at the same value, in alphabetical order."""
+    keys = sorted({key for variant in variants for key in variant.settings})
+    return [key for key in keys if len({variant.setting(key) for variant in variants}) > 1]
+
+
 def distinguishing(variants: list[Variant]) -> list[str]:
     """The settings that tell the variants apart: all of the attention's, few of the others."""
 
-    def values(keys: list[str]) -> set[tuple[str, ...]]:
-        return {tuple(variant.setting(key) for key in keys) for variant in variants}
+    def combinations(keys: list[str]) -> int:
+        return len({tuple(variant.setting(key) for key in keys) for variant in variants})
 
-    keys = sorted({key for variant in variants for key in variant.settings})
-    keys = [key for key in keys if len(values([key])) > 1]
+    keys = differing_settings(variants)
     named = [key for key in keys if key.startswith("attention.")]
     rank = {key: number for number, key in enumerate(NAMED_FIRST)}
     for key in sorted(keys, key=lambda k: (rank.get(k, len(rank)), k)):
-        if len(values([*named, key])) > len(values(named)):
+        if combinations([*named, key]) > combinations(named):
             named.append(key)
     return named

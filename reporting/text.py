@@ -4,7 +4,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
@@ -12,32 +12,33 @@ MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 # ---- Numbers ------------------------------------------------------------------------------------
 
 
-def signed(value: float, digits: int = 2) -> str:
-    """With its sign, a real minus; what rounds to zero has none."""
+def signed(value: float | None, digits: int = 2) -> str:
+    """With its sign, a real minus; what rounds to zero has none. A dash where there is none."""
+    if value is None:
+        return DASH
     text = f"{abs(value):.{digits}f}"
     if float(text) == 0:
         return text
     return f"+{text}" if value > 0 else f"{MINUS}{text}"
 
 
-def signed_or_dash(value: float | None) -> str:
-    return DASH if value is None else signed(value)
-
-
 def interval(low: float | None, high: float | None) -> str:
-    if low is None or high is None:
-        return DASH
-    return f"{signed(low)} to {signed(high)}"
+    return DASH if low is None or high is None else f"{signed(low)} to {signed(high)}"
 
 
 def p_value(p: float | None) -> str:
-    """With its relation: "< 0.001" or "= 0.03"."""
+    """In a table, where an equals sign goes without saying."""
     if p is None:
         return DASH
-    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
-def spread(values: Collection[float]) -> str:
+def p_in_words(p: float) -> str:
+    """`p < 0.001` or `p = 0.03`."""
+    return f"p {'' if p < 0.001 else '= '}{p_value(p)}"
+
+
+def mean_and_sd(values: Collection[float]) -> str:
     """Mean ± sample standard deviation; of a single value itself alone."""
     mean = statistics.mean(values)
     return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
@@ -48,11 +49,6 @@ def by_seed(scores: dict[int, float], same_seeds: bool) -> str:
     if same_seeds:
         return ", ".join(f"{value:.2f}" for value in scores.values())
     return ", ".join(f"{seed}: {value:.2f}" for seed, value in scores.items())
-
-
-def by_seed_signed(differences: dict[int, float]) -> str:
-    """The single differences with their seeds; a dash if there are none."""
-    return ", ".join(f"{seed}: {signed(d)}" for seed, d in differences.items()) or DASH
 
 
 def against(ours: float, printed: float) -> str:
@@ -97,10 +93,11 @@ def short(key: str) -> str:
     return key.removeprefix("attention.").removeprefix("optim.")
 
 
-def last_name(name: str) -> str:
-    """`optim._target_` is the optimiser; `torch.optim.SGD` is SGD; numbers stay."""
+def short_name(name: str) -> str:
+    """`optim._target_` is the optimizer; `torch.optim.SGD` is SGD; numbers stay."""
     if name.endswith("._target_"):
-        return {"optim": "optimiser"}.get(name.partition(".")[0], name.partition(".")[0])
+        group = name.partition(".")[0]
+        return "optimizer" if group == "optim" else group
     return name.rpartition(".")[2] if name.startswith(("torch.", "training.")) else name
 
 
@@ -161,3 +158,10 @@ def markdown(text: str) -> str:
 
 def _entity(match: re.Match[str]) -> str:
     return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(match[0], f"&#{ord(match[0])};")
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Iterable[str]], texts: int) -> str:
+    """A table whose first ``texts`` columns are words, the others right-aligned numbers."""
+    marks = "".join("---|" if column < texts else "---:|" for column in range(len(head)))
+    head_line, *lines = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
+    return "\n".join([head_line, f"|{marks}", *lines])

@@ -50,8 +50,8 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import names_folder, register
-from reporting import dashboard
-from reporting.render import report
+from reporting import dashboard, render
+from reporting.analysis import analyze
 from training import launch, run_folder
 from training.errors import explain
 from training.kinds import UnreadableError
@@ -363,18 +363,19 @@ def compare(
     failed = train_all(runs, grouped, out_dir, max_minutes)
     finished = {run for run in runs if run.finished}
     if finished:
-        print("", report([comparison], comparison), sep="\n")
+        analysis = analyze([comparison])
+        print("", render.write(analysis, comparison), sep="\n")
         print(f"written: {comparison / 'report.html'}")
-    if finished - before and tracking.mode.name != "disabled":
-        dashboard.post(
-            [comparison],
-            comparison / "report.html",
-            out_dir=out_dir,
-            group=tracking.group,
-            project=tracking.project,
-            entity=tracking.entity,
-            mode=tracking.mode.name,
-        )
+        if finished - before and tracking.mode.name != "disabled":
+            dashboard.post(
+                analysis,
+                comparison / "report.html",
+                out_dir=out_dir,
+                group=tracking.group,
+                project=tracking.project,
+                entity=tracking.entity,
+                mode=tracking.mode.name,
+            )
     if not finished:
         print("no run is finished: there is nothing to report yet")
     elif not failed and len(finished) == len(runs):

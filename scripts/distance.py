@@ -42,8 +42,8 @@ def draw(folders: list[Path], out: Path) -> str:
         )
     runs, excluded = read(folders)
     curves, left = distance.curves(runs)
-    svg = figures.over_distance(curves, 100 / SHAPES_SHOWN, 100 * float(ceiling()))
-    write_text(out, svg)
+    figure = distance.draw(curves, 100 / SHAPES_SHOWN, 100 * float(ceiling()))
+    write_text(out, figures.as_svg(figure))
     lines = distance.table(curves)
     lines += [f"left out, {e.kind}: {e.folder} ({e.why})" for e in [*excluded, *left]]
     return "\n".join([*lines, f"written: {out}"])

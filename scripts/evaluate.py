@@ -129,7 +129,7 @@ def written(evaluations: list[Evaluation], out: Path) -> dict[Path, str]:
     texts = {out / "evaluation.json": json.dumps(rows, indent=1) + "\n"}
     for number, one in enumerate(evaluations, start=1):
         name = "reliability.svg" if len(evaluations) == 1 else f"reliability-{number}.svg"
-        texts[out / name] = figures.reliability(one.bins, one.ece)
+        texts[out / name] = figures.as_svg(figures.reliability(one.bins, one.ece))
     return texts
 
 

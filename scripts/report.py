@@ -24,8 +24,8 @@ if __name__ == "__main__":
 import argparse
 import logging
 
-from reporting import dashboard
-from reporting.render import report
+from reporting import dashboard, render
+from reporting.analysis import analyze
 from reporting.text import printable
 
 
@@ -55,7 +55,8 @@ def main() -> None:
     arguments = parser.parse_args()
     out = arguments.out or arguments.runs[0]
     try:
-        print(report(arguments.runs, out, arguments.data))
+        analysis = analyze(arguments.runs, arguments.data)
+        print(render.write(analysis, out))
     except (ValueError, OSError) as error:
         console.stop("report.py", printable(console.one_line(error)), 1)
     except KeyboardInterrupt:
@@ -64,14 +65,13 @@ def main() -> None:
     if arguments.wandb:
         logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
         dashboard.post(
-            arguments.runs,
+            analysis,
             out / "report.html",
             out_dir=out,
             group=out.absolute().name,
             project=arguments.project,
             entity=arguments.entity,
             mode=arguments.mode,
-            data=arguments.data,
         )
 
 

@@ -111,8 +111,9 @@ def draw(blocks: list[attention.Block], out: Path) -> dict[Path, bytes]:
     """The files of all blocks and their contents."""
     files = {}
     for block in blocks:
-        files[out / f"attention-{block.name}.png"] = figures.as_png(block.svg)
-        files[out / f"attention-{block.name}.svg"] = block.svg().encode()
+        picture = block.figure()
+        files[out / f"attention-{block.name}.svg"] = figures.as_svg(picture).encode()
+        files[out / f"attention-{block.name}.png"] = figures.as_png(picture)
     return files
 
 

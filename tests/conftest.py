@@ -59,7 +59,7 @@ def sketches(request, monkeypatch):
     from reporting import figures
 
     if "pictures" not in request.fixturenames:
-        monkeypatch.setattr(figures, "_as_svg", lambda figure: "<svg/>")
+        monkeypatch.setattr(figures, "as_svg", lambda figure: "<svg/>")
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import random
 
 from models import ATTENTIONS
 from reporting import runs
+from reporting.analysis import Analysis
 
 CLASSES = ["apple", "aquarium_fish", "bear", "maple_tree", "pickup_truck", "<rocket>", "sea"]
 TARGETS = {name: kind.__name__ for name, kind in ATTENTIONS.items()}
@@ -142,9 +143,14 @@ def make_run(
 
 
 def variants_of(root):
-    """What the report makes of the runs below ``root``."""
+    """What the report makes of the runs below ``root``, of whatever data sets."""
     found, _ = runs.read([root])
     return runs.group_by_variant(found)[0]
+
+
+def analysis_of(root):
+    """What the report shows of the runs below ``root``, which are all of CIFAR-100."""
+    return Analysis("cifar100 test", variants_of(root), [])
 
 
 def failed(folder, error="the loss is not finite at epoch 2"):

@@ -113,7 +113,8 @@ def pretend(monkeypatch):
             return act(run)
 
         monkeypatch.setattr(compare, "train", train)
-        monkeypatch.setattr(compare, "report", lambda folders, out: f"report of {folders[0].name}")
+        monkeypatch.setattr(compare, "analyze", lambda folders: folders[0])
+        monkeypatch.setattr(compare.render, "write", lambda analysis, out: f"report of {out.name}")
         return calls
 
     return install

@@ -9,9 +9,9 @@ from scipy import stats
 
 from reporting import differences
 from reporting.equal_cost import STEP_TIMES, at_equal_cost
-from reporting.paired import among_others, compare_with_plain, detectable, holm, nearest
+from reporting.paired import holm_bonferroni, minimum_detectable_difference
 
-from folders import make_run, variants_of
+from folders import analysis_of, make_run
 
 TOP1 = {"none": [70.0, 71.0, 70.4], "se": [71.5, 71.9, 71.8], "ge": [69.0, 70.5, 69.9]}
 TOP1["aa"] = [70.9, 72.2, 71.0]
@@ -34,25 +34,26 @@ def folder(tmp_path):
     return tmp_path
 
 
-def table(found, word):
-    """The one table of these comparisons whose caption has the word."""
-    (one,) = (t for t in differences.differences_section(found).tables if word in t.caption)
+def table(folder, word):
+    """The one table of the differences between these runs whose caption has the word."""
+    section = differences.differences_section(analysis_of(folder))
+    (one,) = (t for t in section.tables if word in t.caption)
     return one
 
 
 def comparisons(folder):
-    return nearest(compare_with_plain(variants_of(folder)))
+    return analysis_of(folder).nearest
 
 
 def test_holm_by_hand():
-    assert holm([0.01, 0.04, None, 0.03]) == [pytest.approx(0.03), 0.06, None, 0.06]
-    assert holm([0.5, 0.9]) == [1.0, 1.0]
-    assert holm([]) == []
+    assert holm_bonferroni([0.01, 0.04, None, 0.03]) == [pytest.approx(0.03), 0.06, None, 0.06]
+    assert holm_bonferroni([0.5, 0.9]) == [1.0, 1.0]
+    assert holm_bonferroni([]) == []
 
 
 @pytest.mark.parametrize(("n", "sd"), [(2, 1.0), (3, 0.35), (5, 0.7)])
 def test_the_detectable_difference_is_found_four_times_in_five(n, sd):
-    shift = detectable(n, sd)
+    shift = minimum_detectable_difference(n, sd)
     draw = random.Random(0)
     edge = stats.t.ppf(0.975, n - 1)
     found = 0
@@ -63,27 +64,27 @@ def test_the_detectable_difference_is_found_four_times_in_five(n, sd):
 
 
 def test_the_other_differences_of_table_1(folder):
-    others = among_others(comparisons(folder))
-    labels = [(c.variant.attention, c.baseline.attention) for c in others]
-    assert labels == [("ge", "none"), ("se", "none"), ("aa", "ge"), ("aa", "se")]
-    assert others[3].top1.by_seed == pytest.approx({0: -0.6, 1: 0.3, 2: -0.8})
-    rows = table(comparisons(folder), "corrected for the 4 of them").rows
-    expected = holm([c.top1.p for c in others])
+    others = analysis_of(folder).among_others
+    pairs = [("GE", "plain"), ("SE", "plain"), ("AA", "GE"), ("AA", "SE")]
+    assert [name for name, _ in others] == [f"{a} \N{MINUS SIGN} {b}" for a, b in pairs]
+    assert others[3][1].by_seed == pytest.approx({0: -0.6, 1: 0.3, 2: -0.8})
+    rows = table(folder, "corrected for the 4 of them").rows
+    expected = holm_bonferroni([found.p for _, found in others])
     assert [float(row[5]) for row in rows] == pytest.approx(expected, rel=0.1)
 
 
 def test_another_recipe_makes_no_family_of_differences(folder):
     make_run(folder / "more", 75.0, 0, "se", epochs=10, optim__lr=0.3)
-    assert among_others(comparisons(folder)) == []
+    assert analysis_of(folder).among_others == []
 
 
 def test_the_power_is_told(folder):
     sd = comparisons(folder)[2].top1.sd
-    assert table(comparisons(folder), "four of five cases").rows[2] == [
+    assert table(folder, "four of five cases").rows[2] == [
         "AA \N{MINUS SIGN} plain",
         "3",
         f"{sd:.2f}",
-        f"{detectable(3, sd):.2f}",
+        f"{minimum_detectable_difference(3, sd):.2f}",
     ]
 
 
@@ -94,7 +95,7 @@ def test_every_variant_of_a_sweep_has_its_rows(tmp_path):
             run = tmp_path / f"{dk}-{seed}"
             make_run(run, 71.0 + number * (2 + seed) / 7, seed, "aa", attention__dk=dk)
     for word in ("training images", "four of five cases"):
-        assert len(table(comparisons(tmp_path), word).rows) == 5
+        assert len(table(tmp_path, word).rows) == 5
 
 
 def trained(folder, attention, seed, top1):
@@ -107,7 +108,7 @@ def test_the_difference_in_training_is_told(folder):
     for attention, scores in (("none", [75.0, 77.5, 76.0]), ("aa", [74.0, 75.5, 76.5])):
         for seed, top1 in enumerate(scores):
             trained(folder, attention, seed, top1)
-    rows = table(comparisons(folder), "training images").rows
+    rows = table(folder, "training images").rows
     assert [row[0] for row in rows] == [
         f"{label} \N{MINUS SIGN} plain" for label in ("GE", "SE", "AA")
     ]
@@ -124,9 +125,9 @@ def test_the_difference_in_training_is_told(folder):
 def test_of_a_single_pair_there_is_no_interval(tmp_path):
     for attention, top1 in (("none", 70.0), ("aa", 71.0)):
         make_run(tmp_path / attention, top1, 4, attention)
-    (row,) = table(comparisons(tmp_path), "training images").rows
+    (row,) = table(tmp_path, "training images").rows
     assert row[1:] == ["1", "+1.00", "\N{EN DASH}", "4: +1.00"]
-    tables = differences.differences_section(comparisons(tmp_path)).tables
+    tables = differences.differences_section(analysis_of(tmp_path)).tables
     assert not any("four of five cases" in one.caption for one in tables)
 
 
@@ -140,7 +141,7 @@ def test_at_equal_cost_the_slower_curve_is_read_earlier(folder):
     for found, epoch in ((time, 8), (flops, 5)):
         for seed in range(3):
             row = aa.variant.runs[seed].rows[epoch - 1]["test/top1"]
-            assert found.found.by_seed[seed] == pytest.approx(row - TOP1["none"][seed])
+            assert found.top1.by_seed[seed] == pytest.approx(row - TOP1["none"][seed])
 
 
 def test_times_that_were_measured_apart_are_taken(folder):
@@ -152,7 +153,7 @@ def test_times_that_were_measured_apart_are_taken(folder):
     assert found["se"] == []  # as fast as plain: nothing else to say
     # Not measured, so as the runs have taken.
     assert [one.cost for one in found["ge"]] == ["training time of the runs"]
-    section = differences.equal_cost_section(comparisons(folder))
+    section = differences.equal_cost_section(analysis_of(folder))
     assert [row[1] for row in section.tables[0].rows] == [
         one.cost for one in (*found["ge"], *found["aa"])
     ]
@@ -173,7 +174,7 @@ def test_a_trifle_more_is_as_much(folder):
 def test_damaged_times_are_named(folder, text):
     (folder / STEP_TIMES).write_text(text, errors="surrogatepass")
     with pytest.raises(ValueError, match=r"step_times\.json is damaged: expected an object ms"):
-        differences.equal_cost_section(comparisons(folder))
+        differences.equal_cost_section(analysis_of(folder))
 
 
 def test_on_two_machines_no_times_are_compared(folder):
@@ -183,10 +184,10 @@ def test_on_two_machines_no_times_are_compared(folder):
 
 
 def test_classes_are_corrected_for_their_number(folder):
-    section = differences.classes_section(comparisons(folder))
+    section = differences.classes_section(analysis_of(folder))
     assert "corrected by Holm for the 7 classes" in section.text[0]
     _, table = section.folded
-    assert table.head[3] == "p by Holm"
+    assert table.head[3] == "p (Holm)"
     (aa,) = (c for c in comparisons(folder) if c.variant.attention == "aa")
     names = aa.variant.first["class_names"]
     raw = []
@@ -196,6 +197,6 @@ def test_classes_are_corrected_for_their_number(folder):
             for a, b in zip(aa.variant.runs, aa.baseline.runs, strict=True)
         ]
         raw.append(float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue))
-    expected = dict(zip(names, holm(raw), strict=True))
+    expected = dict(zip(names, holm_bonferroni(raw), strict=True))
     for row in table.rows:
         assert float(row[3]) == pytest.approx(expected[row[0]], rel=0.1)

@@ -46,9 +46,9 @@ def folder(tmp_path):
 def panels(monkeypatch):
     """The panels that are drawn."""
     seen = []
-    real = figures._as_svg
+    real = figures.as_svg
     monkeypatch.setattr(
-        figures, "_as_svg", lambda figure: seen.append(figure.axes[0]) or real(figure)
+        figures, "as_svg", lambda figure: seen.append(figure.axes[0]) or real(figure)
     )
     return seen
 
@@ -84,8 +84,8 @@ def test_the_picture_has_a_line_for_each_network_and_a_dot_for_each_seed(folder,
         ("resnet14 plain (n=1)", "--", [5 / 53, 20 / 53], [81.0, 66.0]),
         ("resnet14 AA (n=1)", "-", [5 / 53, 20 / 53], [83.0, 68.0]),
     ]
-    colours = [line.get_color() for line in lines]
-    assert colours[0] == colours[1] != colours[2] == colours[3]
+    colors = [line.get_color() for line in lines]
+    assert colors[0] == colors[1] != colors[2] == colors[3]
     dots = [list(zip(*d.get_data(), strict=True)) for d in panel.lines if d.get_marker() == "."]
     assert len(dots) == 8
     assert dots[0] == [(0.2, 81.0), (0.2, 77.5)]

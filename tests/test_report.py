@@ -13,7 +13,7 @@ from reporting import page, paired, paper, render, runs, text
 from scripts import report as report_command
 from training.settings import build_model
 
-from folders import failed, make_run, segment, variants_of
+from folders import analysis_of, failed, make_run, segment, variants_of
 from helpers import CONFIGS
 
 pytestmark = pytest.mark.usefixtures("sketches")
@@ -304,7 +304,8 @@ def test_the_twin_is_the_plain_network_of_the_nearest_recipe(tmp_path):
     make_run(tmp_path / "near", 70.0)
     make_run(tmp_path / "other", 50.0, model__depths=[4, 4, 4])
     make_run(tmp_path / "aa", 71.0, attention="aa")
-    comparisons = paired.compare_with_plain(variants_of(tmp_path))
+    analysis = analysis_of(tmp_path)
+    comparisons = analysis.comparisons
     assert [c.baseline.runs[0].folder.name for c in comparisons] == ["near", "far"]
     assert [c.top1.mean for c in comparisons] == [pytest.approx(1), pytest.approx(11)]
     assert comparisons[0].differing == {}
@@ -312,7 +313,7 @@ def test_the_twin_is_the_plain_network_of_the_nearest_recipe(tmp_path):
         "batch_size": ("256", "1024"),
         "optim.lr": ("0.2", "0.8"),
     }
-    assert [c.baseline.runs[0].folder.name for c in paired.nearest(comparisons)] == ["near"]
+    assert [c.baseline.runs[0].folder.name for c in analysis.nearest] == ["near"]
 
 
 def test_the_page_says_better_only_where_the_interval_does(tmp_path):
@@ -320,7 +321,7 @@ def test_the_page_says_better_only_where_the_interval_does(tmp_path):
         make_run(tmp_path / f"p{seed}", float(plain), seed)
         make_run(tmp_path / f"a{seed}", float(aa), seed, "aa")
         make_run(tmp_path / f"s{seed}", float(se), seed, "se")
-    cards = page.cards(paired.compare_with_plain(variants_of(tmp_path)))
+    cards = page.cards(analysis_of(tmp_path).comparisons)
     assert [(c.title, c.number, c.tone) for c in cards] == [
         ("AA vs. plain", "+2.00", "better"),
         ("SE vs. plain", "+0.50", "open"),
@@ -363,7 +364,6 @@ def test_other_networks_are_not_held_against_the_papers_scores(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({}, True),  # of before there was a choice
         ({"attention__init": "kaiming", "attention__qk_norm": False}, True),
         ({"attention__init": "kaiming", "attention__qk_norm": True}, False),
         ({"attention__init": "glorot", "attention__qk_norm": False}, False),

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from reporting import page, render, runs
+from reporting.analysis import Analysis
 
 from folders import failed, make_run, segment
 from helpers import ROOT
@@ -169,7 +170,7 @@ def test_what_is_a_run_in_spite_of_damage_has_a_page(tmp_path):
     for _, _, result in one_by_one(tmp_path, ["missing", "text", "nested list", "fraction"]):
         if isinstance(result, runs.Run):
             variants, _ = runs.group_by_variant([result, *rest])
-            page.contents(rest[0].data, variants, [])
+            page.contents(Analysis(rest[0].data, variants, []))
             pages += 1
     assert pages > 100
 

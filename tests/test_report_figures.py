@@ -5,9 +5,9 @@ import csv
 import pytest
 from matplotlib.container import ErrorbarContainer
 
-from reporting import figures, page, paired, render
+from reporting import figures, page, render
 
-from folders import make_run, variants_of
+from folders import analysis_of, make_run
 
 pytestmark = pytest.mark.usefixtures("sketches")
 
@@ -37,7 +37,7 @@ def contents(figure):
 def drawn(monkeypatch):
     """A function from a folder to the contents of the pictures in a report on it."""
     panels = []
-    monkeypatch.setattr(figures, "_as_svg", lambda figure: panels.append(contents(figure)) or "")
+    monkeypatch.setattr(figures, "as_svg", lambda figure: panels.append(contents(figure)) or "")
 
     def draw(folder):
         panels.clear()
@@ -159,7 +159,7 @@ def test_the_card_shows_the_scores_that_it_compares(tmp_path):
         make_run(tmp_path / f"p{seed}", top1, seed)
     for seed, top1 in enumerate((72.0, 73.5)):
         make_run(tmp_path / f"a{seed}", top1, seed, "aa")
-    (card,) = page.cards(paired.compare_with_plain(variants_of(tmp_path)))
+    (card,) = page.cards(analysis_of(tmp_path).comparisons)
     assert card.number == "+2.25"
     assert "72.75 % vs. 70.50 %" in card.details
 

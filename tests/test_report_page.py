@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from reporting import figures, page, paired, render, sweeps, text
+from reporting import differences, figures, page, render, text
 
-from folders import NASTY, make_run, nasty_runs, variants_of
+from folders import NASTY, analysis_of, make_run, nasty_runs, variants_of
 from helpers import ROOT
 
 pytestmark = pytest.mark.usefixtures("sketches")
@@ -91,10 +91,10 @@ def test_the_same_runs_give_the_same_bytes(tmp_path, pictures):
 
 def test_a_sweep_is_counted_and_drawn_by_cell(tmp_path, monkeypatch):
     sweep(tmp_path)
-    variants = variants_of(tmp_path)
+    analysis = analysis_of(tmp_path)
     drawn = []
-    monkeypatch.setattr(sweeps.figures, "heatmap", lambda *given: drawn.append(given) or "<svg/>")
-    section = sweeps.sweep_section(variants)
+    monkeypatch.setattr(figures, "heatmap", lambda *given: drawn.append(given))
+    section = differences.sweep_section(analysis)
     assert [picture.name for picture in section.pictures] == ["sweep1-Nh2", "sweep1-Nh4"]
     (two, low, high, title), four = drawn
     assert title == "wrn16_4, Nh = 2"
@@ -103,7 +103,7 @@ def test_a_sweep_is_counted_and_drawn_by_cell(tmp_path, monkeypatch):
     assert (low, high) == four[1:3]
     assert low == pytest.approx(60 + 0.8 + 0.04 + 0.002 + 0.54)
     assert high == four[0]["16", "12"][0]
-    head, *_ = page.cards(paired.nearest(paired.compare_with_plain(variants)))
+    head, *_ = page.cards(analysis.nearest)
     assert head.title.startswith("12 augmented variants")
     # Differences by seed: dk / 10 + dv / 100 + heads / 1000, and dv / 50 more at seed 1. With one
     # degree of freedom t must pass 12.7: only a mean above 6.35 * dv / 50 would do.
@@ -128,7 +128,7 @@ def test_classes_are_compared_by_pair(tmp_path):
     make_run(tmp_path / "p1", 71.0, 1, facts=by_class(30, 40))
     make_run(tmp_path / "a0", 70.0, 0, "aa", facts=by_class(15, 10))
     make_run(tmp_path / "a1", 72.0, 1, "aa", facts=by_class(33, 38))
-    section = page.classes_section(paired.compare_with_plain(variants_of(tmp_path)))
+    section = differences.classes_section(analysis_of(tmp_path))
     assert section.folded[1].rows == [  # t = 4 and -1.5 with one degree of freedom
         ["a", "+4.00", "+5.00, +3.00", "0.31"],
         ["b", f"{MINUS}6.00", f"{MINUS}10.00, {MINUS}2.00", "0.37"],
@@ -166,20 +166,20 @@ def test_two_hundred_runs(tmp_path, pictures):
     assert (tmp_path / "out" / "report.html").stat().st_size < 3e6
 
 
-def test_colours_of_few_and_of_many(tmp_path):
+def test_colors_of_few_and_of_many(tmp_path):
     make_run(tmp_path / "p", 70.0, epochs=4)
     make_run(tmp_path / "q0", 60.0, 0)
     make_run(tmp_path / "q1", 60.0, 1)
     make_run(tmp_path / "se", 71.0, attention="se")
     make_run(tmp_path / "aa", 71.0, attention="aa")
-    few = {one.label: colour for one, colour in figures.colours(variants_of(tmp_path)).items()}
+    few = {one.label: color for one, color in figures.colors(variants_of(tmp_path)).items()}
     assert few["plain epochs=3"] == figures.PLAIN
-    assert few["AA"] == figures.COLOURS[0]
+    assert few["AA"] == figures.COLORS[0]
     assert len(set(few.values())) == 4
     for dk in range(10, 20):
         make_run(tmp_path / f"{dk}", 70.0 + dk, attention="aa", attention__dk=dk)
-    many = {one.label: colour for one, colour in figures.colours(variants_of(tmp_path)).items()}
-    hued = [label for label, colour in many.items() if colour in figures.COLOURS]
+    many = {one.label: color for one, color in figures.colors(variants_of(tmp_path)).items()}
+    hued = [label for label, color in many.items() if color in figures.COLORS]
     assert hued == [f"AA dk={dk}" for dk in (16, 17, 18, 19)]
     assert many["plain epochs=3"] == figures.PLAIN
     assert many["plain epochs=4"] == figures.OTHERS

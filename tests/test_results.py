@@ -6,12 +6,11 @@ import statistics
 
 import pytest
 
-from reporting.paired import compare_with_plain
+from reporting.analysis import analyze
 from reporting.render import report
-from reporting.runs import group_by_variant, read
+from reporting.runs import conditions, group_by_variant, read
 from reporting.text import MINUS, signed
 
-from folders import variants_of
 from helpers import ROOT
 
 SHOWN = ("Scores", "Differences from the plain baseline", "At equal cost")
@@ -54,7 +53,7 @@ def test_the_page_says_how_many_classes_differ(sections):
 
 
 def test_readme_says_how_far_attention_is_from_plain():
-    compared = compare_with_plain(variants_of(ROOT / "results" / "cpu20"))
+    compared = analyze([ROOT / "results" / "cpu20"]).comparisons
     (found,) = (c.top1 for c in compared if c.variant.attention == "aa")
     where = "below" if found.mean < 0 else "above"
     pairs = {2: "two", 3: "three", 4: "four", 5: "five"}[found.n]
@@ -83,10 +82,8 @@ def test_readme_has_the_rows():
 
 def test_every_run_is_of_the_planned_commit_and_recipe():
     runs, _ = read([ROOT / "results" / "cpu20"])
-    assert {commit for run in runs for commit in run.facts("commit")} == {
-        next(iter(runs[0].facts("commit")))
-    }
-    assert runs[0].facts("commit")[0].startswith("39acecd")
+    (commit,) = conditions(runs, "commit")
+    assert commit.startswith("39acecd")
     for key, value in (("epochs", 15), ("optim.lr", 0.2), ("label_smoothing", 0.1)):
         assert {run.settings[key] for run in runs} == {value}
 

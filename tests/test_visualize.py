@@ -14,8 +14,8 @@ import models
 from aaconv import attention_maps
 from models.views import attention_views
 from reporting import attention
-from reporting.page import attention_section
-from reporting.runs import group_by_variant, read
+from reporting.analysis import analyze
+from reporting.sections import attention_section
 from scripts import visualize
 from training import attention_picture
 
@@ -224,9 +224,7 @@ def test_a_full_disk_leaves_nothing(folder, monkeypatch, tmp_path, capsys):
 
 
 def section(folder):
-    runs, _ = read([folder])
-    variants, _ = group_by_variant(runs)
-    return attention_section(variants)
+    return attention_section(analyze([folder]))
 
 
 def test_the_report_shows_the_last_block_of_each_stage(run, tmp_path):

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 
 import train
 from reporting import dashboard, workspace
+from reporting.analysis import analyze
 from scripts.workspace import augmented_blocks
 
 from folders import make_run
@@ -76,7 +77,7 @@ def recorded(settings, run, tmp_path):
     report = tmp_path / "report.html"
     report.write_text("a report")
     dashboard.post(
-        [tmp_path / "compared"],
+        analyze([tmp_path / "compared"]),
         report,
         out_dir=tmp_path,
         group="compared",

@@ -1,0 +1,156 @@
+"""What the runs of one data set show: read once, and computed once for report and dashboard."""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from reporting import sweeps
+from reporting.equal_cost import EqualCost, at_equal_cost
+from reporting.paired import Comparison, Difference, corrected
+from reporting.runs import Excluded, Run, Variant, group_by_variant, read, select_data
+
+# Differences of top-1 by what they are called.
+Named = list[tuple[str, Difference]]
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """The variants of one data set, and what follows from them; each part when it is first read."""
+
+    data: str  # and which part of it was evaluated: `cifar100 test`
+    variants: list[Variant]  # in the order of Table 1
+    excluded: list[Excluded]
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for variant in self.variants for run in variant.runs]
+
+    @cached_property
+    def comparisons(self) -> list[Comparison]:
+        """Each variant with attention against the plain network of the nearest settings.
+
+        Network and data must be the same. Other plain networks that are trained for as many epochs
+        follow: a different recipe gives another answer, and `Comparison.differing` says how it
+        differs.
+        """
+        plain = [variant for variant in self.variants if variant.attention == "none"]
+        found = []
+        for variant in self.variants:
+            if variant.attention == "none":
+                continue
+            of_same = [Comparison(variant, p) for p in plain if _subject(p) == _subject(variant)]
+            of_same.sort(key=lambda comparison: len(comparison.differing))
+            found += of_same[:1] + [c for c in of_same[1:] if "epochs" not in c.differing]
+        return found
+
+    @cached_property
+    def nearest(self) -> list[Comparison]:
+        """For each variant the comparison with its nearest baseline."""
+        first: dict[Variant, Comparison] = {}
+        for comparison in self.comparisons:
+            first.setdefault(comparison.variant, comparison)
+        return list(first.values())
+
+    @cached_property
+    def among_others(self) -> Named:
+        """All differences between networks of one recipe but attention's from plain, corrected.
+
+        Those of the networks without augmented convolutions from plain, then attention's from each
+        of them. Empty where there is more than one variant of a kind, or settings differ.
+        """
+        by_kind = {c.variant.attention: c for c in self.nearest if not c.differing}
+        if "aa" not in by_kind or len(by_kind) < len(self.nearest):
+            return []
+        augmented = by_kind.pop("aa").variant
+        family = [*by_kind.values(), *(Comparison(augmented, c.variant) for c in by_kind.values())]
+        return _corrected([(comparison.name, comparison.top1) for comparison in family])
+
+    @cached_property
+    def in_training(self) -> Named:
+        """The differences of `nearest` on the training images, as augmented in the last epoch."""
+        found = [(c.name, c.difference(lambda run: run.last("train/top1"))) for c in self.nearest]
+        return [(name, difference) for name, difference in found if difference.n]
+
+    @cached_property
+    def gains(self) -> dict[Variant, list[list[float]]]:
+        """Top-1 minus the nearest baseline's, by seed and epoch, where their epochs are as many."""
+        gains = {}
+        for comparison in self.nearest:
+            if comparison.top1.n and "epochs" not in comparison.differing:
+                ours, theirs = (
+                    {run.seed: run.each_epoch("top1") for run in variant.runs}
+                    for variant in (comparison.variant, comparison.baseline)
+                )
+                gains[comparison.variant] = [
+                    [a - b for a, b in zip(ours[seed], theirs[seed], strict=True)]
+                    for seed in comparison.top1.by_seed
+                ]
+        return gains
+
+    @cached_property
+    def classes(self) -> tuple[Comparison, Named] | None:
+        """The first augmented variant that shares seeds with plain; its differences by class.
+
+        They have ascending means and are corrected for their number.
+        """
+        for comparison in self.nearest:
+            if comparison.variant.attention == "aa" and (found := _by_class(comparison)):
+                return comparison, _corrected(found)
+        return None
+
+    @cached_property
+    def equal_cost(self) -> list[EqualCost]:
+        """`nearest` at equal training time and at equal FLOPs."""
+        return [equal for comparison in self.nearest for equal in at_equal_cost(comparison)]
+
+    @cached_property
+    def effects(self) -> list[list[sweeps.Effect]]:
+        """What attention's settings do, for each recipe that was trained with several."""
+        return sweeps.effects(self.variants)
+
+    @cached_property
+    def heatmaps(self) -> list[sweeps.Heatmap]:
+        """Top-1 over dk and dv of each sweep and Nh."""
+        return sweeps.heatmaps(self.variants)
+
+
+def analyze(folders: list[Path], data: str | None = None) -> Analysis:
+    """The analysis of the finished runs in and below ``folders``.
+
+    ``data`` is the data set that it is about, by default the one of most runs.
+
+    Raises:
+        ValueError: a folder does not exist, or there is no finished run, or none of ``data``.
+    """
+    runs, excluded = read(folders)
+    if not runs:
+        reasons = "; ".join(f"{e.folder.name} {e.kind} ({e.why})" for e in excluded[:3])
+        raise ValueError(f"no finished run in {', '.join(map(str, folders))}: {reasons}")
+    data, runs, others = select_data(runs, data)
+    variants, duplicates = group_by_variant(runs)
+    return Analysis(data, variants, excluded + others + duplicates)
+
+
+def _subject(variant: Variant) -> dict[str, Any]:
+    return {k: v for k, v in variant.settings.items() if k.startswith(("model.", "data."))}
+
+
+def _corrected(family: Named) -> Named:
+    differences = corrected([difference for _, difference in family])
+    return [(name, found) for (name, _), found in zip(family, differences, strict=True)]
+
+
+def _by_class(comparison: Comparison) -> Named:
+    """Of the classes that both have scores of; of runs with other classes there are none."""
+    names = comparison.variant.first["class_names"]
+
+    def top1(number: int, run: Run) -> float | None:
+        same = run.summary["class_names"] == names
+        return run.summary["per_class_top1"][number] if same else None
+
+    found = [
+        (name, comparison.difference(partial(top1, number))) for number, name in enumerate(names)
+    ]
+    shared = [(name, difference) for name, difference in found if difference.n]
+    return sorted(shared, key=lambda row: (row[1].mean or 0.0, row[0]))

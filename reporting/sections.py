@@ -1,0 +1,198 @@
+"""The report's sections on the variants: scores, curves, cost, attention, and their origin."""
+
+from reporting import figures, paper, text
+from reporting.analysis import Analysis
+from reporting.parts import Picture, Section, Table, tables
+from reporting.runs import KINDS, Run, conditions, differing_settings
+from training.run_folder import WEIGHTS
+
+PROVENANCE = "Where the numbers come from"
+# What is no setting and yet may change a number, and how to say that runs differ in it.
+CONDITIONS = {
+    "commit": "at different commits",
+    "hardware": "on different hardware",
+    "precision": "in different precisions",
+    "torch": "with different versions of torch",
+    "processes": "with different numbers of processes",
+}
+
+
+def scores_section(analysis: Analysis) -> Section:
+    """Table 1 of these runs, with the paper's numbers where it has such a network."""
+    in_paper = any(paper.printed(analysis.data, variant) for variant in analysis.variants)
+    seeds = sorted({run.seed for run in analysis.runs})
+    same_seeds = all([run.seed for run in v.runs] == seeds for v in analysis.variants)
+    rows = []
+    for variant in analysis.variants:
+        row = {
+            "variant": variant.label,
+            "n": str(len(variant.runs)),
+            "parameters": f"{variant.first['parameters']:,}",
+            "GFLOPs": text.gflops(variant.first["flops"]),
+            "top-1 %": text.mean_and_sd(variant.by_seed("top1").values()),
+            "top-5 %": text.mean_and_sd(variant.by_seed("top5").values()),
+            "top-1 by seed": text.by_seed(variant.by_seed("top1"), same_seeds),
+        }
+        if in_paper:
+            printed = paper.cells(paper.printed(analysis.data, variant))
+            row |= {f"paper: {heading}": cell for heading, cell in printed.items()}
+        rows.append(row)
+    return Section(
+        "Scores",
+        ["Mean ± standard deviation over n seeds; a single run has no deviation."],
+        tables(rows),
+        notes=[f"Seeds, in this order: {', '.join(map(str, seeds))}."] if same_seeds else [],
+    )
+
+
+def curves_section(analysis: Analysis) -> Section:
+    """Loss, accuracy and the gain over the plain baseline by epoch."""
+    top1 = figures.over_epochs(analysis.variants, "top1", "top-1 accuracy (%)")
+    pictures = [Picture("top1", "Accuracy", top1, "Top-1 accuracy after each epoch.")]
+    if analysis.gains:
+        gain = figures.gain_over_epochs(analysis.variants, analysis.gains)
+        caption = "Top-1 minus that of the plain baseline with the same seed, after each epoch."
+        pictures.append(Picture("gain", "Gain over plain", gain, caption))
+    loss = figures.over_epochs(analysis.variants, "train/loss", "training loss (nats)")
+    pictures.append(Picture("loss", "Training loss", loss, "Mean training loss of each epoch."))
+    words = "Lines are means over seeds; bands span the lowest to the highest seed."
+    return Section("Learning curves", [words], pictures=pictures)
+
+
+def cost_section(analysis: Analysis) -> Section:
+    """Accuracy against time and FLOPs."""
+    hardware = conditions(analysis.runs, "hardware")
+    where = f"Measured on {', '.join(hardware)}."
+    if len(hardware) > 1:
+        where += " Times on different hardware are not comparable."
+    rows = [
+        {
+            "variant": variant.label,
+            "n": str(len(variant.runs)),
+            "minutes of training": text.mean_and_sd(
+                [run.last("perf/total_seconds") / 60 for run in variant.runs]
+            ),
+            "GFLOPs": text.gflops(variant.first["flops"]),
+            "top-1 %": text.mean_and_sd(variant.by_seed("top1").values()),
+        }
+        for variant in analysis.variants
+    ]
+    pictures = [
+        Picture(
+            "time",
+            "Accuracy against time",
+            figures.over_time(analysis.variants, "top1", "top-1 accuracy (%)"),
+            "Top-1 against the time spent on training and evaluation, mean over seeds.",
+        ),
+        Picture(
+            "flops",
+            "Accuracy against FLOPs",
+            figures.over_flops(analysis.variants),
+            "Top-1 against the forward pass of one image, two FLOPs per multiply-add: each "
+            "seed (dot), mean and standard deviation.",
+        ),
+    ]
+    return Section("Cost", [where], tables(rows), pictures)
+
+
+def attention_section(analysis: Analysis) -> Section | None:
+    """Where the attention of one run looks, if its weights and its images are there."""
+    if not any((run.folder / WEIGHTS).is_file() for run in analysis.runs):
+        return None
+    from reporting import attention  # which builds networks and reads images
+
+    shown = attention.of_report(analysis.variants)
+    if shown is None:
+        return None
+    run, blocks, why_not = shown
+    label = next(variant.label for variant in analysis.variants if run in variant.runs)
+    pictures = [
+        Picture(
+            f"attention{number}",
+            f"Block {block.name}",
+            block.figure(),
+            f"Attention of {block.name} ({block.words}): the image with one position (frame), and "
+            "the weights of each head from there (brightest: the largest); below, their mean over "
+            "all positions.",
+        )
+        for number, block in enumerate(blocks, start=1)
+    ]
+    words = (
+        f"{label}, seed {run.seed}, on images of the evaluation. Of each image and block the "
+        "position is shown whose attention is the sharpest."
+    )
+    return Section(
+        "What attention looks at",
+        [words] if blocks else [],
+        pictures=pictures,
+        notes=[why_not] if why_not else [],
+    )
+
+
+def provenance_section(analysis: Analysis) -> Section:
+    """Where each variant's runs come from, and the settings that the labels leave out."""
+    variants, number = analysis.variants, len(analysis.runs)
+    rows = []
+    for variant in variants:
+        row = {"variant": variant.label, "seeds": ", ".join(str(r.seed) for r in variant.runs)}
+        rows.append(row | {name: _values(variant.runs, name) for name in CONDITIONS})
+    made = tables(rows, texts=2 + len(CONDITIONS))
+    continued = [run for run in analysis.runs if len(run.segments) > 1]
+    moved = [
+        run for run in continued if any(len(conditions([run], name)) > 1 for name in CONDITIONS)
+    ]
+    notes = []
+    if continued:
+        notes.append(
+            f"{len(continued)} of {text.count(number, 'run')} "
+            f"{'was' if len(continued) == 1 else 'were'} interrupted and continued, "
+            f"{len(moved) or 'none'} of them under different conditions."
+        )
+    segments = [
+        {
+            "variant": variant.label,
+            "seed": str(run.seed),
+            "from epoch": str(segment["first_epoch"]),
+            **{name: _shown(name, str(segment.get(name, "unknown"))) for name in CONDITIONS},
+        }
+        for variant in variants
+        for run in variant.runs
+        if run in moved
+        for segment in run.segments
+    ]
+    caption = "Runs that were continued under different conditions, segment by segment."
+    made += tables(segments, 3 + len(CONDITIONS), caption)
+    differing = differing_settings(variants)
+    shared = [key for key in sorted(variants[0].settings) if key not in differing]
+    settings = [[key, variants[0].setting(key)] for key in shared]
+    return Section(
+        PROVENANCE,
+        [f"Read from the summary.json and metrics.csv of {text.count(number, 'run')}."],
+        made,
+        notes=notes,
+        folded=("settings that all variants share", Table(["setting", "value"], settings, 2)),
+    )
+
+
+def _values(runs: list[Run], condition: str) -> str:
+    values = [_shown(condition, value) for value in conditions(runs, condition)]
+    return ("mixed: " if len(values) > 1 else "") + ", ".join(values)
+
+
+def _shown(condition: str, value: str) -> str:
+    return text.commit(value) if condition == "commit" else value
+
+
+def excluded_section(analysis: Analysis) -> Section | None:
+    """What was found and is in no number above."""
+    if not analysis.excluded:
+        return None
+    excluded = sorted(analysis.excluded, key=lambda e: (KINDS.index(e.kind), str(e.folder)))
+    counts = {kind: sum(e.kind == kind for e in excluded) for kind in KINDS}
+    words = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
+    rows = [{"kind": e.kind, "reason": e.why, "folder": str(e.folder)} for e in excluded]
+    return Section(
+        "Excluded",
+        [f"These folders are in none of the numbers above: {words}."],
+        tables(rows, texts=3),
+    )
