@@ -21,8 +21,8 @@ if __name__ == "__main__":
 
 import argparse
 
+from benchmarks.lookup_bound import ceiling
 from data.lookup import SHAPES_SHOWN
-from data.lookup_bound import ceiling
 from reporting import distance, figures
 from reporting.runs import read
 from reporting.text import printable

@@ -35,7 +35,6 @@ from torch import Tensor
 
 import models
 from aaconv import text
-from configs.schema import register
 from data import evaluation_batches
 from reporting.text import printable
 from training.cli import explain
@@ -43,8 +42,6 @@ from training.device import choose_device, choose_dtype, to_device
 from training.files import write_texts
 from training.scores import Calibration, evaluate
 from training.trained import compose_settings, load_data
-
-register()
 
 # What may be set here; all else is the network's own.
 SETTINGS = ("device", "precision", "eval_batch_size", "channels_last")

@@ -28,7 +28,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf.errors import OmegaConfBaseException
@@ -37,16 +36,14 @@ from torch import Tensor, nn
 import models
 from aaconv import attention_stats
 from aaconv.stats import AttentionStats
-from configs.schema import register
 from data import Dataset, evaluation_batches
 from reporting.text import printable
 from training.cli import explain
+from training.compose import compose_config
 from training.device import choose_device
 from training.media import spread
 from training.settings import build_model, check
-from training.trained import CONFIGS, compose_settings, load_data
-
-register()
+from training.trained import compose_settings, load_data
 
 IMAGES = 128
 # More would need more memory than the network's own training.
@@ -100,8 +97,7 @@ def of_settings(overrides: list[str], number: int, device: torch.device) -> list
     Raises:
         ValueError, HydraException, OmegaConfBaseException: they are wrong.
     """
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", overrides)
+    cfg = compose_config(overrides)
     check(cfg)
     dataset: Dataset = instantiate(cfg.data, _convert_="all")
     batch = batch_of(dataset, dataset.mean, dataset.std, number, device)

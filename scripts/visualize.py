@@ -29,7 +29,6 @@ import torch
 from hydra.errors import HydraException
 
 import models
-from configs.schema import register
 from data import Images
 from data.pictures import read_picture
 from reporting import attention, figures
@@ -38,8 +37,6 @@ from training.cli import explain
 from training.device import choose_device
 from training.files import write_files
 from training.trained import compose_settings, load_data
-
-register()
 
 # More rows or tiles would be a picture that no program opens.
 MOST = 100

@@ -27,17 +27,14 @@ import argparse
 import os
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.schema import register
 from models import augmented_layers
 from training.cli import explain
+from training.compose import compose_config
 from training.settings import build_model
 from training.tracking import QUIET, has_credentials, within
-
-register()
 
 # Seconds that the server is waited for.
 TIMEOUT = 20
@@ -49,8 +46,7 @@ def augmented_blocks(overrides: list[str]) -> list[str]:
     Raises:
         HydraException, OmegaConfBaseException, ValueError: there is no such network.
     """
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("config", ["attention=aa", *overrides])
+    cfg = compose_config(["attention=aa", *overrides])
     with torch.device("meta"):
         model = build_model(cfg, num_classes=2, image_size=(32, 32))
     return list(augmented_layers(model))
