@@ -6,7 +6,7 @@ READY := .venv/ready
 # One more than the cores of CI: some tests mostly wait, for wandb or for Slurm.
 PYTEST := $(BIN)/python -m pytest -n 3
 
-# Where there is a GPU, for so many minutes; a bare PyTorch image will do (scripts/gpu_check.py).
+# Where there is a GPU, for so many minutes (benchmarks/gpu.py); GPU_CHECK has further options.
 MINUTES ?= 25
 GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 
@@ -37,7 +37,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	touch $@
 
 gpu:
-	$(GPU_PYTHON) scripts/gpu_check.py --minutes $(MINUTES) $(GPU_CHECK)
+	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) $(GPU_CHECK)
 
 clean:
 	rm -rf .venv

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from data.lookup_bound import ceiling
+from benchmarks.lookup_bound import ceiling
 from reporting import figures
 from scripts import distance
 from scripts.distance import draw

@@ -1,4 +1,4 @@
-"""The faults of scripts/fault_test.py in a small form, and that it would see what they cost."""
+"""The faults of tests/fault_test.py in a small form, and that it would see what they cost."""
 
 import subprocess
 import sys
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import fault_test
-from scripts.fault_test import differences
+import fault_test
+from fault_test import differences
 
 # Four steps in two epochs: most of it is start-up.
 BRIEF = [*fault_test.SMALL, "data.train_size=32", "data.test_size=16", "epochs=2"]

@@ -15,11 +15,11 @@ from torch import nn
 
 import train
 from data import Batches, batches
-from scripts.fault_test import differences
 from training import cli, stopping, tracking
 from training.device import set_deterministic
 from training.run_folder import RunFolder
 
+from fault_test import differences
 from helpers import TINY, rows, slow
 
 # Over before the first step: a process is older.
