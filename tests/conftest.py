@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import train
+from training import launch
 
+import app
 from helpers import CONFIGS, TINY
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and with them all the
@@ -22,6 +26,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Networks this small run no faster on two threads, and the suite runs in two processes.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server_of_commands():
+    """What `app.App` has started lives no longer than the tests."""
+    yield
+    app.stop_server()
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +62,13 @@ def run(settings, tmp_path):
         return train.train(settings(*overrides, base=base), run_dir)
 
     return go
+
+
+@pytest.fixture
+def forked_runs(monkeypatch):
+    """The runs that this process starts, as compare.py does, are forked."""
+    forking = SimpleNamespace(**(vars(subprocess) | {"Popen": app.fork}))
+    monkeypatch.setattr(launch, "subprocess", forking)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ and the scripts, in processes of their own.
 import os
 import pickle
 import shlex
-import subprocess
 import sys
 
 import pytest
@@ -21,9 +20,8 @@ import train
 from scripts import compare, report
 from training import cli, launch
 
+from app import run_app
 from helpers import CONFIGS, ROOT, TINY, slow
-
-GUARD = 240  # seconds after which a process is taken to hang
 
 
 @pytest.fixture
@@ -381,15 +379,7 @@ def test_a_mistake_of_the_program_is_not_dressed_up(monkeypatch, tmp_path):
 
 
 def process(script, *words, cwd, **environment):
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *words],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        timeout=GUARD,
-        check=False,
-    )
+    return run_app([ROOT / script, *words], cwd=cwd, env={**os.environ, **environment})
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -12,6 +11,7 @@ import train
 from reporting import dashboard, workspace
 from scripts.workspace import augmented_blocks
 
+from app import run_app
 from folders import make_run
 from helpers import CONFIGS, ROOT, TINY
 from wandb_server import ServerProcess
@@ -158,14 +158,8 @@ def server(tmp_path):
 
 
 def call(server, *words, **environment):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "workspace.py"), *words],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=server.environment | environment,
-        check=False,
-    )
+    command = [ROOT / "scripts" / "workspace.py", *words]
+    return run_app(command, env=server.environment | environment)
 
 
 @pytest.mark.slow
