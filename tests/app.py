@@ -3,14 +3,16 @@
 A start takes two to four seconds of a core, nearly all of it to import torch and others. A process
 that is forked from one that has done so takes a tenth of a second, and is otherwise the same: it
 runs the whole script as ``__main__``, imports the project's own modules, and has its own exit code,
-folder, environment, streams and signals. What a library or Python reads when it starts (`READ_ONCE`
-in the environment, closed streams, Ctrl-C during imports, ``python -O``) needs a real start, by
-`subprocess`.
+folder, environment, streams and signals. What a command imports, and what a library or Python reads
+when it starts (`READ_ONCE` in the environment, closed streams, Ctrl-C during imports, ``python
+-O``), needs a real start, by `subprocess`.
 """
 
 import atexit
 import gc
+import importlib
 import json
+import multiprocessing.process
 import os
 import runpy
 import select
@@ -35,11 +37,11 @@ READ_ONCE = (
     *("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "ATEN_", "CUDA_", "GOMP_", "KMP_", "MKL_"),
     *("MPL", "NUMEXPR_", "OMP_", "OPENBLAS_", "TORCH_", "TRITON"),
 )
+# What takes long to import. One that is not here, or not installed, costs time alone.
 LIBRARIES = """
-import antlr4, filelock, hydra, hydra._internal.utils, hydra.experimental.callback, hydra.utils
-import jinja2, joblib, matplotlib.pyplot, omegaconf, omegaconf._impl, PIL.Image, safetensors.torch
-import scipy.stats, submitit, torch, torch._dynamo, torch.distributed, torch.optim.swa_utils
-import torch.utils.flop_counter, tqdm
+torch torch._dynamo torch.distributed torch.optim.swa_utils torch.utils.flop_counter antlr4 filelock
+hydra hydra._internal.utils hydra.experimental.callback hydra.utils jinja2 joblib matplotlib.pyplot
+omegaconf omegaconf._impl PIL.Image safetensors.torch scipy.stats submitit tqdm
 """
 
 
@@ -235,7 +237,9 @@ def import_libraries():
     import data.vision  # torchvision's import may need its help
 
     kept = [sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == "data"]
-    exec(LIBRARIES, {})
+    for name in LIBRARIES.split():
+        with suppress(ImportError):
+            importlib.import_module(name)
     del sys.path[0]
     assert data.vision in kept
     assert len(os.listdir("/proc/self/task")) == 1, "a thread would not be forked"
@@ -287,6 +291,7 @@ def become(streams, words, cwd, env, session):
     os.environ.clear()
     os.environ.update(env)
     tempfile.tempdir = None
+    multiprocessing.process.ORIGINAL_DIR = cwd
     import torch
 
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))

@@ -307,7 +307,7 @@ def test_compiled_and_exported():
     torch.testing.assert_close(exported(x), layer(x))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("capability", [80, 90])
 def test_no_kernel_spills_or_exceeds_a_card(capability, tmp_path):
     """To machine code; no GPU is needed for that."""
@@ -333,7 +333,7 @@ def test_no_kernel_spills_or_exceeds_a_card(capability, tmp_path):
         assert count["32x32:20:2:8", "gradients"] <= 14
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_report_takes_other_shapes_and_dtypes(tmp_path):
     script = Path(__file__).parent.parent / "scripts" / "bench_kernels.py"
     words = ["--capabilities", "90", "--shapes", "7x5:6:1:2", "--dtypes", "fp16", "fp32"]

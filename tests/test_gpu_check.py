@@ -137,7 +137,7 @@ def test_what_is_lacking_is_told(monkeypatch, tmp_path):
     assert len({gpu_check.folder_of(step) for step in steps}) == len(steps)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_rehearsal(check, tmp_path):
     wanted = ("layers: attention", "training: aa")
     steps = gpu_check.plan(torch.device("cpu"), None, tmp_path)

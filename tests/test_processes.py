@@ -160,7 +160,11 @@ JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "launcher"), [(2, []), (1, JOBLIB)], ids=["two processes", "joblib"]
+    ("processes", "launcher"),
+    [
+        pytest.param(2, [], id="two processes"),
+        pytest.param(1, JOBLIB, id="joblib", marks=pytest.mark.thorough),
+    ],
 )
 def test_a_sweep_runs_to_its_end(processes, launcher, tmp_path):
     """A job has diverged, another is another process's, two cannot be trained, two are done."""

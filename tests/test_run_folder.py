@@ -398,7 +398,7 @@ cli.run(train.main)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_without_the_modules_and_signals_that_windows_lacks(tmp_path):
     """Case 27; the lock is then a file of filelock's own."""
     words = tiny(tmp_path / "run", "epochs=1")
