@@ -3,6 +3,8 @@
 import os
 import signal
 import subprocess
+from copy import deepcopy
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -41,13 +43,21 @@ def own_wandb_process(monkeypatch):
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
 
 
+@cache
+def composed(words):
+    """The settings of these words, which many tests share; to compose them takes a while."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", list(words))
+
+
 @pytest.fixture
 def settings(tmp_path):
     """A function from overrides to the settings of a tiny run below ``tmp_path``."""
 
     def make(*overrides, base=TINY):
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose("config", [*base, f"out_dir={tmp_path}", *overrides])
+        cfg = deepcopy(composed((*base, *overrides)))
+        cfg.out_dir = str(tmp_path)
+        return cfg
 
     return make
 
