@@ -312,7 +312,7 @@ def bench_kernels(*words, **options):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("capability", [80, 90])
 def test_no_kernel_spills_or_exceeds_a_card(capability, tmp_path):
     """To machine code; no GPU is needed for that."""
@@ -335,7 +335,7 @@ def test_no_kernel_spills_or_exceeds_a_card(capability, tmp_path):
         assert count["32x32:20:2:8", "gradients"] <= 14
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_report_takes_other_shapes_and_dtypes(tmp_path):
     words = ["--capability", "90", "--shape", "7x5:6:1:2", "--dtype", "fp16", "fp32"]
     done = bench_kernels(*words, "--out", str(tmp_path))

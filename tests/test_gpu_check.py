@@ -130,7 +130,7 @@ def test_training_gets_what_is_left_but_for_its_report(tmp_path, monkeypatch):
     assert (tmp_path / "training.log").read_text() == f"1.00 {tmp_path / 'training'}\n"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_rehearsal(check, tmp_path):
     wanted = {"attention": "done", "training": "done"}
     code, record = check([s for s in gpu.plan(False) if s.name in wanted], minutes=5)

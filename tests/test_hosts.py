@@ -14,7 +14,7 @@ GUARD = 240  # seconds after which a process is taken to hang
 HOSTS = {"10.77.0.1": 0, "10.77.0.2": 1}
 EPOCHS = 3
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 
 def ip(words, *, check=True):
