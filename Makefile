@@ -5,22 +5,30 @@ READY := .venv/ready
 
 # One more than the cores of CI: some tests mostly wait, for wandb or for Slurm.
 PYTEST := $(BIN)/python -m pytest -n 3
+ROUNDED := tests/test_attention.py tests/test_layer.py
 
-# Where there is a GPU, for so many minutes; a bare PyTorch image will do (scripts/gpu_check.py).
+# Where there is a GPU, for so many minutes (benchmarks/gpu.py); GPU_CHECK has further options.
 MINUTES ?= 25
 GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 
-.PHONY: compare test test-fast lint install gpu clean
+.PHONY: compare test test-all test-fast lint install gpu clean
 
 compare: install
 	$(BIN)/python scripts/compare.py
 
 test: install lint
+	$(PYTEST) -m 'not thorough'
+
+# CI's: also what takes long or needs more than Python, and what is rounded on other processors.
+test-all: install lint
 	$(PYTEST)
+	for vectors in default avx2; do \
+	  ATEN_CPU_CAPABILITY=$$vectors $(PYTEST) -m 'not thorough' $(ROUNDED) || exit; \
+	done
 
 # What a change is tried with while it is made; under two minutes.
 test-fast: install
-	$(PYTEST) -m 'not slow and not browser'
+	$(PYTEST) -m 'not slow and not thorough'
 
 lint: install
 	$(BIN)/ruff check .
@@ -37,7 +45,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	touch $@
 
 gpu:
-	$(GPU_PYTHON) scripts/gpu_check.py --minutes $(MINUTES) $(GPU_CHECK)
+	$(GPU_PYTHON) -m benchmarks.gpu --minutes $(MINUTES) $(GPU_CHECK)
 
 clean:
 	rm -rf .venv

@@ -688,9 +688,7 @@ def stop_line(stop: stopping.Stop, progress: Progress) -> str:
 )
 def main(cfg: DictConfig) -> float:
     """Train ``cfg`` in its own folder; returns the last epoch's top-1 accuracy in per cent."""
-    with cli.one_line_errors(), distributed.process_group(compiles=cfg.compile):
-        summary = train(cfg, cli.run_dir(cfg))
-    return float(summary[f"{summary['evaluated_on']}/top1"])
+    return cli.job(train, cfg)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables in plain text, and errors in one line."""
+"""Tables in plain text and in Markdown, and errors in one line."""
 
 from collections.abc import Sequence
 
@@ -18,6 +18,13 @@ def table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
         ).rstrip()
         for row in rows
     ]
+
+
+def markdown_table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
+    """`table` in Markdown; the first of ``rows`` is the header, and cells are Markdown."""
+    header, *body = rows
+    marks = ["---" if side == "l" else "---:" for side in align]
+    return [f"| {' | '.join(cells)} |" for cells in (header, marks, *body)]
 
 
 def one_line(error: BaseException) -> str:

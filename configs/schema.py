@@ -393,6 +393,11 @@ class Config:
         "Folder for the results of all experiments. Must not be empty.",
         decides_result=False,
     )
+    run_dir: Optional[str] = setting(
+        "Folder of the run itself; null names one below out_dir/name by the overrides that change "
+        "the result, and by the seed.",
+        decides_result=False,
+    )
     seed: int = setting(
         "Seed of initialization, order and augmentation.", at_least=0, at_most=2**32 - 1
     )

@@ -71,7 +71,7 @@ def make_lookup(
     No 25x25 window (a ResNet-8's receptive field) holds a pixel of the cue and a pixel of a shape.
     A network that adds up what such windows show can therefore only compute
     argmax_s [a_s(cue colour) + D_s(shapes, colours, slots)]. How accurate that can be, as
-    ``python -m data.lookup_bound`` computes it, where guessing one of the shapes shown gives 20 %:
+    ``python -m benchmarks.lookup_bound`` computes it (guessing one of the shapes shown gives 20 %):
 
     - at most 64.2 %, proven for any a and D;
     - 55.8 % is reached with a D that sees all the shapes at once;

@@ -15,7 +15,7 @@ from reporting import figures
 from reporting.runs import Run, Variant
 from training import run_folder
 from training.attention_picture import AttentionPicture, attention_picture, layer_line
-from training.cli import explain
+from training.errors import explain
 from training.media import spread
 
 # Images in the report, and by default of visualize.py.

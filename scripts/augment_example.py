@@ -8,20 +8,26 @@ and the network is trained on with a new optimizer. So is a copy that stays plai
 due to the additional epochs. Prints top-1 accuracies on the test images.
 """
 
-import argparse
-import copy
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from scripts.command import start
+
+    start(__file__)  # which imports this file as a module, and does not return
+
+import argparse
+import copy
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from aaconv import augment_
 from data import Augmentation, Batches, Dataset, evaluation_batches, make_lookup
 from models import ResNet
+from scripts.command import command
 
 AUGMENTED = "stages.2.0.conv1"
 BATCH_SIZE = 32
@@ -54,17 +60,18 @@ def accuracy(network: nn.Module, data: Dataset) -> float:
     return 100 * right / len(data.evaluation)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
     parser.add_argument("--epochs", type=int, default=4, help="of the plain network (default: 4)")
     parser.add_argument("--epochs-after", type=int, default=12, help="from there on (default: 12)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train-size", type=int, default=10_000, help="training images")
-    arguments = parser.parse_args()
-    epochs, more, seed = arguments.epochs, arguments.epochs_after, arguments.seed
-    data = make_lookup(train_size=arguments.train_size)
+
+
+@command(options)
+def main(args: argparse.Namespace) -> None:
+    epochs, more, seed = args.epochs, args.epochs_after, args.seed
+    data = make_lookup(train_size=args.train_size)
     torch.manual_seed(seed)
     network = ResNet("basic", [1, 1, 1], [16, 32, 64], 16, "subsample", data.num_classes)
     train(network, data, epochs, seed)
@@ -78,7 +85,3 @@ def main() -> None:
     print(f"augmented, {more} epochs more: {accuracy(network, data):.2f} %", flush=True)
     train(plain, data, more, seed + 1)
     print(f"plain, {more} epochs more: {accuracy(plain, data):.2f} %")
-
-
-if __name__ == "__main__":
-    main()

@@ -22,13 +22,11 @@ also end with 138, SIGUSR1).
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from training import console
-
 if __name__ == "__main__":
-    console.prepare("compare.py")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from scripts.command import start
+
+    start(__file__)  # which imports this file as a module, and does not return
 
 import argparse
 import itertools
@@ -45,26 +43,26 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import names_folder, register
 from reporting import dashboard, render
 from reporting.analysis import analyze
-from training import launch, run_folder
-from training.cli import explain
+from scripts.command import command
+from training import console, launch, run_folder
 from training.kinds import UnreadableError
 from training.run_folder import folder_name
 from training.variants import name_of_images
 
 register()
 
+ROOT = Path(__file__).resolve().parent.parent
 # Settings that compare.py gives each run itself, and where to say them instead.
 OURS = {
     "seed": "--seeds",
     "out_dir": "--out",
     "resume": "nothing, for it always continues,",
+    "run_dir": "--out",
     "hydra.run.dir": "--out",
 }
 # The status of the whole set is printed at most this often while a run is training.
@@ -438,14 +436,8 @@ def handle_signals() -> None:
             signal.signal(number, interrupt)
 
 
-def main() -> None:
-    assert __doc__ is not None
-    summary, _, rest = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog="examples:\n" + rest.partition("\n\n")[0],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
     parser.add_argument(
         "--vary",
         nargs="+",
@@ -467,24 +459,21 @@ def main() -> None:
         default=["experiment=lookup"],
         help="settings of every run (default: experiment=lookup)",
     )
-    given = parser.parse_args()
-    if given.max_minutes is not None and not given.max_minutes > 0:
-        parser.error(f"--max-minutes={given.max_minutes} must be positive")
+
+
+@command(options)
+def main(args: argparse.Namespace) -> None:
+    if args.max_minutes is not None and not args.max_minutes > 0:
+        raise ValueError(f"--max-minutes={args.max_minutes} must be positive")
     handle_signals()
-    vary = given.vary or [["attention=none,aa"]]
+    vary = args.vary or [["attention=none,aa"]]
     # What is said of the dashboard, as train.py says it.
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     try:
-        sys.exit(compare(vary, given.seeds, given.overrides, given.out, given.max_minutes))
+        sys.exit(compare(vary, args.seeds, args.overrides, args.out, args.max_minutes))
     except RefusedError:
         sys.exit(2)
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
-        console.stop("compare.py", explain(error))
     except (KeyboardInterrupt, StoppedError) as stopped:
         again = shlex.join(["python", *sys.argv])
         code = stopped.args[0] if stopped.args else STOPPED[0]
         console.stop("compare.py", f"stopped; the same command continues: {again}", code)
-
-
-if __name__ == "__main__":
-    main()

@@ -12,20 +12,20 @@ same numbers are printed as a table. Seeds are drawn as dots.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from training import console
-
 if __name__ == "__main__":
-    console.prepare("distance.py")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from scripts.command import start
+
+    start(__file__)  # which imports this file as a module, and does not return
 
 import argparse
 
+from benchmarks.lookup_bound import ceiling
 from data.lookup import SHAPES_SHOWN
-from data.lookup_bound import ceiling
 from reporting import distance, figures
 from reporting.runs import read
 from reporting.text import printable
+from scripts.command import command
 from training.files import write_text
 
 
@@ -49,23 +49,14 @@ def draw(folders: list[Path], out: Path) -> str:
     return "\n".join([*lines, f"written: {out}"])
 
 
-def main() -> None:
-    console.ready()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="FOLDER", help="run folders, or folders above them"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.svg", help="the picture")
-    arguments = parser.parse_args()
-    try:
-        print(printable(draw(arguments.runs, arguments.out)))
-    except (ValueError, OSError) as error:
-        console.stop("distance.py", printable(console.one_line(error)))
-    except KeyboardInterrupt:
-        console.stop("distance.py", "interrupted", 130)
 
 
-if __name__ == "__main__":
-    main()
+@command(options)
+def main(args: argparse.Namespace) -> None:
+    print(printable(draw(args.runs, args.out)))

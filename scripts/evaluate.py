@@ -14,13 +14,11 @@ the confidence, and a reliability diagram of each network.
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from training import console
-
 if __name__ == "__main__":
-    console.prepare("evaluate.py")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from scripts.command import start
+
+    start(__file__)  # which imports this file as a module, and does not return
 
 import argparse
 import json
@@ -30,21 +28,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hydra.errors import HydraException
 from torch import Tensor
 
 import models
 from aaconv import text
-from configs.schema import register
 from data import evaluation_batches
 from reporting.text import printable
-from training.cli import explain
+from scripts.command import command, paths_and_overrides
+from training import console
 from training.device import choose_device, choose_dtype, to_device
 from training.files import write_texts
 from training.scores import Calibration, evaluate
 from training.trained import compose_settings, load_data
-
-register()
 
 # What may be set here; all else is the network's own.
 SETTINGS = ("device", "precision", "eval_batch_size", "channels_last")
@@ -133,35 +128,22 @@ def written(evaluations: list[Evaluation], out: Path) -> dict[Path, str]:
     return texts
 
 
-def main() -> None:
-    console.ready()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
     parser.add_argument(
         "words", nargs="+", metavar="NETWORK|NAME=VALUE", help="networks, and settings for all"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write the details")
-    arguments = parser.parse_args()
-    # The folders of runs have an = in their names.
-    paths = [word for word in arguments.words if "=" not in word or Path(word).exists()]
-    overrides = [word for word in arguments.words if word not in paths]
+
+
+@command(options, code=1, errors=(RuntimeError,))
+def main(args: argparse.Namespace) -> None:
+    paths, overrides = paths_and_overrides(args.words)
     if not paths:
         console.stop("evaluate.py", f"no network given; there is no {overrides[0]}")
-    evaluations = []
-    try:
-        for path in paths:
-            evaluations.append(evaluate_file(path, overrides))
-        print(printable("\n".join(table(evaluations))))
-        if arguments.out is not None:
-            texts = written(evaluations, arguments.out)
-            write_texts(texts)
-            print(printable(f"written: {', '.join(map(str, texts))}"))
-    except (ValueError, OSError, HydraException, RuntimeError) as error:
-        console.stop("evaluate.py", printable(explain(error)), 1)
-    except KeyboardInterrupt:
-        console.stop("evaluate.py", "interrupted", 130)
-
-
-if __name__ == "__main__":
-    main()
+    evaluations = [evaluate_file(path, overrides) for path in paths]
+    print(printable("\n".join(table(evaluations))))
+    if args.out is not None:
+        texts = written(evaluations, args.out)
+        write_texts(texts)
+        print(printable(f"written: {', '.join(map(str, texts))}"))

@@ -13,12 +13,11 @@ pip install -c constraints.txt -e '.[app,export]'.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from training import console
-
 if __name__ == "__main__":
-    console.prepare("export.py")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from scripts.command import start
+
+    start(__file__)  # which imports this file as a module, and does not return
 
 import argparse
 import json
@@ -36,6 +35,8 @@ from torch.export import Dim
 import models
 from models.saved import description_as_text
 from reporting.text import printable
+from scripts.command import command
+from training import console
 from training.files import write_files
 
 FILES = {"onnx": "network.onnx", "torch": "network.pt2"}
@@ -131,35 +132,27 @@ def export(trained: models.Trained, kind: str, out: Path) -> str:
     return f"{path}: {len(content) / 2**20:.1f} MiB, logits within {error:.1g} of the largest"
 
 
-def main() -> None:
-    console.ready()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
     parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where to write (default: beside the network)"
     )
     parser.add_argument("--formats", nargs="+", choices=sorted(FORMATS), default=sorted(FORMATS))
-    arguments = parser.parse_args()
-    given = Path(arguments.network)
-    out = arguments.out or (given if given.is_dir() else given.parent)
+
+
+@command(options, code=1, errors=(RuntimeError,))
+def main(args: argparse.Namespace) -> None:
+    network = Path(args.network)
+    out = args.out or (network if network.is_dir() else network.parent)
     logging.disable(logging.WARNING)  # of the exporters
     warnings.filterwarnings("ignore")
+    trained = models.load(args.network)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is not a folder")
     try:
-        trained = models.load(arguments.network)
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out {out} is not a folder")
-        for kind in dict.fromkeys(arguments.formats):
+        for kind in dict.fromkeys(args.formats):
             print(printable(export(trained, kind, out)), flush=True)
     except ModuleNotFoundError as error:
-        command = "pip install -c constraints.txt -e '.[app,export]'"
-        console.stop("export.py", f"{error.name} is not installed: {command}, or --formats torch")
-    except (ValueError, OSError, RuntimeError) as error:
-        console.stop("export.py", printable(console.one_line(error)), 1)
-    except KeyboardInterrupt:
-        console.stop("export.py", "interrupted", 130)
-
-
-if __name__ == "__main__":
-    main()
+        install = "pip install -c constraints.txt -e '.[app,export]'"
+        console.stop("export.py", f"{error.name} is not installed: {install}, or --formats torch")

@@ -14,12 +14,11 @@ is no picture is named on stderr, the others go on, and the exit code is 1.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from training import console
-
 if __name__ == "__main__":
-    console.prepare("predict.py")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from scripts.command import start
+
+    start(__file__)  # which imports this file as a module, and does not return
 
 import argparse
 import csv
@@ -36,6 +35,8 @@ from aaconv import text
 from data import Images, evaluation_batches
 from data.pictures import read_picture
 from reporting.text import printable
+from scripts.command import command
+from training import console
 from training.device import choose_device
 
 BATCH_SIZE = 100
@@ -139,11 +140,8 @@ def print_csv(predictions: list[Prediction]) -> None:
             writer.writerow([printable(one.file), rank, name, probability])
 
 
-def main() -> None:
-    console.ready()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
     parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="pictures, folders of them")
     parser.add_argument("--top", type=int, default=5, metavar="N", help="classes of each (5)")
@@ -151,25 +149,22 @@ def main() -> None:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--csv", action="store_true", help="print CSV, a row for each class")
-    arguments = parser.parse_args()
-    try:
-        if arguments.top < 1:
-            raise ValueError(f"--top {arguments.top} must be at least 1")
-        device = choose_device(arguments.device)
-        files = find(arguments.pictures)
-        trained = models.load(arguments.network, device)
-        results = predict(trained, files, arguments.top, device)
-        hidden = None if len(files) >= MANY else True  # None: where stderr is no terminal
-        bar = tqdm(results, "pictures", total=len(files), leave=False, disable=hidden)
-        done = list(bar)
-    except (ValueError, OSError, RuntimeError) as error:
-        console.stop("predict.py", printable(console.one_line(error)))
-    except KeyboardInterrupt:
-        console.stop("predict.py", "interrupted", 130)
+
+
+@command(options, errors=(RuntimeError,))
+def main(args: argparse.Namespace) -> None:
+    if args.top < 1:
+        raise ValueError(f"--top {args.top} must be at least 1")
+    device = choose_device(args.device)
+    files = find(args.pictures)
+    trained = models.load(args.network, device)
+    results = predict(trained, files, args.top, device)
+    hidden = None if len(files) >= MANY else True  # None: where stderr is no terminal
+    done = list(tqdm(results, "pictures", total=len(files), leave=False, disable=hidden))
     predictions = [one for one in done if isinstance(one, Prediction)]
-    if arguments.json:
+    if args.json:
         print(as_json(predictions))
-    elif arguments.csv:
+    elif args.csv:
         print_csv(predictions)
     elif predictions:
         print(as_table(predictions))
@@ -177,7 +172,3 @@ def main() -> None:
     for fault in faults:
         console.tell("predict.py", printable(fault))
     sys.exit(1 if faults else 0)
-
-
-if __name__ == "__main__":
-    main()

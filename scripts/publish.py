@@ -11,18 +11,18 @@ run again as more runs finish. Results that are there with other numbers are nev
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from training import console
-
 if __name__ == "__main__":
-    console.prepare("publish.py")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from scripts.command import start
+
+    start(__file__)  # which imports this file as a module, and does not return
 
 import argparse
 import json
 
 from reporting.runs import read
 from reporting.text import count, printable
+from scripts.command import command
 from training.files import write_texts
 from training.run_folder import FAILURE, METRICS, SUMMARY
 from training.variants import published
@@ -84,21 +84,12 @@ def is_there(path: Path, text: str) -> bool:
     raise ValueError(f"{path} holds other results; publish to another folder, or remove it first")
 
 
-def main() -> None:
-    console.ready()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
     parser.add_argument("source", type=Path, metavar="RUNS", help="a folder above finished runs")
     parser.add_argument("target", type=Path, metavar="RESULTS", help="where to copy them")
-    arguments = parser.parse_args()
-    try:
-        print(printable(publish(arguments.source, arguments.target)))
-    except (ValueError, OSError) as error:
-        console.stop("publish.py", printable(console.one_line(error)), 1)
-    except KeyboardInterrupt:
-        console.stop("publish.py", "interrupted", 130)
 
 
-if __name__ == "__main__":
-    main()
+@command(options, code=1)
+def main(args: argparse.Namespace) -> None:
+    print(printable(publish(args.source, args.target)))

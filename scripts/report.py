@@ -14,12 +14,11 @@ any number. --wandb gives the dashboard the same as one run of job type "compare
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from training import console
-
 if __name__ == "__main__":
-    console.prepare("report.py")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from scripts.command import start
+
+    start(__file__)  # which imports this file as a module, and does not return
 
 import argparse
 import logging
@@ -27,13 +26,11 @@ import logging
 from reporting import dashboard, render
 from reporting.analysis import analyze
 from reporting.text import printable
+from scripts.command import command
 
 
-def main() -> None:
-    console.ready()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="FOLDER", help="run folders, or folders above them"
     )
@@ -52,28 +49,22 @@ def main() -> None:
         default="auto",
         help="auto: online with credentials, else kept on disk",
     )
-    arguments = parser.parse_args()
-    out = arguments.out or arguments.runs[0]
-    try:
-        analysis = analyze(arguments.runs, arguments.data)
-        print(render.write(analysis, out))
-    except (ValueError, OSError) as error:
-        console.stop("report.py", printable(console.one_line(error)), 1)
-    except KeyboardInterrupt:
-        console.stop("report.py", "interrupted", 130)
+
+
+@command(options, code=1)
+def main(args: argparse.Namespace) -> None:
+    out = args.out or args.runs[0]
+    analysis = analyze(args.runs, args.data)
+    print(render.write(analysis, out))
     print(printable(f"written: {out / 'report.html'}, {out / 'report.md'}"))
-    if arguments.wandb:
+    if args.wandb:
         logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
         dashboard.post(
             analysis,
             out / "report.html",
             out_dir=out,
             group=out.absolute().name,
-            project=arguments.project,
-            entity=arguments.entity,
-            mode=arguments.mode,
+            project=args.project,
+            entity=args.entity,
+            mode=args.mode,
         )
-
-
-if __name__ == "__main__":
-    main()

@@ -7,24 +7,30 @@ Types, meanings and ranges are those of configs/schema.py; defaults are those of
 before anything that refers to another setting is resolved.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from scripts.command import start
+
+    start(__file__)  # which imports this file as a module, and does not return
+
 import argparse
 import dataclasses
 import re
-import sys
 from dataclasses import Field
 from enum import Enum
-from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
 from omegaconf import OmegaConf
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 from configs.schema import NO_EFFECT, OPTIONS, Config, fields_below
+from scripts.command import command
 from training.files import write_text
 from training.variants import flatten
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 PAGE = ROOT / "docs" / "settings.md"
 COMMAND = "python scripts/settings.py"
@@ -263,16 +269,15 @@ def page(configs: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
-    arguments = parser.parse_args()
+
+
+@command(options, code=1)
+def main(args: argparse.Namespace) -> None:
     text = page(CONFIGS)
-    if not arguments.check:
+    if not args.check:
         write_text(PAGE, text)
     elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
-        sys.exit(f"settings.py: {PAGE.name} is out of date; run {COMMAND}")
-
-
-if __name__ == "__main__":
-    main()
+        raise ValueError(f"{PAGE.name} is out of date; run {COMMAND}")

@@ -16,41 +16,35 @@ hardly says where else to look. `aaconv.attention_stats` measures the same in an
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from training import console
-
 if __name__ == "__main__":
-    console.prepare("softness.py")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from scripts.command import start
+
+    start(__file__)  # which imports this file as a module, and does not return
 
 import argparse
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
 from hydra.utils import instantiate
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 import models
 from aaconv import attention_stats
 from aaconv.stats import AttentionStats
-from configs.schema import register
 from data import Dataset, evaluation_batches
 from reporting.text import printable
-from training.cli import explain
+from scripts.command import command, paths_and_overrides
+from training.compose import compose_config
 from training.device import choose_device
 from training.media import spread
 from training.settings import build_model, check
-from training.trained import CONFIGS, compose_settings, load_data
-
-register()
+from training.trained import compose_settings, load_data
 
 IMAGES = 128
 # More would need more memory than the network's own training.
-MOST_IMAGES = 4096
+MAX_IMAGES = 4096
 
 
 def batch_of(
@@ -100,8 +94,7 @@ def of_settings(overrides: list[str], number: int, device: torch.device) -> list
     Raises:
         ValueError, HydraException, OmegaConfBaseException: they are wrong.
     """
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", overrides)
+    cfg = compose_config(overrides)
     check(cfg)
     dataset: Dataset = instantiate(cfg.data, _convert_="all")
     batch = batch_of(dataset, dataset.mean, dataset.std, number, device)
@@ -127,34 +120,23 @@ def of_run(path: str, overrides: list[str], number: int, device: torch.device) -
     return [*lines, "", "after training", str(stats_of(trained.network, *batch))]
 
 
-def main() -> None:
-    console.ready()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
     parser.add_argument("words", nargs="+", metavar="NETWORK|NAME=VALUE")
     parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help="default: 128")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    given = parser.parse_args()
-    # The folders of runs have an = in their names.
-    paths = [word for word in given.words if "=" not in word or Path(word).exists()]
-    overrides = [word for word in given.words if word not in paths]
-    try:
-        if len(paths) > 1:
-            raise ValueError(f"{paths[1]}: one network at a time")
-        if not 2 <= given.images <= MOST_IMAGES:
-            raise ValueError(f"--images {given.images} must be from 2 to {MOST_IMAGES}")
-        device = choose_device(given.device)
-        if paths:
-            lines = of_run(paths[0], overrides, given.images, device)
-        else:
-            lines = of_settings(overrides, given.images, device)
-    except (ValueError, OSError, HydraException, OmegaConfBaseException, RuntimeError) as error:
-        console.stop("softness.py", printable(explain(error)))
-    except KeyboardInterrupt:
-        console.stop("softness.py", "interrupted", 130)
+
+
+@command(options, errors=(RuntimeError,))
+def main(args: argparse.Namespace) -> None:
+    paths, overrides = paths_and_overrides(args.words)
+    if len(paths) > 1:
+        raise ValueError(f"{paths[1]}: one network at a time")
+    if not 2 <= args.images <= MAX_IMAGES:
+        raise ValueError(f"--images {args.images} must be from 2 to {MAX_IMAGES}")
+    device = choose_device(args.device)
+    if paths:
+        lines = of_run(paths[0], overrides, args.images, device)
+    else:
+        lines = of_settings(overrides, args.images, device)
     print(printable("\n".join(lines)))
-
-
-if __name__ == "__main__":
-    main()

@@ -15,34 +15,30 @@ setting of the data.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from training import console
-
 if __name__ == "__main__":
-    console.prepare("visualize.py")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from scripts.command import start
+
+    start(__file__)  # which imports this file as a module, and does not return
 
 import argparse
 import re
 
 import torch
-from hydra.errors import HydraException
 
 import models
-from configs.schema import register
 from data import Images
 from data.pictures import read_picture
 from reporting import attention, figures
 from reporting.text import printable
-from training.cli import explain
+from scripts.command import command
+from training import console
 from training.device import choose_device
 from training.files import write_files
 from training.trained import compose_settings, load_data
 
-register()
-
 # More rows or tiles would be a picture that no program opens.
-MOST = 100
+MAX_ROWS = 100
 
 
 def parse_query(word: str) -> tuple[int, int]:
@@ -134,8 +130,8 @@ def visualize(
     rows = (attention.IMAGES if images is None else len(images)) * (
         1 if points is None else len(points)
     )
-    if rows > MOST:
-        raise ValueError(f"{rows} rows, one for each image and query, are more than {MOST}")
+    if rows > MAX_ROWS:
+        raise ValueError(f"{rows} rows, one for each image and query, are more than {MAX_ROWS}")
     device = choose_device(device_name)
     trained = models.load(path, device)
     if not models.augmented_layers(trained.network):
@@ -150,37 +146,28 @@ def visualize(
     return list(files)
 
 
-def main() -> None:
-    console.ready()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
     parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
     parser.add_argument("settings", nargs="*", metavar="data.NAME=VALUE", help="of the data")
     parser.add_argument("--images", nargs="+", metavar="N|FILE", help="default: three, spread")
     parser.add_argument("--queries", nargs="+", metavar="ROW,COLUMN", help="default: the sharpest")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: attention/ of the run")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    given = parser.parse_args()
+
+
+@command(options, errors=(RuntimeError,))
+def main(args: argparse.Namespace) -> None:
     # What has an = stands behind --images or --queries, too, unless a file is called so.
-    overrides = list(given.settings)
-    for words in (given.images or [], given.queries or []):
+    overrides = list(args.settings)
+    for words in (args.images or [], args.queries or []):
         overrides += [word for word in words if "=" in word and not Path(word).exists()]
     images, queries = (
         None if words is None else [word for word in words if word not in overrides]
-        for words in (given.images, given.queries)
+        for words in (args.images, args.queries)
     )
-    try:
-        for name, words in (("--images", images), ("--queries", queries)):
-            if words == []:
-                raise ValueError(f"{name} needs at least one value")
-        files = visualize(given.network, images, queries, overrides, given.out, given.device)
-    except (ValueError, OSError, HydraException, RuntimeError) as error:
-        console.stop("visualize.py", printable(explain(error)))
-    except KeyboardInterrupt:
-        console.stop("visualize.py", "interrupted", 130)
+    for name, words in (("--images", images), ("--queries", queries)):
+        if words == []:
+            raise ValueError(f"{name} needs at least one value")
+    files = visualize(args.network, images, queries, overrides, args.out, args.device)
     print(printable("\n".join(f"written: {file}" for file in files)))
-
-
-if __name__ == "__main__":
-    main()

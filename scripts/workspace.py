@@ -15,29 +15,23 @@ pip install -c constraints.txt -e '.[app,workspace]'.
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from training import console
-
 if __name__ == "__main__":
-    console.prepare("workspace.py")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from scripts.command import start
+
+    start(__file__)  # which imports this file as a module, and does not return
 
 import argparse
 import os
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
-from configs.schema import register
 from models import augmented_layers
-from training.cli import explain
+from scripts.command import command
+from training import console
+from training.compose import compose_config
 from training.settings import build_model
 from training.tracking import QUIET, has_credentials, within
-
-register()
 
 # Seconds that the server is waited for.
 TIMEOUT = 20
@@ -49,8 +43,7 @@ def augmented_blocks(overrides: list[str]) -> list[str]:
     Raises:
         HydraException, OmegaConfBaseException, ValueError: there is no such network.
     """
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        cfg = compose("config", ["attention=aa", *overrides])
+    cfg = compose_config(["attention=aa", *overrides])
     with torch.device("meta"):
         model = build_model(cfg, num_classes=2, image_size=(32, 32))
     return list(augmented_layers(model))
@@ -63,11 +56,8 @@ def default_entity() -> str:
     return str(wandb.Api(timeout=TIMEOUT).default_entity)
 
 
-def main() -> None:
-    console.ready()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
     parser.add_argument("--project", default="aaconv", help="of the dashboard (default: aaconv)")
     parser.add_argument("--entity", help="user or team there (default: that of the account)")
     parser.add_argument("--data", metavar="NAME", help="runs on cifar100, ...; default: all")
@@ -76,33 +66,27 @@ def main() -> None:
     parser.add_argument(
         "network", nargs="*", metavar="OVERRIDE", help="its augmented blocks are shown"
     )
-    arguments = parser.parse_args()
-    if arguments.replace and not arguments.save:
-        parser.error("--replace needs --save")
+
+
+@command(options)
+def main(args: argparse.Namespace) -> None:
+    if args.replace and not args.save:
+        raise ValueError("--replace needs --save")
     try:
         from reporting import workspace
     except ModuleNotFoundError as error:
-        command = "pip install -c constraints.txt -e '.[app,workspace]'"
-        console.stop("workspace.py", f"{error.name} is not installed: {command}")
-    try:
-        blocks = augmented_blocks(arguments.network)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        console.stop("workspace.py", explain(error))
+        install = "pip install -c constraints.txt -e '.[app,workspace]'"
+        console.stop("workspace.py", f"{error.name} is not installed: {install}")
+    blocks = augmented_blocks(args.network)
     os.environ.update(QUIET)
-    if arguments.save and not has_credentials():
+    if args.save and not has_credentials():
         console.stop("workspace.py", "no account to save it with; run `wandb login` first")
     try:
-        entity = arguments.entity or (within(TIMEOUT, default_entity) if arguments.save else "")
-        made = workspace.build(arguments.project, entity, blocks, arguments.data)
-        if not arguments.save:
+        entity = args.entity or (within(TIMEOUT, default_entity) if args.save else "")
+        made = workspace.build(args.project, entity, blocks, args.data)
+        if not args.save:
             print(workspace.as_json(made))
         else:
-            print(within(TIMEOUT, lambda: workspace.save(made, arguments.replace)))
-    except KeyboardInterrupt:
-        console.stop("workspace.py", "interrupted", 130)
+            print(within(TIMEOUT, lambda: workspace.save(made, args.replace)))
     except Exception as error:  # wandb's are of many types
         console.stop("workspace.py", f"not saved: {console.one_line(error)}", 1)
-
-
-if __name__ == "__main__":
-    main()

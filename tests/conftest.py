@@ -2,6 +2,10 @@
 
 import os
 import signal
+import subprocess
+from copy import deepcopy
+from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +17,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import train
+from training import launch
 
+import app
 from helpers import CONFIGS, TINY
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and with them all the
@@ -24,10 +30,24 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def server_of_commands():
+    """What `app.App` has started lives no longer than the tests."""
+    yield
+    app.stop_server()
+
+
 @pytest.fixture(autouse=True)
 def own_wandb_process(monkeypatch):
     """Processes that a test starts do not share a wandb process that an earlier test has left."""
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
+
+
+@cache
+def composed(words):
+    """The settings of these words, which many tests share; to compose them takes a while."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose("config", list(words))
 
 
 @pytest.fixture
@@ -35,8 +55,9 @@ def settings(tmp_path):
     """A function from overrides to the settings of a tiny run below ``tmp_path``."""
 
     def make(*overrides, base=TINY):
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose("config", [*base, f"out_dir={tmp_path}", *overrides])
+        cfg = deepcopy(composed((*base, *overrides)))
+        cfg.out_dir = str(tmp_path)
+        return cfg
 
     return make
 
@@ -51,6 +72,13 @@ def run(settings, tmp_path):
         return train.train(settings(*overrides, base=base), run_dir)
 
     return go
+
+
+@pytest.fixture
+def forked_runs(monkeypatch):
+    """The runs that this process starts, as compare.py does, are forked."""
+    forking = SimpleNamespace(**(vars(subprocess) | {"Popen": app.fork}))
+    monkeypatch.setattr(launch, "subprocess", forking)
 
 
 @pytest.fixture

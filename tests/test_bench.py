@@ -1,24 +1,29 @@
-"""The benchmark scripts: what they time is the same computation, and every figure is there."""
+"""The benchmarks: what they time is the same computation, and every figure is there."""
 
 import json
-import math
 import sys
 
 import pytest
 import torch
 
-from reporting import timing
-from scripts import bench_attention, bench_augment, bench_layer, bench_step, bench_tracking
+from benchmarks import attention, augment, bench, layer, networks, step, timing, tracking
+from models import augmented_layers
 
 
-def go(script, monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", [script.__name__ + ".py", *map(str, arguments)])
-    script.main()
+def go(monkeypatch, out, name, *arguments):
+    """Run a benchmark; returns its rows and its page."""
+    words = [name, *map(str, arguments), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+    bench.main()
+    record = json.loads((out / f"{name}.json").read_text())
+    assert {"hardware", "versions", "commit", "rounds"} <= record.keys()
+    assert record["command"] == " ".join(["python", "-m", "benchmarks.bench", *words])
+    return record["rows"], (out / f"{name}.md").read_text()
 
 
 def test_pad_and_reshape_is_the_same_layer():
     theirs, ours = (
-        bench_layer.build(method, 7, 12, dk=6, dv=4, Nh=2).double()
+        layer.build(method, 7, 12, dk=6, dv=4, Nh=2).double()
         for method in ("pad and reshape", "tiled")
     )
     assert [n for n, _ in theirs.named_parameters()] == [n for n, _ in ours.named_parameters()]
@@ -32,78 +37,106 @@ def test_pad_and_reshape_is_the_same_layer():
 
 
 def test_bench_layer(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench_layer, "peak", lambda method, *_: 7.0 + len(method))
+    monkeypatch.setattr(timing, "peak", lambda make, case, _: 7.0 + len(case["method"]))
     reasons = {"fused": "needs a CUDA GPU", "native": "needs a compiler"}
-    monkeypatch.setattr(bench_layer, "unavailable_reason", lambda name, *_, **__: reasons.get(name))
+    monkeypatch.setattr(layer, "unavailable_reason", lambda name, *_, **__: reasons.get(name))
     sizes = ("--channels", 12, "--dk", 6, "--dv", 4, "--Nh", 2, "--rounds", 2)
-    go(bench_layer, monkeypatch, "--sizes", 3, 5, "--batches", 1, *sizes, "--out", tmp_path)
-    record = json.loads((tmp_path / "bench_layer.json").read_text())
-    assert {"hardware", "versions", "commit", "command", "layer"} <= record.keys()
-    assert [(r["size"], r["method"]) for r in record["rows"]] == [
-        (size, method) for size in (3, 5) for method in bench_layer.METHODS
+    rows, page = go(monkeypatch, tmp_path, "layer", "--size", 3, 5, "--batch", 1, *sizes)
+    assert [(r["size"], r["method"]) for r in rows] == [
+        (size, method) for size in (3, 5) for method in layer.METHODS
     ]
-    timed = [r for r in record["rows"] if r["method"] not in reasons]
+    assert {r["channels"] for r in rows} == {12}
+    timed = [r for r in rows if r["method"] not in reasons]
     assert all(len(r[k]) == 2 for r in timed for k in ("forward_ms", "both_ms"))
-    written = (tmp_path / "bench_layer.md").read_text()
-    assert "| 5x5 | 1 | float32 | fused | needs a CUDA GPU |" in written
-    assert "| 5x5 | 1 | float32 | native | needs a compiler |" in written
-    assert written.strip() in capsys.readouterr().out
-    assert f"| {(7 + len('tiled')) / (7 + len('pad and reshape')):.2f} |" in written
+    assert "| 5x5 | 1 | float32 | fused | needs a CUDA GPU |" in page
+    assert "| 5x5 | 1 | float32 | native | needs a compiler |" in page
+    assert page.strip() in capsys.readouterr().out
+    assert f"| {(7 + len('tiled')) / (7 + len('pad and reshape')):.2f} |" in page
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_layers_are_timed_in_the_memory_format_asked_for(channels_last):
     case = {"size": 3, "batch": 2, "dtype": "float32", "channels": 12, "dk": 6, "dv": 4, "Nh": 2}
-    case["channels_last"] = channels_last
-    x, layer = bench_layer._prepare("sdpa", case, torch.device("cpu"))
-    assert x.is_contiguous(memory_format=torch.channels_last) == channels_last
-    out = bench_layer.step(layer, x, torch.float32, backward=True)()
-    assert out.is_contiguous(memory_format=torch.channels_last) == channels_last
-    assert x.grad.is_contiguous(memory_format=torch.channels_last) == channels_last
+    case |= {"channels_last": "yes" if channels_last else "no", "method": "sdpa"}
+    x, network = layer.prepare(case, torch.device("cpu"))
+    out, x_grad, *_ = layer.run(network, x, torch.float32, backward=True)()
+    for tensor in (x, out, x_grad):
+        assert tensor.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
 def test_a_method_that_does_not_fit_is_listed_without_times(monkeypatch):
-    monkeypatch.setattr(bench_layer, "peak", lambda *_: 1.0)
-    monkeypatch.setattr(bench_layer, "_fits", lambda method, *_: method != "pad and reshape")
+    monkeypatch.setattr(timing, "peak", lambda *_: 1.0)
+    monkeypatch.setattr(layer, "fits", lambda case, _: case["method"] != "pad and reshape")
     case = {"size": 3, "batch": 1, "dtype": "float32", "channels": 12, "dk": 6, "dv": 4, "Nh": 2}
-    case["channels_last"] = False
-    rows = bench_layer.measure(case, torch.device("cpu"), 1)
-    assert "| pad and reshape | does not fit into memory |" in bench_layer.table(rows)
+    case["channels_last"] = "no"
+    rows = layer.measure(case, torch.device("cpu"), 1)
+    lines = bench.table([layer.cells(row) for row in rows])
+    assert any("| pad and reshape | does not fit into memory |" in line for line in lines)
+    assert all("time_ratio" not in row for row in rows)
     huge = case | {"size": 512, "batch": 64, "Nh": 8}
     monkeypatch.undo()
-    assert not bench_layer._fits("reference", huge, torch.device("cpu"))
-    assert bench_layer._fits("tiled", huge, torch.device("cpu"))
+    assert not layer.fits(huge | {"method": "reference"}, torch.device("cpu"))
+    assert layer.fits(huge | {"method": "tiled"}, torch.device("cpu"))
 
 
 @pytest.mark.slow
 def test_peak_memory_of_a_pass_covers_its_logits():
     case = {"size": 16, "batch": 8, "dtype": "float32", "channels": 8, "dk": 8, "dv": 8, "Nh": 8}
-    case["channels_last"] = False
+    case |= {"channels_last": "no", "method": "reference"}
     logits = 8 * 8 * 16**4 * 4 / 2**20  # 16 MiB
-    assert bench_layer.peak("reference", case, "cpu") > 2 * logits
+    assert timing.peak(layer.whole_pass, case, torch.device("cpu")) > 2 * logits
 
 
 def test_bench_step(monkeypatch, tmp_path):
     monkeypatch.setattr(
         timing, "peak", lambda make, case, _: {"none": 2.0, "aa": 3.0}[case["attention"]]
     )
-    monkeypatch.setattr(bench_step, "rates", lambda *_: {"matmul_flops": 1e9, "exp_per_s": 1e6})
-    arguments = ("--models", "resnet8", "--batch", 2, "--rounds", 1, "--out", tmp_path)
-    go(bench_step, monkeypatch, *arguments)
-    plain, augmented = json.loads((tmp_path / "bench_step.json").read_text())["rows"]
-    assert plain["floor_ms"]["exponentials"] == 0
-    # ResNet-8's block of 16x16 and its block of 8x8 attend with 4 heads, forward and backward.
-    powers = 2 * 2 * 4 * (16**4 + 8**4)
-    assert augmented["floor_ms"]["exponentials"] == pytest.approx(powers / 1e6 * 1e3)
-    seconds = augmented["step_ms"][0] / 1e3
-    assert augmented["of_matmul_rate"] == pytest.approx(augmented["flops"] / seconds / 1e9)
-    floor = sum(augmented["floor_ms"].values()) / 1e3
-    assert augmented["of_floor"] == pytest.approx(seconds / floor)
-    assert "| 1.50 |" in (tmp_path / "bench_step.md").read_text()
+    words = ("--model", "resnet8", "--batch", 2, "--rounds", 1)
+    (plain, augmented), page = go(monkeypatch, tmp_path, "step", *words)
+    assert plain["time_ratio"] == plain["memory_ratio"] == 1
+    assert augmented["time_ratio"] == augmented["step_ms"][0] / plain["step_ms"][0]
+    assert augmented["memory_ratio"] == 1.5
+    assert plain["flops"] < augmented["flops"]
+    for row in (plain, augmented):
+        seconds = row["step_ms"][0] / 1e3
+        assert row["images_per_s"] == pytest.approx(2 / seconds)
+        assert row["flop_per_s"] == pytest.approx(2 * 3 * row["flops"] / seconds)
+    assert "| resnet8 | aa |" in page
+    assert "| 1.50 |" in page
+
+
+def test_all_combinations_of_the_options_are_cases(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(step, "measure", lambda case, *_: seen.append(case) or [])
+    words = ("--model", "a", "b", "--batch", 2, 3, "--out", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "step", *map(str, words)])
+    bench.main()
+    assert [(case["model"], case["batch"]) for case in seen] == [
+        ("a", 2), ("a", 3), ("b", 2), ("b", 3)
+    ]  # fmt: skip
+    assert all(case["attention"] == ["none", "aa"] for case in seen)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["step", "--device", "gpu"], "device=gpu is not a device"),
+        (["step", "--precision", "int8"], "invalid choice: 'int8'"),
+    ],
+)
+def test_mistakes_end_with_one_line(monkeypatch, capsys, tmp_path, words, message):
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words, "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        bench.main()
+    line = stopped.value.code
+    assert message in (line if isinstance(line, str) else capsys.readouterr().err.splitlines()[-1])
+    assert not list(tmp_path.iterdir())
 
 
 def test_bench_step_takes_its_options(monkeypatch):
-    layers = bench_step.augmented_layers(bench_step.build("resnet8", "aa", "sdpa"))
+    case = {"model": "resnet8", "attention": "aa", "backend": "sdpa", "size": 32}
+    layers = augmented_layers(step.build(case))
     assert {m.backend for m in layers.values()} == {"sdpa"}
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
@@ -113,23 +146,22 @@ def test_bench_step_takes_its_options(monkeypatch):
         "backend": "auto",
         "batch": 2,
         "precision": "bf16",
-        "channels_last": True,
-        "compile": True,
+        "size": 32,
+        "channels_last": "yes",
+        "compile": "yes",
     }
-    step = bench_step.training_step(case, torch.device("cpu"))
+    take_step = networks.training_step(step.build, case, torch.device("cpu"))
     seen = []
     compiled[0].conv.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
     before = compiled[0].conv.weight.detach().clone()
-    step()
+    take_step()
     images, out = seen[0]
     assert images.is_contiguous(memory_format=torch.channels_last)
     assert out.dtype == torch.bfloat16
     assert not torch.equal(before, compiled[0].conv.weight)
 
 
-def test_rates_and_rounds():
-    rates = bench_step.rates(torch.device("cpu"), torch.float32)
-    assert all(1e6 < rate < math.inf for rate in rates.values())
+def test_every_round_runs_all_steps_and_the_first_one_is_not_counted():
     order = []
     taken = timing.rounds(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, torch.device("cpu"), 3
@@ -138,44 +170,50 @@ def test_rates_and_rounds():
     assert {k: len(v) for k, v in taken.items()} == {"a": 3, "b": 3}
 
 
+def test_a_ratio_is_the_median_of_the_rounds_ratios():
+    assert timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == 3.0
+
+
 @pytest.mark.slow
-def test_bench_tracking_times_every_part():
-    tiny = ["model=resnet8", "model.widths=[4,8,8]", "model.stem=4", "batch_size=32", "device=cpu"]
-    seconds = bench_tracking.measure(tiny, 2)
-    assert seconds.keys() == {"step", "norm", "right", "pictures", "tables", "row"}
-    assert all(len(values) == 2 for values in seconds.values())
+def test_bench_tracking_times_every_part(monkeypatch, tmp_path):
+    tiny = ["model=resnet8", "model.widths=[4,8,8]", "model.stem=4", "batch_size=32"]
+    words = ("--device", "cpu", "--rounds", 2, "--overrides", *tiny)
+    rows, page = go(monkeypatch, tmp_path, "tracking", *words)
+    assert {row["part"] for row in rows} == {
+        "step", "norm", "correct", "pictures", "tables", "row"
+    }  # fmt: skip
+    assert all(len(row["ms"]) == 2 and row["overrides"] == tiny for row in rows)
+    assert "| pictures |" in page
 
 
 def test_bench_tracking_says_what_a_part_is_of_the_whole():
-    names = ("norm", "right", "pictures", "tables", "row")
-    seconds = {"step": [0.2, 0.1, 0.3]} | {key: [0.002] for key in names}
-    told = bench_tracking.lines(seconds, 100)  # 500 steps of 0.2 s: an epoch of 100 s
-    assert told[0] == "step        200.000 ms (100.000 to 300.000)"
-    assert told[1].endswith(": 1.0000 % of a step")
-    assert told[3].endswith(": 0.0002 % of 30 epochs, three times")
-    assert told[4].endswith(": 0.0007 % of 30 epochs, once")
-    assert told[5].endswith(": 0.0020 % of an epoch")
+    names = ("norm", "correct", "pictures", "tables", "row")
+    times = {"step": [200.0, 100.0, 300.0]} | {key: [2.0] for key in names}
+    # 500 steps of 0.2 s: an epoch of 100 s
+    step_row, norm, _, pictures, tables, row = map(tracking.cells, tracking.shares(times, 100))
+    assert step_row["ms"] == "200.000 (100.000 to 300.000)"
+    assert (norm["%"], norm["of"]) == ("1.0000", "a step")
+    assert (pictures["%"], pictures["of"]) == ("0.0002", "30 epochs, three times")
+    assert (tables["%"], tables["of"]) == ("0.0007", "30 epochs, once")
+    assert (row["%"], row["of"]) == ("0.0020", "an epoch")
 
 
 def test_bench_attention(monkeypatch, tmp_path, capsys):
     # Without a GPU its kernels would run in Triton's interpreter.
-    available = bench_attention.unavailable_reason
+    available = attention.unavailable_reason
     monkeypatch.setattr(
-        bench_attention,
+        attention,
         "unavailable_reason",
         lambda name, *a, **k: "no GPU" if name == "fused" else available(name, *a, **k),
     )
-    cases = ("--sizes", 3, 5, "--keys", 4, "--values", 2, 3, "--relative", "yes", "no")
-    sizes = ("--heads", 2, "--rounds", 2, "--logits", 5000, "--out", tmp_path)
-    go(bench_attention, monkeypatch, "--device", "cpu", *cases, *sizes)
-    record = json.loads((tmp_path / "bench_attention.json").read_text())
-    assert {"hardware", "versions", "commit", "command"} <= record.keys()
-    rows = record["rows"]
+    cases = ("--size", 3, 5, "--keys", 4, "--values", 2, 3, "--relative", "yes", "no")
+    sizes = ("--heads", 2, "--rounds", 2, "--logits", 5000)
+    rows, page = go(monkeypatch, tmp_path, "attention", "--device", "cpu", *cases, *sizes)
     assert [(r["size"], r["values"], r["relative"]) for r in rows] == [
         (size, values, relative)
         for size in (3, 5)
         for values in (2, 3)
-        for relative in (True, False)
+        for relative in ("yes", "no")
     ]
     assert [r["batch"] for r in rows] == [31] * 4 + [4] * 4  # 5000 / 2 / 81, / 625
     for row in rows:
@@ -184,30 +222,28 @@ def test_bench_attention(monkeypatch, tmp_path, capsys):
         assert all(len(times) == 2 for times in row["ms"].values())
         assert row["auto"] in row["ms"]
         assert min(row["ms"], key=lambda n: sum(row["ms"][n])) == row["fastest"]
-    written = (tmp_path / "bench_attention.md").read_text()
-    assert written.strip() in capsys.readouterr().out
-    assert written.count("**") == 2 * len(rows)
+    assert page.strip() in capsys.readouterr().out
+    assert page.count("**") == 2 * len(rows)
 
 
 @pytest.mark.slow
 def test_bench_augment(monkeypatch, tmp_path):
     peaks = {"plain": 4.0, "pooled": 5.0, "full": 7.0}
-    monkeypatch.setattr(timing, "peak", lambda make, case, _: peaks[case["variant"]])
-    arguments = ("--models", "resnet18", "--size", 193, "--batch", 1, "--rounds", 1)
-    go(bench_augment, monkeypatch, *arguments, "--backend", "sdpa", "--out", tmp_path)
-    rows = json.loads((tmp_path / "bench_augment.json").read_text())["rows"]
+    monkeypatch.setattr(timing, "peak", lambda make, case, _: peaks[case["attention"]])
+    words = ("--model", "resnet18", "--size", 193, "--batch", 1, "--rounds", 1, "--backend", "sdpa")
+    rows, page = go(monkeypatch, tmp_path, "augment", *words)
     plain, pooled, full = rows
-    assert [row["variant"] for row in rows] == list(peaks)
+    assert [row["attention"] for row in rows] == list(peaks)
     assert plain["parameters"] == 11_689_512  # as torchvision's documentation says
     assert pooled["parameters"] == full["parameters"] > plain["parameters"]
     assert plain["flops"] < pooled["flops"] < full["flops"]
-    assert "| 1.75 |" in (tmp_path / "bench_augment.md").read_text()
-    layers = [m for m in bench_augment.build(full).modules() if hasattr(m, "key_rel_h")]
+    assert "| 1.75 |" in page
+    layers = augmented_layers(augment.build(full)).values()
     assert {(layer.backend, layer.pool) for layer in layers} == {("sdpa", 1)}
 
 
 def test_peak_is_that_of_a_step_in_a_new_process():
-    assert timing.peak(holds, 64, "cpu") > 60
+    assert timing.peak(holds, 64, torch.device("cpu")) > 60
 
 
 def holds(mebibytes, device):

@@ -10,7 +10,7 @@ from reporting.text import one_line
 from folders import NASTY, make_run, nasty_runs
 from helpers import machine_lacks
 
-pytestmark = pytest.mark.browser
+pytestmark = pytest.mark.thorough
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -1,7 +1,6 @@
 """The command line: what it makes of wrong input, where runs go, and the two scripts."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -9,6 +8,7 @@ import pytest
 import train
 from training import cli
 
+from app import run_app
 from helpers import ROOT, TINY
 
 
@@ -36,12 +36,12 @@ def test_a_mistake_does_not_touch_a_finished_run(command, tmp_path, capsys):
 
 def test_a_run_that_diverges_leaves_word_of_it_until_it_is_run_again(command, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
-        command(*TINY, "optim.lr=1e30", "hydra.run.dir='" + str(tmp_path / "r'"))
+        command(*TINY, "optim.lr=1e30", "run_dir='" + str(tmp_path / "r'"))
     assert stopped.value.code == 2
     assert "the loss is not finite in epoch 1" in capsys.readouterr().err
     written = json.loads((tmp_path / "r" / "failed.json").read_text())
     assert "not finite in epoch 1" in written["error"]
-    command(*TINY, "epochs=1", "hydra.run.dir='" + str(tmp_path / "r'"))
+    command(*TINY, "epochs=1", "run_dir='" + str(tmp_path / "r'"))
     assert not (tmp_path / "r" / "failed.json").exists()
     assert (tmp_path / "r" / "summary.json").exists()
 
@@ -105,13 +105,7 @@ def test_offline_tracking_goes_to_one_folder_in_separate_runs(tmp_path, monkeypa
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     tiny = [w for w in TINY if "tracking" not in w and "epochs" not in w]
     words = [*tiny, "epochs=1", "seed=0,1", f"out_dir={tmp_path}", "wandb.mode=offline"]
-    done = subprocess.run(
-        [sys.executable, "train.py", "-m", *words],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = run_app(["train.py", "-m", *words], cwd=ROOT, check=True)
     assert done.stdout.count("wandb: kept offline; `wandb sync") == 2
     kept = [p for p in (tmp_path / "wandb").iterdir() if p.name.startswith("offline-run-")]
     assert len({p.name for p in kept}) == 2

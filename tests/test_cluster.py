@@ -16,7 +16,7 @@ from helpers import ROOT, TINY, await_, machine_lacks, rows
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 GUARD = 180  # seconds; no claim about speed, only an end to waiting
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 # No user management, no accounting, everything in one folder and as the user of the tests.
 CONF = """

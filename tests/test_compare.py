@@ -17,6 +17,7 @@ from scripts import compare
 from training import launch, run_folder
 from training.run_folder import RunFolder, claimed
 
+from app import App, run_app
 from folders import make_run
 from helpers import ROOT, TINY, slow
 
@@ -91,6 +92,7 @@ def test_a_mistake_is_one_line_before_any_run(monkeypatch, tmp_path, capsys, wor
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_runs")
 def test_a_run_that_train_refuses_stops_the_comparison_and_leaves_nothing(tmp_path):
     with pytest.raises(compare.RefusedError):
         compare.compare([["attention=none,aa"]], [0], [*SHORT, "epochs=0"], tmp_path)
@@ -142,6 +144,7 @@ def write_rows(folder, epochs, seconds=1.0):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_runs")
 def test_trains_what_is_missing_and_reports(tmp_path, capfd):
     """First where the locale is ASCII: files, output and folder names are UTF-8 all the same."""
     out = tmp_path / "\u00fc \u2212"
@@ -159,7 +162,9 @@ def test_trains_what_is_missing_and_reports(tmp_path, capfd):
     _, _, next_ones = done.stdout.decode().partition("next:\n")
     evaluate, visualize, more = (line.partition("  #")[0] for line in next_ones.splitlines())
     for line in (evaluate, visualize):
-        subprocess.run(line, cwd=ROOT, shell=True, check=True, capture_output=True)
+        python, *command = shlex.split(line)
+        assert (ROOT / python).samefile(sys.executable)
+        run_app(command, cwd=ROOT, check=True)
     assert len(list((runs[1].folder / "attention").glob("*.png"))) == 2
     vary = ["--vary", "attention=none,aa", "--out", str(out), "--", *SHORT, "epochs=1"]
     assert shlex.split(more)[1:] == ["scripts/compare.py", "--seeds", "0", "1", "2", *vary]
@@ -196,6 +201,7 @@ def test_with_enough_seeds_or_without_attention_other_commands_are_named(tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked_runs")
 def test_a_run_that_diverges_does_not_stop_the_others_and_is_not_repeated(tmp_path, capfd):
     words = ([["optim.lr=1e+30,2e-3"]], [0], [*SHORT, "epochs=1"], tmp_path)
     assert compare.compare(*words) == 1
@@ -367,7 +373,7 @@ sys.exit(7)"""
         "resume=auto",
         "max_minutes=1.500",
         f"out_dir='{tmp_path / 'o'}'",
-        f"hydra.run.dir='{tmp_path}'",
+        f"run_dir='{tmp_path}'",
     ]
 
 
@@ -424,8 +430,8 @@ LONG = ["--vary", "attention=none", "epochs=1", "--vary", "attention=none", "epo
 @contextmanager
 def started(out):
     """compare.py in a process of its own, killed at the end of the ``with``."""
-    command = [sys.executable, "scripts/compare.py", "--out", str(out), *LONG, "--", *SHORT]
-    with subprocess.Popen(
+    command = ["scripts/compare.py", "--out", str(out), *LONG, "--", *SHORT]
+    with App(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:

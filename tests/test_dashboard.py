@@ -14,6 +14,7 @@ import yaml
 
 from training.tracking import shortened
 
+from app import App, run_app
 from helpers import ROOT, TINY
 from wandb_server import ServerProcess
 
@@ -39,8 +40,8 @@ def start(server, tmp_path):
     processes = []
 
     def go(*words, **environment):
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), *words, f"out_dir={tmp_path / 'out'}"],
+        process = App(
+            [ROOT / "train.py", *words, f"out_dir={tmp_path / 'out'}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -235,8 +236,8 @@ cli.run(train.main)
 
 def test_a_server_that_dies_costs_one_warning_and_no_row(server, tmp_path):
     words = [*LONG, f"out_dir={tmp_path / 'out'}"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", IMPATIENT.format(root=str(ROOT)), *words],
+    process = App(
+        ["-c", IMPATIENT.format(root=str(ROOT)), *words],
         env=server.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -279,7 +280,7 @@ def test_a_server_that_dies_costs_one_warning_and_no_row(server, tmp_path):
 def test_the_state_of_a_run_without_a_result(
     start, server, tmp_path, how, code, exitcode, preempting
 ):
-    extra = {"diverges": ["optim.lr=1e30"], "time": ["max_minutes=0.001"]}.get(how, [])
+    extra = {"diverges": ["optim.lr=1e30"], "time": ["max_minutes=0.001"]}.get(how, ["epochs=200"])
     process = start(*LONG, *extra)
     if isinstance(how, signal.Signals):
         wait_for(lambda: rows_on_disk(tmp_path))
@@ -331,6 +332,7 @@ def agent(server, tmp_path):
         process.communicate()
 
 
+@pytest.mark.thorough
 def test_a_sweep_by_an_agent_of_which_one_run_fails_and_one_is_stopped(agent, server, tmp_path):
     process = agent(
         {"attention": "none", "epochs": 1},
@@ -374,6 +376,7 @@ def of_agent(process):
     raise AssertionError("the agent trains nothing")
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the process by Linux's /proc")
 def test_an_agent_goes_on_after_runs_that_diverge_and_a_preempted_run_comes_back(
     agent, server, tmp_path
@@ -394,6 +397,7 @@ def test_an_agent_goes_on_after_runs_that_diverge_and_a_preempted_run_comes_back
     assert len(runs["run3"]["history"]) == 12
 
 
+@pytest.mark.thorough
 def test_an_agent_ends_after_three_runs_that_cannot_be_trained(agent, server):
     """For wandb's agent these are failures, of which it takes three in its first minute."""
     bad = {"attention": "aa", "attention.dk": 7, "epochs": 1}
@@ -407,15 +411,9 @@ def test_an_agent_ends_after_three_runs_that_cannot_be_trained(agent, server):
 
 def test_a_comparison_closes_with_a_run_of_its_own(server, tmp_path):
     def call(script, *words):
-        return subprocess.run(
-            [sys.executable, str(ROOT / "scripts" / script), *words],
-            env=server.environment | {"WANDB_RUN_ID": "shared"},
-            capture_output=True,
-            text=True,
-            timeout=GUARD,
-            check=True,
-            cwd=tmp_path,
-        ).stdout
+        environment = server.environment | {"WANDB_RUN_ID": "shared"}
+        command = [ROOT / "scripts" / script, *words]
+        return run_app(command, env=environment, check=True, cwd=tmp_path).stdout
 
     words = ["--out", str(tmp_path / "out"), "--seeds", "0", "1", "--", *ONLINE, "epochs=1"]
     assert "wandb: http://" in call("compare.py", *words)

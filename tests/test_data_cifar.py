@@ -343,7 +343,7 @@ def test_an_archive_that_is_there_is_used_if_intact(server, tmp_path, intact):
     assert {path.name for path in tmp_path.iterdir()} == {FOLDER, ARCHIVE}
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_modules_that_windows_lacks_are_not_needed():
     script = (
         "import sys, data.vision\n"  # torch and torchvision are not ours to change

@@ -8,9 +8,8 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from data import Images, lookup_bound, make_lookup
-from data.lookup import BACKGROUND, COLOURS, SHAPES, SHAPES_SHOWN, SLOTS
-from data.lookup_bound import (
+from benchmarks import lookup_bound
+from benchmarks.lookup_bound import (
     RESTARTS,
     additive_accuracy,
     arrangements,
@@ -19,6 +18,8 @@ from data.lookup_bound import (
     joint_reached,
     smallest_window,
 )
+from data import Images, make_lookup
+from data.lookup import BACKGROUND, COLOURS, SHAPES, SHAPES_SHOWN, SLOTS
 from training.variants import variant_settings
 
 RECEPTIVE_FIELD = 25

@@ -1,16 +1,15 @@
 """scripts/distance.py: accuracy over the distance, as a table and as a picture."""
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 
-from data.lookup_bound import ceiling
+from benchmarks.lookup_bound import ceiling
 from reporting import figures
 from scripts import distance
 from scripts.distance import draw
 
+from app import run_app
 from folders import failed, make_run
 from helpers import ROOT
 
@@ -169,7 +168,6 @@ def test_mistakes_are_one_line_and_code_2(tmp_path, monkeypatch, capsys, runs, o
 
 
 def test_the_command_by_itself(folder, tmp_path):
-    command = [sys.executable, "scripts/distance.py", folder, "--out", tmp_path / "x.svg"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_app(["scripts/distance.py", folder, "--out", tmp_path / "x.svg"], cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith(f"written: {tmp_path / 'x.svg'}\n")

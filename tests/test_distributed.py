@@ -2,15 +2,18 @@
 
 import datetime
 import os
+import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import nn
 
 from training import distributed
+
+from app import App
+from helpers import ROOT
 
 CPU = torch.device("cpu")
 
@@ -76,7 +79,13 @@ def one_of_two(rank, port, synchronised, folder):
 
 
 def spawn(function, *arguments):
-    mp.spawn(function, (20000 + os.getpid() % 20000, *arguments), nprocs=2)
+    """Call ``function(rank, port, *arguments)`` in two processes."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        given = (free.getsockname()[1], *arguments)
+    program = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; "
+    program += f"import test_distributed; test_distributed.{function.__name__}(RANK, *{given})"
+    processes = [App(["-c", program.replace("RANK", str(rank))]) for rank in (0, 1)]
+    assert [process.wait(240) for process in processes] == [0, 0]
 
 
 def two_processes(synchronised, folder):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from data import evaluation_batches, make_lookup
 from scripts import evaluate
 from training.scores import Calibration
 
+from app import run_app
 from helpers import ROOT, TINY
 
 LOOKUP = make_lookup(train_size=32, test_size=16)
@@ -62,11 +61,11 @@ def test_equals_the_summary_to_the_last_digit(tmp_path):
     words = [*TINY, "ema=0.5", "data.val_size=12", "data.data_seed=3", "tracking=csv"]
     run, out = tmp_path / "run=1", tmp_path / "out"
     commands = [
-        ["train.py", *words, f"hydra.run.dir='{run}'"],
+        ["train.py", *words, f"run_dir='{run}'"],
         ["scripts/evaluate.py", run, run / "last.pt", "--out", out],
     ]
     for script, *rest in commands:
-        subprocess.run([sys.executable, ROOT / script, *rest], check=True, capture_output=True)
+        run_app([ROOT / script, *rest], check=True)
     summary = json.loads((run / "summary.json").read_text())
     for got in record(out):
         assert got["data"] == "lookup val"

@@ -90,7 +90,7 @@ def test_onnx(tmp_path):
     check(lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), layers, torch.float32)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_ahead_of_time_inductor(tmp_path, free, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     layer = build({"stride": 2})

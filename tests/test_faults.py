@@ -1,4 +1,4 @@
-"""The faults of scripts/fault_test.py in a small form, and that it would see what they cost."""
+"""The faults of tests/fault_test.py in a small form, and that it would see what they cost."""
 
 import subprocess
 import sys
@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts import fault_test
-from scripts.fault_test import differences
+import fault_test
+from fault_test import differences
 
 # Four steps in two epochs: most of it is start-up.
 BRIEF = [*fault_test.SMALL, "data.train_size=32", "data.test_size=16", "epochs=2"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "kills"), [(1, 1), (2, 1)])
+@pytest.mark.parametrize(
+    ("processes", "kills"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.thorough)]
+)
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, processes, kills):
     outcome = fault_test.fault_test(
         tmp_path / "faults", kills=kills, seed=0, processes=processes, overrides=BRIEF

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from aaconv import AugmentedConv, attention_2d
 
 import reference
 from helpers import (
+    ROOT,
     assert_rounded,
     direction_of,
     inputs,
@@ -307,21 +307,23 @@ def test_compiled_and_exported():
     torch.testing.assert_close(exported(x), layer(x))
 
 
-@pytest.mark.slow
+def bench_kernels(*words, **options):
+    command = [sys.executable, "-m", "benchmarks.bench", "kernels", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("capability", [80, 90])
 def test_no_kernel_spills_or_exceeds_a_card(capability, tmp_path):
     """To machine code; no GPU is needed for that."""
-    script = Path(__file__).parent.parent / "scripts" / "bench_kernels.py"
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     shapes = ["32x32:20:2:8"]
     if capability == 90:  # the others take a minute each to compile
         shapes += ["56x56:20:4:8", "8x8:20:8:8"]
-    words = ["--capabilities", str(capability), "--shapes", *shapes, "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, script, *words], env=environment, capture_output=True, text=True
-    )
+    words = ["--capability", str(capability), "--shape", *shapes, "--out", str(tmp_path)]
+    done = bench_kernels(*words, env=environment)
     assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "bench_kernels.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
     assert len(rows) == len(shapes) * 4
     for row in rows:
         assert row["spills_in_loop"] == 0, row
@@ -333,15 +335,14 @@ def test_no_kernel_spills_or_exceeds_a_card(capability, tmp_path):
         assert count["32x32:20:2:8", "gradients"] <= 14
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_report_takes_other_shapes_and_dtypes(tmp_path):
-    script = Path(__file__).parent.parent / "scripts" / "bench_kernels.py"
-    words = ["--capabilities", "90", "--shapes", "7x5:6:1:2", "--dtypes", "fp16", "fp32"]
-    command = [sys.executable, script, *words, "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    words = ["--capability", "90", "--shape", "7x5:6:1:2", "--dtype", "fp16", "fp32"]
+    done = bench_kernels(*words, "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| 9.0 | fp16 | attend | 7x5 | 6 | 1 | 2 |") == 1
-    assert done.stdout.count("| 9.0 | fp32 | gradients, ordered | 7x5 |") == 1
-    wrong = subprocess.run([*command[:2], "--shapes", "7x5"], capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert "--shapes 7x5: write a map, dkh, dvh and Nh" in wrong.stderr
+    page = (tmp_path / "kernels.md").read_text()
+    assert page.count("| 9.0 | fp16 | attend | 7x5 | 6 | 1 | 2 |") == 1
+    assert page.count("| 9.0 | fp32 | gradients, ordered | 7x5 |") == 1
+    wrong = bench_kernels("--shape", "7x5")
+    assert wrong.returncode == 1
+    assert "--shape 7x5: write a map, dkh, dvh and Nh" in wrong.stderr

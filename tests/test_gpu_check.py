@@ -1,96 +1,89 @@
-"""scripts/gpu_check.py: shares of the time, what becomes of a step, going on, and a rehearsal."""
+"""`make gpu`: what becomes of a step, continuing, the order, and a rehearsal."""
 
 import json
+import shlex
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import torch
 
-from scripts import gpu_check
-from scripts.gpu_check import Step
+from benchmarks import bench, gpu
+from benchmarks.gpu import Step
+from training.compose import compose_config
+
+from helpers import ROOT
 
 
-def python(code):
-    return [sys.executable, "-c", code]
+def python(name, code, minutes=1.0):
+    return Step(name, minutes, "", f"-c {shlex.quote(code)}")
 
 
 @pytest.fixture
 def check(monkeypatch, tmp_path):
-    """A function that runs the check with steps of the test; returns code and record."""
+    """A function that runs the steps of the test; returns code and record."""
 
     def go(steps, minutes=1.0):
-        monkeypatch.setattr(gpu_check, "plan", lambda *_: steps)
-        words = ["--device", "cpu", "--minutes", str(minutes), "--out", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", ["gpu_check.py", *words])
-        code = gpu_check.main()
-        return code, json.loads((tmp_path / "check.json").read_text())["steps"]
+        monkeypatch.setattr(gpu, "plan", lambda fused_failed: steps)
+        words = ["--rehearse", "--minutes", str(minutes), "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
+        code = gpu.main()
+        file = tmp_path / "record.json"
+        return code, json.loads(file.read_text())["steps"] if file.exists() else {}
 
-    monkeypatch.setattr(gpu_check, "LEAST_S", 0.01)
-    monkeypatch.setattr(gpu_check, "GRACE_S", 0.5)
+    monkeypatch.setattr(gpu, "MIN_S", 0.01)
+    monkeypatch.setattr(gpu, "GRACE_S", 0.5)
     return go
-
-
-def test_each_step_has_its_share_and_what_the_others_leave():
-    steps = [Step(part, str(n), []) for part in ("tests", "steps") for n in range(2)]
-    whole = 0.3 + 0.25
-    assert gpu_check.limit(steps, 100) == pytest.approx(100 * 0.15 / whole)
-    assert gpu_check.limit(steps[1:], 100) == pytest.approx(100 * 0.3 / whole)
-    assert gpu_check.limit(steps[2:], 100) == pytest.approx(50)
-    assert gpu_check.limit(steps[3:], 100) == pytest.approx(100)
-    assert sum(gpu_check.SHARES.values()) == pytest.approx(1)
 
 
 def test_what_becomes_of_steps(check, tmp_path, capsys):
     stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    slow = "import time; print('begun', flush=True); time.sleep(60)"
     steps = [
-        Step("tests", "right", python("print('seen')")),
-        Step("tests", "wrong", python("print('why'); raise SystemExit(3)")),
-        Step("tests", "lacking", python("print()"), lacks="no GPU"),
-        Step("layers", "slow", python("import time; print('begun', flush=True); time.sleep(60)")),
-        Step("layers", "stubborn", python(stubborn)),
+        python("right", "print('seen')"),
+        python("wrong", "print('why'); raise SystemExit(3)"),
+        python("slow", slow, minutes=0.05),
+        python("stubborn", stubborn, minutes=0.05),
     ]
     began = time.monotonic()
-    code, record = check(steps, minutes=0.1)
+    code, record = check(steps)
     assert time.monotonic() - began < 30
     assert code == 1
-    states = {name: entry["state"] for name, entry in record.items()}
-    assert states == {
-        "tests: right": "done",
-        "tests: wrong": "failed with exit code 3",
-        "tests: lacking": "skipped: no GPU",
-        "layers: slow": "stopped",
-        "layers: stubborn": "stopped",
-    }
-    page = (tmp_path / "gpu_check.md").read_text()
-    assert "| tests | lacking | skipped: no GPU |  |" in page
-    assert "A rehearsal on a CPU" in page
-    for text in ("seen", "why", "begun"):
-        assert f"\n{text}\n" in page
-    assert "the same command goes on" in capsys.readouterr().out
+    states = {"right": "done", "wrong": "failed", "slow": "stopped", "stubborn": "stopped"}
+    assert {name: entry["state"] for name, entry in record.items()} == states
+    for name, text in (("right", "seen"), ("wrong", "why"), ("slow", "begun")):
+        assert (tmp_path / f"{name}.log").read_text() == f"{text}\n"
+    printed = capsys.readouterr().out
+    assert all(f"{name} " in printed for name in states)
+    assert str(tmp_path) in printed
 
 
-def test_it_goes_on_where_it_was_stopped(check, tmp_path):
-    def steps(code):
+def test_it_continues_and_what_was_stopped_goes_last(check, tmp_path):
+    def add(letter):
+        return f"open('{tmp_path}/ran', 'a').write('{letter}')"
+
+    def steps(first, minutes):
         return [
-            Step("tests", "first", python("open('%s', 'a').write('x')" % (tmp_path / "ran"))),
-            Step("steps", "second", python(code)),
+            python("tests", f"{first}\n{add('t')}", minutes),
+            python("done", add("d")),
+            python("training", f"{add('T')}; import time; time.sleep({60 if first else 0})"),
+            python("after", add("a")),
         ]
 
-    code, record = check(steps("import time; time.sleep(60)"), minutes=0.05)
-    assert (code, record["steps: second"]["state"]) == (0, "stopped")
-    code, record = check(steps("print('now')"))
-    assert (code, record["steps: second"]["state"]) == (0, "done")
-    assert (tmp_path / "ran").read_text() == "x"  # the first was done
-    assert "now" in (tmp_path / "gpu_check.md").read_text()
+    _, record = check(steps("import time; time.sleep(60)", 0.02), minutes=0.1)
+    assert {name: entry["state"] for name, entry in record.items()} == {
+        "tests": "stopped", "done": "done", "training": "stopped"
+    }  # fmt: skip
+    assert (tmp_path / "ran").read_text() == "dT"  # no time was left
+    code, record = check(steps("", 1))
+    assert (tmp_path / "ran").read_text() == "dTTat"
+    assert (code, {entry["state"] for entry in record.values()}) == (0, {"done"})
+    check(steps("", 1))  # compare.py knows by itself whether anything is left to train
+    assert (tmp_path / "ran").read_text() == "dTTatT"
 
 
 def test_without_time_nothing_begins(check, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "LEAST_S", 100)
-    code, record = check([Step("tests", "first", python("print()"))])
-    assert (code, record) == (0, {})
-    assert "| tests | first | not begun |  |" in (tmp_path / "gpu_check.md").read_text()
+    monkeypatch.setattr(gpu, "MIN_S", 100)
+    assert check([python("tests", "print()")]) == (0, {})
 
 
 @pytest.mark.parametrize(
@@ -98,52 +91,66 @@ def test_without_time_nothing_begins(check, tmp_path, monkeypatch):
     [
         (["--minutes", "0"], "--minutes 0 must be above 0"),
         (["--minutes", "nan"], "--minutes nan must be above 0"),
-        (["--device", "gpu"], "device=gpu is not a device"),
+        ([], "torch finds no GPU here"),
     ],
 )
 def test_mistakes_are_one_line(words, message, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", *words, "--out", str(tmp_path)])
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", *words, "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
-        gpu_check.main()
-    assert message in f"{stopped.value}{capsys.readouterr().err}"
+        gpu.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_of_another_machine_is_left_alone(check, tmp_path, monkeypatch):
-    about = {"hardware": "another", "versions": {}, "commit": "", "command": ""}
-    (tmp_path / "check.json").write_text(json.dumps({"device": "cuda", "about": about}))
-    with pytest.raises(SystemExit, match="holds a check of another; choose another --out"):
-        check([Step("tests", "first", python("print()"))])
+def test_a_folder_of_another_machine_is_left_alone(check, tmp_path, capsys):
+    (tmp_path / "record.json").write_text(json.dumps({"about": {"hardware": "another"}}))
+    with pytest.raises(SystemExit):
+        check([python("tests", "print()")])
+    assert "is of another; choose another --out" in capsys.readouterr().err
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_is_lacking_is_told(monkeypatch, tmp_path):
-    find = gpu_check.importlib.util.find_spec
-    gone = ("hydra", "triton")
-    monkeypatch.setattr(
-        gpu_check.importlib.util, "find_spec", lambda name: None if name in gone else find(name)
-    )
-    steps = gpu_check.plan(torch.device("cuda"), None, tmp_path)
-    lacks = {gpu_check.key(step): step.lacks for step in steps}
-    assert lacks["tests: kernels"] == "no package triton, hydra"
-    assert lacks["kernels: kernels"] == "no package triton"
-    assert lacks["steps: wrn28_10, fused, compiled"] == "no package hydra"
-    assert lacks["layers: layer"] is None
-    assert lacks["training: aa"] == "no CIFAR-100: name its folder with --data"
-    (aa,) = [s for s in gpu_check.plan(torch.device("cuda"), "near", tmp_path) if s.name == "aa"]
-    assert aa.environment["CIFAR_ROOT"] == str(Path("near").resolve())
-    parts = list(dict.fromkeys(step.part for step in steps))
-    assert parts == list(gpu_check.SHARES)
-    assert len({gpu_check.folder_of(step) for step in steps}) == len(steps)
+def test_the_plan():
+    names = [step.name for step in gpu.plan(False)]
+    assert names[0] == "fused-tests"
+    assert names.index("training") > names.index("step-sdpa")
+    assert sum(step.minutes for step in gpu.plan(False) if "tests" in step.name) <= 4
+    assert "attention.backend=sdpa" not in gpu.plan(False)[4].words
+    (after_failure,) = (s for s in gpu.remaining({"fused-tests": "failed"}) if s.name == "training")
+    assert "attention.backend=sdpa" in after_failure.words
 
 
-@pytest.mark.slow
+def test_training_gets_what_is_left_but_for_its_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "REPORT_S", 30)
+    step = python("training", "print('{minutes}', '{out}')")
+    entry = gpu.run(step, 90, tmp_path, rehearse=True, data=None)
+    assert entry["state"] == "done"
+    assert (tmp_path / "training.log").read_text() == f"1.00 {tmp_path / 'training'}\n"
+
+
+@pytest.mark.thorough
 def test_a_rehearsal(check, tmp_path):
-    wanted = ("layers: attention", "training: aa")
-    steps = gpu_check.plan(torch.device("cpu"), None, tmp_path)
-    code, record = check([step for step in steps if gpu_check.key(step) in wanted], minutes=5)
+    wanted = {"attention": "done", "training": "done"}
+    code, record = check([s for s in gpu.plan(False) if s.name in wanted], minutes=5)
+    assert {name: entry["state"] for name, entry in record.items()} == wanted
     assert code == 0
-    assert {name: entry["state"] for name, entry in record.items()} == dict.fromkeys(wanted, "done")
-    page = (tmp_path / "gpu_check.md").read_text()
-    assert "| 4x4 | yes | 8 | 2 |" in page
-    assert "| epoch | train/loss |" in page
+    assert "| 4x4 |" in (tmp_path / "attention" / "attention.md").read_text()
+    (report,) = tmp_path.glob("training/compare/*/report.html")
+    assert len(list(report.parent.glob("*/*/metrics.csv"))) == 2
+
+
+@pytest.mark.parametrize("fused_failed", [False, True])
+def test_the_words_of_every_step_are_understood(fused_failed):
+    for step in gpu.plan(fused_failed):
+        words = shlex.split(step.words.format(out="out", minutes="1"))
+        if "benchmarks.bench" in words:
+            bench.parse(words[words.index("benchmarks.bench") + 1 :])
+        elif "scripts/compare.py" in words:
+            cfg = compose_config(words[words.index("--") + 1 :])
+            assert (cfg.epochs, cfg.compile) == (30, False)
+        else:
+            files = [word for word in words if word.startswith("tests/")]
+            assert files
+            assert all((ROOT / file).is_file() for file in files)

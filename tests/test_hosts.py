@@ -14,7 +14,7 @@ GUARD = 240  # seconds after which a process is taken to hang
 HOSTS = {"10.77.0.1": 0, "10.77.0.2": 1}
 EPOCHS = 3
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 
 def ip(words, *, check=True):
@@ -54,7 +54,7 @@ def start(hosts, folder, *overrides):
         launcher = ["--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1"]
         launcher += [f"--master_addr={next(iter(HOSTS))}", "--master_port=29577"]
         command = [sys.executable, "-m", "torch.distributed.run", *launcher, "train.py"]
-        command += [*TINY, f"hydra.run.dir={folder}", f"out_dir={folder.parent}", *overrides]
+        command += [*TINY, f"run_dir={folder}", f"out_dir={folder.parent}", *overrides]
         with (folder.parent / f"said-{rank}").open("w") as said:
             process = subprocess.Popen(
                 ["ip", "netns", "exec", name, *command],

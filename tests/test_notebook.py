@@ -46,7 +46,7 @@ def shown(notebook):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.long
 def test_it_runs_and_goes_on_where_it_was_cut_off(tmp_path):
     notebook = json.loads(PAGE.read_text(encoding="utf-8"))

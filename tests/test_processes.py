@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 
 from training import run_folder, stopping
 
+from app import App
 from helpers import ROOT, TINY, rows
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -21,19 +23,11 @@ NEVER_ENDING = ["epochs=10000", "data.train_size=64"]
 GUARD = 240  # seconds after which a process is taken to hang
 
 
-def start_run(folder, *overrides, processes=2):
-    """A tiny run in ``folder``."""
-    words = [f"hydra.run.dir={folder}", f"out_dir={folder.parent}", *overrides]
-    return start(*words, processes=processes)
-
-
-def start(*words, processes=2):
-    """train.py as a user starts it."""
-    launcher = TORCHRUN if processes == 2 else []
-    options = [word for word in words if word.startswith("-")]
-    settings = [*TINY, "device=cpu", *(word for word in words if word not in options)]
+def start_run(folder, *overrides):
+    """A tiny run in ``folder`` by two processes, as a user starts it."""
+    words = [*TINY, "device=cpu", f"run_dir={folder}", f"out_dir={folder.parent}"]
     return subprocess.Popen(
-        [sys.executable, *launcher, "train.py", *options, *settings],
+        [sys.executable, *TORCHRUN, "train.py", *words, *overrides],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -43,10 +37,27 @@ def start(*words, processes=2):
     )
 
 
-def finished(process):
-    said = process.communicate(timeout=GUARD)[0]
-    assert process.returncode == 0, said
-    return said
+def train(*words, processes):
+    """The exit codes and the output of processes as torchrun would start them."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            environment["MASTER_PORT"] = str(free.getsockname()[1])
+        environment |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(processes)}
+    started = []
+    for rank in map(str, range(processes)):
+        own = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
+        process = App(
+            ["train.py", *words],
+            cwd=ROOT,
+            env=environment | own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+    said = "".join(process.communicate(timeout=GUARD)[0] for process in started)
+    return [process.returncode for process in started], said
 
 
 def after_an_epoch(folder, process):
@@ -74,8 +85,10 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     folders = {name: root / name for name in ("one", "two", "apart")}
     for name, folder in folders.items():
-        more = ["sync_batchnorm=false"] if name == "apart" else []
-        said = finished(start_run(folder, *SETTINGS, *more, processes=1 if name == "one" else 2))
+        words = [*TINY, "device=cpu", f"run_dir={folder}", f"out_dir={root}", *SETTINGS]
+        words += ["sync_batchnorm=false"] if name == "apart" else []
+        codes, said = train(*words, processes=1 if name == "one" else 2)
+        assert set(codes) == {0}, said
         assert said.count("epoch 3/3") == 1  # one of them speaks
     return folders
 
@@ -147,18 +160,22 @@ JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "launcher"), [(2, []), (1, JOBLIB)], ids=["torchrun", "joblib"]
+    ("processes", "launcher"),
+    [
+        pytest.param(2, [], id="two processes"),
+        pytest.param(1, JOBLIB, id="joblib", marks=pytest.mark.thorough),
+    ],
 )
 def test_a_sweep_runs_to_its_end(processes, launcher, tmp_path):
     """A job has diverged, another is another process's, two cannot be trained, two are done."""
-    words = [*launcher, f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${hydra.job.num}"]
+    words = [*TINY, "device=cpu", *launcher]
+    words += [f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${hydra.job.num}"]
     words += ["seed=0,1", "optim.lr=0.1,1e30", "grad_clip=null,-1", "epochs=1", "resume=auto"]
 
     def sweep():
         with run_folder.claimed(tmp_path / "6"):
-            process = start("-m", *words, processes=processes)
-            said = process.communicate(timeout=GUARD)[0]
-        assert process.returncode == 1
+            codes, said = train("-m", *words, processes=processes)
+        assert set(codes) == {1}, said
         table = [line for line in said.splitlines() if line.startswith("#")]
         return [re.search(r"  (\w+): ", line)[1] for line in table]
 
@@ -171,9 +188,9 @@ def test_a_sweep_runs_to_its_end(processes, launcher, tmp_path):
 
 @pytest.mark.slow
 def test_a_mistake_is_told_once(tmp_path):
-    process = start_run(tmp_path / "out" / "wrong", "batch_size=32", "grad_accum=32")
-    said = process.communicate(timeout=GUARD)[0]
-    assert process.returncode != 0
+    words = [*TINY, "device=cpu", f"hydra.run.dir={tmp_path / 'out' / 'wrong'}"]
+    codes, said = train(*words, "batch_size=32", "grad_accum=32", processes=2)
+    assert set(codes) == {2}
     lines = [line for line in said.splitlines() if line.startswith("train.py:")]
     assert lines == ["train.py: batch_size=32 must be divisible by grad_accum=32 times 2 processes"]
     assert not (tmp_path / "out" / "wrong").exists()

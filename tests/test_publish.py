@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from reporting import runs
 from scripts.publish import publish
 
+from app import run_app
 from folders import make_run
 from helpers import ROOT
 
@@ -101,8 +100,7 @@ def test_folders_that_overlap_are_refused(tmp_path, target):
 
 
 def test_the_command_names_what_is_wrong(tmp_path):
-    command = [sys.executable, "scripts/publish.py", tmp_path / "nowhere", tmp_path / "kept"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = run_app(["scripts/publish.py", tmp_path / "nowhere", tmp_path / "kept"], cwd=ROOT)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"publish.py: there is no {tmp_path / 'nowhere'}\n"
     assert not (tmp_path / "kept").exists()

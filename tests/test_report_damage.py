@@ -149,7 +149,9 @@ def test_every_damaged_key_of_a_summary_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [["missing"], pytest.param([*DAMAGES], marks=pytest.mark.slow)], ids=["missing", "all"]
+    "names",
+    [["missing"], pytest.param([*DAMAGES], marks=pytest.mark.thorough)],
+    ids=["missing", "all"],
 )
 def test_no_damage_of_a_summary_ends_the_report(tmp_path, names):
     """All at once; those that are runs still, on pages of their data sets."""
@@ -162,7 +164,7 @@ def test_no_damage_of_a_summary_ends_the_report(tmp_path, names):
     assert len(found) > 20
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_what_is_a_run_in_spite_of_damage_has_a_page(tmp_path):
     healthy(tmp_path / "rest")
     rest, _ = runs.read([tmp_path / "rest"])
@@ -236,7 +238,7 @@ def test_every_damaged_column_of_the_metrics_is_named(tmp_path, finished):
         assert column in result.why or column.partition("/")[0] + "/" in result.why
 
 
-@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.thorough)])
 def test_a_cut_file_is_never_a_result(tmp_path, step):
     """Inside of a line, or after one."""
     folder = make_run(tmp_path / "a", 71.0, 1, "aa")

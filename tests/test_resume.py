@@ -15,11 +15,11 @@ from torch import nn
 
 import train
 from data import Batches, batches
-from scripts.fault_test import differences
 from training import cli, stopping, tracking
 from training.device import set_deterministic
 from training.run_folder import RunFolder
 
+from fault_test import differences
 from helpers import TINY, rows, slow
 
 # Over before the first step: a process is older.
@@ -360,7 +360,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(run, tmp_path, ca
 def test_a_full_disk_ends_a_run_with_one_line(run, tmp_path, monkeypatch, capsys, name):
     """The second time that a file is written, or the first time of the summary."""
     run(folder="whole")
-    words = [*SMALL, f"out_dir={tmp_path}", f"hydra.run.dir='{tmp_path / 'parts'}'"]
+    words = [*SMALL, f"out_dir={tmp_path}", f"run_dir='{tmp_path / 'parts'}'"]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     fsync, seen = os.fsync, []
 

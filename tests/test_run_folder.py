@@ -18,6 +18,7 @@ import train
 from training import cli, console, distributed, provenance, run_folder, stopping
 from training.run_folder import HeldError, claimed, folder_name, holder
 
+from app import App, run_app
 from helpers import ROOT, TINY, rows, slow
 
 LONG = ["epochs=10000", "data.train_size=64"]
@@ -36,13 +37,17 @@ def without_the_clock(folder):
 CHANGING = ("metrics.csv", "last.pt", "previous.pt", "train.log")
 
 
-def start(*words, program="train.py", cwd=None, prefix=(), **options):
+def start(*words, program="train.py", prefix=(), real=False, **options):
     """A command as a user starts it; its output is read unless ``options`` say otherwise."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("environment", {})
-    command = [*prefix, sys.executable, str(ROOT / program), *words]
-    STARTED.append(subprocess.Popen(command, cwd=cwd, env=environment, **options))
-    return STARTED[-1]
+    options["env"] = os.environ | {"OMP_NUM_THREADS": "1"} | options.get("env", {})
+    command = [str(ROOT / program), *words]
+    if prefix or real:
+        process = subprocess.Popen([*prefix, sys.executable, *command], **options)
+    else:
+        process = App(command, **options)
+    STARTED.append(process)
+    return process
 
 
 STARTED = []
@@ -61,7 +66,7 @@ def none_is_left():
 
 def tiny(folder, *words):
     """Words for a tiny run in ``folder``."""
-    return [*TINY, "device=cpu", f"out_dir={folder.parent}", f"hydra.run.dir={folder}", *words]
+    return [*TINY, "device=cpu", f"out_dir={folder.parent}", f"run_dir={folder}", *words]
 
 
 def wait_for(path, process):
@@ -109,8 +114,7 @@ def test_a_claim_of_a_thread_is_one(tmp_path):
 def test_a_killed_holder_holds_nothing(tmp_path):
     code = "import os, sys; from pathlib import Path; from training.run_folder import claimed\n"
     code += "with claimed(Path(sys.argv[1])): os._exit(9)"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=False)
-    assert done.returncode == 9
+    assert run_app(["-c", code, str(tmp_path)], cwd=ROOT).returncode == 9
     assert {p.name for p in tmp_path.iterdir()} == {".lock", ".holder"}
     assert holder(tmp_path) is None
     with claimed(tmp_path):
@@ -357,7 +361,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, program):
         (tmp_path / name / "__init__.py").write_text(
             "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
         )
-    process = start("x", program=program, environment={"PYTHONPATH": str(tmp_path)})
+    process = start("x", program=program, env={"PYTHONPATH": str(tmp_path)}, real=True)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 130
     assert err == f"{Path(program).name}: interrupted while starting\n"
@@ -394,7 +398,7 @@ cli.run(train.main)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_without_the_modules_and_signals_that_windows_lacks(tmp_path):
     """Case 27; the lock is then a file of filelock's own."""
     words = tiny(tmp_path / "run", "epochs=1")
@@ -412,7 +416,7 @@ def test_without_the_modules_and_signals_that_windows_lacks(tmp_path):
 @pytest.mark.slow
 def test_a_symlink_to_the_program_finds_its_settings(tmp_path):
     (tmp_path / "link.py").symlink_to(ROOT / "train.py")
-    process = start("--cfg", "job", program=tmp_path / "link.py", cwd=tmp_path)
+    process = start("--cfg", "job", program=tmp_path / "link.py", cwd=tmp_path, real=True)
     out, err = process.communicate(timeout=240)
     assert (process.returncode, err) == (0, "")
     assert "epochs: 200" in out

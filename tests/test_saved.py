@@ -13,6 +13,7 @@ import models
 from models import AA, GE, SE, Description, NoAttention
 from models.saved import describe_attention, description_as_text, weights_as_bytes
 
+from app import run_app
 from helpers import ROOT, TINY
 
 ATTENTIONS = [
@@ -100,8 +101,8 @@ def test_other_tools_open_the_weights(tmp_path):
 
 def test_of_a_run_the_finished_network_is_loaded_and_of_a_checkpoint_the_same(tmp_path):
     words = [*TINY, "epochs=2", "attention=aa", "ema=0.5", "tracking=csv"]
-    command = [sys.executable, ROOT / "train.py", *words, f"hydra.run.dir={tmp_path / 'run'}"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    command = [ROOT / "train.py", *words, f"run_dir={tmp_path / 'run'}"]
+    run_app(command, cwd=tmp_path, check=True)
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"weights.safetensors", "config.json", "last.pt", "previous.pt"} <= files
     last = models.load(tmp_path / "run" / "last.pt")

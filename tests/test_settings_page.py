@@ -44,8 +44,8 @@ def all_settings():
 
 
 @pytest.fixture
-def command(monkeypatch, tmp_path):
-    """The command on a copy of configs/ and of the page; a function from its words to its end."""
+def command(monkeypatch, tmp_path, capsys):
+    """The command on a copy of configs/ and of the page; a function from its words to its error."""
     shutil.copytree(CONFIGS, tmp_path / "configs", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(settings.PAGE, tmp_path / "settings.md")
     monkeypatch.setattr(settings, "CONFIGS", tmp_path / "configs")
@@ -56,7 +56,8 @@ def command(monkeypatch, tmp_path):
         try:
             settings.main()
         except SystemExit as stopped:
-            return stopped.code
+            line = capsys.readouterr().err.rstrip("\n")
+            return line if stopped.code == 1 else f"code {stopped.code}"
         return None
 
     return call

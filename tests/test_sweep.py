@@ -6,11 +6,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
 
 import train
-from training import cli, outcome, run_folder, sweep
+from training import cli, run_folder, sweep
 
 from folders import failed, make_run
 from helpers import TINY
@@ -69,13 +68,13 @@ def test_twelve_jobs_of_which_three_cannot_be_trained_and_one_diverges_twice(swe
         assert f"optim.lr={['0.01', '0.02', '1e+30'][number // 4]} " in line
         assert "batch_size" not in line  # all jobs have it
     lines = said.err.splitlines()
-    # Before the first job trains, and in its turn.
-    assert [line.partition(" (")[0] for line in lines[:3]] == [
-        f"train.py: job #{number}" for number in (3, 7, 11)
+    assert [line.partition(": g")[0].partition(": the")[0] for line in lines] == [
+        f"train.py: job #{number}" for number in (3, 7, 8, 11)
     ]
-    assert all("is not run: grad_clip=-1.0 must be positive" in line for line in lines[:3])
-    assert lines[3].startswith("train.py: job #8: the loss is not finite")
-    assert len(lines) == 4
+    assert all("grad_clip=-1.0 must be above 0" in lines[number] for number in (0, 1, 3))
+    assert "the loss is not finite" in lines[2]
+    assert "job #5 of 12: optim.lr=0.02 grad_clip=1e-30" in said.out
+    assert not list(tmp_path.rglob(".sweep-*"))
     assert len(list(tmp_path.rglob("summary.json"))) == 8
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.json")}
 
@@ -160,7 +159,7 @@ def test_a_signal_ends_the_sweep_with_the_table(sweeps, monkeypatch):
     said = sweeps(*ONE_EPOCH, "seed=0,1,2")
     assert said.code == 143
     _, count = table(said)
-    assert count.startswith("3 jobs: 1 done, 1 stopped, 1 not begun; the same command with resume=")
+    assert count.startswith("3 jobs: 1 done, 1 stopped, 1 not started; the same command with res")
 
 
 @pytest.mark.slow
@@ -187,65 +186,71 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_the_jobs(sweeps, tmp_
     assert "done: top-1" in jobs[1]
 
 
-def jobs_of(tmp_path, number):
-    cfg = OmegaConf.create({"resume": None})
-    return [
-        sweep.Job(n, [f"seed={n}", "epochs=1"], cfg, tmp_path / f"{n}", own_folder=False)
-        for n in range(number)
-    ]
+def test_a_sweep_of_which_no_job_can_be_trained(sweeps):
+    said = sweeps(*ONE_EPOCH, "grad_clip=-1,-2")
+    assert (said.code, said.steps) == (2, 0)
+    assert table(said)[1] == "2 jobs: 2 refused"
 
 
-def hydras(tmp_path):
-    return OmegaConf.create({"hydra": {"sweep": {"dir": str(tmp_path)}}})
+@pytest.fixture
+def started(monkeypatch, tmp_path):
+    """The callback of a sweep of three jobs has been called; a function that notes a job."""
+    config = OmegaConf.create(
+        {
+            "hydra": {
+                "sweep": {"dir": str(tmp_path)},
+                "sweeper": {"_target_": "a.BasicSweeper", "params": {"grad_clip": "1"}},
+                "overrides": {"task": ["epochs=1", "seed=0,1,2"]},
+            }
+        }
+    )
+    sweep.StartSweep().on_multirun_start(config)
+
+    def note(number, outcome="", why=""):
+        folder = str(tmp_path / str(number))
+        sweep.Record(number, ["epochs=1", f"seed={number}"], folder).write(outcome, why)
+
+    yield note
+    sweep.end(None)
 
 
-def test_a_launcher_that_dies_leaves_what_the_folders_say(tmp_path, capsys):
+def test_a_process_that_dies_leaves_what_its_folder_says(started, tmp_path, capsys):
     """A process of Slurm's or joblib's may be killed, and the launcher then returns nothing."""
-    jobs = jobs_of(tmp_path, 3)
     make_run(tmp_path / "0", 61.25, seed=0)
     failed(tmp_path / "1", "the loss is not finite in epoch 1")
-
-    def launch(words, initial_job_idx):
-        assert words == [job.words for job in jobs]
-        raise RuntimeError("job 7 was killed")
-
-    with pytest.raises(SystemExit) as stopped:
-        sweep.run(jobs, hydras(tmp_path), launch, one_by_one=False)
-    assert stopped.value.code == 1
-    assert [(job.outcome, job.why) for job in jobs] == [
-        (outcome.DONE, "test top-1 61.25, top-5 81.25"),
-        (outcome.DIVERGED, "the loss is not finite in epoch 1"),
-        (outcome.FAILED, "job 7 was killed"),
+    for number in range(3):
+        started(number)
+    assert sweep.end(RuntimeError("job 7 was killed")) == 1
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "#0    seed=0  done: test top-1 61.25, top-5 81.25",
+        "#1    seed=1  diverged: the loss is not finite in epoch 1",
+        "#2    seed=2  failed: job 7 was killed",
+        "3 jobs: 1 done, 1 diverged, 1 failed; the same command with resume=auto trains what is "
+        "missing",
     ]
-    assert "3 jobs: 1 done, 1 diverged, 1 failed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("at_once", "batches"), [(None, [3]), (2, [2, 1]), (1, [1, 1, 1])])
-def test_a_launcher_is_given_so_many_jobs_at_once(tmp_path, at_once, batches):
-    jobs, given = jobs_of(tmp_path, 3), []
-
-    def launch(words, initial_job_idx):
-        given.append((initial_job_idx, len(words)))
-        return [JobReturn(status=JobStatus.COMPLETED, _return_value=50.0) for _ in words]
-
-    results = sweep.run(jobs, hydras(tmp_path), launch, one_by_one=False, at_once=at_once)
-    assert [size for _, size in given] == batches
-    assert [first for first, _ in given] == [sum(batches[:n]) for n in range(len(batches))]
-    assert [r.return_value for r in results] == [50.0] * 3
-
-
-def test_what_a_launcher_returns_of_a_job(tmp_path):
-    jobs = jobs_of(tmp_path, 3)
-    errors = [outcome.JobError(outcome.SKIPPED, "in use"), ValueError("epochs=0 must be more")]
-    returned = [JobReturn(status=JobStatus.FAILED, _return_value=error) for error in errors]
-    done = JobReturn(status=JobStatus.COMPLETED, _return_value=12.5)
-    with pytest.raises(SystemExit):
-        sweep.run(jobs, hydras(tmp_path), lambda *_, **__: [*returned, done], one_by_one=False)
-    assert [(job.outcome, job.why) for job in jobs] == [
-        (outcome.SKIPPED, "in use"),
-        (outcome.FAILED, "epochs=0 must be more"),
-        (outcome.DONE, "top-1 12.50"),
-    ]
+@pytest.mark.parametrize(
+    ("outcomes", "error", "code"),
+    [
+        (["done", "skipped", "done"], None, 0),
+        (["done", "diverged", "done"], None, 1),
+        (["refused"] * 3, None, 2),
+        (["done", "stopped"], SystemExit(138), 138),
+        (["done", "stopped"], SystemExit(0), 0),
+        (["failed", "stopped"], SystemExit(0), 1),
+        (["done"], KeyboardInterrupt(), 130),
+        ([], KeyboardInterrupt(), 130),
+        ([], ValueError("of Hydra's own"), None),
+    ],
+)
+def test_the_exit_code_of_a_sweep(started, outcomes, error, code, capsys):
+    for number, outcome in enumerate(outcomes):
+        started(number, outcome)
+    assert sweep.end(error) == code
+    missing = 3 - len(outcomes)
+    if code is not None and missing:
+        assert f"{missing} not started" in capsys.readouterr().out
 
 
 def test_a_run_of_an_agent_has_a_folder_by_its_ids(monkeypatch, tmp_path):

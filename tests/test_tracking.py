@@ -15,6 +15,7 @@ import wandb as real_wandb
 import train
 from training import cli, launch, tracking
 
+from app import run_app
 from helpers import ROOT, TINY
 
 # Seconds after which what hangs is let go: no warning then says that it was given up.
@@ -349,7 +350,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 # limits of time are not what is tried, and a busy machine may pass them.
 KILLER = """
 import os, signal, sys
-sys.path.insert(0, os.getcwd())
+sys.path[:0] = [os.getcwd(), os.path.join(os.getcwd(), "tests")]
 sys.argv[0] = "train.py"
 import train
 from training import cli, tracking
@@ -375,15 +376,7 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
     """Two runs in one process; the first one's wandb process dies after an epoch."""
     tiny = [w for w in TINY if "tracking" not in w and "epochs" not in w]
     words = [*tiny, "epochs=3", "seed=0,1", f"out_dir={tmp_path}", "wandb.mode=offline"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLER, "-m", *words],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
-        capture_output=True,
-        text=True,
-        timeout=GUARD,
-        check=False,
-    )
+    done = run_app(["-c", KILLER, "-m", *words], cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert done.stdout.count("service killed\n") == 1
     told = [
@@ -461,14 +454,7 @@ def server():
 @pytest.mark.slow
 def test_servers_that_refuse_fail_hang_or_are_not_there_are_given_up(server, tmp_path):
     addresses = [server(401), server(500), server(None), "http://127.0.0.1:9"]
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER, str(tmp_path), *addresses],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=GUARD,
-        check=False,
-    )
+    done = run_app(["-c", DRIVER, str(tmp_path), *addresses], cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert len(lines) == 2 * len(addresses), done.stdout

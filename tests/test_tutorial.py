@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from app import run_app
 from helpers import ROOT
 
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -59,13 +60,17 @@ def blocks():
     return [(kind, text) for kind, text in BLOCK.findall(page)]
 
 
-def run(command, clone):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
-    done = subprocess.run(
-        command, cwd=clone, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+def run(words, clone):
+    done = run_app(words, cwd=clone, env=os.environ | {"WANDB_MODE": "disabled"}, timeout=900)
+    assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
+
+
+def as_a_shell_reads(command, clone):
+    """The words of a command, without its quotes and with the folders that its ``*`` stand for."""
+    command = ["bash", "-c", f"printf '%s\\0' {command}"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
+    return done.stdout.split("\0")[:-1]
 
 
 @pytest.mark.slow
@@ -74,13 +79,13 @@ def test_every_command_does_what_the_page_says(clone):
     outputs = {}
     for kind, text in blocks():
         if kind == "python":
-            outputs[text] = run([sys.executable, "-c", text], clone)
+            outputs[text] = run(["-c", text], clone)
             continue
         for line in text.splitlines():
-            # The environment of the tests, which `make install` has set up.
             command = line.replace("make compare", f"{PYTHON} scripts/compare.py")
-            command = command.replace(PYTHON, f'"{sys.executable}"')
-            outputs[line] = run(["bash", "-c", command], clone)
+            python, *words = as_a_shell_reads(command, clone)
+            assert python == PYTHON
+            outputs[line] = run(words, clone)
     first = outputs["make compare"]
     (three,) = (text for kind, text in blocks() if "scripts/evaluate.py outputs/compare" in text)
     said = [line.partition("  #")[0].strip() for line in first.partition("next:\n")[2].splitlines()]

@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -13,6 +12,7 @@ from reporting import dashboard, workspace
 from reporting.analysis import analyze
 from scripts.workspace import augmented_blocks
 
+from app import run_app
 from folders import make_run
 from helpers import CONFIGS, ROOT, TINY
 from wandb_server import ServerProcess
@@ -159,14 +159,8 @@ def server(tmp_path):
 
 
 def call(server, *words, **environment):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "workspace.py"), *words],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=server.environment | environment,
-        check=False,
-    )
+    command = [ROOT / "scripts" / "workspace.py", *words]
+    return run_app(command, env=server.environment | environment)
 
 
 @pytest.mark.slow

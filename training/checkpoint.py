@@ -12,7 +12,7 @@ import torch
 from models.saved import is_colour
 from training import progress, run_folder
 from training.console import first_line, one_line
-from training.device import get_rng_state, set_rng_state
+from training.device import get_rng_state, precision_name, set_rng_state
 from training.files import write_whole
 from training.kinds import (
     OBJECT,
@@ -187,10 +187,9 @@ def check_precision(state: dict[str, Any], precision: str, asked: str, folder: P
     """
     before = state["segments"][-1]["precision"] if state["segments"] else precision
     if before != precision:
-        short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[before]
         raise ValueError(
             f"precision={asked} is {precision} here, and the run was trained in {before} so far; "
-            f"precision={short} {pasteable('hydra.run.dir', folder)} continues it"
+            f"precision={precision_name(before)} {pasteable('run_dir', folder)} continues it"
         )
 
 

@@ -15,7 +15,8 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# By the names that the setting ``precision`` has for them.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str, world: World | None = None) -> torch.device:
@@ -79,7 +80,12 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
     elif device.type != "cpu" and precision != "fp32":
         raise ValueError(f"precision={precision} is for CPU and CUDA; use fp32 on {device.type}")
-    return _DTYPES[precision]
+    return DTYPES[precision]
+
+
+def precision_name(dtype: str) -> str:
+    """What the setting ``precision`` calls a dtype such as ``bfloat16``; ``auto`` for any other."""
+    return next((name for name, kind in DTYPES.items() if str(kind) == f"torch.{dtype}"), "auto")
 
 
 def cpu_has_bf16() -> bool:

@@ -51,7 +51,7 @@ def start(
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    where = [f"out_dir={quoted(out_dir.absolute())}", f"hydra.run.dir={quoted(run_dir.absolute())}"]
+    where = [f"out_dir={quoted(out_dir.absolute())}", f"run_dir={quoted(run_dir.absolute())}"]
     return subprocess.Popen(
         [*command, str(train), *overrides, *where],
         stdin=subprocess.DEVNULL,

@@ -81,9 +81,6 @@ HYDRA = ".hydra"
 LOCK = ".lock"
 HOLDER = ".holder"
 
-# The folders in which this process has begun a run, that is, has written.
-begun: list[Path] = []
-
 
 class HeldError(ValueError):
     """Another process writes to the folder; the message is one line that says which."""
@@ -116,7 +113,6 @@ class RunFolder:
         Raises:
             OSError: the folder cannot be written.
         """
-        begun.append(self.path)
         for path in (*replaced, self.path / FAILURE):
             path.unlink(missing_ok=True)
         self._make_folder(self.path / HYDRA)
@@ -186,7 +182,7 @@ class RunFolder:
             except filelock.Timeout:
                 raise HeldError(
                     f"{self.path} is in use by {holder(self.path) or 'another process'}; wait for "
-                    "it, stop it, or give another name=, out_dir= or hydra.run.dir="
+                    "it, stop it, or give another name=, out_dir= or run_dir="
                 ) from None
             # The one that held it before may have removed the file between the two steps above.
             if (self.path / LOCK).exists():
@@ -453,6 +449,11 @@ def scores_line(summary: dict[str, Any]) -> str:
     """A finished run's scores in words."""
     on = summary["evaluated_on"]
     return f"{on} top-1 {summary[f'{on}/top1']:.2f}, top-5 {summary[f'{on}/top5']:.2f}"
+
+
+def top1(summary: dict[str, Any]) -> float:
+    """A finished run's top-1 accuracy in per cent."""
+    return float(summary[f"{summary['evaluated_on']}/top1"])
 
 
 def first_nonfinite(values: dict[str, Any]) -> str | None:

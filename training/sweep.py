@@ -1,246 +1,284 @@
-"""The jobs of ``train.py -m``: which can be trained, and what became of each.
+"""The jobs of ``train.py -m``, and what became of each, whichever sweeper and launcher run them.
 
-A job that fails or diverges never ends the sweep. What no machine could train is named before the
-first job begins; with ``resume=auto`` the jobs that have a result already, a bad one included, are
-not begun again.
+A job returns its score, or `NO_SCORE`, and does not raise: it never ends the sweep, neither that of
+Hydra's own sweeper nor the study of one that searches. Each job writes a record into a folder that
+is made before the first one, because a launcher may run it in another process; the table at the end
+is made of these records.
 """
 
-import copy
+import json
+import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import shutil
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.utils import JobReturn, JobStatus
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
 
-from training import cli, console, outcome, run_folder, settings
+from training import console, run_folder, settings
 from training.distributed import await_main, broadcast_from_main, process_group, world
-from training.files import write_text
+from training.errors import explain, is_for_the_user
+from training.files import write_json
 from training.kinds import UnreadableError
 from training.tracking import OF_ONE_RUN
 from training.variants import result_settings
 
+# What can become of a job, in the order in which they are counted.
+DONE, SKIPPED, STOPPED = "done", "skipped", "stopped"
+DIVERGED, FAILED, REFUSED, NOT_STARTED = "diverged", "failed", "refused", "not started"
+ALL = (DONE, SKIPPED, STOPPED, DIVERGED, FAILED, REFUSED, NOT_STARTED)
+# Such a job has no result.
+BAD = (DIVERGED, FAILED, REFUSED)
+# The same command may give it one.
+WILL_RESUME = (STOPPED, FAILED, NOT_STARTED)
 
-@dataclass(eq=False)
-class Job:
-    """One combination of the sweep's settings: its overrides, its run's folder, its outcome."""
+# What a sweeper that searches is told of a job without a result: the lowest top-1 accuracy.
+NO_SCORE = 0.0
+# The folder of the sweep's records, for the processes that a launcher starts.
+RECORDS = "AACONV_SWEEP"
+
+
+@dataclass
+class Record:
+    """A job: its number, its overrides, its run's folder, and what became of it and why."""
 
     number: int
     words: list[str]
-    cfg: DictConfig
-    folder: Path
-    own_folder: bool  # whether the user chose hydra.sweep.subdir
-    outcome: str = outcome.NOT_BEGUN
+    folder: str
+    outcome: str = ""
     why: str = ""
 
-    def end(self, outcome: str, why: str) -> None:
-        """Note what has become of it, and why in one line."""
+    def write(self, outcome: str, why: str) -> None:
+        """Note what became of the job, where other processes of the sweep find it."""
         self.outcome, self.why = outcome, why
+        if world().is_main and RECORDS in os.environ:
+            write_json(Path(os.environ[RECORDS]) / f"{self.number}.json", asdict(self))
 
 
-# ---- Before the first job -----------------------------------------------------------------------
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep that this process has started.
 
-
-def plan(all_words: Sequence[list[str]], load: Callable[[list[str]], DictConfig]) -> list[Job]:
-    """The jobs, those that cannot be trained refused, and those with a result skipped.
-
-    ``load`` composes the settings of a job.
-
-    Raises:
-        HydraException, OmegaConfBaseException: settings that train.py does not have.
-        SystemExit: none of the jobs can be trained (code 2); the line is printed.
+    Attributes:
+        fixed: the settings of its command that are the same in all jobs.
+        jobs: their number, if known.
+        records: their folder, in the main process.
+        description: the file that Hydra writes, if it was not there before.
     """
-    jobs = [_job(number, words, load(words)) for number, words in enumerate(all_words)]
-    for job in jobs:
-        try:
-            settings.check(job.cfg, world().size)
-        except ValueError as error:
-            job.end(outcome.REFUSED, console.one_line(error))
-    if all(job.outcome == outcome.REFUSED for job in jobs):
-        reasons = {job.why for job in jobs}
-        more = f"; none of the {len(jobs)} jobs can be trained" if len(reasons) > 1 else ""
-        cli.stop(f"{jobs[0].why}{more}")
-    # The main process alone looks, and so all of several begin the same jobs.
-    with process_group():
-        for job, found in zip(jobs, broadcast_from_main(lambda: _look(jobs)), strict=True):
-            job.end(*found)
-    return jobs
+
+    fixed: set[str]
+    jobs: int | None
+    records: Path | None
+    description: Path | None
 
 
-def _job(number: int, words: list[str], config: DictConfig) -> Job:
-    with open_dict(config):
-        config.hydra.job.id = str(number)
-        config.hydra.job.num = number
-    with _as_hydras(config):
-        sweep = config.hydra.sweep
-        output_dir = Path(os.path.abspath(Path(str(sweep.dir), str(sweep.subdir))))
-        cfg = copy.deepcopy(config)
-        with open_dict(cfg):
-            del cfg["hydra"]
-        return Job(number, words, cfg, cli.run_dir(cfg, output_dir), sweep.subdir != ".")
+_started: list[Sweep] = []
 
 
-@contextmanager
-def _as_hydras(config: DictConfig) -> Iterator[None]:
-    # The settings may refer to hydra's by the resolver ``${hydra:...}``, as in a job.
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)
-    try:
-        yield
-    finally:
-        HydraConfig.instance().cfg = before
+class StartSweep(Callback):
+    """Makes the folder of the records; ``hydra.callbacks`` in configs/config.yaml names it."""
 
-
-def _look(jobs: list[Job]) -> list[tuple[str, str]]:
-    """The jobs' outcomes, after a look at their folders."""
-    for job in jobs:
-        if job.outcome == outcome.NOT_BEGUN and job.cfg.resume == "auto" and not job.cfg.overwrite:
-            _skip_if_there(job)
-    return [(job.outcome, job.why) for job in jobs]
-
-
-def _skip_if_there(job: Job) -> None:
-    """Note the result of a job that has one, good or bad; it would train nothing."""
-    try:
-        failure = run_folder.read_failure(job.folder)
-        if failure is not None:
-            job.end(outcome.DIVERGED, f"{failure} (before; overwrite=true trains it again)")
-            return
-        summary = run_folder.read_summary(job.folder)
-    except (FileNotFoundError, UnreadableError):
-        return  # the job itself says what is wrong
-    if result_settings(summary["config"]) == result_settings(settings.resolve(job.cfg)):
-        job.end(outcome.SKIPPED, f"finished before: {run_folder.scores_line(summary)}")
-
-
-# ---- The jobs -----------------------------------------------------------------------------------
-
-
-def run(
-    jobs: list[Job],
-    config: DictConfig,
-    launch: Callable[..., Sequence[JobReturn]],
-    *,
-    one_by_one: bool,
-    at_once: int | None = None,
-) -> list[JobReturn]:
-    """Train what is missing, print the table, and return what ``launch`` has for each job.
-
-    ``launch`` is that of Hydra's launcher, which is given a job after the other with
-    ``one_by_one``, else ``at_once`` of them together (None: all).
-
-    Raises:
-        SystemExit: a job has no result (code 1); a signal or the end of the time stopped one.
-    """
-    for job in jobs:
-        if job.outcome == outcome.REFUSED:
-            _tell(job, jobs)
-    # A launcher numbers what it is given; folders that the user names by it must stay the same.
-    all_of_them = not one_by_one and any(job.own_folder for job in jobs)
-    left = [job for job in jobs if job.outcome == outcome.NOT_BEGUN or all_of_them]
-    if left and world().is_main:
-        folder = Path(config.hydra.sweep.dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "multirun.yaml", OmegaConf.to_yaml(config))
-    for name in OF_ONE_RUN:
-        os.environ.pop(name, None)
-    results: list[JobReturn] = []
-    code = None
-    try:
-        size = 1 if one_by_one else at_once or max(1, len(left))
-        for first in range(0, len(left), size):
-            if one_by_one:
-                _head(left[first], jobs)
-            results += _launch(left[first : first + size], launch)
-    except SystemExit as stopped:  # of a job in this process
-        code = stopped.code
-    except KeyboardInterrupt:
-        code = 130
-    finally:
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Called before the first job."""
+        for name in OF_ONE_RUN:
+            os.environ.pop(name, None)
+        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        fixed = {o.get_key_element() for o in overrides if not o.is_sweep_override()}
+        records = description = None
         if world().is_main:
-            print("\n" + "\n".join(table(jobs)), flush=True)
-        await_main()
-    bad = any(job.outcome in outcome.BAD for job in jobs)
-    if code is not None or bad:
-        raise SystemExit(code or int(bad))
-    return results
+            folder = Path(config.hydra.sweep.dir).absolute()
+            folder.mkdir(parents=True, exist_ok=True)
+            records = Path(tempfile.mkdtemp(prefix=".sweep-", dir=folder))
+            os.environ[RECORDS] = str(records)
+            description = folder / "multirun.yaml"
+        new = description is not None and not description.exists()
+        jobs = _number_of_jobs(config, overrides)
+        _started.append(Sweep(fixed, jobs, records, description if new else None))
 
 
-def _launch(jobs: list[Job], launch: Callable[..., Sequence[JobReturn]]) -> Sequence[JobReturn]:
-    # Others are there for their number only: they end at once, and their outcome is known.
-    begun = [job for job in jobs if job.outcome == outcome.NOT_BEGUN]
+def _number_of_jobs(config: DictConfig, overrides: list[Override]) -> int | None:
+    """All combinations, where Hydra's own sweeper makes them; a search has no such number."""
+    if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
+        return None
+    words = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    all_of_them = [*OverridesParser.create().parse_overrides(words), *overrides]
+    sizes = [len(list(o.sweep_string_iterator())) for o in all_of_them if o.is_sweep_override()]
+    return math.prod(sizes)
+
+
+# ---- A job --------------------------------------------------------------------------------------
+
+
+def run_job(
+    train: Callable[[DictConfig, Path], dict[str, Any]],
+    cfg: DictConfig,
+    folder: Path,
+    *,
+    full_error: bool,
+) -> float:
+    """Train ``cfg`` in ``folder`` by ``train``, and return its top-1 accuracy, or `NO_SCORE`.
+
+    With ``resume=auto`` a job that has a result, good or bad, is not begun again.
+
+    Raises:
+        SystemExit: a signal stops the sweep, or the end of the time; or another of several
+            processes has died.
+    """
+    hydra = HydraConfig.get()
+    record = Record(int(hydra.job.num), list(hydra.overrides.task), str(folder))
+    record.write("", "")
+    _print_head(record)
     try:
-        results = launch([job.words for job in jobs], initial_job_idx=jobs[0].number)
-    except BaseException as error:  # a job's process died, or was told to stop
-        for job in begun:
-            _read_outcome(job, error)
-        if not isinstance(error, Exception):
+        settings.check(cfg, world().size)
+    except ValueError as error:
+        return _no_result(record, REFUSED, explain(error))
+    try:
+        with process_group(compiles=cfg.compile):
+            # The main process alone looks, and so all of several do the same.
+            found = broadcast_from_main(lambda: _earlier_result(cfg, folder))
+            if found is not None:
+                record.write(found[0], found[1])
+                return found[2]
+            summary = train(cfg, folder)
+        record.write(DONE, f"top-1 {run_folder.top1(summary):.2f}")
+        return run_folder.top1(summary)
+    except SystemExit as stopped:
+        record.write(STOPPED, "resume=auto continues it")
+        # Where each job has a process of its own, the time is over for that one alone.
+        if stopped.code or _in_this_process(hydra):
             raise
-        return []
-    for job, result in zip(jobs, results, strict=True):
-        if job in begun:
-            _note(job, result)
-    return results
+        return NO_SCORE
+    except ConnectionError as error:
+        # Each process tells of another's death: the main one may be the dead one.
+        console.stop("train.py", explain(error))
+    except Exception as error:
+        why = explain(error)
+        if full_error or not is_for_the_user(error):
+            traceback.print_exception(error)
+            why = f"{type(error).__name__}: {why}"
+        if isinstance(error, FloatingPointError | run_folder.DivergedError):
+            return _no_result(record, DIVERGED, why)
+        return _no_result(
+            record, SKIPPED if isinstance(error, run_folder.HeldError) else FAILED, why
+        )
 
 
-def _note(job: Job, result: JobReturn) -> None:
-    returned = result._return_value  # the property raises what is a failure
-    if result.status == JobStatus.COMPLETED:
-        job.end(outcome.DONE, f"top-1 {returned:.2f}")
-    elif isinstance(returned, outcome.JobError):
-        job.end(*returned.args)
-    else:
-        job.end(outcome.FAILED, cli.explain(returned))
-
-
-def _read_outcome(job: Job, error: BaseException) -> None:
-    """What the run's folder says of a job whose launcher has nothing to say."""
+def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | None:
+    """Outcome, reason and score of a job that has a result and would train nothing."""
+    if cfg.resume != "auto" or cfg.overwrite:
+        return None
     try:
-        failure = run_folder.read_failure(job.folder)
+        failure = run_folder.read_failure(folder)
         if failure is not None:
-            job.end(outcome.DIVERGED, failure)
-            return
-        job.end(outcome.DONE, run_folder.scores_line(run_folder.read_summary(job.folder)))
+            why = f"{failure} (before; overwrite=true trains it again)"
+            return DIVERGED, why, NO_SCORE
+        summary = run_folder.read_summary(folder)
     except (FileNotFoundError, UnreadableError):
-        if isinstance(error, SystemExit | KeyboardInterrupt):
-            job.end(outcome.STOPPED, "resume=auto continues it")
-        else:
-            job.end(outcome.FAILED, cli.explain(error))
+        return None  # the run itself says what is wrong
+    if result_settings(summary["config"]) != result_settings(settings.resolve(cfg)):
+        return None
+    why = f"finished before: {run_folder.scores_line(summary)}"
+    return SKIPPED, why, run_folder.top1(summary)
 
 
-# ---- What is said of them -----------------------------------------------------------------------
-
-
-def _head(job: Job, jobs: list[Job]) -> None:
+def _no_result(record: Record, outcome: str, why: str) -> float:
+    record.write(outcome, why)
     if world().is_main:
-        print(f"\njob #{job.number} of {len(jobs)}: {_label(job, jobs)}", flush=True)
+        console.tell("train.py", f"job #{record.number}: {why}")
+    return NO_SCORE
 
 
-def _tell(job: Job, jobs: list[Job]) -> None:
-    if world().is_main:
-        console.tell("train.py", f"job #{job.number} ({_label(job, jobs)}) is not run: {job.why}")
+def _in_this_process(hydra: Any) -> bool:
+    """Whether Hydra trains one job of the sweep after the other, in this process."""
+    return "basic_launcher" in hydra.launcher._target_
 
 
-def table(jobs: list[Job]) -> list[str]:
+def _print_head(record: Record) -> None:
+    if _started and world().is_main:
+        jobs = _started[-1].jobs
+        of = "" if jobs is None else f" of {jobs}"
+        print(f"\njob #{record.number}{of}: {_label(record)}", flush=True)
+
+
+def _label(record: Record) -> str:
+    """The job's overrides but for those that all jobs have."""
+    fixed = _started[-1].fixed
+    return " ".join(word for word in record.words if word.partition("=")[0] not in fixed)
+
+
+# ---- The end ------------------------------------------------------------------------------------
+
+
+def end(error: BaseException | None) -> int | None:
+    """Print the table of the sweep that this process has started, and return the exit code.
+
+    It is 0 if all jobs have a result, 1 if one has none, 2 if all were refused; or that of
+    ``error``, which has ended the sweep, where it is an exit or Ctrl-C. None where there is no
+    sweep, or the error came before its first job.
+    """
+    if not _started:
+        return None
+    sweep = _started.pop()
+    records = []
+    if sweep.records is not None:
+        os.environ.pop(RECORDS, None)
+        records = [Record(**json.loads(p.read_text())) for p in sweep.records.glob("*.json")]
+        shutil.rmtree(sweep.records, ignore_errors=True)
+    await_main()
+    if isinstance(error, Exception) and not records:
+        if sweep.description is not None:
+            sweep.description.unlink(missing_ok=True)
+        return None
+    for record in records:
+        if not record.outcome:  # its process has died, or was told to stop
+            record.outcome, record.why = _from_folder(Path(record.folder), error)
+    started = {record.number for record in records}
+    for number in set(range(sweep.jobs or 0)) - started:
+        records.append(Record(number, [], "", NOT_STARTED))
+    records.sort(key=lambda record: record.number)
+    if records:
+        _started.append(sweep)  # for the labels
+        print("\n" + "\n".join(table(records)), flush=True)
+        _started.pop()
+    outcomes = {record.outcome for record in records}
+    code = 2 if outcomes == {REFUSED} else int(not outcomes.isdisjoint(BAD))
+    if isinstance(error, SystemExit):
+        return int(error.code or 0) or code
+    return 130 if isinstance(error, KeyboardInterrupt) else code
+
+
+def _from_folder(folder: Path, error: BaseException | None) -> tuple[str, str]:
+    """What the run's folder says of a job whose process has left no word."""
+    try:
+        failure = run_folder.read_failure(folder)
+        if failure is not None:
+            return DIVERGED, failure
+        return DONE, run_folder.scores_line(run_folder.read_summary(folder))
+    except (FileNotFoundError, UnreadableError):
+        if isinstance(error, Exception):
+            return FAILED, explain(error)
+        return STOPPED, "resume=auto continues it"
+
+
+def table(records: list[Record]) -> list[str]:
     """The jobs with the settings that tell them apart and their outcomes, and the counts."""
-    labels = [_label(job, jobs) for job in jobs]
+    labels = [_label(record) for record in records]
     width = max(map(len, labels))
     lines = [
-        f"#{job.number:<4} {label:<{width}}  {job.outcome}{': ' if job.why else ''}{job.why}"
-        for job, label in zip(jobs, labels, strict=True)
+        f"#{r.number:<4} {label:<{width}}  {r.outcome}{': ' if r.why else ''}{r.why}"
+        for r, label in zip(records, labels, strict=True)
     ]
-    ends = [job.outcome for job in jobs]
-    counts = [f"{ends.count(end)} {end}" for end in outcome.ALL if end in ends]
-    count = f"{len(jobs)} job{'s' if len(jobs) > 1 else ''}: {', '.join(counts)}"
-    if not set(ends).isdisjoint(outcome.TO_BE_CONTINUED):
+    outcomes = [record.outcome for record in records]
+    counts = [f"{outcomes.count(one)} {one}" for one in ALL if one in outcomes]
+    count = f"{len(records)} job{'s' if len(records) > 1 else ''}: {', '.join(counts)}"
+    if not set(outcomes).isdisjoint(WILL_RESUME):
         count += "; the same command with resume=auto trains what is missing"
     return [*lines, count]
-
-
-def _label(job: Job, jobs: list[Job]) -> str:
-    """Those of the job's overrides that not all jobs have."""
-    common = set.intersection(*(set(other.words) for other in jobs)) if len(jobs) > 1 else set()
-    return " ".join(word for word in job.words if word not in common)

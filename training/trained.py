@@ -1,10 +1,8 @@
 """The settings and the images of a run, found again by its trained network alone."""
 
 import json
-from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -13,11 +11,10 @@ from omegaconf.errors import OmegaConfBaseException
 import models
 from configs.schema import FolderConfig
 from data import Dataset
-from training.cli import explain
+from training.compose import compose_config
+from training.device import precision_name
+from training.errors import explain
 from training.launch import quoted
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def compose_settings(
@@ -37,13 +34,12 @@ def compose_settings(
             there = ", ".join(("data", *allowed))
             raise ValueError(f"{key}: not a setting here; there are {there}")
     settings = trained.description.settings
-    words = [f"precision={SHORT.get(trained.description.precision, 'auto')}"]
+    words = [f"precision={precision_name(trained.description.precision)}"]
     if "data" not in keys:
         words += _own_data(trained, path, keys)
     words += [f"{key}={json.dumps(settings[key])}" for key in ("channels_last",) if key in settings]
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            return compose("config", [*words, *overrides])
+        return compose_config([*words, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: {explain(error)}") from error
 

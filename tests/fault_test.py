@@ -1,28 +1,17 @@
 """Kill a training run at random moments, resume it each time, and look for any trace of that.
 
-    python scripts/fault_test.py
-    python scripts/fault_test.py --kills 20 --processes 2 -- checkpoint_minutes=0.02
+    python -m tests.fault_test
+    python -m tests.fault_test --kills 20 --processes 2 -- checkpoint_minutes=0.02
 
 A small run is made once without interruption. Then the same command runs in another folder, is
 ended by SIGKILL and started again, until it is finished and all kills have been given; a run that
 finishes before is followed by another. A quarter of the moments are in the start-up, the others
-anywhere after it. At the end weights, optimiser, averaged weights, RNGs, rows and summary must be
+anywhere after it. At the end weights, optimizer, averaged weights, RNGs, rows and summary must be
 those of the first run, to the bit; only times and memory may differ. Exit code 1 if anything else
 does.
 
 What comes after ``--`` goes to train.py. With ``--processes`` torchrun starts that many.
 """
-
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from training import console
-
-if __name__ == "__main__":
-    console.prepare("fault_test.py")
 
 import argparse
 import csv
@@ -31,12 +20,17 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from training import checkpoint, launch, run_folder
+
+ROOT = Path(__file__).resolve().parent.parent
 
 # A little of everything that has a state, and a checkpoint after every step.
 SMALL = [
@@ -130,8 +124,8 @@ def end_well(run: subprocess.Popen[bytes], folder: Path) -> None:
         RuntimeError: it did not end with code 0; the message has the last line it has printed.
     """
     if run.wait() != 0:
-        said = folder.with_suffix(".txt").read_text().splitlines()[-1:]
-        raise RuntimeError(f"{folder}: train.py ended with code {run.returncode}: {said}")
+        printed = folder.with_suffix(".txt").read_text().splitlines()[-1:]
+        raise RuntimeError(f"{folder}: train.py ended with code {run.returncode}: {printed}")
 
 
 def kill(run: subprocess.Popen[bytes]) -> None:
@@ -139,18 +133,12 @@ def kill(run: subprocess.Popen[bytes]) -> None:
     run.send_signal(signal.SIGSTOP)  # it starts no others meanwhile
     family = [run.pid]
     for pid in family:
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            if parent == pid:
-                family.append(int(stat.parent.name))
+        for children in Path("/proc").glob(f"{pid}/task/*/children"):
+            with suppress(OSError):
+                family += map(int, children.read_text().split())
     for pid in family:
-        try:
+        with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
     run.wait()
 
 
@@ -282,18 +270,18 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "faults")
     parser.add_argument("overrides", nargs="*", default=[])
-    given = parser.parse_args()
+    args = parser.parse_args()
     try:
         outcome = fault_test(
-            given.out,
-            kills=given.kills,
-            seed=given.seed,
-            processes=given.processes,
-            overrides=[*SMALL, *given.overrides],
+            args.out,
+            kills=args.kills,
+            seed=args.seed,
+            processes=args.processes,
+            overrides=[*SMALL, *args.overrides],
         )
     except (OSError, RuntimeError) as error:
-        console.stop("fault_test.py", console.one_line(error), 1)
-    print(table(outcome), *outcome["differing"], f"{given.out / 'faults.json'}", sep="\n")
+        sys.exit(f"fault_test: {error}")
+    print(table(outcome), *outcome["differing"], f"{args.out / 'faults.json'}", sep="\n")
     sys.exit(1 if outcome["differing"] else 0)
 
 

@@ -1,29 +1,24 @@
 """Report what the compiler makes of the fused kernels for GPUs that need not be there.
 
-    python scripts/bench_kernels.py [--capabilities 80 89 90] [--shapes 32x32:20:2:8]
-
 A shape is a map, key and value channels per head, and heads; by default those of the networks. For
 each kernel: registers of a thread; spills, the loads and stores of registers that did not fit, in
 all and in the innermost loop; shared memory of a block and the most that a block may have; warps
 that a multiprocessor holds at once; and the instructions of a thread per logit in the innermost
 loop, of which one is always the exponential. A map of one tile has no loop: there the whole kernel
-counts. These are counts, the same on every machine, and no times. Writes bench_kernels.md and
-bench_kernels.json. Takes seconds for each shape and needs triton, but no GPU.
+counts. These are counts, the same on every machine, and no times. It takes seconds for each shape
+and needs triton, but no GPU.
 
-With --measure BATCH the operations are also timed, on the GPU that is there and for its capability
-alone: the median of all kernels and copies of a pass, and which part of it the instructions of the
-innermost loop alone would take if one was issued in every clock.
+With --measure BATCH the operations are also timed, on the GPU that is there; of --capability only
+its own is counted then. The times are medians of all kernels and copies of a pass, and beside them
+is which part the instructions of the innermost loop would take if one was issued in every clock.
 """
 
-import argparse
 import collections
 import os
 import re
 import statistics
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,20 +32,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from aaconv.backends import fused_ops
-from reporting import timing
+from benchmarks import timing
+from training.device import DTYPES
 
-ROOT = Path(__file__).resolve().parent.parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "tf32": torch.float32,
-    "fp32": torch.float32,
-}
-SHAPES = (
+# float32 is computed exactly, or as tf32 where that is allowed.
+ALL_DTYPES = DTYPES | {"tf32": torch.float32}
+SHAPES = [
     "32x32:20:2:8",  # WRN-28-10
     "16x16:20:4:8",
     "8x8:20:8:8",
@@ -60,7 +49,7 @@ SHAPES = (
     "16x16:8:2:4",  # ResNet-20
     "8x8:8:4:4",
     "56x56:20:4:8",  # ResNet-50 on ImageNet
-)
+]
 
 
 class Multiprocessor(NamedTuple):
@@ -82,6 +71,13 @@ LIMITS = {
     100: Multiprocessor(65536, 64, 228 * 1024, 32),
     120: Multiprocessor(65536, 48, 100 * 1024, 24),
 }
+OPTIONS: dict[str, list[Any]] = {
+    "dtype": ["bf16"],
+    "capability": [80, 89, 90],
+    "shape": SHAPES,
+    "measure": [0],
+}
+CHOICES = {"dtype": tuple(ALL_DTYPES), "capability": tuple(LIMITS)}
 
 
 class Driver:
@@ -178,11 +174,21 @@ def describe(compiled: Any, options: dict[str, Any], capability: int) -> dict[st
     }
 
 
-def given(shape: str, dtype: torch.dtype, batch: int = 8, device: str = "cpu") -> list[Tensor]:
+def sizes(shape: str) -> tuple[int, int, int, int, int]:
+    """H, W, dkh, dvh and Nh of a shape.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(:[1-9]\d*){3}", shape):
+        raise ValueError(f"--shape {shape}: write a map, dkh, dvh and Nh, such as {SHAPES[0]}")
+    H, W, dkh, dvh, Nh = map(int, re.split("[x:]", shape))
+    return H, W, dkh, dvh, Nh
+
+
+def inputs(shape: str, dtype: torch.dtype, batch: int = 8, device: str = "cpu") -> list[Tensor]:
     """Queries, keys, values and a gradient as training in channels_last has them, and tables."""
-    size, *rest = shape.split(":")
-    H, W = map(int, size.split("x"))
-    dkh, dvh, Nh = map(int, rest)
+    H, W, dkh, dvh, Nh = sizes(shape)
     dk, dv = dkh * Nh, dvh * Nh
 
     def heads(t: Tensor) -> Tensor:
@@ -197,7 +203,7 @@ def given(shape: str, dtype: torch.dtype, batch: int = 8, device: str = "cpu") -
     return [*map(heads, qkv), heads(channels_last(dv)), *tables]
 
 
-def kernels(shape: str, dtype: str, capability: int) -> Iterator[dict[str, Any]]:
+def count(shape: str, dtype: torch.dtype, capability: int) -> list[dict[str, Any]]:
     """The rows of a shape: forward, backward, and backward in a fixed order."""
     rows: list[dict[str, Any]] = []
 
@@ -214,7 +220,7 @@ def kernels(shape: str, dtype: str, capability: int) -> Iterator[dict[str, Any]]
     driver.set_active(Driver(capability))
     JITFunction.run = compile_only
     try:
-        q, k, v, grad, *tables = given(shape, DTYPES[dtype])
+        q, k, v, grad, *tables = inputs(shape, dtype)
         out, lse = fused_ops._attend(q, k, v, *tables)
         for ordered in (False, True):
             torch.use_deterministic_algorithms(ordered)
@@ -224,13 +230,12 @@ def kernels(shape: str, dtype: str, capability: int) -> Iterator[dict[str, Any]]
         if torch.cuda.is_available():
             driver.reset_active()
         torch.use_deterministic_algorithms(False)
-    for row in rows:
-        yield {"capability": capability, "shape": shape, "dtype": dtype} | row
+    return rows
 
 
-def measured(shape: str, dtype: str, batch: int, count: int = 20) -> dict[str, list[float]]:
+def time(shape: str, dtype: torch.dtype, batch: int, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of forward, backward and ordered backward on the GPU."""
-    q, k, v, grad, *tables = given(shape, DTYPES[dtype], batch, "cuda")
+    q, k, v, grad, *tables = inputs(shape, dtype, batch, "cuda")
     out, lse = fused_ops._attend(q, k, v, *tables)
 
     def backward(ordered: bool) -> None:
@@ -243,58 +248,67 @@ def measured(shape: str, dtype: str, batch: int, count: int = 20) -> dict[str, l
         "gradients": lambda: backward(False),
         "gradients, ordered": lambda: backward(True),
     }
-    return timing.rounds(steps, torch.device("cuda"), count)
+    return timing.rounds(steps, torch.device("cuda"), rounds)
 
 
-def issue_ms(row: dict[str, Any], batch: int) -> float | None:
+def measure(case: dict[str, Any], device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """A row for each kernel of a shape.
+
+    Raises:
+        ValueError: the shape is none, or there is no GPU to measure on.
+    """
+    times: dict[str, list[float]] = {}
+    shape, dtype, batch = case["shape"], ALL_DTYPES[case["dtype"]], case["measure"]
+    torch.set_float32_matmul_precision("high" if case["dtype"] == "tf32" else "highest")
+    if batch:
+        if not torch.cuda.is_available():
+            raise ValueError("--measure needs a CUDA GPU, and torch finds none here")
+        if divmod(case["capability"], 10) != torch.cuda.get_device_capability():
+            return []
+        # Timed first: the compiler is told of another GPU then, though of the same kind.
+        times = time(shape, dtype, batch, rounds)
+    rows = [case | row for row in count(shape, dtype, case["capability"])]
+    for row in rows:
+        if row["kernel"] in times:
+            row |= {"ms": times[row["kernel"]], "issue_ms": issue_ms(row)}
+    return rows
+
+
+def issue_ms(row: dict[str, Any]) -> float | None:
     """Milliseconds of the loop's instructions at one of each of four warps in every clock."""
-    size, *_, Nh = row["shape"].split(":")
-    H, W = map(int, size.split("x"))
+    H, W, _, _, Nh = sizes(row["shape"])
     clock = _clock_mhz()
     if clock is None:
         return None
     units = torch.cuda.get_device_properties(0).multi_processor_count
     issued = 4 * 32 * units * clock * 1e3  # instructions of a thread in a millisecond
-    return float(row["instructions"] * batch * int(Nh) * (H * W) ** 2 / issued)
+    return float(row["instructions"] * row["measure"] * Nh * (H * W) ** 2 / issued)
 
 
 def _clock_mhz() -> float | None:
     words = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
     try:
-        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        return float(said.splitlines()[0])
+        stdout = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        return float(stdout.splitlines()[0])
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
         return None
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
-    lines = []
-    for row in rows:
-        size, dkh, dvh, Nh = row["shape"].split(":")
-        shared = f"{row['shared'] / 1024:.0f} of {row['most_shared'] / 1024:.0f}"
-        lines.append(
-            [
-                *(f"{row['capability'] / 10:.1f}", row["dtype"], row["kernel"], size, dkh, dvh, Nh),
-                *(
-                    str(row["registers"]),
-                    str(row["spills"]),
-                    str(row["spills_in_loop"]),
-                    shared,
-                    str(row["warps"]),
-                ),
-                f"{row['instructions']:.2f}",
-            ]
-        )
-        if "ms" in row:
-            lines[-1] += [timing.spread(row["ms"]), share(row)]
-        elif any("ms" in other for other in rows):
-            lines[-1] += ["", ""]
-    header = ["capability", "dtype", "kernel", "map", "dkh", "dvh", "Nh", "registers", "spills"]
-    header += ["in the loop", "shared KiB", "warps", "instructions a logit"]
-    if any("ms" in row for row in rows):
-        header += ["ms", "% for the loop"]
-    return timing.markdown(header, lines, text_columns=3)
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """The case, what was counted, and what was timed."""
+    return {
+        "capability": f"{row['capability'] / 10:.1f}",
+        "dtype": row["dtype"],
+        "kernel": row["kernel"],
+        **dict(zip(("map", "dkh", "dvh", "Nh"), row["shape"].split(":"), strict=True)),
+        "registers": str(row["registers"]),
+        "spills": str(row["spills"]),
+        "in the loop": str(row["spills_in_loop"]),
+        "shared KiB": f"{row['shared'] / 1024:.0f} of {row['most_shared'] / 1024:.0f}",
+        "warps": str(row["warps"]),
+        "instructions a logit": f"{row['instructions']:.2f}",
+        **({"ms": timing.spread(row["ms"]), "% for the loop": share(row)} if "ms" in row else {}),
+    }
 
 
 def share(row: dict[str, Any]) -> str:
@@ -302,46 +316,3 @@ def share(row: dict[str, Any]) -> str:
     if row["issue_ms"] is None:
         return "clock unknown"
     return f"{100 * row['issue_ms'] / statistics.median(row['ms']):.0f}"
-
-
-def arguments() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 89, 90], choices=LIMITS)
-    parser.add_argument("--dtypes", nargs="+", default=["bf16"], choices=DTYPES)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES)
-    parser.add_argument("--measure", type=int, metavar="BATCH")
-    parser.add_argument("--out", type=Path, default=ROOT / "outputs" / "bench")
-    args = parser.parse_args()
-    for shape in args.shapes:
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(:[1-9]\d*){3}", shape):
-            parser.error(f"--shapes {shape}: write a map, dkh, dvh and Nh, such as 32x32:20:2:8")
-    if args.measure is not None and not torch.cuda.is_available():
-        parser.error("--measure needs a CUDA GPU, and torch finds none here")
-    return args
-
-
-def main() -> None:
-    """Count, and measure if asked to; print and write the table."""
-    args = arguments()
-    rows: list[dict[str, Any]] = []
-    if args.measure is not None:
-        major, minor = torch.cuda.get_device_capability()
-        args.capabilities = [10 * major + minor]
-    for dtype in args.dtypes:
-        torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-        for capability in args.capabilities:
-            for shape in args.shapes:
-                # Timed first: the compiler is told of another GPU then, though of the same kind.
-                times = measured(shape, dtype, args.measure) if args.measure else {}
-                for row in kernels(shape, dtype, capability):
-                    if row["kernel"] in times:
-                        row |= {"ms": times[row["kernel"]], "issue_ms": issue_ms(row, args.measure)}
-                    rows.append(row)
-    about = timing.facts(torch.device("cpu" if args.measure is None else "cuda"))
-    about["versions"]["triton"] = triton.__version__
-    print(timing.write(args.out, "bench_kernels", about, rows, table(rows)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,5 @@
-"""What the benchmarks share: interleaved rounds, and the facts that go with every figure."""
+"""What the benchmarks share: interleaved rounds, memory, and the facts that go with a figure."""
 
-import json
 import multiprocessing
 import statistics
 import sys
@@ -14,10 +13,10 @@ import torch
 from training import provenance
 from training.device import peak_memory_mib
 
+Step = Callable[[], object]
 
-def rounds(
-    steps: Mapping[str, Callable[[], object]], device: torch.device, count: int
-) -> dict[str, list[float]]:
+
+def rounds(steps: Mapping[str, Step], device: torch.device, count: int) -> dict[str, list[float]]:
     """Milliseconds of each step in ``count`` rounds; every round runs all steps.
 
     A machine that is slow for a while then slows down all of them.
@@ -40,19 +39,16 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak(make_step: Callable[..., Callable[[], object]], case: object, device_name: str) -> float:
+def peak(make_step: Callable[..., Step], case: object, device: torch.device) -> float:
     """Peak MiB of a step above what was allocated before it, in a new process.
 
     ``make_step(case, device)`` makes it there; it is a function of a module.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_here, (make_step, case, device_name))
+        return pool.apply(_peak_here, (make_step, case, device))
 
 
-def _peak_here(
-    make_step: Callable[..., Callable[[], object]], case: object, device_name: str
-) -> float:
-    device = torch.device(device_name)
+def _peak_here(make_step: Callable[..., Step], case: object, device: torch.device) -> float:
     step = make_step(case, device)
     if device.type == "cuda":
         step()  # what compilation and the optimizer keep does not count
@@ -64,35 +60,25 @@ def _peak_here(
     return peak_memory_mib(device) - before
 
 
-def spread(milliseconds: list[float]) -> str:
+def spread(milliseconds: list[float], digits: int = 1) -> str:
     """Median (minimum to maximum), for a cell of a table."""
-    low, middle, high = min(milliseconds), statistics.median(milliseconds), max(milliseconds)
-    return f"{middle:.1f} ({low:.1f} to {high:.1f})"
+    figures = (statistics.median(milliseconds), min(milliseconds), max(milliseconds))
+    middle, low, high = (f"{figure:.{digits}f}" for figure in figures)
+    return f"{middle} ({low} to {high})"
+
+
+def ratio(milliseconds: list[float], base: list[float]) -> float:
+    """The median over the rounds of one time over another of the same round."""
+    pairs = zip(milliseconds, base, strict=True)
+    return statistics.median(own / other for own, other in pairs)
 
 
 def facts(device: torch.device) -> dict[str, Any]:
     """Hardware, versions, commit and command of this benchmark."""
+    command = ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
     return {
         "hardware": provenance.hardware(device),
         "versions": provenance.versions(),
         "commit": provenance.commit(),
-        "command": " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(command),
     }
-
-
-def markdown(header: list[str], rows: list[list[str]], text_columns: int) -> str:
-    """A table whose columns are right-aligned numbers after the first ``text_columns``."""
-    marks = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [header, marks, *rows])
-
-
-def write(
-    out: Path, name: str, about: dict[str, Any], rows: list[dict[str, Any]], text: str
-) -> str:
-    """Write NAME.json and NAME.md to the folder ``out``; returns the Markdown."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
-    head = f"{about['hardware']}; {versions}; commit {about['commit']}; `{about['command']}`"
-    (out / f"{name}.md").write_text(f"{head}\n\n{text}\n")
-    return f"{head}\n\n{text}\n"

@@ -1,0 +1,1 @@
+"""What times and what counts: ``python -m benchmarks.bench``."""

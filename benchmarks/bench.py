@@ -1,0 +1,123 @@
+"""Time and count: one command, with a benchmark as its first word.
+
+    python -m benchmarks.bench attention --rounds 7
+    python -m benchmarks.bench step --model resnet20 wrn16_4 --batch 32
+    python -m benchmarks.bench NAME --help
+
+attention, every backend by itself; layer, the layer against other ways to compute it; step, a
+training step of the networks of configs/; augment, one of torchvision's networks; tracking, what
+watching a run costs; kernels, what the compiler makes of the GPU kernels. Options take several
+values, and each combination is a case. NAME.json and NAME.md are written after every case, so that
+a benchmark that is stopped leaves what it has. Times are medians (minimum to maximum) of
+interleaved rounds, ratios the medians of the rounds' ratios. Compare only within a table: machines
+drift between runs, and differ.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from aaconv import text
+from benchmarks import timing
+from training.device import choose_device
+
+NAMES = ("attention", "layer", "step", "augment", "tracking", "kernels")
+OUT = Path(__file__).resolve().parent.parent / "outputs" / "bench"
+
+
+def parse(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
+    """The benchmark that the words name, a module of this room, and its options.
+
+    It has ``OPTIONS``, the default values of each option, of which those of ``TOGETHER`` belong to
+    the same case, and ``CHOICES``; ``measure(case, device, rounds)``, which returns rows, raising
+    ValueError in one line; and ``cells(row)``, what the table has of a row, by its header.
+    """
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="bench", description=__doc__, formatter_class=form)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("options", nargs=argparse.REMAINDER)
+    args = parser.parse_args(words)
+    benchmark = importlib.import_module(f"benchmarks.{args.name}")
+    parser = argparse.ArgumentParser(
+        prog=f"bench {args.name}", description=benchmark.__doc__, formatter_class=form
+    )
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER")
+    choices = getattr(benchmark, "CHOICES", {})
+    for name, values in benchmark.OPTIONS.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            nargs="+",
+            type=type(values[0]),
+            choices=choices.get(name),
+            default=values,
+            help=f"default: {' '.join(map(str, values))}",
+        )
+    options = parser.parse_args(args.options)
+    options.name = args.name
+    return benchmark, options
+
+
+def main() -> None:
+    """Run the benchmark that the command line names."""
+    benchmark, options = parse(sys.argv[1:])
+    try:
+        print(run(benchmark, options))
+    except ValueError as error:
+        sys.exit(f"bench {options.name}: error: {error}")
+
+
+def run(benchmark: ModuleType, options: argparse.Namespace) -> str:
+    """Measure all cases; returns the page that is written in the end."""
+    device, page = choose_device(options.device), ""
+    about = timing.facts(device) | {"rounds": options.rounds}
+    rows: list[dict[str, Any]] = []
+    for case in cases(benchmark, options):
+        new = benchmark.measure(case, device, options.rounds)
+        rows += new
+        if new:
+            lines = table([benchmark.cells(row) for row in rows])
+            page = write(options.out, options.name, about, rows, lines)
+            print(*lines[-len(new) :], sep="\n", flush=True)
+    return f"\n{page}"
+
+
+def cases(benchmark: ModuleType, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """All combinations of the options' values."""
+    together = getattr(benchmark, "TOGETHER", ())
+    axes = {name: getattr(options, name) for name in benchmark.OPTIONS}
+    axes |= {name: [axes[name]] for name in together}
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def table(rows: list[dict[str, str]]) -> list[str]:
+    """Rows by their headers as lines of Markdown, columns of numbers to the right."""
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[row.get(name, "") for name in header] for row in rows]
+    columns = zip(*cells, strict=True)
+    align = ["r" if all(c.strip("*")[:1].isdigit() for c in col if c) else "l" for col in columns]
+    return text.markdown_table([header, *cells], "".join(align))
+
+
+def write(
+    out: Path, name: str, about: dict[str, Any], rows: list[dict[str, Any]], lines: list[str]
+) -> str:
+    """Write NAME.json and NAME.md to the folder ``out``; returns the Markdown."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+    versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
+    head = f"{about['hardware']}; {versions}; commit {about['commit']}; `{about['command']}`"
+    page = "\n".join([head, "", *lines]) + "\n"
+    (out / f"{name}.md").write_text(page)
+    return page
+
+
+if __name__ == "__main__":
+    main()

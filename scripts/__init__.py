@@ -1,0 +1,1 @@
+"""Users' commands: ``python scripts/NAME.py --help``."""

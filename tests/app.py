@@ -1,0 +1,339 @@
+"""Commands of this project in real processes, forked from one that has imported the libraries.
+
+A start takes two to four seconds of a core, nearly all of it to import torch and others. A process
+that is forked from one that has done so takes a tenth of a second, and is otherwise the same: it
+runs the whole script as ``__main__``, imports the project's own modules, and has its own exit code,
+folder, environment, streams and signals. What a command imports, and what a library or Python reads
+when it starts (`READ_ONCE` in the environment, closed streams, Ctrl-C during imports, ``python
+-O``), needs a real start, by `subprocess`.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import multiprocessing.process
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from contextlib import suppress
+from pathlib import Path
+from threading import Thread
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The environment of the server, whatever a test changes before the first command.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+# How the names of variables begin that are read once, when a process or a library starts.
+READ_ONCE = (
+    *("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "ATEN_", "CUDA_", "GOMP_", "KMP_", "MKL_"),
+    *("MPL", "NUMEXPR_", "OMP_", "OPENBLAS_", "TORCH_", "TRITON"),
+)
+# What takes long to import. One that is not here, or not installed, costs time alone.
+LIBRARIES = """
+torch torch._dynamo torch.distributed torch.optim.swa_utils torch.utils.flop_counter antlr4 filelock
+hydra hydra._internal.utils hydra.experimental.callback hydra.utils jinja2 joblib matplotlib.pyplot
+omegaconf omegaconf._impl PIL.Image safetensors.torch scipy.stats submitit tqdm
+"""
+
+
+# ---- In the tests -------------------------------------------------------------------------------
+
+
+class App:
+    """A command in a process of its own, used as `subprocess.Popen` is.
+
+    ``words`` begin with the script, or with ``-c`` and a program. Streams are file descriptors,
+    files, PIPE, DEVNULL, or for stderr STDOUT; those that are None are those of the tests.
+    """
+
+    stdout = stderr = _status = None
+
+    def __init__(
+        self,
+        words,
+        *,
+        cwd=None,
+        env=None,
+        stdin=subprocess.DEVNULL,
+        stdout=None,
+        stderr=None,
+        text=False,
+        start_new_session=False,
+    ):
+        env = dict(os.environ if env is None else env)
+        changed = {
+            name
+            for name in ENVIRONMENT.keys() | env.keys()
+            if name.startswith(READ_ONCE) and env.get(name) != ENVIRONMENT.get(name)
+        } - {"OMP_NUM_THREADS"}
+        if changed:
+            raise ValueError(f"{', '.join(changed)}: needs a real start, by subprocess")
+        self.args, self.returncode = list(map(str, words)), None
+        request = {
+            "words": self.args,
+            "cwd": str(cwd or os.getcwd()),
+            "env": env,
+            "session": start_new_session,
+        }
+        opened = []
+
+        def write_end(stream, number):
+            """The descriptor for the process, and the file from which the tests read, if any."""
+            if stream == subprocess.PIPE:
+                reader, writer = os.pipe()
+                opened.append(writer)
+                return writer, open(reader, "r" if text else "rb")
+            if stream == subprocess.DEVNULL:
+                opened.append(os.open(os.devnull, os.O_RDWR))
+                return opened[-1], None
+            if stream is None:
+                return number, None
+            return stream if isinstance(stream, int) else stream.fileno(), None
+
+        status, told = os.pipe()
+        opened.append(told)
+        source, _ = write_end(stdin, 0)
+        out, self.stdout = write_end(stdout, 1)
+        err, self.stderr = (out, None) if stderr == subprocess.STDOUT else write_end(stderr, 2)
+        try:
+            socket.send_fds(server(), [json.dumps(request).encode()], [source, out, err, told])
+        finally:
+            for number in opened:
+                os.close(number)
+        self._status = open(status, "rb", buffering=0)  # noqa: SIM115
+        self.pid = int.from_bytes(self._status.read(4), "big")
+        if not self.pid:
+            raise RuntimeError("the server of tests/app.py has ended")
+
+    def poll(self):
+        """The exit code as `subprocess` has it, or None while the process runs."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            if not select.select([self._status], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            told = self._status.read(4)
+            if not told:
+                raise RuntimeError("the server of tests/app.py has ended")
+            self.returncode = os.waitstatus_to_exitcode(int.from_bytes(told, "big"))
+            self._status.close()
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        """What is printed from here on, until nothing holds the streams any more."""
+        end = None if timeout is None else time.monotonic() + timeout
+        said = [None, None]
+
+        def read(index, stream):
+            said[index] = stream.read()
+            stream.close()
+
+        readers = [
+            Thread(target=read, args=(index, stream), daemon=True)
+            for index, stream in enumerate((self.stdout, self.stderr))
+            if stream is not None and not stream.closed
+        ]
+        for reader in readers:
+            reader.start()
+        for reader in readers:
+            reader.join(None if end is None else max(0.0, end - time.monotonic()))
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired(self.args, timeout)
+        self.wait(None if end is None else max(0.0, end - time.monotonic()))
+        return tuple(said)
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def terminate(self):
+        self.send_signal(signal.SIGTERM)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.wait()
+        for stream in (self.stdout, self.stderr):
+            if stream is not None:
+                stream.close()
+
+    def __del__(self):
+        for stream in (self.stdout, self.stderr, self._status):
+            if stream is not None:
+                stream.close()
+
+
+def run_app(words, *, check=False, timeout=240, text=True, **options):
+    """As `subprocess.run`, of which it returns the `CompletedProcess`: both streams are read."""
+    with App(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=text, **options
+    ) as process:
+        try:
+            said = process.communicate(timeout)
+        except BaseException:
+            process.kill()
+            raise
+    done = subprocess.CompletedProcess(process.args, process.returncode, *said)
+    if check:
+        done.check_returncode()
+    return done
+
+
+def fork(command, **options):
+    """As `subprocess.Popen` for a Python command, for `forked_runs`."""
+    assert command[0] == sys.executable, command
+    return App(command[1:], **options)
+
+
+_server = []
+
+
+def server():
+    """The socket of the server, which is started when it is first asked for."""
+    if not _server:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno())],
+                env=ENVIRONMENT,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+            )
+        _server.extend((ours, process))
+    return _server[0]
+
+
+def stop_server():
+    """What it has forked and still runs is killed."""
+    if _server:
+        ours, process = _server
+        ours.close()
+        process.wait(60)
+        _server.clear()
+
+
+# ---- In the server ------------------------------------------------------------------------------
+
+
+def import_libraries():
+    """All that takes long, and nothing of the project: its modules are each process's own."""
+    sys.path[0] = str(ROOT)
+    import data.vision  # torchvision's import may need its help
+
+    kept = [sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == "data"]
+    for name in LIBRARIES.split():
+        with suppress(ImportError):
+            importlib.import_module(name)
+    del sys.path[0]
+    assert data.vision in kept
+    assert len(os.listdir("/proc/self/task")) == 1, "a thread would not be forked"
+    gc.freeze()
+    return kept
+
+
+def serve(requests):
+    """Fork for each request and tell how the process ended; returns in the process alone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    running = {}
+    while True:
+        for ready in select.select([requests, *running], [], [])[0]:
+            if ready is not requests:
+                pid, told = running.pop(ready)
+                with suppress(BrokenPipeError):
+                    os.write(told, os.waitpid(pid, 0)[1].to_bytes(4, "big"))
+                os.close(told)
+                os.close(ready)
+                continue
+            message, streams, *_ = socket.recv_fds(requests, 2**20, 4)
+            if not message:
+                for pid, _ in running.values():
+                    os.kill(pid, signal.SIGKILL)
+                os._exit(0)
+            pid = os.fork()
+            if not pid:
+                requests.close()
+                for handle, (_, told) in running.items():
+                    os.close(handle)
+                    os.close(told)
+                return become(streams, **json.loads(message))
+            *streams, told = streams
+            for stream in streams:
+                os.close(stream)
+            os.write(told, pid.to_bytes(4, "big"))
+            running[os.pidfd_open(pid)] = pid, told
+
+
+def become(streams, words, cwd, env, session):
+    """Make this process what it would be if it had been started; returns what it is to run."""
+    if session:
+        os.setsid()
+    for number, stream in enumerate(streams[:3]):
+        os.dup2(stream, number)
+    for stream in streams:
+        os.close(stream)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    tempfile.tempdir = None
+    multiprocessing.process.ORIGINAL_DIR = cwd
+    import torch
+
+    torch.set_num_threads(int(env.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = words
+    return words
+
+
+def run(words):
+    """Run a script, or what follows ``-c``, as Python does."""
+    if words[0] == "-c":
+        sys.path.insert(0, "")
+        sys.argv = ["-c", *words[2:]]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(words[1], "<string>", "exec"), main.__dict__)
+    else:
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def leave():
+    """End the process once Python has called all that is to be called at the end.
+
+    What it would do then, taking apart some thousand modules, takes longer than all before it.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    if isinstance(ended_by, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    code = ended_by.code if isinstance(ended_by, SystemExit) else ended_by and 1
+    os._exit(code if isinstance(code, int) else bool(code))
+
+
+if __name__ == "__main__":
+    ended_by = None
+    atexit.register(leave)  # before all others, and so called after them
+    kept = import_libraries()
+    words = serve(socket.socket(fileno=int(sys.argv[1])))
+    try:
+        run(words)
+    except BaseException as error:
+        ended_by = error
+        raise

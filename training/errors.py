@@ -1,0 +1,107 @@
+"""What has gone wrong, in one line for the user: the value, and what to change if that is known."""
+
+import dataclasses
+import errno
+
+import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationToMissingValueError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from aaconv.text import one_line
+from training.launch import pasteable, quoted
+from training.settings import is_text, unknown_setting
+
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def is_for_the_user(error: Exception) -> bool:
+    """Whether the user can do something about it; all else is a fault of the program."""
+    expected = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
+    return isinstance(error, expected) or _lacks_memory(error) or _is_compiled_too_often(error)
+
+
+def _lacks_memory(error: BaseException) -> bool:
+    # On the CPU, and in CUDA's libraries, torch has no class of its own for it.
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def _is_compiled_too_often(error: BaseException) -> bool:
+    # Its class is the compiler's, which takes seconds to import.
+    return "fail_on_recompile_limit_hit" in str(error)
+
+
+def explain(error: BaseException) -> str:
+    """The error in one line: the value, and what to change where that is known."""
+    cause = error.__cause__
+    if isinstance(error, InstantiationException) and cause is not None:
+        return explain(cause)
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{one_line(error)}; give a shorter name= or out_dir="
+    if _lacks_memory(error):
+        return (
+            f"not enough memory ({_first_part(error)}); a smaller batch_size, eval_batch_size, "
+            "model or data set, or a larger grad_accum, needs less"
+        )
+    if _is_compiled_too_often(error):
+        return (
+            "compile=true, but torch compiles this network again and again, and no more after "
+            f"{torch._dynamo.config.recompile_limit} times (TORCH_LOGS=recompiles says why); use "
+            "compile=false"
+        )
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {_grammar_fault(error)}"
+    settings = cause if isinstance(cause, OmegaConfBaseException) else error
+    if isinstance(settings, ConfigKeyError | ConfigAttributeError) and dataclasses.is_dataclass(
+        settings.object_type
+    ):
+        group, _, key = str(settings.full_key).rpartition(".")
+        return unknown_setting(f"{group}." if group else "", key, settings.object_type)
+    if isinstance(settings, MissingMandatoryValue | InterpolationToMissingValueError):
+        # Of a setting that refers to one without a value, the message names the latter at its end.
+        refers = isinstance(settings, InterpolationToMissingValueError)
+        key = _first_part(settings).rpartition(" ")[2] if refers else str(settings.full_key)
+        return f"{key} has no value; give {key}=..."
+    if isinstance(settings, OmegaConfBaseException) and settings.full_key:
+        hint = "; no value is written null" if "Value 'None'" in str(settings) else ""
+        return f"{settings.full_key}: {_first_part(settings)}{hint}"
+    return _first_part(error)
+
+
+def _grammar_fault(error: OverrideParseException) -> str:
+    """What Hydra's grammar has against a word, and how to quote it where it should be text."""
+    fault = " ".join(str(error).partition("\nSee https://")[0].split())
+    fault = fault.removeprefix(f"Error parsing override '{error.override}'").strip()
+    key, equals, value = str(error.override).partition("=")
+    if not equals:
+        return "settings are NAME=VALUE"
+    word = f"{key}={quoted(value)}"
+    if not value or not is_text(key) or not _parses(word):
+        return fault
+    return f"{fault}; text with such a character is quoted twice: {pasteable(key, value)}"
+
+
+def _parses(word: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        return False
+    return True
+
+
+def _first_part(error: BaseException) -> str:
+    # After these words Hydra and OmegaConf tell of their own insides.
+    text = str(error).partition("\n    full_key:")[0].partition("\nConfig search path:")[0]
+    return " ".join(text.split()) or type(error).__name__
