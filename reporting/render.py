@@ -7,10 +7,11 @@ from typing import Any
 
 import jinja2
 
+from aaconv.text import markdown_table
 from reporting.analysis import Analysis, analyze
 from reporting.page import contents
 from reporting.parts import Picture, Table
-from reporting.text import markdown, markdown_table, one_line, printable
+from reporting.text import markdown, one_line, printable
 from training.files import write_texts
 
 
@@ -48,8 +49,9 @@ def _fill(name: str, page: dict[str, Any], shown: Callable[[str], str]) -> str:
     """
 
     def table(it: Table) -> str:
-        head, *rows = ([shown(cell) for cell in cells] for cells in (it.head, *it.rows))
-        return markdown_table(head, rows, it.texts)
+        rows = [[shown(cell) for cell in cells] for cells in (it.head, *it.rows)]
+        align = "".join("l" if column < it.texts else "r" for column in range(len(it.head)))
+        return "\n".join(markdown_table(rows, align))
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),

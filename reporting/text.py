@@ -4,7 +4,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
@@ -158,10 +158,3 @@ def markdown(text: str) -> str:
 
 def _entity(match: re.Match[str]) -> str:
     return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(match[0], f"&#{ord(match[0])};")
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Iterable[str]], texts: int) -> str:
-    """A table whose first ``texts`` columns are words, the others right-aligned numbers."""
-    marks = "".join("---|" if column < texts else "---:|" for column in range(len(head)))
-    head_line, *lines = (f"| {' | '.join(cells)} |" for cells in (head, *rows))
-    return "\n".join([head_line, f"|{marks}", *lines])

@@ -235,10 +235,10 @@ def test_names_are_text_in_both_files(tmp_path, pictures):
         if not line.startswith("|"):
             width = None
             continue
-        cells = line[2:-2].split(" | ") if not line.startswith("|--") else line[1:-1].split("|")
+        cells = line[2:-2].split(" | ")
         width = width or len(cells)
         assert len(cells) == width, line
-        if not line.startswith("|--"):
+        if not line.startswith("| ---"):
             for cell in cells:
                 of_markdown(cell)
 
