@@ -70,7 +70,12 @@ def assert_same(a, b):
 
 def dropping_out(build):
     """``build`` with a random part in its network."""
-    return lambda cfg, **sizes: nn.Sequential(build(cfg, **sizes), nn.Dropout(0.3))
+    return lambda cfg, **sizes: ending_in(build(cfg, **sizes), nn.Dropout(0.3))
+
+
+def ending_in(network, last):
+    network.head = nn.Sequential(network.head, last)
+    return network
 
 
 KINDS = {
@@ -474,7 +479,7 @@ def test_deterministic_refuses_what_is_not(run, monkeypatch, usual_algorithms):
             return x + x.detach().clone().put_(index, x.detach()[:, 0]).mean() * 0
 
     def scattering(cfg, **sizes):
-        return nn.Sequential(build(cfg, **sizes), Scattering())
+        return ending_in(build(cfg, **sizes), Scattering())
 
     monkeypatch.setattr(train, "build_model", scattering)
     run("epochs=1", folder="a")
@@ -496,22 +501,3 @@ def test_deterministic_on_a_gpu(run, tmp_path, usual_algorithms, precision):
             run(*overrides, AT_ONCE, "resume=auto", folder="parts")
     run(*overrides, "resume=auto", folder="parts")
     assert_same(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_a_run_of_before_there_was_a_choice_of_start_goes_on_as_it_began(run, tmp_path):
-    """Its checkpoint does not say how attention began, nor whether it is normalized."""
-    former = ("attention=aa", "attention.init=kaiming", "attention.qk_norm=false")
-    with pytest.raises(SystemExit):
-        run(*former, AT_ONCE)
-    path = tmp_path / "run" / "last.pt"
-    state = torch.load(path, weights_only=True)
-    for name in ("init", "qk_norm", "blocks", "bias"):
-        del state["config"]["attention"][name]
-    for name in ("init", "qk_norm"):
-        del state["config"]["model"]["aa"][name]
-    del state["config"]["optim"]["decay"]
-    torch.save(state, path)
-    words = r"attention\.init \(kaiming there, torch here\)$"
-    with pytest.raises(ValueError, match=words):
-        run("attention=aa", "resume=auto")
-    assert run(*former, "resume=auto")["epochs"] == 2
