@@ -9,10 +9,14 @@ writes lies in its folder below outputs/, which training/run_folder.py describes
 processes, which torchrun starts, the main one writes and prints.
 """
 
-from training import console
-
 if __name__ == "__main__":
+    from training import console
+
     console.prepare("train.py")
+    from training import cli
+
+    cli.run()  # which imports this file as a module when a run begins
+    raise SystemExit
 
 import hashlib
 import logging
@@ -26,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import hydra
 import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
@@ -37,7 +40,6 @@ from tqdm import tqdm
 
 import aaconv
 from aaconv.functional import check_backend
-from configs.schema import register
 from data import Batches, Dataset, evaluation_batches
 from models import (
     Description,
@@ -54,7 +56,7 @@ from models import (
     transfer,
 )
 from models.saved import weights_as_bytes
-from training import checkpoint, cli, distributed, provenance, run_folder, stopping
+from training import checkpoint, distributed, provenance, run_folder, stopping
 from training.device import (
     choose_device,
     choose_dtype,
@@ -73,7 +75,6 @@ from training.tracking import Tracker, dashboard_config, track
 from training.variants import published
 
 log = logging.getLogger("train")
-register()
 
 
 class RunState(NamedTuple):
@@ -679,17 +680,3 @@ def stop_line(stop: stopping.Stop, progress: Progress) -> str:
         f"stopped ({stop.why()}) {position(progress)}; run the same command with resume=auto to "
         "continue"
     )
-
-
-@hydra.main(
-    version_base="1.3",
-    config_path=str(Path(__file__).resolve().parent / "configs"),
-    config_name="config",
-)
-def main(cfg: DictConfig) -> float:
-    """Train ``cfg`` in its own folder; returns the last epoch's top-1 accuracy in per cent."""
-    return cli.job(train, cfg)
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -18,7 +18,7 @@ from hydra.utils import instantiate
 
 import train
 from benchmarks import timing
-from training import distributed, media
+from training import media
 from training.compose import compose_config
 from training.device import choose_dtype
 from training.tracking import track
@@ -35,7 +35,7 @@ def build(overrides: list[str], device: torch.device) -> tuple[Any, train.RunSta
     cfg = compose_config(words)
     dataset = instantiate(cfg.data, _convert_="all").to(device)
     dtype = choose_dtype(cfg.precision.name, device)
-    return cfg, train.build(cfg, dataset, distributed.world(), device, dtype)
+    return cfg, train.build(cfg, dataset, train.distributed.world(), device, dtype)
 
 
 def parts(cfg: Any, state: train.RunState, tracker: Any) -> dict[str, Callable[[], object]]:

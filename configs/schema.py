@@ -541,6 +541,27 @@ def names_folder(name: str) -> bool:
     return name not in NO_EFFECT and name not in ("seed", "tracking")
 
 
+def unknown_setting(where: str, key: str, kind: Any) -> str:
+    """One line on a key that the config type ``kind``, found at ``where``, does not have."""
+    known = [f.name for f in fields(kind) if f.name[0] != "_"]
+    there = f"{_with_option(where.rstrip('.'), kind)} has" if where else "there are"
+    return f"{where}{key}: unknown setting {key}; {there} {', '.join(known) or 'no settings'}"
+
+
+def _with_option(group: str, kind: Any) -> str:
+    """``attention=none`` where ``kind`` belongs to that option alone, else ``group``."""
+    options = [name for there, name, k in OPTIONS if (there, k) == (group, kind)]
+    return f"{group}={options[0]}" if options and group != "data" else group
+
+
+def is_text(key: str) -> bool:
+    """Whether the setting of this dotted name is any text, or a path; hydra's own count as such."""
+    texts = (str, Optional[str])
+    return key.startswith("hydra.") or any(
+        name == key and field.type in texts for name, field in SETTINGS
+    )
+
+
 def _option_groups() -> str:
     groups = sorted(path for path in Path(__file__).parent.iterdir() if any(path.glob("*.yaml")))
     lines = []

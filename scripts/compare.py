@@ -51,8 +51,7 @@ from reporting.analysis import analyze
 from scripts.command import command
 from training import console, launch, run_folder
 from training.kinds import UnreadableError
-from training.run_folder import folder_name
-from training.variants import name_of_images
+from training.variants import folder_name, name_of_images
 
 register()
 

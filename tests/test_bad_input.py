@@ -48,7 +48,7 @@ def stops(monkeypatch, tmp_path, capfd):
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as stopped:
-            cli.run(train.main)
+            cli.run()
         assert steps == []
         assert stopped.value.code == 2
         said = capfd.readouterr()
@@ -291,7 +291,7 @@ def test_a_wrong_value_in_a_sweep_leaves_nothing(stops, words, line):
 def test_a_sweep_of_which_one_does_not_compose_runs_none(monkeypatch, tmp_path, capfd, words, line):
     monkeypatch.setattr(sys, "argv", ["train.py", "-m", *TINY, words, f"out_dir={tmp_path}"])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
+        cli.run()
     assert stopped.value.code == 2
     said = capfd.readouterr().err
     check_line(said)
@@ -322,7 +322,7 @@ def test_the_folder_one_stands_in_is_not_removed(monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "hydra.run.dir=.", "epochs=0"])
     with pytest.raises(SystemExit):
-        cli.run(train.main)
+        cli.run()
     check_line(capfd.readouterr().err)
     assert list(tmp_path.iterdir()) == []
 
@@ -395,7 +395,7 @@ def test_a_mistake_of_the_program_is_not_dressed_up(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "build_model", build)
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"out_dir={tmp_path}"])
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.run(train.main)
+        cli.run()
 
 
 # ---- processes of their own ---------------------------------------------------------------------

@@ -18,7 +18,7 @@ def command(monkeypatch, tmp_path):
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["train.py", *words, f"out_dir={tmp_path}"])
-        cli.run(train.main)
+        cli.run()
 
     return call
 
@@ -53,7 +53,7 @@ def test_a_run_has_a_folder_of_its_own_however_out_dir_is_written(monkeypatch, t
     monkeypatch.setattr(train, "train", lambda cfg, folder: folders.append(folder) or SCORES)
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"out_dir={out}", "seed=3"])
     folders = []
-    cli.run(train.main)
+    cli.run()
     (folder,) = folders
     assert folder.name == "seed=3"
     assert folder.parent.parent == tmp_path / "out" / ("deep" if "deep" in out else "") / "lookup"

@@ -16,6 +16,7 @@ import pytest
 from scripts import compare
 from training import launch, run_folder
 from training.run_folder import RunFolder, claimed
+from training.variants import folder_name
 
 from app import App, run_app
 from folders import make_run
@@ -59,9 +60,9 @@ def test_runs_go_seed_after_seed_and_know_their_length(tmp_path):
 
 def test_folders_of_different_words_differ():
     plain = ["experiment=lookup", "model.widths=[4,8,8]"]
-    assert run_folder.folder_name(plain) == "experiment=lookup,model.widths=[4,8,8]"
+    assert folder_name(plain) == "experiment=lookup,model.widths=[4,8,8]"
     odd = [["a={b:1}"], ["a={b;1}"], ["a/b=1"], ["a-b=1"], ["a" * 400], ["a" * 401]]
-    names = [run_folder.folder_name(words) for words in odd]
+    names = [folder_name(words) for words in odd]
     assert len(set(names)) == len(odd)
     assert all(len(name) < 200 and "/" not in name for name in names)
 

@@ -230,7 +230,7 @@ sys.argv[0] = "train.py"
 import train
 from training import cli, tracking
 tracking.CLOSE_TIMEOUT = 3
-cli.run(train.main)
+cli.run()
 """
 
 

@@ -342,7 +342,7 @@ def test_runs_on_two_folders_have_two_folders(monkeypatch, tmp_path):
     for words in ("data.root=a", "data.root=x/b", "data.root=a data.name=c", "data.root=a seed=1"):
         argv = ["train.py", "data=folder", f"out_dir='{tmp_path}'", *words.split()]
         monkeypatch.setattr("sys.argv", argv)
-        cli.run(train.main)
+        cli.run()
     names = [str(place.relative_to(tmp_path / "train")) for place in places]
     assert names == [
         "data=folder,data.name=a/seed=0",
@@ -372,7 +372,7 @@ def test_a_missing_root_is_asked_for(monkeypatch, capsys, tmp_path, program):
     }
     monkeypatch.setattr("sys.argv", [f"{program}.py", *words[program]])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main) if program == "train" else compare.main()
+        cli.run() if program == "train" else compare.main()
     assert stopped.value.code == 2
     assert capsys.readouterr().err == f"{program}.py: data.root has no value; give data.root=...\n"
     assert not list(tmp_path.iterdir())

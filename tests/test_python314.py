@@ -9,7 +9,6 @@ import textwrap
 import pytest
 from hydra._internal.utils import get_args_parser
 
-import train
 from training import cli
 from training.hydra_compat import lazy_help_allowed
 
@@ -66,7 +65,7 @@ def test_hydras_parser_can_be_made_with_it():
 def test_the_command_works(monkeypatch, capsys, option, text):
     monkeypatch.setattr(sys, "argv", ["train.py", option])
     with contextlib.suppress(SystemExit):  # which Hydra raises after its help
-        cli.run(train.main)
+        cli.run()
     assert text in capsys.readouterr().out
 
 

@@ -379,7 +379,7 @@ def test_a_full_disk_ends_a_run_with_one_line(run, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(os, "fsync", full)
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
+        cli.run()
     monkeypatch.undo()
     assert stopped.value.code == 2
     told = capsys.readouterr().err
@@ -444,7 +444,7 @@ def test_a_signal_ends_a_sweep(monkeypatch, tmp_path):
     )
     signalled(monkeypatch, signal.SIGTERM, 9)  # in the second run
     with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
+        cli.run()
     assert stopped.value.code == 143
     folders = sorted(p.name for p in tmp_path.rglob("seed=*"))
     assert folders == ["seed=0", "seed=1"]
@@ -457,7 +457,7 @@ def test_the_end_of_the_time_ends_a_sweep(monkeypatch, tmp_path):
         sys, "argv", ["train.py", "-m", *SMALL, AT_ONCE, "seed=0,1,2", f"out_dir={tmp_path}"]
     )
     with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
+        cli.run()
     assert stopped.value.code == 0
     assert [p.name for p in tmp_path.rglob("seed=*")] == ["seed=0"]
 

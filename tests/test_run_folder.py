@@ -16,7 +16,8 @@ import torch
 
 import train
 from training import cli, console, distributed, provenance, run_folder, stopping
-from training.run_folder import HeldError, claimed, folder_name, holder
+from training.run_folder import HeldError, claimed, holder
+from training.variants import folder_name
 
 from app import App, run_app
 from helpers import ROOT, TINY, rows, slow
@@ -254,7 +255,7 @@ def test_ranks_that_torchrun_did_not_set(monkeypatch, capsys, environment, words
     with pytest.raises(ValueError, match=words):
         distributed.world()
     with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
+        cli.run()
     assert stopped.value.code == 2
     line = capsys.readouterr().err
     assert line.startswith("train.py: ")
@@ -394,7 +395,7 @@ assert compare.STOPPED == (130, 143)
 compare.handle_signals()
 signal.signal(signal.SIGINT, signal.default_int_handler)
 device.peak_memory_mib(torch.device("cpu"))
-cli.run(train.main)
+cli.run()
 """
 
 
@@ -426,7 +427,7 @@ def test_a_symlink_to_the_program_finds_its_settings(tmp_path):
 def test_what_the_program_is(monkeypatch, capsys, option):
     monkeypatch.setattr(sys, "argv", ["train.py", option])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
+        cli.run()
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     if option == "--version":
@@ -575,7 +576,7 @@ def test_another_precision_is_refused_with_the_override_that_continues(
     override, where = shlex.split(pasted)  # as a shell reads it
     assert override == f"precision={word}"
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, override, where, "resume=auto"])
-    cli.run(train.main)
+    cli.run()
     assert run_folder.read_summary(folder)["epochs"] == 2
 
 
@@ -617,7 +618,7 @@ def test_many_ordinary_overrides(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for other in ("optim.betas=[0.9,0.99]", "optim.betas=[0.8,0.99]"):
         monkeypatch.setattr(sys, "argv", ["train.py", *words, other])
-        cli.run(train.main)
+        cli.run()
     assert len({p.parent.parent for p in tmp_path.rglob("summary.json")}) == 2
 
 
@@ -629,6 +630,6 @@ def test_a_sweep_that_is_refused_leaves_the_record_of_the_one_before(monkeypatch
     for words in (["seed=0,abc"], ["epochs=0,-1"]):
         monkeypatch.setattr(sys, "argv", ["train.py", "-m", *TINY, *words, f"out_dir={tmp_path}"])
         with pytest.raises(SystemExit) as stopped:
-            cli.run(train.main)
+            cli.run()
         assert stopped.value.code == 2
         assert everything_below(tmp_path) == before

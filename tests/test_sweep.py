@@ -39,7 +39,7 @@ def sweeps(monkeypatch, tmp_path, capfd):
         monkeypatch.setattr(sys, "argv", ["train.py", "-m", *words, f"out_dir={tmp_path}"])
         code = 0
         try:
-            cli.run(train.main)
+            cli.run()
         except SystemExit as stopped:
             code = stopped.code
         said = capfd.readouterr()
@@ -262,12 +262,12 @@ def test_a_run_of_an_agent_has_a_folder_by_its_ids(monkeypatch, tmp_path):
     for run_id, words in (("r1", []), ("r2", []), ("r1", ["seed=5"])):
         monkeypatch.setenv("WANDB_RUN_ID", run_id)
         monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *words, f"out_dir={tmp_path}"])
-        cli.run(train.main)
+        cli.run()
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"hydra.run.dir={tmp_path / 'x'}"])
-    cli.run(train.main)
+    cli.run()
     top = tmp_path / "lookup" / "sweep=s1"
     assert folders == [top / "run=r1", top / "run=r2", top / "run=r1", tmp_path / "x"]
     monkeypatch.delenv("WANDB_SWEEP_ID")  # WANDB_RUN_ID alone names no folder
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"out_dir={tmp_path}"])
-    cli.run(train.main)
+    cli.run()
     assert folders[-1].name == "seed=0"

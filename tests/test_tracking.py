@@ -258,7 +258,7 @@ def test_without_the_package_a_run_is_tracked_in_its_folder_alone(tmp_path, monk
 
 def test_training_without_tracking_does_not_import_the_package(tmp_path):
     code = "import sys; sys.modules['wandb'] = None; sys.argv[0] = 'train.py'; import train; "
-    code += "from training import cli; cli.run(train.main)"
+    code += "from training import cli; cli.run()"
     done = subprocess.run(
         [sys.executable, "-c", code, *TINY, "epochs=1", f"out_dir={tmp_path}"],
         cwd=ROOT,
@@ -322,7 +322,7 @@ def test_an_id_of_the_environment_reaches_no_job_of_a_sweep(monkeypatch, tmp_pat
     assert processes[0].keys().isdisjoint(tracking.OF_ONE_RUN)
     words = ["train.py", "-m", *TINY, "seed=0,1", f"out_dir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", words)
-    cli.run(train.main)
+    cli.run()
     assert seen == [None, None]
 
 
@@ -366,7 +366,7 @@ def log_and_kill(tracker, row, pictures):
         pass
     print("service killed", flush=True)
 tracking.Tracker.log = log_and_kill
-cli.run(train.main)
+cli.run()
 """
 
 

@@ -12,7 +12,6 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import train
-from training import distributed
 from training.device import choose_dtype
 from training.progress import EpochState, StepFigures
 from training.run_folder import read_metrics
@@ -32,7 +31,7 @@ def built(settings):
         cfg = settings(*overrides)
         dataset = instantiate(cfg.data, _convert_="all").to(CPU)
         dtype = choose_dtype(train.resolve(cfg)["precision"], CPU)
-        return cfg, train.build(cfg, dataset, distributed.world(), CPU, dtype)
+        return cfg, train.build(cfg, dataset, train.distributed.world(), CPU, dtype)
 
     return make
 

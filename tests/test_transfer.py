@@ -8,10 +8,9 @@ import torch
 from test_saved import describe
 
 import models
-import train
 from models import AA, GE, SE, NoAttention, Trained, freeze, hold_frozen, transfer
 from models.saved import describe_attention
-from training import run_folder
+from training import cli, run_folder
 from training.variants import published, result_settings
 
 from helpers import rows
@@ -283,7 +282,7 @@ def test_a_mistake_in_freeze_is_found_before_anything_is_done(run, tmp_path):
 
 def go(monkeypatch, tmp_path, *words):
     monkeypatch.setattr("sys.argv", ["train.py", *words, f"out_dir='{tmp_path}'"])
-    train.cli.run(train.main)
+    cli.run()
 
 
 TINY = [

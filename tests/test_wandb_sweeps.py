@@ -9,7 +9,6 @@ import yaml
 from hydra import compose, initialize_config_dir
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-import train
 from training import cli
 from training.settings import check
 
@@ -142,7 +141,7 @@ def test_a_value_that_cannot_be_is_one_line(name, value, line, monkeypatch, tmp_
     words = [*TINY, f"out_dir={tmp_path}", *expand(["${args_no_hyphens}"], {name: value})]
     monkeypatch.setattr(sys, "argv", ["train.py", *words])
     with pytest.raises(SystemExit) as stopped:
-        cli.run(train.main)
+        cli.run()
     assert stopped.value.code == 2
     said = capfd.readouterr().err
     assert said.count("\n") == 1

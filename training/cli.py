@@ -1,6 +1,10 @@
-"""train.py's command line: a run, or the jobs of a sweep; mistakes as one line on stderr."""
+"""train.py's command line: a run, or the jobs of a sweep; mistakes as one line on stderr.
+
+torch is imported when a run begins: help, the settings and a mistake in them do not need it.
+"""
 
 import errno
+import importlib
 import importlib.metadata
 import io
 import os
@@ -10,6 +14,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
+import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -17,14 +22,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-import aaconv
-from aaconv.text import one_line
-from training import console, run_folder, sweep
-from training.distributed import process_group, world
+from configs.schema import register
+from training import console, sweep
 from training.errors import explain, is_for_the_user
 from training.hydra_compat import lazy_help_allowed
 from training.tracking import under_agent
-from training.variants import name_of_images
+from training.variants import folder_name, name_of_images
+from training.world import world
 
 # What the user has set HYDRA_FULL_ERROR to, which `run` sets for its own purpose; the processes
 # that a launcher starts find the user's value under the other name.
@@ -32,9 +36,19 @@ _USERS = "AACONV_FULL_ERROR"
 FULL_ERROR = os.environ.get(_USERS, os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+register()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
+def _main(cfg: DictConfig) -> float:
+    """What Hydra calls for each run: a run, or a job of a sweep."""
+    return job(importlib.import_module("train").train, cfg)
+
+
 @lazy_help_allowed()
-def run(main: Callable[[], Any]) -> None:
-    """Call a Hydra main function; a mistake in the command line ends it with one line, code 2.
+def run() -> None:
+    """Do what the command line says; a mistake in it ends the process with one line and code 2.
 
     Ctrl-C ends it with one line too, and code 130. A sweep ends with the table of its jobs, see
     `training.sweep`. With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
@@ -48,7 +62,7 @@ def run(main: Callable[[], Any]) -> None:
     # Without this Hydra prints several lines itself; with it, it raises.
     os.environ |= {"HYDRA_FULL_ERROR": "1", _USERS: str(int(FULL_ERROR))}
     try:
-        main()
+        _main()
         code = sweep.end(None)
     except (Exception, SystemExit, KeyboardInterrupt) as error:
         code = sweep.end(error)
@@ -77,7 +91,7 @@ def _stop_at(error: BaseException) -> None:
         )
         stop(f"{explain(error)}{hint}")
     if isinstance(error, ValueError):  # of Hydra's own, which names nothing
-        stop(f"{one_line(error)} (given: {' '.join(sys.argv[1:])})")
+        stop(f"{explain(error)} (given: {' '.join(sys.argv[1:])})")
 
 
 def _check_options() -> None:
@@ -88,7 +102,8 @@ def _check_options() -> None:
             get_args_parser().parse_args()
     except SystemExit as stopped:
         if not stopped.code:  # --version
-            print(f"train.py {aaconv.__version__}, {_version('hydra-core')}, {_version('torch')}")
+            own = importlib.import_module("aaconv").__version__
+            print(f"train.py {own}, {_version('hydra-core')}, {_version('torch')}")
             sys.exit(0)
         fault = stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         stop(f"{fault}; settings are NAME=VALUE, and options such as -m come before them")
@@ -103,10 +118,13 @@ def job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) ->
 
     A job of a sweep always returns, see `training.sweep.run_job`.
     """
+    from training.distributed import process_group
+    from training.run_folder import top1
+
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.run_job(train, cfg, run_dir(cfg), full_error=FULL_ERROR)
     with one_line_errors(), process_group(compiles=cfg.compile):
-        return run_folder.top1(train(cfg, run_dir(cfg)))
+        return top1(train(cfg, run_dir(cfg)))
 
 
 def run_dir(cfg: DictConfig) -> Path:
@@ -127,10 +145,10 @@ def run_dir(cfg: DictConfig) -> Path:
     folder = own if multirun else own / cfg.name
     sweep_id, run_id = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
     if sweep_id and run_id and not multirun:
-        return folder / run_folder.folder_name([f"sweep={sweep_id}"]) / f"run={run_id}"
+        return folder / folder_name([f"sweep={sweep_id}"]) / f"run={run_id}"
     overrides = [hydra.job.override_dirname] if hydra.job.override_dirname else []
     overrides += name_of_images(cfg, hydra.overrides.task)
-    name = run_folder.folder_name(overrides) if overrides else "default"
+    name = folder_name(overrides) if overrides else "default"
     return folder / name / f"seed={cfg.seed}"
 
 
@@ -146,8 +164,10 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         if FULL_ERROR or not is_for_the_user(error):
             raise
+        from training.run_folder import DivergedError
+
         # For an agent of a wandb sweep a run that diverged is a result, not a fault of its own.
-        diverged = isinstance(error, FloatingPointError | run_folder.DivergedError)
+        diverged = isinstance(error, FloatingPointError | DivergedError)
         # Each process tells of another's death: the main one may be the dead one.
         always = isinstance(error, ConnectionError)
         stop(explain(error), code=0 if diverged and under_agent() else 2, always=always)

@@ -7,12 +7,11 @@ process, and everything here leaves things as they are.
 import datetime
 import itertools
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.console import first_line
+from training.world import World, world
 
 T = TypeVar("T")
 
@@ -31,61 +31,6 @@ PATIENCE_WHILE_COMPILING = datetime.timedelta(minutes=10)
 PATIENCE_AT_THE_END = datetime.timedelta(minutes=10)
 
 _groups, _meetings = itertools.count(), itertools.count()
-
-
-class World(NamedTuple):
-    """Which of ``size`` processes this is, counted over all machines and on this one."""
-
-    rank: int
-    size: int
-    local_rank: int
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this is the one process that writes files and prints."""
-        return self.rank == 0
-
-
-def world() -> World:
-    """This process among those that torchrun has started, by its environment variables.
-
-    Raises:
-        ValueError: they are incomplete or are no ranks; or Slurm has started several processes,
-            which do not know each other, without torchrun.
-    """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    for name, text in given.items():
-        if not text.isdecimal():
-            raise ValueError(f"{name}={text} in the environment must be a number, as torchrun sets")
-    size = int(given.get("WORLD_SIZE", 1))
-    if len(given) == len(names):
-        rank, local_rank = int(given["RANK"]), int(given["LOCAL_RANK"])
-        if not local_rank <= rank < size:
-            raise ValueError(
-                f"RANK={rank}, LOCAL_RANK={local_rank} and WORLD_SIZE={size} in the environment "
-                "contradict each other; torchrun sets all three"
-            )
-        return World(rank, size, local_rank)
-    if size > 1:
-        missing = ", ".join(name for name in names if name not in given)
-        raise ValueError(
-            f"WORLD_SIZE={size} in the environment, but not {missing}; start several processes "
-            "with torchrun, which sets all of them"
-        )
-    _refuse_slurm_tasks()
-    return World(0, 1, 0)
-
-
-def _refuse_slurm_tasks() -> None:
-    # Of a job's step; the batch script itself is one process, whatever the job has asked for.
-    tasks, rank = (os.environ.get(n, "") for n in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
-    if (tasks.isdecimal() and int(tasks) > 1) or (rank.isdecimal() and int(rank) > 0):
-        of = f" of {tasks}" if tasks else ""
-        raise ValueError(
-            f"this is task {rank or 0}{of} of a Slurm step, which would be a run of its own; "
-            "use srun --ntasks-per-node=1 torchrun --nproc_per_node=N train.py ..."
-        )
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 
-import torch
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import (
@@ -14,9 +13,8 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from aaconv.text import one_line
+from configs.schema import is_text, unknown_setting
 from training.launch import pasteable, quoted
-from training.settings import is_text, unknown_setting
 
 OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -33,8 +31,9 @@ def is_for_the_user(error: Exception) -> bool:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    # On the CPU, and in CUDA's libraries, torch has no class of its own for it.
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    # On the CPU, and in CUDA's libraries, torch has no class of its own for it. By its name:
+    # torch takes seconds to import, which a misspelled setting should not.
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return known or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
@@ -49,13 +48,15 @@ def explain(error: BaseException) -> str:
     if isinstance(error, InstantiationException) and cause is not None:
         return explain(cause)
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"{one_line(error)}; give a shorter name= or out_dir="
+        return f"{_first_part(error)}; give a shorter name= or out_dir="
     if _lacks_memory(error):
         return (
             f"not enough memory ({_first_part(error)}); a smaller batch_size, eval_batch_size, "
             "model or data set, or a larger grad_accum, needs less"
         )
     if _is_compiled_too_often(error):
+        import torch
+
         return (
             "compile=true, but torch compiles this network again and again, and no more after "
             f"{torch._dynamo.config.recompile_limit} times (TORCH_LOGS=recompiles says why); use "

@@ -19,7 +19,6 @@ line, file and key, and nothing after that has to guess.
 
 import csv
 import datetime
-import hashlib
 import io
 import json
 import logging
@@ -434,15 +433,6 @@ def planned_epochs(folder: Path) -> int | None:
         return None
     found = re.search(r"^epochs: ([0-9]{1,9})$", text, flags=re.MULTILINE)
     return int(found[1]) if found else None
-
-
-def folder_name(words: Iterable[str]) -> str:
-    """A folder's name for these overrides, with a digest where it cannot show all of them."""
-    text = ",".join(words)
-    name = re.sub(r"[^\w.,=+\[\]-]+", "-", text).encode()[:150].decode(errors="ignore")
-    if name == text and text.strip("."):
-        return name
-    return f"{name.strip('.')}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
 
 
 def scores_line(summary: dict[str, Any]) -> str:

@@ -2,14 +2,14 @@
 
 import dataclasses
 import math
-from typing import Any, Optional, get_args
+from typing import Any, get_args
 
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 import models
-from configs.schema import OPTIONS, SETTINGS
+from configs.schema import unknown_setting
 
 MAX_BLOCKS = 1000
 MAX_PARAMETERS = 10**10
@@ -80,27 +80,6 @@ def _check_keys(node: DictConfig, where: str = "") -> None:
     for inner, value in node.items():
         if isinstance(value, DictConfig):
             _check_keys(value, f"{where}{inner!s}.")
-
-
-def unknown_setting(where: str, key: str, kind: Any) -> str:
-    """One line on a key that the config type ``kind``, found at ``where``, does not have."""
-    known = [f.name for f in dataclasses.fields(kind) if f.name[0] != "_"]
-    there = f"{_with_option(where.rstrip('.'), kind)} has" if where else "there are"
-    return f"{where}{key}: unknown setting {key}; {there} {', '.join(known) or 'no settings'}"
-
-
-def _with_option(group: str, kind: Any) -> str:
-    """``attention=none`` where ``kind`` belongs to that option alone, else ``group``."""
-    options = [name for there, name, k in OPTIONS if (there, k) == (group, kind)]
-    return f"{group}={options[0]}" if options and group != "data" else group
-
-
-def is_text(key: str) -> bool:
-    """Whether the setting of this dotted name is any text, or a path; hydra's own count as such."""
-    texts = (str, Optional[str])  # noqa: UP045 (as the schema writes it)
-    return key.startswith("hydra.") or any(
-        name == key and field.type in texts for name, field in SETTINGS
-    )
 
 
 def _check_project(project: str, mode: str) -> None:

@@ -23,13 +23,13 @@ from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from training import console, run_folder, settings
-from training.distributed import await_main, broadcast_from_main, process_group, world
+from training import console
 from training.errors import explain, is_for_the_user
 from training.files import write_json
 from training.kinds import UnreadableError
 from training.tracking import OF_ONE_RUN
 from training.variants import result_settings
+from training.world import world
 
 # What can become of a job, in the order in which they are counted.
 DONE, SKIPPED, STOPPED = "done", "skipped", "stopped"
@@ -132,6 +132,9 @@ def run_job(
         SystemExit: a signal stops the sweep, or the end of the time; or another of several
             processes has died.
     """
+    from training import run_folder, settings
+    from training.distributed import broadcast_from_main, process_group
+
     hydra = HydraConfig.get()
     record = Record(int(hydra.job.num), list(hydra.overrides.task), str(folder))
     record.write("", "")
@@ -173,6 +176,8 @@ def run_job(
 
 def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | None:
     """Outcome, reason and score of a job that has a result and would train nothing."""
+    from training import run_folder, settings
+
     if cfg.resume != "auto" or cfg.overwrite:
         return None
     try:
@@ -226,6 +231,8 @@ def end(error: BaseException | None) -> int | None:
     """
     if not _started:
         return None
+    from training.distributed import await_main
+
     sweep = _started.pop()
     records = []
     if sweep.records is not None:
@@ -257,6 +264,8 @@ def end(error: BaseException | None) -> int | None:
 
 def _from_folder(folder: Path, error: BaseException | None) -> tuple[str, str]:
     """What the run's folder says of a job whose process has left no word."""
+    from training import run_folder
+
     try:
         failure = run_folder.read_failure(folder)
         if failure is not None:

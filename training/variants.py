@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
@@ -83,3 +84,12 @@ def variant_label(config: dict[str, Any], model: str, attention: str) -> str:
     own = config["attention"]
     amounts = [f"{key}={own[key]}" for key in ("dk", "dv", "Nh") if key in own]
     return " ".join([model, attention, *amounts, digest])
+
+
+def folder_name(words: Iterable[str]) -> str:
+    """A folder's name for these overrides, with a digest where it cannot show all of them."""
+    text = ",".join(words)
+    name = re.sub(r"[^\w.,=+\[\]-]+", "-", text).encode()[:150].decode(errors="ignore")
+    if name == text and text.strip("."):
+        return name
+    return f"{name.strip('.')}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
