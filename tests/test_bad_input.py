@@ -150,15 +150,20 @@ SETTINGS = [
     ("optim.lr=nan", "optim.lr=nan must be positive and finite"),
     ("optim.lr=inf", "optim.lr=inf must be positive and finite"),
     ("optim.weight_decay=nan", "optim.weight_decay=nan must be finite, at least 0"),
+    ("optim.weight_decay=-1", "optim.weight_decay=-1.0 must be finite, at least 0"),
     ("optim.betas=[0.9]", "optim.betas=[0.9] must be two numbers in [0, 1)"),
     ("optim=sgd optim.momentum=nan", "optim.momentum=nan must be in [0, 1)"),
     ("optim=sgd optim.momentum=0", "optim.nesterov=true needs an optim.momentum above 0"),
     ("schedule.warmup=2", "schedule.warmup=2.0 must be at least 0 and at most 1"),
+    ("schedule.warmup=-1", "schedule.warmup=-1.0 must be at least 0 and at most 1"),
+    ("schedule.end=2", "schedule.end=2.0"),
     ("schedule.warmup=nan", "schedule.warmup=nan must be at least 0 and at most 1"),
     ("schedule=warmup_cosine schedule.warmup=1", "schedule.warmup=1.0 must be at least 0 and less"),
     ("label_smoothing=1", "label_smoothing=1.0 must be in [0, 1)"),
+    ("grad_clip=0", "grad_clip=0.0 must be positive and finite, or null for none"),
     ("grad_clip=inf", "grad_clip=inf must be positive and finite, or null for none"),
     ("ema=0", "ema=0.0 must lie between 0 and 1, or be null for none"),
+    ("ema=1", "ema=1.0 must lie between 0 and 1, or be null for none"),
     ("ema=nan", "ema=nan must lie between 0 and 1, or be null for none"),
     ("data.noise=nan", "noise=nan lies outside 0 to 1"),
     # the network and its attention
@@ -192,6 +197,7 @@ SETTINGS = [
     # where it runs and what it is called
     ("device=tpu", "device=tpu is not a device; use auto, cpu or cuda"),
     ("device=mps", "device=mps is not available here; use auto or cpu"),
+    ("device=cuda:9", "device=cuda:9"),
     ("device=meta", "device=meta is not available here; use auto or cpu"),
     ("name=", "name= must not be empty: it names a folder"),
     ("wandb.mode=offline wandb.project=a/b", "wandb.project=a/b must be a name without /"),
@@ -467,11 +473,4 @@ def test_report_on_runs_that_are_none(tmp_path, capfd, damage):
 def test_compare_with_wrong_options(tmp_path, capfd, words):
     assert script(compare.main, "--out", tmp_path, *words) == 2
     assert "error: " in capfd.readouterr().err
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("words", [["--vary", "attention=ae"], ["--", "epoch=1"]])
-def test_compare_refuses_what_train_does(tmp_path, capfd, words):
-    assert script(compare.main, "--out", tmp_path, *words) == 2
-    check_line(capfd.readouterr().err, "compare.py")
     assert list(tmp_path.iterdir()) == []
