@@ -13,7 +13,6 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
@@ -209,34 +208,15 @@ SETTINGS = [
 ]
 
 
-# What only the command says, and a sample of the others.
-BY_COMMAND = [
-    case
-    for number, case in enumerate(SETTINGS)
-    if number % 10 == 0 or case[0].startswith("-") or "(given: " in case[1]
-]
-
-
-@pytest.mark.parametrize(("words", "line"), BY_COMMAND, ids=[words for words, _ in BY_COMMAND])
-def test_a_wrong_setting_of_the_command(stops, monkeypatch, words, line):
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [case if index % 10 == 0 else slow(*case) for index, case in enumerate(SETTINGS)],
+    ids=[words for words, _ in SETTINGS],
+)
+def test_a_wrong_setting(stops, monkeypatch, words, line):
     # Hydra composes everything twice, first to know whether it is a sweep; here it need not.
     monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: RunMode.RUN)
     assert line in stops(*TINY, *words.split())
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [slow(*case, id=case[0]) for case in SETTINGS if case not in BY_COMMAND],
-)
-def test_a_wrong_setting(run, monkeypatch, tmp_path, capfd, words, line):
-    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)  # of a sweep that has been tested
-    with pytest.raises(SystemExit) as stopped, cli.one_line_errors():
-        run(*words.split())
-    assert stopped.value.code == 2
-    said = capfd.readouterr().err
-    check_line(said)
-    assert line in said
-    assert everything_below(tmp_path) == {tmp_path / "run": None}
 
 
 @pytest.mark.parametrize(
