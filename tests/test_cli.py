@@ -7,6 +7,7 @@ import pytest
 
 import train
 from training import cli
+from training.settings import check
 
 from app import run_app
 from helpers import ROOT, TINY
@@ -21,17 +22,6 @@ def command(monkeypatch, tmp_path):
         cli.run()
 
     return call
-
-
-@pytest.mark.slow
-def test_a_mistake_does_not_touch_a_finished_run(command, tmp_path, capsys):
-    command(*TINY)
-    (summary,) = tmp_path.rglob("summary.json")
-    assert summary.parent.name == "seed=0"
-    with pytest.raises(SystemExit):
-        command(*TINY)
-    assert "already holds a run" in capsys.readouterr().err
-    assert summary.exists()
 
 
 def test_a_run_that_diverges_leaves_word_of_it_until_it_is_run_again(command, tmp_path, capsys):
@@ -87,17 +77,12 @@ def test_a_sweep_makes_a_folder_for_each_variant_and_seed(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_sweep_of_the_readme_composes(command, tmp_path):
-    command(
-        "-m",
-        *[w for w in TINY if "epochs" not in w and "widths" not in w],
-        "epochs=1",
-        "attention=aa",
-        "attention.dk=20,40",
-        "attention.dv=4,8",
-        "attention.Nh=2,4",
-    )
-    assert len(list(tmp_path.rglob("summary.json"))) == 8
+@pytest.mark.parametrize("dk", [20, 40])
+@pytest.mark.parametrize("dv", [4, 8])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_the_sweep_of_the_readme_can_be_trained(settings, dk, dv, heads):
+    words = ["attention=aa", f"attention.dk={dk}", f"attention.dv={dv}", f"attention.Nh={heads}"]
+    check(settings(*words, base=[w for w in TINY if "widths" not in w]))
 
 
 @pytest.mark.slow

@@ -298,6 +298,7 @@ def test_it_is_compiled_once(cache, monkeypatch):
 def test_what_others_could_have_written_is_not_loaded(cache):
     native_build.load()
     (name,) = kept(cache)
+    (cache / name).unlink()  # it is loaded: overwritten, it would end this process
     (cache / name).write_text("not ours")
     (cache / name).chmod(0o777)
     library = native_build.load()

@@ -4,7 +4,6 @@ import errno
 import http.server
 import json
 import os
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -259,14 +258,7 @@ def test_without_the_package_a_run_is_tracked_in_its_folder_alone(tmp_path, monk
 def test_training_without_tracking_does_not_import_the_package(tmp_path):
     code = "import sys; sys.modules['wandb'] = None; sys.argv[0] = 'train.py'; import train; "
     code += "from training import cli; cli.run()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *TINY, "epochs=1", f"out_dir={tmp_path}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=GUARD,
-        check=False,
-    )
+    done = run_app(["-c", code, *TINY, "epochs=1", f"out_dir={tmp_path}"], cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, "")
     assert list(tmp_path.rglob("summary.json"))
 
