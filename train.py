@@ -18,7 +18,6 @@ if __name__ == "__main__":
     cli.run()  # which imports this file as a module when a run begins
     raise SystemExit
 
-import hashlib
 import logging
 import math
 import time
@@ -28,7 +27,7 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,66 +37,37 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-import aaconv
 from aaconv.functional import check_backend
 from data import Batches, Dataset, evaluation_batches
-from models import (
-    Description,
-    ResNet,
-    Trained,
-    count_flops,
-    count_parameters,
-    describe,
-    freeze,
-    hold_frozen,
-    layer_facts,
-    layer_table,
-    load,
-    transfer,
-)
-from models.saved import weights_as_bytes
+from models import Trained, freeze, hold_frozen
 from training import checkpoint, distributed, provenance, run_folder, stopping
+from training.dashboard import pictures, show, start_tracking
 from training.device import (
     choose_device,
     choose_dtype,
     compiled,
+    dtype_name,
     peak_memory_mib,
     set_deterministic,
     to_device,
 )
-from training.kinds import UnreadableError
+from training.initial import init_provenance, load_initial, take_weights
 from training.optimizer import make_optimizer
-from training.progress import EpochState, Progress, StepFigures
-from training.run_folder import RunFolder
+from training.progress import Progress, StepFigures
 from training.scores import evaluate
 from training.settings import build_model, check, resolve
-from training.tracking import Tracker, dashboard_config, track
-from training.variants import published
+from training.state import RunState
+from training.summary import (
+    best,
+    describe_run,
+    describe_training,
+    epoch_line,
+    raise_if_nonfinite,
+    stop_line,
+    summarize,
+)
 
 log = logging.getLogger("train")
-
-
-class RunState(NamedTuple):
-    """What trains: data, model, optimiser, and where they are."""
-
-    world: distributed.World
-    device: torch.device
-    dtype: torch.dtype
-    dataset: Dataset
-    batches: Batches
-    description: Description
-    model: nn.Module
-    wrapped_model: Any  # the model as training calls it: compiled, DistributedDataParallel
-    ema_model: AveragedModel | None
-    optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LRScheduler
-    autocast: torch.autocast
-    scaler: torch.amp.GradScaler
-
-    def stateful(self) -> dict[str, Any]:
-        """The objects whose states a checkpoint keeps."""
-        names = ("model", "optimizer", "schedule", "scaler", "ema_model")
-        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
 
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
@@ -125,18 +95,15 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             check_backend(cfg.attention.backend, device, dtype, needs_grad=True)
 
     with ExitStack() as stack:
-        folder = None  # of the main process, which alone writes
-
-        def claim_and_load() -> tuple[Path | None, dict[str, Any], list[Path]]:
-            nonlocal folder
-            folder = stack.enter_context(run_folder.claimed(run_dir))
-            return checkpoint.begin(cfg.resume, run_dir, config, cfg.overwrite)
-
-        resumed, saved, replaced = distributed.broadcast_from_main(claim_and_load)
-        if resumed is not None and is_finished(run_dir, resumed, saved, cfg):
-            return finished_before(run_dir)
+        with distributed.errors_in_all():  # the main process alone writes
+            folder = stack.enter_context(run_folder.claimed(run_dir)) if world.is_main else None
+        resumed, saved, replaced = distributed.broadcast_from_main(
+            lambda: checkpoint.begin(cfg.resume, run_dir, config, cfg.overwrite)
+        )
+        if resumed is not None and checkpoint.is_finished(run_dir, resumed, saved, cfg):
+            return checkpoint.finished_before(run_dir)
         if resumed is not None:
-            checkpoint.check_precision(saved, name_of(dtype), config["precision"], run_dir)
+            checkpoint.check_precision(saved, dtype_name(dtype), config["precision"], run_dir)
         initial = None
         if cfg.init_from is not None and resumed is None:
             with distributed.errors_in_all():
@@ -146,11 +113,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         with distributed.local_main_first():  # which may have to download the data
             dataset = instantiate(cfg.data, _convert_="all").to(device)
         state = build(cfg, dataset, world, device, dtype, initial)
-        progress = begin(state, resumed, saved, cfg.resume, run_dir, config)
+        progress = checkpoint.continue_run(state, resumed, saved, cfg.resume, run_dir, config)
         facts = describe_training(cfg, state)
         if len(progress.rows) < cfg.epochs:
             place = provenance.place(device, facts["precision"], world.size)
-            progress.start_segment(place | origin_of(initial))
+            progress.start_segment(place | init_provenance(initial))
         if folder is not None:
             folder.start(cfg, replaced)
             if progress.rows:  # a kill may have come between the checkpoint and the rows
@@ -158,9 +125,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
         # ---- The epochs, each with its scores and a checkpoint to continue from ----------------
         stop = stack.enter_context(stopping.Stop(cfg.max_minutes, launched=world.size > 1))
-        tracker = stack.enter_context(start_tracking(cfg, config, run_dir, facts, progress, world))
+        tracker = stack.enter_context(
+            start_tracking(cfg, config, run_dir, facts, progress, world.is_main)
+        )
         progress.wandb_id = tracker.id
-        save = partial(save_progress, folder, state, config)
+        save = partial(checkpoint.save_progress, folder, state, config)
         while len(progress.rows) < cfg.epochs:
             stopped = train_epoch(cfg, state, progress, stop, save)
             if stopped or not finish_epoch(cfg, state, progress, stop):
@@ -181,7 +150,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             tracker.stopped(continued=stop.to_be_continued)
         summary = summarize(cfg, config, progress, dataset, facts) if finished else {}
         if finished and folder is not None:
-            folder.write_weights(evaluated_model(state), state.description)
+            folder.write_weights(state.evaluated_model, state.description)
             folder.write_summary(summary)
             tracker.summarize({k: v for k, v in summary.items() if "/" in k} | best(progress.rows))
             show(cfg, state, tracker, config, facts, folder.path)
@@ -253,232 +222,12 @@ def build(
     )
 
 
-def load_initial(path: str) -> Trained:
-    """The network that ``init_from`` names.
-
-    Raises:
-        ValueError: there is none that can be read.
-    """
-    try:
-        return load(path)
-    except ValueError as error:
-        raise ValueError(f"init_from={path}: {error}") from error
-
-
-def take_weights(model: nn.Module, initial: Trained, dataset: Dataset, path: str) -> None:
-    """Give ``model`` what fits of ``initial``, and log what does not.
-
-    Raises:
-        ValueError: nothing fits.
-    """
-    try:
-        done = transfer(model, initial, dataset.class_names)
-    except ValueError as error:
-        raise ValueError(f"init_from={path}: {error}") from error
-    log.info("init_from=%s: %s of %s parameters taken", path, f"{done.taken:,}", f"{done.of:,}")
-    for line in done.table():
-        log.info(line)
-
-
-def origin_of(initial: Trained | None) -> dict[str, Any]:
-    """What a summary says of the weights that a run began with; nothing for new ones."""
-    if initial is None:
-        return {}
-    description = initial.description
-    weights = hashlib.blake2b(weights_as_bytes(initial.network), digest_size=8).hexdigest()
-    return {
-        "init_from": {"data": description.data, "commit": description.commit, "weights": weights}
-    }
-
-
-def describe_run(
-    cfg: DictConfig, network: ResNet, dataset: Dataset, dtype: torch.dtype
-) -> Description:
-    """What is kept with the weights, so that the network can be rebuilt from its file alone."""
-    return Description(
-        network=describe(network),
-        class_names=list(dataset.class_names),
-        mean=list(dataset.mean),
-        std=list(dataset.std),
-        data=dataset.name,
-        settings=published(resolve(cfg)),
-        precision=name_of(dtype),
-        version=aaconv.__version__,
-        commit=provenance.commit(),
-    )
-
-
 def try_backends(model: nn.Module, dataset: Dataset, autocast: torch.autocast) -> None:
     """One image through ``model``, which stays as it is: attention tries its backend."""
     images, _ = next(iter(evaluation_batches(dataset.evaluation, 1, dataset.mean, dataset.std)))
     with torch.no_grad(), autocast:
         model.eval()(images)
     model.train()
-
-
-def begin(
-    state: RunState,
-    resumed: Path | None,
-    saved: dict[str, Any],
-    resume: str | None,
-    run_dir: Path,
-    config: dict[str, Any],
-) -> Progress:
-    """The progress of a new run, or ``state`` and progress as the checkpoint has them.
-
-    What was asked for by ``resume`` and cannot be seen in the result is logged.
-
-    Raises:
-        ValueError: the checkpoint was written by other code than this.
-    """
-    if resumed is None:
-        if resume == "auto":
-            log.info("resume=auto: nothing to continue in %s; the run begins at epoch 1", run_dir)
-            for line in checkpoint.of_other_lengths(run_dir, config):
-                log.info("%s", line)
-        return Progress(EpochState.begin(len(state.batches)))
-    checkpoint.check_data(saved, state.description.to_dict(), run_dir)
-    checkpoint.restore(saved, state.stateful(), state.device, resumed)
-    progress = Progress.from_state(saved)
-    log.info("resumed %s %s", resumed, position(progress))
-    return progress
-
-
-def is_finished(run_dir: Path, resumed: Path, saved: dict[str, Any], cfg: DictConfig) -> bool:
-    """Whether ``run_dir`` itself holds the finished run, with its summary."""
-    own = resumed.parent.resolve() == run_dir.resolve()
-    there = (run_dir / run_folder.SUMMARY).exists()
-    return own and there and len(saved["rows"]) == cfg.epochs
-
-
-def finished_before(run_dir: Path) -> dict[str, Any]:
-    """The summary of a run that needs nothing more; it stays as it is.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        summary = run_folder.read_summary(run_dir)
-    except UnreadableError as error:
-        raise ValueError(f"{error}; without that file resume=auto writes it again") from error
-    log.info("already finished: %s: %s", run_folder.scores_line(summary), run_dir)
-    return summary
-
-
-def name_of(dtype: torch.dtype) -> str:
-    """``float32`` for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def describe_training(cfg: DictConfig, state: RunState) -> dict[str, Any]:
-    """What will be trained; logged, and returned for summary and dashboard."""
-    facts = {
-        "model": cfg.model.name,
-        "attention": state.description.network["attention"]["name"],
-        "data": state.dataset.name,
-        "evaluated_on": state.dataset.evaluated_on,
-        "parameters": count_parameters(state.model),
-        "flops": count_flops(state.model, state.dataset.image_size),
-        "layers": layer_facts(state.model),
-        "precision": name_of(state.dtype),
-    }
-    log.info(
-        "%s (attention: %s) on %s: %s parameters, %.4g GFLOPs per image, %s on %s",
-        facts["model"],
-        facts["attention"],
-        facts["data"],
-        f"{facts['parameters']:,}",
-        facts["flops"] / 1e9,
-        facts["precision"],
-        provenance.hardware(state.device),
-    )
-    for line in layer_table(facts["layers"]):
-        log.info(line)
-    return facts
-
-
-def start_tracking(
-    cfg: DictConfig,
-    config: dict[str, Any],
-    run_dir: Path,
-    facts: dict[str, Any],
-    progress: Progress,
-    world: distributed.World,
-) -> Any:
-    """The context manager of the run on the dashboard, which continues if it was there before."""
-    place = {k: v for k, v in progress.segments[-1].items() if k != "first_epoch"}
-    return track(
-        config["wandb"]["mode"] if world.is_main else "disabled",
-        folder=Path(cfg.out_dir),
-        project=cfg.wandb.project,
-        entity=cfg.wandb.entity,
-        group=cfg.wandb.group,
-        name=f"{run_dir.parent.name} {run_dir.name}",
-        job_type="train",
-        tags=[facts["model"], facts["attention"], facts["data"]],
-        config=dashboard_config(config, facts, place),
-        run_id=progress.wandb_id,
-        rows=progress.rows,
-    )
-
-
-def evaluated_model(state: RunState) -> nn.Module:
-    """The network whose scores count: the averaged one where there is one."""
-    if state.ema_model is None:
-        return state.model
-    averaged: nn.Module = state.ema_model.module
-    return averaged
-
-
-def pictures(
-    cfg: DictConfig, state: RunState, progress: Progress, tracker: Tracker
-) -> dict[str, Any]:
-    """Attention after the epoch that is finished, where the dashboard is to have it."""
-    if not (tracker.active and cfg.tracking.media):
-        return {}
-    from training import media  # which needs Pillow
-
-    if len(progress.rows) not in media.media_epochs(cfg.epochs):
-        return {}
-    return {**media.attention_pictures(evaluated_model(state), state.dataset)}
-
-
-def show(
-    cfg: DictConfig,
-    state: RunState,
-    tracker: Tracker,
-    config: dict[str, Any],
-    facts: dict[str, Any],
-    folder: Path,
-) -> None:
-    """Give the dashboard what there is to see of the finished run, and the weights if asked to."""
-    if not tracker.active:
-        return
-    model = evaluated_model(state)
-    if cfg.tracking.media:
-        from training import media  # which needs Pillow
-
-        tracker.show(media.final_media(model, state.dataset, cfg.eval_batch_size, state.autocast))
-    if cfg.tracking.weights:
-        files = [folder / name for name in (run_folder.WEIGHTS, run_folder.DESCRIPTION)]
-        name = f"{facts['model']}-{facts['attention']}-{tracker.id}"
-        tracker.artifact(name, "model", files, {"config": config, **facts})
-
-
-def save_progress(
-    folder: RunFolder | None, state: RunState, config: dict[str, Any], progress: Progress
-) -> None:
-    """Write a checkpoint, if this is the main process."""
-    if folder is not None:
-        checkpoint.save(
-            folder.path,
-            state.stateful(),
-            state.device,
-            config=config,
-            description=state.description.to_dict(),
-            progress=progress.state_dict(),
-        )
-        folder.keep()
 
 
 def train_epoch(
@@ -612,71 +361,4 @@ def score(
             evaluation_batches(images, cfg.eval_batch_size, dataset.mean, dataset.std)
         ),
         state.autocast,
-    )
-
-
-def raise_if_nonfinite(row: dict[str, Any]) -> None:
-    """Raise FloatingPointError if a number of the epoch's row is not finite."""
-    name = run_folder.first_nonfinite(row)
-    if name is not None:
-        raise FloatingPointError(
-            f"{name} is {row[name]} after epoch {row['epoch']}; a lower optim.lr or grad_clip may "
-            "help"
-        )
-
-
-def summarize(
-    cfg: DictConfig,
-    config: dict[str, Any],
-    progress: Progress,
-    dataset: Dataset,
-    facts: dict[str, Any],
-) -> dict[str, Any]:
-    """What summary.json holds of a finished run: the last epoch's scores and their origin."""
-    last = progress.rows[-1]
-    return {
-        "epochs": len(progress.rows),
-        "seed": cfg.seed,
-        **{key: last[key] for key in last if "/" in key and not key.startswith("perf/")},
-        "perf/total_seconds": sum(row["perf/epoch_seconds"] for row in progress.rows),
-        "per_class_top1": progress.per_class_top1,
-        "class_names": list(dataset.class_names),
-        **{key: facts[key] for key in facts if key != "precision"},
-        "segments": progress.segments,
-        "config": config,
-    }
-
-
-def best(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The best held-out accuracy of all epochs and when it was, for the dashboard.
-
-    Empty where no images were held out: an epoch is not chosen by the test set.
-    """
-    if "val/top1" not in rows[-1]:
-        return {}
-    row = max(rows, key=lambda row: row["val/top1"])
-    return {"best/val_top1": row["val/top1"], "best/epoch": row["epoch"]}
-
-
-def position(progress: Progress) -> str:
-    """Where a run is, in words."""
-    step = progress.epoch_state.step
-    inside = f", step {step} of the next" if step else ""
-    return f"after epoch {len(progress.rows)}{inside}"
-
-
-def epoch_line(row: dict[str, Any], epochs: int, on: str) -> str:
-    """An epoch's metrics in a line of the log."""
-    return (
-        f"epoch {row['epoch']}/{epochs}: loss {row['train/loss']:.4f}, {on} top-1 "
-        f"{row[f'{on}/top1']:.2f}, top-5 {row[f'{on}/top5']:.2f}, lr {row['train/lr']:.3g}, "
-        f"{row['perf/images_per_s']:.0f} images/s"
-    )
-
-
-def stop_line(stop: stopping.Stop, progress: Progress) -> str:
-    """Why and where a run has stopped, and how to continue it."""
-    return (
-        f"stopped ({stop.why()}) {position(progress)}; run the same command with resume=auto to "
-        "continue"
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from omegaconf import DictConfig
 
 from models.saved import is_colour
 from training import progress, run_folder
@@ -24,6 +25,7 @@ from training.kinds import (
 )
 from training.launch import pasteable
 from training.run_folder import FORMAT, LAST, PREVIOUS
+from training.state import RunState
 from training.variants import result_settings
 
 log = logging.getLogger(__name__)
@@ -193,7 +195,7 @@ def check_precision(state: dict[str, Any], precision: str, asked: str, folder: P
         )
 
 
-def of_other_lengths(folder: Path, config: dict[str, Any]) -> list[str]:
+def runs_with_other_epochs(folder: Path, config: dict[str, Any]) -> list[str]:
     """Of each finished run beside ``folder`` that differs in its epochs alone, how to go on."""
     lines = []
     here = result_settings(config)
@@ -280,3 +282,74 @@ def restore(
             set_rng_state(state["device_rng"], device)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise _of_other_code(path, error) from error
+
+
+# ---- A run ---------------------------------------------------------------------------------------
+
+
+def is_finished(run_dir: Path, resumed: Path, saved: dict[str, Any], cfg: DictConfig) -> bool:
+    """Whether ``run_dir`` itself holds the finished run, with its summary."""
+    own = resumed.parent.resolve() == run_dir.resolve()
+    there = (run_dir / run_folder.SUMMARY).exists()
+    return own and there and len(saved["rows"]) == cfg.epochs
+
+
+def finished_before(run_dir: Path) -> dict[str, Any]:
+    """The summary of a run that needs nothing more; it stays as it is.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        summary = run_folder.read_summary(run_dir)
+    except UnreadableError as error:
+        raise ValueError(f"{error}; without that file resume=auto writes it again") from error
+    log.info("already finished: %s: %s", run_folder.scores_line(summary), run_dir)
+    return summary
+
+
+def continue_run(
+    state: RunState,
+    resumed: Path | None,
+    saved: dict[str, Any],
+    resume: str | None,
+    run_dir: Path,
+    config: dict[str, Any],
+) -> progress.Progress:
+    """The progress of a new run, or ``state`` and progress as the checkpoint has them.
+
+    What was asked for by ``resume`` and cannot be seen in the result is logged.
+
+    Raises:
+        ValueError: the checkpoint was written by other code than this.
+    """
+    if resumed is None:
+        if resume == "auto":
+            log.info("resume=auto: nothing to continue in %s; the run begins at epoch 1", run_dir)
+            for line in runs_with_other_epochs(run_dir, config):
+                log.info("%s", line)
+        return progress.Progress(progress.EpochState.begin(len(state.batches)))
+    check_data(saved, state.description.to_dict(), run_dir)
+    restore(saved, state.stateful(), state.device, resumed)
+    continued = progress.Progress.from_state(saved)
+    log.info("resumed %s %s", resumed, continued.position)
+    return continued
+
+
+def save_progress(
+    folder: run_folder.RunFolder | None,
+    state: RunState,
+    config: dict[str, Any],
+    reached: progress.Progress,
+) -> None:
+    """Write a checkpoint, if this is the main process."""
+    if folder is not None:
+        save(
+            folder.path,
+            state.stateful(),
+            state.device,
+            config=config,
+            description=state.description.to_dict(),
+            progress=reached.state_dict(),
+        )
+        folder.keep()

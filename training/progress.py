@@ -137,6 +137,13 @@ class Progress:
             "wandb_id": self.wandb_id,
         }
 
+    @property
+    def position(self) -> str:
+        """Where the run is, in words."""
+        step = self.epoch_state.step
+        inside = f", step {step} of the next" if step else ""
+        return f"after epoch {len(self.rows)}{inside}"
+
     def start_segment(self, place: dict[str, Any]) -> None:
         """Note commit, versions, hardware, precision and processes of what is trained next."""
         if self.segments and self.segments[-1] == self.segments[-1] | place:

@@ -1,0 +1,132 @@
+"""What a run trains and what it has come to: for its files, for the dashboard, and for the log."""
+
+import logging
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+
+import aaconv
+from data import Dataset
+from models import (
+    Description,
+    ResNet,
+    count_flops,
+    count_parameters,
+    describe,
+    layer_facts,
+    layer_table,
+)
+from training import provenance, stopping
+from training.device import dtype_name
+from training.progress import Progress
+from training.run_folder import first_nonfinite
+from training.settings import resolve
+from training.state import RunState
+from training.variants import published
+
+log = logging.getLogger(__name__)
+
+
+def describe_run(
+    cfg: DictConfig, network: ResNet, dataset: Dataset, dtype: torch.dtype
+) -> Description:
+    """What is kept with the weights, so that the network can be rebuilt from its file alone."""
+    return Description(
+        network=describe(network),
+        class_names=list(dataset.class_names),
+        mean=list(dataset.mean),
+        std=list(dataset.std),
+        data=dataset.name,
+        settings=published(resolve(cfg)),
+        precision=dtype_name(dtype),
+        version=aaconv.__version__,
+        commit=provenance.commit(),
+    )
+
+
+def describe_training(cfg: DictConfig, state: RunState) -> dict[str, Any]:
+    """What will be trained; logged, and returned for summary and dashboard."""
+    facts = {
+        "model": cfg.model.name,
+        "attention": state.description.network["attention"]["name"],
+        "data": state.dataset.name,
+        "evaluated_on": state.dataset.evaluated_on,
+        "parameters": count_parameters(state.model),
+        "flops": count_flops(state.model, state.dataset.image_size),
+        "layers": layer_facts(state.model),
+        "precision": dtype_name(state.dtype),
+    }
+    log.info(
+        "%s (attention: %s) on %s: %s parameters, %.4g GFLOPs per image, %s on %s",
+        facts["model"],
+        facts["attention"],
+        facts["data"],
+        f"{facts['parameters']:,}",
+        facts["flops"] / 1e9,
+        facts["precision"],
+        provenance.hardware(state.device),
+    )
+    for line in layer_table(facts["layers"]):
+        log.info(line)
+    return facts
+
+
+def summarize(
+    cfg: DictConfig,
+    config: dict[str, Any],
+    progress: Progress,
+    dataset: Dataset,
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """What summary.json holds of a finished run: the last epoch's scores and their origin."""
+    last = progress.rows[-1]
+    return {
+        "epochs": len(progress.rows),
+        "seed": cfg.seed,
+        **{key: last[key] for key in last if "/" in key and not key.startswith("perf/")},
+        "perf/total_seconds": sum(row["perf/epoch_seconds"] for row in progress.rows),
+        "per_class_top1": progress.per_class_top1,
+        "class_names": list(dataset.class_names),
+        **{key: facts[key] for key in facts if key != "precision"},
+        "segments": progress.segments,
+        "config": config,
+    }
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The best held-out accuracy of all epochs and when it was, for the dashboard.
+
+    Empty where no images were held out: an epoch is not chosen by the test set.
+    """
+    if "val/top1" not in rows[-1]:
+        return {}
+    row = max(rows, key=lambda row: row["val/top1"])
+    return {"best/val_top1": row["val/top1"], "best/epoch": row["epoch"]}
+
+
+def raise_if_nonfinite(row: dict[str, Any]) -> None:
+    """Raise FloatingPointError if a number of the epoch's row is not finite."""
+    name = first_nonfinite(row)
+    if name is not None:
+        raise FloatingPointError(
+            f"{name} is {row[name]} after epoch {row['epoch']}; a lower optim.lr or grad_clip may "
+            "help"
+        )
+
+
+def epoch_line(row: dict[str, Any], epochs: int, on: str) -> str:
+    """An epoch's metrics in a line of the log."""
+    return (
+        f"epoch {row['epoch']}/{epochs}: loss {row['train/loss']:.4f}, {on} top-1 "
+        f"{row[f'{on}/top1']:.2f}, top-5 {row[f'{on}/top5']:.2f}, lr {row['train/lr']:.3g}, "
+        f"{row['perf/images_per_s']:.0f} images/s"
+    )
+
+
+def stop_line(stop: stopping.Stop, progress: Progress) -> str:
+    """Why and where a run has stopped, and how to continue it."""
+    return (
+        f"stopped ({stop.why()}) {progress.position}; run the same command with resume=auto to "
+        "continue"
+    )
