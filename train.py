@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from aaconv.functional import check_backend
 from data import Batches, Dataset, evaluation_batches
-from models import Trained, freeze, hold_frozen
+from models import Trained, freeze, set_frozen_eval
 from training import checkpoint, distributed, provenance, run_folder, stopping
 from training.dashboard import pictures, show, start_tracking
 from training.device import (
@@ -147,7 +147,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         # ---- The last epoch's figures, never the best one's -------------------------------------
         finished = len(progress.rows) == cfg.epochs
         if not finished:
-            tracker.stopped(continued=stop.to_be_continued)
+            tracker.stopped(continued=stop.will_resume)
         summary = summarize(cfg, config, progress, dataset, facts) if finished else {}
         if finished and folder is not None:
             folder.write_weights(state.evaluated_model, state.description)
@@ -248,7 +248,7 @@ def train_epoch(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     state.model.train()
-    hold_frozen(state.model, cfg.freeze)
+    set_frozen_eval(state.model, cfg.freeze)
     bar = tqdm(
         state.batches.epoch(epoch, before.step),
         f"epoch {epoch + 1}/{cfg.epochs}",
@@ -285,7 +285,7 @@ def train_epoch(
 
 
 def take_step(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) -> StepFigures:
-    """One step of the optimiser, and what it has shown of the whole batch."""
+    """One step of the optimizer, and what it has shown of the whole batch."""
     loss, top1 = distributed.all_reduce_mean(add_gradients(cfg, state, images, labels)).unbind()
     state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
@@ -296,7 +296,7 @@ def take_step(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) 
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     with warnings.catch_warnings():
-        # Where fp16 overflows in the very first step, the optimiser has not taken one.
+        # Where fp16 overflows in the very first step, the optimizer has not taken one.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         state.schedule.step()
     if state.ema_model is not None:

@@ -41,7 +41,7 @@ def append_coordinates(x: Tensor) -> Tensor:
     """``x`` (B, C, H, W) with three more channels: each pixel's column, row and radius.
 
     As in CoordConv (Liu et al., NeurIPS 2018): column and row run from -1 to 1, and are 0 on an
-    axis of one pixel; the radius is the distance from the centre in these coordinates.
+    axis of one pixel; the radius is the distance from the center in these coordinates.
     """
     B, _, H, W = x.shape
     row, column = (

@@ -82,7 +82,7 @@ def attention_2d(
         backend = choose_backend(q, relative=rel_h is not None)
         # Never inside a compiled graph.
         if backend == "fused" and not torch.compiler.is_compiling():
-            backend = "fused" if trial.passes("fused", given) else "sdpa"
+            backend = "fused" if trial.self_check("fused", given) else "sdpa"
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
     check_backend(backend, q.device, q.dtype, needs_grad=needs_grad)
     return backends.MODULES[backend].attend(q, k, v, rel_h, rel_w)

@@ -28,7 +28,7 @@ _passed: dict[tuple[object, ...], bool] = {}
 any_failed = False
 
 
-def passes(backend: str, given: Sequence[Tensor]) -> bool:
+def self_check(backend: str, given: Sequence[Tensor]) -> bool:
     """Whether ``backend`` has computed one image of ``given`` right; tried at the first call.
 
     ``given`` are q, k and v as for `aaconv.attention_2d`, and both tables or none. Another device,

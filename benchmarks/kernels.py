@@ -312,7 +312,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def share(row: dict[str, Any]) -> str:
-    """Which part of the time, in per cent, the loop's instructions would take alone."""
+    """Which part of the time, in percent, the loop's instructions would take alone."""
     if row["issue_ms"] is None:
         return "clock unknown"
     return f"{100 * row['issue_ms'] / statistics.median(row['ms']):.0f}"

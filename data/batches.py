@@ -1,4 +1,4 @@
-"""Batches of normalised images, each image augmented on the device that holds the data set."""
+"""Batches of normalized images, each image augmented on the device that holds the data set."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from data.dataset import Augmentation, Images, seeded_generator
 
-Colour = tuple[float, float, float]
+Color = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Batches:
         images: Images,
         batch_size: int,
         augmentation: Augmentation,
-        mean: Colour,
-        std: Colour,
+        mean: Color,
+        std: Color,
         seed: int,
         shard: tuple[int, int] = (0, 1),
         micro_batches: int = 1,
@@ -125,17 +125,17 @@ class Batches:
         pixels = self.images.pixels[draws.order]
         if self.augmentation.crop_pad or self.augmentation.flip:
             pixels = _crop_and_flip(pixels, draws, self.augmentation)
-        images = _normalise(pixels, self._scale, self._shift)
+        images = _normalize(pixels, self._scale, self._shift)
         if self.augmentation.cutout:
-            # After normalisation the mean colour is 0.
+            # After normalization the mean color is 0.
             images.masked_fill_(_cut(images, draws, self.augmentation.cutout), 0.0)
         return images, self.images.labels[draws.order]
 
 
 def evaluation_batches(
-    images: Images, batch_size: int, mean: Colour, std: Colour
+    images: Images, batch_size: int, mean: Color, std: Color
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All of ``images`` in order, normalised and not augmented; the last batch may be smaller.
+    """All of ``images`` in order, normalized and not augmented; the last batch may be smaller.
 
     Yields what ``Batches.epoch`` yields. Raises ValueError, before the first batch, if
     ``batch_size`` is below 1.
@@ -144,20 +144,20 @@ def evaluation_batches(
         raise ValueError(f"batch_size={batch_size} is below 1; give 1 or more")
     scale, shift = _scale_and_shift(mean, std, images.pixels.device)
     return (
-        (_normalise(pixels, scale, shift), labels)
+        (_normalize(pixels, scale, shift), labels)
         for pixels, labels in zip(
             images.pixels.split(batch_size), images.labels.split(batch_size), strict=True
         )
     )
 
 
-def _scale_and_shift(mean: Colour, std: Colour, device: torch.device) -> tuple[Tensor, Tensor]:
+def _scale_and_shift(mean: Color, std: Color, device: torch.device) -> tuple[Tensor, Tensor]:
     means, deviations = (torch.tensor(v, dtype=torch.float64) for v in (mean, std))
     scale, shift = 1 / (255 * deviations), -means / deviations
     return scale.float().to(device), shift.float().to(device)
 
 
-def _normalise(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _normalize(pixels: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     images = pixels.float().mul_(scale).add_(shift)
     # A (B, 3, H, W) view of (B, H, W, 3) memory is what torch calls channels_last.
     return images.permute(0, 3, 1, 2)

@@ -59,7 +59,7 @@ def _check_dtype(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
 
 def _shape_hint(shape: tuple[int, ...]) -> str:
     if len(shape) == 3 or (len(shape) == 4 and shape[3] == 1):
-        return "; for grey images repeat the one channel three times"
+        return "; for gray images repeat the one channel three times"
     if len(shape) == 4 and shape[1] == 3:
         return "; use pixels.permute(0, 2, 3, 1)"
     return ""
@@ -71,7 +71,7 @@ class Augmentation:
 
     ``crop_pad``: zeros padded on each side, in pixels, before a random crop to the original size.
     ``flip``: whether to mirror left to right with probability 1/2.
-    ``cutout``: side in pixels of a square that is set to the mean colour; its centre is uniform
+    ``cutout``: side in pixels of a square that is set to the mean color; its center is uniform
     over the image, so it may extend past the edge. 0 turns crop and cutout off.
 
     Raises ValueError if ``crop_pad`` or ``cutout`` is negative.
@@ -107,7 +107,7 @@ class Dataset:
 
     ``evaluated_on`` is "test", or "val" where ``evaluation`` was held out of the training images or
     is the validation part of a folder.
-    ``mean`` and ``std`` normalise the pixels, per channel, on a scale where white is 1; they are
+    ``mean`` and ``std`` normalize the pixels, per channel, on a scale where white is 1; they are
     those of all training images, the held-out ones included.
 
     Raises ValueError if the fields contradict each other, such as a label that is not from 0 to

@@ -60,7 +60,7 @@ def load_folder(
         OSError: a folder cannot be read.
     """
     if not name:
-        raise ValueError("data.name= must not be empty: the runs of a data set are told by it")
+        raise ValueError("data.name= must not be empty: runs are grouped by it")
     if not 1 <= size <= LARGEST:
         raise ValueError(f"data.size={size} must be at least 1 and at most {LARGEST} pixels")
     folder = Path(root).expanduser().absolute()
@@ -189,7 +189,7 @@ def _read_all(paths: list[Path], size: int) -> Tensor:
     if faults:
         more = f", and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
         raise ValueError(
-            f"{len(faults)} of {len(paths)} images cannot be read; mend or remove "
+            f"{len(faults)} of {len(paths)} images cannot be read; repair or delete "
             f"{'; '.join(faults[:NAMED])}{more}"
         )
     return pixels
@@ -208,7 +208,7 @@ def _mean_and_std(pixels: Tensor, folder: Path) -> tuple[Any, Any]:
         mean.append(one / number / 255)
         std.append((number * square - one * one) ** 0.5 / number / 255)
     if min(std) == 0:
-        raise ValueError(f"{folder}: all images have one and the same colour in a channel")
+        raise ValueError(f"{folder}: a color channel is constant over all images")
     return tuple(mean), tuple(std)
 
 

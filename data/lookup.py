@@ -13,7 +13,7 @@ SHAPE_SIZE = 6
 SHAPES_SHOWN = 5
 BACKGROUND = (128, 128, 128)
 
-# The corners of the RGB cube about the background's grey, so that none stands out.
+# The corners of the RGB cube about the background's gray, so that none stands out.
 COLOURS = {
     "black": (40, 40, 40),
     "blue": (40, 40, 216),
@@ -26,7 +26,7 @@ COLOURS = {
 }
 
 # Each is its own mirror image, so that a flip does not change the class, and has 20 pixels set, so
-# that the amount of a colour does not reveal the shape.
+# that the amount of a color does not reveal the shape.
 SHAPES = {
     "frame": ("######", "#....#", "#....#", "#....#", "#....#", "######"),
     "plus": ("..##..", "..##..", "######", "######", "..##..", "..##.."),
@@ -58,11 +58,11 @@ def make_lookup(
     data_seed: int = 0,
     distance: int | None = None,
 ) -> Dataset:
-    """32x32 images whose class is the shape that has the colour of a far-away cue; 8 classes.
+    """32x32 images whose class is the shape that has the color of a far-away cue; 8 classes.
 
     The cue is a 2x2 patch in the top left corner. Five of eight 6x6 shapes, in five of eight
-    colours, are drawn in five of seven slots along the right and the bottom side. The cue has one
-    of these five colours, each equally likely, and the class is the shape in that colour. ``noise``
+    colors, are drawn in five of seven slots along the right and the bottom side. The cue has one
+    of these five colors, each equally likely, and the class is the shape in that color. ``noise``
     is the standard deviation of the Gaussian noise on every pixel value, on a scale where white is
     1. Training and test images come from different generator streams of ``data_seed``;
     ``val_size`` > 0 holds that many training images out and evaluates on them. A crop or a cutout
@@ -70,13 +70,13 @@ def make_lookup(
 
     No 25x25 window (a ResNet-8's receptive field) holds a pixel of the cue and a pixel of a shape.
     A network that adds up what such windows show can therefore only compute
-    argmax_s [a_s(cue colour) + D_s(shapes, colours, slots)]. How accurate that can be, as
+    argmax_s [a_s(cue color) + D_s(shapes, colors, slots)]. How accurate that can be, as
     ``python -m benchmarks.lookup_bound`` computes it (guessing one of the shapes shown gives 20 %):
 
     - at most 64.2 %, proven for any a and D;
     - 55.8 % is reached with a D that sees all the shapes at once;
     - 48 % is the best found, by fitting from 12 random starts and scoring on all 1,881,600 scenes,
-      where every shape contributes on its own, D_s = sum_i d_s(shape_i, colour_i).
+      where every shape contributes on its own, D_s = sum_i d_s(shape_i, color_i).
 
     With ``distance`` d the cue is a stripe instead, two pixels wide and as high as the image, and
     the five shapes fill a column along the right side in random order. Between the two are d
@@ -131,10 +131,10 @@ def _check(train_size: int, test_size: int, noise: float, distance: int | None) 
 def _draw(number: int, noise: float, distance: int | None, generator: torch.Generator) -> Images:
     slots, cue = geometry(distance)
     shapes = _distinct(number, len(SHAPES), generator)
-    colours = _distinct(number, len(COLOURS), generator)
+    colors = _distinct(number, len(COLOURS), generator)
     places = _pixels_of(slots, SHAPE_SIZE)[_distinct(number, len(slots), generator)]
     cued = torch.randint(SHAPES_SHOWN, (number, 1), generator=generator)
-    clean = _paint(shapes, colours, places, _pixels_of(cue, CUE_SIZE), colours.gather(1, cued))
+    clean = _paint(shapes, colors, places, _pixels_of(cue, CUE_SIZE), colors.gather(1, cued))
     return Images(_add_noise(clean, noise, generator), shapes.gather(1, cued)[:, 0])
 
 
@@ -144,19 +144,19 @@ def _distinct(number: int, kinds: int, generator: torch.Generator) -> Tensor:
 
 
 def _paint(
-    shapes: Tensor, colours: Tensor, places: Tensor, cue: Tensor, cue_colour: Tensor
+    shapes: Tensor, colors: Tensor, places: Tensor, cue: Tensor, cue_color: Tensor
 ) -> Tensor:
     """Images (N, 32, 32, 3) uint8 without noise.
 
-    Shape i, in colour i, is drawn on the pixels ``places[:, i]``, and ``cue_colour`` (N, 1) fills
+    Shape i, in color i, is drawn on the pixels ``places[:, i]``, and ``cue_color`` (N, 1) fills
     the pixels ``cue``; all pixels are flat indices.
     """
     number, background = len(shapes), len(COLOURS)
     inked = _patterns()[shapes]
-    ink = torch.where(inked, colours[:, :, None], background)
+    ink = torch.where(inked, colors[:, :, None], background)
     canvas = torch.full((number, IMAGE_SIZE * IMAGE_SIZE), background)
     canvas.scatter_(1, places.flatten(1), ink.flatten(1))
-    canvas[:, cue.flatten()] = cue_colour
+    canvas[:, cue.flatten()] = cue_color
     palette = torch.tensor([*COLOURS.values(), BACKGROUND], dtype=torch.uint8)
     return palette[canvas].view(number, IMAGE_SIZE, IMAGE_SIZE, 3)
 

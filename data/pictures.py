@@ -21,7 +21,7 @@ def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
     It is turned as its EXIF data say, laid on white where it is transparent, and scaled with its
     sides in proportion (bicubic) until it covers ``size``; what then sticks out at two sides is cut
     off, half at each. A picture of just this size stays as it is. Of several frames the first is
-    taken. Grey pictures of 16 bits keep their upper eight.
+    taken. Gray pictures of 16 bits keep their upper eight.
 
     Raises:
         ValueError: it is no picture, is damaged, or is so large that it may be an attack; one line.
@@ -55,7 +55,7 @@ def read_by_several(path: Path, size: tuple[int, int]) -> Tensor:
                 _as_rgb(upright), (width, height), method=Image.Resampling.BICUBIC
             )
     except UnidentifiedImageError:
-        raise ValueError("it is no picture that Pillow reads") from None
+        raise ValueError("not an image Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError("it has more pixels than Pillow takes to be safe") from None
     except OSError as error:
@@ -71,8 +71,8 @@ def _as_rgb(picture: Any) -> Any:
     from PIL import Image
 
     if picture.mode.startswith("I"):  # 16 bits, or 32 that hold 16
-        grey = np.asarray(picture).astype(np.int64).clip(0, 65535) >> 8
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        gray = np.asarray(picture).astype(np.int64).clip(0, 65535) >> 8
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
         opaque = picture.convert("RGBA")
         white = Image.new("RGBA", opaque.size, "white")

@@ -21,7 +21,7 @@ from models.cost import (
 )
 from models.resnet import ResNet
 from models.saved import Description, Trained, build, describe, load
-from models.transfer import Transfer, freeze, hold_frozen, transfer
+from models.transfer import Transfer, freeze, set_frozen_eval, transfer
 
 __all__ = [
     "AA",
@@ -43,10 +43,10 @@ __all__ = [
     "count_parameters",
     "describe",
     "freeze",
-    "hold_frozen",
     "layer_facts",
     "layer_table",
     "load",
     "receptive_field",
+    "set_frozen_eval",
     "transfer",
 ]

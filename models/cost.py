@@ -21,12 +21,12 @@ def count_parameters(model: nn.Module) -> int:
 def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
     """FLOPs of the forward pass for one (3, H, W) image, two per multiply-add.
 
-    Counts convolutions and matrix products, nothing elementwise (no softmax, no normalisation).
+    Counts convolutions and matrix products, nothing elementwise (no softmax, no normalization).
     Attention is counted by its formula whichever backend runs it: queries times keys, queries
     times both position tables, weights times values. It runs on the meta device, where nothing is
     computed.
     """
-    # In evaluation mode, because synchronised normalisation would communicate with other processes.
+    # In evaluation mode, because synchronized normalization would communicate with other processes.
     shadow = copy.deepcopy(model).to("meta").eval()
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():

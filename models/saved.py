@@ -2,7 +2,7 @@
 
 A run ends with two files side by side: ``weights.safetensors``, which other tools open too, and
 ``config.json``, which says what network the weights are of, what its classes are called and how its
-images are normalised. A checkpoint, ``last.pt``, has the same inside. Loading runs no code of a
+images are normalized. A checkpoint, ``last.pt``, has the same inside. Loading runs no code of a
 file: weights are read as tensors, and the description as plain values.
 """
 
@@ -241,9 +241,9 @@ def _with_weights(
     own = network.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         if name not in tensors:
-            raise ValueError(f"{file} has no {name}, which the network of {where} has")
+            raise ValueError(f"{file}: missing key {name} of the network in {where}")
         if name not in own:
-            raise ValueError(f"{file} has {name}, which the network of {where} has not")
+            raise ValueError(f"{file}: unexpected key {name}, not in the network of {where}")
         given, expected = tuple(tensors[name].shape), tuple(own[name].shape)
         if given != expected:
             raise ValueError(f"{file}: {name} is {given}, and {expected} by {where}")
@@ -254,7 +254,7 @@ def _with_weights(
     return network
 
 
-def is_colour(value: Any) -> bool:
+def is_color(value: Any) -> bool:
     """Whether ``value`` is a list of three finite numbers, one for each channel."""
     return _is_list(value, (int, float)) and len(value) == 3 and all(map(math.isfinite, value))
 
@@ -276,8 +276,8 @@ _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         ),
     ),
     "class_names": ("a list of texts", lambda v: _is_list(v, str)),
-    "mean": ("three numbers", is_colour),
-    "std": ("three numbers above 0", lambda v: is_colour(v) and min(v) > 0),
+    "mean": ("three numbers", is_color),
+    "std": ("three numbers above 0", lambda v: is_color(v) and min(v) > 0),
     "data": ("text", lambda v: isinstance(v, str)),
     "settings": ("an object", lambda v: isinstance(v, dict)),
     "precision": ("text", lambda v: isinstance(v, str)),

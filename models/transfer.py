@@ -73,7 +73,7 @@ def transfer(network: nn.Module, other: Trained, class_names: Sequence[str]) -> 
       first output channels, as many as both have;
     - the last layer, if the classes are the same.
 
-    Everything else keeps its initialisation.
+    Everything else keeps its initialization.
 
     Raises:
         ValueError: no convolution's weight is taken, not even in part.
@@ -153,7 +153,7 @@ def _of_convolution(tensor: Tensor, value: Tensor, augmented: bool) -> tuple[Ten
     if not augmented or value.shape[1:] != tensor.shape[1:]:
         return None, f"new, {_shape(value)} there"
     if len(value) < len(tensor):
-        return value, f"its first {len(value)} of {len(tensor)} channels, the others new"
+        return value, f"copied {len(value)} of {len(tensor)} channels, the rest newly initialized"
     return value[: len(tensor)], f"the first {len(tensor)} of {len(value)} channels"
 
 
@@ -180,10 +180,10 @@ def freeze(network: nn.Module, names: Sequence[str]) -> None:
         raise ValueError(f"freeze=[{','.join(names)}] leaves nothing to train")
 
 
-def hold_frozen(network: nn.Module, names: Sequence[str]) -> None:
+def set_frozen_eval(network: nn.Module, names: Sequence[str]) -> None:
     """Put the frozen modules of a network in training into evaluation mode.
 
-    Batch normalisation then keeps its statistics there, which are as much learned as its weights.
+    Batch normalization then keeps its statistics there, which are as much learned as its weights.
     """
     for name in names:
         _module(network, name).eval()

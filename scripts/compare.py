@@ -204,12 +204,12 @@ def dashboard_of(overrides: list[str]) -> DictConfig:
         return wandb
 
 
-def own_group(overrides: list[str], comparison: Path) -> list[str]:
+def wandb_group(overrides: list[str], comparison: Path) -> list[str]:
     """The override by which the dashboard shows the runs together, unless the user gave another."""
     given = OverridesParser.create().parse_overrides(overrides)
     if any(override.get_key_element() == "wandb.group" for override in given):
         return []
-    return [f"wandb.group={launch.quoted(comparison.name)}"]
+    return [f"wandb.group={launch.hydra_quote(comparison.name)}"]
 
 
 def train(
@@ -264,7 +264,7 @@ def seconds_left(runs: list[PlannedRun]) -> float | None:
     return total
 
 
-def as_time(seconds: float | None) -> str:
+def format_eta(seconds: float | None) -> str:
     """Seconds in words, to two digits or so."""
     if seconds is None:
         return "time left unknown"
@@ -285,7 +285,7 @@ def progress(runs: list[PlannedRun], number: int) -> str:
         return f"{head} already finished"
     finished, epochs = sum(r.finished for r in runs), run.done()[0]
     what = f"after epoch {epochs} of {run.epochs}" if epochs else "training"
-    return f"{head} {what} ({finished} finished, {as_time(seconds_left(runs))})"
+    return f"{head} {what} ({finished} finished, {format_eta(seconds_left(runs))})"
 
 
 def train_all(
@@ -354,7 +354,7 @@ def compare(
                     "all of them: use one"
                 )
     before = {run for run in runs if run.finished}
-    grouped = [*overrides, *own_group(overrides, comparison)]
+    grouped = [*overrides, *wandb_group(overrides, comparison)]
     tracking = dashboard_of(grouped)
     failed = train_all(runs, grouped, out_dir, max_minutes)
     finished = {run for run in runs if run.finished}
@@ -391,7 +391,7 @@ def next_commands(
     if not kept:  # of older code
         return []
     folders = [shown(run.folder) for run in kept if run.seed == kept[0].seed]
-    augmented = next((run for run in kept if attends(run)), None)
+    augmented = next((run for run in kept if has_attention(run)), None)
     commands = [["evaluate.py", *folders]]
     if augmented is not None:
         commands.append(["visualize.py", shown(augmented.folder)])
@@ -411,7 +411,7 @@ def next_commands(
     ]
 
 
-def attends(run: PlannedRun) -> bool:
+def has_attention(run: PlannedRun) -> bool:
     """Whether the network of a finished run has attention to look at."""
     return bool(run_folder.read_summary(run.folder)["attention"] == "aa")
 

@@ -47,7 +47,7 @@ SETTINGS = ("device", "precision", "eval_batch_size", "channels_last")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one network has come to; accuracies in per cent, ``ece`` in [0, 1]."""
+    """What one network has come to; accuracies in percent, ``ece`` in [0, 1]."""
 
     path: str
     data: str

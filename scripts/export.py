@@ -4,7 +4,7 @@
     python scripts/export.py weights.safetensors --out exported --formats onnx
 
 The network is given as for `models.load`. Writes network.onnx and network.pt2, whose input is
-images (B, 3, H, W), normalised by the mean and the deviation that they carry as metadata with the
+images (B, 3, H, W), normalized by the mean and the deviation that they carry as metadata with the
 names of the classes, and whose output is logits (B, classes). A file is written only after it gave
 the network's own numbers, at the size of its images and at two others. ONNX needs
 pip install -c constraints.txt -e '.[app,export]'.

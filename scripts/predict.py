@@ -170,5 +170,5 @@ def main(args: argparse.Namespace) -> None:
         print(as_table(predictions))
     faults = [one for one in done if isinstance(one, str)]
     for fault in faults:
-        console.tell("predict.py", printable(fault))
+        console.print_error("predict.py", printable(fault))
     sys.exit(1 if faults else 0)

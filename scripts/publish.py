@@ -25,7 +25,7 @@ from reporting.text import count, printable
 from scripts.command import command
 from training.files import write_texts
 from training.run_folder import FAILURE, METRICS, SUMMARY
-from training.variants import published
+from training.variants import public_settings
 
 
 def result_files(folder: Path) -> dict[str, str]:
@@ -34,7 +34,7 @@ def result_files(folder: Path) -> dict[str, str]:
     texts = {path.name: path.read_text(encoding="utf-8") for path in there if path.exists()}
     if SUMMARY in texts:
         summary = json.loads(texts[SUMMARY])
-        summary["config"] = published(summary["config"])
+        summary["config"] = public_settings(summary["config"])
         texts[SUMMARY] = json.dumps(summary, indent=1) + "\n"
     return texts
 

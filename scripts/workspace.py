@@ -31,7 +31,7 @@ from scripts.command import command
 from training import console
 from training.compose import compose_config
 from training.settings import build_model
-from training.tracking import QUIET, has_credentials, within
+from training.tracking import QUIET, has_credentials, with_timeout
 
 # Seconds that the server is waited for.
 TIMEOUT = 20
@@ -82,11 +82,11 @@ def main(args: argparse.Namespace) -> None:
     if args.save and not has_credentials():
         console.stop("workspace.py", "no account to save it with; run `wandb login` first")
     try:
-        entity = args.entity or (within(TIMEOUT, default_entity) if args.save else "")
+        entity = args.entity or (with_timeout(TIMEOUT, default_entity) if args.save else "")
         made = workspace.build(args.project, entity, blocks, args.data)
         if not args.save:
             print(workspace.as_json(made))
         else:
-            print(within(TIMEOUT, lambda: workspace.save(made, args.replace)))
+            print(with_timeout(TIMEOUT, lambda: workspace.save(made, args.replace)))
     except Exception as error:  # wandb's are of many types
         console.stop("workspace.py", f"not saved: {console.one_line(error)}", 1)

@@ -113,7 +113,7 @@ def rounding_errors(tensors, inner=torch.float32, saved=None):
       with a scale and a maximum: g(D + 8). In half precision u^2 of the position terms (sdpa), and
       of that mean (fused), come to it: they are held in two numbers there.
     - A weight in the output is off most when its own logit is too high and all others too low. The
-      backward pass has it from the normaliser of the forward pass, whose errors do not cancel.
+      backward pass has it from the normalizer of the forward pass, whose errors do not cancel.
     - Sums over weights and gradients of logits have at most four roundings to ``inner``: of either
       factor, of a part of the sum (torch's kernel has tiles of queries), and of it all. In float32
       it is g of the number of positions of all heads and images, channels, and 8 for the powers.

@@ -78,7 +78,7 @@ def resnet(x, state, *, block, shortcut, attention):
     blocks = sorted({name[: len("stages.0.0")] for name in state if name.startswith("stages.")})
     x = F.conv2d(x, state["conv.weight"], padding=1)
     if block != "preact":
-        x = _normalised(x, state, "bn_in").clamp(min=0)
+        x = _normalized(x, state, "bn_in").clamp(min=0)
     for name in blocks:
         weights = {n[len(name) + 1 :]: t for n, t in state.items() if n.startswith(name)}
         stride = 2 if name.endswith(".0") and name != "stages.0.0" else 1
@@ -87,39 +87,39 @@ def resnet(x, state, *, block, shortcut, attention):
         if block != "preact":
             x = x.clamp(min=0)
     if block == "preact":
-        x = _normalised(x, state, "bn_out").clamp(min=0)
+        x = _normalized(x, state, "bn_out").clamp(min=0)
     return x.flatten(2).mean(2) @ state["head.weight"].T + state["head.bias"]
 
 
 def _basic(x, weights, stride, shortcut, attention):
-    y = _normalised(_first(x, weights, "conv1", stride, attention), weights, "bn1").clamp(min=0)
-    y = _normalised(F.conv2d(y, weights["conv2.weight"], padding=1), weights, "bn2")
-    return y, _shortcut(x, y, weights, stride, shortcut, normalise=True)
+    y = _normalized(_first(x, weights, "conv1", stride, attention), weights, "bn1").clamp(min=0)
+    y = _normalized(F.conv2d(y, weights["conv2.weight"], padding=1), weights, "bn2")
+    return y, _shortcut(x, y, weights, stride, shortcut, normalize=True)
 
 
 def _bottleneck(x, weights, stride, shortcut, attention):
-    y = _normalised(F.conv2d(x, weights["conv1.weight"]), weights, "bn1").clamp(min=0)
-    y = _normalised(_first(y, weights, "conv2", stride, attention), weights, "bn2").clamp(min=0)
-    y = _normalised(F.conv2d(y, weights["conv3.weight"]), weights, "bn3")
-    return y, _shortcut(x, y, weights, stride, shortcut, normalise=True)
+    y = _normalized(F.conv2d(x, weights["conv1.weight"]), weights, "bn1").clamp(min=0)
+    y = _normalized(_first(y, weights, "conv2", stride, attention), weights, "bn2").clamp(min=0)
+    y = _normalized(F.conv2d(y, weights["conv3.weight"]), weights, "bn3")
+    return y, _shortcut(x, y, weights, stride, shortcut, normalize=True)
 
 
 def _preact(x, weights, stride, shortcut, attention):
-    active = _normalised(x, weights, "bn1").clamp(min=0)
+    active = _normalized(x, weights, "bn1").clamp(min=0)
     y = _first(active, weights, "conv1", stride, attention)
-    y = F.conv2d(_normalised(y, weights, "bn2").clamp(min=0), weights["conv2.weight"], padding=1)
+    y = F.conv2d(_normalized(y, weights, "bn2").clamp(min=0), weights["conv2.weight"], padding=1)
     if x.shape == y.shape:
         return y, x
-    return y, _shortcut(active, y, weights, stride, shortcut, normalise=False)
+    return y, _shortcut(active, y, weights, stride, shortcut, normalize=False)
 
 
-def _shortcut(x, y, weights, stride, kind, normalise):
+def _shortcut(x, y, weights, stride, kind, normalize):
     if x.shape == y.shape:
         return x
     if kind == "projection":
-        name = "shortcut.0.conv.weight" if normalise else "shortcut.conv.weight"
+        name = "shortcut.0.conv.weight" if normalize else "shortcut.conv.weight"
         x = F.conv2d(x, weights[name], stride=stride)
-        return _normalised(x, weights, "shortcut.1") if normalise else x
+        return _normalized(x, weights, "shortcut.1") if normalize else x
     out = torch.zeros_like(y)
     for h in range(y.shape[2]):
         for w in range(y.shape[3]):
@@ -154,7 +154,7 @@ def _gated(y, weights, attention):
     return y / (1 + torch.exp(-mean))[:, :, None, None]
 
 
-def _normalised(x, weights, name):
+def _normalized(x, weights, name):
     mean, variance, scale, shift = (
         weights[f"{name}.{what}"][:, None, None]
         for what in ("running_mean", "running_var", "weight", "bias")

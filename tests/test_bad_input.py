@@ -241,7 +241,7 @@ def test_a_wrong_setting(stops, monkeypatch, words, line):
     ],
 )
 def test_what_is_printed_to_be_pasted_is_read_as_it_was_meant(value):
-    (word,) = shlex.split(launch.pasteable("resume", value))
+    (word,) = shlex.split(launch.shell_override("resume", value))
     override = OverridesParser.create().parse_override(word)
     assert override.value() == value
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -322,7 +322,7 @@ def test_a_checkpoint_that_is_none(stops, tmp_path, content):
     for place in (".", "last.pt"):
         line = stops(*TINY, f"resume={place}")
         assert "last.pt" in line
-        assert "no checkpoint" in line
+        assert "no readable checkpoint" in line
 
 
 def cifar_folder(root, name="data_batch_1", content=b"no pickle"):

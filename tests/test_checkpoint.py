@@ -181,9 +181,9 @@ def test_a_damaged_one_is_reported_and_the_one_before_is_used(tmp_path, caplog, 
     assert message.endswith(f"continuing from {tmp_path / 'previous.pt'}")
     assert "\n" not in message
     damage(tmp_path / "previous.pt")
-    with pytest.raises(ValueError, match=r"no checkpoint that can be read .*overwrite=true"):
+    with pytest.raises(ValueError, match=r"no readable checkpoint .*overwrite=true"):
         read(tmp_path)
-    with pytest.raises(ValueError, match="no checkpoint that can be read"):
+    with pytest.raises(ValueError, match="no readable checkpoint"):
         checkpoint.load([tmp_path / "last.pt"], CONFIG)
 
 

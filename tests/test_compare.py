@@ -341,7 +341,7 @@ def test_time_to_go_is_that_of_the_variant(tmp_path):
     assert compare.progress(runs, 1) == (
         "[2/6] attention=aa seed=0: after epoch 4 of 10 (1 finished, about 2 min left)"
     )
-    assert compare.as_time(7000) == "about 1.9 h left"
+    assert compare.format_eta(7000) == "about 1.9 h left"
 
 
 def test_a_run_gets_its_settings_and_the_set_its_status(tmp_path, monkeypatch, capsys):

@@ -28,7 +28,7 @@ def whole_epoch(source: Batches, epoch: int = 0, start: int = 0):
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """Undoes the normalisation: (B, H, W, 3) float64, 0 to 255."""
+    """Undoes the normalization: (B, H, W, 3) float64, 0 to 255."""
     mean, std = torch.tensor(MEAN).double(), torch.tensor(STD).double()
     return (images.permute(0, 2, 3, 1).double() * std + mean) * 255
 

@@ -44,8 +44,8 @@ def int64(*shape: int) -> torch.Tensor:
             "pixels has shape (2, 3, 4, 5); expected (N, H, W, 3), RGB with the channels last; "
             "use pixels.permute(0, 2, 3, 1)",
         ),
-        (uint8(2, 4, 5), int64(2), "expected (N, H, W, 3), RGB with the channels last; for grey"),
-        (uint8(2, 4, 5, 1), int64(2), "for grey images repeat the one channel three times"),
+        (uint8(2, 4, 5), int64(2), "expected (N, H, W, 3), RGB with the channels last; for gray"),
+        (uint8(2, 4, 5, 1), int64(2), "for gray images repeat the one channel three times"),
         (uint8(2, 4, 5, 4), int64(2), "pixels has shape (2, 4, 5, 4); expected (N, H, W, 3)"),
         (uint8(6), int64(6), "pixels has shape (6,); expected (N, H, W, 3)"),
     ],

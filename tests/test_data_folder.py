@@ -48,7 +48,7 @@ def load(root, **settings):
 
 def test_classes_images_and_labels_are_those_of_torchvisions_image_folder(root):
     write(root / "train" / "ant" / "deep" / "er" / "0.JPG")
-    write(root / "train" / "ant" / "grey.bmp", mode="L")
+    write(root / "train" / "ant" / "gray.bmp", mode="L")
     (root / "train" / "ant" / "Thumbs.db").write_bytes(b"no image")
     (root / "train" / "notes.txt").write_text("not a class")
     found = folder._files(root / "train", folder._classes(root / "train"))
@@ -224,7 +224,7 @@ def no_image_in_a_class(root):
         path.rename(path.with_suffix(".txt"))
 
 
-def one_colour(root):
+def one_color(root):
     for path in (root / "train").glob("*/*.png"):
         Image.new("RGB", (8, 8), (200, 5, 5)).save(path)
 
@@ -257,7 +257,7 @@ REFUSED = {
         damage("Bee/1.png"),
         {},
         ValueError,
-        "1 of 12 images cannot be read; mend or remove",
+        "1 of 12 images cannot be read; repair or delete",
     ),
     "many damaged": (
         damage("Bee/1.png", "ant/0.png", "ant/1.png", "c d/2.png", "Käfer/0.png"),
@@ -265,7 +265,7 @@ REFUSED = {
         ValueError,
         ", and 2 more",
     ),
-    "one colour": (one_colour, {}, ValueError, "one and the same colour in a channel"),
+    "one color": (one_color, {}, ValueError, "a color channel is constant over all images"),
     "size 0": (None, {"size": 0}, ValueError, "data.size=0 must be at least 1"),
     "size -3": (None, {"size": -3}, ValueError, "data.size=-3 must be"),
     "large": (None, {"size": 1025}, ValueError, "data.size=1025 must be at least 1 and at most"),

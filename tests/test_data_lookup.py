@@ -34,8 +34,8 @@ def clean() -> Images:
     return make_lookup(train_size=400, test_size=1, noise=0.0).train
 
 
-def coloured(image: torch.Tensor) -> dict[tuple[int, int], str]:
-    """The pixels that are not background, each with its colour's name."""
+def colored(image: torch.Tensor) -> dict[tuple[int, int], str]:
+    """The pixels that are not background, each with its color's name."""
     found = {}
     for row, line in enumerate(image.tolist()):
         for column, value in enumerate(line):
@@ -45,7 +45,7 @@ def coloured(image: torch.Tensor) -> dict[tuple[int, int], str]:
 
 
 def read_shapes(pixels: dict[tuple[int, int], str], slots=SLOTS) -> dict[str, str]:
-    """Shape and colour in each slot that holds one, found by comparing every pattern."""
+    """Shape and color in each slot that holds one, found by comparing every pattern."""
     found = {}
     for row, column in slots:
         here = {
@@ -62,9 +62,9 @@ def read_shapes(pixels: dict[tuple[int, int], str], slots=SLOTS) -> dict[str, st
     return found
 
 
-def test_the_class_is_the_shape_in_the_colour_of_the_cue(clean):
+def test_the_class_is_the_shape_in_the_color_of_the_cue(clean):
     for image, label in zip(clean.pixels, clean.labels.tolist(), strict=True):
-        pixels = coloured(image)
+        pixels = colored(image)
         cue = {pixels.pop(position) for position in itertools.product(range(2), repeat=2)}
         shown = read_shapes(pixels)
         assert len(pixels) == 20 * SHAPES_SHOWN
@@ -91,11 +91,11 @@ def test_no_window_of_the_receptive_field_holds_cue_and_shape(clean):
 
 
 @pytest.mark.parametrize("distance", [1, 4, 13, 24])
-def test_with_a_distance_the_class_is_the_shape_in_the_colour_of_the_stripe(distance):
+def test_with_a_distance_the_class_is_the_shape_in_the_color_of_the_stripe(distance):
     images = make_lookup(60, 1, noise=0.0, distance=distance).train
     stripe = list(itertools.product(range(32), (24 - distance, 25 - distance)))
     for image, label in zip(images.pixels, images.labels.tolist(), strict=True):
-        pixels = coloured(image)
+        pixels = colored(image)
         cue = {pixels.pop(position) for position in stripe}
         shown = read_shapes(pixels, COLUMN)
         assert len(pixels) == 20 * 5
@@ -108,7 +108,7 @@ def test_every_shape_begins_where_its_distance_from_the_stripe_ends():
         assert any(line[0] == "#" for line in lines)
     for distance in (3, 17):
         for image in make_lookup(40, 1, noise=0.0, distance=distance).train.pixels:
-            columns = sorted({column for _, column in coloured(image)})
+            columns = sorted({column for _, column in colored(image)})
             assert columns == [24 - distance, 25 - distance, *range(26, 32)]
 
 
@@ -125,7 +125,7 @@ def test_with_a_distance_the_answer_is_in_every_slot_equally_often():
     images = make_lookup(800, 1, noise=0.0, distance=6).train
     slots = []
     for image, label in zip(images.pixels, images.labels.tolist(), strict=True):
-        pixels = coloured(image)
+        pixels = colored(image)
         slots += [s for s in COLUMN if CLASSES[label] in read_shapes(pixels, [s])]
     assert len(slots) == 800
     # Five standard deviations of a binomial count.
@@ -178,16 +178,16 @@ def test_the_distance_is_a_setting_that_changes_the_images_and_names_a_variant(s
     assert null != seven
 
 
-def test_every_shape_colour_slot_and_class_is_equally_likely():
+def test_every_shape_color_slot_and_class_is_equally_likely():
     images = make_lookup(train_size=2000, test_size=1, noise=0.0).train
     drawn = [
-        (c, read_shapes(coloured(x)))
+        (c, read_shapes(colored(x)))
         for c, x in zip(images.labels[:300], images.pixels, strict=False)
     ]
     for counts, share in (
         (torch.bincount(images.labels, minlength=8), 1 / 8),
         (count(shape for _, shown in drawn for shape in shown), 1 / 8),
-        (count(colour for _, shown in drawn for colour in shown.values()), 1 / 8),
+        (count(color for _, shown in drawn for color in shown.values()), 1 / 8),
         (slot_counts(images.pixels), 1 / 7),
     ):
         expected = counts.sum() * share
@@ -312,39 +312,39 @@ def test_the_docstring_states_the_figures_that_the_module_prints():
 
 
 def test_ceiling_is_the_one_counted_by_hand():
-    # 25 matchings of four make 25 colourings with four right; they use 100 of the 200 threes,
-    # and the other 95 colourings one each.
+    # 25 matchings of four make 25 colorings with four right; they use 100 of the 200 threes,
+    # and the other 95 colorings one each.
     assert ceiling() == Fraction(25 * 4 + 95 * 3, 600)
 
 
-def chain_prices(colours: tuple[int, ...]) -> list[float]:
-    """For shapes 0 to 4 in ``colours``, D that makes a longest increasing choice of them right."""
-    slots = range(len(colours))
+def chain_prices(colors: tuple[int, ...]) -> list[float]:
+    """For shapes 0 to 4 in ``colors``, D that makes a longest increasing choice of them right."""
+    slots = range(len(colors))
     chain = max(
         (c for k in range(1, 6) for c in itertools.combinations(slots, k)
-         if all(colours[i] < colours[j] for i, j in itertools.pairwise(c))),
+         if all(colors[i] < colors[j] for i, j in itertools.pairwise(c))),
         key=len,
     )  # fmt: skip
-    prices = [float("-inf")] * len(colours)
+    prices = [float("-inf")] * len(colors)
     prices[chain[0]] = 0.0
     for before, after in itertools.pairwise(chain):
-        boundary = (colours[before] + colours[after]) / 2
+        boundary = (colors[before] + colors[after]) / 2
         prices[after] = prices[before] - (after - before) * boundary
     return prices
 
 
 def test_a_classifier_reaches_what_is_said_to_be_reached():
     right = 0
-    for colours in itertools.permutations(range(5)):
-        prices = chain_prices(colours)
-        for shape, cue in enumerate(colours):
+    for colors in itertools.permutations(range(5)):
+        prices = chain_prices(colors)
+        for shape, cue in enumerate(colors):
             scores = [s * cue + prices[s] for s in range(5)]
             right += scores.index(max(scores)) == shape
     assert right / 600 == pytest.approx(float(joint_reached()))
     assert joint_reached() < ceiling() < 1
 
 
-def test_only_one_colouring_of_three_shapes_can_be_answered_completely():
+def test_only_one_coloring_of_three_shapes_can_be_answered_completely():
     # The step on which the proof of the ceiling rests, checked on a fine grid of all D.
     generator = random.Random(3)
     grid = [x / 4 for x in range(-16, 17)]
@@ -359,35 +359,35 @@ def test_only_one_colouring_of_three_shapes_can_be_answered_completely():
 
 
 def test_arrangements_are_all_there_are():
-    shapes, colours = arrangements()
-    assert shapes.shape == colours.shape == (376_320, 5)
+    shapes, colors = arrangements()
+    assert shapes.shape == colors.shape == (376_320, 5)
     assert 5 * len(shapes) == 1_881_600
-    codes = (shapes * 8 + colours).sort(1).values @ 64 ** torch.arange(5)
+    codes = (shapes * 8 + colors).sort(1).values @ 64 ** torch.arange(5)
     assert len(codes.unique()) == len(codes)
 
 
 def test_additive_accuracy_counts_right_answers():
     generator = torch.Generator().manual_seed(1)
     cue, shown = torch.randn(8, 8, generator=generator), torch.randn(8, 8, 8, generator=generator)
-    shapes, colours = arrangements()
+    shapes, colors = arrangements()
     some = torch.randperm(len(shapes), generator=generator)[:37]
     right = 0
     for scene in some.tolist():
-        pairs = list(zip(shapes[scene].tolist(), colours[scene].tolist(), strict=True))
+        pairs = list(zip(shapes[scene].tolist(), colors[scene].tolist(), strict=True))
         for answer, asked in pairs:
             scores = [
                 float(cue[asked, s]) + sum(float(shown[p, c, s]) for p, c in pairs)
                 for s in range(8)
             ]
             right += scores.index(max(scores)) == answer
-    found = additive_accuracy(cue, shown, shapes[some], colours[some])
+    found = additive_accuracy(cue, shown, shapes[some], colors[some])
     assert 0 < found == pytest.approx(right / (5 * 37))
 
 
 def test_a_short_fit_beats_guessing_and_stays_below_the_ceiling():
-    shapes, colours = arrangements()
+    shapes, colors = arrangements()
     some = torch.randperm(len(shapes), generator=torch.Generator().manual_seed(2))[:20_000]
     found = additive_accuracy(
-        *fit_additive(0, shapes, colours, steps=300), shapes[some], colours[some]
+        *fit_additive(0, shapes, colors, steps=300), shapes[some], colors[some]
     )
     assert 0.33 < found < ceiling()

@@ -1,4 +1,4 @@
-"""Several processes: what they share, sum and normalise together, against one process."""
+"""Several processes: what they share, sum and normalize together, against one process."""
 
 import datetime
 import os
@@ -55,12 +55,12 @@ def become(rank, port):
     torch.set_num_threads(1)
 
 
-def one_of_two(rank, port, synchronised, folder):
+def one_of_two(rank, port, synchronized, folder):
     become(rank, port)
     with distributed.process_group() as world:
         assert (world.rank, world.size, world.is_main) == (rank, 2, rank == 0)
         model = network(torch.float64)
-        if synchronised:
+        if synchronized:
             distributed.convert_sync_batchnorm(model, CPU)
         names = set(model.state_dict())
         x = example(torch.float64).chunk(2)[rank]
@@ -70,7 +70,7 @@ def one_of_two(rank, port, synchronised, folder):
         assert distributed.all_reduce_sum(torch.tensor(rank + 1)).item() == 3
         assert distributed.all_reduce_mean(torch.tensor(float(rank))).item() == 0.5
         assert distributed.broadcast_from_main(lambda: {"rank": rank}) == {"rank": 0}
-        marker = Path(folder) / f"first{synchronised}"
+        marker = Path(folder) / f"first{synchronized}"
         with distributed.local_main_first():
             assert marker.exists() == (rank == 1)
             marker.touch()
@@ -88,13 +88,13 @@ def spawn(function, *arguments):
     assert [process.wait(240) for process in processes] == [0, 0]
 
 
-def two_processes(synchronised, folder):
-    spawn(one_of_two, synchronised, str(folder))
+def two_processes(synchronized, folder):
+    spawn(one_of_two, synchronized, str(folder))
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
 @pytest.mark.slow
-def test_synchronised_normalisation_is_that_of_the_whole_batch(tmp_path):
+def test_synchronized_normalization_is_that_of_the_whole_batch(tmp_path):
     model = network(torch.float64)
     expected = results_of(model, model, example(torch.float64))
     for results in two_processes(True, tmp_path):
@@ -103,7 +103,7 @@ def test_synchronised_normalisation_is_that_of_the_whole_batch(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_it_each_normalises_its_part_and_the_first_ones_statistics_count(tmp_path):
+def test_without_it_each_normalizes_its_part_and_the_first_ones_statistics_count(tmp_path):
     first, second = two_processes(False, tmp_path)
     model = network(torch.float64)
     losses, gradients = [], []
@@ -122,7 +122,7 @@ def test_without_it_each_normalises_its_part_and_the_first_ones_statistics_count
 def slow_compiler(rank, port):
     """A process that compiles for longer than the others are patient otherwise."""
     become(rank, port)
-    distributed.PATIENCE = datetime.timedelta(seconds=2)
+    distributed.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=2)
     with distributed.process_group(compiles=True):
         if rank == 0:
             time.sleep(4)

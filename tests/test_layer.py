@@ -264,7 +264,7 @@ def test_export(backend):
 
 
 @pytest.mark.parametrize(("stride", "size"), [(1, (3, 5)), (2, (5, 9))])
-def test_qkv_kernel_size_reads_the_neighbourhood(stride, size):
+def test_qkv_kernel_size_reads_the_neighborhood(stride, size):
     layer = build(qkv_kernel_size=3, out_channels=4, stride=stride)
     assert layer.qkv_conv.weight.shape == (16, 5, 3, 3)
     x = image(2, 5, *size)

@@ -62,7 +62,7 @@ def aa(**change):
 
 # Wide-ResNet-28-10, 100 classes. 3x3 convolutions: 3*16*9 + for widths 160, 320, 640 with
 # inputs 16, 160, 320: 9*(16*160 + 7*160^2) + 9*(160*320 + 7*320^2) + 9*(320*640 + 7*640^2)
-# = 432 + 1,635,840 + 6,912,000 + 27,648,000. Normalisations, 2 per channel: blocks' first
+# = 432 + 1,635,840 + 6,912,000 + 27,648,000. Normalizations, 2 per channel: blocks' first
 # (16 + 3*160) + (160 + 3*320) + (320 + 3*640), blocks' second 4*(160 + 320 + 640), last 640:
 # 2 * (3,856 + 4,480 + 640) = 17,952. Classifier 640*100 + 100. Together 36,278,324.
 # Projections: 16*160 + 160*320 + 320*640 = 258,560.
@@ -144,7 +144,7 @@ def test_position_reaches_every_augmented_layer(position, relative, absolute):
 
 # He et al. print 0.27M, 0.46M, 0.66M, 0.85M and 1.7M for 10 classes; by arithmetic:
 # 432 + 9 * (16^2 * 2n + 16*32 + 32^2 * (2n-1) + 32*64 + 64^2 * (2n-1)) weights,
-# 2 * (16 + 2n * (16 + 32 + 64)) of the normalisations, 650 of the classifier.
+# 2 * (16 + 2n * (16 + 32 + 64)) of the normalizations, 650 of the classifier.
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 9, 18])
 def test_parameters_of_cifar_resnets(n):
     expected = 432 + 9 * (256 * 2 * n + 512 + 1024 * (2 * n - 1) + 2048 + 4096 * (2 * n - 1))
@@ -240,7 +240,7 @@ def test_equals_the_network_written_out(block, shortcut, attention):
     for name, tensor in model.state_dict().items():
         if name.endswith("running_var"):
             tensor.uniform_(0.5, 2)
-        elif tensor.dim() == 1 and tensor.is_floating_point():  # of normalisations, and the head's
+        elif tensor.dim() == 1 and tensor.is_floating_point():  # of normalizations, and the head's
             tensor.normal_()
     x = torch.randn(2, 3, 3, 5, dtype=torch.float64)
     kind = attention.name
@@ -371,7 +371,7 @@ def test_a_network_does_not_draw_over_the_start_of_attention(init):
     assert layer.conv_out.weight.std().item() == pytest.approx((2 / (9 * 64)) ** 0.5, rel=0.02)
 
 
-def test_initialisation():
+def test_initialization():
     model = tiny(widths=[64, 128], stem=64)
     conv = model.stages[1][0].conv1
     assert conv.weight.shape == (128, 64, 3, 3)

@@ -430,7 +430,7 @@ int main() {{
 
 @pytest.mark.thorough
 def test_sanitizers_find_nothing(tmp_path):
-    """No access out of bounds and no undefined behaviour, for vectors of both lengths."""
+    """No access out of bounds and no undefined behavior, for vectors of both lengths."""
     main = tmp_path / "main.cpp"
     main.write_text(SANITIZED.format(source=native_build.SOURCE))
     compiler = native_build._compiler()

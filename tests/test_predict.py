@@ -40,7 +40,7 @@ def go(monkeypatch, *words):
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.ppm", "a.gif", "no_ending"])
 def test_a_picture_of_the_networks_size_stays_as_it_is(tmp_path, name):
     picture = Image.fromarray(pixels())
-    if name == "a.gif":  # of 256 colours at most
+    if name == "a.gif":  # of 256 colors at most
         picture = picture.quantize(64).convert("RGB")
     path = tmp_path / name
     picture.save(path, format="png" if name == "no_ending" else None)
@@ -51,15 +51,15 @@ def test_a_picture_of_the_networks_size_stays_as_it_is(tmp_path, name):
     "mode", ["L", "1", "P", "LA", "RGBA", "PA", "CMYK", "YCbCr", "I;16", "I", "F"]
 )
 def test_all_modes_are_read(tmp_path, mode):
-    """A grey picture with the same value everywhere is that grey, whatever it is kept as."""
-    path = tmp_path / "grey.tiff"
+    """A gray picture with the same value everywhere is that gray, whatever it is kept as."""
+    path = tmp_path / "gray.tiff"
     value = 255 if mode == "1" else 128
     if mode in ("I;16", "I"):
         picture = Image.fromarray(np.full(SIZE, value << 8, np.uint16))
         picture = picture.convert("I") if mode == "I" else picture
     elif mode == "PA":
         picture = Image.new("LA", SIZE[::-1], (value, 255)).convert("PA")
-        path = tmp_path / "grey.png"
+        path = tmp_path / "gray.png"
         picture = picture.convert("RGBA")
     else:
         picture = Image.new("RGB", SIZE[::-1], (value,) * 3)
@@ -76,7 +76,7 @@ def test_what_is_transparent_is_white(tmp_path, how):
     picture = Image.new("RGBA", SIZE[::-1], (200, 0, 0, 255))
     picture.paste((0, 0, 0, 0), (0, 0, 10, 16))
     path = tmp_path / "half.png"
-    if how == "RGB":  # one colour that stands for transparent
+    if how == "RGB":  # one color that stands for transparent
         flat = Image.new("RGB", SIZE[::-1], (200, 0, 0))
         flat.paste((1, 2, 3), (0, 0, 10, 16))
         flat.save(path, transparency=(1, 2, 3))

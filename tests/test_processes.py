@@ -81,7 +81,7 @@ SETTINGS += ["optim=sgd", "optim.lr=0.003"]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of the same run by one process, by two, and by two that normalise their parts."""
+    """Folders of the same run by one process, by two, and by two that normalize their parts."""
     root = tmp_path_factory.mktemp("runs")
     folders = {name: root / name for name in ("one", "two", "apart")}
     for name, folder in folders.items():
@@ -112,7 +112,7 @@ def test_two_processes_give_the_curve_of_one(runs):
 
 
 @pytest.mark.slow
-def test_normalised_apart_the_curve_is_another(runs):
+def test_normalized_apart_the_curve_is_another(runs):
     losses = [float(rows(runs[name])[-1]["train/loss"]) for name in ("two", "apart")]
     assert abs(losses[0] - losses[1]) > 1e-4
 

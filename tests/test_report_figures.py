@@ -53,7 +53,7 @@ def column(folder, name):
         return [float(row[name]) for row in csv.DictReader(file)]
 
 
-def labelled(panels, *labels):
+def labeled(panels, *labels):
     (panel,) = [panel for panel in panels if panel["labels"] == labels]
     return panel
 
@@ -67,7 +67,7 @@ def test_curves_show_the_metrics(tmp_path, drawn):
         ("test/top1", "top-1 accuracy (%)"),
         ("train/loss", "training loss (nats)"),
     ):
-        panel = labelled(panels, "epoch", label)
+        panel = labeled(panels, "epoch", label)
         assert panel["legend"] == ["plain (n=2)", "AA (n=2)"]
         for (line, x, y), letter, band in zip(panel["lines"], "pa", panel["bands"], strict=True):
             assert line == {"p": "plain (n=2)", "a": "AA (n=2)"}[letter]
@@ -76,12 +76,12 @@ def test_curves_show_the_metrics(tmp_path, drawn):
             assert y == pytest.approx([(a + b) / 2 for a, b in zip(*seeds, strict=True)])
             edges = {(i + 1, round(value, 9)) for s in seeds for i, value in enumerate(s)}
             assert {(int(a), round(b, 9)) for a, b in band} == edges
-    panel = labelled(panels, "training time (minutes)", "top-1 accuracy (%)")
+    panel = labeled(panels, "training time (minutes)", "top-1 accuracy (%)")
     for (_, x, y), letter, minutes in zip(panel["lines"], "pa", (0.2, 0.25), strict=True):
         assert x == pytest.approx([minutes * epoch for epoch in (1, 2, 3, 4)])
         seeds = [column(tmp_path / f"{letter}{seed}", "test/top1") for seed in (0, 1)]
         assert y == pytest.approx([(a + b) / 2 for a, b in zip(*seeds, strict=True)])
-    panel = labelled(panels, "epoch", "top-1 minus plain (points)")
+    panel = labeled(panels, "epoch", "top-1 minus plain (points)")
     ((line, x, y),) = panel["lines"]
     gains = []
     for seed in (0, 1):
@@ -107,7 +107,7 @@ def test_differences_and_costs_are_drawn_at_their_variants(tmp_path, drawn):
         make_run(tmp_path / f"s{seed}", 69.0 + seed / 2, seed, "se")
         make_run(tmp_path / f"a{seed}", 72.0 + seed, seed, "aa")
     panels = drawn(tmp_path)
-    panel = labelled(panels, "top-1 minus plain (points)", "")
+    panel = labeled(panels, "top-1 minus plain (points)", "")
     # From bottom to top; of each the pairs, the interval and the mean.
     assert panel["rows"] == ["SE (n=2)", "AA (n=2)"]
     _zero, *marks = panel["unnamed"]
@@ -117,7 +117,7 @@ def test_differences_and_costs_are_drawn_at_their_variants(tmp_path, drawn):
         assert shown == (pytest.approx(list(pairs)), [y, y])
         assert bar == (pytest.approx([mean - half, mean + half]), [y, y])
         assert diamond == (pytest.approx([mean]), [y])
-    panel = labelled(panels, "GFLOPs of the forward pass, one image", "top-1 accuracy (%)")
+    panel = labeled(panels, "GFLOPs of the forward pass, one image", "top-1 accuracy (%)")
     assert panel["legend"] == ["plain (n=2)", "SE (n=2)", "AA (n=2)"]
     points = [(float(x[0]), float(y[0])) for x, y in panel["means"]]
     assert points == [
@@ -132,7 +132,7 @@ def test_a_heatmap_has_its_cells_where_the_axes_say(tmp_path, drawn):
     for (dk, dv), top1 in scores.items():
         settings = {"attention__dk": dk, "attention__dv": dv, "attention__Nh": 2}
         make_run(tmp_path / f"{dk},{dv}", top1, 0, "aa", **settings)
-    panel = labelled(drawn(tmp_path), "dv", "dk")
+    panel = labeled(drawn(tmp_path), "dv", "dk")
     (image,) = panel["images"]
     assert (panel["rows"], panel["columns"]) == (["8", "16"], ["4", "12"])
     for (dk, dv), top1 in scores.items():
@@ -148,7 +148,7 @@ def test_classes_are_drawn_in_order_with_their_pairs(tmp_path, drawn):
 
     make_run(tmp_path / "p", 70.0, facts=by_class(50, 50, 50))
     make_run(tmp_path / "a", 71.0, attention="aa", facts=by_class(51, 60, 47))
-    panel = labelled(drawn(tmp_path), "AA minus plain, top-1 (percentage points)", "")
+    panel = labeled(drawn(tmp_path), "AA minus plain, top-1 (percentage points)", "")
     assert panel["rows"] == ["down", "x", "up high"]
     assert panel["bars"] == [(0, -3), (1, 1), (2, 10)]
 

@@ -175,10 +175,10 @@ def signalled(monkeypatch, number, at_batch):
         return make
 
     monkeypatch.setattr("data.batches.Batches._make", counting(Batches._make))
-    monkeypatch.setattr(batches, "_normalise", counting(batches._normalise))
+    monkeypatch.setattr(batches, "_normalize", counting(batches._normalize))
 
 
-# A training batch counts twice, being normalised too: 6 of an epoch, 2 of its evaluation.
+# A training batch counts twice, being normalized too: 6 of an epoch, 2 of its evaluation.
 @pytest.mark.parametrize(
     ("at_batch", "epochs", "step"),
     [slow(1, 0, 1), slow(6, 0, 3), slow(7, 0, 3), (8, 0, 3), slow(9, 1, 1)],

@@ -178,7 +178,7 @@ DAMAGE = {
     "no network": (change_description(lambda d: d.pop("network")), "network is missing"),
     "network": (change_description(lambda d: d.update(network=3)), "network is not an object"),
     "block": (set_network(block="dense"), "describes no network: block=dense must be"),
-    "unknown": (set_network(colour=1), "describes no network: .*colour"),
+    "unknown": (set_network(color=1), "describes no network: .*color"),
     "depths": (set_network(depths=[1, 10**12, 1]), "are more blocks than there are weights"),
     "depths text": (set_network(depths="abc"), "describes no network: "),
     "widths": (set_network(widths=[4, 8, 16]), r"is \(.*\), and \(.*\) by "),
@@ -189,11 +189,11 @@ DAMAGE = {
     "setting": (set_network(attention={"name": "se", "code": "x"}), "describes no network: .*code"),
     "one missing": (
         change_weights(lambda t: t.pop("head.bias")),
-        "has no head.bias, which the network of",
+        "missing key head.bias of the network in",
     ),
     "one more": (
         change_weights(lambda t: t.update(extra=torch.zeros(1))),
-        "has extra, which the network of .* has not",
+        "unexpected key extra, not in the network of",
     ),
     "shape": (
         change_weights(lambda t: t.update({"head.bias": torch.zeros(4)})),

@@ -89,7 +89,7 @@ def test_a_run_that_began_with_other_weights_has_no_start_of_its_own(
         (["missing"], "softness.py: there is no missing"),
         (["a", "b"], "softness.py: b: one network at a time"),
         ([*SETTINGS, "attention.init=he"], "softness.py: init='he' is unknown; choose one of"),
-        ([*SETTINGS, "attention.colour=1"], "softness.py: attention.colour: unknown setting"),
+        ([*SETTINGS, "attention.color=1"], "softness.py: attention.color: unknown setting"),
         ([*SETTINGS, "--images", "1"], "softness.py: --images 1 must be from 2 to 4096"),
     ],
 )

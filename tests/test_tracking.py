@@ -147,7 +147,7 @@ def test_a_fault_on_the_way_is_one_warning(wandb, tmp_path, caplog, failing):
     wandb(credentials=False, runs={"offline": run})
     assert track_three_epochs(tmp_path).id == "abc"
     assert warnings(caplog) == [
-        "wandb: [Errno 28] No space left on device; from here on metrics.csv alone has it"
+        "wandb logging stopped: [Errno 28] No space left on device; metrics.csv is complete"
     ]
     assert [c[0] for c in run.calls].count(failing) == 1
 
@@ -163,7 +163,7 @@ def test_a_call_that_hangs_is_given_up_and_no_other_is_made(
     assert track_three_epochs(tmp_path).id == "abc"
     run.released.set()
     assert warnings(caplog) == [
-        "wandb: no answer within 0.2 s; from here on metrics.csv alone has it"
+        "wandb logging stopped: no answer within 0.2 s; metrics.csv is complete"
     ]
     names = [c[0] for c in run.calls]
     assert names.index(hanging) == len(names) - 1
@@ -302,7 +302,7 @@ def test_names_that_are_too_long_keep_apart():
 
 def test_an_id_of_the_environment_reaches_no_job_of_a_sweep(monkeypatch, tmp_path):
     """Nor the runs of compare.py, which are processes of their own."""
-    for name in tracking.OF_ONE_RUN:
+    for name in tracking.WANDB_RUN_VARS:
         monkeypatch.setenv(name, "shared")
     seen, processes = [], []
     score = {"evaluated_on": "test", "test/top1": 1.0}
@@ -311,7 +311,7 @@ def test_an_id_of_the_environment_reaches_no_job_of_a_sweep(monkeypatch, tmp_pat
     )
     monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, env, **__: processes.append(env))
     launch.start([], tmp_path, tmp_path)
-    assert processes[0].keys().isdisjoint(tracking.OF_ONE_RUN)
+    assert processes[0].keys().isdisjoint(tracking.WANDB_RUN_VARS)
     words = ["train.py", "-m", *TINY, "seed=0,1", f"out_dir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", words)
     cli.run()
@@ -376,7 +376,7 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
     ]
     (warning,) = told
     assert warning.startswith(
-        "wandb: Connection lost; from here on metrics.csv alone has it; `wandb sync "
+        "wandb logging stopped: Connection lost; metrics.csv is complete; `wandb sync "
     )
     tables = sorted(tmp_path.rglob("metrics.csv"))
     assert len(tables) == 2

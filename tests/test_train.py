@@ -127,7 +127,7 @@ def test_resume_refuses_other_settings_and_broken_files(run, tmp_path):
         run(f"resume={tmp_path / 'a'}", "attention.Nh=2", folder="b")
     for name in ("last.pt", "previous.pt"):
         (tmp_path / "a" / name).write_bytes(b"broken")
-    with pytest.raises(ValueError, match=r"last\.pt and .*: no checkpoint that can be read"):
+    with pytest.raises(ValueError, match=r"last\.pt and .*: no readable checkpoint"):
         run("resume=auto", folder="a")
     with pytest.raises(FileNotFoundError, match=r"resume=.*nowhere"):
         run(f"resume={tmp_path / 'nowhere'}", folder="c")
@@ -324,7 +324,7 @@ def test_channels_last_reaches_the_weights(run, tmp_path, monkeypatch):
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(run, tmp_path, monkeypatch):
-    """Where nothing is normalised over the batch, pieces give the same step."""
+    """Where nothing is normalized over the batch, pieces give the same step."""
     monkeypatch.setattr("models.blocks.nn.BatchNorm2d", lambda _: nn.Identity())
     monkeypatch.setattr("models.resnet.nn.BatchNorm2d", lambda _: nn.Identity())
     base = ["model.widths=[4,8,8]", "optim=sgd", "optim.lr=0.01", "batch_size=32", "epochs=1"]

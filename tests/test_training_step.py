@@ -48,7 +48,7 @@ def cross_entropy(logits, labels, smoothing):
 
 
 def gradients(cfg, model, images, labels):
-    """Loss of the whole batch and its gradients, from micro-batches normalised one by one."""
+    """Loss of the whole batch and its gradients, from micro-batches normalized one by one."""
     micro_batches = list(
         zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
     )
@@ -243,7 +243,7 @@ def test_an_epochs_row_has_the_mean_accuracy_and_gradient_norm_of_its_steps(buil
     for images, labels in state.batches.epoch(0):
         _, grads = gradients(unclipped, copy.deepcopy(state.model), images, labels)
         norms.append(math.sqrt(sum(g.double().square().sum().item() for g in grads)))
-        # Each micro-batch is normalised by its own statistics.
+        # Each micro-batch is normalized by its own statistics.
         parts = zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
         for inputs, targets in parts:
             with state.autocast:

@@ -8,10 +8,10 @@ import torch
 from test_saved import describe
 
 import models
-from models import AA, GE, SE, NoAttention, Trained, freeze, hold_frozen, transfer
+from models import AA, GE, SE, NoAttention, Trained, freeze, set_frozen_eval, transfer
 from models.saved import describe_attention
 from training import cli, run_folder
-from training.variants import published, result_settings
+from training.variants import public_settings, result_settings
 
 from helpers import rows
 
@@ -102,7 +102,7 @@ def test_augmented_to_plain_leaves_the_other_channels_new():
     assert torch.equal(new[f"{block}.weight"][:6], old[f"{block}.conv_out.weight"])
     assert torch.equal(new[f"{block}.weight"][6:], before[f"{block}.weight"][6:])
     (line,) = done.table()
-    assert "weight: its first 6 of 8 channels, the others new" in line
+    assert "weight: copied 6 of 8 channels, the rest newly initialized" in line
     assert "key_rel_w, key_rel_h, qkv_conv.weight, attn_out.weight: not in this network" in line
     assert done.taken == done.of - new[f"{block}.weight"][6:].numel()
 
@@ -180,7 +180,7 @@ def test_frozen_modules_are_not_trained_and_keep_their_statistics():
     assert not any(name.startswith(("conv.", "bn_in.", "stages.0.")) for name in trainable)
     assert "stages.1.0.conv1.key_rel_h" in trainable
     new.train()
-    hold_frozen(new, ["conv", "bn_in", "stages.0"])
+    set_frozen_eval(new, ["conv", "bn_in", "stages.0"])
     before = {name: t.clone() for name, t in new.state_dict().items()}
     new(torch.randn(4, 3, *SIZE))
     moved = {n for n, t in new.state_dict().items() if not torch.equal(t, before[n])}
@@ -265,7 +265,7 @@ def test_what_decides_a_result():
 
 def test_no_path_of_a_machine_is_published():
     path = "/home/someone/outputs/train/attention=aa/seed=0"
-    assert published({"init_from": path, "freeze": []}) == {
+    assert public_settings({"init_from": path, "freeze": []}) == {
         "init_from": "train/attention=aa/seed=0",
         "freeze": [],
     }

@@ -183,7 +183,7 @@ WRONG = [
     (["{run}", "--queries", "data.noise=0.1"], "--queries needs at least one value"),
     (["{run}", "epochs=3"], "epochs: not a setting here; there are data\n"),
     (["{run}", "augmentation.crop_pad=2"], "augmentation.crop_pad: not a setting here"),
-    (["{run}", "data.colour=1"], "data.colour: unknown setting colour"),
+    (["{run}", "data.color=1"], "data.color: unknown setting color"),
     (["{run}", "data=cifar10", "data.root=none", "data.download=false"], "no CIFAR10 in"),
     (["{run}", "--images", "{photo}", "data.noise=0.1"], "none of the --images is of the data"),
     (["{run}", "--device", "toaster"], "device=toaster"),

@@ -10,7 +10,7 @@ from typing import IO, Any
 import torch
 from omegaconf import DictConfig
 
-from models.saved import is_colour
+from models.saved import is_color
 from training import progress, run_folder
 from training.console import first_line, one_line
 from training.device import get_rng_state, precision_name, set_rng_state
@@ -23,7 +23,7 @@ from training.kinds import (
     check_kind,
     check_segments,
 )
-from training.launch import pasteable
+from training.launch import shell_override
 from training.run_folder import FORMAT, LAST, PREVIOUS
 from training.state import RunState
 from training.variants import result_settings
@@ -112,7 +112,7 @@ def begin(
         if not overwrite:
             raise run_folder.DivergedError(
                 f"{folder}: this run has diverged ({failure}); with the same settings it would "
-                "again; overwrite=true trains it again from its beginning"
+                "diverge again; overwrite=true trains it again from its beginning"
             )
         found = []
     used, state = load(found, config) if found else (None, {})
@@ -155,7 +155,7 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
             if path == paths[-1]:
                 names = " and ".join(map(str, paths))
                 raise ValueError(
-                    f"{names}: no checkpoint that can be read ({reason}); "
+                    f"{names}: no readable checkpoint ({reason}); "
                     "overwrite=true without resume starts from scratch"
                 ) from error
             log.warning("%s is damaged (%s); continuing from %s", path, reason, paths[index + 1])
@@ -169,7 +169,7 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
     if here.keys() == there.keys() and {k for k in here if here[k] != there[k]} == {"epochs"}:
         raise ValueError(
             f"{path} is of a run of {there['epochs']} epochs, and its learning rate is scheduled "
-            f"for them; {pasteable('init_from', path.parent)} with another name= begins a new "
+            f"for them; {shell_override('init_from', path.parent)} with another name= begins a new "
             f"schedule, of {here['epochs']} epochs, with its weights"
         )
     if differing:
@@ -191,7 +191,7 @@ def check_precision(state: dict[str, Any], precision: str, asked: str, folder: P
     if before != precision:
         raise ValueError(
             f"precision={asked} is {precision} here, and the run was trained in {before} so far; "
-            f"precision={precision_name(before)} {pasteable('run_dir', folder)} continues it"
+            f"precision={precision_name(before)} {shell_override('run_dir', folder)} continues it"
         )
 
 
@@ -209,7 +209,7 @@ def runs_with_other_epochs(folder: Path, config: dict[str, Any]) -> list[str]:
         if differing == {"epochs"}:
             lines.append(
                 f"{summary.parent} is the same run with epochs={there['epochs']}; "
-                f"{pasteable('init_from', summary.parent)} goes on from its weights, with a new "
+                f"{shell_override('init_from', summary.parent)} begins with its weights, and a new "
                 f"schedule of the learning rate over {here['epochs']} epochs"
             )
     return lines
@@ -223,12 +223,12 @@ def check_data(state: dict[str, Any], description: dict[str, Any], folder: Path)
     before = state.get("description")
     if not isinstance(before, dict):  # of code that did not keep it
         return
-    colours = [
-        (before[name], description[name]) for name in ("mean", "std") if is_colour(before.get(name))
+    colors = [
+        (before[name], description[name]) for name in ("mean", "std") if is_color(before.get(name))
     ]
     alike = before.get("class_names") == description["class_names"] and all(
         math.isclose(then, now, abs_tol=1e-6)
-        for pair in colours
+        for pair in colors
         for then, now in zip(*pair, strict=True)
     )
     if not alike:

@@ -114,7 +114,7 @@ def _version(package: str) -> str:
 
 
 def job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) -> float:
-    """Train ``cfg`` in its own folder; the last epoch's top-1 accuracy in per cent.
+    """Train ``cfg`` in its own folder; the last epoch's top-1 accuracy in percent.
 
     A job of a sweep always returns, see `training.sweep.run_job`.
     """

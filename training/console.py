@@ -57,14 +57,14 @@ def write_stderr(text: str) -> None:
         os.write(2, text.encode())
 
 
-def tell(program: str, line: str) -> None:
+def print_error(program: str, line: str) -> None:
     """Print one line on stderr."""
     print(f"{program}: {line}", file=sys.stderr, flush=True)
 
 
 def stop(program: str, line: str, code: int = 2) -> NoReturn:
     """End the process with one line on stderr."""
-    tell(program, line)
+    print_error(program, line)
     sys.exit(code)
 
 

@@ -24,11 +24,11 @@ from training.world import World, world
 T = TypeVar("T")
 
 # A process that does not reach a collective operation within this time is given up, and all end.
-PATIENCE = datetime.timedelta(seconds=50)
+COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=50)
 # The same where the first steps may wait for a compiler, which is not as fast in all processes.
-PATIENCE_WHILE_COMPILING = datetime.timedelta(minutes=10)
+TIMEOUT_WHILE_COMPILING = datetime.timedelta(minutes=10)
 # The main process closes its tracking after the others are through, and uploads pictures.
-PATIENCE_AT_THE_END = datetime.timedelta(minutes=10)
+TIMEOUT_AT_THE_END = datetime.timedelta(minutes=10)
 
 _groups, _meetings = itertools.count(), itertools.count()
 
@@ -52,7 +52,7 @@ def process_group(*, compiles: bool = False) -> Iterator[World]:
     if not here.is_main:
         logging.disable(logging.WARNING)
     try:
-        _init_group(here, PATIENCE_WHILE_COMPILING if compiles else PATIENCE)
+        _init_group(here, TIMEOUT_WHILE_COMPILING if compiles else COLLECTIVE_TIMEOUT)
         yield here
     except (ValueError, OSError, FloatingPointError, SystemExit):  # in all processes alike
         await_main()
@@ -86,7 +86,7 @@ def _init_group(here: World, patience: datetime.timedelta) -> None:
 @cache
 def _store() -> dist.Store:
     # Of torchrun's, or at MASTER_ADDR; one for all groups, since its port can be taken once.
-    store, _, _ = next(dist.rendezvous("env://", timeout=PATIENCE))
+    store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     return cast(dist.Store, store)
 
 
@@ -103,7 +103,7 @@ def await_main() -> None:
     if here.is_main:
         _store().set(key, "")
         return
-    end = time.monotonic() + PATIENCE_AT_THE_END.total_seconds()
+    end = time.monotonic() + TIMEOUT_AT_THE_END.total_seconds()
     with suppress(dist.DistError):  # the main process is gone, and with it the store
         # In short steps, between which Python sees to signals.
         while not _store().check([key]) and time.monotonic() < end:
@@ -204,19 +204,19 @@ def broadcast_buffers(model: nn.Module) -> None:
 
 
 def convert_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` with batch normalisation over the shards of all processes, names unchanged."""
+    """``model`` with batch normalization over the shards of all processes, names unchanged."""
     if not dist.is_initialized():
         return model
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:  # torch's own synchronised one runs on GPUs alone
+        if type(module) is nn.BatchNorm2d:  # torch's own synchronized one runs on GPUs alone
             module.__class__ = _SyncedBatchNorm2d
     return model
 
 
 class _SyncedBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation over all processes, for CPUs. Every process has as many images."""
+    """Batch normalization over all processes, for CPUs. Every process has as many images."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -228,14 +228,14 @@ class _SyncedBatchNorm2d(nn.BatchNorm2d):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         number = dist.get_world_size() * x.numel() // x.shape[1]
         mean = _Sum.apply(wide.sum(dim=(0, 2, 3))) / number
-        centred = wide - mean[:, None, None]
-        variance = _Sum.apply(centred.square().sum(dim=(0, 2, 3))) / number
+        centered = wide - mean[:, None, None]
+        variance = _Sum.apply(centered.square().sum(dim=(0, 2, 3))) / number
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * number / max(number - 1, 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return (centered * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
 class _Sum(torch.autograd.Function):

@@ -14,7 +14,7 @@ from omegaconf.errors import (
 )
 
 from configs.schema import is_text, unknown_setting
-from training.launch import pasteable, quoted
+from training.launch import hydra_quote, shell_override
 
 OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -88,10 +88,10 @@ def _grammar_fault(error: OverrideParseException) -> str:
     key, equals, value = str(error.override).partition("=")
     if not equals:
         return "settings are NAME=VALUE"
-    word = f"{key}={quoted(value)}"
+    word = f"{key}={hydra_quote(value)}"
     if not value or not is_text(key) or not _parses(word):
         return fault
-    return f"{fault}; text with such a character is quoted twice: {pasteable(key, value)}"
+    return f"{fault}; text with such a character is quoted twice: {shell_override(key, value)}"
 
 
 def _parses(word: str) -> bool:

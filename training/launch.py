@@ -10,24 +10,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from training.tracking import OF_ONE_RUN
+from training.tracking import WANDB_RUN_VARS
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
 # How long a run may take to save and end after it was interrupted.
-PATIENCE_S = 60.0
+SAVE_TIMEOUT_S = 60.0
 
 
-def quoted(value: object) -> str:
+def hydra_quote(value: object) -> str:
     """For Hydra, which would read the "=" or "," of a folder's name as its own."""
     # In Hydra's grammar a backslash is itself, except before a quote.
     text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), str(value))
     return f"'{text}'"
 
 
-def pasteable(key: str, value: object) -> str:
+def shell_override(key: str, value: object) -> str:
     """``key=value`` as one word of a shell's command line, quoted for Hydra and for the shell."""
-    word = f"{key}={quoted(value)}"
+    word = f"{key}={hydra_quote(value)}"
     # Double quotes are easier to read than what shlex makes of single ones.
     return f'"{word}"' if not set(word) & set('"$`\\!\n') else shlex.quote(word)
 
@@ -51,12 +51,15 @@ def start(
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    where = [f"out_dir={quoted(out_dir.absolute())}", f"run_dir={quoted(run_dir.absolute())}"]
+    where = [
+        f"out_dir={hydra_quote(out_dir.absolute())}",
+        f"run_dir={hydra_quote(run_dir.absolute())}",
+    ]
     return subprocess.Popen(
         [*command, str(train), *overrides, *where],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        env={k: v for k, v in (env or os.environ).items() if k not in OF_ONE_RUN},
+        env={k: v for k, v in (env or os.environ).items() if k not in WANDB_RUN_VARS},
         **options,
     )
 
@@ -69,6 +72,6 @@ def interrupt(run: subprocess.Popen[bytes]) -> None:
     run.terminate()
     try:
         with suppress(subprocess.TimeoutExpired):
-            run.wait(PATIENCE_S)
+            run.wait(SAVE_TIMEOUT_S)
     finally:
         run.kill()

@@ -21,7 +21,7 @@ ATTENTION_IMAGES = 3
 PREDICTIONS = 32
 # Classes whose confusion is told, and how many others for each.
 WORST_CLASSES = 10
-TAKEN_FOR = 3
+CONFUSED_WITH = 3
 
 
 def media_epochs(epochs: int) -> frozenset[int]:
@@ -57,8 +57,8 @@ def final_media(
     """What a trained network makes of the evaluation's images, in one pass over them.
 
     ``media/predictions``: fixed images with truth, prediction and confidence (the softmax of the
-    prediction). ``media/classes``: top-1 accuracy of each class in per cent. ``media/confusion``:
-    what the classes with the lowest accuracy are taken for, in per cent of their images.
+    prediction). ``media/classes``: top-1 accuracy of each class in percent. ``media/confusion``:
+    what the classes with the lowest accuracy are taken for, in percent of their images.
     """
     logits = _all_logits(model, dataset, batch_size, autocast)
     labels = dataset.evaluation.labels.cpu()
@@ -103,11 +103,11 @@ def _predictions(dataset: Dataset, logits: Tensor, labels: Tensor, predicted: Te
         picture = Picture(image.resize((96, 96), Image.Resampling.NEAREST), names[truth])
         share = round(100 * float(confidence[index]), 2)
         rows.append([picture, names[truth], names[guess], share, "yes" if truth == guess else "no"])
-    return Table(["image", "truth", "prediction", "confidence %", "right"], rows)
+    return Table(["image", "truth", "prediction", "confidence %", "correct"], rows)
 
 
 def _shares(confusion: Tensor) -> Tensor:
-    """Per cent of each row's images; 0 for a class without any."""
+    """Percent of each row's images; 0 for a class without any."""
     return 100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
 
 
@@ -128,8 +128,8 @@ def _confusion(names: Sequence[str], confusion: Tensor) -> Table:
     for index in worst[:WORST_CLASSES]:
         others = shares[index].clone()
         others[index] = 0
-        for other in others.argsort(descending=True, stable=True)[:TAKEN_FOR].tolist():
+        for other in others.argsort(descending=True, stable=True)[:CONFUSED_WITH].tolist():
             if others[other] > 0:
                 own, share = (round(float(shares[index, i]), 2) for i in (index, other))
                 rows.append([names[index], own, names[other], share])
-    return Table(["class", "top-1 %", "taken for", "of its images %"], rows)
+    return Table(["class", "top-1 %", "predicted as", "of its images %"], rows)

@@ -79,7 +79,7 @@ class EpochState:
         )
 
     def training_metrics(self) -> dict[str, float]:
-        """Means over the steps: ``train/loss``, ``train/top1`` in per cent, ``train/grad_norm``.
+        """Means over the steps: ``train/loss``, ``train/top1`` in percent, ``train/grad_norm``.
 
         The last one is over the steps whose gradient was finite, and 0 without any.
         """
@@ -110,7 +110,7 @@ class Progress:
     Attributes:
         epoch_state: of the epoch in progress.
         rows: the metrics of each finished epoch.
-        per_class_top1: top-1 accuracy of each class after the last of them, in per cent.
+        per_class_top1: top-1 accuracy of each class after the last of them, in percent.
         segments: where the epochs were trained: a run that is continued elsewhere has several.
         wandb_id: of the run on the dashboard.
     """

@@ -442,7 +442,7 @@ def scores_line(summary: dict[str, Any]) -> str:
 
 
 def top1(summary: dict[str, Any]) -> float:
-    """A finished run's top-1 accuracy in per cent."""
+    """A finished run's top-1 accuracy in percent."""
     return float(summary[f"{summary['evaluated_on']}/top1"])
 
 

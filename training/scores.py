@@ -1,4 +1,4 @@
-"""How good a network is on labelled images."""
+"""How good a network is on labeled images."""
 
 from collections.abc import Callable, Iterable
 

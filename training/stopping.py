@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 # Seconds within which torchrun passes on a signal that all processes of a terminal have had.
-ECHO = 2.0
+ECHO_TIMEOUT_S = 2.0
 
 # Windows has no SIGUSR1.
 SIGNALS = tuple(
@@ -79,7 +79,7 @@ class Stop:
             return
         self.signal = signal.Signals(number)
         if self._launched:
-            self._echo_until = now + ECHO
+            self._echo_until = now + ECHO_TIMEOUT_S
         # Not by print or a logger: the signal may have come in the middle of one.
         console.write_stderr(
             f"{self.signal.name}: saving after this step; press Ctrl-C again to exit at once\n"
@@ -94,7 +94,7 @@ class Stop:
         return None
 
     @property
-    def to_be_continued(self) -> bool:
+    def will_resume(self) -> bool:
         """Whether somebody continues the run by itself: a queue, or who gave it so many minutes."""
         return self.signal is None or self.signal.name == "SIGUSR1"
 
@@ -119,7 +119,7 @@ class Stop:
         if self.signal is not None and self.signal.name == "SIGUSR1":
             _requeue()
         if self.signal is not None:
-            asked_for = under_agent() and not self.to_be_continued
+            asked_for = under_agent() and not self.will_resume
             sys.exit(0 if asked_for else 128 + self.signal)
         if not finished:
             sys.exit(0)

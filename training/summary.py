@@ -23,7 +23,7 @@ from training.progress import Progress
 from training.run_folder import first_nonfinite
 from training.settings import resolve
 from training.state import RunState
-from training.variants import published
+from training.variants import public_settings
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def describe_run(
         mean=list(dataset.mean),
         std=list(dataset.std),
         data=dataset.name,
-        settings=published(resolve(cfg)),
+        settings=public_settings(resolve(cfg)),
         precision=dtype_name(dtype),
         version=aaconv.__version__,
         commit=provenance.commit(),

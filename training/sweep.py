@@ -27,7 +27,7 @@ from training import console
 from training.errors import explain, is_for_the_user
 from training.files import write_json
 from training.kinds import UnreadableError
-from training.tracking import OF_ONE_RUN
+from training.tracking import WANDB_RUN_VARS
 from training.variants import result_settings
 from training.world import world
 
@@ -88,7 +88,7 @@ class StartSweep(Callback):
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Called before the first job."""
-        for name in OF_ONE_RUN:
+        for name in WANDB_RUN_VARS:
             os.environ.pop(name, None)
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         fixed = {o.get_key_element() for o in overrides if not o.is_sweep_override()}
@@ -197,7 +197,7 @@ def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | N
 def _no_result(record: Record, outcome: str, why: str) -> float:
     record.write(outcome, why)
     if world().is_main:
-        console.tell("train.py", f"job #{record.number}: {why}")
+        console.print_error("train.py", f"job #{record.number}: {why}")
     return NO_SCORE
 
 

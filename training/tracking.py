@@ -41,7 +41,7 @@ QUIET = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
 
 # What the environment says of one run, an agent's for example. Several runs that are started from
 # there must not share it.
-OF_ONE_RUN = (
+WANDB_RUN_VARS = (
     "WANDB_RUN_ID",
     "WANDB_RESUME",
     "WANDB_NAME",
@@ -168,17 +168,17 @@ class Tracker:
         if run is None:
             return
         try:
-            within(seconds, lambda: act(run))
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # wandb passes its process's death on as the second
+            with_timeout(seconds, lambda: act(run))
+        except (Exception, SystemExit) as error:  # the second when wandb's own process has died
             self._run = None
             kept = _kept(run)
-            _let_go()
+            _kill_service()
             rescue = f"; {_sync(kept)} uploads what was logged so far" if kept is not None else ""
             log.warning(
-                "wandb: %s; from here on %s alone has it%s", first_line(error), self._record, rescue
+                "wandb logging stopped: %s; %s is complete%s",
+                first_line(error),
+                self._record,
+                rescue,
             )
 
 
@@ -262,7 +262,7 @@ def shortened(text: str, length: int) -> str:
 # ---- Within a limit of time, and whatever happens -----------------------------------------------
 
 
-def within(seconds: float, act: Callable[[], Any]) -> Any:
+def with_timeout(seconds: float, act: Callable[[], Any]) -> Any:
     """What ``act()`` returns or raises, waited for no longer than so many seconds.
 
     Raises:
@@ -287,7 +287,7 @@ def within(seconds: float, act: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def _let_go() -> None:
+def _kill_service() -> None:
     """Forget wandb's process, dead or hanging, so that the next run starts one of its own.
 
     Otherwise the next `wandb.init` would talk to it, and this process would wait for it at its end;
@@ -295,7 +295,7 @@ def _let_go() -> None:
     two print would wait for that.
     """
     with suppress(Exception, SystemExit):
-        within(1, _wandb().teardown)
+        with_timeout(1, _wandb().teardown)
     for number in (signal.SIGTERM, getattr(signal, "SIGKILL", signal.SIGTERM)):
         for pid in _services():
             with suppress(OSError):
@@ -396,7 +396,7 @@ def _start(mode: str, record: str, **arguments: Any) -> Any | None:
             break
         except (Exception, SystemExit) as error:
             fault = first_line(error)
-            _let_go()
+            _kill_service()
     if run is None:
         log.warning("wandb: %s; %s alone has this run", fault, record)
         return None
@@ -425,7 +425,7 @@ def _init(mode: Any, **arguments: Any) -> Any:
         run.define_metric("*", step_metric="epoch")
         return run
 
-    return within(INIT_TIMEOUT + _MARGIN, begin)
+    return with_timeout(INIT_TIMEOUT + _MARGIN, begin)
 
 
 def has_credentials() -> bool:

@@ -14,7 +14,7 @@ from data import Dataset
 from training.compose import compose_config
 from training.device import precision_name
 from training.errors import explain
-from training.launch import quoted
+from training.launch import hydra_quote
 
 
 def compose_settings(
@@ -59,7 +59,7 @@ def _own_data(trained: models.Trained, path: str, keys: list[str]) -> list[str]:
 
 
 def _as_word(value: Any) -> str:
-    return quoted(value) if isinstance(value, str) else json.dumps(value)
+    return hydra_quote(value) if isinstance(value, str) else json.dumps(value)
 
 
 def load_data(cfg: DictConfig, trained: models.Trained, path: str) -> Dataset:

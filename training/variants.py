@@ -28,7 +28,7 @@ def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def published(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def public_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """The settings that decide a result, nested: no folder of a machine, no name of an account.
 
     Groups of which nothing is left are left out, and of a file to begin with the end of its path
@@ -37,7 +37,7 @@ def published(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     kept: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
-            inside = published(value, f"{prefix}{key}.")
+            inside = public_settings(value, f"{prefix}{key}.")
             if inside or not value:
                 kept[key] = inside
         elif prefix + key == "init_from" and value is not None:

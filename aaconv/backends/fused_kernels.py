@@ -186,10 +186,10 @@ def attend(
     WP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The output of each query, and log2 of its normaliser.
+    """The output of each query, and log2 of its normalizer.
 
     Logits are taken from their peak over the first keys of the map. It need not be the peak of all,
-    only near enough that no power overflows; where one does, the normaliser is not finite. A second
+    only near enough that no power overflows; where one does, the normalizer is not finite. A second
     launch with ALL, which begins with the peak of all keys, computes those tiles again.
     """
     L: tl.constexpr = H * W
@@ -258,11 +258,11 @@ def attend(
 
             total = tl.sum(tl.where((channels == E)[None, :], result, 0.0), 1)
             # The second term is zero but for infinities and NaN.
-            normaliser = peak + tl.log2(total) + tl.sum(result - result, 1)
+            normalizer = peak + tl.log2(total) + tl.sum(result - result, 1)
             last = item % tiles * BM + tl.arange(0, BM)
             out_start = out + _head_offset(image, head, out_strides)
             _store(out_start, out_strides, last, channels, E, L, BM, result / total[:, None])
-            tl.store(lse + group * L + last, normaliser, mask=(last < L) | (L % BM == 0))
+            tl.store(lse + group * L + last, normalizer, mask=(last < L) | (L % BM == 0))
 
 
 @triton.jit
@@ -386,9 +386,9 @@ def gradients(
             dout = tl.where((channels == E)[None, :], high.to(dout.dtype)[:, None], dout)
             dout = tl.where((channels == E + 1)[None, :], low[:, None], dout)
             last = index % tiles * BM + tl.arange(0, BM)
-            normaliser = tl.load(lse + group * L + position)
+            normalizer = tl.load(lse + group * L + position)
             if L % BM != 0:  # queries outside the map attend to nothing
-                normaliser = tl.where(last < L, normaliser, float("inf"))
+                normalizer = tl.where(last < L, normalizer, float("inf"))
             tl.debug_barrier()  # all have read the terms of the last tile, and added what they had
             if RELATIVE:
                 _write_terms(by_row, query, rel_h, H, HP, D, BD, BM, SCALE, PRECISION)
@@ -400,7 +400,7 @@ def gradients(
                 if W > BW:
                     tl.debug_barrier()  # drow has what the columns before gave
                 u = column + tl.arange(0, BW)
-                col_terms = _terms(by_column, x, u, W, WP, BM, BW, RELATIVE) - normaliser[:, None]
+                col_terms = _terms(by_column, x, u, W, WP, BM, BW, RELATIVE) - normalizer[:, None]
                 dcol_terms = tl.zeros((BM, BW), tl.float32)
                 for row in range(0, H, R):
                     row_terms = _terms(by_row, y, row + tl.arange(0, R), H, HP, BM, R, RELATIVE)

@@ -333,10 +333,10 @@ struct Head {
 
   template <int X>
   void differentiate(long first, long queries, const float* lse, float* dq) {
-    V normaliser[X], minus_delta[X];
+    V normalizer[X], minus_delta[X];
     alignas(64) float own[QUERIES] = {};
     std::copy(lse + first, lse + first + queries, own);
-    for (int x = 0; x < X; x++) normaliser[x] = load(own + x * LANES);
+    for (int x = 0; x < X; x++) normalizer[x] = load(own + x * LANES);
     for (int x = 0; x < X; x++) minus_delta[x] = -load(delta.at(first + x * LANES));
     std::fill(sums.begin(), sums.end(), 0.f);
     std::fill(by_row.dbias.begin(), by_row.dbias.end(), 0.f);
@@ -345,7 +345,7 @@ struct Head {
       const long count = std::min<long>(KEYS, s.L - key), padded = ceil_to(count, LANES);
       float *const weights = tile.at(0), *const dlogits = dtile.at(0);
       logits<X>(first, key, count, [&](long j, int x, V sum) {
-        store(weights + j * QUERIES + x * LANES, exp2(sum - normaliser[x]));
+        store(weights + j * QUERIES + x * LANES, exp2(sum - normalizer[x]));
       });
       product<X>(count, s.E, gT.at(first), Lp, vT.at(key), Lp,
                  [&](long, int x) { return minus_delta[x]; },

@@ -74,7 +74,7 @@ class TiledAttention(torch.autograd.Function):
 
     q is (G, D, L), scaled by log2(e) / sqrt(D); k (G, D, L); v (G, E, L); tables and size as in
     `Positions`. Returns (G, E, L). The backward pass recomputes each tile of the weights from the
-    saved normalisers; the memory for both grows in proportion to L.
+    saved normalizers; the memory for both grows in proportion to L.
     """
 
     @staticmethod
@@ -82,7 +82,7 @@ class TiledAttention(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, tables: Tensor | None, size: tuple[int, int]
     ) -> Tensor:
         out = torch.empty_like(v)
-        normaliser = q.new_empty(q.shape[0], 1, q.shape[2])
+        normalizer = q.new_empty(q.shape[0], 1, q.shape[2])
         positions = Positions.of(size, tables, q.device)
         buffer = q.new_empty(_tile_size(q))
         for tile in _tiles(q):
@@ -91,8 +91,8 @@ class TiledAttention(torch.autograd.Function):
             weights = logits.sub_(peak).exp2_()
             total = weights.sum(dim=-1, keepdim=True)
             tile.of(out).copy_(torch.bmm(v[tile.heads], weights.mT)).div_(total.mT)
-            tile.of(normaliser).copy_(total.log2_().add_(peak).mT)
-        ctx.save_for_backward(q, k, v, tables, out, normaliser)
+            tile.of(normalizer).copy_(total.log2_().add_(peak).mT)
+        ctx.save_for_backward(q, k, v, tables, out, normalizer)
         ctx.size = size
         return out
 
@@ -124,7 +124,7 @@ def _backward(
     v: Tensor,
     tables: Tensor | None,
     out: Tensor,
-    normaliser: Tensor,
+    normalizer: Tensor,
 ) -> tuple[Tensor | None, ...]:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dtables = None if tables is None else torch.zeros_like(tables)
@@ -136,7 +136,7 @@ def _backward(
     buffer, second = q.new_empty(2, _tile_size(q)).unbind()
     for tile in _tiles(q):
         heads = tile.heads
-        weights = _logits(tile, q, k, positions, buffer, minus=normaliser).exp2_()
+        weights = _logits(tile, q, k, positions, buffer, minus=normalizer).exp2_()
         dv[heads] += torch.bmm(tile.of(grad), weights)
         dweights = second[: weights.numel()].view_as(weights)
         torch.bmm(tile.of(grad_and_delta).mT, v_and_one[heads], out=dweights)
