@@ -1,7 +1,9 @@
-# `make compare` and `make test` each set up .venv first, once.
+# `make compare` and `make test` each set up .venv first, once; the tests add the tools that they need.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
+TOOLS := .venv/tools
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 # One more than the cores of CI: some tests mostly wait, for wandb or for Slurm.
 PYTEST := $(BIN)/python -m pytest -n 3
@@ -13,7 +15,7 @@ GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) $(PYTHON))
 
 .PHONY: compare test test-all test-fast lint install gpu clean
 
-compare: install
+compare: $(READY)
 	$(BIN)/python scripts/compare.py
 
 test: install lint
@@ -35,13 +37,17 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-install: $(READY)
+install: $(TOOLS)
 
 $(READY): pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' || \
 	  { echo "Python 3.10 to 3.14 is needed, $(PYTHON) is another: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[app,sweep,workspace,dev]'
+	$(PIP) -e '.[app]'
+	touch $@
+
+$(TOOLS): $(READY)
+	$(PIP) -e '.[app,sweep,workspace,dev]'
 	touch $@
 
 gpu:
