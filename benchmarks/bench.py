@@ -17,6 +17,7 @@ import argparse
 import importlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,4 +121,6 @@ def write(
 
 
 if __name__ == "__main__":
+    # Triton decides when it is imported whether it compiles or interprets.
+    os.environ.pop("TRITON_INTERPRET", None)
     main()

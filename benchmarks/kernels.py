@@ -14,16 +14,12 @@ is which part the instructions of the innermost loop would take if one was issue
 """
 
 import collections
-import os
 import re
 import statistics
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
-
-# Triton decides when it is imported whether it compiles or interprets.
-os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton

@@ -38,7 +38,7 @@ class Range:
 
     def allows(self, value: Any) -> bool:
         """Whether ``value``, a number or a list of numbers, is in the range; null always is."""
-        if value is None:
+        if value is None or self == Range():
             return True
         if isinstance(value, Iterable) and not isinstance(value, str):
             values = list(value)
@@ -55,9 +55,6 @@ class Range:
 
 def _number(bound: float) -> str:
     return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
-
-
-ANY = Range()
 
 
 def setting(

@@ -55,7 +55,7 @@ def read_by_several(path: Path, size: tuple[int, int]) -> Tensor:
                 _as_rgb(upright), (width, height), method=Image.Resampling.BICUBIC
             )
     except UnidentifiedImageError:
-        raise ValueError("not an image Pillow can read") from None
+        raise ValueError("it is not an image that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise ValueError("it has more pixels than Pillow takes to be safe") from None
     except OSError as error:

@@ -63,6 +63,7 @@ FREE = {
     "perf/epoch_seconds",
     "perf/total_seconds",
     "out_dir",
+    "run_dir",
     "wandb_id",
 }
 

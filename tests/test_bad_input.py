@@ -337,7 +337,11 @@ def cifar_folder(root, name="data_batch_1", content=b"no pickle"):
         (None, ["data=cifar100"], "no CIFAR100 in"),
         slow(None, ["data=cifar100", "data.root=missing"], "set data.root=... to the folder that"),
         (None, ["data=cifar100", "data.name=cifar1000"], "name='cifar1000' is unknown; choose"),
-        slow(None, ["data=cifar100", "data.val_size=50000"], "val_size=50000 cannot be held out"),
+        slow(
+            None,
+            ["data=cifar100", "data.val_size=50000"],
+            "data.val_size=50000 must be at least",
+        ),
         slow(None, ["data=cifar100", "data.root=file"], "no CIFAR100 in"),
         (cifar_folder, ["data=cifar10"], "missing or damaged files (data_batch_1, data_batch_2"),
     ],

@@ -251,7 +251,7 @@ def test_a_server_that_dies_costs_one_warning_and_no_row(server, tmp_path):
         process.kill()
     assert (process.returncode, err) == (0, "")
     assert len(table(tmp_path / "out")) == 12
-    lines = [line for line in out.splitlines() if "wandb: " in line and "http://" not in line]
+    lines = [line for line in out.splitlines() if "wandb logging stopped: " in line]
     (warning,) = lines
     command = warning.split("`")[1]
     assert command.startswith("wandb sync --no-skip-online ")

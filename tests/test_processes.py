@@ -188,7 +188,7 @@ def test_a_sweep_runs_to_its_end(processes, launcher, tmp_path):
 
 @pytest.mark.slow
 def test_a_mistake_is_told_once(tmp_path):
-    words = [*TINY, "device=cpu", f"hydra.run.dir={tmp_path / 'out' / 'wrong'}"]
+    words = [*TINY, "device=cpu", f"run_dir={tmp_path / 'out' / 'wrong'}", f"out_dir={tmp_path}"]
     codes, said = train(*words, "batch_size=32", "grad_accum=32", processes=2)
     assert set(codes) == {2}
     lines = [line for line in said.splitlines() if line.startswith("train.py:")]

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 import train
-from training import cli
+from training import cli, dashboard
 
 from helpers import CONFIGS, TINY, rows, slow
 
@@ -54,13 +54,13 @@ def test_what_a_run_writes(run, tmp_path):
 
 def test_what_the_dashboard_is_told(run, monkeypatch):
     told = {}
-    original = train.track
+    original = dashboard.track
 
     def remember(mode, **arguments):
         told.update(arguments, mode=mode)
         return original(mode, **arguments)
 
-    monkeypatch.setattr(train, "track", remember)
+    monkeypatch.setattr(dashboard, "track", remember)
     run("epochs=1", "attention.dk=16", "wandb.group=mine")
     assert told["mode"] == "disabled"
     assert told["group"] == "mine"

@@ -306,7 +306,7 @@ def test_more_epochs_are_never_silently_a_new_run(monkeypatch, tmp_path, capsys)
     assert "nothing to continue in" in said
     (line,) = (one for one in said.splitlines() if "is the same run with epochs=1" in one)
     assert "a new schedule of the learning rate over 2 epochs" in line
-    word = line.partition("; ")[2].partition(" goes on from")[0].strip('"')
+    word = line.partition("; ")[2].partition(" begins with its")[0].strip('"')
     go(monkeypatch, tmp_path, *TINY, "epochs=2", word)  # as printed
     (summary,) = tmp_path.glob("lookup/*init_from*/seed=0/summary.json")
     assert json.loads(summary.read_text())["segments"][0]["init_from"]["data"] == "lookup"

@@ -71,13 +71,15 @@ class Sweep:
         fixed: the settings of its command that are the same in all jobs.
         jobs: their number, if known.
         records: their folder, in the main process.
-        description: the file that Hydra writes, if it was not there before.
+        description: the file that Hydra writes, in the main process.
+        before: what it held, if it was there.
     """
 
     fixed: set[str]
     jobs: int | None
     records: Path | None
     description: Path | None
+    before: bytes | None
 
 
 _started: list[Sweep] = []
@@ -99,9 +101,9 @@ class StartSweep(Callback):
             records = Path(tempfile.mkdtemp(prefix=".sweep-", dir=folder))
             os.environ[RECORDS] = str(records)
             description = folder / "multirun.yaml"
-        new = description is not None and not description.exists()
+        before = description.read_bytes() if description and description.exists() else None
         jobs = _number_of_jobs(config, overrides)
-        _started.append(Sweep(fixed, jobs, records, description if new else None))
+        _started.append(Sweep(fixed, jobs, records, description, before))
 
 
 def _number_of_jobs(config: DictConfig, overrides: list[Override]) -> int | None:
@@ -227,34 +229,44 @@ def end(error: BaseException | None) -> int | None:
 
     It is 0 if all jobs have a result, 1 if one has none, 2 if all were refused; or that of
     ``error``, which has ended the sweep, where it is an exit or Ctrl-C. None where there is no
-    sweep, or the error came before its first job.
+    sweep, or the error came before its first job. Of several processes the main one prints, and the
+    others end as it does.
     """
     if not _started:
         return None
     from training.distributed import await_main
 
-    sweep = _started.pop()
-    records = []
-    if sweep.records is not None:
-        os.environ.pop(RECORDS, None)
-        records = [Record(**json.loads(p.read_text())) for p in sweep.records.glob("*.json")]
-        shutil.rmtree(sweep.records, ignore_errors=True)
-    await_main()
-    if isinstance(error, Exception) and not records:
-        if sweep.description is not None:
+    sweep = _started[-1]
+    try:
+        if sweep.records is None:
+            code = await_main()
+            return int(code) if code.isdecimal() else None
+        ended = _end_in_main(sweep, sweep.records, error)
+        await_main(str(ended))
+        return ended
+    finally:
+        _started.pop()
+
+
+def _end_in_main(sweep: Sweep, folder: Path, error: BaseException | None) -> int | None:
+    os.environ.pop(RECORDS, None)
+    records = [Record(**json.loads(path.read_text())) for path in folder.glob("*.json")]
+    shutil.rmtree(folder, ignore_errors=True)
+    refused = all(record.outcome == REFUSED for record in records)
+    if refused and sweep.description is not None:  # nothing has been done: Hydra's file tells of it
+        if sweep.before is None:
             sweep.description.unlink(missing_ok=True)
+        else:
+            sweep.description.write_bytes(sweep.before)
+    if isinstance(error, Exception) and not records:
         return None
     for record in records:
         if not record.outcome:  # its process has died, or was told to stop
             record.outcome, record.why = _from_folder(Path(record.folder), error)
     started = {record.number for record in records}
-    for number in set(range(sweep.jobs or 0)) - started:
-        records.append(Record(number, [], "", NOT_STARTED))
-    records.sort(key=lambda record: record.number)
+    records += [Record(n, [], "", NOT_STARTED) for n in range(sweep.jobs or 0) if n not in started]
     if records:
-        _started.append(sweep)  # for the labels
-        print("\n" + "\n".join(table(records)), flush=True)
-        _started.pop()
+        print("\n" + "\n".join(table(sorted(records, key=lambda r: r.number))), flush=True)
     outcomes = {record.outcome for record in records}
     code = 2 if outcomes == {REFUSED} else int(not outcomes.isdisjoint(BAD))
     if isinstance(error, SystemExit):
