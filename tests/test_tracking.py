@@ -371,10 +371,8 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
     done = run_app(["-c", KILLER, "-m", *words], cwd=ROOT)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert done.stdout.count("service killed\n") == 1
-    told = [
-        line for line in done.stdout.splitlines() if "wandb:" in line and "kept offline" not in line
-    ]
-    (warning,) = told
+    lines = [line for line in done.stdout.splitlines() if line.startswith("wandb")]
+    (warning,) = [line for line in lines if "kept offline" not in line]
     assert warning.startswith(
         "wandb logging stopped: Connection lost; metrics.csv is complete; `wandb sync "
     )
