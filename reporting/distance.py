@@ -11,7 +11,7 @@ from aaconv import text
 from models import ATTENTIONS
 from reporting import figures
 from reporting.runs import Excluded, Run, Variant, differing_settings, group_by_variant
-from reporting.text import MINUS, by_seed, count, one_line, shortened
+from reporting.text import MINUS, by_seed, count, shortened, single_line
 
 DISTANCE = "data.distance"
 DASHES = {"none": "--", "aa": "-", "se": "-.", "ge": ":"}
@@ -29,7 +29,7 @@ class Curve:
     @property
     def label(self) -> str:
         """The network in words."""
-        return one_line(f"{self.model} {ATTENTIONS[self.attention].label}")
+        return single_line(f"{self.model} {ATTENTIONS[self.attention].label}")
 
     def ratio(self, distance: int) -> float:
         """The distance as a multiple of the receptive field."""
@@ -73,8 +73,8 @@ def _check_alike(name: str, differing: list[str]) -> None:
     differing = [key for key in differing if key != DISTANCE]
     if differing:
         raise ValueError(
-            f"runs of {one_line(name)} differ in {shortened(differing)}, which no curve may mix; "
-            "give the folders of one kind of runs"
+            f"runs of {single_line(name)} differ in {shortened(differing)}, which no curve may "
+            "mix; give the folders of one kind of runs"
         )
 
 
@@ -103,7 +103,7 @@ def table(found: list[Curve]) -> list[str]:
     lines = [[*headings, "mean top-1 %", "each seed"]]
     for curve in found:
         for distance, scores in curve.top1.items():
-            words = [one_line(curve.model), ATTENTIONS[curve.attention].label, str(distance)]
+            words = [single_line(curve.model), ATTENTIONS[curve.attention].label, str(distance)]
             words += [f"{distance}/{curve.receptive_field} = {curve.ratio(distance):.2f}"]
             words += [str(len(scores)), f"{sum(scores.values()) / len(scores):.2f}"]
             lines.append([*words, by_seed(scores, len(seeds) == 1)])

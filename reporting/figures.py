@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from reporting.paired import Comparison, Difference
 from reporting.runs import Run, Variant
-from reporting.text import one_line
+from reporting.text import single_line
 
 STYLE = {
     "font.size": 10,
@@ -85,7 +85,7 @@ def attention(title: str, image: Any, rows: list[str], columns: list[str]) -> Fi
     panel.imshow(image, interpolation="none")
     panel.grid(visible=False)
     panel.spines[:].set_visible(False)
-    panel.set_title(one_line(title), fontsize=10, loc="center")
+    panel.set_title(single_line(title), fontsize=10, loc="center")
     panel.xaxis.tick_top()
     panel.tick_params(length=0, labelsize=8)
     middles = [(number + 0.5) / len(columns) * image.width for number in range(len(columns))]
@@ -97,7 +97,7 @@ def attention(title: str, image: Any, rows: list[str], columns: list[str]) -> Fi
 
 def fit_label(text: str, n: int | None = None) -> str:
     """A name for an axis or a legend, short enough for it, with the number of samples."""
-    text = one_line(text)
+    text = single_line(text)
     if len(text) > LABEL:
         text = f"{text[: LABEL // 2]}\N{HORIZONTAL ELLIPSIS}{text[1 - LABEL // 2 :]}"
     if text.startswith("_"):

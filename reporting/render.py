@@ -11,7 +11,7 @@ from aaconv.text import markdown_table
 from reporting.analysis import Analysis, analyze
 from reporting.page import contents
 from reporting.parts import Picture, Table
-from reporting.text import markdown, one_line, printable
+from reporting.text import markdown, printable, single_line
 from training.files import write_texts
 
 
@@ -34,7 +34,7 @@ def write(analysis: Analysis, out: Path) -> str:
     texts[out / "report.html"] = _fill("report.html", page, str)
     texts[out / "report.md"] = _fill("report.md", page, markdown)
     write_texts(texts)
-    return _fill("short.md", page, one_line)
+    return _fill("short.md", page, single_line)
 
 
 def _pictures(page: dict[str, Any]) -> list[Picture]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from models import ATTENTIONS
-from reporting.text import as_text, natural, one_line, short
+from reporting.text import as_text, natural, short, single_line
 from training import run_folder
 from training.run_folder import SUMMARY, UnreadableError
 from training.variants import variant_settings
@@ -211,10 +211,10 @@ def select_data(runs: list[Run], wanted: str | None) -> tuple[str, list[Run], li
     """
     counts = Counter(run.data for run in runs)
     if wanted is not None:
-        wanted = one_line(wanted)  # by way of a command line, whose bytes the locale decodes
+        wanted = single_line(wanted)  # by way of a command line, whose bytes the locale decodes
         known = ", ".join(sorted(counts))
         for data in list(counts):
-            if wanted not in (one_line(data), one_line(data.rpartition(" ")[0])):
+            if wanted not in (single_line(data), single_line(data.rpartition(" ")[0])):
                 del counts[data]
         if not counts:
             raise ValueError(f"--data {wanted}: no finished run uses it; there are {known}")
@@ -258,7 +258,7 @@ def _labeled(groups: list[list[Run]]) -> list[Variant]:
         keys = distinguishing(members)
         for variant in members:
             settings = [f"{short(key)}={variant.setting(key)}" for key in keys]
-            variants.append(Variant(one_line(" ".join([*words, *settings])), variant.runs))
+            variants.append(Variant(single_line(" ".join([*words, *settings])), variant.runs))
     return variants
 
 

@@ -139,7 +139,7 @@ def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 
 
-def one_line(text: str) -> str:
+def single_line(text: str) -> str:
     """`printable`, with every run of white space as one space."""
     return printable(" ".join(text.split()))
 
@@ -150,7 +150,7 @@ def markdown(text: str) -> str:
     Whatever a parser does with backslashes, entities stand for what tables, HTML and links are
     made of. An underscore inside of a word has no meaning and stays.
     """
-    text = re.sub(r"[\\`*\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", one_line(text))
+    text = re.sub(r"[\\`*\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", single_line(text))
     # What would begin a list, a heading or a rule.
     text = re.sub(r"^(\d*)([-+#=](?=[-+#= ]|$)|(?<=\d)[.)](?= |$))", r"\1\\\2", text)
     return re.sub(r"&(?=[#A-Za-z])|[<>|]|:(?=//)|(?<=www)\.", _entity, text)

@@ -41,19 +41,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
 
-from configs.schema import names_folder, register
+from configs.schema import names_folder
 from reporting import dashboard, render
 from reporting.analysis import analyze
 from scripts.command import command
 from training import console, launch, run_folder
+from training.compose import compose_config
 from training.kinds import UnreadableError
 from training.variants import folder_name, name_of_images
-
-register()
 
 ROOT = Path(__file__).resolve().parent.parent
 # Settings that compare.py gives each run itself, and where to say them instead.
@@ -183,11 +180,8 @@ def plan(
         for override in parse(overrides)
         if names_folder(override.get_key_element())
     ]
-    lengths = {}
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        naming += name_of_images(compose("config", overrides), naming)
-        for variant in expand(vary):
-            lengths[variant] = int(compose("config", [*overrides, *variant]).epochs)
+    naming += name_of_images(compose_config(overrides), naming)
+    lengths = {v: int(compose_config([*overrides, *v]).epochs) for v in expand(vary)}
     comparison = (out_dir / "compare" / (folder_name(naming) or "default")).absolute()
     runs = [
         PlannedRun(variant, seed, comparison / folder_name(variant) / f"seed={seed}", epochs)
@@ -195,13 +189,6 @@ def plan(
         for variant, epochs in lengths.items()
     ]
     return comparison, runs
-
-
-def dashboard_of(overrides: list[str]) -> DictConfig:
-    """The settings ``wandb`` of all runs."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        wandb: DictConfig = compose("config", overrides).wandb
-        return wandb
 
 
 def wandb_group(overrides: list[str], comparison: Path) -> list[str]:
@@ -355,7 +342,7 @@ def compare(
                 )
     before = {run for run in runs if run.finished}
     grouped = [*overrides, *wandb_group(overrides, comparison)]
-    tracking = dashboard_of(grouped)
+    tracking = compose_config(grouped).wandb
     failed = train_all(runs, grouped, out_dir, max_minutes)
     finished = {run for run in runs if run.finished}
     if finished:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import models
 from aaconv import text
+from aaconv.text import one_line
 from data import Images, evaluation_batches
 from data.pictures import read_picture
 from reporting.text import printable
@@ -93,7 +94,7 @@ def _read(file: Path, size: tuple[int, int]) -> Tensor | str:
     try:
         return read_picture(file, size)
     except (ValueError, OSError) as error:
-        return f"{file}: {console.one_line(error)}"
+        return f"{file}: {one_line(error)}"
 
 
 @torch.no_grad()

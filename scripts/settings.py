@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, get_args, get_origin
 
 from omegaconf import OmegaConf
 
+from aaconv.text import markdown_table
 from configs.schema import NO_EFFECT, OPTIONS, Config, fields_below
 from scripts.command import command
 from training.files import write_text
@@ -227,10 +228,8 @@ def chosen_option(configs: Path, group: str) -> str:
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines
-    )
+    escaped = [[cell.replace("|", "\\|") for cell in cells] for cells in (head, *rows)]
+    return "\n".join(markdown_table(escaped, "l" * len(head)))
 
 
 def code(text: str) -> str:

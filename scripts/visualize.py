@@ -27,12 +27,12 @@ import re
 import torch
 
 import models
+from aaconv.text import one_line
 from data import Images
 from data.pictures import read_picture
 from reporting import attention, figures
 from reporting.text import printable
 from scripts.command import command
-from training import console
 from training.device import choose_device
 from training.files import write_files
 from training.trained import compose_settings, load_data
@@ -100,7 +100,7 @@ def _picture(word: str, size: tuple[int, int]) -> torch.Tensor:
     try:
         return read_picture(Path(word), size)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{word}: {console.one_line(error)}") from error
+        raise ValueError(f"{word}: {one_line(error)}") from error
 
 
 def draw(blocks: list[attention.Block], out: Path) -> dict[Path, bytes]:

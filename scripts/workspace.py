@@ -26,6 +26,7 @@ import os
 
 import torch
 
+from aaconv.text import one_line
 from models import augmented_layers
 from scripts.command import command
 from training import console
@@ -89,4 +90,4 @@ def main(args: argparse.Namespace) -> None:
         else:
             print(with_timeout(TIMEOUT, lambda: workspace.save(made, args.replace)))
     except Exception as error:  # wandb's are of many types
-        console.stop("workspace.py", f"not saved: {console.one_line(error)}", 1)
+        console.stop("workspace.py", f"not saved: {one_line(error)}", 1)

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from reporting import render
-from reporting.text import one_line
+from reporting.text import single_line
 
 from folders import NASTY, make_run, nasty_runs
 from helpers import machine_lacks
@@ -152,4 +152,4 @@ def test_names_are_shown_and_not_acted_on(browser, tmp_path):
     assert browser.get_log("browser") == []
     shown = browser.execute_script("return document.body.innerText")
     for name in NASTY:
-        assert one_line(name) in shown
+        assert single_line(name) in shown

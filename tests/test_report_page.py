@@ -202,7 +202,7 @@ def of_markdown(line):
 @pytest.mark.parametrize("name", [*NASTY, "- item", "+", "1. item", "12)", "# head", "---", "==="])
 def test_markdown_shows_a_name_as_it_is(name):
     line = text.markdown(name)
-    assert of_markdown(line) == text.one_line(name)
+    assert of_markdown(line) == text.single_line(name)
     assert not re.search(r"[\x00-\x1f\x7f\u202a-\u202e\ud800-\udfff]", line)
     # Ordinary names and numbers are left alone.
     for plain in ("wrn16_4", "AA dk=0.2 optim.lr=0.1", "73.00 ± 2.65", "+1.62", "2.5", "a - b, c."):

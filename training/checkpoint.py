@@ -10,9 +10,10 @@ from typing import IO, Any
 import torch
 from omegaconf import DictConfig
 
+from aaconv.text import one_line
 from models.saved import is_color
 from training import progress, run_folder
-from training.console import first_line, one_line
+from training.console import first_line
 from training.device import get_rng_state, precision_name, set_rng_state
 from training.files import write_whole
 from training.kinds import (

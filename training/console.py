@@ -68,11 +68,6 @@ def stop(program: str, line: str, code: int = 2) -> NoReturn:
     sys.exit(code)
 
 
-def one_line(error: BaseException) -> str:
-    """What the error says, without line breaks; its type's name where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def first_line(error: BaseException) -> str:
     """The first line of what the error says, where a page of advice or of addresses follows it."""
     lines = str(error).strip().splitlines()

@@ -38,6 +38,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from aaconv.text import one_line
 from models.saved import (
     DESCRIPTION,
     WEIGHTS,
@@ -283,7 +284,7 @@ class _LogFile(logging.FileHandler):
         error = sys.exc_info()[1]
         assert error is not None
         console.write_stderr(
-            f"{self.baseFilename} cannot be written ({console.one_line(error)}); training "
+            f"{self.baseFilename} cannot be written ({one_line(error)}); training "
             "continues without it\n"
         )
 
@@ -369,7 +370,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         reader = csv.DictReader(io.StringIO(content, newline=""))
         header, texts = list(reader.fieldnames or []), list(reader)
     except csv.Error as error:
-        raise UnreadableError(f"{path} is damaged: {console.one_line(error)}") from None
+        raise UnreadableError(f"{path} is damaged: {one_line(error)}") from None
     _check_header(header, path)
     if not content.endswith("\n"):
         raise UnreadableError(f"{path}, row {len(texts)}: the line is cut short")
@@ -464,7 +465,7 @@ def _read_text(path: Path) -> str:
     except OSError as error:
         raise UnreadableError(f"{path} cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
-        raise UnreadableError(f"{path} is damaged: {console.one_line(error)}") from None
+        raise UnreadableError(f"{path} is damaged: {one_line(error)}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -472,7 +473,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UnreadableError(f"{path} is damaged: {console.one_line(error)}") from None
+        raise UnreadableError(f"{path} is damaged: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise UnreadableError(f"{path} is damaged: it holds {shortened(value)}, not an object")
     check_format(value, f"{path}: ")
