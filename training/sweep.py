@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,8 @@ class Record:
     def write(self, outcome: str, why: str) -> None:
         """Note what became of the job, where other processes of the sweep find it."""
         self.outcome, self.why = outcome, why
+        if _started:
+            _started[-1].outcomes[self.number] = outcome
         if world().is_main and RECORDS in os.environ:
             write_json(Path(os.environ[RECORDS]) / f"{self.number}.json", asdict(self))
 
@@ -73,6 +75,7 @@ class Sweep:
         records: their folder, in the main process.
         description: the file that Hydra writes, in the main process.
         before: what it held, if it was there.
+        outcomes: of the jobs that were trained in this process, by their numbers.
     """
 
     fixed: set[str]
@@ -80,6 +83,7 @@ class Sweep:
     records: Path | None
     description: Path | None
     before: bytes | None
+    outcomes: dict[int, str] = field(default_factory=dict)
 
 
 _started: list[Sweep] = []
@@ -229,23 +233,30 @@ def end(error: BaseException | None) -> int | None:
 
     It is 0 if all jobs have a result, 1 if one has none, 2 if all were refused; or that of
     ``error``, which has ended the sweep, where it is an exit or Ctrl-C. None where there is no
-    sweep, or the error came before its first job. Of several processes the main one prints, and the
-    others end as it does.
+    sweep, or the error came before its first job. Of several processes the main one prints.
     """
     if not _started:
         return None
     from training.distributed import await_main
 
     sweep = _started[-1]
-    try:
-        if sweep.records is None:
-            code = await_main()
-            return int(code) if code.isdecimal() else None
+    if sweep.records is None:
+        await_main()
+        ended = _exit_code(set(sweep.outcomes.values()), error)
+    else:
         ended = _end_in_main(sweep, sweep.records, error)
-        await_main(str(ended))
-        return ended
-    finally:
-        _started.pop()
+        await_main()
+    _started.pop()
+    return ended
+
+
+def _exit_code(outcomes: set[str], error: BaseException | None) -> int | None:
+    if isinstance(error, Exception) and not outcomes:
+        return None
+    code = 2 if outcomes == {REFUSED} else int(not outcomes.isdisjoint(BAD))
+    if isinstance(error, SystemExit):
+        return int(error.code or 0) or code
+    return 130 if isinstance(error, KeyboardInterrupt) else code
 
 
 def _end_in_main(sweep: Sweep, folder: Path, error: BaseException | None) -> int | None:
@@ -267,11 +278,7 @@ def _end_in_main(sweep: Sweep, folder: Path, error: BaseException | None) -> int
     records += [Record(n, [], "", NOT_STARTED) for n in range(sweep.jobs or 0) if n not in started]
     if records:
         print("\n" + "\n".join(table(sorted(records, key=lambda r: r.number))), flush=True)
-    outcomes = {record.outcome for record in records}
-    code = 2 if outcomes == {REFUSED} else int(not outcomes.isdisjoint(BAD))
-    if isinstance(error, SystemExit):
-        return int(error.code or 0) or code
-    return 130 if isinstance(error, KeyboardInterrupt) else code
+    return _exit_code({record.outcome for record in records}, error)
 
 
 def _from_folder(folder: Path, error: BaseException | None) -> tuple[str, str]:
