@@ -80,7 +80,7 @@ def one_panel(width: float = 5.2, height: float = 3.5) -> tuple[Figure, Any]:
 def attention(title: str, image: Any, rows: list[str], columns: list[str]) -> Figure:
     """A PIL image of equal tiles, as many rows and columns of them as there are names."""
     names = ["\n".join(fit_label(line) for line in row.split("\n")) for row in rows]
-    beside = 0.07 * max(len(line) for name in names for line in name.split("\n")) + 0.2
+    beside = 0.08 * max(len(line) for name in names for line in name.split("\n")) + 0.4
     figure, panel = one_panel(image.width / 107 + beside, image.height / 107 + 0.6)
     panel.imshow(image, interpolation="none")
     panel.grid(visible=False)
