@@ -16,10 +16,8 @@ from reporting.runs import Run, Variant
 from training import run_folder
 from training.attention_picture import AttentionPicture, attention_picture, layer_line
 from training.errors import explain
-from training.media import spread
+from training.media import ATTENTION_IMAGES, spread
 
-# Images in the report, and by default of visualize.py.
-IMAGES = 3
 # What makes a data set.
 KNOWN = {kind._target_ for group, _, kind in OPTIONS if group == "data"}
 
@@ -94,7 +92,7 @@ def of_report(variants: list[Variant]) -> tuple[Run, list[Block], str] | None:
         return None
     try:
         trained = models.load(run.folder)
-        images, titles = chosen(_dataset(run, trained), IMAGES)
+        images, titles = chosen(_dataset(run, trained), ATTENTION_IMAGES)
         made = blocks(trained, images, titles)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         return run, [], f"The attention of {run.folder.name} is not shown: {explain(error)}."

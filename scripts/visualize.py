@@ -35,6 +35,7 @@ from reporting.text import printable
 from scripts.command import command
 from training.device import choose_device
 from training.files import write_files
+from training.media import ATTENTION_IMAGES
 from training.trained import compose_settings, load_data
 
 # More rows or tiles would be a picture that no program opens.
@@ -80,7 +81,7 @@ def gather(
             f"the images of {dataset.name} are {sizes[0]}, and {path} takes {sizes[1]}"
         )
     if words is None:
-        return attention.chosen(dataset, attention.IMAGES)
+        return attention.chosen(dataset, ATTENTION_IMAGES)
     found, classes = attention.by_index(dataset, [int(number) for number in numbers])
     of_data = iter(zip(found.pixels, classes, numbers, strict=True))
     rows = []
@@ -127,7 +128,7 @@ def visualize(
         ValueError, OSError: what is wrong, in one line.
     """
     points = None if queries is None else [parse_query(word) for word in queries]
-    rows = (attention.IMAGES if images is None else len(images)) * (
+    rows = (ATTENTION_IMAGES if images is None else len(images)) * (
         1 if points is None else len(points)
     )
     if rows > MAX_ROWS:

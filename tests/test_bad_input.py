@@ -206,6 +206,7 @@ SETTINGS = [
     ("device=cuda:9", "device=cuda:9"),
     ("device=meta", "device=meta is not available here; use auto or cpu"),
     ("name=", "name= must not be empty: it names a folder"),
+    ("run_dir=", "run_dir= must not be empty: it names a folder"),
     ("wandb.mode=offline wandb.project=a/b", "wandb.project=a/b must be a name without /"),
     # resuming
     (

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import register
 from training import console, sweep
+from training.compose import CONFIGS
 from training.errors import explain, is_for_the_user
 from training.hydra_compat import lazy_help_allowed
 from training.tracking import under_agent
@@ -35,8 +36,6 @@ from training.world import world
 _USERS = "AACONV_FULL_ERROR"
 FULL_ERROR = os.environ.get(_USERS, os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 register()
 
 
@@ -83,13 +82,10 @@ def _stop_at(error: BaseException) -> None:
         return
     if isinstance(error, HydraException | OmegaConfBaseException):
         stop(explain(error))
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        stop(explain(error))
     if isinstance(error, OSError):  # Hydra was not able to make a folder
-        hint = (
-            ""
-            if error.errno == errno.ENAMETOOLONG
-            else "; set out_dir=... to a folder that can be written"
-        )
-        stop(f"{explain(error)}{hint}")
+        stop(f"{explain(error)}; set out_dir=... to a folder that can be written")
     if isinstance(error, ValueError):  # of Hydra's own, which names nothing
         stop(f"{explain(error)} (given: {' '.join(sys.argv[1:])})")
 

@@ -15,7 +15,7 @@ from models.views import attention_views, eval_mode
 from training.attention_picture import attention_picture, layer_line
 from training.tracking import Media, Picture, Table
 
-# Images whose attention is drawn.
+# Images whose attention is drawn: on the dashboard, in the report, and by visualize.py.
 ATTENTION_IMAGES = 3
 # Images in the table of predictions.
 PREDICTIONS = 32

@@ -34,8 +34,8 @@ def check(cfg: DictConfig, world_size: int = 1) -> None:
         if world_size > 1:
             parts += f" times {world_size} processes"
         raise ValueError(f"batch_size={cfg.batch_size} must be divisible by {parts}")
-    for name in ("name", "out_dir"):
-        if not cfg[name]:
+    for name in ("name", "out_dir", "run_dir"):
+        if cfg[name] == "":
             raise ValueError(f"{name}= must not be empty: it names a folder")
     _check_project(cfg.wandb.project, cfg.wandb.mode.name)
     if "momentum" in cfg.optim and cfg.optim.nesterov and not cfg.optim.momentum:
