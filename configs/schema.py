@@ -526,6 +526,8 @@ SETTINGS = [
 ]
 # Those that change nothing in a result; see `setting`.
 NO_EFFECT = frozenset(name for name, own in SETTINGS if not own.metadata["decides_result"])
+# No folder is named by these: the seed has a level of its own, and tracking chooses several of them.
+NAMES_NO_FOLDER = NO_EFFECT | {"seed", "tracking"}
 
 
 def decides_result(name: str) -> bool:
@@ -538,7 +540,7 @@ def decides_result(name: str) -> bool:
 
 def names_folder(name: str) -> bool:
     """Whether an override of this name, a group or a setting, is part of a run's folder's name."""
-    return name not in NO_EFFECT and name not in ("seed", "tracking")
+    return name not in NAMES_NO_FOLDER
 
 
 def unknown_setting(where: str, key: str, kind: Any) -> str:
@@ -589,7 +591,7 @@ def register() -> None:
         replace=True,
     )
     OmegaConf.register_new_resolver(
-        "no_effect_on_folder", lambda: ["seed", "tracking", *sorted(NO_EFFECT)], replace=True
+        "no_effect_on_folder", lambda: sorted(NAMES_NO_FOLDER), replace=True
     )
     OmegaConf.register_new_resolver("option_groups", _option_groups, replace=True)
     store = ConfigStore.instance().store
