@@ -526,7 +526,7 @@ SETTINGS = [
 ]
 # Those that change nothing in a result; see `setting`.
 NO_EFFECT = frozenset(name for name, own in SETTINGS if not own.metadata["decides_result"])
-# No folder is named by these: the seed has a level of its own, and tracking chooses several of them.
+# No folder is named by these: the seed has a level of its own, tracking is a group of them.
 NAMES_NO_FOLDER = NO_EFFECT | {"seed", "tracking"}
 
 
