@@ -5,11 +5,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from reporting import sweeps
 from reporting.equal_cost import EqualCost, at_equal_cost
+from reporting.figures import ROWS
 from reporting.paired import Comparison, Difference, corrected
 from reporting.runs import Excluded, Run, Variant, group_by_variant, read, select_data
+from reporting.sweeps import Sweep, find_sweeps
 
+# Comparisons that get a card at the head of the page; of more, the first card counts them.
+CARDS = 3
 # Differences of top-1 by what they are called.
 Named = list[tuple[str, Difference]]
 
@@ -105,14 +108,30 @@ class Analysis:
         return [equal for comparison in self.nearest for equal in at_equal_cost(comparison)]
 
     @cached_property
-    def effects(self) -> list[list[sweeps.Effect]]:
-        """What attention's settings do, for each recipe that was trained with several."""
-        return sweeps.effects(self.variants)
+    def forest(self) -> list[Comparison]:
+        """What the forest plot shows of `nearest`: of many, as many of the highest and the lowest.
+
+        Attention's come first; of many, they descend.
+        """
+        drawn = [comparison for comparison in self.nearest if comparison.top1.n]
+        drawn.sort(key=lambda c: c.variant.attention != "aa")
+        if len(drawn) > ROWS:
+            drawn.sort(key=lambda c: -(c.top1.mean or 0.0))
+            drawn = drawn[: ROWS // 2] + drawn[-(ROWS // 2) :]
+        return drawn
 
     @cached_property
-    def heatmaps(self) -> list[sweeps.Heatmap]:
-        """Top-1 over dk and dv of each sweep and Nh."""
-        return sweeps.heatmaps(self.variants)
+    def sweeps(self) -> list[Sweep]:
+        """The grids of attention's settings, one for each recipe that was trained with several."""
+        return find_sweeps(self.variants, self.excluded)
+
+    @cached_property
+    def main_sweep(self) -> Sweep | None:
+        """The largest sweep, where it is what the runs were made for: the page begins with it."""
+        if not self.sweeps:
+            return None
+        largest = max(self.sweeps, key=lambda sweep: len(sweep.variants))
+        return largest if len(largest.variants) > CARDS or not self.nearest else None
 
 
 def analyze(folders: list[Path], data: str | None = None) -> Analysis:

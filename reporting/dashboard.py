@@ -8,17 +8,18 @@ from typing import Any
 
 from PIL import Image
 
-from reporting import figures
+from reporting import figures, sweep_section
 from reporting.analysis import Analysis
 from reporting.paired import Difference
-from reporting.text import short
+from reporting.sweeps import Sweep
 from training.tracking import Media, Picture, Table, track
 
 # Of the mean of a difference.
 DIFFERENCE = ["difference", "95 % low", "95 % high", "p"]
 COLUMNS = ["variant", "n", "mean top-1 %", "sd", *DIFFERENCE, "parameters", "GFLOPs"]
 # Of the table of attention's settings; the difference is that of the value from the baseline.
-SETTINGS = ["recipe", "setting", "value", "baseline", "combinations", "n", *DIFFERENCE, "p (Holm)"]
+SETTINGS = ["recipe", "setting", "value", "baseline", *DIFFERENCE]
+BEST = ["recipe", "rank", "settings", "n", "mean top-1 %", "not told apart from the best"]
 
 
 def post(
@@ -80,14 +81,19 @@ def _media(analysis: Analysis) -> dict[str, Media]:
             "mean over the seeds, with a band from the lowest to the highest",
         ),
     }
-    paired = [comparison for comparison in analysis.nearest if comparison.top1.n]
-    if paired:
+    if analysis.forest:
         media["compare/differences"] = _picture(
-            figures.differences(paired[: figures.ROWS]),
+            figures.differences(analysis.forest),
             "difference from the plain network in percentage points, paired by seed, 95 % interval",
         )
-    if analysis.effects:
-        media["compare/settings"] = Table(SETTINGS, _effects(analysis))
+    if analysis.sweeps:
+        media["compare/best"] = Table(BEST, [r for s in analysis.sweeps for r in _ranking(s)])
+        media["compare/settings"] = Table(
+            SETTINGS, [r for s in analysis.sweeps for r in _effects(s)]
+        )
+        pictures = sweep_section.heatmaps(analysis.sweeps)
+        if pictures:
+            media["compare/heatmaps"] = [_picture(it.figure, it.caption) for it in pictures]
     return media
 
 
@@ -103,13 +109,20 @@ def _rows(analysis: Analysis) -> list[list[Any]]:
     return rows
 
 
-def _effects(analysis: Analysis) -> list[list[Any]]:
+def _effects(sweep: Sweep) -> list[list[Any]]:
     rows: list[list[Any]] = []
-    for effect in (effect for family in analysis.effects for effect in family):
-        words = [effect.recipe, short(effect.setting), *effect.values]
-        top1 = effect.top1
-        rows.append([*words, effect.combinations, top1.n, *_numbers(top1), top1.p_holm])
+    for effect in sweep.effects:
+        factor = sweep.factors[effect.factor]
+        words = [sweep.recipe, factor.name, *map(factor.value, effect.levels)]
+        rows.append([*words, effect.mean, effect.low, effect.high, effect.p])
     return rows
+
+
+def _ranking(sweep: Sweep) -> list[list[Any]]:
+    return [
+        [sweep.recipe, rank, sweep.words(cell.levels), cell.n, cell.mean, cell.is_candidate]
+        for rank, cell in enumerate(sweep.ranking, start=1)
+    ]
 
 
 def _numbers(found: Difference) -> list[float | None]:

@@ -1,11 +1,10 @@
-"""The report's sections on differences: from plain, at equal cost, by class, between settings."""
+"""The report's sections on differences: from plain, at equal cost, by class."""
 
 from reporting import figures, text
 from reporting.analysis import Analysis, Named
 from reporting.paired import LEVEL, Difference, minimum_detectable_difference
 from reporting.parts import Picture, Section, Table, tables
-from reporting.sweeps import Effect
-from reporting.text import DASH, MINUS, interval, p_value, signed
+from reporting.text import DASH, interval, p_value, signed
 
 
 def cells(found: Difference, *headings: str) -> dict[str, str]:
@@ -151,42 +150,3 @@ def classes_section(analysis: Analysis) -> Section | None:
     (every,) = tables(rows)
     folded = (f"all {len(rows)} classes", every)
     return Section("Classes", [words], pictures=[picture], folded=folded)
-
-
-def sweep_section(analysis: Analysis) -> Section | None:
-    """What attention's settings do; None where no two variants differ in one of them alone."""
-    if not analysis.effects and not analysis.heatmaps:
-        return None
-    pictures = []
-    for it in analysis.heatmaps:
-        drawn = figures.heatmap(it.cells, it.low, it.high, it.title)
-        caption = f"{it.title}: mean top-1 (%) of the last epoch over n seeds."
-        pictures.append(Picture(it.name, it.title, drawn, caption))
-    words = (
-        "dk and dv are numbers of channels or, written with a decimal point, fractions of the "
-        "block's output channels. All panels of a network share one color scale."
-    )
-    made = [made for family in analysis.effects for made in _effects(family)]
-    return Section("Settings of the attention", [words] if pictures else [], made, pictures)
-
-
-def _effects(family: list[Effect]) -> list[Table]:
-    headings = ("n", "top-1", "95 % interval", "p", "p (Holm)", "by seed")
-    rows = [
-        {
-            "setting": text.short(effect.setting),
-            "difference": f" {MINUS} ".join(effect.values),
-            "combinations": str(effect.combinations),
-            **cells(effect.top1, *headings),
-        }
-        for effect in family
-    ]
-    recipe = family[0].recipe
-    caption = (
-        f"{recipe}{': ' if recipe else ''}Top-1 with one value of a setting minus that with "
-        "another, by seed and all other settings alike: the mean over the combinations of the "
-        "others that both values were run with."
-    )
-    if len(rows) > 1:
-        caption += f" The last p is corrected for the {len(rows)} rows, the intervals are not."
-    return tables(rows, texts=2, caption=caption)

@@ -248,8 +248,11 @@ def _named_rows(panel: Any, names: list[str], margin: float) -> None:
 
 
 @style()
-def differences(comparisons: list[Comparison]) -> Figure:
-    """Differences in top-1 from the plain baseline: each pair, their mean, its interval."""
+def differences(comparisons: list[Comparison], is_cut: bool = False) -> Figure:
+    """Differences in top-1 from the plain baseline: each pair, their mean, its interval.
+
+    Where the list ``is_cut``, a line between its two halves stands for what is left out.
+    """
     figure, panel = one_panel(5.2, 1.1 + 0.36 * len(comparisons))
     rows = comparisons[::-1]
     _named_rows(panel, [fit_label(c.variant.label, c.top1.n) for c in rows], margin=0.6)
@@ -260,6 +263,8 @@ def differences(comparisons: list[Comparison]) -> Figure:
         if found.low is not None:
             panel.plot([found.low, found.high], [y, y], color=COLORS[0], linewidth=2.2)
         panel.plot(found.mean, y, "D", color=COLORS[0], markersize=6)
+    if is_cut:
+        panel.axhline(len(rows) / 2 - 0.5, color="#999", linewidth=0.8, linestyle=":")
     panel.set_xlabel("top-1 minus plain (points)")
     return figure
 
@@ -284,31 +289,55 @@ def by_class(rows: list[tuple[str, Difference]], label: str) -> Figure:
 
 
 @style()
-def heatmap(
-    cells: dict[tuple[str, str], tuple[float, int]], low: float, high: float, title: str
+def heatmaps(
+    panels: dict[str, dict[tuple[int, int], tuple[float, int] | str]],
+    rows: tuple[str, list[str]],
+    columns: tuple[str, list[str]],
 ) -> Figure:
-    """Mean top-1 and n over dk and dv, {(dk, dv): (mean, n)}; the colors go from low to high."""
-    rows = sorted({dk for dk, _ in cells}, key=float)
-    columns = sorted({dv for _, dv in cells}, key=float)
-    nothing = (math.nan, 0)
-    grid = [[cells.get((dk, dv), nothing)[0] for dv in columns] for dk in rows]
-    figure, panel = one_panel(5.2, 1.5 + 0.55 * len(rows))
-    panel.grid(visible=False)
-    image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto", origin="lower")
-    for (dk, dv), (mean, n) in cells.items():
-        panel.text(
-            columns.index(dv),
-            rows.index(dk),
-            f"{mean:.2f}\nn={n}",
-            ha="center",
-            va="center",
-            fontsize=9,
-            color="white" if mean < (low + high) / 2 else "black",
+    """Top-1 over two settings, a panel for each combination of the others, on one color scale.
+
+    A cell is {(row, column): (mean, n)}, or the words for why it has none; ``rows`` and ``columns``
+    are a setting's name and its values in order.
+    """
+    means = [c[0] for cells in panels.values() for c in cells.values() if not isinstance(c, str)]
+    low, high = min(means), max(means)
+    height, width = len(rows[1]), len(columns[1])
+    across = min(len(panels), max(1, 9 // width))
+    down = math.ceil(len(panels) / across)
+    figure = Figure(
+        figsize=(max(5.2, 1.4 + across * (0.3 + 0.78 * width)), 0.8 + down * (0.6 + 0.52 * height)),
+        layout="constrained",
+    )
+    axes = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    for spare in axes.flat[len(panels) :]:
+        spare.set_visible(False)
+    for panel, (title, cells) in zip(axes.flat, panels.items(), strict=False):
+        grid = [[math.nan] * width for _ in range(height)]
+        for (row, column), cell in cells.items():
+            if not isinstance(cell, str):
+                grid[row][column] = cell[0]
+        panel.set_facecolor("#ececec")
+        panel.grid(visible=False)
+        image = panel.imshow(
+            grid, cmap="cividis", vmin=low, vmax=high, aspect="auto", origin="lower"
         )
-    panel.set_xticks(range(len(columns)), columns)
-    panel.set_yticks(range(len(rows)), rows)
-    panel.set(title=fit_label(title), xlabel="dv", ylabel="dk")
-    figure.colorbar(image, label="top-1 accuracy (%)")
+        for row, column in itertools.product(range(height), range(width)):
+            cell = cells.get((row, column), "no run")
+            if isinstance(cell, str):
+                words, size, color = cell.replace(" ", "\n"), 7.5, "#555"
+            else:
+                words, size = f"{cell[0]:.2f}\nn={cell[1]}", 9.0
+                color = "white" if cell[0] < (low + high) / 2 else "black"
+            style = {"ha": "center", "va": "center", "fontsize": size, "color": color}
+            panel.text(column, row, words, **style)
+        panel.set_title(fit_label(title))
+        panel.set_xticks(range(width), columns[1])
+        panel.set_yticks(range(height), rows[1])
+    for panel in axes[:, 0]:
+        panel.set_ylabel(fit_label(rows[0]))
+    for panel in axes[-1]:
+        panel.set_xlabel(fit_label(columns[0]))
+    figure.colorbar(image, ax=axes, label="top-1 accuracy (%)")
     return figure
 
 

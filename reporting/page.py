@@ -6,23 +6,22 @@
 import statistics
 from typing import Any
 
-from reporting import differences, figures, paper, sections, text
-from reporting.analysis import Analysis
-from reporting.paired import LEVEL, Comparison, Difference
+from reporting import differences, figures, paper, sections, sweep_section, text
+from reporting.analysis import CARDS, Analysis
+from reporting.paired import Comparison, Difference
 from reporting.parts import Card, Picture
 from reporting.runs import Variant, conditions
 from reporting.sections import CONDITIONS, PROVENANCE
 from reporting.text import DASH, commit, count, interval, p_in_words, short, shortened, signed
 
-# Comparisons that get a card at the head of the page; of more, the first card counts them.
-CARDS = 3
+# Where the section on attention's settings stands, unless it comes first.
+SETTINGS_AT = 2
 SECTIONS = (
     sections.scores_section,
     differences.differences_section,
     differences.equal_cost_section,
     sections.curves_section,
     sections.cost_section,
-    differences.sweep_section,
     differences.classes_section,
     sections.attention_section,
     paper.paper_section,
@@ -33,13 +32,19 @@ SECTIONS = (
 
 def contents(analysis: Analysis) -> dict[str, Any]:
     """Everything that the templates show."""
+    sweep = analysis.main_sweep
+    sections = [made for section in SECTIONS if (made := section(analysis)) is not None]
+    shown = cards(analysis.nearest) if sweep is None or analysis.nearest else []
+    settings = sweep_section.section(analysis.sweeps)
+    if settings is not None:
+        sections.insert(SETTINGS_AT if sweep is None else 0, settings)
     return {
-        "title": "Does attention help?",
+        "title": "Does attention help?" if sweep is None else sweep_section.title(sweep),
         "summary": summary_line(analysis),
-        "cards": [*cards(analysis.nearest), *filter(None, [sweep_card(analysis)])],
-        "forest": _forest(analysis.nearest),
+        "cards": [*(sweep_section.cards(sweep) if sweep else []), *shown],
+        "forest": _forest(analysis),
         "caveats": caveats(analysis),
-        "sections": [made for section in SECTIONS if (made := section(analysis)) is not None],
+        "sections": sections,
     }
 
 
@@ -135,38 +140,6 @@ def _card_of_many(comparisons: list[Comparison]) -> Card:
     )
 
 
-def sweep_card(analysis: Analysis) -> Card | None:
-    """How many differences between attention's settings are significant, and the largest one."""
-    effects = [effect for family in analysis.effects for effect in family]
-    if not effects:
-        return None
-    tested = [(e, e.top1.p_holm) for e in effects if e.top1.p_holm is not None]
-    clear = [effect for effect, p in tested if p < 1 - LEVEL]
-    effect = max(clear or effects, key=lambda one: abs(one.top1.mean or 0.0))
-    top1, (ours, theirs) = effect.top1, effect.values
-    largest = f"{short(effect.setting)} {ours} vs. {theirs}, {signed(top1.mean)} percentage points"
-    largest += f" ({effect.recipe})" if effect.recipe else ""
-    details = [f"n = {count(top1.n, 'seed')}"]
-    if top1.low is not None:
-        details.insert(0, f"95 % interval {interval(top1.low, top1.high)}")
-    if top1.p_holm is not None:
-        p = p_in_words(top1.p_holm)
-        details.append(f"{p}, corrected for the number of differences (Holm)")
-    if clear:
-        outcome = f"{'It is' if len(clear) == 1 else 'The largest of them is'} {largest}."
-    elif tested:
-        outcome = f"None is significant; the largest is {largest}."
-    else:
-        outcome = f"Without several seeds each may be chance; the largest is {largest}."
-    return Card(
-        "Settings of the attention, against each other",
-        f"{len(clear)} of {len(effects)}",
-        f"differences between two values {'is' if len(clear) == 1 else 'are'} significant",
-        outcome,
-        details,
-    )
-
-
 # ---- Caveats and the picture beside the cards ---------------------------------------------------
 
 
@@ -202,19 +175,16 @@ def _began_saturated(variant: Variant) -> bool:
     return start == ("kaiming", False) and variant.settings.get("model.block") != "preact"
 
 
-def _forest(comparisons: list[Comparison]) -> Picture | None:
-    drawn = [comparison for comparison in comparisons if comparison.top1.n]
-    drawn.sort(key=lambda c: c.variant.attention != "aa")
+def _forest(analysis: Analysis) -> Picture | None:
+    drawn, every = analysis.forest, [c for c in analysis.nearest if c.top1.n]
     if not drawn:
         return None
     caption = (
         "Top-1 of the last epoch minus that of the plain network with the same seed: each pair "
         "(circle), their mean (diamond) and its 95 % interval (bar; none for a single pair)."
     )
-    if len(drawn) > figures.ROWS:
-        half = figures.ROWS // 2
-        caption += f" Of {len(drawn)} variants, the {half} highest and the {half} lowest."
-        drawn.sort(key=lambda c: -(c.top1.mean or 0.0))
-        drawn = drawn[:half] + drawn[-half:]
-    figure = figures.differences(drawn)
+    if len(drawn) < len(every):
+        half = len(drawn) // 2
+        caption += f" Of {len(every)} variants, the {half} highest and the {half} lowest."
+    figure = figures.differences(drawn, is_cut=len(drawn) < len(every))
     return Picture("differences", "Differences from the plain baseline", figure, caption)

@@ -18,7 +18,7 @@ class Table:
     @property
     def long(self) -> bool:
         """Whether it would push what follows out of sight."""
-        return len(self.rows) > 16
+        return len(self.rows) > 40
 
 
 def tables(rows: list[dict[str, str]], texts: int = 1, caption: str = "") -> list[Table]:
@@ -34,6 +34,7 @@ class Picture:
     title: str
     figure: figures.Figure
     caption: str
+    wide: bool = False  # as wide as the page
 
     @cached_property
     def svg(self) -> str:

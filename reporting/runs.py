@@ -69,6 +69,7 @@ class Excluded:
     folder: Path
     kind: str  # one of KINDS
     why: str
+    settings: dict[str, Any] | None = None  # flat, where a run without a result has any
 
 
 @dataclass(frozen=True, eq=False)

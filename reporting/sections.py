@@ -18,19 +18,25 @@ CONDITIONS = {
 
 
 def scores_section(analysis: Analysis) -> Section:
-    """Table 1 of these runs, with the paper's numbers where it has such a network."""
+    """Table 1 of these runs, with the paper's numbers where it has such a network.
+
+    In the order of Table 1, or from the highest score to the lowest on a sweep's page.
+    """
     in_paper = any(paper.printed(analysis.data, variant) for variant in analysis.variants)
     seeds = sorted({run.seed for run in analysis.runs})
     same_seeds = all([run.seed for run in v.runs] == seeds for v in analysis.variants)
     rows = []
-    for variant in analysis.variants:
+    variants = analysis.variants
+    if analysis.main_sweep is not None:
+        variants = sorted(variants, key=lambda variant: -variant.mean("top1"))
+    for variant in variants:
         row = {
             "variant": variant.label,
             "n": str(len(variant.runs)),
-            "parameters": f"{variant.first['parameters']:,}",
-            "GFLOPs": text.gflops(variant.first["flops"]),
             "top-1 %": text.mean_and_sd(variant.by_seed("top1").values()),
             "top-5 %": text.mean_and_sd(variant.by_seed("top5").values()),
+            "parameters": f"{variant.first['parameters']:,}",
+            "GFLOPs": text.gflops(variant.first["flops"]),
             "top-1 by seed": text.by_seed(variant.by_seed("top1"), same_seeds),
         }
         if in_paper:

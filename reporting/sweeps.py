@@ -1,14 +1,18 @@
-"""Sweeps over attention's settings: what each setting does, and top-1 over dk and dv."""
+"""Sweeps over attention's settings: variants of one recipe as a grid, and what the grid shows."""
 
+import math
 import statistics
 from collections import defaultdict
-from dataclasses import dataclass, replace
-from itertools import combinations
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from reporting.paired import Difference, corrected, paired
-from reporting.runs import Variant, differing_settings
-from reporting.text import natural, short, shortened
+import numpy
+
+from reporting.factorial import ALL_PAIRS, LEVEL, Cell, Design, Effect, Interaction
+from reporting.runs import Excluded, Variant, differing_settings
+from reporting.text import as_text, natural, short, shortened
 from training.run_folder import is_finite
 
 SIZES = ("attention.dk", "attention.dv", "attention.Nh")
@@ -16,117 +20,204 @@ SIZES = ("attention.dk", "attention.dv", "attention.Nh")
 ABSENT = ("none", "null", "false")
 
 
-@dataclass(frozen=True)
-class Effect:
-    """A setting's one value against another one, in runs that are alike in all else."""
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """Settings that differ together, and their values in order; each is a level."""
 
-    recipe: str  # what it differs in from the others; empty where there is one
-    setting: str
-    values: tuple[str, str]  # the second is the baseline
-    combinations: int  # of the other settings, that both values were run with
-    top1: Difference
+    keys: tuple[str, ...]
+    levels: list[tuple[str, ...]]
+
+    @cached_property
+    def numbers(self) -> list[float]:
+        """Where the levels stand on the line of a trend, from 0 to 1; empty for a few levels.
+
+        On a logarithmic scale if they span more than a factor of ten.
+        """
+        if len(self.levels) <= ALL_PAIRS or len(self.keys) > 1:
+            return []
+        try:
+            numbers = [float(value) for (value,) in self.levels]
+        except ValueError:
+            return []
+        if min(numbers) > 0 and max(numbers) > 10 * min(numbers):
+            numbers = [math.log(number) for number in numbers]
+        low, high = min(numbers), max(numbers)
+        return [(number - low) / (high - low) for number in numbers] if high > low else []
+
+    @property
+    def name(self) -> str:
+        return ", ".join(map(short, self.keys))
+
+    def value(self, level: int) -> str:
+        return ", ".join(self.levels[level])
+
+    def words(self, level: int) -> str:
+        """`dk 0.5`, or `dk 0.5, dv 0.25` where these differ together."""
+        pairs = zip(map(short, self.keys), self.levels[level], strict=True)
+        return ", ".join(f"{key} {value}" for key, value in pairs)
 
 
-def effects(variants: list[Variant]) -> list[list[Effect]]:
-    """What each setting of attention does to top-1, any two of its values against each other.
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """The variants of one kind of attention and one recipe, which differ in attention's settings.
 
-    A list for each recipe that has them, corrected for their number. Two runs form a pair if the
-    seed and all settings but one are the same.
+    Attributes:
+        recipe: what it differs in from the report's other sweeps; empty where there is one.
+        variants: in the order of ``design``'s levels.
+        missing: the words for cells that have no finished run, by their levels.
     """
-    recipes: dict[str, list[Variant]] = defaultdict(list)
-    for variant in variants:
-        if variant.attention == "aa":
-            recipes[str(_recipe(variant))].append(variant)
-    differing = differing_settings([members[0] for members in recipes.values()])
+
+    recipe: str
+    variants: list[Variant]
+    factors: list[Factor]
+    missing: dict[tuple[int, ...], str]
+
+    def levels(self, variant: Variant) -> tuple[int, ...]:
+        return tuple(
+            factor.levels.index(tuple(variant.setting(key) for key in factor.keys))
+            for factor in self.factors
+        )
+
+    @cached_property
+    def by_levels(self) -> dict[tuple[int, ...], Variant]:
+        return {self.levels(variant): variant for variant in self.variants}
+
+    @cached_property
+    def design(self) -> Design:
+        """Top-1 of every run, in percent."""
+        runs = [(levels, run) for levels, v in self.by_levels.items() for run in v.runs]
+        levels = numpy.array([levels for levels, _ in runs])
+        return Design(
+            levels,
+            numpy.array([run.seed for _, run in runs]),
+            numpy.array([run.last("top1") for _, run in runs]),
+            {
+                number: numpy.array(factor.numbers)[levels[:, number]]
+                for number, factor in enumerate(self.factors)
+                if factor.numbers
+            },
+        )
+
+    @cached_property
+    def effects(self) -> list[Effect]:
+        """What each setting does, the largest first."""
+        return sorted(self.design.effects(), key=lambda effect: -abs(effect.mean))
+
+    @cached_property
+    def interactions(self) -> list[Interaction]:
+        return self.design.interactions()
+
+    @cached_property
+    def ranking(self) -> list[Cell]:
+        """The settings by top-1, the best first."""
+        return self.design.ranked()
+
+    def words(self, levels: tuple[int, ...]) -> str:
+        """The settings of a cell: `dk 0.5, dv 0.125, Nh 4`."""
+        named = zip(self.factors, levels, strict=True)
+        return ", ".join(factor.words(level) for factor, level in named)
+
+
+def is_significant(effect: Effect | Interaction) -> bool:
+    """Whether its p is below 5 %."""
+    return effect.p is not None and effect.p < 1 - LEVEL
+
+
+def find_sweeps(variants: list[Variant], excluded: list[Excluded]) -> list[Sweep]:
+    """The sweeps among the variants, each of one kind of attention and one recipe.
+
+    Where every run has a recipe of its own, as a search over the learning rate draws them, network,
+    data and epochs alone are the recipe, and all that differs is a factor.
+    """
+    group, recipe_of = _group(variants, _recipe), _recipe
+    if not group:
+        group, recipe_of = _group(variants, _subject), _subject
+    differing = differing_settings([members[0] for members in group.values()])
     differing = [key for key in differing if not key.startswith(("attention.", "model."))]
-    families = []
-    for members in recipes.values():
-        words = [f"{short(key)}={members[0].setting(key)}" for key in differing]
-        name = shortened([members[0].model, *words], 4) if len(recipes) > 1 else ""
-        found = _effects(name, members)
-        top1 = corrected([effect.top1 for effect in found])
-        families.append([replace(e, top1=t) for e, t in zip(found, top1, strict=True)])
-    return [family for family in families if family]
-
-
-def _recipe(variant: Variant) -> list[tuple[str, str]]:
-    keys = sorted(key for key in variant.settings if not key.startswith("attention."))
-    return [("model", variant.model), *((key, variant.setting(key)) for key in keys)]
-
-
-def _effects(recipe: str, variants: list[Variant]) -> list[Effect]:
-    """Of the variants of one recipe; sizes come first, and values ascend."""
-    pairs: dict[tuple[str, str, str], list[tuple[Variant, Variant]]] = defaultdict(list)
-    for key in differing_settings(variants):
-        alike: dict[str, list[Variant]] = defaultdict(list)
-        for variant in variants:
-            rest = sorted((k, variant.setting(k)) for k in variant.settings if k != key)
-            alike[str(rest)].append(variant)
-        for both in (both for members in alike.values() for both in combinations(members, 2)):
-            low, high = sorted(both, key=lambda variant: _ascending(variant.setting(key)))
-            if low.setting(key) != high.setting(key):
-                pairs[key, low.setting(key), high.setting(key)].append((high, low))
-
-    def order(values: tuple[str, str, str]) -> tuple[Any, ...]:
-        key, low, high = values
-        size = SIZES.index(key) if key in SIZES else len(SIZES)
-        return (size, key, _ascending(low), _ascending(high))
-
-    found = [
-        Effect(recipe, key, (high, low), len(pairs[key, low, high]), _mean(pairs[key, low, high]))
-        for key, low, high in sorted(pairs, key=order)
-    ]
-    return [effect for effect in found if effect.top1.n]
-
-
-def _mean(pairs: list[tuple[Variant, Variant]]) -> Difference:
-    """A seed's difference is the mean over the pairs that have it.
-
-    Seeds are the independent samples, the combinations of settings that they are trained in are
-    not.
-    """
-    scores: dict[int, list[tuple[float, float]]] = defaultdict(list)
-    for ours, theirs in pairs:
-        first, second = ours.by_seed("top1"), theirs.by_seed("top1")
-        for seed in first.keys() & second.keys():
-            scores[seed].append((first[seed], second[seed]))
-    means = [
-        {seed: statistics.mean(both[side] for both in found) for seed, found in scores.items()}
-        for side in (0, 1)
-    ]
-    return paired(*means)
-
-
-def _ascending(value: str) -> tuple[bool, list[tuple[float, str]]]:
-    return (value not in ABSENT, natural(value))
-
-
-@dataclass(frozen=True)
-class Heatmap:
-    """Mean top-1 and n over dk and dv at one Nh, and the lowest and highest mean at any Nh."""
-
-    name: str
-    title: str
-    cells: dict[tuple[str, str], tuple[float, int]]  # {(dk, dv): (mean, n)}
-    low: float
-    high: float
-
-
-def heatmaps(variants: list[Variant]) -> list[Heatmap]:
-    """Over dk and dv, one for each Nh, of what is otherwise trained alike."""
-    sweeps: dict[str, list[Variant]] = defaultdict(list)
-    for variant in variants:
-        if all(is_finite(variant.settings.get(size)) for size in SIZES):
-            rest = {k: v for k, v in variant.settings.items() if k not in SIZES}
-            sweeps[f"{variant.model} {sorted(rest.items(), key=str)}"].append(variant)
+    kinds = {members[0].attention for members in group.values()}
     found = []
-    for number, members in enumerate((m for m in sweeps.values() if len(m) > 1), start=1):
-        panels: dict[str, dict[tuple[str, str], tuple[float, int]]] = defaultdict(dict)
-        for variant in members:
-            dk, dv, heads = (variant.setting(size) for size in SIZES)
-            panels[heads][dk, dv] = (variant.mean("top1"), len(variant.runs))
-        means = [mean for cells in panels.values() for mean, _ in cells.values()]
-        for heads, cells in sorted(panels.items(), key=lambda item: float(item[0])):
-            name, title = f"sweep{number}-Nh{heads}", f"{members[0].model}, Nh = {heads}"
-            found.append(Heatmap(name, title, cells, min(means), max(means)))
+    for recipe, members in group.items():
+        first = members[0]
+        name = [first.model, *([first.attention] if len(kinds) > 1 else [])]
+        name += [f"{short(key)}={first.setting(key)}" for key in differing]
+        factors = _factors(members)
+        missing = {
+            levels: one.kind
+            for one in excluded
+            if one.settings is not None
+            and recipe_of(one.settings) == recipe
+            and (levels := _levels(one.settings, factors)) is not None
+        }
+        label = shortened(name, 4) if len(group) > 1 else ""
+        found.append(Sweep(label, members, factors, missing))
     return found
+
+
+def _group(
+    variants: list[Variant], recipe: Callable[[dict[str, Any]], str]
+) -> dict[str, list[Variant]]:
+    """The variants of each recipe that has several."""
+    groups: dict[str, list[Variant]] = defaultdict(list)
+    for variant in variants:
+        groups[recipe(variant.settings)].append(variant)
+    return {recipe: members for recipe, members in groups.items() if len(members) > 1}
+
+
+def _subject(settings: dict[str, Any]) -> str:
+    kept = ("model.", "data.", "epochs", "attention._target_")
+    return str(sorted((k, as_text(v)) for k, v in settings.items() if k.startswith(kept)))
+
+
+def _recipe(settings: dict[str, Any]) -> str:
+    kept = {
+        key: as_text(value)
+        for key, value in settings.items()
+        if not key.startswith("attention.") or key == "attention._target_"
+    }
+    return str(sorted(kept.items()))
+
+
+def _levels(settings: dict[str, Any], factors: list[Factor]) -> tuple[int, ...] | None:
+    """The levels of a run that has no result, if all are among those of the others."""
+    levels = []
+    for factor in factors:
+        value = tuple(as_text(settings.get(key)) for key in factor.keys)
+        if value not in factor.levels:
+            return None
+        levels.append(factor.levels.index(value))
+    return tuple(levels)
+
+
+def _factors(variants: list[Variant]) -> list[Factor]:
+    """Sizes first. Settings that split the variants in the same way are one factor.
+
+    Unless they have many values: then each may have a trend of its own.
+    """
+    together: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for key in sorted(differing_settings(variants), key=_sizes_first):
+        values = [variant.setting(key) for variant in variants]
+        many = len(set(values)) > ALL_PAIRS
+        together[tuple(values if many else map(values.index, values))].append(key)
+    factors = []
+    for keys in together.values():
+        amounts: dict[tuple[str, ...], Any] = {}
+        for variant in variants:
+            value = tuple(variant.setting(key) for key in keys)
+            amounts.setdefault(value, [_ascending(variant, key) for key in keys])
+        factors.append(Factor(tuple(keys), sorted(amounts, key=lambda value: amounts[value])))
+    return factors
+
+
+def _sizes_first(key: str) -> tuple[int, str]:
+    return (SIZES.index(key) if key in SIZES else len(SIZES), key)
+
+
+def _ascending(variant: Variant, key: str) -> Any:
+    """Where a value stands among others: dk and dv by the channels that they came to."""
+    value, name = variant.setting(key), key.removeprefix("attention.")
+    layers = variant.first.get("layers")
+    channels = 0.0
+    if name in ("dk", "dv") and isinstance(layers, list):
+        amounts = [layer.get(name, 0) for layer in layers if isinstance(layer, dict)]
+        channels = statistics.fmean(amounts) if amounts and all(map(is_finite, amounts)) else 0.0
+    return (value not in ABSENT, channels, natural(value))

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import train
+from configs.schema import register
 from training import launch
 
 import app
@@ -25,6 +26,9 @@ from helpers import CONFIGS, TINY
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and with them all the
 # processes that they start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Whichever test composes settings first.
+register()
 
 # Networks this small run no faster on two threads, and the suite runs in two processes.
 torch.set_num_threads(1)

@@ -31,10 +31,10 @@ def test_mean_and_deviation_over_the_seeds(tmp_path):
     written = render.report([tmp_path], tmp_path / "out")
     # mean 73, deviations -3, 1, 2: variance 14 / 2
     row = (
-        "| AA | 3 | 2,700,000 | 1.11 | 73.00 ± 2.65 | 93.00 ± 2.65 | 0: 70.00, 1: 74.00, 2: 75.00 |"
+        "| AA | 3 | 73.00 ± 2.65 | 93.00 ± 2.65 | 2,700,000 | 1.11 | 0: 70.00, 1: 74.00, 2: 75.00 |"
     )
     assert row in written
-    assert "| plain | 1 | 2,750,000 | 0.776 | 20.00 | 40.00 | 0: 20.00 |" in written
+    assert "| plain | 1 | 20.00 | 40.00 | 2,750,000 | 0.776 | 0: 20.00 |" in written
     assert row in (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
 
 

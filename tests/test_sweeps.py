@@ -1,20 +1,233 @@
-"""What each of attention's settings does: by seed, averaged over the others, corrected."""
+"""Sweeps of attention's settings: the statistics against slow or published ones, and the page."""
 
 import random
-from itertools import product
+from itertools import combinations, product
 
+import numpy
 import pytest
 from scipy import stats
 
+from benchmarks.sweep_power import GRIDS, measure
 from reporting import dashboard, page
 from reporting.analysis import Analysis
-from reporting.differences import sweep_section
-from reporting.paired import holm_bonferroni
-from reporting.sweeps import effects
+from reporting.factorial import Design
+from reporting.runs import Excluded
+from reporting.sweep_section import section
+from reporting.sweeps import find_sweeps
 
 from folders import analysis_of, make_run, variants_of
 
-MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+
+
+def design(runs):
+    """{(levels, seed): score}."""
+    return Design(
+        numpy.array([levels for levels, _ in runs]),
+        numpy.array([seed for _, seed in runs]),
+        numpy.array(list(runs.values())),
+    )
+
+
+def grid(shape, seeds, draw, slopes=(1.0, 0.5, 0.2), missing=0.0):
+    runs = {}
+    for levels in product(*map(range, shape)):
+        for seed in range(seeds):
+            if draw.random() >= missing:
+                top1 = 60 + sum(s * level for s, level in zip(slopes, levels, strict=False))
+                runs[levels, seed] = top1 + draw.gauss(0, 0.4) + seed
+    return runs
+
+
+def left_by(runs, terms, steps=4000):
+    """Residual sum of squares of additive terms, by fitting one after the other until it stays.
+
+    A term is a function from (levels, seed) to what its means are taken over.
+    """
+    left = dict(runs)
+    for _ in range(steps):
+        before = sum(value**2 for value in left.values())
+        for term in terms:
+            groups = {}
+            for run in left:
+                groups.setdefault(term(*run), []).append(run)
+            for members in groups.values():
+                mean = sum(left[run] for run in members) / len(members)
+                for run in members:
+                    left[run] -= mean
+        after = sum(value**2 for value in left.values())
+        if before - after < 1e-13 * before:
+            break
+    return after
+
+
+def seed_by(factor):
+    return lambda levels, seed: (seed, levels[factor])
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 5), (2, 3), (5,)])
+def test_a_balanced_grid_has_the_means_and_the_pooled_error_of_its_loops(shape):
+    draw, seeds = random.Random(3), 3
+    runs = grid(shape, seeds, draw)
+    found = design(runs)
+    squares, df = 0.0, 0
+    grand = numpy.mean(list(runs.values()))
+    for factor, levels in enumerate(shape):
+
+        def mean(level=None, seed=None, factor=factor):
+            return numpy.mean(
+                [
+                    score
+                    for (at, s), score in runs.items()
+                    if level in (None, at[factor]) and seed in (None, s)
+                ]
+            )
+
+        per = len(runs) / levels / seeds
+        for level, seed in product(range(levels), range(seeds)):
+            apart = mean(level, seed) - mean(level) - mean(seed=seed) + grand
+            squares += per * apart**2
+        df += (levels - 1) * (seeds - 1)
+        for effect in found.effects():
+            if effect.factor == factor:
+                high, low = effect.levels
+                assert effect.mean == pytest.approx(mean(high) - mean(low))
+    assert (found.error.df, found.error.basis) == (df, "seeds")
+    assert found.error.mean_square == pytest.approx(squares / df)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_with_missing_runs_the_error_is_that_of_fitting_by_hand(number):
+    runs = grid((3, 3, 2), 3, random.Random(number), missing=0.15)
+    found = design(runs)
+    cells = [lambda levels, seed: levels, lambda levels, seed: seed]
+    by_seed = [seed_by(factor) for factor in range(3)]
+    explained = left_by(runs, cells) - left_by(runs, [*cells, *by_seed])
+    assert found.error.mean_square * found.error.df == pytest.approx(explained, rel=1e-5)
+    for one in found.interactions():
+        a, b = one.factors
+        pairs = {
+            pair: lambda levels, seed, pair=pair: tuple(levels[f] for f in pair)
+            for pair in combinations(range(3), 2)
+        }
+        others = [cells[1], *(term for pair, term in pairs.items() if pair != (a, b))]
+        squares = left_by(runs, others) - left_by(runs, [*others, pairs[a, b]])
+        f = squares / one.df[0] / found.interaction_error.mean_square
+        assert one.f == pytest.approx(f, rel=1e-4)
+        assert one.p == pytest.approx(stats.f.sf(f, *one.df), rel=1e-3)
+
+
+def test_two_values_of_one_setting_are_the_paired_t_test():
+    draw = random.Random(5)
+    runs = {((level,), seed): draw.gauss(level, 1) for level in (0, 1) for seed in range(5)}
+    (effect,) = design(runs).effects()
+    high, low = ([runs[(level,), seed] for seed in range(5)] for level in (1, 0))
+    test = stats.ttest_rel(high, low)
+    bounds = test.confidence_interval(0.95)
+    assert (effect.mean, effect.low, effect.high, effect.p) == pytest.approx(
+        (numpy.mean(high) - numpy.mean(low), bounds.low, bounds.high, test.pvalue)
+    )
+
+
+def test_all_pairs_of_one_setting_are_tukeys():
+    """Seeds of their own for each run: an ordinary analysis of variance."""
+    draw = random.Random(2)
+    groups = [[60 + 0.4 * level + draw.gauss(0, 0.5) for _ in range(4)] for level in range(4)]
+    runs = {
+        ((level,), 10 * level + k): score
+        for level, group in enumerate(groups)
+        for k, score in enumerate(group)
+    }
+    expected = stats.tukey_hsd(*groups)
+    bounds = expected.confidence_interval(0.95)
+    for effect in design(runs).effects():
+        at = effect.levels
+        assert effect.p == pytest.approx(expected.pvalue[at], abs=0.01)
+        assert effect.low == pytest.approx(bounds.low[at], abs=0.03)
+        assert effect.high == pytest.approx(bounds.high[at], abs=0.03)
+
+
+def test_what_cannot_be_told_from_the_best_is_dunnetts():
+    draw = random.Random(7)
+    undecided = 0
+    for _ in range(20):
+        groups = [[60 + 0.3 * level + draw.gauss(0, 0.4) for _ in range(4)] for level in range(5)]
+        runs = {
+            ((level,), 10 * level + k): score
+            for level, group in enumerate(groups)
+            for k, score in enumerate(group)
+        }
+        first, *others = design(runs).ranked()
+        best = groups[first.levels[0]]
+        test = stats.dunnett(
+            *(groups[cell.levels[0]] for cell in others), control=best, alternative="less"
+        )
+        for cell, p in zip(others, test.pvalue, strict=True):
+            if abs(p - 0.05) > 0.01:
+                assert cell.is_candidate == (p > 0.05)
+                undecided += p > 0.05
+    assert 10 < undecided < 70
+
+
+@pytest.mark.parametrize("name", ["balanced, 2 seeds", "10 % missing, 3 seeds", "one seed"])
+def test_made_up_grids_are_answered_as_often_as_said(name):
+    """60 of the repeats of benchmarks/sweep_power.py, which are always the same."""
+    row = measure(GRIDS[name], 60)
+    assert float(row["found"]) > (0.6 if name == "one seed" else 0.75) > 0.5
+    assert float(row["by seed"]) < 0.5
+    assert float(row["coverage"]) >= 0.88
+    assert float(row["in set"]) >= 0.93
+
+
+def test_an_interval_excludes_zero_where_p_is_small_and_nowhere_else():
+    for number in range(40):
+        draw = random.Random(number)
+        for effect in design(grid((3, 2, 2), 3, draw, (0.3, 0.2, 0.1), 0.1)).effects():
+            assert (effect.p < 0.05) == (effect.low > 0 or effect.high < 0)
+
+
+def test_what_the_runs_cannot_tell_is_left_out():
+    assert design({((0, 0), 0): 70.0, ((1, 1), 0): 71.0, ((1, 0), 1): 72.0}).effects() == []
+    alike = design({((level,), seed): 70.0 + level for level in (0, 1) for seed in (0, 1)})
+    (effect,) = alike.effects()
+    assert (effect.mean, effect.low, effect.p) == (pytest.approx(1.0), None, None)
+    single = design({((level,), 0): 70.0 + level for level in range(4)})
+    assert [effect.p for effect in single.effects()] == [None] * 6
+    assert all(cell.is_candidate and cell.low is None for cell in single.ranked())
+
+
+def test_with_one_seed_the_interactions_stand_for_the_error():
+    runs = grid((3, 3), 1, random.Random(4))
+    found = design(runs)
+    additive = [lambda levels, seed: levels[0], lambda levels, seed: levels[1]]
+    assert found.error.basis == "interactions"
+    assert found.error.df == 4
+    assert found.error.mean_square == pytest.approx(left_by(runs, additive) / 4)
+    assert found.interactions()[0].p is None
+    assert found.ranked()[0].low is None  # of other seeds nothing is known
+
+
+def test_a_trend_over_many_values_is_an_ordinary_regression():
+    draw = random.Random(6)
+    x = [[draw.random() for _ in range(20)] for _ in range(2)]
+    scores = [60 + 2 * a - b + draw.gauss(0, 0.3) for a, b in zip(*x, strict=True)]
+    levels = numpy.array([[sorted(of).index(v) for v in of] for of in x]).T
+    trends = {number: numpy.array(of) for number, of in enumerate(x)}
+    found = Design(levels, numpy.zeros(20, int), numpy.array(scores), trends)
+    for effect in found.effects():
+        # Each with the other one taken out of it and of the scores.
+        own, other = x[effect.factor], x[1 - effect.factor]
+        a, b = stats.linregress(other, own), stats.linregress(other, scores)
+        left = [v - a.intercept - a.slope * o for v, o in zip(own, other, strict=True)]
+        of_scores = [v - b.intercept - b.slope * o for v, o in zip(scores, other, strict=True)]
+        slope = stats.linregress(left, of_scores).slope
+        assert effect.mean == pytest.approx(slope * (max(own) - min(own)))
+        assert effect.levels == (19, 0)
+    assert (found.error.df, found.error.basis) == (17, "interactions")
+    assert found.interactions() == []
+
+
+# ---- The page -----------------------------------------------------------------------------------
 
 
 def train(root, top1, seed, **settings):
@@ -22,152 +235,175 @@ def train(root, top1, seed, **settings):
     return make_run(root / words, top1, seed, "aa", **settings)
 
 
-def test_effects_of_a_grid_against_loops(tmp_path):
-    """dk, dv and Nh with holes: a seed's difference is the mean of its pairs, and no other's."""
-    draw = random.Random(3)
-    scores = {}
-    for dk, dv, heads, seed in product((8, 24, 120), (4, 12), (2, 4), range(3)):
-        if (dk, dv, heads) == (24, 12, 4) or ((dk, seed) == (120, 1) and heads == 2):
-            continue  # as if not finished
-        scores[dk, dv, heads, seed] = top1 = 60 + draw.gauss(dk / 50 + dv / 40, 1.0)
-        settings = {"attention__dk": dk, "attention__dv": dv, "attention__Nh": heads}
-        train(tmp_path, top1, seed, **settings)
-    (found,) = effects(variants_of(tmp_path))
-    names = [(e.setting.removeprefix("attention."), *e.values) for e in found]
-    assert names == [
-        ("dk", "24", "8"),
-        ("dk", "120", "8"),
-        ("dk", "120", "24"),
-        ("dv", "12", "4"),
-        ("Nh", "4", "2"),
-    ]
-    for effect, (name, ours, theirs) in zip(found, names, strict=True):
-        place = ("dk", "dv", "Nh").index(name)
-        for seed in range(3):
-            pairs = []
-            for key, score in scores.items():
-                if key[3] == seed and key[place] == int(ours):
-                    other = (*key[:place], int(theirs), *key[place + 1 :])
-                    if other in scores:
-                        pairs.append(score - scores[other])
-            assert effect.top1.by_seed[seed] == pytest.approx(sum(pairs) / len(pairs))
-        differences = list(effect.top1.by_seed.values())
-        test = stats.ttest_1samp(differences, 0)
-        assert effect.top1.p == pytest.approx(test.pvalue)
-        assert effect.top1.low == pytest.approx(test.confidence_interval(0.95).low)
-    assert [effect.combinations for effect in found] == [3, 4, 3, 5, 5]
-    (table,) = sweep_section(analysis_of(tmp_path)).tables
-    expected = holm_bonferroni([effect.top1.p for effect in found])
-    assert [float(row[7]) for row in table.rows] == pytest.approx(expected, rel=0.1)
-    assert "the 5 rows" in table.caption
+def sweep_of(root, excluded=()):
+    (sweep,) = find_sweeps(variants_of(root), list(excluded))
+    return sweep
+
+
+def test_the_page_begins_with_the_best_settings_and_the_largest_effect(tmp_path):
+    draw = random.Random(2)
+    for dk, dv, seed in product((8, 16), (4, 12), range(3)):
+        top1 = 70.0 + (3.0 if dk == 16 else 0.0) + draw.gauss(0, 0.1)
+        train(tmp_path, top1, seed, attention__dk=dk, attention__dv=dv)
+    make_run(tmp_path / "plain", 69.0, 0)
+    analysis = analysis_of(tmp_path)
+    shown = page.contents(analysis)
+    sweep = sweep_of(tmp_path)
+    best, effect, many = shown["cards"]
+    assert shown["title"] == "Which dk and dv are best?"
+    assert shown["sections"][0].title == "Settings against each other"
+    mean = sweep.ranking[0].mean
+    assert (best.title, best.number) == ("Best of 4 settings", f"{mean:.2f} %")
+    assert best.verdict == f"{sweep.words(sweep.ranking[0].levels)}."
+    assert best.verdict.startswith("dk 16, dv ")
+    assert "not told apart from it: 1 others (dk 16" in " ".join(best.details)
+    assert (effect.verdict, effect.tone) == ("dk 16 is better.", "better")
+    assert effect.details[1] == "1 of 2 differences significant"
+    assert many.title == "4 augmented variants, each vs. its plain baseline"
+    ranking, effects, interactions = shown["sections"][0].tables
+    assert [row[0] for row in ranking.rows] == ["1", "2", "3", "4"]
+    assert [row[4] for row in ranking.rows] == ["best", "not told apart", "lower", "lower"]
+    assert effects.rows[0][:2] == ["dk", f"16 {MINUS} 8"]
+    assert interactions.rows[0][0] == "dk x dv"
+    scores = next(made for made in shown["sections"] if made.title == "Scores")
+    top1 = [float(row[2].split()[0]) for row in scores.tables[0].rows]
+    assert top1 == sorted(top1, reverse=True)
+
+
+def test_a_comparison_of_few_variants_keeps_its_own_beginning(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path / f"plain{seed}", 69.0 + seed, seed)
+        for dk in (8, 16):
+            train(tmp_path, 70.0 + dk / 8 + seed, seed, attention__dk=dk)
+    shown = page.contents(analysis_of(tmp_path))
+    assert shown["title"] == "Does attention help?"
+    titles = [made.title for made in shown["sections"]]
+    assert titles.index("Scores") == 0 < titles.index("Settings against each other")
+
+
+def test_the_largest_effect_is_named_first_whether_or_not_it_is_significant(tmp_path):
+    for dk, seed in product((8, 16), range(2)):
+        for heads in (2, 4):
+            top1 = 60.0 + (dk == 16) * (1 + 3 * seed) + (heads == 4) * 0.5
+            train(tmp_path, top1, seed, attention__dk=dk, attention__Nh=heads)
+    card = page.contents(analysis_of(tmp_path))["cards"][1]
+    assert card.number == "+2.50"
+    assert card.verdict == "The largest effect, and it may be chance."
+    assert card.details[1] == "none of 2 differences significant"
+    low, high = card.details[0].removeprefix("95 % interval ").split(",")[0].split(" to ")
+    assert low.startswith(MINUS)
+    assert high.startswith("+")
 
 
 def test_positions_are_compared_with_none(tmp_path):
     """A setting of words: none is the baseline of every other."""
     for number, position in enumerate(("relative", "none", "coord")):
         for seed in (0, 1):
-            top1 = 70.0 + number - seed * number / 4
+            top1 = 70.0 + number - seed * number / 5
             train(tmp_path, top1, seed, attention__position=position)
-    section = sweep_section(analysis_of(tmp_path))
-    (table,) = section.tables
-    assert [row[:5] for row in table.rows] == [
-        ["position", f"coord {MINUS} none", "1", "2", "+0.88"],
-        ["position", f"relative {MINUS} none", "1", "2", f"{MINUS}0.88"],
-        ["position", f"relative {MINUS} coord", "1", "2", f"{MINUS}1.75"],
+    _, table = section(analysis_of(tmp_path).sweeps).tables
+    assert [row[:3] for row in table.rows] == [
+        ["position", f"relative {MINUS} coord", f"{MINUS}1.80"],
+        ["position", f"coord {MINUS} none", "+0.90"],
+        ["position", f"relative {MINUS} none", f"{MINUS}0.90"],
     ]
-    assert table.rows[1][8] == f"0: {MINUS}1.00, 1: {MINUS}0.75"
-    assert section.pictures == []  # a size alone is no heatmap
+    assert section(analysis_of(tmp_path).sweeps).pictures == []  # one setting is no heatmap
 
 
-def test_two_values_are_one_test(tmp_path):
-    for stages in ([2, 3], [3]):
-        train(tmp_path, 70.0 + len(stages), 0, attention__stages=stages)
-    (table,) = sweep_section(analysis_of(tmp_path)).tables
-    assert table.rows == [
-        ["stages", f"[3] {MINUS} [2, 3]", "1", "1", f"{MINUS}1.00", DASH, DASH, DASH, "0: "
-         f"{MINUS}1.00"]
-    ]  # fmt: skip
-    assert "corrected" not in table.caption
-
-
-def test_what_differs_in_two_settings_or_in_the_seed_is_no_pair(tmp_path):
-    train(tmp_path, 70.0, 0, attention__dk=8, attention__dv=4)
-    train(tmp_path, 71.0, 0, attention__dk=16, attention__dv=8)
-    train(tmp_path, 72.0, 1, attention__dk=16, attention__dv=4)
-    assert effects(variants_of(tmp_path)) == []
+def test_settings_that_differ_together_are_one_factor(tmp_path):
+    for ratio in (0.25, 0.5, 1.0):
+        train(tmp_path, 70.0 + ratio, 0, attention__dk=ratio, attention__dv=ratio)
+    sweep = sweep_of(tmp_path)
+    assert [factor.name for factor in sweep.factors] == ["dk, dv"]
+    assert sweep.words((2,)) == "dk 1.0, dv 1.0"
 
 
 def test_recipes_and_networks_are_not_mixed(tmp_path):
     for epochs, dk in product((3, 4), (8, 16)):
         train(tmp_path, 60.0 + epochs + epochs * dk / 16, 0, attention__dk=dk, epochs=epochs)
     for dk in (8, 16):
-        run = {"attention__dk": dk, "model__name": "wrn28_10"}
-        train(tmp_path, 80.0 + dk / 16, 0, **run)
+        run = {"attention__dk": dk, "model__name": "wrn28_10", "facts": {"model": "wrn28_10"}}
+        make_run(tmp_path / f"wide{dk}", 80.0 + dk / 16, 0, "aa", **run)
     make_run(tmp_path / "se", 75.0, 0, "se")
-    tables = sweep_section(analysis_of(tmp_path)).tables
-    assert sorted((t.caption.partition(":")[0], t.rows[0][4]) for t in tables) == [
-        ("wrn16_4, epochs=3", "+1.50"),
-        ("wrn16_4, epochs=4", "+2.00"),
-        ("wrn28_10, epochs=3", "+0.50"),
+    found = find_sweeps(variants_of(tmp_path), [])
+    assert sorted((sweep.recipe, round(sweep.effects[0].mean, 2)) for sweep in found) == [
+        ("wrn16_4, epochs=3", 1.5),
+        ("wrn16_4, epochs=4", 2.0),
+        ("wrn28_10, epochs=3", 0.5),
     ]
-    assert all(len(table.rows) == 1 for table in tables)
 
 
-def test_without_a_second_variant_of_attention_there_is_no_section(tmp_path):
+def test_a_random_search_is_a_sweep_of_all_that_it_draws(tmp_path):
+    draw = random.Random(8)
+    for number in range(12):
+        dk, lr = round(draw.uniform(0.1, 1), 3), round(10 ** draw.uniform(-2, 0), 4)
+        train(
+            tmp_path, 60 + 3 * dk + draw.gauss(0, 0.1), number % 2, attention__dk=dk, optim__lr=lr
+        )
+    make_run(tmp_path / "plain", 60.0, 0)
+    shown = page.contents(analysis_of(tmp_path))
+    assert shown["title"] == "Which dk and lr are best?"
+    best, effect, *_ = shown["cards"]
+    assert best.title == "Best of 12 settings"
+    assert "points of top-1, dk (trend) 0." in effect.unit
+    assert "is better." in effect.verdict
+
+
+def test_sizes_are_in_the_order_of_what_they_came_to(tmp_path):
+    """16 channels are half of a stage's 32, and less than all of them."""
+    for dk, channels in ((1.0, 32), (16, 16), (0.25, 8)):
+        folder = train(tmp_path, 70.0, 0, attention__dk=dk)
+        path = folder / "summary.json"
+        layers = f'"layers": [{{"name": "a", "out": 32, "dk": {channels}, "dv": 8}}], "segments"'
+        text = path.read_text(encoding="utf-8").replace('"segments"', layers)
+        path.write_text(text, encoding="utf-8")
+    (factor,) = sweep_of(tmp_path).factors
+    assert factor.levels == [("0.25",), ("16",), ("1.0",)]
+
+
+def test_one_variant_of_attention_is_no_sweep(tmp_path):
     train(tmp_path, 70.0, 0)
     train(tmp_path, 70.5, 1)
     make_run(tmp_path / "plain", 69.0, 0)
-    assert sweep_section(analysis_of(tmp_path)) is None
+    assert find_sweeps(variants_of(tmp_path), []) == []
+    assert section([]) is None
+
+
+def test_cells_without_a_run_say_why(tmp_path, drawn_texts):
+    for dk, heads in ((8, 2), (8, 4), (16, 2)):
+        train(tmp_path, 70.0 + dk, 0, attention__dk=dk, attention__Nh=heads)
+    variants = variants_of(tmp_path)
+    settings = {**variants[0].settings, "attention.dk": 16, "attention.Nh": 4}
+    lost = Excluded(tmp_path / "lost", "diverged", "nan", settings)
+    other = Excluded(tmp_path / "other", "diverged", "nan", settings | {"optim.lr": 9.0})
+    made = section(find_sweeps(variants, [other, lost]))
+    assert made.notes == ["Without a finished run: dk 16, Nh 4 (diverged)."]
+    assert "diverged" in drawn_texts(made.pictures[0].figure)
+    assert "no\nrun" in drawn_texts(section(find_sweeps(variants, [other])).pictures[0].figure)
+
+
+@pytest.fixture
+def drawn_texts():
+    return lambda figure: [text.get_text() for panel in figure.axes for text in panel.texts]
 
 
 def test_the_dashboard_has_the_same_as_numbers(tmp_path):
     for dk, seed in product((8, 16), range(3)):
         train(tmp_path, 70.0 + dk / 8 + seed * dk / 80, seed, attention__dk=dk)
-    (row,) = dashboard._effects(analysis_of(tmp_path))
+    sweep = sweep_of(tmp_path)
+    (row,) = dashboard._effects(sweep)
     seen = dict(zip(dashboard.SETTINGS, row, strict=True))
-    words = [seen[key] for key in ("recipe", "setting", "value", "baseline", "combinations", "n")]
-    assert words == ["", "dk", "16", "8", 1, 3]
+    assert [seen[key] for key in ("recipe", "setting", "value", "baseline")] == [
+        "",
+        "dk",
+        "16",
+        "8",
+    ]
     test = stats.ttest_1samp([1.0, 1.1, 1.2], 0)
     low, high = test.confidence_interval(0.95)
-    numbers = [seen[key] for key in ("difference", "95 % low", "95 % high", "p", "p (Holm)")]
-    assert numbers == pytest.approx([1.1, low, high, test.pvalue, test.pvalue])
-
-
-def test_the_page_begins_with_how_many_differ(tmp_path):
-    draw = random.Random(2)
-    for dk, dv, seed in product((8, 16), (4, 8), range(3)):
-        top1 = 70.0 + (3.0 if dk == 16 else 0.0) + draw.gauss(0, 0.1)
-        train(tmp_path, top1, seed, attention__dk=dk, attention__dv=dv)
-    analysis = analysis_of(tmp_path)
-    card = page.sweep_card(analysis)
-    ((dk, _),) = effects(variants_of(tmp_path))
-    assert (card.number, card.unit) == (
-        "1 of 2",
-        "differences between two values is significant",
-    )
-    assert card.verdict == f"It is dk 16 vs. 8, +{dk.top1.mean:.2f} percentage points."
-    assert card.details[1] == "n = 3 seeds"
-    # Without a plain network there is no other answer, and the page says so first.
-    cards = page.contents(analysis)["cards"]
-    assert [one.title for one in cards] == ["No comparison", card.title]
-
-
-def test_what_is_not_significant_and_what_cannot_be_tested_is_said(tmp_path):
-    for dk, top1 in ((8, 70.0), (16, 70.5)):
-        train(tmp_path, top1, 0, attention__dk=dk)
-    card = page.sweep_card(analysis_of(tmp_path))
-    assert (card.number, card.unit) == (
-        "0 of 1",
-        "differences between two values are significant",
-    )
-    assert card.verdict == (
-        "Without several seeds each may be chance; the largest is dk 16 vs. 8, +0.50 percentage "
-        "points."
-    )
-    for dk, top1 in ((8, 71.0), (16, 70.9)):
-        train(tmp_path, top1, 1, attention__dk=dk)
-    card = page.sweep_card(analysis_of(tmp_path))
-    assert card.verdict.startswith("None is significant; the largest is dk 16 vs. 8, +0.20")
-    make_run(tmp_path / "plain", 69.0, 0)
-    plain = [v for v in variants_of(tmp_path) if v.attention == "none"]
-    assert page.sweep_card(Analysis("cifar100 test", plain, [])) is None
+    numbers = [seen[key] for key in ("difference", "95 % low", "95 % high", "p")]
+    assert numbers == pytest.approx([1.1, low, high, test.pvalue])
+    ranking = dashboard._ranking(sweep)
+    assert [row[2:4] for row in ranking] == [["dk 16", 3], ["dk 8", 3]]
+    assert [row[5] for row in ranking] == [True, False]
+    assert page.contents(Analysis("cifar100 test", variants_of(tmp_path), []))["cards"]

@@ -16,7 +16,7 @@ BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 # What is changed in the copy of the project: the defaults, so that no command has to be.
 SMALLER = {
     "configs/data/lookup.yaml": {
-        "train_size: 10000": "train_size: 64",
+        "train_size: 10000": "train_size: 564",
         "test_size: 2000": "test_size: 16",
     },
     "configs/experiment/lookup.yaml": {

@@ -24,7 +24,7 @@ def load(path):
 def expand(command, values):
     """The words that an agent starts for these values, as wandb's agent puts them together."""
     made = create_sweep_command_args({"args": {k: {"value": v} for k, v in values.items()}})
-    made |= {"env": ["/usr/bin/env"], "program": ["train.py"]}
+    made |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": ["train.py"]}
     words = []
     for word in create_sweep_command(command):
         macro = word.startswith("${") and word.endswith("}")
@@ -48,8 +48,9 @@ def settings_of(words):
         return compose("config", words)
 
 
-def test_there_are_three():
-    assert [path.name for path in FILES] == ["bayes.yaml", "grid.yaml", "seeds.yaml"]
+def test_there_are_four():
+    names = [path.name for path in FILES]
+    assert names == ["bayes.yaml", "grid.yaml", "random.yaml", "seeds.yaml"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -57,7 +58,7 @@ def test_the_command_is_the_projects(path):
     sweep = load(path)
     assert sweep["program"] == "train.py"
     words = expand(sweep["command"], {"seed": 0})
-    assert words[:3] == ["/usr/bin/env", ".venv/bin/python", "train.py"]
+    assert words[:3] == ["/usr/bin/env", "python", "train.py"]
     assert words[-1] == "seed=0"
     assert "resume=auto" in words  # a run that was preempted comes back
     assert "seed" in sweep["parameters"]

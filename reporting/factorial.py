@@ -1,0 +1,377 @@
+"""Factorial designs of runs, balanced or not: main effects, interactions, and the best cell.
+
+A run has a level of each factor (a setting), a seed, and a score. The runs of one seed are a block.
+Seeds are the samples: how much an effect differs from seed to seed is the error that it is held
+against, pooled over all factors, which gives (levels - 1)(seeds - 1) degrees of freedom for each
+instead of the one or two of a test by seed. Without several seeds the interactions of the highest
+order stand for that error, and `Error.basis` says so.
+
+P-values and intervals of a family of contrasts come from one distribution, that of the largest |t|
+of all (Hothorn, Bretz and Westfall, 2008, single step): an interval excludes zero where p is below
+0.05, and nowhere else. The set that cannot be told from the best is that of Hsu (1981).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import combinations
+from typing import Any
+
+import numpy
+from numpy.typing import NDArray
+from scipy import stats
+
+LEVEL = 0.95
+# Draws of the largest |t|: p = 0.05 is known to 0.001.
+DRAWS = 50_000
+# Of more levels each is compared with the first alone.
+ALL_PAIRS = 6
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Error:
+    """The mean square that effects are held against, its degrees of freedom, and what it is of."""
+
+    mean_square: float
+    df: float
+    basis: str  # "seeds" or "interactions"
+
+
+@dataclass(frozen=True)
+class Effect:
+    """The score at one level of a factor minus that at another, over the levels of the others.
+
+    Without an error, or if it is zero, there is no interval and no p.
+    """
+
+    factor: int
+    levels: tuple[int, int]
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """How far two factors' effects are from adding up: the F-test and the largest departure."""
+
+    factors: tuple[int, int]
+    departure: float
+    levels: tuple[int, int]  # where that is
+    f: float | None = None
+    df: tuple[int, int] | None = None
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A combination of levels: mean and number of seeds, and how it stands to the best one."""
+
+    levels: tuple[int, ...]
+    mean: float
+    n: int
+    low: float | None = None  # of the best alone; allow for its having been picked
+    high: float | None = None
+    is_candidate: bool = True  # for the best: not told apart from it
+
+
+@dataclass(frozen=True, eq=False)
+class Design:
+    """Scores of shape (runs,), their seeds, and the level of each factor, (runs, factors).
+
+    A factor of ``trends`` has a number for each run, of shape (runs,), and acts by a straight line
+    over it: with a value of its own for each run, as a random search draws it, there is nothing
+    else to be told.
+    """
+
+    levels: Array
+    seeds: Array
+    scores: Array
+    trends: dict[int, Array] = field(default_factory=dict)
+
+    @cached_property
+    def cells(self) -> Array:
+        """The number of each run's combination of levels."""
+        return numpy.unique(self.levels, axis=0, return_inverse=True)[1].reshape(-1)
+
+    @cached_property
+    def seeds_are_blocks(self) -> bool:
+        """Whether some seed has runs in several cells, so that seeds can be taken out."""
+        return any(len(set(self.cells[self.seeds == seed])) > 1 for seed in set(self.seeds))
+
+    @cached_property
+    def factors(self) -> range:
+        return range(self.levels.shape[1])
+
+    def terms(self, *columns: Array) -> Array:
+        """Indicators of each combination of the columns' values."""
+        _, number = numpy.unique(numpy.stack(columns, 1), axis=0, return_inverse=True)
+        return numpy.eye(number.max() + 1)[number.reshape(-1)]
+
+    @cached_property
+    def blocks(self) -> list[Array]:
+        """The term of the seeds, or of the mean alone."""
+        constant = numpy.zeros_like(self.seeds)
+        return [self.terms(self.seeds if self.seeds_are_blocks else constant)]
+
+    @cached_property
+    def mains(self) -> list[Array]:
+        return [
+            self.trends[factor][:, None]
+            if factor in self.trends
+            else self.terms(self.levels[:, factor])
+            for factor in self.factors
+        ]
+
+    @cached_property
+    def pairs(self) -> dict[tuple[int, int], Array]:
+        """The terms of two factors, trends aside."""
+        whole = [factor for factor in self.factors if factor not in self.trends]
+        return {
+            (a, b): self.terms(self.levels[:, a], self.levels[:, b])
+            for a, b in combinations(whole, 2)
+        }
+
+    def fit(self, terms: list[Array]) -> tuple[float, int]:
+        """Residual sum of squares of the least-squares fit, and the rank of its model."""
+        matrix = numpy.hstack(terms)
+        solution, _, rank, _ = numpy.linalg.lstsq(matrix, self.scores, rcond=1e-9)
+        return float(((self.scores - matrix @ solution) ** 2).sum()), int(rank)
+
+    def explained(self, base: list[Array], more: list[Array]) -> tuple[float, int]:
+        """Sum of squares and degrees of freedom that ``more`` terms explain beyond ``base``."""
+        if not more:
+            return 0.0, 0
+        (before, rank), (after, full) = self.fit(base), self.fit([*base, *more])
+        return max(0.0, before - after), full - rank
+
+    @cached_property
+    def by_seed(self) -> list[Array]:
+        """The terms of seed x factor."""
+        seeds = self.terms(self.seeds)
+        return [
+            (seeds[:, :, None] * term[:, None, :]).reshape(len(term), -1) for term in self.mains
+        ]
+
+    @cached_property
+    def saturated(self) -> list[Array]:
+        """A mean for each cell and for each block."""
+        return [*self.blocks, self.terms(self.cells)]
+
+    @cached_property
+    def residual(self) -> tuple[float, int]:
+        """Sum of squares and degrees of freedom within the cells, and within blocks if there are
+        any."""
+        left, rank = self.fit(self.saturated)
+        return left, len(self.scores) - rank
+
+    @cached_property
+    def error(self) -> Error | None:
+        """Of the main effects."""
+        if self.seeds_are_blocks and len(set(self.seeds)) > 1:
+            squares, df = self.explained(self.saturated, self.by_seed)
+            if df:
+                return Error(squares / df, df, "seeds")
+        elif self.residual[1]:
+            squares, df = self.residual
+            return Error(squares / df, df, "seeds")
+        return self._from_interactions([*self.mains, *self.pairs.values()], self.mains)
+
+    @cached_property
+    def interaction_error(self) -> Error | None:
+        """Of the interactions of two factors."""
+        if self.seeds_are_blocks and len(set(self.seeds)) > 1:
+            more = [
+                self.terms(self.seeds, self.levels[:, a], self.levels[:, b]) for a, b in self.pairs
+            ]
+            squares, df = self.explained([*self.saturated, *self.by_seed], more)
+            return Error(squares / df, df, "seeds") if df else None
+        if self.residual[1]:
+            return self.error
+        return self._from_interactions([*self.mains, *self.pairs.values()])
+
+    def _from_interactions(self, *models: list[Array]) -> Error | None:
+        """What the first of the ``models`` leaves that is smaller than that of all cells."""
+        if len(self.factors) > 1:
+            for model in models:
+                left, rank = self.fit([*self.blocks, *model])
+                if rank < len(self.scores):
+                    df = len(self.scores) - rank
+                    return Error(left / df, df, "interactions")
+        return None
+
+    # ---- Effects --------------------------------------------------------------------------------
+
+    def effects(self) -> list[Effect]:
+        """The differences between a factor's levels, of all factors one family.
+
+        By least squares with additive factors and seeds; what the runs cannot tell is left out.
+        """
+        matrix = numpy.hstack([*self.blocks, *self.mains])
+        inverse = numpy.linalg.pinv(matrix.T @ matrix, rcond=1e-9)
+        solution = inverse @ matrix.T @ self.scores
+        seen = inverse @ matrix.T @ matrix
+        first, found, contrasts = self.blocks[0].shape[1], [], []
+        for factor, term in zip(self.factors, self.mains, strict=True):
+            for levels, weights in self._contrasts(factor):
+                contrast = numpy.zeros(matrix.shape[1])
+                contrast[first : first + term.shape[1]] = weights
+                if numpy.allclose(contrast @ seen, contrast, atol=1e-6):
+                    found.append((factor, levels))
+                    contrasts.append(contrast)
+            first += term.shape[1]
+        if not found:
+            return []
+        family = numpy.stack(contrasts)
+        means = family @ solution
+        bounds = simultaneous(means, family @ inverse @ family.T, self.error)
+        return [
+            Effect(factor, levels, float(mean), *bound)
+            for (factor, levels), mean, bound in zip(found, means, bounds, strict=True)
+        ]
+
+    def _contrasts(self, factor: int) -> Iterator[tuple[tuple[int, int], Array]]:
+        """Pairs of a factor's levels, and the weights of its columns in their difference.
+
+        Of a trend the highest and the lowest.
+        """
+        levels = [int(level) for level in numpy.unique(self.levels[:, factor])]
+        if factor in self.trends:
+            ends = numpy.ptp(self.trends[factor])
+            yield (levels[-1], levels[0]), numpy.array([ends])
+            return
+        unit = numpy.eye(len(levels))
+        for low, high in combinations(range(len(levels)), 2):
+            if not low or len(levels) <= ALL_PAIRS:
+                yield (levels[high], levels[low]), unit[high] - unit[low]
+
+    def interactions(self) -> list[Interaction]:
+        """Each pair of factors, against the model of all the other pairs."""
+        additive = numpy.hstack([*self.blocks, *self.mains])
+        solution = numpy.linalg.lstsq(additive, self.scores, rcond=1e-9)[0]
+        left = self.scores - additive @ solution
+        found = []
+        for (a, b), term in self.pairs.items():
+            departures = (term.T @ left) / term.sum(0)
+            most = int(numpy.abs(departures).argmax())
+            at = self.levels[int(term[:, most].argmax())]
+            levels = (int(at[a]), int(at[b]))
+            others = [one for pair, one in self.pairs.items() if pair != (a, b)]
+            squares, df = self.explained([*self.blocks, *self.mains, *others], [term])
+            if not df:
+                continue
+            interaction, error = Interaction((a, b), float(departures[most]), levels), None
+            error = self.interaction_error
+            if error is not None and error.mean_square > 1e-18:
+                f = squares / df / error.mean_square
+                p = float(stats.f.sf(f, df, error.df))
+                both = (df, int(error.df))
+                interaction = Interaction((a, b), float(departures[most]), levels, f, both, p)
+            found.append(interaction)
+        return found
+
+    # ---- The best -------------------------------------------------------------------------------
+
+    def ranked(self) -> list[Cell]:
+        """All cells by descending mean; the first with an interval.
+
+        Its upper end is Student's; the lower one holds for whichever of the cells had come out
+        highest. Both are of the accuracy over seeds; with one seed, or without an error, there is
+        no interval, and without an error every cell is a candidate.
+        """
+        number = int(self.cells.max()) + 1
+        counts = numpy.bincount(self.cells)
+        means = numpy.bincount(self.cells, self.scores) / counts
+        at = [tuple(map(int, self.levels[self.cells == cell][0])) for cell in range(number)]
+        order = sorted(range(number), key=lambda cell: (-means[cell], at[cell]))
+        within = self._between_cells
+        behind, low, high = numpy.zeros(number), None, None
+        reach = numpy.inf
+        best = order[0]
+        if number > 1 and within is not None and within.mean_square > 1e-18:
+            spread = numpy.sqrt(within.mean_square * (1 / counts + 1 / counts[best]))
+            behind = (means[best] - means) / spread
+            reach = self._dunnett(counts, best, within.df)
+            if within.basis == "seeds":
+                low, high = self._interval(means, counts, best, within)
+        return [
+            Cell(
+                at[cell],
+                float(means[cell]),
+                int(counts[cell]),
+                low if cell == best else None,
+                high if cell == best else None,
+                bool(cell == best or behind[cell] <= reach),
+            )
+            for cell in order
+        ]
+
+    @cached_property
+    def _between_cells(self) -> Error | None:
+        """Of differences between two cells."""
+        squares, df = self.residual
+        return Error(squares / df, df, "seeds") if df else self.error
+
+    def _dunnett(self, counts: Array, best: int, df: float) -> float:
+        """The largest t of all cells' distances from one of them that is not above the level."""
+        normal, scale = _draws(len(counts), df)
+        z = normal / numpy.sqrt(counts)
+        others = numpy.arange(len(counts)) != best
+        spread = numpy.sqrt(1 / counts + 1 / counts[best])[others]
+        largest = ((z[:, others] - z[:, [best]]) / spread).max(axis=1) / scale
+        return float(numpy.quantile(largest, LEVEL))
+
+    def _interval(
+        self, means: Array, counts: Array, best: int, within: Error
+    ) -> tuple[float, float]:
+        """Of the accuracy of the ``best`` cell over seeds, which all cells have in common."""
+        variance, df = within.mean_square, within.df
+        if self.seeds_are_blocks:
+            squares, seeds = self.explained([self.terms(self.cells)], self.blocks)
+            of_seed, share = squares / max(1, seeds), 1 / len(means)
+            parts = (share * of_seed, (1 - share) * within.mean_square)
+            variance = sum(parts)
+            # Satterthwaite's, for the sum of two mean squares.
+            df = variance**2 / (parts[0] ** 2 / max(1, seeds) + parts[1] ** 2 / within.df)
+        error = float(numpy.sqrt(variance / counts[best]))
+        normal, scale = _draws(len(means), df)
+        picked = float(numpy.quantile(normal.max(axis=1) / scale, LEVEL))
+        mean = float(means[best])
+        high = mean + float(stats.t.ppf((1 + LEVEL) / 2, df)) * error
+        return mean - picked * error, high
+
+
+def simultaneous(
+    means: Array, covariance: Array, error: Error | None
+) -> list[tuple[float | None, float | None, float | None]]:
+    """(low, high, p) of each mean, all at the level together; ``covariance`` of unit variance."""
+    if error is None or error.mean_square < 1e-18:
+        return [(None, None, None)] * len(means)
+    unit = numpy.sqrt(numpy.diag(covariance))
+    spread = unit * numpy.sqrt(error.mean_square)
+    t = numpy.abs(means) / spread
+    if len(means) == 1:
+        reach, p = stats.t.ppf((1 + LEVEL) / 2, error.df), 2 * stats.t.sf(t, error.df)
+    else:
+        values, vectors = numpy.linalg.eigh(covariance / numpy.outer(unit, unit))
+        kept = values > 1e-9
+        root = vectors[:, kept] * numpy.sqrt(values[kept])
+        normal, scale = _draws(int(kept.sum()), error.df)
+        largest = numpy.sort(numpy.abs(normal @ root.T).max(axis=1) / scale)
+        reach = numpy.quantile(largest, LEVEL)
+        p = (1 + len(largest) - numpy.searchsorted(largest, t)) / (1 + len(largest))
+    return [
+        (float(mean - reach * sd), float(mean + reach * sd), float(at))
+        for mean, sd, at in zip(means, spread, p, strict=True)
+    ]
+
+
+def _draws(columns: int, df: float) -> tuple[Array, Array]:
+    """Normal draws (draws, columns) and estimated over true deviations, always the same ones."""
+    generator = numpy.random.default_rng(0)
+    draws = min(DRAWS, max(5_000, 5_000_000 // max(1, columns)))
+    scale = numpy.sqrt(generator.chisquare(df, draws) / df)
+    return generator.standard_normal((draws, columns)), scale

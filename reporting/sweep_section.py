@@ -1,0 +1,246 @@
+"""What a sweep of attention's settings answers: which are best, and what each of them does."""
+
+import itertools
+
+from reporting import figures, text
+from reporting.factorial import Effect
+from reporting.paired import holm_bonferroni
+from reporting.parts import Card, Picture, Section, Table, tables
+from reporting.sweeps import SIZES, Sweep, is_significant
+from reporting.text import DASH, MINUS, count, interval, p_value, shortened, signed
+
+# More panels of a heatmap cannot be read.
+PANELS = 12
+# Values of a setting that fit into a panel.
+VALUES = 12
+
+
+def title(sweep: Sweep) -> str:
+    """`Which dk, dv and Nh are best?`"""
+    names = [factor.name for factor in sweep.factors]
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    return f"Which {listed} {'is' if len(names) == 1 else 'are'} best?"
+
+
+def cards(sweep: Sweep) -> list[Card]:
+    """The best settings, and the largest effect of a single one."""
+    made = [_best_card(sweep)]
+    if sweep.effects:
+        made.append(_effect_card(sweep))
+    return made
+
+
+def _of(sweep: Sweep) -> str:
+    return f" ({sweep.recipe})" if sweep.recipe else ""
+
+
+def _best_card(sweep: Sweep) -> Card:
+    ranking = sweep.ranking
+    best = ranking[0]
+    first = sweep.by_levels[best.levels].first
+    details = [f"n = {count(best.n, 'seed')}"]
+    if best.low is not None and best.high is not None:
+        reach = f"{best.low:.2f} to {best.high:.2f} %"
+        details.insert(0, f"95 % interval {reach}, which allows for having picked the highest")
+    others = [sweep.words(cell.levels) for cell in ranking[1:] if cell.is_candidate]
+    if len(others) == len(ranking) - 1:
+        details.append("no other setting can be told from it")
+    elif others:
+        details.append(f"not told apart from it: {len(others)} others ({'; '.join(others[:3])}")
+        details[-1] += "; ...)" if len(others) > 3 else ")"
+    else:
+        details.append("every other setting is lower")
+    details.append(f"{first['parameters']:,} parameters, {text.gflops(first['flops'])} GFLOPs")
+    return Card(
+        f"Best of {len(ranking)} settings{_of(sweep)}",
+        f"{best.mean:.2f} %",
+        "top-1 accuracy",
+        f"{sweep.words(best.levels)}.",
+        details,
+    )
+
+
+def _effect_card(sweep: Sweep) -> Card:
+    effect = sweep.effects[0]
+    name, higher, lower = _words(sweep, effect)
+    clear = sum(map(is_significant, sweep.effects))
+    if effect.p is None:
+        verdict = "Without several seeds this may be chance."
+    elif is_significant(effect):
+        verdict = f"{name} {higher if effect.mean > 0 else lower} is better."
+    else:
+        verdict = "The largest effect, and it may be chance."
+    details = [f"{clear or 'none'} of {count(len(sweep.effects), 'difference')} significant"]
+    if effect.low is not None:
+        reach = interval(effect.low, effect.high)
+        details.insert(0, f"95 % interval {reach}, of all differences together")
+    error = sweep.design.error
+    if error is not None and error.basis == "interactions":
+        details.append("one seed: interactions of the settings stand for the error")
+    return Card(
+        f"The largest effect of one setting{_of(sweep)}",
+        signed(effect.mean),
+        f"percentage points of top-1, {name} {higher} vs. {lower}",
+        verdict,
+        details,
+        "open" if not is_significant(effect) else "better" if effect.mean > 0 else "worse",
+    )
+
+
+def _words(sweep: Sweep, effect: Effect) -> tuple[str, str, str]:
+    factor = sweep.factors[effect.factor]
+    trend = " (trend)" if factor.numbers else ""
+    high, low = effect.levels
+    return f"{factor.name}{trend}", factor.value(high), factor.value(low)
+
+
+def section(sweeps: list[Sweep]) -> Section | None:
+    """Ranking, effects, interactions and heatmaps of each sweep; None without a sweep."""
+    if not sweeps:
+        return None
+    made, notes = [], []
+    for sweep in sweeps:
+        made += [*_ranking(sweep), *_effects(sweep), *_interactions(sweep)]
+        if sweep.missing:
+            cells = (f"{sweep.words(at)} ({why})" for at, why in sorted(sweep.missing.items()))
+            notes.append(f"{_head(sweep)}Without a finished run: {shortened(cells, 6)}.")
+    words = (
+        "dk and dv are numbers of channels or, written with a decimal point, fractions of the "
+        "block's output channels."
+    )
+    keys = {key for sweep in sweeps for factor in sweep.factors for key in factor.keys}
+    sized = not keys.isdisjoint(SIZES[:2])
+    shown = [words] if sized else []
+    return Section("Settings against each other", shown, made, heatmaps(sweeps), notes)
+
+
+def heatmaps(sweeps: list[Sweep]) -> list[Picture]:
+    """A picture for each sweep that has one."""
+    made = (_heatmap(sweep, number) for number, sweep in enumerate(sweeps, start=1))
+    return [picture for picture in made if picture is not None]
+
+
+def _head(sweep: Sweep) -> str:
+    return f"{sweep.recipe}: " if sweep.recipe else ""
+
+
+def _ranking(sweep: Sweep) -> list[Table]:
+    rows = []
+    for rank, cell in enumerate(sweep.ranking, start=1):
+        variant = sweep.by_levels[cell.levels]
+        seconds = variant.by_seed("perf/total_seconds").values()
+        rows.append(
+            {
+                "rank": str(rank),
+                "settings": sweep.words(cell.levels),
+                "top-1 %": text.mean_and_sd(variant.by_seed("top1").values()),
+                "n": str(cell.n),
+                "against the best": "best"
+                if rank == 1
+                else "not told apart"
+                if cell.is_candidate
+                else "lower",
+                "parameters": f"{variant.first['parameters']:,}",
+                "GFLOPs": text.gflops(variant.first["flops"]),
+                "minutes": f"{sum(seconds) / len(seconds) / 60:.1f}",
+            }
+        )
+    caption = (
+        f"{_head(sweep)}The settings by their mean top-1. Those that are not told apart cannot be "
+        "ruled out as the best one at the level of 5 %, for all of them together."
+    )
+    return tables(rows, texts=2, caption=caption)
+
+
+def _effects(sweep: Sweep) -> list[Table]:
+    rows = []
+    for effect in sweep.effects:
+        name, higher, lower = _words(sweep, effect)
+        rows.append(
+            {
+                "setting": name,
+                "difference": f"{higher} {MINUS} {lower}",
+                "top-1": signed(effect.mean),
+                "95 % interval": interval(effect.low, effect.high),
+                "p": p_value(effect.p),
+            }
+        )
+    caption = (
+        f"{_head(sweep)}What one setting does, in points of top-1, by least squares over all "
+        f"values of the others{_blocks(sweep)}; the largest first. Interval and p are corrected "
+        f"for all {len(rows)} rows together, in the same way. {_basis(sweep)}"
+    )
+    return tables(rows, texts=2, caption=caption.strip())
+
+
+def _blocks(sweep: Sweep) -> str:
+    return " and the seeds" if sweep.design.seeds_are_blocks and _seeds(sweep) > 1 else ""
+
+
+def _seeds(sweep: Sweep) -> int:
+    return len(set(sweep.design.seeds))
+
+
+def _basis(sweep: Sweep) -> str:
+    error = sweep.design.error
+    if error is None:
+        return "Without several seeds there is no error that they could be held against."
+    sd = f"{error.mean_square**0.5:.2f} points with {count(int(error.df), 'degree')} of freedom"
+    if error.basis == "interactions":
+        return (
+            "There is one seed of each: what the settings' effects leave, their interactions, "
+            f"stands for the error (standard deviation {sd}), which is larger where these are "
+            "real, and knows nothing of other seeds."
+        )
+    return f"The error is how much the effects differ by seed, pooled (standard deviation {sd})."
+
+
+def _interactions(sweep: Sweep) -> list[Table]:
+    found = sweep.interactions
+    rows = []
+    for one, p in zip(found, holm_bonferroni([one.p for one in found]), strict=True):
+        pair = [sweep.factors[factor] for factor in one.factors]
+        at = ", ".join(f.words(level) for f, level in zip(pair, one.levels, strict=True))
+        test = DASH
+        if one.f is not None and one.df is not None:
+            test = f"{one.f:.2f} ({one.df[0]}, {one.df[1]})"
+        rows.append(
+            {
+                "settings": " x ".join(factor.name for factor in pair),
+                "largest departure": f"{signed(one.departure)} at {at}",
+                "F (df)": test,
+                "p": p_value(one.p),
+                "p (Holm)": p_value(p),
+            }
+        )
+    caption = (
+        f"{_head(sweep)}Whether two settings' effects add up: how far a combination is from their "
+        "sum, and the F-test of all its departures."
+    )
+    return tables(rows, texts=2, caption=caption)
+
+
+def _heatmap(sweep: Sweep, number: int) -> Picture | None:
+    """Top-1 over the first two settings, a panel for each combination of the others."""
+    if len(sweep.factors) < 2:
+        return None
+    rows, columns, *others = sweep.factors
+    combined = list(itertools.product(*(range(len(factor.levels)) for factor in others)))
+    if len(combined) > PANELS or max(len(rows.levels), len(columns.levels)) > VALUES:
+        return None
+    panels: dict[str, dict[tuple[int, int], tuple[float, int] | str]] = {}
+    for rest in combined:
+        named = zip(others, rest, strict=True)
+        cells: dict[tuple[int, int], tuple[float, int] | str] = {}
+        for levels, why in sweep.missing.items():
+            if levels[2:] == rest:
+                cells[levels[0], levels[1]] = why
+        for levels, variant in sweep.by_levels.items():
+            if levels[2:] == rest:
+                cells[levels[0], levels[1]] = (variant.mean("top1"), len(variant.runs))
+        panels[", ".join(factor.words(level) for factor, level in named)] = cells
+    values = [(f.name, [f.value(level) for level in range(len(f.levels))]) for f in (rows, columns)]
+    caption = f"{_head(sweep)}Mean top-1 (%) of the last epoch over n seeds."
+    name = f"sweep{number}"
+    figure = figures.heatmaps(panels, *values)
+    return Picture(name, "Top-1 over settings", figure, caption, wide=len(panels) > 1)
