@@ -12,8 +12,8 @@ from typing import Any
 
 from models import ATTENTIONS
 from reporting.text import as_text, natural, short, single_line
-from training import run_folder
-from training.run_folder import SUMMARY, UnreadableError
+from training import outcome, run_folder
+from training.run_folder import SUMMARY
 from training.variants import variant_settings
 
 # The settings that are named first where several would tell two variants apart.
@@ -21,6 +21,14 @@ NAMED_FIRST = ("epochs", "batch_size", "optim.lr", "optim.weight_decay", "data.v
 NOT_SET = "not set"
 # Kinds of excluded folders, in the order in which they are listed.
 KINDS = ("diverged", "unfinished", "of another data set", "duplicate", "unreadable")
+# Of a folder that has no result, or none of an attention that is known.
+_EXCLUDED = {
+    outcome.DIVERGED: "diverged",
+    outcome.STOPPED: "unfinished",
+    outcome.NOT_STARTED: "unfinished",
+    outcome.FAILED: "unreadable",
+    outcome.DONE: "unreadable",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,45 +168,15 @@ def _run_folders(folders: list[Path], excluded: list[Excluded]) -> Iterator[Path
 
 
 def _read_run(folder: Path) -> Run | Excluded:
-    try:
-        failure = run_folder.read_failure(folder)
-        if failure is not None:
-            return Excluded(folder, "diverged", failure)
-        try:
-            summary, rows = run_folder.read_result(folder)
-        except FileNotFoundError:
-            return Excluded(folder, "unfinished", _progress(folder))
-        if summary["attention"] not in ATTENTIONS:
-            raise UnreadableError(
-                f"{folder / SUMMARY}: attention is {summary['attention']}, not "
-                f"{', '.join(ATTENTIONS)}"
-            )
-    except UnreadableError as error:
-        # The folder is named beside it.
-        return Excluded(folder, "unreadable", str(error).removeprefix(f"{folder}{os.sep}"))
-    run = Run(folder, summary, rows)
-    broken = _not_finite(run)
-    return run if broken is None else Excluded(folder, "diverged", broken)
-
-
-def _progress(folder: Path) -> str:
-    try:
-        epochs = len(run_folder.read_metrics(folder))
-    except FileNotFoundError:
-        epochs = 0
-    planned = run_folder.planned_epochs(folder)
-    return f"{epochs} epochs" if planned is None else f"{epochs} of {planned} epochs"
-
-
-def _not_finite(run: Run) -> str | None:
-    """What of a run's losses and scores is not finite, in words."""
-    for name in ("train/loss", "train/top1", *run_folder.SCORES):
-        for epoch, value in enumerate(run.each_epoch(name), start=1):
-            if not run_folder.is_finite(value):
-                return f"{name} is {value:g} at epoch {epoch}"
-        if not run_folder.is_finite(run.last(name)):
-            return f"{name} is {run.last(name):g} in {SUMMARY}"
-    return None
+    found, result = outcome.read(folder)
+    why = found.why
+    if result is not None:
+        attention = result[0]["attention"]
+        if attention in ATTENTIONS:
+            return Run(folder, *result)
+        why = f"{SUMMARY}: attention is {attention}, not {', '.join(ATTENTIONS)}"
+    # The folder is named beside it.
+    return Excluded(folder, _EXCLUDED[found.kind], why.removeprefix(f"{folder}{os.sep}"))
 
 
 # ---- Grouping -----------------------------------------------------------------------------------

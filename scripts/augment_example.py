@@ -8,16 +8,30 @@ and the network is trained on with a new optimizer. So is a copy that stays plai
 due to the additional epochs. Prints top-1 accuracies on the test images.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from scripts.command import start
 
-    start(__file__)  # which imports this file as a module, and does not return
+from scripts.command import command, number, start
 
-import argparse
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    count = number(int, at_least=1)
+    parser.add_argument("--epochs", type=count, default=4, help="of the plain network (default: 4)")
+    parser.add_argument(
+        "--epochs-after", type=count, default=12, help="from there on (default: 12)"
+    )
+    parser.add_argument("--seed", type=number(int, at_least=0), default=0)
+    parser.add_argument("--train-size", type=count, default=10_000, help="training images")
+
+
+if __name__ == "__main__":
+    start(__file__, options)
+
 import copy
 
 import torch
@@ -27,7 +41,6 @@ from torch import nn
 from aaconv import augment_
 from data import Augmentation, Batches, Dataset, evaluation_batches, make_lookup
 from models import ResNet
-from scripts.command import command
 
 AUGMENTED = "stages.2.0.conv1"
 BATCH_SIZE = 32
@@ -58,14 +71,6 @@ def accuracy(network: nn.Module, data: Dataset) -> float:
     batches = evaluation_batches(data.evaluation, 500, data.mean, data.std)
     right = sum(int((network(x).argmax(1) == labels).sum()) for x, labels in batches)
     return 100 * right / len(data.evaluation)
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    parser.add_argument("--epochs", type=int, default=4, help="of the plain network (default: 4)")
-    parser.add_argument("--epochs-after", type=int, default=12, help="from there on (default: 12)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--train-size", type=int, default=10_000, help="training images")
 
 
 @command(options)

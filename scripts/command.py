@@ -3,10 +3,11 @@
 import argparse
 import functools
 import importlib
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from reporting.text import printable
 from training import console
@@ -14,13 +15,15 @@ from training import console
 AddOptions = Callable[[argparse.ArgumentParser], None]
 
 
-def start(file: str) -> NoReturn:
+def start(file: str, add_options: AddOptions) -> NoReturn:
     """Run a script's ``main`` as a command.
 
-    The script calls it before its own imports, and is imported here as a module of this package:
-    torch takes seconds to import, in which a user may press Ctrl-C.
+    The script calls it before it imports anything heavy, and is imported here as a module of this
+    package: torch takes seconds to import, in which a user may press Ctrl-C, and which help and a
+    wrong option need not wait for.
     """
     console.prepare(Path(file).name)
+    _Parser(Path(file).name, sys.modules["__main__"].__doc__, add_options).parse_args()
     script = importlib.import_module(f"scripts.{Path(file).stem}")
     console.ready()
     sys.exit(script.main())
@@ -32,24 +35,20 @@ def command(
     """Make of ``main(args)`` a function that reads the command line.
 
     The help is the module's docstring. ValueError, OSError, Hydra's errors and ``errors`` are one
-    line on stderr and end the process with ``code``, Ctrl-C ends it with 130.
+    line on stderr and end the process with ``code``, a wrong option with 2, and Ctrl-C with 130, or
+    the code that a KeyboardInterrupt has as its argument.
     """
 
     def decorate(main: Callable[[argparse.Namespace], None]) -> Callable[[], None]:
         @functools.wraps(main)
         def call() -> None:
             program = f"{main.__module__.rpartition('.')[2]}.py"
-            parser = argparse.ArgumentParser(
-                prog=program,
-                description=sys.modules[main.__module__].__doc__,
-                formatter_class=argparse.RawDescriptionHelpFormatter,
-            )
-            add_options(parser)
+            parser = _Parser(program, sys.modules[main.__module__].__doc__, add_options)
             args = parser.parse_args()
             try:
                 main(args)
-            except KeyboardInterrupt:
-                console.stop(program, "interrupted", 130)
+            except KeyboardInterrupt as stopped:
+                console.stop(program, "interrupted", *(stopped.args or (130,)))
             except Exception as error:
                 if not isinstance(error, (*_expected(), *errors)):
                     raise
@@ -58,6 +57,41 @@ def command(
         return call
 
     return decorate
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line, instead of a page of usage."""
+
+    def __init__(self, program: str, description: str | None, add_options: AddOptions) -> None:
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=program, description=description, formatter_class=form)
+        # As from Python 3.14 on: -1,2 is a value, which is then told what is wrong with it.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+        add_options(self)
+
+    def error(self, message: str) -> NoReturn:
+        line = message.removeprefix("argument ")
+        hint = " (--help shows all options)" if line == message else ""
+        console.stop(self.prog, printable(line) + hint)
+
+
+def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], Any]:
+    """A ``type`` for an option that is a number within the bounds of a `configs.setting.Range`."""
+
+    def read(word: str) -> int | float:
+        from configs.setting import Range
+
+        allowed = Range(**bounds)  # type: ignore[arg-type]
+        try:
+            value = kind(word)
+        except ValueError:
+            value = None
+        if value is None or not allowed.allows(value):
+            what = "whole" if kind is int else "finite"
+            raise argparse.ArgumentTypeError(f"{word} must be a {what} number, {allowed.words()}")
+        return value
+
+    return read
 
 
 def paths_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:

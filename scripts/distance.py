@@ -9,23 +9,33 @@ attention, over the distance as a multiple of the receptive field of the network
 same numbers are printed as a table. Seeds are drawn as dots.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from scripts.command import start
 
-    start(__file__)  # which imports this file as a module, and does not return
+from scripts.command import command, start
 
-import argparse
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="FOLDER", help="run folders, or folders above them"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE.svg", help="the picture")
+
+
+if __name__ == "__main__":
+    start(__file__, options)
+
 
 from benchmarks.lookup_bound import ceiling
 from data.lookup import SHAPES_SHOWN
 from reporting import distance, figures
 from reporting.runs import read
 from reporting.text import printable
-from scripts.command import command
 from training.files import write_text
 
 
@@ -47,14 +57,6 @@ def draw(folders: list[Path], out: Path) -> str:
     lines = distance.table(curves)
     lines += [f"left out, {e.kind}: {e.folder} ({e.why})" for e in [*excluded, *left]]
     return "\n".join([*lines, f"written: {out}"])
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="FOLDER", help="run folders, or folders above them"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.svg", help="the picture")
 
 
 @command(options)

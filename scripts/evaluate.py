@@ -11,16 +11,27 @@ have the same classes. --out writes evaluation.json, with the accuracy of each c
 the confidence, and a reliability diagram of each network.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from scripts.command import start
 
-    start(__file__)  # which imports this file as a module, and does not return
+from scripts.command import command, paths_and_overrides, start
 
-import argparse
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument(
+        "words", nargs="+", metavar="NETWORK|NAME=VALUE", help="networks, and settings for all"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write the details")
+
+
+if __name__ == "__main__":
+    start(__file__, options)
+
 import json
 import time
 from collections.abc import Iterator
@@ -34,7 +45,6 @@ import models
 from aaconv import text
 from data import evaluation_batches
 from reporting.text import printable
-from scripts.command import command, paths_and_overrides
 from training import console
 from training.device import choose_device, choose_dtype, to_device
 from training.files import write_texts
@@ -126,14 +136,6 @@ def written(evaluations: list[Evaluation], out: Path) -> dict[Path, str]:
         name = "reliability.svg" if len(evaluations) == 1 else f"reliability-{number}.svg"
         texts[out / name] = figures.as_svg(figures.reliability(one.bins, one.ece))
     return texts
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    parser.add_argument(
-        "words", nargs="+", metavar="NETWORK|NAME=VALUE", help="networks, and settings for all"
-    )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write the details")
 
 
 @command(options, code=1, errors=(RuntimeError,))

@@ -10,16 +10,30 @@ the network's own numbers, at the size of its images and at two others. ONNX nee
 pip install -c constraints.txt -e '.[app,export]'.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from scripts.command import start
 
-    start(__file__)  # which imports this file as a module, and does not return
+from scripts.command import command, start
 
-import argparse
+FILES = {"onnx": "network.onnx", "torch": "network.pt2"}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where to write (default: beside the network)"
+    )
+    parser.add_argument("--formats", nargs="+", choices=sorted(FILES), default=sorted(FILES))
+
+
+if __name__ == "__main__":
+    start(__file__, options)
+
 import json
 import logging
 import warnings
@@ -35,11 +49,9 @@ from torch.export import Dim
 import models
 from models.saved import description_as_text
 from reporting.text import printable
-from scripts.command import command
 from training import console
 from training.files import write_files
 
-FILES = {"onnx": "network.onnx", "torch": "network.pt2"}
 # How far logits may be off, as a part of the largest one.
 ALLOWED = 1e-4
 
@@ -130,15 +142,6 @@ def export(trained: models.Trained, kind: str, out: Path) -> str:
         raise ValueError(f"{path} is not written: its logits are off by {error:.1g} of the largest")
     write_files({path: content})
     return f"{path}: {len(content) / 2**20:.1f} MiB, logits within {error:.1g} of the largest"
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
-    parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="where to write (default: beside the network)"
-    )
-    parser.add_argument("--formats", nargs="+", choices=sorted(FORMATS), default=sorted(FORMATS))
 
 
 @command(options, code=1, errors=(RuntimeError,))

@@ -11,16 +11,32 @@ classes of each with their probabilities; --json and --csv print the same for pr
 is no picture is named on stderr, the others go on, and the exit code is 1.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from scripts.command import start
 
-    start(__file__)  # which imports this file as a module, and does not return
+from scripts.command import command, number, start
 
-import argparse
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
+    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="pictures, folders of them")
+    parser.add_argument(
+        "--top", type=number(int, at_least=1), default=5, metavar="N", help="classes of each (5)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--csv", action="store_true", help="print CSV, a row for each class")
+
+
+if __name__ == "__main__":
+    start(__file__, options)
+
 import csv
 import json
 from collections.abc import Iterator
@@ -36,7 +52,6 @@ from aaconv.text import one_line
 from data import Images, evaluation_batches
 from data.pictures import read_picture
 from reporting.text import printable
-from scripts.command import command
 from training import console
 from training.device import choose_device
 
@@ -80,13 +95,13 @@ def predict(
     trained: models.Trained, files: list[Path], top: int, device: torch.device
 ) -> Iterator[Prediction | str]:
     """For each file its prediction, or in one line why there is none, in their order."""
-    for start in range(0, len(files), BATCH_SIZE):
+    for first in range(0, len(files), BATCH_SIZE):
         read: list[Tensor | str] = [
-            _read(file, trained.image_size) for file in files[start : start + BATCH_SIZE]
+            _read(file, trained.image_size) for file in files[first : first + BATCH_SIZE]
         ]
         pixels = [picture for picture in read if isinstance(picture, Tensor)]
         rows = iter(_probabilities(trained, torch.stack(pixels).to(device)) if pixels else ())
-        for file, picture in zip(files[start:], read, strict=False):
+        for file, picture in zip(files[first:], read, strict=False):
             yield picture if isinstance(picture, str) else _best(file, next(rows), trained, top)
 
 
@@ -141,21 +156,8 @@ def print_csv(predictions: list[Prediction]) -> None:
             writer.writerow([printable(one.file), rank, name, probability])
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="pictures, folders of them")
-    parser.add_argument("--top", type=int, default=5, metavar="N", help="classes of each (5)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print JSON")
-    form.add_argument("--csv", action="store_true", help="print CSV, a row for each class")
-
-
 @command(options, errors=(RuntimeError,))
 def main(args: argparse.Namespace) -> None:
-    if args.top < 1:
-        raise ValueError(f"--top {args.top} must be at least 1")
     device = choose_device(args.device)
     files = find(args.pictures)
     trained = models.load(args.network, device)

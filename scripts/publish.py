@@ -8,21 +8,29 @@ decide a result, among them folders of this machine and names of an account, are
 run again as more runs finish. Results that are there with other numbers are never replaced.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from scripts.command import start
 
-    start(__file__)  # which imports this file as a module, and does not return
+from scripts.command import command, start
 
-import argparse
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("source", type=Path, metavar="RUNS", help="a folder above finished runs")
+    parser.add_argument("target", type=Path, metavar="RESULTS", help="where to copy them")
+
+
+if __name__ == "__main__":
+    start(__file__, options)
+
 import json
 
 from reporting.runs import read
 from reporting.text import count, printable
-from scripts.command import command
 from training.files import write_texts
 from training.run_folder import FAILURE, METRICS, SUMMARY
 from training.variants import public_settings
@@ -82,12 +90,6 @@ def is_there(path: Path, text: str) -> bool:
     if path.read_text(encoding="utf-8") == text:
         return True
     raise ValueError(f"{path} holds other results; publish to another folder, or remove it first")
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    parser.add_argument("source", type=Path, metavar="RUNS", help="a folder above finished runs")
-    parser.add_argument("target", type=Path, metavar="RESULTS", help="where to copy them")
 
 
 @command(options, code=1)

@@ -11,22 +11,14 @@ unfinished, diverged, unreadable, duplicates or of another data set are listed, 
 any number. --wandb gives the dashboard the same as one run of job type "compare".
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from scripts.command import start
 
-    start(__file__)  # which imports this file as a module, and does not return
-
-import argparse
-import logging
-
-from reporting import dashboard, render
-from reporting.analysis import analyze
-from reporting.text import printable
-from scripts.command import command
+from scripts.command import command, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +41,16 @@ def options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto: online with credentials, else kept on disk",
     )
+
+
+if __name__ == "__main__":
+    start(__file__, options)
+
+import logging
+
+from reporting import dashboard, render
+from reporting.analysis import analyze
+from reporting.text import printable
 
 
 @command(options, code=1)

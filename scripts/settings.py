@@ -7,16 +7,24 @@ Types, meanings and ranges are those of configs/schema.py; defaults are those of
 before anything that refers to another setting is resolved.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from scripts.command import start
 
-    start(__file__)  # which imports this file as a module, and does not return
+from scripts.command import command, start
 
-import argparse
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
+
+
+if __name__ == "__main__":
+    start(__file__, options)
+
 import dataclasses
 import re
 from dataclasses import Field
@@ -27,7 +35,6 @@ from omegaconf import OmegaConf
 
 from aaconv.text import markdown_table
 from configs.schema import NO_EFFECT, OPTIONS, Config, fields_below
-from scripts.command import command
 from training.files import write_text
 from training.variants import flatten
 
@@ -266,11 +273,6 @@ def page(configs: Path) -> str:
     sections = [section(configs, group) for group in GROUPS]
     parts = [INTRO.strip(), run_section(configs), *sections, experiment_section(configs)]
     return "\n\n".join(parts) + "\n"
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
 
 
 @command(options, code=1)

@@ -13,16 +13,36 @@ network. An entropy below about 0.6 at the start means that attention begins sat
 hardly says where else to look. `aaconv.attention_stats` measures the same in any network.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from scripts.command import start
 
-    start(__file__)  # which imports this file as a module, and does not return
+from scripts.command import command, number, paths_and_overrides, start
 
-import argparse
+IMAGES = 128
+# More would need more memory than the network's own training.
+MAX_IMAGES = 4096
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("words", nargs="+", metavar="NETWORK|NAME=VALUE")
+    parser.add_argument(
+        "--images",
+        type=number(int, at_least=2, at_most=MAX_IMAGES),
+        default=IMAGES,
+        metavar="N",
+        help="default: 128",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+
+
+if __name__ == "__main__":
+    start(__file__, options)
+
 from typing import Any
 
 import torch
@@ -35,16 +55,11 @@ from aaconv import attention_stats
 from aaconv.stats import AttentionStats
 from data import Dataset, evaluation_batches
 from reporting.text import printable
-from scripts.command import command, paths_and_overrides
 from training.compose import compose_config
 from training.device import choose_device
 from training.media import spread
 from training.settings import build_model, check
 from training.trained import compose_settings, load_data
-
-IMAGES = 128
-# More would need more memory than the network's own training.
-MAX_IMAGES = 4096
 
 
 def batch_of(
@@ -120,20 +135,11 @@ def of_run(path: str, overrides: list[str], number: int, device: torch.device) -
     return [*lines, "", "after training", str(stats_of(trained.network, *batch))]
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    parser.add_argument("words", nargs="+", metavar="NETWORK|NAME=VALUE")
-    parser.add_argument("--images", type=int, default=IMAGES, metavar="N", help="default: 128")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
-
-
 @command(options, errors=(RuntimeError,))
 def main(args: argparse.Namespace) -> None:
     paths, overrides = paths_and_overrides(args.words)
     if len(paths) > 1:
         raise ValueError(f"{paths[1]}: one network at a time")
-    if not 2 <= args.images <= MAX_IMAGES:
-        raise ValueError(f"--images {args.images} must be from 2 to {MAX_IMAGES}")
     device = choose_device(args.device)
     if paths:
         lines = of_run(paths[0], overrides, args.images, device)

@@ -12,16 +12,31 @@ becomes a PNG and an SVG: a row for each image and query, a tile for each head. 
 setting of the data.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from scripts.command import start
 
-    start(__file__)  # which imports this file as a module, and does not return
+from scripts.command import command, start
 
-import argparse
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
+    parser.add_argument(
+        "settings", nargs="*", default=[], metavar="data.NAME=VALUE", help="of the data"
+    )
+    parser.add_argument("--images", nargs="+", metavar="N|FILE", help="default: three, spread")
+    parser.add_argument("--queries", nargs="+", metavar="ROW,COLUMN", help="default: the sharpest")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: attention/ of the run")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+
+
+if __name__ == "__main__":
+    start(__file__, options)
+
 import re
 
 import torch
@@ -32,7 +47,6 @@ from data import Images
 from data.pictures import read_picture
 from reporting import attention, figures
 from reporting.text import printable
-from scripts.command import command
 from training.device import choose_device
 from training.files import write_files
 from training.media import ATTENTION_IMAGES
@@ -145,16 +159,6 @@ def visualize(
     files = draw(blocks, out)
     write_files(files)
     return list(files)
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
-    parser.add_argument("settings", nargs="*", metavar="data.NAME=VALUE", help="of the data")
-    parser.add_argument("--images", nargs="+", metavar="N|FILE", help="default: three, spread")
-    parser.add_argument("--queries", nargs="+", metavar="ROW,COLUMN", help="default: the sharpest")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: attention/ of the run")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
 
 
 @command(options, errors=(RuntimeError,))

@@ -12,23 +12,37 @@ without --save, which posts the workspace as a new view of the project and print
 pip install -c constraints.txt -e '.[app,workspace]'.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from scripts.command import start
 
-    start(__file__)  # which imports this file as a module, and does not return
+from scripts.command import command, start
 
-import argparse
+
+def options(parser: argparse.ArgumentParser) -> None:
+    """The command line."""
+    parser.add_argument("--project", default="aaconv", help="of the dashboard (default: aaconv)")
+    parser.add_argument("--entity", help="user or team there (default: that of the account)")
+    parser.add_argument("--data", metavar="NAME", help="runs on cifar100, ...; default: all")
+    parser.add_argument("--save", action="store_true", help="post it; prints its address")
+    parser.add_argument("--replace", metavar="URL", help="with --save: the view to replace")
+    parser.add_argument(
+        "network", nargs="*", metavar="OVERRIDE", help="its augmented blocks are shown"
+    )
+
+
+if __name__ == "__main__":
+    start(__file__, options)
+
 import os
 
 import torch
 
 from aaconv.text import one_line
 from models import augmented_layers
-from scripts.command import command
 from training import console
 from training.compose import compose_config
 from training.settings import build_model
@@ -55,18 +69,6 @@ def default_entity() -> str:
     import wandb
 
     return str(wandb.Api(timeout=TIMEOUT).default_entity)
-
-
-def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
-    parser.add_argument("--project", default="aaconv", help="of the dashboard (default: aaconv)")
-    parser.add_argument("--entity", help="user or team there (default: that of the account)")
-    parser.add_argument("--data", metavar="NAME", help="runs on cifar100, ...; default: all")
-    parser.add_argument("--save", action="store_true", help="post it; prints its address")
-    parser.add_argument("--replace", metavar="URL", help="with --save: the view to replace")
-    parser.add_argument(
-        "network", nargs="*", metavar="OVERRIDE", help="its augmented blocks are shown"
-    )
 
 
 @command(options)

@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
 import train
-from scripts import compare, report
+from scripts import report
 from training import cli, launch
 
 from app import run_app
@@ -455,10 +455,3 @@ def test_report_on_runs_that_are_none(tmp_path, capfd, damage):
     check_line(said, "report.py")
     assert str(runs) in said
     assert everything_below(tmp_path) == before
-
-
-@pytest.mark.parametrize("words", [["--seeds", "x"], ["--seeds"], ["--vary"]])
-def test_compare_with_wrong_options(tmp_path, capfd, words):
-    assert script(compare.main, "--out", tmp_path, *words) == 2
-    assert "error: " in capfd.readouterr().err
-    assert list(tmp_path.iterdir()) == []

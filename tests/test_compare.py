@@ -10,11 +10,14 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 
+from reporting.next_steps import next_commands
 from scripts import compare
-from training import launch, run_folder
+from training import comparison, launch, outcome, run_folder
+from training.comparison import PlannedRun
 from training.run_folder import RunFolder, claimed
 from training.variants import folder_name
 
@@ -30,14 +33,14 @@ SHORT = [word for word in TINY if "epochs" not in word]
 
 def test_combinations_within_an_entry_and_entries_one_after_the_other():
     vary = [["attention=none"], ["attention=aa", "attention.dk=8,16", "attention.stages=[1,2],[3]"]]
-    assert compare.expand(vary) == [
+    assert comparison.expand(vary) == [
         ("attention=none",),
         ("attention=aa", "attention.dk=8", "attention.stages=[1,2]"),
         ("attention=aa", "attention.dk=8", "attention.stages=[3]"),
         ("attention=aa", "attention.dk=16", "attention.stages=[1,2]"),
         ("attention=aa", "attention.dk=16", "attention.stages=[3]"),
     ]
-    assert compare.expand([["epochs=1,2"], ["epochs=2,3"]]) == [
+    assert comparison.expand([["epochs=1,2"], ["epochs=2,3"]]) == [
         ("epochs=1",),
         ("epochs=2",),
         ("epochs=3",),
@@ -46,7 +49,7 @@ def test_combinations_within_an_entry_and_entries_one_after_the_other():
 
 def test_runs_go_seed_after_seed_and_know_their_length(tmp_path):
     vary = [["attention=none", "epochs=3"], ["attention=aa"]]
-    folder, runs = compare.plan(vary, [4, 2, 4], TINY, tmp_path)
+    folder, runs = comparison.plan(vary, [4, 2, 4], TINY, tmp_path)
     assert folder.parent == tmp_path / "compare"
     assert [(r.variant[0], r.seed, r.epochs) for r in runs] == [
         ("attention=none", 4, 3),
@@ -72,8 +75,15 @@ def test_folders_of_different_words_differ():
     [
         (["--vary", "attention=none,ab"], "Could not find 'attention/ab'"),
         (["--vary", "attention=none", "attention.dk=3"], "attention.dk: unknown setting dk"),
-        (["--vary", "seed=1,2"], "seed=1,2: use --seeds for seed"),
-        (["--", "out_dir=here"], "out_dir=here: use --out for out_dir"),
+        (["--vary", "seed=1,2"], "seed=1,2: use --seeds"),
+        (["--", "out_dir=here"], "out_dir=here: use --out"),
+        (["--", "max_minutes=9"], "max_minutes=9: use --max-minutes"),
+        (["--vary", "grad_clip=1,-1"], "grad_clip=-1.0 must be above 0, or null"),
+        (["--seeds", "0", "1.5"], "--seeds: 1.5 must be a whole number, at least 0"),
+        (["--seeds", "-1"], "--seeds: -1 must be a whole number, at least 0"),
+        (["--max-minutes", "inf"], "--max-minutes: inf must be a finite number, above 0"),
+        (["--vary"], "--vary: expected at least one argument"),
+        (["--seed", "1", "--varies"], "unrecognized arguments: --varies (--help shows all"),
         (["--", "optim.lrr=1"], "optim.lrr: unknown setting lrr"),
         (["--", "optim.lr"], "optim.lr: settings are NAME=VALUE"),
     ],
@@ -92,30 +102,27 @@ def test_a_mistake_is_one_line_before_any_run(monkeypatch, tmp_path, capsys, wor
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("forked_runs")
-def test_a_run_that_train_refuses_stops_the_comparison_and_leaves_nothing(tmp_path):
-    with pytest.raises(compare.RefusedError):
-        compare.compare([["attention=none,aa"]], [0], [*SHORT, "epochs=0"], tmp_path)
-    assert list(tmp_path.iterdir()) == []
-
-
 # ---- What is there ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """A function that replaces train.py by another one; it returns the calls so far."""
+    """A function that replaces train.py by another one; it returns the calls so far.
+
+    That one gets the run's folder and returns an exit code.
+    """
 
     def install(act):
         calls = []
 
-        def train(run, overrides, out_dir, minutes, status):
-            run.folder.mkdir(parents=True, exist_ok=True)
-            calls.append((str(run), minutes))
-            return act(run)
+        def start(words, folder, *_, **__):
+            folder.mkdir(parents=True, exist_ok=True)
+            limits = [float(w.partition("=")[2]) for w in words if w.startswith("max_minutes=")]
+            calls.append((f"{folder.parent.name} {folder.name}", *limits))
+            code = act(folder)
+            return SimpleNamespace(poll=lambda: code, returncode=code)
 
-        monkeypatch.setattr(compare, "train", train)
+        monkeypatch.setattr(launch, "start", start)
         monkeypatch.setattr(compare, "analyze", lambda folders: folders[0])
         monkeypatch.setattr(compare.render, "write", lambda analysis, out: f"report of {out.name}")
         return calls
@@ -123,10 +130,16 @@ def pretend(monkeypatch):
     return install
 
 
-def finish(run):
-    write_rows(run.folder, epochs=run.epochs)
-    write_summary(run.folder, run.epochs)
+def finish(folder):
+    write_rows(folder, epochs=2)
+    write_summary(folder, epochs=2)
     return 0
+
+
+def told(capsys):
+    """What is printed on stdout so far, each row of the table with single blanks, and on stderr."""
+    printed = capsys.readouterr()
+    return "\n".join(" ".join(line.split()) for line in printed.out.splitlines()), printed.err
 
 
 def write_summary(folder, epochs=1):
@@ -156,7 +169,7 @@ def test_trains_what_is_missing_and_reports(tmp_path, capfd):
         command, cwd=ROOT, env=os.environ | ascii_locale, capture_output=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, b"")
-    folder, runs = compare.plan(*words)
+    folder, runs = comparison.plan(*words)
     assert f"written: {folder / 'report.html'}" in done.stdout.decode()
     assert "AA" in (folder / "report.md").read_text(encoding="utf-8")
     assert out.name in (runs[0].folder / "train.log").read_text(encoding="utf-8")
@@ -177,56 +190,56 @@ def test_trains_what_is_missing_and_reports(tmp_path, capfd):
     assert "/report.html\n" in printed
     assert "[1/2] attention=none seed=0: after epoch 1 of 1 (1 finished" in printed
     assert "resumed" in printed
-    assert "[2/2] attention=aa seed=0: already finished" in printed
+    assert "[2/2] attention=aa seed=0    done: test top-1 " in printed
     assert runs[1].folder.joinpath("summary.json").stat().st_mtime_ns == before
 
 
 def test_with_enough_seeds_or_without_attention_other_commands_are_named(tmp_path, monkeypatch):
     for seed in (0, 1, 2):
         make_run(tmp_path / f"plain/seed={seed}", seed=seed)
-        (tmp_path / f"plain/seed={seed}/weights.safetensors").touch()
-    runs = [compare.PlannedRun((), s, tmp_path / f"plain/seed={s}", 3) for s in (0, 1, 2)]
+    runs = [PlannedRun((), s, tmp_path / f"plain/seed={s}", 3) for s in (0, 1, 2)]
     monkeypatch.chdir(tmp_path)
     for some, expected in (
         (runs, ["evaluate.py plain/seed=0", "export.py plain/seed=0"]),
         (runs[1:], ["evaluate.py plain/seed=1", "compare.py --seeds 1 2 0", "export.py plain/"]),
-        ([], []),
     ):
-        lines = compare.next_commands(some, [["attention=none"]], ["epochs=3"], ROOT / "outputs")
+        lines = next_commands(some, [["attention=none"]], ["epochs=3"], ROOT / "outputs")
         assert len(lines) == len(expected)
         for line, words in zip(lines, expected, strict=True):
             assert f"scripts/{words}" in line
-    for run in runs:
-        (run.folder / "weights.safetensors").unlink()
-    assert compare.next_commands(runs, [], [], tmp_path) == []
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked_runs")
 def test_a_run_that_diverges_does_not_stop_the_others_and_is_not_repeated(tmp_path, capfd):
     words = ([["optim.lr=1e+30,2e-3"]], [0], [*SHORT, "epochs=1"], tmp_path)
+    row = "[1/2] optim.lr=1e+30 seed=0 diverged: the loss is not finite in epoch 1"
     assert compare.compare(*words) == 1
-    printed = capfd.readouterr()
-    assert "failed: optim.lr=1e+30 seed=0: the loss is not finite in epoch 1" in printed.err
-    _, (diverged, other) = compare.plan(*words)
-    assert other.finished
-    assert not diverged.finished
+    out, err = told(capfd)
+    assert "compare.py: optim.lr=1e+30 seed=0: the loss is not finite in epoch 1" in err
+    assert row in out
+    assert "2 runs: 1 done, 1 diverged\n" in out
+    _, (diverged, other) = comparison.plan(*words)
+    assert (diverged.outcome.kind, other.outcome.kind) == (outcome.DIVERGED, outcome.DONE)
     before = (diverged.folder / "failed.json").stat().st_mtime_ns
     assert compare.compare(*words) == 1
-    printed = capfd.readouterr()
-    assert "[1/2] optim.lr=1e+30 seed=0: failed before: the loss" in printed.out
-    assert "failed: optim.lr=1e+30 seed=0" in printed.err
+    out, err = told(capfd)
+    assert row in out
+    assert f"remove {diverged.folder} to train the run again" in out
+    assert "compare.py: optim.lr=1e+30 seed=0" in err
     assert (diverged.folder / "failed.json").stat().st_mtime_ns == before
 
 
 def test_a_run_that_breaks_does_not_stop_the_others(tmp_path, pretend, capsys):
-    calls = pretend(lambda run: -9 if run.variant == ("attention=none",) else finish(run))
+    calls = pretend(lambda f: -9 if f.parent.name == "attention=none" else finish(f))
     assert compare.compare([["attention=none,aa"]], [0, 1], TINY, tmp_path) == 1
     assert len(calls) == 4
-    printed = capsys.readouterr()
-    assert "report of experiment=lookup" in printed.out
-    assert printed.err.splitlines() == [
-        f"failed: attention=none seed={seed}: train.py ended with code -9" for seed in (0, 1)
+    out, err = told(capsys)
+    assert "report of experiment=lookup" in out
+    assert "[3/4] attention=none seed=1 failed: train.py ended with code -9" in out
+    assert "4 runs: 2 done, 2 failed; the same command trains what is missing" in out
+    assert err.splitlines() == [
+        f"compare.py: attention=none seed={seed}: train.py ended with code -9" for seed in (0, 1)
     ]
 
 
@@ -234,47 +247,45 @@ def test_the_time_of_all_runs_is_shared_out(tmp_path, pretend, monkeypatch, caps
     clock = [1000.0]
     monkeypatch.setattr(compare.time, "monotonic", lambda: clock[0])
 
-    def act(run):
+    def act(folder):
         clock[0] += 240
-        return finish(run) if clock[0] < 1700 else 0  # the third one is stopped by its limit
+        return finish(folder) if clock[0] < 1700 else 0  # the third one is stopped by its limit
 
     calls = pretend(act)
-    words = ([["attention=none,aa,se,ge"]], [0], TINY, tmp_path)
+    words = ([["attention=none,aa,mean,removed"]], [0], TINY, tmp_path)
     assert compare.compare(*words, max_minutes=11) == 0
     assert [minutes for _, minutes in calls] == [pytest.approx(11 - 4 * i) for i in range(3)]
-    printed = capsys.readouterr().out
-    assert "the time is over with 2 runs left; the same command continues" in printed
-    assert "attention=ge" not in printed
-    assert "report of experiment=lookup" in printed
+    out, _ = told(capsys)
+    assert "4 runs: 2 done, 1 stopped, 1 not started; the same command trains what is miss" in out
+    assert "report of experiment=lookup" in out
+    assert "next:" not in out
 
 
 def test_no_run_starts_when_the_time_is_over(tmp_path, pretend, monkeypatch, capsys):
     clock = [0.0]
     monkeypatch.setattr(compare.time, "monotonic", lambda: clock[0])
 
-    def act(run):
+    def act(folder):
         clock[0] += 61
-        return finish(run)
+        return finish(folder)
 
     calls = pretend(act)
     assert compare.compare([["attention=none,aa"]], [0], TINY, tmp_path, max_minutes=1) == 0
     assert len(calls) == 1
-    assert "the time is over with 1 run left" in capsys.readouterr().out
+    assert "2 runs: 1 done, 1 not started; the same command" in told(capsys)[0]
 
 
-def test_a_run_that_stops_by_its_own_limit_stops_the_comparison(tmp_path, pretend, capsys):
-    calls = pretend(lambda run: 0)
-    words = ([["attention=none,aa"]], [0], TINY, tmp_path)
-    assert compare.compare(*words) == 0
-    assert [minutes for _, minutes in calls] == [None]
-    printed = capsys.readouterr().out
-    assert "the time is over with 2 runs left" in printed
-    assert "nothing to report yet" in printed
+def test_without_a_finished_run_there_is_no_report(tmp_path, pretend, capsys):
+    pretend(lambda folder: 0)
+    assert compare.compare([["attention=none,aa"]], [0], TINY, tmp_path, max_minutes=1) == 0
+    out, _ = told(capsys)
+    assert "2 runs: 1 stopped, 1 not started; the same command trains what is missing" in out
+    assert "report" not in out
 
 
 @pytest.mark.parametrize("code", [1, 2, -9])
 def test_a_result_counts_whatever_the_process_that_made_it_ended_with(tmp_path, pretend, code):
-    calls = pretend(lambda run: finish(run) or code)
+    calls = pretend(lambda folder: finish(folder) or code)
     assert compare.compare([["attention=none,aa"]], [0], TINY, tmp_path) == 0
     assert len(calls) == 2
 
@@ -282,108 +293,107 @@ def test_a_result_counts_whatever_the_process_that_made_it_ended_with(tmp_path, 
 def test_a_run_that_another_process_takes_meanwhile_is_skipped(tmp_path, pretend, capsys):
     """Its train.py was refused the folder, which is no mistake in the settings."""
     words = ([["attention=none,aa"]], [0], TINY, tmp_path)
-    _, (taken, _) = compare.plan(*words)
+    _, (taken, _) = comparison.plan(*words)
     with ExitStack() as stack:
 
-        def act(run):
-            if run != taken:
-                return finish(run)
-            stack.enter_context(claimed(run.folder))
+        def act(folder):
+            if folder != taken.folder:
+                return finish(folder)
+            stack.enter_context(claimed(folder))
             return 2
 
         calls = pretend(act)
         assert compare.compare(*words) == 0
     assert len(calls) == 2
-    assert "attention=none seed=0: skipped, in progress in process" in capsys.readouterr().out
+    assert "attention=none seed=0 skipped: in progress in process" in told(capsys)[0]
 
 
 def test_a_finished_run_whose_folder_is_held_is_finished(tmp_path, pretend, capsys):
     calls = pretend(finish)
     words = ([["attention=none"]], [0], TINY, tmp_path)
     assert compare.compare(*words) == 0
-    _, (run,) = compare.plan(*words)
+    _, (run,) = comparison.plan(*words)
     with claimed(run.folder):
         assert compare.compare(*words) == 0
     assert len(calls) == 1
-    assert "[1/1] attention=none seed=0: already finished" in capsys.readouterr().out
+    assert "[1/1] attention=none seed=0 done: test top-1 " in told(capsys)[0]
 
 
 @pytest.mark.parametrize("code", [130, 138, 143])
-def test_a_run_that_a_signal_stops_stops_the_comparison(tmp_path, pretend, code):
-    calls = pretend(lambda run: code)
-    with pytest.raises(compare.StoppedError) as stopped:
-        compare.compare([["attention=none,aa"]], [0], TINY, tmp_path)
-    assert stopped.value.args == (code,)
+def test_a_run_that_a_signal_stops_stops_the_comparison(tmp_path, pretend, capsys, code):
+    calls = pretend(lambda folder: write_rows(folder, 1) or code)
+    assert compare.compare([["attention=none,aa"]], [0], TINY, tmp_path) == code
     assert len(calls) == 1
+    out, _ = told(capsys)
+    assert "[1/2] attention=none seed=0 stopped: 1 epochs" in out
+    assert "2 runs: 1 stopped, 1 not started; the same command trains what is missing" in out
 
 
 def test_what_changes_no_result_names_no_folder(tmp_path):
     def folder(*words):
-        return compare.plan([["attention=none"]], [0], [*TINY, *words], tmp_path)[0]
+        return comparison.plan([["attention=none"]], [0], [*TINY, *words], tmp_path)[0]
 
     assert folder("tracking=csv", "device=cpu", "eval_batch_size=7") == folder()
     assert folder("label_smoothing=0.1") != folder()
 
 
 def test_time_to_go_is_that_of_the_variant(tmp_path):
-    _, runs = compare.plan([["attention=none,aa"]], [0, 1, 2], [*SHORT, "epochs=10"], tmp_path)
-    assert compare.seconds_left(runs) is None
+    _, runs = comparison.plan([["attention=none,aa"]], [0, 1, 2], [*SHORT, "epochs=10"], tmp_path)
+    assert comparison.seconds_left(runs) is None
     none, aa = runs[0::2], runs[1::2]
     write_rows(none[0].folder, 10, seconds=2)
     write_summary(none[0].folder, 10)
     # Nothing is known of aa: it takes none's pace. 5 runs of 10 epochs of 2 seconds.
-    assert compare.seconds_left(runs) == pytest.approx(100)
+    assert comparison.seconds_left(runs) == pytest.approx(100)
     write_rows(aa[0].folder, 4, seconds=5)
-    assert compare.seconds_left(runs) == pytest.approx(2 * 10 * 2 + 26 * 5)
+    assert comparison.seconds_left(runs) == pytest.approx(2 * 10 * 2 + 26 * 5)
     (aa[1].folder).mkdir(parents=True)
     RunFolder(aa[1].folder).write_failure(FloatingPointError("diverged"))
-    assert compare.seconds_left(runs) == pytest.approx(2 * 10 * 2 + 16 * 5)
-    assert compare.progress(runs, 1) == (
-        "[2/6] attention=aa seed=0: after epoch 4 of 10 (1 finished, about 2 min left)"
+    assert comparison.seconds_left(runs) == pytest.approx(2 * 10 * 2 + 16 * 5)
+    assert comparison.status(runs, runs[1]) == (
+        "[2/6] attention=aa seed=0: after epoch 4 of 10 (1 finished, about 0:02:00 left)"
     )
-    assert compare.format_eta(7000) == "about 1.9 h left"
+    assert "training (1 finished, about" in comparison.status(runs, runs[2])
 
 
-def test_a_run_gets_its_settings_and_the_set_its_status(tmp_path, monkeypatch, capsys):
-    header = "epoch,train/loss,train/top1,train/lr,test/loss,test/top1,test/top5,perf/epoch_seconds"
+def test_a_run_gets_its_settings_and_tells_why_it_ends(tmp_path, monkeypatch, capsys):
+    """Meanwhile the status of the set is printed where it has changed."""
     (tmp_path / "train.py").write_text(
-        f"""import pathlib, sys, time
+        """import os, pathlib, sys, time
 here = pathlib.Path(__file__).parent
 (here / "words").write_text(chr(10).join(sys.argv[1:]))
-(here / "metrics.csv").write_text(chr(10).join([{header!r}, "1,1,1,1,1,1,1,2.0", ""]))
 guard = time.monotonic() + 240
 while not (here / "told").exists() and time.monotonic() < guard:
     time.sleep(0.01)
-sys.exit(7)"""
+pathlib.Path(os.environ["AACONV_REASON"]).write_text("the disk is full")
+sys.exit(2)"""
     )
+    lines = ["one", "one", "two"]
+
+    def status(runs, run):
+        assert runs == [run]
+        if len(lines) == 1:
+            (tmp_path / "told").touch()
+            return lines[0]
+        return lines.pop(0)
+
     monkeypatch.setattr(compare, "ROOT", tmp_path)
     monkeypatch.setattr(compare, "STATUS_EVERY_S", 0)
-    run = compare.PlannedRun(("attention=aa", "attention.dk=8"), 3, tmp_path, epochs=5)
-
-    def status():
-        (tmp_path / "told").touch()
-        return "status"
-
-    assert compare.train(run, ["epochs=5"], tmp_path / "o", 1.5, status) == 7
-    assert capsys.readouterr().out == "status\n"
+    monkeypatch.setattr(compare, "status", status)
+    run = PlannedRun(("attention=aa", "attention.dk=8"), 3, tmp_path, epochs=5)
+    ended = compare.train([run], run, ["epochs=5", "max_minutes=1.500"], tmp_path / "o")
+    assert ended == (outcome.FAILED, "the disk is full")
+    assert capsys.readouterr().out == "one\ntwo\n"
     assert (tmp_path / "words").read_text().splitlines() == [
         "epochs=5",
+        "max_minutes=1.500",
         "attention=aa",
         "attention.dk=8",
         "seed=3",
         "resume=auto",
-        "max_minutes=1.500",
         f"out_dir='{tmp_path / 'o'}'",
         f"run_dir='{tmp_path}'",
     ]
-
-
-def test_two_limits_contradict_each_other(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "plan", lambda *_: (tmp_path / "c", []))
-    words = ([["attention=none"]], [0], ["max_minutes=9"], tmp_path, 28.0)
-    with pytest.raises(ValueError, match="max_minutes=9 is for each run and --max-minutes=28 for"):
-        compare.compare(*words)
-    assert list(tmp_path.iterdir()) == []
 
 
 # ---- Being stopped ------------------------------------------------------------------------------
@@ -393,17 +403,16 @@ def test_a_run_in_progress_elsewhere_is_left_to_it(tmp_path, pretend, capsys):
     """Two compare.py share the work: what one is training the other one skips."""
     calls = pretend(finish)
     words = ([["attention=none,aa"]], [0], TINY, tmp_path)
-    _, runs = compare.plan(*words)
+    _, runs = comparison.plan(*words)
     with claimed(runs[0].folder):
         assert compare.compare(*words) == 0
-    assert [name for name, _ in calls] == ["attention=aa seed=0"]
-    printed = capsys.readouterr().out
-    assert (
-        f"[1/2] attention=none seed=0: skipped, in progress in process {os.getpid()} on " in printed
-    )
-    assert "report of experiment=lookup" in printed
+    assert calls == [("attention=aa seed=0",)]
+    out, _ = told(capsys)
+    row = f"[1/2] attention=none seed=0 skipped: in progress in process {os.getpid()} on "
+    assert row in out
+    assert "report of experiment=lookup" in out
     assert compare.compare(*words) == 0
-    assert [name for name, _ in calls][1:] == ["attention=none seed=0"]
+    assert calls[1:] == [("attention=none seed=0",)]
 
 
 @pytest.mark.parametrize("name", ["summary.json", "metrics.csv", "failed.json"])
@@ -413,13 +422,15 @@ def test_a_run_in_progress_elsewhere_is_left_to_it(tmp_path, pretend, capsys):
 def test_a_damaged_run_is_named_and_the_others_go_on(tmp_path, pretend, capsys, name, content):
     calls = pretend(finish)
     words = ([["attention=none,aa"]], [0], TINY, tmp_path)
-    _, (damaged, _) = compare.plan(*words)
+    _, (damaged, _) = comparison.plan(*words)
     damaged.folder.mkdir(parents=True)
     (damaged.folder / name).write_bytes(content)
     assert compare.compare(*words) == 1
-    assert [call for call, _ in calls] == ["attention=aa seed=0"]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"failed: attention=none seed=0: {damaged.folder / name}")
+    assert calls == [("attention=aa seed=0",)]
+    out, err = told(capsys)
+    assert "2 runs: 1 done, 1 failed" in out
+    (line,) = err.splitlines()
+    assert line.startswith(f"compare.py: attention=none seed=0: {damaged.folder / name}")
     assert line.endswith("remove that file to train the run again")
     assert (damaged.folder / name).read_bytes() == content
 
@@ -457,30 +468,32 @@ def wait_until(true, seconds=240.0):
 def test_killed_started_again_and_interrupted(tmp_path):
     """A run outlives a killed compare.py and keeps its folder, which the next one respects."""
     vary = [["attention=none", "epochs=1"], ["attention=none", "epochs=10000"]]
-    _, (first, second) = compare.plan(vary, [0], SHORT, tmp_path)
+    _, (first, second) = comparison.plan(vary, [0], SHORT, tmp_path)
     with started(tmp_path) as process:
-        wait_until(lambda: second.done()[0] >= 2)
+        wait_until(lambda: len(second.epoch_seconds()) >= 2)
         process.kill()
     pid = json.loads((second.folder / ".holder").read_text())["pid"]
     with started(tmp_path) as process:
         printed = process.communicate(timeout=240)[0]
     assert process.returncode == 0
-    assert f"epochs=10000 seed=0: skipped, in progress in process {pid} on" in printed
+    assert f"epochs=10000 seed=0  skipped: in progress in process {pid} on" in printed
     os.kill(pid, signal.SIGTERM)
     wait_until(lambda: run_folder.holder(second.folder) is None)
-    there = second.done()[0]
+    there = len(second.epoch_seconds())
     time.sleep(0.5)
-    assert second.done()[0] == there < 10000  # nobody writes there any more
+    assert len(second.epoch_seconds()) == there < 10000  # nobody writes there any more
     finished = first.folder / "summary.json"
     summary, written = finished.read_bytes(), finished.stat().st_mtime_ns
 
     with started(tmp_path) as process:
-        wait_until(lambda: second.done()[0] > there + 1)
+        wait_until(lambda: len(second.epoch_seconds()) > there + 1)
         process.send_signal(signal.SIGINT)
         printed = process.communicate(timeout=240)[0].splitlines()
         assert process.returncode == 130
         assert run_folder.holder(second.folder) is None
-    assert "[1/2] attention=none epochs=1 seed=0: already finished" in printed
+    assert any(
+        line.startswith("[1/2] attention=none epochs=1 seed=0      done:") for line in printed
+    )
     assert finished.read_bytes() == summary
     assert finished.stat().st_mtime_ns == written
     head = f"[2/2] attention=none epochs=10000 seed=0: after epoch {there} of 10000"
@@ -491,9 +504,7 @@ def test_killed_started_again_and_interrupted(tmp_path):
     with (second.folder / "metrics.csv").open() as file:
         epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
     assert epochs == list(range(1, len(epochs) + 1))
-    assert printed[-1].startswith(
-        "compare.py: stopped; the same command continues: python scripts/"
-    )
+    assert printed[-1] == "2 runs: 1 done, 1 stopped; the same command trains what is missing"
     assert not any("Traceback" in line for line in printed)
 
 

@@ -69,7 +69,7 @@ def test_it_runs_and_goes_on_where_it_was_cut_off(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
         result = json.loads(copy.read_text())
         said = printed(result, "compare.py")
-        assert said.count("already finished") == finished
+        assert said.count(": training (") == 2 - finished
         assert "report.html" in said
         pictures = ["text/markdown", "image/svg+xml", "image/svg+xml", "image/svg+xml"]
         assert shown(result) == [*pictures, "image/png"]

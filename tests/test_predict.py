@@ -241,7 +241,7 @@ WRONG = [
     (["{network}", "{picture}", "nowhere"], "there is no nowhere"),
     (["{network}", "{empty}"], "there is no file in {empty}"),
     (["{network}", "{pipe}"], "{pipe} is neither a file nor a folder"),
-    (["{network}", "{picture}", "--top", "0"], "--top 0 must be at least 1"),
+    (["{network}", "{picture}", "--top", "0"], "--top: 0 must be a whole number, at least 1"),
     (["{network}", "{picture}", "--device", "toaster"], "device=toaster"),
     (["{picture}", "{picture}"], "is neither a .safetensors file nor a checkpoint"),
     (["{empty}", "{picture}"], "has no weights.safetensors and no last.pt"),

@@ -90,7 +90,10 @@ def test_a_run_that_began_with_other_weights_has_no_start_of_its_own(
         (["a", "b"], "softness.py: b: one network at a time"),
         ([*SETTINGS, "attention.init=he"], "softness.py: init='he' is unknown; choose one of"),
         ([*SETTINGS, "attention.color=1"], "softness.py: attention.color: unknown setting"),
-        ([*SETTINGS, "--images", "1"], "softness.py: --images 1 must be from 2 to 4096"),
+        (
+            [*SETTINGS, "--images", "1"],
+            "softness.py: --images: 1 must be a whole number, at least 2 and",
+        ),
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, words, line):

@@ -214,6 +214,29 @@ def started(monkeypatch, tmp_path):
     sweep.end(None)
 
 
+def test_what_a_killed_sweep_has_left_is_removed(started, tmp_path):
+    """And nothing of one that still runs."""
+    config = OmegaConf.create(
+        {
+            "hydra": {
+                "sweep": {"dir": str(tmp_path)},
+                "sweeper": {"_target_": "another.Sweeper"},
+                "overrides": {"task": []},
+            }
+        }
+    )
+    started(0)
+    (running,) = tmp_path.glob(".sweep-*")
+    killed = tmp_path / ".sweep-killed"
+    killed.mkdir()
+    (killed / "lock").touch()
+    sweep.StartSweep().on_multirun_start(config)
+    assert not killed.exists()
+    assert (running / "0.json").exists()
+    sweep.end(None)
+    assert [*tmp_path.glob(".sweep-*")] == [running]
+
+
 def test_a_process_that_dies_leaves_what_its_folder_says(started, tmp_path, capsys):
     """A process of Slurm's or joblib's may be killed, and the launcher then returns nothing."""
     make_run(tmp_path / "0", 61.25, seed=0)

@@ -175,6 +175,7 @@ WRONG = [
     (["{run}", "--images", *map(str, range(101))], "101 rows"),
     (["{run}", "--queries", *["1,1"] * 34], "102 rows, one for each image and query, are more"),
     (["{run}", "--queries", "5"], "--queries 5: a query is ROW,COLUMN"),
+    (["{run}", "--queries", "-1,2"], "--queries -1,2: a query is ROW,COLUMN"),
     (["{run}", "--queries", "a,b"], "--queries a,b: a query is ROW,COLUMN"),
     (["{run}", "--queries", "1,2,3"], "a query is ROW,COLUMN"),
     (["{run}", "--queries", "1.5,2"], "a query is ROW,COLUMN"),

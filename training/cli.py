@@ -26,7 +26,9 @@ from configs.schema import register
 from training import console, sweep
 from training.compose import CONFIGS
 from training.errors import explain, is_for_the_user
+from training.files import write_text
 from training.hydra_compat import lazy_help_allowed
+from training.launch import REASON
 from training.tracking import under_agent
 from training.variants import folder_name, name_of_images
 from training.world import world
@@ -172,5 +174,7 @@ def one_line_errors() -> Iterator[None]:
 def stop(line: str, code: int = 2, always: bool = False) -> NoReturn:
     """End the process with one line on stderr, of several processes only the main one's."""
     if world().is_main or always:
+        if REASON in os.environ:
+            write_text(Path(os.environ[REASON]), line)
         console.stop("train.py", line, code)
     sys.exit(code)

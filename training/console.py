@@ -26,9 +26,14 @@ def prepare(program: str) -> None:
     """Open what is closed of the standard streams, make them UTF-8, and handle Ctrl-C.
 
     A run must not end, nor lose anything, because nobody reads what it prints. Until `ready` is
-    called Ctrl-C ends the process at once with one line and code 130.
+    called Ctrl-C ends the process at once with one line and code 130. Python without assertions,
+    some of which Hydra's parser of settings needs, is refused in one line.
     """
     _open_closed_streams()
+    if not __debug__:
+        line = "python -O cannot read settings; leave out -O, -OO and PYTHONOPTIMIZE"
+        write_stderr(f"{program}: {line}\n")
+        os._exit(2)
     if os.name == "nt":
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]

@@ -14,6 +14,9 @@ from training.tracking import WANDB_RUN_VARS
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
+# Names a file for the line with which train.py ends, for who has started it.
+REASON = "AACONV_REASON"
+
 # How long a run may take to save and end after it was interrupted.
 SAVE_TIMEOUT_S = 60.0
 

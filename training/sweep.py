@@ -13,9 +13,10 @@ import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,29 +27,26 @@ from omegaconf import DictConfig
 from training import console
 from training.errors import explain, is_for_the_user
 from training.files import write_json
-from training.kinds import UnreadableError
 from training.tracking import WANDB_RUN_VARS
 from training.variants import result_settings
 from training.world import world
 
-# What can become of a job, in the order in which they are counted.
-DONE, SKIPPED, STOPPED = "done", "skipped", "stopped"
-DIVERGED, FAILED, REFUSED, NOT_STARTED = "diverged", "failed", "refused", "not started"
-ALL = (DONE, SKIPPED, STOPPED, DIVERGED, FAILED, REFUSED, NOT_STARTED)
-# Such a job has no result.
-BAD = (DIVERGED, FAILED, REFUSED)
-# The same command may give it one.
-WILL_RESUME = (STOPPED, FAILED, NOT_STARTED)
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 # What a sweeper that searches is told of a job without a result: the lowest top-1 accuracy.
 NO_SCORE = 0.0
 # The folder of the sweep's records, for the processes that a launcher starts.
 RECORDS = "AACONV_SWEEP"
+PREFIX, LOCK = ".sweep-", "lock"
 
 
 @dataclass
 class Record:
-    """A job: its number, its overrides, its run's folder, and what became of it and why."""
+    """A job: its number, its overrides, its run's folder, and what became of it and why.
+
+    ``outcome`` is one of `training.outcome.ALL`, or empty while it is trained.
+    """
 
     number: int
     words: list[str]
@@ -56,11 +54,11 @@ class Record:
     outcome: str = ""
     why: str = ""
 
-    def write(self, outcome: str, why: str) -> None:
+    def write(self, kind: str, why: str) -> None:
         """Note what became of the job, where other processes of the sweep find it."""
-        self.outcome, self.why = outcome, why
+        self.outcome, self.why = kind, why
         if _started:
-            _started[-1].outcomes[self.number] = outcome
+            _started[-1].outcomes[self.number] = kind
         if world().is_main and RECORDS in os.environ:
             write_json(Path(os.environ[RECORDS]) / f"{self.number}.json", asdict(self))
 
@@ -72,7 +70,7 @@ class Sweep:
     Attributes:
         fixed: the settings of its command that are the same in all jobs.
         jobs: their number, if known.
-        records: their folder, in the main process.
+        records: their folder, in the main process, and ``lock`` its lock.
         description: the file that Hydra writes, in the main process.
         before: what it held, if it was there.
         outcomes: of the jobs that were trained in this process, by their numbers.
@@ -81,6 +79,7 @@ class Sweep:
     fixed: set[str]
     jobs: int | None
     records: Path | None
+    lock: "BaseFileLock | None"
     description: Path | None
     before: bytes | None
     outcomes: dict[int, str] = field(default_factory=dict)
@@ -98,16 +97,33 @@ class StartSweep(Callback):
             os.environ.pop(name, None)
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         fixed = {o.get_key_element() for o in overrides if not o.is_sweep_override()}
-        records = description = None
+        records = lock = description = None
         if world().is_main:
             folder = Path(config.hydra.sweep.dir).absolute()
             folder.mkdir(parents=True, exist_ok=True)
-            records = Path(tempfile.mkdtemp(prefix=".sweep-", dir=folder))
+            records, lock = _make_records(folder)
             os.environ[RECORDS] = str(records)
             description = folder / "multirun.yaml"
         before = description.read_bytes() if description and description.exists() else None
         jobs = _number_of_jobs(config, overrides)
-        _started.append(Sweep(fixed, jobs, records, description, before))
+        _started.append(Sweep(fixed, jobs, records, lock, description, before))
+
+
+def _make_records(parent: Path) -> tuple[Path, "BaseFileLock"]:
+    """The folder of the records, and the lock by which others see that its sweep still runs.
+
+    Those that sweeps have left here which were killed are removed.
+    """
+    import filelock
+
+    for lock_file in parent.glob(f"{PREFIX}*/{LOCK}"):
+        with suppress(filelock.Timeout, OSError), filelock.FileLock(lock_file, timeout=0):
+            shutil.rmtree(lock_file.parent, ignore_errors=True)
+    records = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    lock = filelock.FileLock(records / LOCK)
+    with suppress(OSError):  # a file system that has none: nobody takes it, either
+        lock.acquire()
+    return records, lock
 
 
 def _number_of_jobs(config: DictConfig, overrides: list[Override]) -> int | None:
@@ -138,7 +154,7 @@ def run_job(
         SystemExit: a signal stops the sweep, or the end of the time; or another of several
             processes has died.
     """
-    from training import run_folder, settings
+    from training import outcome, run_folder, settings
     from training.distributed import broadcast_from_main, process_group
 
     hydra = HydraConfig.get()
@@ -148,19 +164,19 @@ def run_job(
     try:
         settings.check(cfg, world().size)
     except ValueError as error:
-        return _no_result(record, REFUSED, explain(error))
+        return _no_result(record, outcome.REFUSED, explain(error))
     try:
         with process_group(compiles=cfg.compile):
             # The main process alone looks, and so all of several do the same.
             found = broadcast_from_main(lambda: _earlier_result(cfg, folder))
             if found is not None:
-                record.write(found[0], found[1])
+                record.write(*found[:2])
                 return found[2]
             summary = train(cfg, folder)
-        record.write(DONE, f"top-1 {run_folder.top1(summary):.2f}")
+        record.write(outcome.DONE, f"top-1 {run_folder.top1(summary):.2f}")
         return run_folder.top1(summary)
     except SystemExit as stopped:
-        record.write(STOPPED, "resume=auto continues it")
+        record.write(outcome.STOPPED, "resume=auto continues it")
         # Where each job has a process of its own, the time is over for that one alone.
         if stopped.code or _in_this_process(hydra):
             raise
@@ -174,34 +190,30 @@ def run_job(
             traceback.print_exception(error)
             why = f"{type(error).__name__}: {why}"
         if isinstance(error, FloatingPointError | run_folder.DivergedError):
-            return _no_result(record, DIVERGED, why)
-        return _no_result(
-            record, SKIPPED if isinstance(error, run_folder.HeldError) else FAILED, why
-        )
+            return _no_result(record, outcome.DIVERGED, why)
+        held = isinstance(error, run_folder.HeldError)
+        return _no_result(record, outcome.SKIPPED if held else outcome.FAILED, why)
 
 
 def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | None:
     """Outcome, reason and score of a job that has a result and would train nothing."""
-    from training import run_folder, settings
+    from training import outcome, run_folder, settings
 
     if cfg.resume != "auto" or cfg.overwrite:
         return None
-    try:
-        failure = run_folder.read_failure(folder)
-        if failure is not None:
-            why = f"{failure} (before; overwrite=true trains it again)"
-            return DIVERGED, why, NO_SCORE
-        summary = run_folder.read_summary(folder)
-    except (FileNotFoundError, UnreadableError):
-        return None  # the run itself says what is wrong
+    (kind, why), result = outcome.read(folder)
+    if kind == outcome.DIVERGED:
+        return kind, f"{why} (before; overwrite=true trains it again)", NO_SCORE
+    if result is None:
+        return None  # where it is damaged the run itself says so
+    summary, _ = result
     if result_settings(summary["config"]) != result_settings(settings.resolve(cfg)):
         return None
-    why = f"finished before: {run_folder.scores_line(summary)}"
-    return SKIPPED, why, run_folder.top1(summary)
+    return outcome.SKIPPED, f"finished before: {why}", run_folder.top1(summary)
 
 
-def _no_result(record: Record, outcome: str, why: str) -> float:
-    record.write(outcome, why)
+def _no_result(record: Record, kind: str, why: str) -> float:
+    record.write(kind, why)
     if world().is_main:
         console.print_error("train.py", f"job #{record.number}: {why}")
     return NO_SCORE
@@ -237,12 +249,15 @@ def end(error: BaseException | None) -> int | None:
     """
     if not _started:
         return None
+    from training import outcome
     from training.distributed import await_main
 
     sweep = _started[-1]
     if sweep.records is None:
         await_main()
-        ended = _exit_code(set(sweep.outcomes.values()), error)
+        ended = None
+        if sweep.outcomes or not isinstance(error, Exception):
+            ended = outcome.exit_code(set(sweep.outcomes.values()), error)
     else:
         ended = _end_in_main(sweep, sweep.records, error)
         await_main()
@@ -250,20 +265,15 @@ def end(error: BaseException | None) -> int | None:
     return ended
 
 
-def _exit_code(outcomes: set[str], error: BaseException | None) -> int | None:
-    if isinstance(error, Exception) and not outcomes:
-        return None
-    code = 2 if outcomes == {REFUSED} else int(not outcomes.isdisjoint(BAD))
-    if isinstance(error, SystemExit):
-        return int(error.code or 0) or code
-    return 130 if isinstance(error, KeyboardInterrupt) else code
-
-
 def _end_in_main(sweep: Sweep, folder: Path, error: BaseException | None) -> int | None:
+    from training import outcome
+
     os.environ.pop(RECORDS, None)
     records = [Record(**json.loads(path.read_text())) for path in folder.glob("*.json")]
+    if sweep.lock is not None:
+        sweep.lock.release()
     shutil.rmtree(folder, ignore_errors=True)
-    refused = all(record.outcome == REFUSED for record in records)
+    refused = all(record.outcome == outcome.REFUSED for record in records)
     if refused and sweep.description is not None:  # nothing has been done: Hydra's file tells of it
         if sweep.before is None:
             sweep.description.unlink(missing_ok=True)
@@ -273,40 +283,25 @@ def _end_in_main(sweep: Sweep, folder: Path, error: BaseException | None) -> int
         return None
     for record in records:
         if not record.outcome:  # its process has died, or was told to stop
-            record.outcome, record.why = _from_folder(Path(record.folder), error)
+            record.write(*_from_folder(Path(record.folder), error))
     started = {record.number for record in records}
-    records += [Record(n, [], "", NOT_STARTED) for n in range(sweep.jobs or 0) if n not in started]
+    missing = set(range(sweep.jobs or 0)) - started
+    records += [Record(number, [], "", outcome.NOT_STARTED) for number in missing]
+    records.sort(key=lambda record: record.number)
     if records:
-        print("\n" + "\n".join(table(sorted(records, key=lambda r: r.number))), flush=True)
-    return _exit_code({record.outcome for record in records}, error)
+        rows = [(f"#{r.number:<4} {_label(r)}", outcome.Outcome(r.outcome, r.why)) for r in records]
+        lines = outcome.table(rows, "job", "the same command with resume=auto")
+        print("", *lines, sep="\n", flush=True)
+    return outcome.exit_code({record.outcome for record in records}, error)
 
 
 def _from_folder(folder: Path, error: BaseException | None) -> tuple[str, str]:
     """What the run's folder says of a job whose process has left no word."""
-    from training import run_folder
+    from training import outcome
 
-    try:
-        failure = run_folder.read_failure(folder)
-        if failure is not None:
-            return DIVERGED, failure
-        return DONE, run_folder.scores_line(run_folder.read_summary(folder))
-    except (FileNotFoundError, UnreadableError):
-        if isinstance(error, Exception):
-            return FAILED, explain(error)
-        return STOPPED, "resume=auto continues it"
-
-
-def table(records: list[Record]) -> list[str]:
-    """The jobs with the settings that tell them apart and their outcomes, and the counts."""
-    labels = [_label(record) for record in records]
-    width = max(map(len, labels))
-    lines = [
-        f"#{r.number:<4} {label:<{width}}  {r.outcome}{': ' if r.why else ''}{r.why}"
-        for r, label in zip(records, labels, strict=True)
-    ]
-    outcomes = [record.outcome for record in records]
-    counts = [f"{outcomes.count(one)} {one}" for one in ALL if one in outcomes]
-    count = f"{len(records)} job{'s' if len(records) > 1 else ''}: {', '.join(counts)}"
-    if not set(outcomes).isdisjoint(WILL_RESUME):
-        count += "; the same command with resume=auto trains what is missing"
-    return [*lines, count]
+    found, _ = outcome.read(folder)
+    if found.kind in (outcome.DONE, outcome.DIVERGED):
+        return found
+    if isinstance(error, Exception):
+        return outcome.FAILED, explain(error)
+    return outcome.STOPPED, "resume=auto continues it"

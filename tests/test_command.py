@@ -1,0 +1,52 @@
+"""What all commands share: how they start, and how they tell a wrong option."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from helpers import ROOT
+
+SCRIPTS = sorted(
+    path.name
+    for path in (ROOT / "scripts").glob("*.py")
+    if path.name not in ("__init__.py", "command.py")
+)
+
+
+def start(*words, **environment):
+    """A command in a process of its own, from its very start."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_and_a_wrong_option_need_no_library(name, tmp_path):
+    for library in ("torch", "hydra", "omegaconf", "matplotlib", "wandb"):
+        (tmp_path / f"{library}.py").write_text("raise SystemExit('imported')")
+    done = start(f"scripts/{name}", "--help", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: {name} ")
+    done = start(f"scripts/{name}", "--none", PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{name}: ")
+    assert done.stderr.endswith(" (--help shows all options)\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["-O", "-OO"])
+@pytest.mark.parametrize("program", ["train.py", "scripts/compare.py"])
+def test_python_without_assertions_is_refused(program, flag):
+    """Hydra's parser takes a step in some of its own: it would fail at settings in braces."""
+    done = start(flag, program, "--help")
+    name = program.rpartition("/")[2]
+    line = f"{name}: python -O cannot read settings; leave out -O, -OO and PYTHONOPTIMIZE\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)

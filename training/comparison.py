@@ -1,0 +1,151 @@
+"""The runs of a comparison: which they are, how far they have come, and how long they will take."""
+
+import datetime
+import itertools
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from configs.schema import names_folder
+from training import outcome, run_folder, settings
+from training.compose import compose_config
+from training.outcome import DIVERGED, FAILED, Outcome
+from training.variants import folder_name, name_of_images
+
+# Settings that compare.py gives each run itself, and what to do instead.
+OURS = {
+    "seed": "use --seeds",
+    "out_dir": "use --out",
+    "run_dir": "use --out",
+    "hydra.run.dir": "use --out",
+    "max_minutes": "use --max-minutes",
+    "resume": "leave it out, for compare.py always continues",
+}
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of the comparison: what makes it, its folder, and how many epochs it has."""
+
+    variant: tuple[str, ...]
+    seed: int
+    folder: Path
+    epochs: int
+
+    def __str__(self) -> str:
+        return f"{' '.join(self.variant)} seed={self.seed}"
+
+    @property
+    def outcome(self) -> Outcome:
+        """What its files say; where no training gives it a result, also how to repeat it."""
+        found, _ = outcome.read(self.folder)
+        if found.kind not in (DIVERGED, FAILED):
+            return found
+        obstacle = self.folder if found.kind == DIVERGED else "that file"
+        return Outcome(found.kind, f"{found.why}; remove {obstacle} to train the run again")
+
+    @property
+    def missing(self) -> bool:
+        """Whether there is something left to train."""
+        return self.outcome.kind in outcome.UNFINISHED
+
+    def epoch_seconds(self) -> list[float]:
+        """The seconds that each epoch took which need not be trained again."""
+        try:
+            return [row["perf/epoch_seconds"] for row in run_folder.read_metrics(self.folder)]
+        except (FileNotFoundError, run_folder.UnreadableError):
+            return []
+
+
+def expand(vary: list[list[str]]) -> list[tuple[str, ...]]:
+    """The variants, each as its overrides: all combinations within an entry, then the next entry.
+
+    Raises:
+        HydraException: words that are no overrides.
+    """
+    parser = OverridesParser.create()
+    variants: list[tuple[str, ...]] = []
+    for words in vary:
+        axes = []
+        for override in parser.parse_overrides(words):
+            key = override.get_key_element()
+            if override.is_sweep_override():
+                axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            else:
+                axes.append([str(override.input_line)])
+        variants += itertools.product(*axes)
+    return list(dict.fromkeys(variants))
+
+
+def plan(
+    vary: list[list[str]], seeds: list[int], overrides: list[str], out_dir: Path
+) -> tuple[Path, list[PlannedRun]]:
+    """The comparison's folder and its runs, seed after seed, the settings of all of them checked.
+
+    Settings that change no result do not name the folder: ``device=cuda`` continues what
+    ``device=cpu`` has begun.
+
+    Raises:
+        ValueError: a setting that is compare.py's own, or one that no run can have.
+        HydraException, OmegaConfBaseException: settings that train.py does not have.
+    """
+    parse = OverridesParser.create().parse_overrides
+    for override in parse([*itertools.chain(*vary), *overrides]):
+        key = override.get_key_element()
+        if key in OURS:
+            raise ValueError(f"{override.input_line}: {OURS[key]}")
+    naming = [
+        str(override.input_line)
+        for override in parse(overrides)
+        if names_folder(override.get_key_element())
+    ]
+    naming += name_of_images(compose_config(overrides), naming)
+    lengths = {}
+    for variant in expand(vary):
+        cfg = compose_config([*overrides, *variant, f"seed={max(seeds)}"])
+        settings.check(cfg)
+        lengths[variant] = int(cfg.epochs)
+    comparison = (out_dir / "compare" / (folder_name(naming) or "default")).absolute()
+    runs = [
+        PlannedRun(variant, seed, comparison / folder_name(variant) / f"seed={seed}", epochs)
+        for seed in dict.fromkeys(seeds)
+        for variant, epochs in lengths.items()
+    ]
+    return comparison, runs
+
+
+# ---- While they are trained ---------------------------------------------------------------------
+
+
+def status(runs: list[PlannedRun], run: PlannedRun) -> str:
+    """How far ``run`` is, how many of all ``runs`` are finished, and the time left, in a line."""
+    finished = sum(other.outcome.kind == outcome.DONE for other in runs)
+    epochs, seconds = len(run.epoch_seconds()), seconds_left(runs)
+    where = f"after epoch {epochs} of {run.epochs}" if epochs else "training"
+    left = "time left unknown"
+    if seconds is not None:
+        left = f"about {datetime.timedelta(seconds=round(seconds))} left"
+    return f"{numbered(runs, run)}: {where} ({finished} finished, {left})"
+
+
+def numbered(runs: list[PlannedRun], run: PlannedRun) -> str:
+    """One of ``runs`` by its place among them."""
+    return f"[{runs.index(run) + 1}/{len(runs)}] {run}"
+
+
+def seconds_left(runs: list[PlannedRun]) -> float | None:
+    """What the unfinished of ``runs`` will take, at the pace of their variant's epochs so far.
+
+    A variant without any takes the pace of all the others; None if there is no epoch at all.
+    """
+    epochs = {run: run.epoch_seconds() for run in runs}
+    total = 0.0
+    for run in filter(lambda run: run.missing, runs):
+        same = [s for other in runs if other.variant == run.variant for s in epochs[other]]
+        paces = same or [s for other in runs for s in epochs[other]]
+        if not paces:
+            return None
+        total += (run.epochs - len(epochs[run])) * statistics.fmean(paces)
+    return total
