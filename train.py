@@ -19,13 +19,10 @@ if __name__ == "__main__":
     raise SystemExit
 
 import logging
-import math
 import time
 import warnings
-from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +37,7 @@ from tqdm import tqdm
 from aaconv.functional import check_backend
 from data import Batches, Dataset, evaluation_batches
 from models import Trained, freeze, set_frozen_eval
-from training import checkpoint, distributed, provenance, run_folder, stopping
+from training import checkpoint, distributed, provenance, run_folder
 from training.dashboard import pictures, show, start_tracking
 from training.device import (
     choose_device,
@@ -53,10 +50,11 @@ from training.device import (
 )
 from training.initial import init_provenance, load_initial, take_weights
 from training.optimizer import make_optimizer
-from training.progress import Progress, StepFigures
+from training.progress import Progress
 from training.scores import evaluate
 from training.settings import build_model, check, resolve
 from training.state import RunState
+from training.stopping import Action, Stop
 from training.summary import (
     best,
     describe_run,
@@ -66,6 +64,7 @@ from training.summary import (
     stop_line,
     summarize,
 )
+from training.tracking import Tracker
 
 log = logging.getLogger("train")
 
@@ -84,32 +83,24 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             code is that of `training.stopping.Stop`.
         ConnectionError: another of several processes has died.
     """
-    # ---- What is asked for, and whether it can be had -----------------------------------------
-    config = resolve(cfg)
-    world = distributed.world()
-    with distributed.errors_in_all():  # one machine may have fewer GPUs than another
-        check(cfg, world.size)
-        device = choose_device(cfg.device, world)
-        dtype = choose_dtype(config["precision"], device)
-        if "backend" in cfg.attention:
-            check_backend(cfg.attention.backend, device, dtype, needs_grad=True)
-
+    # ---- What is asked for, and where to begin: anew, or at the checkpoint `resumed` -----------
+    config, world = resolve(cfg), distributed.world()
+    device, dtype = requirements(cfg, config, world)
     with ExitStack() as stack:
         with distributed.errors_in_all():  # the main process alone writes
             folder = stack.enter_context(run_folder.claimed(run_dir)) if world.is_main else None
         resumed, saved, replaced = distributed.broadcast_from_main(
             lambda: checkpoint.begin(cfg.resume, run_dir, config, cfg.overwrite)
         )
-        if resumed is not None and checkpoint.is_finished(run_dir, resumed, saved, cfg):
-            return checkpoint.finished_before(run_dir)
         if resumed is not None:
+            if checkpoint.is_finished(run_dir, resumed, saved, cfg):
+                return checkpoint.finished_before(run_dir)
             checkpoint.check_precision(saved, dtype_name(dtype), config["precision"], run_dir)
-        initial = None
-        if cfg.init_from is not None and resumed is None:
-            with distributed.errors_in_all():
-                initial = load_initial(cfg.init_from)
+        with distributed.errors_in_all():
+            begins = resumed is None and cfg.init_from is not None
+            initial = load_initial(cfg.init_from) if begins else None
 
-        # ---- Data, model, and the step to begin with: the first, or the one after `resumed` ----
+        # ---- Data, network, optimizer, and how far they have come ------------------------------
         with distributed.local_main_first():  # which may have to download the data
             dataset = instantiate(cfg.data, _convert_="all").to(device)
         state = build(cfg, dataset, world, device, dtype, initial)
@@ -120,48 +111,47 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             progress.start_segment(place | init_provenance(initial))
         if folder is not None:
             folder.start(cfg, replaced)
-            if progress.rows:  # a kill may have come between the checkpoint and the rows
-                folder.write_metrics(progress.rows)
+            folder.write_metrics(progress.rows)  # a kill may have left more of them, or fewer
 
-        # ---- The epochs, each with its scores and a checkpoint to continue from ----------------
-        stop = stack.enter_context(stopping.Stop(cfg.max_minutes, launched=world.size > 1))
-        tracker = stack.enter_context(
-            start_tracking(cfg, config, run_dir, facts, progress, world.is_main)
-        )
+        # ---- The epochs, and now and then a checkpoint to continue from ------------------------
+        stop = stack.enter_context(Stop(cfg.max_minutes, world.size > 1, cfg.checkpoint_minutes))
+        tracker = stack.enter_context(start_tracking(cfg, config, run_dir, facts, progress, world))
         progress.wandb_id = tracker.id
-        save = partial(checkpoint.save_progress, folder, state, config)
-        while len(progress.rows) < cfg.epochs:
-            stopped = train_epoch(cfg, state, progress, stop, save)
-            if stopped or not finish_epoch(cfg, state, progress, stop):
-                save(progress)
-                break
-            raise_if_nonfinite(progress.rows[-1])
-            save(progress)
-            if folder is not None:
-                folder.write_metrics(progress.rows)
-                tracker.log(progress.rows[-1], pictures(cfg, state, progress, tracker))
-            log.info("%s", epoch_line(progress.rows[-1], cfg.epochs, dataset.evaluated_on))
-            if distributed.any_rank(stop.why() is not None):
-                break
+        action = Action.CONTINUE
+        while (epoch := len(progress.rows)) < cfg.epochs and action is not Action.STOP:
+            action = train_epoch(cfg, state, progress, stop)
+            if action is Action.CONTINUE:  # all its steps are taken
+                action = finish_epoch(cfg, state, progress, stop)
+            if action is not Action.CONTINUE:
+                checkpoint.save_progress(folder, state, config, progress)
+                stop.saved()
+            if len(progress.rows) > epoch:
+                report_epoch(cfg, state, progress, folder, tracker)
 
-        # ---- The last epoch's figures, never the best one's -------------------------------------
+        # ---- The last epoch's figures, never the best one's ------------------------------------
         finished = len(progress.rows) == cfg.epochs
-        if not finished:
+        if finished:
+            summary = finish_run(cfg, config, state, progress, facts, folder, tracker)
+            log.info("%s: %s", run_folder.scores_line(summary), run_dir)
+        else:
             tracker.stopped(continued=stop.will_resume)
-        summary = summarize(cfg, config, progress, dataset, facts) if finished else {}
-        if finished and folder is not None:
-            folder.write_weights(state.evaluated_model, state.description)
-            folder.write_summary(summary)
-            tracker.summarize({k: v for k, v in summary.items() if "/" in k} | best(progress.rows))
-            show(cfg, state, tracker, config, facts, folder.path)
-        log.info(
-            "%s: %s",
-            run_folder.scores_line(summary) if finished else stop_line(stop, progress),
-            run_dir,
-        )
+            log.info("%s: %s", stop_line(stop, progress), run_dir)
 
     stop.leave(finished)
     return {"format": run_folder.FORMAT, **summary}
+
+
+def requirements(
+    cfg: DictConfig, config: dict[str, Any], world: distributed.World
+) -> tuple[torch.device, torch.dtype]:
+    """Device and precision of the run; ValueError, in all processes alike, for what cannot be."""
+    with distributed.errors_in_all():  # one machine may have fewer GPUs than another
+        check(cfg, world.size)
+        device = choose_device(cfg.device, world)
+        dtype = choose_dtype(config["precision"], device)
+        if "backend" in cfg.attention:
+            check_backend(cfg.attention.backend, device, dtype, needs_grad=True)
+    return device, dtype
 
 
 def build(
@@ -230,21 +220,14 @@ def try_backends(model: nn.Module, dataset: Dataset, autocast: torch.autocast) -
     model.train()
 
 
-def train_epoch(
-    cfg: DictConfig,
-    state: RunState,
-    progress: Progress,
-    stop: stopping.Stop,
-    save: Callable[[Progress], None],
-) -> bool:
-    """Train from where ``progress`` is in its epoch to the end, or to where ``stop`` asks for one.
+def train_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Stop) -> Action:
+    """Train from where ``progress`` is in its epoch to the end, or until there is more to do.
 
-    ``save`` is called every ``checkpoint_minutes``. Returns whether the epoch was stopped.
+    Returns what: to save or to stop after the last step, or to continue with the evaluation.
     """
     device, steps, epoch = state.device, len(state.batches), len(progress.rows)
-    before = progress.epoch_state.to(device)
-    epoch_state = before
-    started, saved = time.perf_counter() - before.seconds, time.monotonic()
+    before = epoch_state = progress.epoch_state.to(device)
+    started = time.perf_counter() - before.seconds
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     state.model.train()
@@ -257,39 +240,53 @@ def train_epoch(
         disable=None if state.world.is_main else True,
         leave=False,
     )
-    should_stop = False
+    action = Action.CONTINUE
     for images, labels in bar:
         lr = state.optimizer.param_groups[0]["lr"]
         epoch_state = epoch_state.after_step(take_step(cfg, state, images, labels), lr)
-        should_stop = distributed.any_rank(stop.why() is not None)
-        age = time.monotonic() - saved
-        due = state.world.is_main and age >= 60 * (cfg.checkpoint_minutes or math.inf)
-        leaving = epoch_state.step == steps or should_stop or due
-        if leaving or epoch_state.step % cfg.log_every == 0:
+        step, action = epoch_state.step, stop.after_step()
+        if action is not Action.CONTINUE or step == steps or step % cfg.log_every == 0:
             epoch_state.raise_if_nonfinite(epoch, steps)
-            rate = epoch_state.step * cfg.batch_size / (time.perf_counter() - started)
-            mean_loss = epoch_state.loss_sum.item() / epoch_state.step
-            bar.set_postfix_str(f"loss {mean_loss:.3f}, {rate:.0f} images/s")
-        if leaving:
-            progress.epoch_state = replace(
-                epoch_state,
-                seconds=time.perf_counter() - started,
-                peak_memory_mib=max(before.peak_memory_mib, peak_memory_mib(device)),
-            )
-        if should_stop:
+            rate = step * cfg.batch_size / (time.perf_counter() - started)
+            bar.set_postfix_str(f"loss {epoch_state.mean('loss'):.3f}, {rate:.0f} images/s")
+        if action is not Action.CONTINUE:
             break
-        if due:
-            save(progress)
-            started, saved = time.perf_counter() - progress.epoch_state.seconds, time.monotonic()
-    return should_stop
+    progress.epoch_state = replace(
+        epoch_state,
+        seconds=time.perf_counter() - started,
+        peak_memory_mib=max(before.peak_memory_mib, peak_memory_mib(device)),
+    )
+    return action
 
 
-def take_step(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) -> StepFigures:
-    """One step of the optimizer, and what it has shown of the whole batch."""
-    loss, top1 = distributed.all_reduce_mean(add_gradients(cfg, state, images, labels)).unbind()
+def take_step(
+    cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """One step of the optimizer, and the figures that it has shown, scalars on the device.
+
+    Of the whole batch, all processes' shards of it: ``loss``, the mean before the step; ``top1``,
+    the fraction that the network had right then; ``grad_norm``, the L2 norm of all gradients
+    together, before they are clipped. The mean of each over an epoch becomes a column of
+    metrics.csv: a figure more is a metric more, on the dashboard and in the report, too.
+    """
+    figures: dict[str, Tensor] = {}
+    micro_batches = zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
+    for number, (inputs, targets) in enumerate(micro_batches, start=1):
+        last = number == cfg.grad_accum
+        with nullcontext() if last else distributed.no_sync(state.wrapped_model):
+            with state.autocast:
+                logits = state.wrapped_model(inputs)
+            loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.label_smoothing)
+            state.scaler.scale(loss / cfg.grad_accum).backward()  # the gradients add up
+        right = (logits.detach().argmax(dim=1) == targets).float().mean()
+        for name, value in {"loss": loss.detach(), "top1": right}.items():
+            figures[name] = figures.get(name, 0) + value / cfg.grad_accum
+    figures = distributed.all_reduce_mean(figures)
+
     state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    figures["grad_norm"] = grad_norm
     if cfg.grad_clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, cfg.grad_clip, grad_norm)
     state.scaler.step(state.optimizer)
@@ -301,64 +298,72 @@ def take_step(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) 
         state.schedule.step()
     if state.ema_model is not None:
         state.ema_model.update_parameters(state.model)
-    return StepFigures(loss, top1, grad_norm)
+    return figures
 
 
-def add_gradients(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) -> Tensor:
-    """Mean loss and fraction right of this rank's shard of a batch, as a tensor (2,).
+def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Stop) -> Action:
+    """Score the model, or its averaged weights where there are some, and add the epoch's row.
 
-    The gradients of the loss add up over micro-batches.
-    """
-    mean = torch.zeros(2, device=images.device)
-    micro_batches = zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
-    for number, (inputs, targets) in enumerate(micro_batches, start=1):
-        last = number == cfg.grad_accum
-        with nullcontext() if last else distributed.no_sync(state.wrapped_model):
-            with state.autocast:
-                logits = state.wrapped_model(inputs)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.label_smoothing)
-            loss = loss / cfg.grad_accum
-            state.scaler.scale(loss).backward()
-        right = (logits.detach().argmax(dim=1) == targets).float().mean() / cfg.grad_accum
-        mean += torch.stack((loss.detach(), right))
-    return mean
+    Returns what is to be done now. An evaluation that a signal interrupts adds no row; whoever
+    continues the run begins it again.
 
-
-def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: stopping.Stop) -> bool:
-    """Score the model and add the epoch's row; False if a signal interrupted the evaluation.
-
-    That one is begun again by whoever continues the run.
+    Raises:
+        FloatingPointError: a number of the row is not finite.
     """
     trained, evaluating = progress.epoch_state, time.perf_counter()
-    scores, per_class_top1 = score(cfg, state, stop)
+    dataset, world = state.dataset, state.world
+    model = state.model if state.ema_model is None else state.ema_model
+    distributed.broadcast_buffers(model)
+    if model is state.model and world.size == 1:
+        model = state.wrapped_model  # of several processes it would ask for them at each batch
+    images = dataset.evaluation.shard(world.rank, world.size)
+    batches = evaluation_batches(images, cfg.eval_batch_size, dataset.mean, dataset.std)
+    scores, per_class_top1 = evaluate(model, stop.until_signalled(batches), state.autocast)
     if distributed.any_rank(stop.signal is not None):
-        return False
+        return Action.STOP
     steps = len(state.batches)
     row = {
         "epoch": len(progress.rows) + 1,
         **trained.training_metrics(),
-        **{f"{state.dataset.evaluated_on}/{name}": value for name, value in scores.items()},
+        **{f"{dataset.evaluated_on}/{name}": value for name, value in scores.items()},
         "perf/images_per_s": steps * cfg.batch_size / trained.seconds,
         "perf/peak_memory_mib": max(trained.peak_memory_mib, peak_memory_mib(state.device)),
         "perf/epoch_seconds": trained.seconds + time.perf_counter() - evaluating,
     }
+    raise_if_nonfinite(row)
     progress.finish_epoch(row, per_class_top1, steps)
-    return True
+    return stop.after_epoch(last=len(progress.rows) == cfg.epochs)
 
 
-def score(
-    cfg: DictConfig, state: RunState, stop: stopping.Stop
-) -> tuple[dict[str, float], list[float | None]]:
-    """What `evaluate` says of the model, or of its averaged weights where there are some."""
-    distributed.broadcast_buffers(state.model if state.ema_model is None else state.ema_model)
-    # Called as in training, it would ask the other processes for theirs at each batch.
-    model = state.wrapped_model if state.world.size == 1 else state.model
-    dataset = state.dataset
-    images = dataset.evaluation.shard(state.world.rank, state.world.size)
-    return evaluate(
-        model if state.ema_model is None else state.ema_model,
-        stop.until_signalled(
-            evaluation_batches(images, cfg.eval_batch_size, dataset.mean, dataset.std)
-        ),
-        state.autocast,
-    )
+def report_epoch(
+    cfg: DictConfig,
+    state: RunState,
+    progress: Progress,
+    folder: run_folder.RunFolder | None,
+    tracker: Tracker,
+) -> None:
+    """The finished epoch's row: to metrics.csv, to the dashboard, and in a line of the log."""
+    row = progress.rows[-1]
+    if folder is not None:
+        folder.write_metrics(progress.rows)
+        tracker.log(row, pictures(cfg, state, progress, tracker))
+    log.info("%s", epoch_line(row, cfg.epochs, state.dataset.evaluated_on))
+
+
+def finish_run(
+    cfg: DictConfig,
+    config: dict[str, Any],
+    state: RunState,
+    progress: Progress,
+    facts: dict[str, Any],
+    folder: run_folder.RunFolder | None,
+    tracker: Tracker,
+) -> dict[str, Any]:
+    """The finished run's summary; it and the weights go to the folder, and to the dashboard."""
+    summary = summarize(cfg, config, progress, state.dataset, facts)
+    if folder is not None:
+        folder.write_weights(state.evaluated_model, state.description)
+        folder.write_summary(summary)
+        tracker.summarize({k: v for k, v in summary.items() if "/" in k} | best(progress.rows))
+        show(cfg, state, tracker, config, facts, folder.path)
+    return summary

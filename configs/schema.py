@@ -473,7 +473,9 @@ class Config:
         decides_result=False,
     )
     checkpoint_minutes: Optional[float] = setting(
-        "Minutes between checkpoints within an epoch. null saves only at the end of an epoch.",
+        "Minutes between checkpoints, inside an epoch and over several: what a kill may cost. null "
+        "saves after every epoch instead. A run is also saved after the first epoch that a process "
+        "finishes, when it is stopped, and at its end.",
         decides_result=False,
         above=0,
     )

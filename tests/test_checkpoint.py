@@ -208,7 +208,7 @@ def test_states_of_other_code(tmp_path):
 
 
 KEYS = ["format", "config", "rng", "model", "epoch_state", "rows", "per_class_top1", "segments"]
-KEYS += ["epoch_state.step", "epoch_state.loss_sum", "epoch_state.lr"]
+KEYS += ["epoch_state.step", "epoch_state.totals", "epoch_state.lr"]
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -68,7 +68,9 @@ def one_of_two(rank, port, synchronized, folder):
         assert distributed.any_rank(rank == 1)
         assert not distributed.any_rank(False)
         assert distributed.all_reduce_sum(torch.tensor(rank + 1)).item() == 3
-        assert distributed.all_reduce_mean(torch.tensor(float(rank))).item() == 0.5
+        means = distributed.all_reduce_mean({"a": torch.tensor(float(rank)), "b": torch.ones(())})
+        assert means == {"a": 0.5, "b": 1.0}
+        assert distributed.all_reduce_max(-1 - rank) == -1
         assert distributed.broadcast_from_main(lambda: {"rank": rank}) == {"rank": 0}
         marker = Path(folder) / f"first{synchronized}"
         with distributed.local_main_first():
@@ -181,7 +183,8 @@ def test_one_process_is_left_as_it_is(monkeypatch):
         assert distributed.any_rank(True)
         value = torch.tensor(3.0)
         assert distributed.all_reduce_sum(value) is value
-        assert distributed.all_reduce_mean(value) is value
+        assert distributed.all_reduce_mean({"a": value}) == {"a": value}
+        assert distributed.all_reduce_max(-1) == -1
         assert distributed.broadcast_from_main(lambda: value) is value
         with pytest.raises(OSError, match="here"), distributed.errors_in_all():
             raise OSError("here")

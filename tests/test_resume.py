@@ -15,7 +15,7 @@ from torch import nn
 
 import train
 from data import Batches, batches
-from training import cli, stopping, tracking
+from training import checkpoint, cli, stopping, tracking
 from training.device import set_deterministic
 from training.run_folder import RunFolder
 
@@ -118,7 +118,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("steps", [slow(1), 3, slow(5), slow(6), slow(8)])
 def test_killed_after_a_checkpoint_inside_an_epoch(run, tmp_path, monkeypatch, steps):
-    """Checkpoints after every second step: the others are done again."""
+    """Checkpoints after every second step: the others, and an evaluation, are done again."""
     overrides = ["data.train_size=32", "ema=0.9"]
     run(*overrides, folder="whole")
     original, made = Batches._make, []
@@ -135,11 +135,60 @@ def test_killed_after_a_checkpoint_inside_an_epoch(run, tmp_path, monkeypatch, s
         with pytest.raises(Killed):
             run(*overrides, "checkpoint_minutes=2", folder="parts")
         monkeypatch.undo()
-        saved = state(tmp_path / "parts")["epoch_state"]["step"] if steps > 1 else 0
-        assert saved == (0, 0, 2, 2, 0, 0, 2, 2)[steps]
+        if steps > 1:
+            kept = state(tmp_path / "parts")
+            place = len(kept["rows"]), kept["epoch_state"]["step"]
+            assert place == {3: (0, 2), 5: (0, 4), 6: (1, 2)}[steps]
         run(*overrides, "resume=auto", folder="parts")
     else:
         run(*overrides, "checkpoint_minutes=2", folder="parts")
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    ("minutes", "saved"), [(2, [1, 3, 5]), slow("null", [1, 2, 3, 4, 5]), slow(99, [1, 5])]
+)
+def test_short_epochs_are_saved_when_the_minutes_are_over(
+    run, tmp_path, monkeypatch, minutes, saved
+):
+    """An epoch takes a minute. A kill after the fourth costs those since the last checkpoint."""
+    words = ["epochs=5", f"checkpoint_minutes={minutes}"]
+    run(*words, folder="whole")
+    evaluate, save, write = train.evaluate, checkpoint.save, RunFolder.write_metrics
+    now, kept = [0.0], []
+
+    def after_a_minute(*arguments):
+        now[0] += 60
+        return evaluate(*arguments)
+
+    def noted(*arguments, progress, **rest):
+        kept.append(len(progress["rows"]))
+        save(*arguments, progress=progress, **rest)
+
+    def killed(folder, content):
+        write(folder, content)
+        if len(content) == 4:
+            raise Killed
+
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(stopping, "BEGUN", 0.0)
+    monkeypatch.setattr(train, "evaluate", after_a_minute)
+    monkeypatch.setattr(checkpoint, "save", noted)
+    run(*words, folder="again")
+    assert kept == saved
+    monkeypatch.setattr(RunFolder, "write_metrics", killed)
+    with pytest.raises(Killed):
+        run(*words, folder="parts")
+    assert len(rows(tmp_path / "parts")) == 4
+    last = len(state(tmp_path / "parts")["rows"])
+    assert last == max(n for n in saved if n < 5)
+    # What has no checkpoint is no longer there once the run is continued, until it is done again.
+    monkeypatch.setattr(RunFolder, "write_metrics", write)
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    with pytest.raises(SystemExit):
+        run(*words, AT_ONCE, "resume=auto", folder="parts")
+    assert len(rows(tmp_path / "parts")) == last
+    run(*words, "resume=auto", folder="parts")
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -149,7 +198,8 @@ def test_killed_after_the_checkpoint_of_an_epoch(run, tmp_path, monkeypatch, nam
     run(folder="whole")
 
     def killed(folder, content):
-        raise Killed
+        if content:  # the rows of a run that begins are none
+            raise Killed
 
     monkeypatch.setattr(RunFolder, name, killed)
     with pytest.raises(Killed):

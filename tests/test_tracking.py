@@ -274,6 +274,17 @@ def test_finished_epochs_that_were_not_sent_are_sent_again(wandb, tmp_path):
     assert run.metrics == {"epoch": {}, "*": {"step_metric": "epoch"}}
 
 
+def test_epochs_that_were_sent_and_are_trained_again_are_not_sent_again(wandb, tmp_path):
+    """A kill has come between them and their checkpoint."""
+    run = FakeRun()
+    run.starting_step = 3
+    wandb(credentials=True, runs={"online": run})
+    with start("online", tmp_path, run_id="abc", rows=[{"epoch": 1}]) as tracker:
+        for epoch in (2, 3, 4):
+            tracker.log({"epoch": epoch})
+    assert run.calls == [("log", {"epoch": 4}, 3), ("finish", 0)]
+
+
 @pytest.mark.parametrize(
     ("error", "code"), [(FloatingPointError, 1), (SystemExit, 255), (KeyboardInterrupt, 255)]
 )

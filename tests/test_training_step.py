@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import train
 from training.device import choose_dtype
-from training.progress import EpochState, StepFigures
+from training.progress import EpochState
 from training.run_folder import read_metrics
 
 from helpers import TINY, rows, slow
@@ -259,16 +259,25 @@ def test_an_epochs_row_has_the_mean_accuracy_and_gradient_norm_of_its_steps(buil
 def test_a_gradient_that_overflows_is_in_no_mean():
     epoch_state = EpochState.begin(3)
     for norm in (math.inf, 3.0, math.nan, 4.0):
-        figures = StepFigures(torch.tensor(1.0), torch.tensor(0.5), torch.tensor(norm))
-        epoch_state = epoch_state.after_step(figures, 0.1)
+        figures = {"loss": 1.0, "top1": 0.5, "grad_norm": norm}
+        epoch_state = epoch_state.after_step({k: torch.tensor(v) for k, v in figures.items()}, 0.1)
     assert epoch_state.training_metrics() == {
         "train/loss": 1.0,
         "train/top1": 50.0,
         "train/grad_norm": 3.5,
         "train/lr": 0.1,
     }
-    only = EpochState.begin(1).after_step(figures._replace(grad_norm=torch.tensor(math.inf)), 0.1)
+    only = EpochState.begin(1).after_step(dict.fromkeys(figures, torch.tensor(math.inf)), 0.1)
     assert only.training_metrics()["train/grad_norm"] == 0.0
+
+
+def test_a_figure_more_of_a_step_is_a_column_more(run, tmp_path, monkeypatch):
+    step, given = train.take_step, iter(range(6))
+    monkeypatch.setattr(
+        train, "take_step", lambda *a: step(*a) | {"new": torch.tensor(float(next(given)))}
+    )
+    run("attention=none")
+    assert [row["train/new"] for row in read_metrics(tmp_path / "run")] == [1.0, 4.0]
 
 
 def test_the_rate_that_is_written_is_the_last_one_used(run, tmp_path, monkeypatch):
@@ -298,7 +307,7 @@ def test_a_loss_that_is_not_finite_is_found_when_losses_are_looked_at(
     def breaking(*arguments):
         losses.append(step(*arguments))
         bad = len(losses) in (2, 4)
-        return losses[-1]._replace(loss=torch.tensor(math.inf)) if bad else losses[-1]
+        return losses[-1] | {"loss": torch.tensor(math.inf)} if bad else losses[-1]
 
     monkeypatch.setattr(train, "take_step", breaking)
     with pytest.raises(FloatingPointError, match="not finite in epoch 1, step 2 of 6;"):

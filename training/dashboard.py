@@ -9,6 +9,7 @@ from training.progress import Progress
 from training.run_folder import DESCRIPTION, WEIGHTS
 from training.state import RunState
 from training.tracking import Tracker, dashboard_config, track
+from training.world import World
 
 
 def start_tracking(
@@ -17,12 +18,12 @@ def start_tracking(
     run_dir: Path,
     facts: dict[str, Any],
     progress: Progress,
-    is_main: bool,
+    world: World,
 ) -> Any:
     """The context manager of the run on the dashboard, which continues if it was there before."""
     place = {k: v for k, v in progress.segments[-1].items() if k != "first_epoch"}
     return track(
-        config["wandb"]["mode"] if is_main else "disabled",
+        config["wandb"]["mode"] if world.is_main else "disabled",
         folder=Path(cfg.out_dir),
         project=cfg.wandb.project,
         entity=cfg.wandb.entity,

@@ -173,15 +173,27 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
-def all_reduce_mean(value: Tensor) -> Tensor:
-    """The mean over all processes."""
-    return all_reduce_sum(value) / world().size if dist.is_initialized() else value
+def all_reduce_mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The means over all processes of scalars, which go together."""
+    if not dist.is_initialized():
+        return values
+    means = all_reduce_sum(torch.stack([*values.values()])) / world().size
+    return dict(zip(values, means.unbind(), strict=True))
+
+
+def all_reduce_max(value: int) -> int:
+    """The greatest of all processes' values; all must call this."""
+    if not dist.is_initialized():
+        return value
+    # On the CPU whatever the device: a GPU is not waited for.
+    greatest = torch.tensor(value)
+    dist.all_reduce(greatest, dist.ReduceOp.MAX)
+    return int(greatest)
 
 
 def any_rank(flag: bool) -> bool:
     """Whether ``flag`` is true in any process; all must call this."""
-    # On the CPU whatever the device: a GPU is not waited for.
-    return flag if not dist.is_initialized() else all_reduce_sum(torch.tensor(int(flag))).item() > 0
+    return bool(all_reduce_max(int(flag)))
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> Any:

@@ -1,27 +1,15 @@
 """How far a run has come: its finished epochs, the one in progress, and where they were trained."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from training.kinds import AMOUNT, OBJECT, Kind, is_whole
 
-
-class StepFigures(NamedTuple):
-    """What one step has shown, each a scalar on the device.
-
-    Attributes:
-        loss: mean loss of the whole batch, before the step.
-        top1: fraction of the batch that the network had right then, in [0, 1].
-        grad_norm: L2 norm of all gradients together, before they are clipped. fp16's scaler skips
-            a step where it is not finite.
-    """
-
-    loss: Tensor
-    top1: Tensor
-    grad_norm: Tensor
+# The figures of a step that are fractions; their means over an epoch are in percent.
+FRACTIONS = ("top1",)
 
 
 @dataclass(frozen=True)
@@ -30,22 +18,17 @@ class EpochState:
 
     Attributes:
         step: steps taken.
-        loss_sum: sum of their losses.
-        top1_sum: sum of the fractions of their batches that were right.
-        grad_norm_sum: sum of the norms of their gradients, where finite.
-        finite_norms: number of steps with a finite norm.
+        totals: of each figure that the steps have shown, by its name: the sum over the steps
+            where it was finite, and their number, (2,).
         first_nonfinite_step: the first step whose loss was not finite, or the number of steps.
-            On the device, like the sum: reading it at every step would make a GPU wait.
+            On the device, like the totals: reading it at every step would make a GPU wait.
         lr: learning rate of the last step.
         seconds: time spent training.
         peak_memory_mib: most memory used.
     """
 
     step: int
-    loss_sum: Tensor
-    top1_sum: Tensor
-    grad_norm_sum: Tensor
-    finite_norms: Tensor
+    totals: dict[str, Tensor]
     first_nonfinite_step: Tensor
     lr: float = 0.0
     seconds: float = 0.0
@@ -54,41 +37,40 @@ class EpochState:
     @classmethod
     def begin(cls, steps: int) -> "EpochState":
         """Before the first of ``steps`` steps."""
-        zero = torch.zeros(())
-        return cls(0, zero, zero, zero, torch.tensor(0), torch.tensor(steps))
+        return cls(0, {}, torch.tensor(steps))
 
     def to(self, device: torch.device) -> "EpochState":
         """The same with its tensors on ``device``."""
-        tensors: Any = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return replace(
+            self,
+            totals={name: total.to(device) for name, total in self.totals.items()},
+            first_nonfinite_step=self.first_nonfinite_step.to(device),
+        )
 
-    def after_step(self, figures: StepFigures, lr: float) -> "EpochState":
-        """One step later, which has shown ``figures``."""
+    def after_step(self, figures: dict[str, Tensor], lr: float) -> "EpochState":
+        """One step later, which has shown ``figures``, scalars on the device, ``loss`` among them.
+
+        Each becomes a column of metrics.csv, see `training_metrics`.
+        """
         first = self.first_nonfinite_step
-        first = torch.where(figures.loss.isfinite(), first, first.clamp(max=self.step))
-        finite = figures.grad_norm.isfinite()
         return replace(
             self,
             step=self.step + 1,
-            loss_sum=self.loss_sum + figures.loss,
-            top1_sum=self.top1_sum + figures.top1,
-            grad_norm_sum=self.grad_norm_sum + torch.where(finite, figures.grad_norm, 0.0),
-            finite_norms=self.finite_norms + finite,
-            first_nonfinite_step=first,
+            totals={name: self.totals.get(name, 0) + _counted(figures[name]) for name in figures},
+            first_nonfinite_step=torch.where(
+                figures["loss"].isfinite(), first, first.clamp(max=self.step)
+            ),
             lr=lr,
         )
 
-    def training_metrics(self) -> dict[str, float]:
-        """Means over the steps: ``train/loss``, ``train/top1`` in percent, ``train/grad_norm``.
+    def mean(self, name: str) -> float:
+        """Of a figure over the steps where it was finite; 0 without any, percent of a fraction."""
+        total, steps = self.totals[name].tolist()
+        return (100 if name in FRACTIONS else 1) * total / max(1, steps)
 
-        The last one is over the steps whose gradient was finite, and 0 without any.
-        """
-        return {
-            "train/loss": self.loss_sum.item() / self.step,
-            "train/top1": 100 * self.top1_sum.item() / self.step,
-            "train/grad_norm": self.grad_norm_sum.item() / max(1, int(self.finite_norms)),
-            "train/lr": self.lr,
-        }
+    def training_metrics(self) -> dict[str, float]:
+        """``train/NAME``, the mean over the steps, for each figure; ``train/lr`` is the last."""
+        return {f"train/{name}": self.mean(name) for name in self.totals} | {"train/lr": self.lr}
 
     def raise_if_nonfinite(self, epoch: int, steps: int) -> None:
         """Raise FloatingPointError, naming epoch and step, if a loss was not finite.
@@ -101,6 +83,12 @@ class EpochState:
                 f"the loss is not finite in epoch {epoch + 1}, step {step + 1} of {steps}; "
                 "a lower optim.lr or grad_clip may help"
             )
+
+
+def _counted(figure: Tensor) -> Tensor:
+    """The figure and 1, or 0 and 0 where it is not finite: fp16's scaler skips such a step."""
+    finite = figure.isfinite()
+    return torch.stack((torch.where(finite, figure, 0.0), finite.float()))
 
 
 @dataclass
@@ -167,12 +155,13 @@ KINDS: dict[str, Kind] = {
     "wandb_id": ("text or null", lambda v: v is None or isinstance(v, str)),
 }
 TENSOR: Kind = ("a tensor", lambda v: isinstance(v, Tensor))
+TOTALS: Kind = (
+    "an object of tensors of two numbers",
+    lambda v: isinstance(v, dict) and all(getattr(t, "shape", None) == (2,) for t in v.values()),
+)
 EPOCH_KINDS: dict[str, Kind] = {
     "step": ("a whole number of at least 0", lambda v: is_whole(v, 0)),
-    "loss_sum": TENSOR,
-    "top1_sum": TENSOR,
-    "grad_norm_sum": TENSOR,
-    "finite_norms": TENSOR,
+    "totals": TOTALS,
     "first_nonfinite_step": TENSOR,
     "lr": AMOUNT,
     "seconds": AMOUNT,

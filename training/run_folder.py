@@ -135,8 +135,11 @@ class RunFolder:
         self._kept = True
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Write metrics.csv, a row for each epoch."""
-        write_csv(self.path / METRICS, rows)
+        """Write metrics.csv, a row for each epoch; without rows there is none."""
+        if rows:
+            write_csv(self.path / METRICS, rows)
+        else:
+            (self.path / METRICS).unlink(missing_ok=True)
 
     def write_weights(self, model: nn.Module, description: Description) -> None:
         """Write weights.safetensors and config.json, which `models.load` reads."""

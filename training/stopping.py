@@ -1,5 +1,6 @@
-"""When a run stops before its end: at a signal, or when its time is over."""
+"""When a run saves a checkpoint, and when it stops: at a signal, or when its time is over."""
 
+import enum
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from training import console
+from training import console, distributed
 from training.tracking import under_agent
 
 log = logging.getLogger(__name__)
@@ -41,22 +42,40 @@ def _process_age() -> float:
 BEGUN = time.monotonic() - _process_age()
 
 
+class Action(enum.IntEnum):
+    """What a run does next. Of several processes' the greatest is done by all."""
+
+    CONTINUE = 0
+    SAVE = 1
+    STOP = 2  # and save before
+
+
 class Stop:
-    """Asked after each step whether a run should stop, and why.
+    """Asked after each step and each epoch what a run does next, and why it stops.
 
     Within the ``with``, SIGTERM, SIGINT and SIGUSR1 are remembered instead of ending the process;
     a SIGINT after another of them ends it at once, with code 130. Signals that were ignored stay
     ignored, and outside of the main thread, where Python allows no handlers, all are left alone.
     ``max_minutes`` counts from the process's beginning. A process that torchrun has ``launched``
     gets the terminal's SIGINT twice, from there and from torchrun: an echo ends nothing.
+
+    A checkpoint is due ``checkpoint_minutes`` after the last one, and with None after each epoch.
     """
 
-    def __init__(self, max_minutes: float | None, launched: bool = False) -> None:
+    def __init__(
+        self,
+        max_minutes: float | None,
+        launched: bool = False,
+        checkpoint_minutes: float | None = None,
+    ) -> None:
         self.signal: signal.Signals | None = None
         self._echo_until = -math.inf
         self._launched = launched
         self._max_minutes = math.inf if max_minutes is None else max_minutes
         self._before: dict[signal.Signals, Any] = {}
+        self._checkpoint_minutes = checkpoint_minutes
+        self._saved_at = time.monotonic()
+        self._has_saved = False
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
@@ -92,6 +111,30 @@ class Stop:
         if time.monotonic() - BEGUN >= 60 * self._max_minutes:
             return f"max_minutes={self._max_minutes:g}"
         return None
+
+    def after_step(self) -> Action:
+        """What to do after a step, in all processes alike."""
+        return self._next(self._minutes_since_saved() >= (self._checkpoint_minutes or math.inf))
+
+    def after_epoch(self, last: bool) -> Action:
+        """What to do after an epoch, which may be the ``last`` one, in all processes alike.
+
+        The first one that a process finishes is saved: rows of metrics.csv always have a
+        checkpoint beside them, and a run that is killed again and again still gets on.
+        """
+        due = self._minutes_since_saved() >= (self._checkpoint_minutes or 0)
+        return self._next(due or last or not self._has_saved)
+
+    def saved(self) -> None:
+        """Note that a checkpoint has just been written."""
+        self._saved_at, self._has_saved = time.monotonic(), True
+
+    def _minutes_since_saved(self) -> float:
+        return (time.monotonic() - self._saved_at) / 60
+
+    def _next(self, save: bool) -> Action:
+        own = Action.SAVE if save else Action.CONTINUE
+        return Action(distributed.all_reduce_max(Action.STOP if self.why() is not None else own))
 
     @property
     def will_resume(self) -> bool:

@@ -101,18 +101,14 @@ class Tracker:
         """Whether anything is still sent; what would be costly to make need not be, if not."""
         return self._run is not None
 
-    def replay(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Log those of the finished epochs' ``rows`` that the run does not have yet.
-
-        A run that was killed may not have sent all it had logged; offline each start of a run is
-        kept apart, and the last one is then whole.
-        """
-        for row in rows[getattr(self._run, "starting_step", 0) :]:
-            self.log(row)
-
     def log(self, row: dict[str, Any], media: dict[str, Media] | None = None) -> None:
-        """An epoch's metrics, and what is to be seen of it."""
+        """An epoch's metrics, and what is to be seen of it, unless the run has that epoch already.
+
+        It has where the epoch was trained before, and a kill came between it and its checkpoint.
+        """
         step = int(row["epoch"]) - 1
+        if step < getattr(self._run, "starting_step", 0):
+            return
         self._guarded(
             LOG_TIMEOUT,
             # Without commit it would be sent with the next epoch's.
@@ -360,7 +356,10 @@ def track(
             resume="allow" if run_id or os.environ.get("WANDB_RUN_ID") else None,
         )
     tracker = Tracker(run, run_id, record)
-    tracker.replay(rows)
+    # A run that was killed may not have sent all it had logged; offline each start of a run is kept
+    # apart, and the last one is then whole.
+    for row in rows:
+        tracker.log(row)
     try:
         yield tracker
     except (KeyboardInterrupt, SystemExit):
