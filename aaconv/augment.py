@@ -1,6 +1,7 @@
 """Attention into a network that exists: its convolutions replaced by augmented ones, in place."""
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from aaconv.checks import whole
+from aaconv.checks import MAX_SIZE, whole
 from aaconv.maps import augmented_layers
 from aaconv.modules import AugmentedConv, check_init
 from aaconv.ratios import channels, check_amount
@@ -77,10 +78,10 @@ def augment_(
     """Replace convolutions of ``model`` by `AugmentedConv`, in place.
 
     By default these are the ungrouped convolutions with an odd kernel larger than one pixel whose
-    output has at most ``max_positions`` positions: for 224x224 images all 3x3 convolutions of
-    ResNet-50 but those of its first stage, as in Bello et al. 2019, section 4.2, whose dk, dv, Nh,
-    min_dkh and pool are the other defaults. The sizes of all maps are found in a forward pass of a
-    copy, in evaluation mode, in which nothing is computed.
+    output has at most ``max_positions`` positions, and more than one to attend to: for 224x224
+    images all 3x3 convolutions of ResNet-50 but those of its first stage, as in Bello et al. 2019,
+    section 4.2, whose dk, dv, Nh, min_dkh and pool are the other defaults. The sizes of all maps
+    are found in a forward pass of a copy, in evaluation mode, in which nothing is computed.
 
     Everything is planned before the first module is replaced: an error leaves the model as it was.
     A new layer has the old one's device, dtype, training flag and bias, or none; its plain
@@ -180,15 +181,22 @@ class _Options:
             given = getattr(self, name)
             if given is None and name == "pool":
                 continue
-            object.__setattr__(self, name, whole(name, given))
+            most = math.inf if name == "max_positions" else MAX_SIZE
+            object.__setattr__(self, name, whole(name, given, most))
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={given} must be at least 1")
         for name in ("dk", "dv"):
             given = getattr(self, name)
-            amount = given if isinstance(given, float) else whole(name, given)
+            amount = given if isinstance(given, float) else whole(name, given, MAX_SIZE)
             object.__setattr__(self, name, amount)
-            check_amount(name, amount, self.Nh)
+            check_amount(name, amount)
         check_init(self.init)
+
+    def pool_of(self, size: tuple[int, int]) -> int:
+        """``pool`` for a map of this size."""
+        if self.pool is not None:
+            return self.pool
+        return 2 if size[0] * size[1] > POOLED_ABOVE else 1
 
 
 # ---- The model ----------------------------------------------------------------------------------
@@ -312,7 +320,7 @@ def _plan(
     why_not = _obstacle(convolution, sizes, shared)
     if not why_not and chooses is None:
         assert size is not None
-        why_not = _unsuitable(convolution, size, options.max_positions)
+        why_not = _unsuitable(convolution, size, options)
     if not why_not:
         assert size is not None
         made = _augmented(convolution, size, options)
@@ -356,15 +364,17 @@ def _obstacle(
     return None
 
 
-def _unsuitable(convolution: nn.Conv2d, size: tuple[int, int], max_positions: int) -> str | None:
+def _unsuitable(convolution: nn.Conv2d, size: tuple[int, int], options: _Options) -> str | None:
     """Why the convolution is not replaced where nobody asks for it, or None."""
     height, width = convolution.kernel_size
     if height == width == 1:
         return "kernel 1x1"
     if height % 2 == 0 or width % 2 == 0:
         return f"even kernel {height}x{width}"
-    if size[0] * size[1] > max_positions:
-        return f"{size[0] * size[1]} positions, more than max_positions={max_positions}"
+    if size[0] * size[1] > options.max_positions:
+        return f"{size[0] * size[1]} positions, more than max_positions={options.max_positions}"
+    if max(size) <= options.pool_of(size):
+        return "a single position, which has no other to attend to"
     return None
 
 
@@ -377,9 +387,6 @@ def _augmented(
     dv = channels(options.dv, out, options.Nh)
     if isinstance(options.dv, float) and options.dv < 1 and dv >= out:
         return f"Nh={options.Nh} heads would take all of its {out} channels"
-    pool = options.pool
-    if pool is None:
-        pool = 2 if size[0] * size[1] > POOLED_ABOVE else 1
     try:
         layer = AugmentedConv(
             convolution.in_channels,
@@ -394,7 +401,7 @@ def _augmented(
             padding=convolution.padding,  # type: ignore[arg-type]
             dilation=convolution.dilation,  # type: ignore[arg-type]
             bias=convolution.bias is not None,
-            pool=pool,
+            pool=options.pool_of(size),
             init=options.init,
             qk_norm=options.qk_norm,
             device=convolution.weight.device,

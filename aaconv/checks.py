@@ -5,15 +5,20 @@ from typing import Any
 
 Size = int | tuple[int, int]
 
+# Beyond these torch fails by an overflow of its own: of a kernel, a stride, a map, and of a count.
+MAX_SIZE, MAX_COUNT = 2**20, 2**60
 
-def whole(name: str, value: Any) -> int:
+
+def whole(name: str, value: Any, most: float = MAX_COUNT) -> int:
     """``value`` as an int; NumPy's integers are taken, floats and truth values are not.
 
     Raises:
-        ValueError: it is no whole number; the message names it.
+        ValueError: it is no whole number, or above ``most``; the message names it.
     """
     if isinstance(value, bool) or not _is_index(value):
         raise ValueError(f"{name}={value!r} must be an int")
+    if operator.index(value) > most:
+        raise ValueError(f"{name}={value!r} must be at most {most}")
     return operator.index(value)
 
 
@@ -25,9 +30,9 @@ def pair(name: str, value: Size) -> tuple[int, int]:
     """
     if isinstance(value, tuple | list):
         if len(value) == 2 and all(map(_is_index, value)):
-            return whole(name, value[0]), whole(name, value[1])
+            return whole(name, value[0], MAX_SIZE), whole(name, value[1], MAX_SIZE)
     elif _is_index(value):
-        return whole(name, value), whole(name, value)
+        return (whole(name, value, MAX_SIZE),) * 2
     raise ValueError(f"{name}={value!r} must be an int or a pair of ints")
 
 

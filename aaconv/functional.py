@@ -57,8 +57,9 @@ def attention_2d(
         (B, Nh, H, W, dvh), in the dtype of ``v``.
 
     Raises:
-        ValueError: the shapes do not match, ``backend`` is unknown, or it cannot be used with
-            these tensors, see `unavailable_reason`, or inside a transform of torch.func.
+        ValueError: the shapes do not match, a type is not floating-point, ``backend`` is unknown,
+            or it cannot be used with these tensors, see `unavailable_reason`, or inside a transform
+            of torch.func.
 
     torch's FlopCounterMode counts the same for all backends, that of the formula: while it counts,
     the reference computes.
@@ -196,6 +197,9 @@ def _check_shapes(
             "q, k and v must be (B, Nh, H, W, channels per head) and agree in all but the last "
             f"dimension; got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not t.is_floating_point():
+            raise ValueError(f"{name} must be of a floating-point type, not {t.dtype}")
     if (rel_h is None) != (rel_w is None):
         raise ValueError("rel_h and rel_w go together: give both or neither")
     height, width, dkh = q.shape[2:]

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aaconv.checks import (
+    MAX_SIZE,
     Size,
     check_channels,
     check_convolution,
@@ -164,12 +165,14 @@ class AugmentedConv(nn.Module):
         self.stride = pair("stride", stride)
         self.dilation = pair("dilation", dilation)
         self.groups = whole("groups", groups)
-        self.pool = whole("pool", pool)
+        self.pool = whole("pool", pool, MAX_SIZE)
         self.shape = pair("shape", shape)
         self.absolute = absolute
         self.init, self.qk_norm = init, qk_norm
         self.backend = backend
         qkv_kernel_size = whole("qkv_kernel_size", qkv_kernel_size)
+        if not (dtype or torch.get_default_dtype()).is_floating_point:
+            raise ValueError(f"dtype={dtype} must be a floating-point type")
         check_channels(self.in_channels, self.out_channels, self.dk, self.dv, self.Nh)
         check_convolution(
             self.in_channels, self.out_channels - self.dv, self.groups, qkv_kernel_size

@@ -17,7 +17,7 @@ def channels(amount: int | float, out_channels: int, Nh: int, min_per_head: int 
     return Nh * max(min_per_head, round(amount * out_channels / Nh))
 
 
-def check_amount(name: str, amount: int | float, Nh: int) -> None:
+def check_amount(name: str, amount: int | float) -> None:
     """Raise ValueError unless ``amount`` channels, or such a fraction, can be dk or dv.
 
     An int is a number of channels and a float a fraction: where the value is one that was more
@@ -26,10 +26,10 @@ def check_amount(name: str, amount: int | float, Nh: int) -> None:
     """
     most = MOST_FRACTION[name[-2:]]
     if isinstance(amount, int):
-        if 1 <= amount <= most and amount % Nh:
+        if 1 <= amount <= most:
             raise ValueError(
-                f"{name}={amount} means {amount} of the channels, which Nh={Nh} heads "
-                f"cannot share; write {amount}.0 for {amount} times the layer's output"
+                f"{name}={amount} means {amount} of the channels; write {amount}.0 for {amount} "
+                "times the layer's output, or a small fraction for so few"
             )
         return
     if not 0 < amount <= most:

@@ -138,7 +138,7 @@ class Replacing(Attention):
     def check(self, depths: Sequence[int]) -> None:
         if self.Nh < 1:
             raise ValueError(f"attention.Nh={self.Nh} must be at least 1")
-        check_amount("attention.dv", self.dv, self.Nh)
+        check_amount("attention.dv", self.dv)
         if self.blocks not in BLOCKS:
             raise ValueError(
                 f"attention.blocks={self.blocks} is unknown; choose one of {', '.join(BLOCKS)}"
@@ -220,7 +220,7 @@ class AA(Replacing):
             )
         check_backend_name(self.backend)
         check_init(self.init)
-        check_amount("attention.dk", self.dk, self.Nh)
+        check_amount("attention.dk", self.dk)
 
     def dk_of(self, out_channels: int) -> int:
         """dk of a block with ``out_channels`` output channels."""

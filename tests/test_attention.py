@@ -20,6 +20,7 @@ from helpers import (
     CASES,
     ROOT,
     assert_rounded,
+    direction_of,
     inputs,
     inputs_like,
     rounding_errors,
@@ -173,6 +174,36 @@ def test_why_a_backend_is_unavailable(backend, device, dtype, reason, monkeypatc
     words = re.escape(f"backend='{backend}' {reason}; use backend='auto'")
     with pytest.raises(ValueError, match=f"^{words}$"):
         check_backend(backend, device, dtype, needs_grad=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64, torch.bool])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_only_floating_point_numbers_attend(dtype, backend):
+    given = [t.detach() for t in inputs((1, 2), 1, 2, 2)]
+    for index, name in enumerate("qkv"):
+        mixed = [t.to(dtype) if i == index else t for i, t in enumerate(given)]
+        with pytest.raises(ValueError, match=f"^{name} must be of a floating-point type, not "):
+            attention_2d(*mixed, backend=backend)
+
+
+# torch's own, of what it vectorizes here.
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("backend", ["auto", *usable(torch.float32)])
+@pytest.mark.parametrize("count", [3, 5])
+def test_batched_gradients_are_those_of_each(backend, count):
+    """As torch.autograd.functional.jacobian(vectorize=True) takes them."""
+    given = inputs_like(inputs((3, 2), 2, 4, 3)[:count], torch.float32)
+    out = attention_2d(*given, backend=backend)
+    directions = torch.stack([direction_of(out), -2 * direction_of(out), out.detach()])
+    if backend == "tiled":
+        words = "backend='tiled' cannot be used with is_grads_batched; use backend='reference'"
+        with pytest.raises(NotImplementedError, match=f"^{words}$"):
+            torch.autograd.grad(out, given, directions, is_grads_batched=True)
+        return
+    got = torch.autograd.grad(out, given, directions, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(out, given, d, retain_graph=True) for d in directions]
+    for a, b in zip(got, map(torch.stack, zip(*each, strict=True)), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_fused_without_triton(monkeypatch):

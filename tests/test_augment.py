@@ -408,6 +408,42 @@ def test_what_cannot_be_replaced_is_named(make, reason):
     assert_same(before, model)
 
 
+@pytest.mark.parametrize(
+    ("shape", "pool", "augmented"),
+    [((1, 1), None, 0), ((3, 1), None, 2), ((2, 2), 2, 0), ((2, 3), 2, 2), ((18, 14), 18, 0)],
+)
+def test_a_single_position_is_not_augmented_unless_asked_for(shape, pool, augmented):
+    def network():
+        return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, (1, 3), 1, (0, 1)))
+
+    example = torch.zeros(2, 3, *shape)
+    words = "nothing to augment: 2 of 2: a single position, which has no other to attend to"
+    if augmented:
+        assert len(augment_(network(), example, pool=pool).augmented) == augmented
+    else:
+        with pytest.raises(ValueError, match=f"^{words}$"):
+            augment_(network(), example, pool=pool)
+    model = network()
+    assert len(augment_(model, example, pool=pool, filter_fn=lambda *_: True).augmented) == 2
+    assert model(torch.randn(2, 3, *shape)).isfinite().all()
+
+
+def test_max_positions_has_no_limit():
+    assert augment_(build(), EXAMPLE, max_positions=10**30).augmented == BY_DEFAULT
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+def test_complex_networks_are_refused(dtype):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, dtype=dtype))
+    before = state(model)
+    words = f"1 of 1: dtype={dtype} must be a floating-point type"
+    with pytest.raises(ValueError, match=f"^nothing to augment: {words}$"):
+        augment_(model, EXAMPLE.to(dtype))
+    with pytest.raises(ValueError, match=f"0, which cannot be augmented: {words[8:]}$"):
+        augment_(model, EXAMPLE.to(dtype), filter_fn=lambda *_: True)
+    assert_same(before, model)
+
+
 def test_padding_same_is_taken():
     model = one(padding="same")
     augment_(model, SIXTEEN)
@@ -470,7 +506,14 @@ def test_an_example_that_the_model_does_not_take_is_named(example):
         ({"dk": 16.0}, "dk=16.0 is a fraction .* write 16 for channels"),
         ({"dv": 0.0}, "dv=0.0 is a fraction"),
         ({"dv": 1.5}, "dv=1.5 is a fraction"),
-        ({"dk": 1}, "dk=1 means 1 of the channels, which Nh=8 heads cannot share; write 1.0"),
+        ({"dk": 1}, "dk=1 means 1 of the channels; write 1.0 for 1 times the layer.s output"),
+        ({"dk": 1, "Nh": 1}, "dk=1 means 1 of the channels; write 1.0"),
+        ({"dk": 2, "Nh": 2}, "dk=2 means 2 of the channels; write 2.0"),
+        ({"dk": 10**30}, f"dk={10**30} must be at most 1048576"),
+        ({"dv": 2**62}, f"dv={2**62} must be at most 1048576"),
+        ({"Nh": 10**30}, f"Nh={10**30} must be at most 1048576"),
+        ({"min_dkh": 10**30}, f"min_dkh={10**30} must be at most 1048576"),
+        ({"pool": 10**30}, f"pool={10**30} must be at most 1048576"),
         ({"dk": True}, "dk=True must be an int"),
         ({"dv": "0.1"}, "dv='0.1' must be an int"),
         ({"Nh": 0}, "Nh=0 must be at least 1"),

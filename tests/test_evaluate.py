@@ -125,6 +125,14 @@ def test_the_calibration_by_hand():
     assert calibration.expected_error() == pytest.approx((2 * 0 + 0.75 + 0) / 4)
 
 
+def test_too_sure_in_one_bin_does_not_make_up_for_too_unsure_in_another():
+    """Wrong at 0.4 and right at 0.45, in one bin; wrong at 0.9, in the other."""
+    calibration = Calibration(bins=2)
+    confidences = torch.tensor([[0.4, 0.3, 0.3], [0.45, 0.3, 0.25], [0.9, 0.05, 0.05]])
+    calibration.add(confidences.double().log(), torch.tensor([1, 0, 1]))
+    assert calibration.expected_error() == pytest.approx((1 - 0.4 - 0.45 + 0.9) / 3)
+
+
 WRONG = [
     (["nowhere"], "there is no nowhere"),
     (["runs=nowhere/x"], "no network given; there is no runs=nowhere/x"),

@@ -1,10 +1,14 @@
 """The compiled kernel on the CPU: against the formula, and how it comes to be compiled."""
 
+import errno
+import fcntl
 import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +18,7 @@ from aaconv import AugmentedConv, attention_2d, functional
 from aaconv.backends import native, native_build
 
 import reference
-from app import App
+from app import App, run_app
 from helpers import (
     ROOT,
     assert_rounded,
@@ -225,38 +229,43 @@ def test_compiled_and_exported(kind):
 # ---- Compiling ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """A folder for what `COMPILE_ONCE` has compiled."""
-    return tmp_path_factory.mktemp("objects")
-
-
-# The real compiler; but what is compiled with the same words again is the object from before.
+# The real compiler; but what is compiled with the same words again is the object from before. What
+# is tested is when it is compiled; that takes a fraction of the time without optimization.
 COMPILE_ONCE = """
 case "$*" in
   *" -c "*)
     for object; do :; done
     words="$*"
     kept={objects}/$(echo "${{words% -o *}}" | sed s/-DOTHER// | md5sum | cut -c 1-32)
-    [ -f $kept ] || {{ {real} "$@" && cp $object $kept; }} && cp $kept $object;;
+    [ -f $kept ] || {{ {real} "$@" -O0 && cp $object $kept; }} && cp $kept $object;;
   *) exec {real} "$@";;
 esac
 """
 
 
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    objects = tmp_path_factory.mktemp("objects")
+    real = shlex.join(native_build._compiler())
+    return fake_compiler(objects, COMPILE_ONCE.format(objects=objects, real=real))
+
+
 @pytest.fixture
-def cache(monkeypatch, tmp_path, objects):
+def cache(monkeypatch, tmp_path, compile_once):
     """An empty folder for what is compiled, and the environment of the tests left alone."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real = shlex.join(native_build._compiler())
-    (tmp_path / "once").mkdir()
-    script = COMPILE_ONCE.format(objects=objects, real=real)
-    monkeypatch.setenv("CXX", fake_compiler(tmp_path / "once", script))
+    monkeypatch.setenv("CXX", compile_once)
     monkeypatch.setattr(native_build, "load", native_build.load.__wrapped__)
-    # What is tested is when it is compiled; that takes a fraction of the time so.
-    quickly = tuple("-O0" if flag == "-O3" else flag for flag in native_build.FLAGS)
-    monkeypatch.setattr(native_build, "FLAGS", quickly)
     return tmp_path / "cache" / "aaconv"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, compile_once):
+    """A kernel as it is kept."""
+    folder = tmp_path_factory.mktemp("built")
+    native_build._build([compile_once], native_build._name([compile_once]), folder)
+    (path,) = folder.glob("*.so")
+    return path
 
 
 def kept(cache):
@@ -279,7 +288,7 @@ def fake_compiler(folder, script):
 def test_it_is_compiled_once(cache, monkeypatch):
     native_build.load()
     (name,) = kept(cache)
-    assert re.fullmatch(r"native-[0-9a-f]{24}\.so", name)
+    assert re.fullmatch(r"native-[0-9a-f]{24}-[0-9a-f]{24}\.so", name)
     before = (cache / name).stat()
     assert before.st_mode & 0o777 == 0o700
     assert cache.stat().st_mode & 0o777 == 0o700
@@ -298,8 +307,6 @@ def test_it_is_compiled_once(cache, monkeypatch):
 def test_what_others_could_have_written_is_not_loaded(cache):
     native_build.load()
     (name,) = kept(cache)
-    (cache / name).unlink()  # it is loaded: overwritten, it would end this process
-    (cache / name).write_text("not ours")
     (cache / name).chmod(0o777)
     library = native_build.load()
     assert not isinstance(library, native_build.UnavailableError)
@@ -316,12 +323,148 @@ def test_without_a_folder_of_its_own_it_is_compiled_for_this_process(cache, tmp_
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(native_build.tempfile, "tempdir", None)
     assert not isinstance(native_build.load(), native_build.UnavailableError)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "once"]
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+LOAD = "from aaconv.backends import native_build as b; print(type(b.load()).__name__)"
+
+
+def flip_a_bit(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def another_library(path):
+    (needed,) = {line.split()[-1] for line in MAPS.read_text().splitlines() if "/libm.so" in line}
+    shutil.copyfile(needed, path)
+
+
+def replaced_by(make):
+    def replace(path):
+        path.unlink()
+        make(path)
+
+    return replace
+
+
+MAPS = Path("/proc/self/maps")
+DAMAGE = {
+    "cut short": lambda path: os.truncate(path, 4096),
+    "cut short at its end": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "empty": lambda path: os.truncate(path, 0),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "a terabyte of zeros": lambda path: os.truncate(path, 2**40),
+    "a bit flipped": flip_a_bit,
+    "no library": lambda path: path.write_text("not ours"),
+    "another library": another_library,
+    "a pipe": replaced_by(os.mkfifo),
+    "a link": replaced_by(lambda path: path.symlink_to("/dev/zero")),
+    "a folder": replaced_by(Path.mkdir),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_kernel_is_built_again(damage, cache, built):
+    """In a process of its own, which loading it would end."""
+    cache.mkdir(0o700, parents=True)
+    path = cache / built.name
+    shutil.copy(built, path)
+    DAMAGE[damage](path)
+    done = run_app(["-c", LOAD], cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "CDLL\n"), done.stderr
+    if damage != "a folder":
+        assert path.read_bytes() == built.read_bytes()
+        assert path.lstat().st_mode & 0o777 == 0o700
+    assert kept(cache) == [built.name]
+    assert not programs(cache)
+
+
+@pytest.mark.slow
+def test_what_is_kept_is_written_to_the_disk_before_it_has_its_name(cache, monkeypatch):
+    synced = []
+
+    def fsync(descriptor):
+        assert not kept(cache)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    native_build.load()
+    (name,) = kept(cache)
+    assert synced == [(cache / name).stat().st_ino]
+
+
+def warnings(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+WAITING = "waiting while another process compiles the attention kernel"
+
+
+def test_waiting_for_another_process_is_one_line_and_has_an_end(cache, monkeypatch, caplog):
+    """Such as one that is stopped while it compiles."""
+    monkeypatch.setattr(native_build, "WAIT_SECONDS", 1)
+    cache.mkdir(0o700, parents=True)
+    with (cache / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = native_build.load()
+    assert str(found) == "is still being compiled by another process after 1 s"
+    assert warnings(caplog) == [
+        WAITING,
+        f"attention on the CPU runs without the compiled kernel: it {found}",
+    ]
+    assert not programs(cache)
+
+
+@pytest.mark.slow
+def test_waiting_ends_with_the_kernel_of_the_other_process(cache, built, caplog):
+    cache.mkdir(0o700, parents=True)
+    with (cache / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        finish = threading.Timer(0.5, lambda: shutil.copy(built, cache / built.name))
+        finish.start()
+        found = native_build.load()
+        finish.join()
+    assert not isinstance(found, native_build.UnavailableError)
+    assert warnings(caplog) == [WAITING]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524])
+def test_without_locks_each_process_compiles_for_itself(number, cache, built, monkeypatch, caplog):
+    def flock(*_):
+        raise OSError(number, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert not isinstance(native_build.load(), native_build.UnavailableError)
+    assert kept(cache) == [built.name]
+    assert not warnings(caplog)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/none/x")])
+def test_a_lock_that_is_no_file_stops_nothing(make, cache, caplog):
+    cache.mkdir(0o700, parents=True)
+    make(cache / "lock")
+    assert not isinstance(native_build.load(), native_build.UnavailableError)
+    assert not warnings(caplog)
+
+
+LAST = "for last; do :; done; "
 
 
 @pytest.mark.parametrize(
     ("script", "words"),
     [
+        ("exit 0", "native.so"),  # as CXX=true does
+        (LAST + "echo rubbish > $last", "native.so"),
+        (LAST + "{real} -shared -x c /dev/null -o $last", "has no function aaconv_attend"),
+        (
+            LAST + '{real} "$@"; case $last in *.so) truncate -s 4096 $last;; esac',
+            "native.so is cut short",
+        ),
+        ("cat", "native.so"),  # waits for nobody's keyboard
         (None, "needs a C++ compiler, and none of g++, c++, clang++ is in PATH"),
         ("echo 'x.cpp:1: error: no such flag' >&2; exit 1", "x.cpp:1: error: no such flag"),
         ("kill -9 $$", "was not compiled: signal 9 ended "),
@@ -330,18 +473,20 @@ def test_without_a_folder_of_its_own_it_is_compiled_for_this_process(cache, tmp_
     ],
 )
 def test_without_a_compiler_there_is_another_backend_and_one_line(
-    script, words, cache, monkeypatch, tmp_path, caplog
+    script, words, cache, monkeypatch, tmp_path, caplog, compile_once
 ):
     if script is None:
         monkeypatch.setenv("PATH", str(tmp_path))
         monkeypatch.delenv("CXX", raising=False)
     else:
+        script = script.replace("{real}", compile_once)
         monkeypatch.setenv("CXX", fake_compiler(tmp_path, script))
     monkeypatch.setattr(native_build, "BUILD_SECONDS", 0.1 if "within" in words else 60)
     found = native_build.load()
     assert words in str(found)
-    (record,) = [r for r in caplog.records if r.levelno >= logging.WARNING]
-    assert words in record.message
+    (line,) = warnings(caplog)
+    assert words in line
+    assert "\n" not in line
     monkeypatch.setattr(native_build, "load", lambda: found)
     q = torch.randn(2, 3, 9, 8, 4)
     table = [torch.randn(17, 4), torch.randn(15, 4)]
@@ -357,20 +502,42 @@ def test_without_a_compiler_there_is_another_backend_and_one_line(
         assert not programs(cache)
 
 
-def test_a_chosen_compiler_that_is_none(cache, monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler -v")
-    assert str(native_build.load()) == ("needs a C++ compiler, and CXX=no-such-compiler -v is none")
+@pytest.mark.parametrize(
+    "chosen", ["no-such-compiler -v", "'g++", 'g++ "', "\\", " ", "/", "/etc/passwd", "''", "#"]
+)
+def test_a_chosen_compiler_that_is_none(chosen, cache, monkeypatch):
+    monkeypatch.setenv("CXX", chosen)
+    words = " ".join(f"needs a C++ compiler, and CXX={chosen} is none".split())
+    assert str(native_build.load()) == words
+
+
+@pytest.mark.parametrize("interpreter", ["#!/no/such/interpreter", "\x7fELF, and no more", ""])
+def test_a_compiler_that_cannot_be_started(interpreter, cache, monkeypatch, tmp_path):
+    compiler = tmp_path / os.fsdecode(b"compiler-\xff")
+    compiler.write_text(interpreter)
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert str(native_build.load()).startswith("was not compiled: ")
+
+
+def test_of_a_compiler_that_hangs_no_process_is_left(cache, monkeypatch, tmp_path):
+    monkeypatch.setattr(native_build, "BUILD_SECONDS", 1)
+    script = f"sleep 600 & echo $! > {tmp_path}/pid; wait"
+    monkeypatch.setenv("CXX", fake_compiler(tmp_path, script))
+    assert str(native_build.load()) == "was not compiled within 1 s"
+    process = Path("/proc", (tmp_path / "pid").read_text().strip(), "cmdline")
+    assert not process.exists() or b"sleep" not in process.read_bytes()
 
 
 @pytest.mark.slow
 def test_ten_processes_at_once_compile_it_once(cache, tmp_path):
     """The compiler notes how often it is called: to compile and to link, once each."""
     real = native_build._compiler()[0]
-    compiler = fake_compiler(tmp_path, f'echo called >> {tmp_path}/calls\nexec {real} "$@"')
-    program = "from aaconv.backends import native_build as b; print(type(b.load()).__name__)"
+    script = f'echo called >> {tmp_path}/calls\nexec {real} "$@"'
+    compiler = fake_compiler(tmp_path, script)
     environment = os.environ | {"CXX": compiler, "OMP_NUM_THREADS": "1"}
     processes = [
-        App(["-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE) for _ in range(10)
+        App(["-c", LOAD], cwd=ROOT, env=environment, stdout=subprocess.PIPE) for _ in range(10)
     ]
     assert {p.communicate(timeout=240)[0] for p in processes} == {b"CDLL\n"}
     assert (tmp_path / "calls").read_text().count("called") == 2

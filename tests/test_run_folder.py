@@ -1,5 +1,7 @@
 """A run's folder: who may write there, what is left of a refused command, where a run came from."""
 
+import errno
+import fcntl
 import json
 import logging
 import os
@@ -121,6 +123,96 @@ def test_a_killed_holder_holds_nothing(tmp_path):
     with claimed(tmp_path):
         assert f"process {os.getpid()}" in holder(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, 524]
+
+
+@pytest.fixture
+def flock_fails(monkeypatch):
+    """A function that lets every lock of a file fail with an error of this number."""
+
+    def fail(number):
+        def flock(*_):
+            raise OSError(number, "no locks")
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+
+    return fail
+
+
+# filelock's own.
+@pytest.mark.filterwarnings("ignore:flock not supported on this filesystem:UserWarning")
+@pytest.mark.parametrize("number", NO_LOCKS)
+def test_without_locks_of_the_file_system_a_claim_is_exclusive(tmp_path, flock_fails, number):
+    flock_fails(number)
+    path = tmp_path / "a" / "b"
+    with claimed(path):
+        with (
+            pytest.raises(HeldError, match=f"is in use by process {os.getpid()} on "),
+            claimed(path),
+        ):
+            pass
+        assert holder(path).startswith(f"process {os.getpid()} on ")
+        assert "delete" not in holder(path)
+    assert holder(path) is None
+    assert everything_below(tmp_path) == {}
+    with claimed(path) as folder:
+        folder.keep()
+    assert everything_below(tmp_path) == {path.parent: None, path: None}
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOTRECOVERABLE])
+def test_a_lock_that_fails_leaves_no_folder(tmp_path, flock_fails, number):
+    flock_fails(number)
+    with pytest.raises(OSError, match="no locks"), claimed(tmp_path / "a" / "b"):
+        pass
+    assert everything_below(tmp_path) == {}
+
+
+def test_a_lock_that_cannot_be_let_go_ends_no_run(tmp_path, monkeypatch):
+    real = fcntl.flock
+
+    def flock(file, operation):
+        if operation == fcntl.LOCK_UN:
+            raise OSError(errno.ENOLCK, "no locks")
+        real(file, operation)
+
+    with claimed(tmp_path / "run"):
+        monkeypatch.setattr(fcntl, "flock", flock)
+    assert everything_below(tmp_path) == {}
+    monkeypatch.undo()
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported on this filesystem:UserWarning")
+@pytest.mark.parametrize(
+    ("number", "name"), [(errno.ENOSYS, ".lock"), (errno.ENOLCK, ".lock-soft"), (None, ".lock")]
+)
+@pytest.mark.parametrize("known", [True, False])
+def test_the_lock_of_a_dead_process_elsewhere_is_named(
+    tmp_path, flock_fails, monkeypatch, number, name, known
+):
+    """Whether it still lives, only its own machine knows; the file can be deleted."""
+    if number is None:
+        monkeypatch.setattr(run_folder.filelock, "FileLock", run_folder.filelock.SoftFileLock)
+    else:
+        flock_fails(number)
+    (tmp_path / ".lock").touch()
+    (tmp_path / name).write_text("12\nelsewhere\n")
+    words = "another process"
+    facts = ""
+    if known:
+        words, facts = "process 12 on elsewhere, started then", "train.py; "
+        process = {"pid": 12, "host": "elsewhere", "started": "then", "command": "train.py"}
+        (tmp_path / ".holder").write_text(json.dumps(process))
+    words = f"{words} ({facts}if it has died, delete {tmp_path / name})"
+    assert holder(tmp_path) == words
+    with pytest.raises(HeldError) as raised, claimed(tmp_path):
+        pass
+    assert str(raised.value).startswith(f"{tmp_path} is in use by {words}; wait for it")
+    (tmp_path / name).unlink()
+    with claimed(tmp_path):
+        pass
 
 
 def test_a_process_removes_what_it_made_and_nothing_else(tmp_path, settings):

@@ -1,6 +1,7 @@
 """The pieces that train.py calls, each against what it says of itself."""
 
 import math
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -141,6 +142,55 @@ def test_devices_that_are_not_there(name):
 def test_a_gpu_is_found():
     assert choose_device("auto").type == "cuda"
     assert provenance.hardware(torch.device("cuda")) == torch.cuda.get_device_name()
+
+
+def git(folder, *words):
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(
+        ["git", "-C", str(folder), *identity, *words],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip()
+
+
+def repository(folder):
+    """One with a file; returns its commit."""
+    (folder / "training").mkdir(parents=True)
+    (folder / "training" / "file").write_text("1")
+    git(folder, "init", "-q")
+    git(folder, "add", "training")
+    git(folder, "commit", "-q", "-m", folder.name)
+    return git(folder, "rev-parse", "HEAD")
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+@pytest.mark.parametrize(
+    "names", [[], ["GIT_DIR"], ["GIT_DIR", "GIT_WORK_TREE"], ["GIT_INDEX_FILE"], ["GIT_COMMON_DIR"]]
+)
+def test_the_commit_is_the_projects_own(tmp_path, monkeypatch, names):
+    outer = repository(tmp_path / "other")
+    root = tmp_path / "other" / "project"
+    own = repository(root)
+    assert own != outer
+    monkeypatch.setattr(provenance, "__file__", str(root / "training" / "provenance.py"))
+    other = tmp_path / "other"
+    values = {
+        "GIT_DIR": other / ".git",
+        "GIT_WORK_TREE": other,
+        "GIT_INDEX_FILE": other / ".git" / "no-index",
+        "GIT_COMMON_DIR": other / ".git",
+    }
+    for name in names:
+        monkeypatch.setenv(name, str(values[name]))
+    assert provenance.commit() == own
+    (root / "training" / "file").write_text("2")
+    assert provenance.commit() == f"{own}-dirty"
+    (root / ".git").rename(tmp_path / "elsewhere")  # as unpacked from an archive
+    assert provenance.commit() == "unknown"
+    (root / ".git").write_text(f"gitdir: {tmp_path / 'elsewhere'}\n")  # as in a worktree
+    assert provenance.commit() == f"{own}-dirty"
 
 
 def test_provenance():

@@ -1,6 +1,7 @@
 """Where a result comes from: versions, commit, hardware."""
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -32,11 +33,18 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The clone's commit, followed by ``-dirty`` where tracked files differ; else "unknown"."""
+    """The clone's commit, followed by ``-dirty`` where tracked files differ; else "unknown".
+
+    It is never that of another repository: one that the clone's files lie in, or that the
+    environment names.
+    """
+    root = Path(__file__).parents[1]
+    describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"],
-            cwd=Path(__file__).parent,
+            ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", *describe],
+            cwd=root,
+            env={name: value for name, value in os.environ.items() if name[:4] != "GIT_"},
             capture_output=True,
             text=True,
             timeout=10,

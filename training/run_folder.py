@@ -7,7 +7,8 @@
     last.pt          the newest checkpoint, and previous.pt the one before
     train.log        what the run printed
     .hydra/          the settings, as Hydra writes them
-    .lock, .holder   while a process writes here: its claim, and who it is
+    .lock, .holder   while a process writes here: its claim, and who it is; with .lock-soft where
+                     the file system has no locks
 
 A process claims the folder before it writes anything there and holds it to its end; another one is
 refused. What a process has made, and nothing else, is removed again where it ends before it has
@@ -19,6 +20,7 @@ line, file and key, and nothing after that has to guess.
 
 import csv
 import datetime
+import errno
 import io
 import json
 import logging
@@ -79,7 +81,12 @@ PREVIOUS = "previous.pt"
 LOG = "train.log"
 HYDRA = ".hydra"
 LOCK = ".lock"
+SOFT_LOCK = ".lock-soft"
 HOLDER = ".holder"
+
+
+# What a file system without locks answers. 524 is Linux's ENOTSUPP, which NFS hands on.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, 524)
 
 
 class HeldError(ValueError):
@@ -178,17 +185,20 @@ class RunFolder:
     def _acquire(self) -> filelock.BaseFileLock:
         while True:
             self._make_folder(self.path)
-            # A second, because `holder` takes the lock for a moment, too.
-            lock = filelock.FileLock(self.path / LOCK, timeout=1)
             try:
-                lock.acquire()
-            except filelock.Timeout:
+                # A second, because `holder` takes the lock for a moment, too.
+                lock = _lock(self.path, timeout=1)
+            except filelock.Timeout as error:
                 raise HeldError(
-                    f"{self.path} is in use by {holder(self.path) or 'another process'}; wait for "
+                    f"{self.path} is in use by {_holder_of(self.path, error.lock_file)}; wait for "
                     "it, stop it, or give another name=, out_dir= or run_dir="
                 ) from None
+            except OSError:
+                if self.path in self._made:
+                    (self.path / LOCK).unlink(missing_ok=True)
+                raise
             # The one that held it before may have removed the file between the two steps above.
-            if (self.path / LOCK).exists():
+            if Path(lock.lock_file).exists():
                 break
             lock.release(force=True)
         write_text(self.path / HOLDER, json.dumps(_this_process()))
@@ -210,7 +220,8 @@ class RunFolder:
             for name in (HOLDER, LOCK):
                 with suppress(OSError):  # Windows removes no file that is open
                     (self.path / name).unlink()
-            lock.release(force=True)
+            with suppress(OSError):  # a file system that has lost its locks meanwhile
+                lock.release(force=True)
         for path in made:
             if path.is_dir():
                 with suppress(OSError):  # others may have put something there meanwhile
@@ -244,20 +255,43 @@ def holder(path: Path) -> str | None:
     """Which process holds the folder, in words; None if none does."""
     if not (path / LOCK).exists():
         return None
-    lock = filelock.FileLock(path / LOCK, timeout=0)
     try:
-        with lock:
-            return None
-    except filelock.Timeout:
-        pass
+        _lock(path, timeout=0).release()
+    except filelock.Timeout as error:
+        return _holder_of(path, error.lock_file)
+    return None
+
+
+def _holder_of(path: Path, lock_file: str) -> str:
+    """Which process has the lock of the folder ``path``, in words."""
     try:
         process = json.loads((path / HOLDER).read_text(encoding="utf-8"))
-        return (
-            f"process {process['pid']} on {process['host']}, started {process['started']} "
-            f"({process['command']})"
-        )
+        name = f"process {process['pid']} on {process['host']}, started {process['started']}"
+        facts = [f"{process['command']}"]
+        here = process["host"] == platform.node()
     except (OSError, ValueError, TypeError, KeyError):  # it is about to write it
-        return "another process"
+        name, facts, here = "another process", [], False
+    # Of a process on another machine nobody here can know.
+    facts += [] if here else [f"if it has died, delete {lock_file}"]
+    return f"{name} ({'; '.join(facts)})"
+
+
+def _lock(path: Path, timeout: float) -> filelock.BaseFileLock:
+    """The folder's lock, taken; where the file system has none, a file that says so.
+
+    Raises:
+        filelock.Timeout: another process has it.
+        OSError: neither can be written.
+    """
+    lock: filelock.BaseFileLock = filelock.FileLock(path / LOCK, timeout=timeout)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        lock = filelock.SoftFileLock(path / SOFT_LOCK, timeout=timeout)
+        lock.acquire()
+    return lock
 
 
 def _this_process() -> dict[str, Any]:

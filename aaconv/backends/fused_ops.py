@@ -74,8 +74,11 @@ def _attend_backward(
     rel_w: Tensor | None,
     out: Tensor,
     lse: Tensor,
-) -> list[Tensor]:
-    """Gradients of q, k and v, and of the tables if there are any."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v and of the tables, empty ones without tables.
+
+    Five tensors and no list of them, which torch could not batch.
+    """
     gradients = _empty_gradients(grad, q, k, v, rel_h, rel_w, out, lse)
     relative = rel_h is not None
     sizes = _sizes("gradients", q, v, relative=relative)
@@ -124,9 +127,12 @@ def _empty_gradients(
     rel_w: Tensor | None,
     out: Tensor,
     lse: Tensor,
-) -> list[Tensor]:
-    tables = [] if rel_h is None or rel_w is None else [rel_h, rel_w]
-    return [*map(_empty_like, (q, k, v)), *map(torch.empty_like, tables)]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    tables = (
+        q.new_empty(0, q.shape[-1]) if table is None else torch.empty_like(table)
+        for table in (rel_h, rel_w)
+    )
+    return (*map(_empty_like, (q, k, v)), *tables)  # type: ignore[return-value]
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -135,8 +141,9 @@ def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _attend_backward(grad, *ctx.saved_tensors)
-    return (*gradients, *[None] * (5 - len(gradients)))
+    given = ctx.saved_tensors
+    pairs = zip(_attend_backward(grad, *given), given[:5], strict=True)
+    return tuple(None if t is None else gradient for gradient, t in pairs)
 
 
 _attend.register_autograd(_differentiate, setup_context=_save)

@@ -55,7 +55,9 @@ Table = Tensor | None
 _FORWARD, _BACKWARD = "aaconv::native_attend", "aaconv::native_attend_backward"
 _GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? rel_h, Tensor? rel_w"
 torch.library.define(_FORWARD, f"({_GIVEN}) -> (Tensor out, Tensor lse)")
-torch.library.define(_BACKWARD, f"(Tensor grad, {_GIVEN}, Tensor out, Tensor lse) -> Tensor[]")
+# Five tensors and no list of them, which torch could not batch.
+_GRADIENTS = "(Tensor dq, Tensor dk, Tensor dv, Tensor drel_h, Tensor drel_w)"
+torch.library.define(_BACKWARD, f"(Tensor grad, {_GIVEN}, Tensor out, Tensor lse) -> {_GRADIENTS}")
 
 
 @torch.library.impl(_FORWARD, "CPU")
@@ -83,20 +85,19 @@ def _attend_backward(
     rel_w: Table,
     out: Tensor,
     lse: Tensor,
-) -> list[Tensor]:
-    """Gradients of q, k, v and of the tables if there are any, in float32."""
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k, v and of the tables, empty ones without tables, in float32."""
     # As `_attend` has made them; a compiler may have moved them.
     out, lse = out.permute(0, 1, 4, 2, 3).contiguous(), lse.contiguous()
     maps = [_empty_like(t) for t in (q, k, v)]
     heads, channels = q.shape[0] * q.shape[1], q.shape[-1]
     # Of each head by itself: their sum does not depend on the number of threads.
     tables = [
-        q.new_empty(heads, channels, len(table), dtype=torch.float32)
+        q.new_empty(heads, channels, 0 if table is None else len(table), dtype=torch.float32)
         for table in (rel_h, rel_w)
-        if table is not None
     ]
     _call("aaconv_attend_backward", (q, k, v, grad), (rel_h, rel_w), (out, lse, *maps, *tables))
-    return [*maps, *(table.sum(0).T.contiguous() for table in tables)]
+    return (*maps, *(table.sum(0).T.contiguous() for table in tables))
 
 
 @torch.library.register_fake(_BACKWARD)
@@ -109,13 +110,12 @@ def _empty_gradients(
     rel_w: Table,
     out: Tensor,
     lse: Tensor,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     tables = [
-        table.new_empty(table.shape, dtype=torch.float32)
+        q.new_empty(0 if table is None else len(table), q.shape[-1], dtype=torch.float32)
         for table in (rel_h, rel_w)
-        if table is not None
     ]
-    return [*(_empty_like(t) for t in (q, k, v)), *tables]
+    return (*(_empty_like(t) for t in (q, k, v)), *tables)
 
 
 def _save(ctx: Any, inputs: tuple[Table, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -126,9 +126,8 @@ def _save(ctx: Any, inputs: tuple[Table, ...], output: tuple[Tensor, Tensor]) ->
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     given = ctx.saved_tensors
     gradients = torch.ops.aaconv.native_attend_backward(grad, *given)
-    dtypes = [t.dtype for t in given[:5] if t is not None]
-    gradients = [t.to(dtype) for t, dtype in zip(gradients, dtypes, strict=True)]
-    return (*gradients, *[None] * (5 - len(gradients)))
+    pairs = zip(gradients, given[:5], strict=True)
+    return tuple(None if t is None else gradient.to(t.dtype) for gradient, t in pairs)
 
 
 torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save)

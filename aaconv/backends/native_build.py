@@ -1,8 +1,8 @@
 """Compiles native.cpp with this machine's C++ compiler, once, and loads it.
 
 The result is kept in the user's cache (``$XDG_CACHE_HOME/aaconv``, by default ``~/.cache/aaconv``)
-under a digest of everything that it depends on. What lies there is loaded only if nobody else could
-have put it there.
+as ``native-FACTS-CONTENT.so``: a digest of all that it depends on, and one of its bytes. What lies
+there is loaded only if it is what was written and nobody else could have put it there.
 """
 
 import ctypes
@@ -12,13 +12,17 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import stat
+import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
+
+from aaconv.text import one_line
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +30,10 @@ SOURCE = Path(__file__).with_name("native.cpp")
 COMPILERS = ("g++", "c++", "clang++")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC")
 OPENMP = "-fopenmp"
+FUNCTIONS = ("aaconv_attend", "aaconv_attend_backward")
 BUILD_SECONDS = 300
+WAIT_SECONDS = 120  # for another process that compiles
+MAX_BYTES = 2**26  # of a kernel, which takes a hundredth of it
 
 
 class UnavailableError(Exception):
@@ -46,42 +53,88 @@ def load() -> ctypes.CDLL | UnavailableError:
     try:
         return _load()
     except UnavailableError as error:
-        log.warning("attention on the CPU runs without the compiled kernel: it %s", error)
-        return error
+        reason = one_line(error)
+    except OSError as error:  # of the file system, or because what was compiled is no kernel
+        reason = f"was not compiled: {one_line(error)}"
+    log.warning("attention on the CPU runs without the compiled kernel: it %s", reason)
+    return UnavailableError(reason)
 
 
 def _load() -> ctypes.CDLL:
     if os.name != "posix":
         raise UnavailableError("needs Linux or macOS")
     compiler = _compiler()
-    name = f"native-{_digest(compiler)}.so"
+    name = _name(compiler)
     folder = _cache_folder()
     if folder is not None:
-        with suppress(OSError), _locked(folder / "lock"):  # others wait for the one that builds
-            if not _is_own(folder / name):
-                _build(compiler, folder / name)
-            return _open(folder / name)
-    with tempfile.TemporaryDirectory(prefix="aaconv-") as temporary:
-        _build(compiler, Path(temporary, name))
-        return _open(Path(temporary, name))
+        with suppress(OSError):
+            return _kept_or_built(compiler, name, folder)
+    return _build(compiler, name, None)
+
+
+def _kept_or_built(compiler: list[str], name: str, folder: Path) -> ctypes.CDLL:
+    """The kernel in the cache; of several processes that find none, one builds it."""
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
+    try:
+        for attempt in range(10 * WAIT_SECONDS):
+            locked = _lock(lock)
+            kernel = _kept(name, folder)
+            if kernel is None and locked:
+                kernel = _build(compiler, name, folder)
+            if kernel is not None:
+                return kernel
+            if attempt == 0:
+                log.warning("waiting while another process compiles the attention kernel")
+            time.sleep(0.1)
+    finally:
+        os.close(lock)
+    raise UnavailableError(f"is still being compiled by another process after {WAIT_SECONDS} s")
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether no other process holds the lock: where there are no locks, none does."""
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
+
+
+def _kept(name: str, folder: Path) -> ctypes.CDLL | None:
+    """The kernel that was kept in ``folder``; None where there is none that is whole and loads."""
+    for path in folder.glob(f"{name}-*.so"):
+        with suppress(OSError):
+            if _is_own(path) and path.stem == f"{name}-{_digest(path.read_bytes())}":
+                return _open(path)
+    return None
 
 
 def _compiler() -> list[str]:
     """The command, from CXX if it is set."""
     chosen = os.environ.get("CXX")
-    for command in [shlex.split(chosen)] if chosen else [[name] for name in COMPILERS]:
-        path = shutil.which(command[0]) if command else None
-        if path is not None:
-            return [path, *command[1:]]
+    with suppress(ValueError):  # a quotation without its end
+        for command in [shlex.split(chosen)] if chosen else [[name] for name in COMPILERS]:
+            path = shutil.which(command[0]) if command else None
+            if path is not None:
+                return [path, *command[1:]]
     where = f"CXX={chosen} is none" if chosen else f"none of {', '.join(COMPILERS)} is in PATH"
     raise UnavailableError(f"needs a C++ compiler, and {where}")
 
 
-def _digest(compiler: list[str]) -> str:
+def _name(compiler: list[str]) -> str:
+    """Of the kernel, by everything that it depends on."""
     at = os.stat(os.path.realpath(compiler[0]))
     facts = [*compiler, *FLAGS, str(at.st_size), str(at.st_mtime_ns), *_processor()]
-    text = SOURCE.read_bytes() + "\0".join(facts).encode()
-    return hashlib.blake2b(text, digest_size=12).hexdigest()
+    text = SOURCE.read_bytes() + os.fsencode("\0".join(facts))
+    return f"native-{_digest(text)}"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
 def _processor() -> list[str]:
@@ -106,36 +159,28 @@ def _cache_folder() -> Path | None:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether it is there, this user's, and nobody else's to change."""
+    """Whether it is there, of a size that can be, this user's, and nobody else's to change."""
     try:
         at = path.lstat()
     except OSError:
         return False
     others_write = stat.S_IWGRP | stat.S_IWOTH
-    kind = stat.S_ISDIR(at.st_mode) or stat.S_ISREG(at.st_mode)
+    kind = stat.S_ISDIR(at.st_mode) or (stat.S_ISREG(at.st_mode) and at.st_size <= MAX_BYTES)
     return kind and at.st_uid == os.geteuid() and not at.st_mode & others_write
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
-        with suppress(ImportError):  # then each process compiles for itself
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _build(compiler: list[str], target: Path) -> None:
-    """Compile to ``target``, which is there whole or not at all.
+def _build(compiler: list[str], name: str, folder: Path | None) -> ctypes.CDLL:
+    """Compile and load the kernel; keep it in ``folder``, whole or not at all, where there is one.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: nothing can be written there, or what the compiler has written is no kernel.
         UnavailableError: the compiler does not, or was killed.
     """
     log.info("compiling the attention kernel for this processor, once")
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
-        linked = Path(folder, "native.so")
+    with tempfile.TemporaryDirectory(
+        dir=folder, prefix="build-", ignore_cleanup_errors=True
+    ) as temporary:
+        linked = Path(temporary, "native.so")
         # Linked without a library for OpenMP it uses the one that torch has loaded. Two of them
         # would have threads of their own, which wait for work by taking the other's processors.
         # Where that one is another (clang's compiler, GNU's library) and its own is not there, one
@@ -143,13 +188,19 @@ def _build(compiler: list[str], target: Path) -> None:
         for openmp, library in (([OPENMP], []), ([OPENMP], [OPENMP]), ([], [])):
             try:
                 _compile(compiler, openmp, library, linked)
-                ctypes.CDLL(str(linked))
+                kernel = _open(linked)
                 break
             except (OSError, RefusedError):
                 if not openmp:
                     raise
-        linked.chmod(0o700)
-        linked.replace(target)
+        if folder is not None:
+            linked.chmod(0o700)
+            with linked.open("rb") as file:
+                os.fsync(file.fileno())
+                target = folder / f"{name}-{_digest(file.read())}.so"
+            with suppress(OSError):  # something else has its name
+                linked.replace(target)
+        return kernel
 
 
 def _compile(compiler: list[str], openmp: list[str], library: list[str], target: Path) -> None:
@@ -159,22 +210,46 @@ def _compile(compiler: list[str], openmp: list[str], library: list[str], target:
 
 
 def _call(command: list[str]) -> None:
-    try:
-        said = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", timeout=BUILD_SECONDS
-        )
-    except subprocess.TimeoutExpired:
-        raise UnavailableError(f"was not compiled within {BUILD_SECONDS} s") from None
-    if said.returncode < 0:
-        raise UnavailableError(f"was not compiled: signal {-said.returncode} ended {command[0]}")
-    if said.returncode > 0:
-        lines = [line for line in said.stderr.splitlines() if "error" in line]
-        why = (lines or said.stderr.splitlines() or [f"exit code {said.returncode}"])[0]
+    # In a session of its own: what the compiler starts ends with it.
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    ) as process:
+        try:
+            _, stderr = process.communicate(timeout=BUILD_SECONDS)
+        except BaseException as error:
+            with suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                raise UnavailableError(f"was not compiled within {BUILD_SECONDS} s") from None
+            raise
+    if process.returncode < 0:
+        raise UnavailableError(f"was not compiled: signal {-process.returncode} ended {command[0]}")
+    if process.returncode > 0:
+        lines = [line for line in stderr.splitlines() if "error" in line]
+        why = (lines or stderr.splitlines() or [f"exit code {process.returncode}"])[0]
         raise RefusedError(f"was not compiled by {command[0]}: {why.strip()}")
 
 
 def _open(path: Path) -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise UnavailableError(f"cannot be loaded: {error}") from error
+    """Load the kernel.
+
+    Raises:
+        OSError: it is cut short, lacks a function, or does not load.
+    """
+    content = path.read_bytes()
+    # An ELF file ends with the table of its sections. One that is cut short would end this process.
+    if content.startswith(b"\x7fELF\x02") and len(content) >= 64:
+        start, size, count = struct.unpack_from("=40xQ10xHH", content)
+        if len(content) < start + size * count:
+            raise OSError(f"{path} is cut short")
+    kernel = ctypes.CDLL(str(path))
+    for function in FUNCTIONS:
+        if not hasattr(kernel, function):
+            raise OSError(f"{path} has no function {function}")
+    return kernel

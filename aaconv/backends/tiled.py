@@ -98,6 +98,11 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        batched = torch._C._functorch.is_legacy_batchedtensor
+        if not torch.compiler.is_compiling() and batched(grad):
+            raise NotImplementedError(
+                "backend='tiled' cannot be used with is_grads_batched; use backend='reference'"
+            )
         return *Gradients.apply(grad, ctx.size, *ctx.saved_tensors), None
 
 
