@@ -116,8 +116,8 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         progress = checkpoint.continue_run(state, resumed, saved, cfg.resume, run_dir, config)
         facts = describe_training(cfg, state)
         if len(progress.rows) < cfg.epochs:
-            place = provenance.place(device, facts["precision"], world.size)
-            progress.start_segment(place | init_provenance(initial))
+            here = provenance.of_segment(device, facts["precision"], world.size)
+            progress.start_segment(here | init_provenance(initial))
         if folder is not None:
             folder.start(cfg, replaced)
             if progress.rows:  # a kill may have come between the checkpoint and the rows

@@ -4,16 +4,18 @@ import json
 import os
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from models import ATTENTIONS
+from models.fields import UnreadableError
 from reporting.text import as_text, natural, short, single_line
 from training import run_folder
-from training.run_folder import SUMMARY, UnreadableError
+from training.records import SCORES, Summary, nonfinite
+from training.run_folder import SUMMARY
 from training.variants import variant_settings
 
 # The settings that are named first where several would tell two variants apart.
@@ -28,12 +30,12 @@ class Run:
     """A finished run: its folder, its summary, and a row of metrics for each epoch."""
 
     folder: Path
-    summary: dict[str, Any]
+    summary: Summary
     rows: list[dict[str, float]]
 
     @property
     def seed(self) -> int:
-        return int(self.summary["seed"])
+        return self.summary["seed"]
 
     @property
     def data(self) -> str:
@@ -47,7 +49,8 @@ class Run:
 
     def last(self, name: str) -> float:
         """A score or a measurement of the summary; `top1` is that of what was evaluated."""
-        return float(self.summary[self._key(name)])
+        summary: Mapping[str, Any] = self.summary
+        return float(summary[self._key(name)])
 
     def each_epoch(self, name: str) -> list[float]:
         """The same, a value for each epoch."""
@@ -56,10 +59,10 @@ class Run:
     @property
     def segments(self) -> list[dict[str, Any]]:
         """For each start of the run what it ran on, packages by their versions among it."""
-        return [segment["versions"] | segment for segment in self.summary["segments"]]
+        return [{**segment["versions"], **segment} for segment in self.summary["segments"]]
 
     def _key(self, name: str) -> str:
-        return f"{self.summary['evaluated_on']}/{name}" if name in run_folder.SCORES else name
+        return f"{self.summary['evaluated_on']}/{name}" if name in SCORES else name
 
 
 @dataclass(frozen=True)
@@ -79,16 +82,16 @@ class Variant:
     runs: list[Run]  # by seed, no seed twice
 
     @property
-    def first(self) -> dict[str, Any]:
+    def first(self) -> Summary:
         return self.runs[0].summary
 
     @property
     def model(self) -> str:
-        return str(self.first["model"])
+        return self.first["model"]
 
     @property
     def attention(self) -> str:
-        return str(self.first["attention"])
+        return self.first["attention"]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -167,17 +170,15 @@ def _read_run(folder: Path) -> Run | Excluded:
             summary, rows = run_folder.read_result(folder)
         except FileNotFoundError:
             return Excluded(folder, "unfinished", _progress(folder))
-        if summary["attention"] not in ATTENTIONS:
-            raise UnreadableError(
-                f"{folder / SUMMARY}: attention is {summary['attention']}, not "
-                f"{', '.join(ATTENTIONS)}"
-            )
     except UnreadableError as error:
         # The folder is named beside it.
         return Excluded(folder, "unreadable", str(error).removeprefix(f"{folder}{os.sep}"))
-    run = Run(folder, summary, rows)
-    broken = _not_finite(run)
-    return run if broken is None else Excluded(folder, "diverged", broken)
+    for row in rows:
+        if fault := nonfinite(row):
+            return Excluded(folder, "diverged", f"{fault} at epoch {row['epoch']:g}")
+    if fault := nonfinite(summary):
+        return Excluded(folder, "diverged", f"{fault} in {SUMMARY}")
+    return Run(folder, summary, rows)
 
 
 def _progress(folder: Path) -> str:
@@ -187,17 +188,6 @@ def _progress(folder: Path) -> str:
         epochs = 0
     planned = run_folder.planned_epochs(folder)
     return f"{epochs} epochs" if planned is None else f"{epochs} of {planned} epochs"
-
-
-def _not_finite(run: Run) -> str | None:
-    """What of a run's losses and scores is not finite, in words."""
-    for name in ("train/loss", "train/top1", *run_folder.SCORES):
-        for epoch, value in enumerate(run.each_epoch(name), start=1):
-            if not run_folder.is_finite(value):
-                return f"{name} is {value:g} at epoch {epoch}"
-        if not run_folder.is_finite(run.last(name)):
-            return f"{name} is {run.last(name):g} in {SUMMARY}"
-    return None
 
 
 # ---- Grouping -----------------------------------------------------------------------------------

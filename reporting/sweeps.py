@@ -9,7 +9,7 @@ from typing import Any
 from reporting.paired import Difference, corrected, paired
 from reporting.runs import Variant, differing_settings
 from reporting.text import natural, short, shortened
-from training.run_folder import is_finite
+from training.records import is_finite
 
 SIZES = ("attention.dk", "attention.dv", "attention.Nh")
 # Values that stand for leaving something out; others are compared with them.

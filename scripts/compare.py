@@ -49,7 +49,7 @@ from reporting.analysis import analyze
 from scripts.command import command
 from training import console, launch, run_folder
 from training.compose import compose_config
-from training.kinds import UnreadableError
+from training.records import UnreadableError, nonfinite
 from training.variants import folder_name, name_of_images
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -112,8 +112,8 @@ class PlannedRun:
             error = run_folder.read_failure(self.folder)
             if error is None and (self.folder / run_folder.SUMMARY).exists():
                 summary, _ = run_folder.read_result(self.folder)
-                name = run_folder.first_nonfinite(summary)
-                error = name and f"{name} is {summary[name]} in its summary"
+                fault = nonfinite(summary)
+                error = fault and f"{fault} in its summary"
             self.done()
         except UnreadableError as damage:
             return f"{damage}; remove that file to train the run again"

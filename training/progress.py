@@ -1,12 +1,15 @@
 """How far a run has come: its finished epochs, the one in progress, and where they were trained."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, NamedTuple
 
 import torch
+from pydantic import InstanceOf, Strict
 from torch import Tensor
 
-from training.kinds import AMOUNT, OBJECT, Kind, is_whole
+from models.fields import Whole, parse
+from training.records import Amount, Percentage, Segment
 
 
 class StepFigures(NamedTuple):
@@ -41,21 +44,21 @@ class EpochState:
         peak_memory_mib: most memory used.
     """
 
-    step: int
-    loss_sum: Tensor
-    top1_sum: Tensor
-    grad_norm_sum: Tensor
-    finite_norms: Tensor
-    first_nonfinite_step: Tensor
-    lr: float = 0.0
-    seconds: float = 0.0
-    peak_memory_mib: float = 0.0
+    step: Whole
+    loss_sum: InstanceOf[Tensor]
+    top1_sum: InstanceOf[Tensor]
+    grad_norm_sum: InstanceOf[Tensor]
+    finite_norms: InstanceOf[Tensor]
+    first_nonfinite_step: InstanceOf[Tensor]
+    lr: Amount
+    seconds: Amount
+    peak_memory_mib: Amount
 
     @classmethod
     def begin(cls, steps: int) -> "EpochState":
         """Before the first of ``steps`` steps."""
         zero = torch.zeros(())
-        return cls(0, zero, zero, zero, torch.tensor(0), torch.tensor(steps))
+        return cls(0, zero, zero, zero, torch.tensor(0), torch.tensor(steps), 0.0, 0.0, 0.0)
 
     def to(self, device: torch.device) -> "EpochState":
         """The same with its tensors on ``device``."""
@@ -105,7 +108,7 @@ class EpochState:
 
 @dataclass
 class Progress:
-    """All that a run has done so far; a checkpoint keeps it with the weights.
+    """All that a run has done so far; a checkpoint has it, see `state_dict`, beside the weights.
 
     Attributes:
         epoch_state: of the epoch in progress.
@@ -116,26 +119,19 @@ class Progress:
     """
 
     epoch_state: EpochState
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    per_class_top1: list[float | None] | None = None
-    segments: list[dict[str, Any]] = field(default_factory=list)
-    wandb_id: str | None = None
+    rows: Annotated[list[dict[str, Any]], Strict()]
+    per_class_top1: Annotated[list[Percentage | None], Strict()] | None
+    segments: Annotated[list[Segment], Strict()]
+    wandb_id: str | None
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Progress":
-        """What `state_dict` has kept."""
-        kept = {name: state[name] for name in KINDS}
-        return cls(**kept | {"epoch_state": EpochState(**kept["epoch_state"])})
+    def begin(cls, steps: int) -> "Progress":
+        """Before the first epoch, of ``steps`` steps."""
+        return cls(EpochState.begin(steps), [], None, [], None)
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "epoch_state": vars(self.epoch_state).copy(),
-            "rows": self.rows,
-            "per_class_top1": self.per_class_top1,
-            "segments": self.segments,
-            "wandb_id": self.wandb_id,
-        }
+        """As plain values, of which `models.fields.parse` makes an equal one."""
+        return {**vars(self), "epoch_state": vars(self.epoch_state).copy()}
 
     @property
     def position(self) -> str:
@@ -144,11 +140,12 @@ class Progress:
         inside = f", step {step} of the next" if step else ""
         return f"after epoch {len(self.rows)}{inside}"
 
-    def start_segment(self, place: dict[str, Any]) -> None:
+    def start_segment(self, provenance: dict[str, Any]) -> None:
         """Note commit, versions, hardware, precision and processes of what is trained next."""
-        if self.segments and self.segments[-1] == self.segments[-1] | place:
-            return
-        self.segments = [*self.segments, {"first_epoch": len(self.rows) + 1, **place}]
+        last: Mapping[str, Any] = self.segments[-1] if self.segments else {}
+        if last != {**last, **provenance}:
+            segment = {"first_epoch": len(self.rows) + 1, **provenance}
+            self.segments = [*self.segments, parse(Segment, segment, "segments")]
 
     def finish_epoch(
         self, row: dict[str, Any], per_class_top1: list[float | None], steps: int
@@ -157,24 +154,3 @@ class Progress:
         self.rows = [*self.rows, row]
         self.per_class_top1 = per_class_top1
         self.epoch_state = EpochState.begin(steps)
-
-
-KINDS: dict[str, Kind] = {
-    "epoch_state": OBJECT,
-    "rows": ("a list of objects", lambda v: isinstance(v, list) and all(map(OBJECT[1], v))),
-    "per_class_top1": ("a list or null", lambda v: v is None or isinstance(v, list)),
-    "segments": ("a list", lambda v: isinstance(v, list)),
-    "wandb_id": ("text or null", lambda v: v is None or isinstance(v, str)),
-}
-TENSOR: Kind = ("a tensor", lambda v: isinstance(v, Tensor))
-EPOCH_KINDS: dict[str, Kind] = {
-    "step": ("a whole number of at least 0", lambda v: is_whole(v, 0)),
-    "loss_sum": TENSOR,
-    "top1_sum": TENSOR,
-    "grad_norm_sum": TENSOR,
-    "finite_norms": TENSOR,
-    "first_nonfinite_step": TENSOR,
-    "lr": AMOUNT,
-    "seconds": AMOUNT,
-    "peak_memory_mib": AMOUNT,
-}

@@ -26,7 +26,6 @@ from omegaconf import DictConfig
 from training import console
 from training.errors import explain, is_for_the_user
 from training.files import write_json
-from training.kinds import UnreadableError
 from training.tracking import WANDB_RUN_VARS
 from training.variants import result_settings
 from training.world import world
@@ -192,7 +191,7 @@ def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | N
             why = f"{failure} (before; overwrite=true trains it again)"
             return DIVERGED, why, NO_SCORE
         summary = run_folder.read_summary(folder)
-    except (FileNotFoundError, UnreadableError):
+    except (FileNotFoundError, run_folder.UnreadableError):
         return None  # the run itself says what is wrong
     if result_settings(summary["config"]) != result_settings(settings.resolve(cfg)):
         return None
@@ -290,7 +289,7 @@ def _from_folder(folder: Path, error: BaseException | None) -> tuple[str, str]:
         if failure is not None:
             return DIVERGED, failure
         return DONE, run_folder.scores_line(run_folder.read_summary(folder))
-    except (FileNotFoundError, UnreadableError):
+    except (FileNotFoundError, run_folder.UnreadableError):
         if isinstance(error, Exception):
             return FAILED, explain(error)
         return STOPPED, "resume=auto continues it"
