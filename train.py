@@ -53,7 +53,7 @@ from training.device import (
 )
 from training.initial import init_provenance, load_initial, take_weights
 from training.optimizer import make_optimizer
-from training.progress import Progress, StepFigures
+from training.progress import Progress
 from training.scores import evaluate
 from training.settings import build_model, check, resolve
 from training.state import RunState
@@ -284,8 +284,13 @@ def train_epoch(
     return should_stop
 
 
-def take_step(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) -> StepFigures:
-    """One step of the optimizer, and what it has shown of the whole batch."""
+def take_step(
+    cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """One step of the optimizer, and what it has shown of the whole batch.
+
+    Each number is a metric ``train/NAME`` by its mean over an epoch; see `EpochState.after_step`.
+    """
     loss, top1 = distributed.all_reduce_mean(add_gradients(cfg, state, images, labels)).unbind()
     state.scaler.unscale_(state.optimizer)
     parameters = [p for p in state.model.parameters() if p.grad is not None]
@@ -301,7 +306,7 @@ def take_step(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) 
         state.schedule.step()
     if state.ema_model is not None:
         state.ema_model.update_parameters(state.model)
-    return StepFigures(loss, top1, grad_norm)
+    return {"loss": loss, "top1": top1, "grad_norm": grad_norm}
 
 
 def add_gradients(cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import pytest
 
 from reporting import page, render, runs
 from reporting.analysis import Analysis
+from training.run_folder import RunFolder, UnreadableError
 
 from folders import failed, make_run, segment
 from helpers import ROOT
@@ -188,6 +189,17 @@ def test_a_damaged_folder_is_listed_and_the_rest_is_reported(tmp_path):
         f"| unreadable | summary.json: format is 1; this version reads format 3 | {tmp_path}"
         in (whole.replace("\\_", "_"))
     )
+
+
+@pytest.mark.parametrize("key", sorted(PROMISED - {"format"}))
+def test_what_could_not_be_read_is_not_written(tmp_path, key):
+    summary = whole_summary(tmp_path / "whole")
+    folder = RunFolder(tmp_path)
+    with pytest.raises(UnreadableError, match=f"summary.json: {key} is null"):
+        folder.write_summary(summary | {key: None})
+    assert not (tmp_path / "summary.json").exists()
+    folder.write_summary(summary)
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == summary
 
 
 # ---- metrics.csv --------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """How far a run has come: its finished epochs, the one in progress, and where they were trained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any
 
 import torch
 from pydantic import InstanceOf, Strict
@@ -10,21 +10,6 @@ from torch import Tensor
 
 from models.fields import Whole, parse
 from training.records import Amount, Percentage, Segment
-
-
-class StepFigures(NamedTuple):
-    """What one step has shown, each a scalar on the device.
-
-    Attributes:
-        loss: mean loss of the whole batch, before the step.
-        top1: fraction of the batch that the network had right then, in [0, 1].
-        grad_norm: L2 norm of all gradients together, before they are clipped. fp16's scaler skips
-            a step where it is not finite.
-    """
-
-    loss: Tensor
-    top1: Tensor
-    grad_norm: Tensor
 
 
 @dataclass(frozen=True)
@@ -42,6 +27,7 @@ class EpochState:
         lr: learning rate of the last step.
         seconds: time spent training.
         peak_memory_mib: most memory used.
+        further_sums: of the other figures of the steps, by name.
     """
 
     step: Whole
@@ -53,6 +39,7 @@ class EpochState:
     lr: Amount
     seconds: Amount
     peak_memory_mib: Amount
+    further_sums: dict[str, InstanceOf[Tensor]] = field(default_factory=dict)
 
     @classmethod
     def begin(cls, steps: int) -> "EpochState":
@@ -62,34 +49,44 @@ class EpochState:
 
     def to(self, device: torch.device) -> "EpochState":
         """The same with its tensors on ``device``."""
-        tensors: Any = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        moved: Any = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        further = {name: total.to(device) for name, total in self.further_sums.items()}
+        return replace(self, **moved, further_sums=further)
 
-    def after_step(self, figures: StepFigures, lr: float) -> "EpochState":
-        """One step later, which has shown ``figures``."""
-        first = self.first_nonfinite_step
-        first = torch.where(figures.loss.isfinite(), first, first.clamp(max=self.step))
-        finite = figures.grad_norm.isfinite()
+    def after_step(self, figures: dict[str, Tensor], lr: float) -> "EpochState":
+        """One step later, which has shown ``figures``, each a scalar on the device.
+
+        These are ``loss``, the mean of the whole batch before the step; ``top1``, the fraction of
+        it that the network had right then, in [0, 1]; ``grad_norm``, the L2 norm of all gradients
+        together, before they are clipped; fp16's scaler skips a step where it is not finite.
+        Further ones become metrics, too, by their mean over the steps.
+        """
+        further = dict(figures)
+        loss, top1, grad_norm = (further.pop(name) for name in ("loss", "top1", "grad_norm"))
+        first, finite = self.first_nonfinite_step, grad_norm.isfinite()
         return replace(
             self,
             step=self.step + 1,
-            loss_sum=self.loss_sum + figures.loss,
-            top1_sum=self.top1_sum + figures.top1,
-            grad_norm_sum=self.grad_norm_sum + torch.where(finite, figures.grad_norm, 0.0),
+            loss_sum=self.loss_sum + loss,
+            top1_sum=self.top1_sum + top1,
+            grad_norm_sum=self.grad_norm_sum + torch.where(finite, grad_norm, 0.0),
             finite_norms=self.finite_norms + finite,
-            first_nonfinite_step=first,
+            first_nonfinite_step=torch.where(loss.isfinite(), first, first.clamp(max=self.step)),
             lr=lr,
+            further_sums={n: self.further_sums.get(n, 0) + value for n, value in further.items()},
         )
 
     def training_metrics(self) -> dict[str, float]:
-        """Means over the steps: ``train/loss``, ``train/top1`` in percent, ``train/grad_norm``.
+        """Means over the steps: ``train/loss``, ``train/top1`` in percent, and so on.
 
-        The last one is over the steps whose gradient was finite, and 0 without any.
+        That of ``train/grad_norm`` is over the steps where it was finite, and 0 without any.
         """
+        further = {f"train/{n}": total.item() / self.step for n, total in self.further_sums.items()}
         return {
             "train/loss": self.loss_sum.item() / self.step,
             "train/top1": 100 * self.top1_sum.item() / self.step,
             "train/grad_norm": self.grad_norm_sum.item() / max(1, int(self.finite_norms)),
+            **further,
             "train/lr": self.lr,
         }
 
