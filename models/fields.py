@@ -53,13 +53,14 @@ def parse(kind: type[T], value: Any, where: str) -> T:
 def _fault(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"])
-    key = " ".join("".join(parts).removeprefix(".").split())
+    key, message = "".join(parts).removeprefix("."), first["msg"]
     if first["type"] == "missing":
-        return f"{key} is missing"
-    if first["type"] == "value_error":
-        return f"{key}{first['ctx']['error']}"
-    message = first["msg"]
-    return f"{key or 'it'} is {shortened(first['input'])}; {message[0].lower()}{message[1:]}"
+        line = f"{key} is missing"
+    elif first["type"] == "value_error":
+        line = f"{key}{first['ctx']['error']}"
+    else:
+        line = f"{key or 'it'} is {shortened(first['input'])}; {message[0].lower()}{message[1:]}"
+    return " ".join(line.split())  # keys may have line breaks
 
 
 def shortened(value: Any) -> str:

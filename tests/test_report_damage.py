@@ -202,6 +202,19 @@ def test_what_could_not_be_read_is_not_written(tmp_path, key):
     assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == summary
 
 
+@pytest.mark.parametrize("where", ["segments", "config"])
+def test_a_key_with_a_line_break_is_named_in_one_line(tmp_path, where):
+    whole = whole_summary(tmp_path / "whole")
+    inner = whole["segments"][0]["versions"] if where == "segments" else whole["config"]["data"]
+    inner["torch\nof today"] = math.nan
+    (tmp_path / "whole" / "summary.json").write_text(json.dumps(whole), encoding="utf-8")
+    result = result_of(tmp_path / "whole")
+    assert result.kind == "unreadable"
+    assert f"{where}" in result.why
+    assert "torch of today is NaN" in result.why
+    assert "\n" not in result.why
+
+
 # ---- metrics.csv --------------------------------------------------------------------------------
 
 
