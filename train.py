@@ -107,8 +107,8 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         progress = checkpoint.continue_run(state, resumed, saved, cfg.resume, run_dir, config)
         facts = describe_training(cfg, state)
         if len(progress.rows) < cfg.epochs:
-            place = provenance.place(device, facts["precision"], world.size)
-            progress.start_segment(place | init_provenance(initial))
+            here = provenance.of_segment(device, facts["precision"], world.size)
+            progress.start_segment(here | init_provenance(initial))
         if folder is not None:
             folder.start(cfg, replaced)
             folder.write_metrics(progress.rows)  # a kill may have left more of them, or fewer

@@ -7,34 +7,48 @@ file: weights are read as tensors, and the description as plain values.
 """
 
 import json
-import math
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
 
 import torch
+from pydantic import BaseModel, Field, model_validator, with_config
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from aaconv.text import one_line
 from models.attention import ATTENTIONS, Attention
+from models.fields import Count, Finite, Format, Text, parse
 from models.resnet import ResNet
 
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "config.json"
 CHECKPOINTS = ("last.pt", "previous.pt")
-# Of the description; a change of names or meanings raises it.
-FORMAT = 3
+Color = Annotated[list[Finite], Field(min_length=3, max_length=3)]
 
 
-@dataclass(frozen=True)
-class Description:
-    """What a file of weights is of.
+@with_config(extra="allow")
+class Network(TypedDict):
+    """The arguments of `models.ResNet`; of its attention the ``name`` and the settings."""
+
+    block: Text
+    depths: list[Count]
+    widths: list[Count]
+    stem: Count
+    shortcut: Text
+    num_classes: Count
+    image_size: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    attention: dict[str, Any]
+
+
+class Description(BaseModel, frozen=True):
+    """What a file of weights is of; `model_dump` is what config.json holds.
 
     Attributes:
-        network: the arguments of `models.ResNet`, with ``attention`` as a dict of its ``name`` and
-            its settings.
+        format: `models.fields.FORMAT`.
+        network: what `build` takes.
         class_names: a name for each logit.
         mean, std: of the training images, per channel, on a scale where white is 1.
         data: name of the data set.
@@ -44,44 +58,23 @@ class Description:
         commit: likewise, or "unknown".
     """
 
-    network: dict[str, Any]
-    class_names: list[str]
-    mean: list[float]
-    std: list[float]
-    data: str
+    format: Format
+    network: Network
+    class_names: list[Text]
+    mean: Color
+    std: Annotated[list[Annotated[Finite, Field(gt=0)]], Field(min_length=3, max_length=3)]
+    data: Text
     settings: dict[str, Any]
-    precision: str
-    version: str
-    commit: str
+    precision: Text
+    version: Text
+    commit: Text
 
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values, with the format's version."""
-        return {"format": FORMAT, **asdict(self)}
-
-    @classmethod
-    def from_dict(cls, values: Any, where: str) -> "Description":
-        """What `to_dict` has made.
-
-        Raises:
-            ValueError: a value is missing or of another type; the message begins with ``where``.
-        """
-        if not isinstance(values, dict):
-            raise ValueError(f"{where}: no description of a network")
-        if values.get("format") != FORMAT:
-            raise ValueError(
-                f"{where}: format is {values.get('format')}; this version reads format {FORMAT}"
-            )
-        for name, (kind, fits) in _KINDS.items():
-            if name not in values:
-                raise ValueError(f"{where}: {name} is missing")
-            if not fits(values[name]):
-                raise ValueError(f"{where}: {name} is not {kind}")
-        if len(values["class_names"]) != values["network"].get("num_classes"):
-            raise ValueError(
-                f"{where}: {len(values['class_names'])} class_names for "
-                f"network.num_classes={values['network'].get('num_classes')}"
-            )
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+    @model_validator(mode="after")
+    def _one_name_for_each_logit(self) -> "Description":
+        names, logits = len(self.class_names), self.network["num_classes"]
+        if names != logits:
+            raise ValueError(f"{names} class_names for network.num_classes={logits}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -103,13 +96,13 @@ class Trained:
         return height, width
 
 
-def build(network: Mapping[str, Any]) -> ResNet:
+def build(network: Network) -> ResNet:
     """The network of a description, with new weights.
 
     Raises:
         ValueError: there is no such network; see `models.ResNet`.
     """
-    arguments = dict(network)
+    arguments: dict[str, Any] = {**network}
     attention = dict(arguments.pop("attention"))
     name = attention.pop("name")
     if name not in ATTENTIONS:
@@ -117,10 +110,10 @@ def build(network: Mapping[str, Any]) -> ResNet:
     return ResNet(**arguments, attention=ATTENTIONS[name](**attention))
 
 
-def describe(network: ResNet) -> dict[str, Any]:
+def describe(network: ResNet) -> Network:
     """The arguments of ``network`` as plain values, as `build` takes them."""
     arguments = network.arguments
-    return arguments | {"attention": describe_attention(arguments["attention"])}
+    return cast(Network, arguments | {"attention": describe_attention(arguments["attention"])})
 
 
 def describe_attention(attention: Attention) -> dict[str, Any]:
@@ -138,7 +131,7 @@ def weights_as_bytes(model: nn.Module) -> bytes:
 
 def description_as_text(description: Description) -> str:
     """``description`` as the text of config.json."""
-    return json.dumps(description.to_dict(), indent=1, allow_nan=False) + "\n"
+    return json.dumps(description.model_dump(), indent=1, allow_nan=False) + "\n"
 
 
 # ---- Loading ------------------------------------------------------------------------------------
@@ -164,7 +157,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Trained:
     file = _file(Path(path).expanduser())
     read = _read_weights if file.suffix == ".safetensors" else _read_checkpoint
     tensors, described, where = read(file)
-    description = Description.from_dict(described, where)
+    description = parse(Description, described, where)
     network = _with_weights(description, tensors, where, file)
     return Trained(network.to(device).eval(), description)
 
@@ -230,9 +223,9 @@ def _with_weights(
     Raises:
         ValueError: they do not fit, or no network is described.
     """
-    depths = description.network.get("depths")
+    depths = description.network["depths"]
     try:
-        if sum(depths) > len(tensors):  # type: ignore[arg-type]
+        if sum(depths) > len(tensors):
             raise ValueError(f"depths={depths} are more blocks than there are weights")
         with torch.device("meta"):  # nothing is allocated before all is known to fit
             network = build(description.network)
@@ -252,35 +245,3 @@ def _with_weights(
     own_memory = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     network.load_state_dict(own_memory, assign=True)
     return network
-
-
-def is_color(value: Any) -> bool:
-    """Whether ``value`` is a list of three finite numbers, one for each channel."""
-    return _is_list(value, (int, float)) and len(value) == 3 and all(map(math.isfinite, value))
-
-
-def _is_list(value: Any, kind: type | tuple[type, ...]) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, kind) and not isinstance(one, bool) for one in value
-    )
-
-
-_KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "network": (
-        "an object with attention and image_size",
-        lambda v: (
-            isinstance(v, dict)
-            and isinstance(v.get("attention"), dict)
-            and _is_list(v.get("image_size"), int)
-            and len(v["image_size"]) == 2
-        ),
-    ),
-    "class_names": ("a list of texts", lambda v: _is_list(v, str)),
-    "mean": ("three numbers", is_color),
-    "std": ("three numbers above 0", lambda v: is_color(v) and min(v) > 0),
-    "data": ("text", lambda v: isinstance(v, str)),
-    "settings": ("an object", lambda v: isinstance(v, dict)),
-    "precision": ("text", lambda v: isinstance(v, str)),
-    "version": ("text", lambda v: isinstance(v, str)),
-    "commit": ("text", lambda v: isinstance(v, str)),
-}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from reporting.paired import Comparison, Difference, paired
 from reporting.runs import Variant, conditions
-from training.run_folder import is_finite
+from training.records import is_finite
 
 # Beside the folders of a comparison's variants: milliseconds of a step by the folder's name, which
 # have been measured apart, on a quiet machine.

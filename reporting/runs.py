@@ -4,7 +4,7 @@ import json
 import os
 import statistics
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from models import ATTENTIONS
 from reporting.text import as_text, natural, short, single_line
 from training import outcome, run_folder
-from training.run_folder import SUMMARY
+from training.records import SCORES, Summary
 from training.variants import variant_settings
 
 # The settings that are named first where several would tell two variants apart.
@@ -21,13 +21,12 @@ NAMED_FIRST = ("epochs", "batch_size", "optim.lr", "optim.weight_decay", "data.v
 NOT_SET = "not set"
 # Kinds of excluded folders, in the order in which they are listed.
 KINDS = ("diverged", "unfinished", "of another data set", "duplicate", "unreadable")
-# Of a folder that has no result, or none of an attention that is known.
+# Of a folder that has no result.
 _EXCLUDED = {
     outcome.DIVERGED: "diverged",
     outcome.STOPPED: "unfinished",
     outcome.NOT_STARTED: "unfinished",
     outcome.FAILED: "unreadable",
-    outcome.DONE: "unreadable",
 }
 
 
@@ -36,12 +35,12 @@ class Run:
     """A finished run: its folder, its summary, and a row of metrics for each epoch."""
 
     folder: Path
-    summary: dict[str, Any]
+    summary: Summary
     rows: list[dict[str, float]]
 
     @property
     def seed(self) -> int:
-        return int(self.summary["seed"])
+        return self.summary["seed"]
 
     @property
     def data(self) -> str:
@@ -55,7 +54,8 @@ class Run:
 
     def last(self, name: str) -> float:
         """A score or a measurement of the summary; `top1` is that of what was evaluated."""
-        return float(self.summary[self._key(name)])
+        summary: Mapping[str, Any] = self.summary
+        return float(summary[self._key(name)])
 
     def each_epoch(self, name: str) -> list[float]:
         """The same, a value for each epoch."""
@@ -64,10 +64,10 @@ class Run:
     @property
     def segments(self) -> list[dict[str, Any]]:
         """For each start of the run what it ran on, packages by their versions among it."""
-        return [segment["versions"] | segment for segment in self.summary["segments"]]
+        return [{**segment["versions"], **segment} for segment in self.summary["segments"]]
 
     def _key(self, name: str) -> str:
-        return f"{self.summary['evaluated_on']}/{name}" if name in run_folder.SCORES else name
+        return f"{self.summary['evaluated_on']}/{name}" if name in SCORES else name
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,16 @@ class Variant:
     runs: list[Run]  # by seed, no seed twice
 
     @property
-    def first(self) -> dict[str, Any]:
+    def first(self) -> Summary:
         return self.runs[0].summary
 
     @property
     def model(self) -> str:
-        return str(self.first["model"])
+        return self.first["model"]
 
     @property
     def attention(self) -> str:
-        return str(self.first["attention"])
+        return self.first["attention"]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -169,14 +169,13 @@ def _run_folders(folders: list[Path], excluded: list[Excluded]) -> Iterator[Path
 
 def _read_run(folder: Path) -> Run | Excluded:
     found, result = outcome.read(folder)
-    why = found.why
     if result is not None:
-        attention = result[0]["attention"]
-        if attention in ATTENTIONS:
-            return Run(folder, *result)
-        why = f"{SUMMARY}: attention is {attention}, not {', '.join(ATTENTIONS)}"
+        return Run(folder, *result)
+    config = run_folder.read_settings(folder)
+    settings = None if config is None else variant_settings(config)
     # The folder is named beside it.
-    return Excluded(folder, _EXCLUDED[found.kind], why.removeprefix(f"{folder}{os.sep}"))
+    why = found.why.removeprefix(f"{folder}{os.sep}")
+    return Excluded(folder, _EXCLUDED[found.kind], why, settings)
 
 
 # ---- Grouping -----------------------------------------------------------------------------------

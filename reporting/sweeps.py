@@ -13,7 +13,7 @@ import numpy
 from reporting.factorial import ALL_PAIRS, LEVEL, Cell, Design, Effect, Interaction
 from reporting.runs import Excluded, Variant, differing_settings
 from reporting.text import as_text, natural, short, shortened
-from training.run_folder import is_finite
+from training.records import is_finite
 
 SIZES = ("attention.dk", "attention.dv", "attention.Nh")
 # Values that stand for leaving something out; others are compared with them.

@@ -54,6 +54,7 @@ import models
 from aaconv import attention_stats
 from aaconv.stats import AttentionStats
 from data import Dataset, evaluation_batches
+from models.saved import Network
 from reporting.text import printable
 from training.compose import compose_config
 from training.device import choose_device
@@ -78,13 +79,13 @@ def stats_of(network: nn.Module, images: Tensor, labels: Tensor) -> AttentionSta
     return attention_stats(network, images, lambda logits: F.cross_entropy(logits, labels))
 
 
-def new_network(network: dict[str, Any], seed: int) -> models.ResNet:
+def new_network(network: Network, seed: int) -> models.ResNet:
     """A network of these arguments as a run of this seed begins with it."""
     torch.manual_seed(seed)
     return models.build(network)
 
 
-def at_start(network: dict[str, Any], seed: int, images: Tensor, labels: Tensor) -> list[str]:
+def at_start(network: Network, seed: int, images: Tensor, labels: Tensor) -> list[str]:
     """The lines on a network that is new, and on the plain one beside it."""
     attention = network["attention"]
     if "init" not in attention:

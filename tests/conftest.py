@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 # Without a GPU, Triton's kernels run in its interpreter. It must be asked for before anything
 # imports triton, as torch's count of operations does.
@@ -19,9 +18,10 @@ if not torch.cuda.is_available():
 import train
 from configs.schema import register
 from training import launch
+from training.compose import compose_config
 
 import app
-from helpers import CONFIGS, TINY
+from helpers import TINY
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and with them all the
 # processes that they start and interrupt.
@@ -50,8 +50,7 @@ def own_wandb_process(monkeypatch):
 @cache
 def composed(words):
     """The settings of these words, which many tests share; to compose them takes a while."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("config", list(words))
+    return compose_config(words)
 
 
 @pytest.fixture

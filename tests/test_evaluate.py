@@ -9,6 +9,7 @@ from test_saved import describe, save
 
 import models
 from data import evaluation_batches, make_lookup
+from models.fields import FORMAT
 from scripts import evaluate
 from training.scores import Calibration
 
@@ -24,6 +25,7 @@ def described(attention, **data):
     network = describe(attention).network
     network |= {"num_classes": LOOKUP.num_classes, "image_size": [32, 32]}
     return models.Description(
+        format=FORMAT,
         network=network,
         class_names=list(LOOKUP.class_names),
         mean=list(LOOKUP.mean),

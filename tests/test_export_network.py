@@ -36,7 +36,7 @@ def test_both_formats_give_the_networks_numbers_at_any_size(tmp_path, monkeypatc
     loaded = models.load(folder)
     extra = {"config.json": ""}
     program = torch.export.load(folder / "network.pt2", extra_files=extra).module()
-    assert json.loads(extra["config.json"]) == loaded.description.to_dict()
+    assert json.loads(extra["config.json"]) == loaded.description.model_dump()
     session = runtime.InferenceSession(folder / "network.onnx")
     told = session.get_modelmeta().custom_metadata_map
     assert json.loads(told["class_names"]) == loaded.class_names

@@ -68,7 +68,7 @@ def test_what_is_no_result_is_listed_and_in_no_number(tmp_path):
     assert {one.folder.name: (one.kind, one.why) for one in excluded} == {
         "a": ("unfinished", "3 epochs"),
         "b": ("diverged", "the loss is not finite at epoch 2"),
-        "c": ("diverged", "loss is nan in summary.json"),
+        "c": ("diverged", "test/loss is nan in summary.json"),
         "d": ("of another data set", "cifar10 test"),
         "e": ("of another data set", "cifar100 val"),
         "g": (

@@ -16,6 +16,7 @@ import pytest
 
 from reporting import page, render, runs
 from reporting.analysis import Analysis
+from training.run_folder import RunFolder, UnreadableError
 
 from folders import failed, make_run, segment
 from helpers import ROOT
@@ -188,6 +189,30 @@ def test_a_damaged_folder_is_listed_and_the_rest_is_reported(tmp_path):
         f"| unreadable | summary.json: format is 1; this version reads format 3 | {tmp_path}"
         in (whole.replace("\\_", "_"))
     )
+
+
+@pytest.mark.parametrize("key", sorted(PROMISED - {"format"}))
+def test_what_could_not_be_read_is_not_written(tmp_path, key):
+    summary = whole_summary(tmp_path / "whole")
+    folder = RunFolder(tmp_path)
+    with pytest.raises(UnreadableError, match=f"summary.json: {key} is null"):
+        folder.write_summary(summary | {key: None})
+    assert not (tmp_path / "summary.json").exists()
+    folder.write_summary(summary)
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8")) == summary
+
+
+@pytest.mark.parametrize("where", ["segments", "config"])
+def test_a_key_with_a_line_break_is_named_in_one_line(tmp_path, where):
+    whole = whole_summary(tmp_path / "whole")
+    inner = whole["segments"][0]["versions"] if where == "segments" else whole["config"]["data"]
+    inner["torch\nof today"] = math.nan
+    (tmp_path / "whole" / "summary.json").write_text(json.dumps(whole), encoding="utf-8")
+    result = result_of(tmp_path / "whole")
+    assert result.kind == "unreadable"
+    assert f"{where}" in result.why
+    assert "torch of today is NaN" in result.why
+    assert "\n" not in result.why
 
 
 # ---- metrics.csv --------------------------------------------------------------------------------

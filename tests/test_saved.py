@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import models
 from models import AA, GE, SE, Description, NoAttention
+from models.fields import FORMAT
 from models.saved import describe_attention, description_as_text, weights_as_bytes
 
 from app import run_app
@@ -39,7 +40,7 @@ def describe(attention=ATTENTIONS[3], **change):
     }
     rest = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "data": "own", "version": "1"}
     rest |= {"settings": {"epochs": 3, "optim": {"lr": 0.1}}, "precision": "float32"}
-    names = {"class_names": ["a", "b", "ü"], "commit": "unknown"}
+    names = {"format": FORMAT, "class_names": ["a", "b", "ü"], "commit": "unknown"}
     return Description(**{"network": network, **rest, **names} | change)
 
 
@@ -148,6 +149,14 @@ def text(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
+def set_description(**values):
+    return change_description(lambda d: d.update(values))
+
+
+def without(key):
+    return change_description(lambda d: d.pop(key))
+
+
 def set_network(**values):
     return change_description(lambda d: d["network"].update(values))
 
@@ -159,28 +168,28 @@ DAMAGE = {
     "no description": (lambda f: (f / "config.json").unlink(), "config.json is missing, which des"),
     "description cut": (cut("config.json", 50), "config.json is damaged: "),
     "description empty": (text("config.json", ""), "config.json is damaged: "),
-    "a list": (text("config.json", "[1]"), "config.json: no description of a network"),
+    "a list": (text("config.json", "[1]"), r"config.json: it is \[1\]; input should be "),
     "deep": (text("config.json", "[" * 100_000), "config.json is damaged: "),
-    "other format": (change_description(lambda d: d.update(format=9)), "format is 9; this version"),
-    "no format": (change_description(lambda d: d.pop("format")), "format is None; this version"),
-    "format 2": (
-        change_description(lambda d: d.update(format=2)),
-        "format is 2; this version reads format 3",
+    "other format": (set_description(format=9), "format is 9; this version reads format 3"),
+    "no format": (without("format"), "config.json: format is missing"),
+    "format 2": (set_description(format=2), "format is 2; this version reads format 3"),
+    "no mean": (without("mean"), "config.json: mean is missing"),
+    "mean": (set_description(mean=[1, 2]), r"mean is \[1, 2\]; list should have at least 3"),
+    "std": (set_description(std=[1, 0, 1]), r"std\[1\] is 0; input should be greater than 0"),
+    "names": (
+        set_description(class_names="abc"),
+        'class_names is "abc"; input should be a',
     ),
-    "no mean": (change_description(lambda d: d.pop("mean")), "config.json: mean is missing"),
-    "mean": (change_description(lambda d: d.update(mean=[1, 2])), "mean is not three numbers"),
-    "std": (change_description(lambda d: d.update(std=[1, 0, 1])), "std is not three numbers abo"),
-    "names": (change_description(lambda d: d.update(class_names="abc")), "class_names is not a li"),
     "fewer names": (
         change_description(lambda d: d["class_names"].pop()),
         "2 class_names for network.num_classes=3",
     ),
-    "no network": (change_description(lambda d: d.pop("network")), "network is missing"),
-    "network": (change_description(lambda d: d.update(network=3)), "network is not an object"),
+    "no network": (without("network"), "network is missing"),
+    "network": (set_description(network=3), "network is 3; input should be a valid dictionary"),
     "block": (set_network(block="dense"), "describes no network: block=dense must be"),
     "unknown": (set_network(color=1), "describes no network: .*color"),
     "depths": (set_network(depths=[1, 10**12, 1]), "are more blocks than there are weights"),
-    "depths text": (set_network(depths="abc"), "describes no network: "),
+    "depths text": (set_network(depths="abc"), 'network.depths is "abc"; input should be a valid'),
     "widths": (set_network(widths=[4, 8, 16]), r"is \(.*\), and \(.*\) by "),
     "huge": (set_network(widths=[4, 8, 2**40]), "describes no network|, and .* by "),
     "size": (set_network(image_size=[16, 16]), r"key_rel_w is \(19, 2\), and \(15, 2\) by"),

@@ -12,9 +12,10 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 import train
+from models.fields import parse
+from training import run_folder
 from training.device import choose_dtype
-from training.progress import EpochState
-from training.run_folder import read_metrics
+from training.progress import EpochState, Progress
 
 from helpers import TINY, rows, slow
 
@@ -256,28 +257,39 @@ def test_an_epochs_row_has_the_mean_accuracy_and_gradient_norm_of_its_steps(buil
     assert metrics["train/grad_norm"] == pytest.approx(sum(norms) / 3, rel=tolerance)
 
 
+def figures(loss, top1, grad_norm, **further):
+    """What a step has shown."""
+    values = {"loss": loss, "top1": top1, "grad_norm": grad_norm, **further}
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+def test_a_further_number_of_the_steps_is_a_metric_and_outlives_a_checkpoint(tmp_path):
+    progress = Progress.begin(2)
+    for step, value in enumerate((1.0, 4.0)):
+        state = progress.epoch_state.to(torch.device("cpu"))
+        progress.epoch_state = state.after_step(figures(1.0, 0.5, 1.0, entropy=value), 0.1)
+        torch.save(progress.state_dict(), tmp_path / f"{step}.pt")
+        saved = torch.load(tmp_path / f"{step}.pt", weights_only=True)
+        progress = parse(Progress, saved, "the checkpoint")
+    row = {"epoch": 1, **progress.epoch_state.training_metrics(), "perf/epoch_seconds": 1.0}
+    assert row["train/entropy"] == 2.5
+    folder = run_folder.RunFolder(tmp_path)
+    folder.write_metrics([row | {"test/loss": 1.0, "test/top1": 50.0, "test/top5": 60.0}])
+    assert run_folder.read_metrics(tmp_path)[0]["train/entropy"] == 2.5
+
+
 def test_a_gradient_that_overflows_is_in_no_mean():
     epoch_state = EpochState.begin(3)
     for norm in (math.inf, 3.0, math.nan, 4.0):
-        figures = {"loss": 1.0, "top1": 0.5, "grad_norm": norm}
-        epoch_state = epoch_state.after_step({k: torch.tensor(v) for k, v in figures.items()}, 0.1)
+        epoch_state = epoch_state.after_step(figures(1.0, 0.5, norm), 0.1)
     assert epoch_state.training_metrics() == {
         "train/loss": 1.0,
         "train/top1": 50.0,
         "train/grad_norm": 3.5,
         "train/lr": 0.1,
     }
-    only = EpochState.begin(1).after_step(dict.fromkeys(figures, torch.tensor(math.inf)), 0.1)
+    only = EpochState.begin(1).after_step(figures(1.0, 0.5, math.inf), 0.1)
     assert only.training_metrics()["train/grad_norm"] == 0.0
-
-
-def test_a_figure_more_of_a_step_is_a_column_more(run, tmp_path, monkeypatch):
-    step, given = train.take_step, iter(range(6))
-    monkeypatch.setattr(
-        train, "take_step", lambda *a: step(*a) | {"new": torch.tensor(float(next(given)))}
-    )
-    run("attention=none")
-    assert [row["train/new"] for row in read_metrics(tmp_path / "run")] == [1.0, 4.0]
 
 
 def test_the_rate_that_is_written_is_the_last_one_used(run, tmp_path, monkeypatch):
@@ -320,7 +332,7 @@ def test_the_peak_is_that_of_training_or_of_the_evaluation(run, tmp_path, monkey
     said = iter(values)
     monkeypatch.setattr(train, "peak_memory_mib", lambda _: next(said))
     run("epochs=1", "attention=none")
-    (row,) = read_metrics(tmp_path / "run")
+    (row,) = run_folder.read_metrics(tmp_path / "run")
     assert row["perf/peak_memory_mib"] == 30.0
 
 

@@ -11,32 +11,20 @@ import torch
 from omegaconf import DictConfig
 
 from aaconv.text import one_line
-from models.saved import is_color
+from models.fields import FORMAT, UnreadableError, parse
 from training import progress, run_folder
 from training.console import first_line
 from training.device import get_rng_state, precision_name, set_rng_state
 from training.files import write_whole
-from training.kinds import (
-    OBJECT,
-    Kind,
-    UnreadableError,
-    check_keys,
-    check_kind,
-    check_segments,
-)
 from training.launch import shell_override
-from training.run_folder import FORMAT, LAST, PREVIOUS
+from training.records import Checkpoint
+from training.run_folder import LAST, PREVIOUS
 from training.state import RunState
 from training.variants import result_settings
 
 log = logging.getLogger(__name__)
 
-_KINDS: dict[str, Kind] = {
-    "config": OBJECT,
-    "rng": progress.TENSOR,
-    "model": OBJECT,
-    **progress.KINDS,
-}
+OTHER_CODE = "was written by other code than this"
 
 
 def save(
@@ -160,7 +148,8 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
                     "overwrite=true without resume starts from scratch"
                 ) from error
             log.warning("%s is damaged (%s); continuing from %s", path, reason, paths[index + 1])
-    _check(state, path)
+    parse(Checkpoint, state, f"{path} {OTHER_CODE}")
+    parse(progress.Progress, state, f"{path} {OTHER_CODE}")
     here, there = _comparable(config), _comparable(state["config"])
     differing = [
         f"{key} ({there.get(key, 'absent')} there, {here.get(key, 'absent')} here)"
@@ -221,16 +210,11 @@ def check_data(state: dict[str, Any], description: dict[str, Any], folder: Path)
 
     Two folders of images may have one name; classes, mean and deviation tell them apart.
     """
-    before = state.get("description")
-    if not isinstance(before, dict):  # of code that did not keep it
-        return
-    colors = [
-        (before[name], description[name]) for name in ("mean", "std") if is_color(before.get(name))
-    ]
-    alike = before.get("class_names") == description["class_names"] and all(
+    before = state["description"]
+    alike = before["class_names"] == description["class_names"] and all(
         math.isclose(then, now, abs_tol=1e-6)
-        for pair in colors
-        for then, now in zip(*pair, strict=True)
+        for name in ("mean", "std")
+        for then, now in zip(before[name], description[name], strict=True)
     )
     if not alike:
         raise ValueError(
@@ -247,22 +231,6 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"wrong checksum of {damaged}")
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
-
-
-def _check(state: Any, path: Path) -> None:
-    """Raise UnreadableError unless the keys are there and of their types."""
-    try:
-        check_kind(state, OBJECT, "the whole")
-        run_folder.check_format(state)
-        check_keys(state, _KINDS)
-        check_keys(state["epoch_state"], progress.EPOCH_KINDS, "epoch_state.")
-        check_segments(state["segments"])
-    except UnreadableError as error:
-        raise _of_other_code(path, error) from None
-
-
-def _of_other_code(path: Path, error: Exception) -> ValueError:
-    return UnreadableError(f"{path} was written by other code than this: {one_line(error)}")
 
 
 def restore(
@@ -282,7 +250,7 @@ def restore(
         if device.type != "cpu" and "device_rng" in state:
             set_rng_state(state["device_rng"], device)
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise _of_other_code(path, error) from error
+        raise UnreadableError(f"{path} {OTHER_CODE}: {one_line(error)}") from error
 
 
 # ---- A run ---------------------------------------------------------------------------------------
@@ -306,7 +274,7 @@ def finished_before(run_dir: Path) -> dict[str, Any]:
     except UnreadableError as error:
         raise ValueError(f"{error}; without that file resume=auto writes it again") from error
     log.info("already finished: %s: %s", run_folder.scores_line(summary), run_dir)
-    return summary
+    return {**summary}
 
 
 def continue_run(
@@ -329,10 +297,10 @@ def continue_run(
             log.info("resume=auto: nothing to continue in %s; the run begins at epoch 1", run_dir)
             for line in runs_with_other_epochs(run_dir, config):
                 log.info("%s", line)
-        return progress.Progress(progress.EpochState.begin(len(state.batches)))
-    check_data(saved, state.description.to_dict(), run_dir)
+        return progress.Progress.begin(len(state.batches))
+    check_data(saved, state.description.model_dump(), run_dir)
     restore(saved, state.stateful(), state.device, resumed)
-    continued = progress.Progress.from_state(saved)
+    continued = parse(progress.Progress, saved, f"{resumed}")
     log.info("resumed %s %s", resumed, continued.position)
     return continued
 
@@ -350,7 +318,7 @@ def save_progress(
             state.stateful(),
             state.device,
             config=config,
-            description=state.description.to_dict(),
+            description=state.description.model_dump(),
             progress=reached.state_dict(),
         )
         folder.keep()

@@ -21,7 +21,7 @@ def start_tracking(
     world: World,
 ) -> Any:
     """The context manager of the run on the dashboard, which continues if it was there before."""
-    place = {k: v for k, v in progress.segments[-1].items() if k != "first_epoch"}
+    provenance = {k: v for k, v in progress.segments[-1].items() if k != "first_epoch"}
     return track(
         config["wandb"]["mode"] if world.is_main else "disabled",
         folder=Path(cfg.out_dir),
@@ -31,7 +31,7 @@ def start_tracking(
         name=f"{run_dir.parent.name} {run_dir.name}",
         job_type="train",
         tags=[facts["model"], facts["attention"], facts["data"]],
-        config=dashboard_config(config, facts, place),
+        config=dashboard_config(config, facts, provenance),
         run_id=progress.wandb_id,
         rows=progress.rows,
     )

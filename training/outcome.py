@@ -4,12 +4,14 @@ What the files of a run's folder say comes first, whatever its process ended wit
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from models.fields import UnreadableError
 from training import run_folder
+from training.records import Summary, nonfinite
 
 # summary.json and metrics.csv of a finished run.
-Result = tuple[dict[str, Any], list[dict[str, float]]]
+Result = tuple[Summary, list[dict[str, float]]]
 
 # What can become of a run, in the order in which it is counted.
 DONE, SKIPPED, STOPPED = "done", "skipped", "stopped"
@@ -49,7 +51,7 @@ def read(folder: Path) -> tuple[Outcome, Result | None]:
             result = run_folder.read_result(folder)
         except FileNotFoundError:
             return _unfinished(folder), None
-    except run_folder.UnreadableError as error:
+    except UnreadableError as error:
         return Outcome(FAILED, str(error)), None
     broken = _nonfinite(result)
     if broken is not None:
@@ -84,21 +86,19 @@ def _unfinished(folder: Path) -> Outcome:
         epochs = len(run_folder.read_metrics(folder))
     except FileNotFoundError:
         epochs = 0
-    planned = run_folder.planned_epochs(folder)
-    return Outcome(STOPPED, f"{epochs}{'' if planned is None else f' of {planned}'} epochs")
+    planned = (run_folder.read_settings(folder) or {}).get("epochs")
+    of = f" of {planned}" if isinstance(planned, int) else ""
+    return Outcome(STOPPED, f"{epochs}{of} epochs")
 
 
 def _nonfinite(result: Result) -> str | None:
-    """The first loss or score of a run that is not finite, in words."""
+    """The first number of a run that is not finite, in words."""
     summary, rows = result
-    keys = {name: f"{summary['evaluated_on']}/{name}" for name in run_folder.SCORES}
-    keys |= {name: name for name in ("train/loss", "train/top1")}
-    places = {f"at epoch {epoch}": row for epoch, row in enumerate(rows, start=1)}
-    for place, values in (places | {f"in {run_folder.SUMMARY}": summary}).items():
-        name = run_folder.first_nonfinite({name: values[key] for name, key in keys.items()})
-        if name is not None:
-            return f"{name} is {values[keys[name]]:g} {place}"
-    return None
+    for row in rows:
+        if fault := nonfinite(row):
+            return f"{fault} at epoch {row['epoch']:g}"
+    fault = nonfinite(summary)
+    return f"{fault} in {run_folder.SUMMARY}" if fault else None
 
 
 def table(rows: list[tuple[str, Outcome]], noun: str, again: str) -> list[str]:

@@ -1,15 +1,24 @@
 """How far a run has come: its finished epochs, the one in progress, and where they were trained."""
 
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, InstanceOf, Strict
 from torch import Tensor
 
-from training.kinds import AMOUNT, OBJECT, Kind, is_whole
+from models.fields import Whole, parse
+from training.records import Amount, Percentage, Segment
 
 # The figures of a step that are fractions; their means over an epoch are in percent.
 FRACTIONS = ("top1",)
+
+
+def _is_pair(value: Tensor) -> Tensor:
+    if value.shape != (2,):
+        raise ValueError(f" has the shape {tuple(value.shape)}, not (2,)")
+    return value
 
 
 @dataclass(frozen=True)
@@ -27,17 +36,17 @@ class EpochState:
         peak_memory_mib: most memory used.
     """
 
-    step: int
-    totals: dict[str, Tensor]
-    first_nonfinite_step: Tensor
-    lr: float = 0.0
-    seconds: float = 0.0
-    peak_memory_mib: float = 0.0
+    step: Whole
+    totals: dict[str, Annotated[InstanceOf[Tensor], AfterValidator(_is_pair)]]
+    first_nonfinite_step: InstanceOf[Tensor]
+    lr: Amount
+    seconds: Amount
+    peak_memory_mib: Amount
 
     @classmethod
     def begin(cls, steps: int) -> "EpochState":
         """Before the first of ``steps`` steps."""
-        return cls(0, {}, torch.tensor(steps))
+        return cls(0, {}, torch.tensor(steps), 0.0, 0.0, 0.0)
 
     def to(self, device: torch.device) -> "EpochState":
         """The same with its tensors on ``device``."""
@@ -93,7 +102,7 @@ def _counted(figure: Tensor) -> Tensor:
 
 @dataclass
 class Progress:
-    """All that a run has done so far; a checkpoint keeps it with the weights.
+    """All that a run has done so far; a checkpoint has it, see `state_dict`, beside the weights.
 
     Attributes:
         epoch_state: of the epoch in progress.
@@ -104,26 +113,19 @@ class Progress:
     """
 
     epoch_state: EpochState
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    per_class_top1: list[float | None] | None = None
-    segments: list[dict[str, Any]] = field(default_factory=list)
-    wandb_id: str | None = None
+    rows: Annotated[list[dict[str, Any]], Strict()]
+    per_class_top1: Annotated[list[Percentage | None], Strict()] | None
+    segments: Annotated[list[Segment], Strict()]
+    wandb_id: str | None
 
     @classmethod
-    def from_state(cls, state: dict[str, Any]) -> "Progress":
-        """What `state_dict` has kept."""
-        kept = {name: state[name] for name in KINDS}
-        return cls(**kept | {"epoch_state": EpochState(**kept["epoch_state"])})
+    def begin(cls, steps: int) -> "Progress":
+        """Before the first epoch, of ``steps`` steps."""
+        return cls(EpochState.begin(steps), [], None, [], None)
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "epoch_state": vars(self.epoch_state).copy(),
-            "rows": self.rows,
-            "per_class_top1": self.per_class_top1,
-            "segments": self.segments,
-            "wandb_id": self.wandb_id,
-        }
+        """As plain values, of which `models.fields.parse` makes an equal one."""
+        return {**vars(self), "epoch_state": vars(self.epoch_state).copy()}
 
     @property
     def position(self) -> str:
@@ -132,11 +134,12 @@ class Progress:
         inside = f", step {step} of the next" if step else ""
         return f"after epoch {len(self.rows)}{inside}"
 
-    def start_segment(self, place: dict[str, Any]) -> None:
+    def start_segment(self, provenance: dict[str, Any]) -> None:
         """Note commit, versions, hardware, precision and processes of what is trained next."""
-        if self.segments and self.segments[-1] == self.segments[-1] | place:
-            return
-        self.segments = [*self.segments, {"first_epoch": len(self.rows) + 1, **place}]
+        last: Mapping[str, Any] = self.segments[-1] if self.segments else {}
+        if last != {**last, **provenance}:
+            segment = {"first_epoch": len(self.rows) + 1, **provenance}
+            self.segments = [*self.segments, parse(Segment, segment, "segments")]
 
     def finish_epoch(
         self, row: dict[str, Any], per_class_top1: list[float | None], steps: int
@@ -145,25 +148,3 @@ class Progress:
         self.rows = [*self.rows, row]
         self.per_class_top1 = per_class_top1
         self.epoch_state = EpochState.begin(steps)
-
-
-KINDS: dict[str, Kind] = {
-    "epoch_state": OBJECT,
-    "rows": ("a list of objects", lambda v: isinstance(v, list) and all(map(OBJECT[1], v))),
-    "per_class_top1": ("a list or null", lambda v: v is None or isinstance(v, list)),
-    "segments": ("a list", lambda v: isinstance(v, list)),
-    "wandb_id": ("text or null", lambda v: v is None or isinstance(v, str)),
-}
-TENSOR: Kind = ("a tensor", lambda v: isinstance(v, Tensor))
-TOTALS: Kind = (
-    "an object of tensors of two numbers",
-    lambda v: isinstance(v, dict) and all(getattr(t, "shape", None) == (2,) for t in v.values()),
-)
-EPOCH_KINDS: dict[str, Kind] = {
-    "step": ("a whole number of at least 0", lambda v: is_whole(v, 0)),
-    "totals": TOTALS,
-    "first_nonfinite_step": TENSOR,
-    "lr": AMOUNT,
-    "seconds": AMOUNT,
-    "peak_memory_mib": AMOUNT,
-}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 
-def place(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
-    """Where a segment of a run is trained: commit, versions, hardware, precision, processes."""
+def of_segment(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
+    """What `training.records.Segment` says of epochs that are trained here and now."""
     return {
         "commit": commit(),
         "versions": versions(),

@@ -27,10 +27,9 @@ import logging
 import logging.handlers
 import os
 import platform
-import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -38,9 +37,12 @@ from typing import Any
 import filelock
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from torch import nn
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from aaconv.text import one_line
+from models.fields import FORMAT, UnreadableError, parse
 from models.saved import (
     DESCRIPTION,
     WEIGHTS,
@@ -50,28 +52,7 @@ from models.saved import (
 )
 from training import console
 from training.files import write_csv, write_json, write_text, write_whole
-from training.kinds import (
-    AMOUNT,
-    CONFIG_KEYS,
-    LOSS,
-    SCORE_KINDS,
-    SCORES,
-    SPLITS,
-    SUMMARY_KEYS,
-    TEXT,
-    TRAINING_COLUMNS,
-    UnreadableError,
-    check_keys,
-    check_segments,
-    check_values,
-    is_finite,
-    is_number,
-    is_whole,
-    shortened,
-)
-
-# Of everything in a run's folder. A change of names or meanings raises it.
-FORMAT = 3
+from training.records import Failure, Summary, check_summary, row_type
 
 METRICS = "metrics.csv"
 SUMMARY = "summary.json"
@@ -143,6 +124,8 @@ class RunFolder:
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Write metrics.csv, a row for each epoch; without rows there is none."""
+        for row in rows:
+            parse(row_type(tuple(row)), row, f"{self.path / METRICS}")
         if rows:
             write_csv(self.path / METRICS, rows)
         else:
@@ -156,11 +139,13 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, which makes the run a finished one."""
-        write_json(self.path / SUMMARY, {"format": FORMAT, **summary})
+        content = {"format": FORMAT, **summary}
+        check_summary(content, f"{self.path / SUMMARY}")
+        write_json(self.path / SUMMARY, content)
 
     def write_failure(self, error: FloatingPointError) -> None:
         """Write failed.json: why the run has no result."""
-        write_json(self.path / FAILURE, {"format": FORMAT, "error": str(error)})
+        write_json(self.path / FAILURE, Failure(format=FORMAT, error=str(error)))
         self.keep()
 
     def _make_folder(self, path: Path) -> None:
@@ -338,7 +323,7 @@ def is_run(names: Iterable[str]) -> bool:
     return not {METRICS, SUMMARY, LAST, PREVIOUS, FAILURE}.isdisjoint(names)
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
+def read_summary(folder: Path) -> Summary:
     """What summary.json holds, checked; its losses and scores may be NaN or infinite.
 
     Raises:
@@ -346,28 +331,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
         UnreadableError: it is damaged or of another format.
     """
     path = folder / SUMMARY
-    summary = _read_json(path)
-    check_keys(summary, SUMMARY_KEYS, f"{path}: ")
-    check_keys(summary["config"], CONFIG_KEYS, f"{path}: config.")
-    check_values(summary["config"], f"{path}: config")
-    on = summary["evaluated_on"]
-    scores = {f"{on}/{name}": kind for name, kind in SCORE_KINDS.items()}
-    check_keys(summary, scores, f"{path}: ")
-    check_segments(summary["segments"], f"{path}: ")
-    for key in ("epochs", "seed"):
-        if summary[key] != summary["config"][key]:
-            raise UnreadableError(
-                f"{path}: {key} is {summary[key]}, but config.{key} is {summary['config'][key]}"
-            )
-    names, by_class = summary["class_names"], summary["per_class_top1"]
-    if len(names) != len(by_class):
-        raise UnreadableError(
-            f"{path}: per_class_top1 has {len(by_class)} values for {len(names)} class_names"
-        )
-    return summary
+    return check_summary(_read_json(path), f"{path}")
 
 
-def read_result(folder: Path) -> tuple[dict[str, Any], list[dict[str, float]]]:
+def read_result(folder: Path) -> tuple[Summary, list[dict[str, float]]]:
     """summary.json and metrics.csv of a finished run, checked against each other.
 
     Raises:
@@ -408,44 +375,36 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         header, texts = list(reader.fieldnames or []), list(reader)
     except csv.Error as error:
         raise UnreadableError(f"{path} is damaged: {one_line(error)}") from None
-    _check_header(header, path)
-    if not content.endswith("\n"):
-        raise UnreadableError(f"{path}, row {len(texts)}: the line is cut short")
-    return [_read_row(text, header, number, path) for number, text in enumerate(texts, start=1)]
-
-
-def _check_header(header: list[str], path: Path) -> None:
     if not header:
         raise UnreadableError(f"{path} is empty")
-    on = next((s for s in SPLITS if any(c.startswith(f"{s}/") for c in header)), SPLITS[0])
-    for column in (*TRAINING_COLUMNS, *(f"{on}/{name}" for name in SCORES)):
-        if header.count(column) != 1:
-            what = "no column" if column not in header else "more than one column"
-            raise UnreadableError(f"{path} has {what} {column}: it is damaged or of another format")
+    twice = next((column for column in header if header.count(column) > 1), None)
+    if twice is not None:
+        raise UnreadableError(f"{path} has more than one column {twice}")
+    if not content.endswith("\n"):
+        raise UnreadableError(f"{path}, row {len(texts)}: the line is cut short")
+    kind = row_type(tuple(header))
+    missing = next((column for column in kind.__annotations__ if column not in header), None)
+    if missing is not None:
+        raise UnreadableError(f"{path} has no column {missing}: it is damaged or of another format")
+    return [_row(text, kind, number, path) for number, text in enumerate(texts, start=1)]
 
 
-def _read_row(text: dict[Any, Any], header: list[str], number: int, path: Path) -> dict[str, float]:
-    row = {}
+def _row(text: dict[Any, Any], kind: Any, number: int, path: Path) -> dict[str, float]:
     where = f"{path}, row {number}"
     if None in text:
         raise UnreadableError(f"{where} has more values than there are columns")
-    for column in header:
-        try:
-            row[column] = float(text[column])
-        except (TypeError, ValueError):
-            raise UnreadableError(
-                f"{where}: {column} is {shortened(text[column])}, not a number"
-            ) from None
-        group, _, name = column.partition("/")
-        if group in SPLITS or column in ("train/loss", "train/top1"):
-            kind = SCORE_KINDS.get(name, LOSS)
-        else:
-            kind = AMOUNT
-        if not kind[1](row[column]):
-            raise UnreadableError(f"{where}: {column} is {text[column]}, not {kind[0]}")
+    row: dict[str, float] = parse(kind, {k: _as_number(v) for k, v in text.items()}, where)
     if row["epoch"] != number:
         raise UnreadableError(f"{where}: epoch is {text['epoch']}, not {number}")
     return row
+
+
+def _as_number(text: str | None) -> Any:
+    """The number that ``text`` is; what is none stays as it is, for the message."""
+    try:
+        return float(text or "")
+    except ValueError:
+        return text
 
 
 def read_failure(folder: Path) -> str | None:
@@ -456,40 +415,32 @@ def read_failure(folder: Path) -> str | None:
     """
     path = folder / FAILURE
     try:
-        failure = _read_json(path)
+        failure = parse(Failure, _read_json(path), f"{path}")
     except FileNotFoundError:
         return None
-    check_keys(failure, {"error": TEXT}, f"{path}: ")
-    return str(failure["error"])
+    return failure["error"]
 
 
-def planned_epochs(folder: Path) -> int | None:
-    """How many epochs the run is meant to have, by its settings; None where they do not tell."""
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """All settings that the run was started with; None where there are none to be read."""
     try:
-        text = _read_text(folder / HYDRA / "config.yaml")
-    except (FileNotFoundError, UnreadableError):
+        cfg = OmegaConf.create(_read_text(folder / HYDRA / "config.yaml"))
+        found = OmegaConf.to_container(cfg, resolve=True)
+    # What is damaged may raise anything of YAML's and OmegaConf's.
+    except (OSError, ValueError, AttributeError, RecursionError, OmegaConfBaseException, YAMLError):
         return None
-    found = re.search(r"^epochs: ([0-9]{1,9})$", text, flags=re.MULTILINE)
-    return int(found[1]) if found else None
+    return found if isinstance(found, dict) else None  # type: ignore[return-value]
 
 
-def scores_line(summary: dict[str, Any]) -> str:
+def scores_line(summary: Mapping[str, Any]) -> str:
     """A finished run's scores in words."""
     on = summary["evaluated_on"]
     return f"{on} top-1 {summary[f'{on}/top1']:.2f}, top-5 {summary[f'{on}/top5']:.2f}"
 
 
-def top1(summary: dict[str, Any]) -> float:
+def top1(summary: Mapping[str, Any]) -> float:
     """A finished run's top-1 accuracy in percent."""
     return float(summary[f"{summary['evaluated_on']}/top1"])
-
-
-def first_nonfinite(values: dict[str, Any]) -> str | None:
-    """The first of ``values`` that is a number and not finite, by name; None if all are."""
-    for name, value in values.items():
-        if is_number(value) and not is_finite(value):
-            return name
-    return None
 
 
 def _read_text(path: Path) -> str:
@@ -505,22 +456,11 @@ def _read_text(path: Path) -> str:
         raise UnreadableError(f"{path} is damaged: {one_line(error)}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Any:
     text = _read_text(path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UnreadableError(f"{path} is damaged: {one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise UnreadableError(f"{path} is damaged: it holds {shortened(value)}, not an object")
-    check_format(value, f"{path}: ")
-    return value
-
-
-def check_format(value: dict[str, Any], where: str = "") -> None:
-    """Raise UnreadableError unless ``value`` is of this version's format."""
-    given = value.get("format", 1)
-    if not is_whole(given, 1) or given != FORMAT:
-        raise UnreadableError(
-            f"{where}format is {shortened(given)}; this version reads format {FORMAT}"
-        )
+    # Files of format 1 do not say theirs.
+    return {"format": 1, **value} if isinstance(value, dict) else value

@@ -17,10 +17,11 @@ from models import (
     layer_facts,
     layer_table,
 )
+from models.fields import FORMAT
 from training import provenance, stopping
 from training.device import dtype_name
 from training.progress import Progress
-from training.run_folder import first_nonfinite
+from training.records import nonfinite
 from training.settings import resolve
 from training.state import RunState
 from training.variants import public_settings
@@ -33,6 +34,7 @@ def describe_run(
 ) -> Description:
     """What is kept with the weights, so that the network can be rebuilt from its file alone."""
     return Description(
+        format=FORMAT,
         network=describe(network),
         class_names=list(dataset.class_names),
         mean=list(dataset.mean),
@@ -79,7 +81,7 @@ def summarize(
     dataset: Dataset,
     facts: dict[str, Any],
 ) -> dict[str, Any]:
-    """What summary.json holds of a finished run: the last epoch's scores and their origin."""
+    """A `training.records.Summary` of a finished run, but for its format."""
     last = progress.rows[-1]
     return {
         "epochs": len(progress.rows),
@@ -107,11 +109,10 @@ def best(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 def raise_if_nonfinite(row: dict[str, Any]) -> None:
     """Raise FloatingPointError if a number of the epoch's row is not finite."""
-    name = first_nonfinite(row)
-    if name is not None:
+    fault = nonfinite(row)
+    if fault is not None:
         raise FloatingPointError(
-            f"{name} is {row[name]} after epoch {row['epoch']}; a lower optim.lr or grad_clip may "
-            "help"
+            f"{fault} after epoch {row['epoch']}; a lower optim.lr or grad_clip may help"
         )
 
 

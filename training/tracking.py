@@ -218,9 +218,9 @@ def _wandb() -> Any:
 
 
 def dashboard_config(
-    config: dict[str, Any], facts: dict[str, Any], place: dict[str, Any]
+    config: dict[str, Any], facts: dict[str, Any], provenance: dict[str, Any]
 ) -> dict[str, Any]:
-    """A run's settings, facts and ``place`` as one level of dotted keys, no word of Hydra's.
+    """A run's settings, facts and ``provenance`` as one level of dotted keys, no word of Hydra's.
 
     The groups' options are plain names beside their settings, ``attention`` beside
     ``attention.dk``: what a sweep of wandb sets, it sets under these keys, and locks them. A whole
@@ -242,7 +242,7 @@ def dashboard_config(
     for layer in facts["layers"]:
         flat |= {f"layers.{layer['name']}.{k}": v for k, v in layer.items() if k != "name"}
     flat |= {k: v for k, v in facts.items() if k not in ("layers", "precision")}
-    flat |= flatten({"place": place})
+    flat |= flatten({"provenance": provenance})
     flat["variant"] = variant_label(config, facts["model"], facts["attention"])
     return flat
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -17,7 +17,7 @@ HYDRAS = ("_target_", "_partial_")
 KEPT_PARTS = 3
 
 
-def flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one level of dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
@@ -47,12 +47,12 @@ def public_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return kept
 
 
-def result_settings(config: dict[str, Any]) -> dict[str, Any]:
+def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide a result, flattened."""
     return {k: v for k, v in flatten(config).items() if decides_result(k)}
 
 
-def variant_settings(config: dict[str, Any]) -> dict[str, Any]:
+def variant_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide a result except for the seed, flattened."""
     return {k: v for k, v in result_settings(config).items() if k != "seed"}
 
