@@ -223,7 +223,7 @@ def try_backends(model: nn.Module, dataset: Dataset, autocast: torch.autocast) -
 def train_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Stop) -> Action:
     """Train from where ``progress`` is in its epoch to the end, or until there is more to do.
 
-    Returns what: to save or to stop after the last step, or to continue with the evaluation.
+    Returns what: to save or to stop where it is now, or to continue with the evaluation.
     """
     device, steps, epoch = state.device, len(state.batches), len(progress.rows)
     before = epoch_state = progress.epoch_state.to(device)
@@ -315,7 +315,7 @@ def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Sto
     model = state.model if state.ema_model is None else state.ema_model
     distributed.broadcast_buffers(model)
     if model is state.model and world.size == 1:
-        model = state.wrapped_model  # of several processes it would ask for them at each batch
+        model = state.wrapped_model  # which in several would send the buffers at each batch, too
     images = dataset.evaluation.shard(world.rank, world.size)
     batches = evaluation_batches(images, cfg.eval_batch_size, dataset.mean, dataset.std)
     scores, per_class_top1 = evaluate(model, stop.until_signalled(batches), state.autocast)

@@ -15,6 +15,12 @@ CONDITIONS = {
     "torch": "with different versions of torch",
     "processes": "with different numbers of processes",
 }
+# Of the figures of a step in metrics.csv; another one is called by its name.
+TRAINING_TITLES = {
+    "loss": "training loss (nats)",
+    "top1": "training top-1 accuracy (%)",
+    "grad_norm": "norm of the gradient",
+}
 
 
 def scores_section(analysis: Analysis) -> Section:
@@ -59,8 +65,14 @@ def curves_section(analysis: Analysis) -> Section:
         gain = figures.gain_over_epochs(analysis.variants, analysis.gains)
         caption = "Top-1 minus that of the plain baseline with the same seed, after each epoch."
         pictures.append(Picture("gain", "Gain over plain", gain, caption))
-    loss = figures.over_epochs(analysis.variants, "train/loss", "training loss (nats)")
-    pictures.append(Picture("loss", "Training loss", loss, "Mean training loss of each epoch."))
+    of_every_run = set.intersection(*(set(run.rows[0]) for run in analysis.runs))
+    for column in analysis.runs[0].rows[0]:
+        group, _, name = column.partition("/")
+        if group == "train" and name != "lr" and column in of_every_run:
+            title = TRAINING_TITLES.get(name, f"training {name}")
+            curve = figures.over_epochs(analysis.variants, column, title)
+            caption = f"Mean of each epoch's steps: {title}."
+            pictures.append(Picture(f"train-{name}", title.capitalize(), curve, caption))
     words = "Lines are means over seeds; bands span the lowest to the highest seed."
     return Section("Learning curves", [words], pictures=pictures)
 

@@ -100,6 +100,7 @@ def make_run(
                 "epoch": epoch,
                 "train/loss": 4.6 * math.exp(-2 * epoch / epochs) + draw.random() / 9,
                 "train/top1": min(100.0, top1 - missing + 4),
+                "train/other": float(epoch),
                 "train/lr": 0.1,
                 f"{evaluated_on}/loss": 4.6 * math.exp(-1.5 * epoch / epochs),
                 f"{evaluated_on}/top1": top1 - missing,

@@ -66,6 +66,8 @@ def test_curves_show_the_metrics(tmp_path, drawn):
     for name, label in (
         ("test/top1", "top-1 accuracy (%)"),
         ("train/loss", "training loss (nats)"),
+        ("train/top1", "training top-1 accuracy (%)"),
+        ("train/other", "training other"),
     ):
         panel = labeled(panels, "epoch", label)
         assert panel["legend"] == ["plain (n=2)", "AA (n=2)"]
