@@ -457,14 +457,15 @@ LAST = "for last; do :; done; "
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("exit 0", "native.so"),  # as CXX=true does
+        ("exit 0", "native.so is not a file"),  # as CXX=true does
+        (LAST + "mkfifo $last; exit 0", "native.so is not a file"),
         (LAST + "echo rubbish > $last", "native.so"),
         (LAST + "{real} -shared -x c /dev/null -o $last", "has no function aaconv_attend"),
         (
             LAST + '{real} "$@"; case $last in *.so) truncate -s 4096 $last;; esac',
             "native.so is cut short",
         ),
-        ("cat", "native.so"),  # waits for nobody's keyboard
+        ("cat", "native.so is not a file"),  # waits for nobody's keyboard
         (None, "needs a C++ compiler, and none of g++, c++, clang++ is in PATH"),
         ("echo 'x.cpp:1: error: no such flag' >&2; exit 1", "x.cpp:1: error: no such flag"),
         ("kill -9 $$", "was not compiled: signal 9 ended "),

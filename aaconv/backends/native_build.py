@@ -240,8 +240,10 @@ def _open(path: Path) -> ctypes.CDLL:
     """Load the kernel.
 
     Raises:
-        OSError: it is cut short, lacks a function, or does not load.
+        OSError: it is missing, cut short, lacks a function, or does not load.
     """
+    if not path.is_file():
+        raise OSError(f"{path} is not a file")
     content = path.read_bytes()
     # An ELF file ends with the table of its sections. One that is cut short would end this process.
     if content.startswith(b"\x7fELF\x02") and len(content) >= 64:
