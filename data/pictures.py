@@ -30,6 +30,16 @@ _GAP = 3
 # Images of more pixels than this are decoded one at a time, for the sake of memory.
 _LARGE = 2**25
 _one_large = threading.Lock()
+# What an image is turned by for each orientation that EXIF data may have.
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
 # Numbers of 16 bits for each color, which Pillow reads in their upper eight alone.
 _DEEP_COLOR = re.compile(r";16[BLN]")
 
@@ -154,7 +164,10 @@ class _NumbersError(ValueError):
 def _decode(picture: Any, size: tuple[int, int], white: float | None, deep_color: bool) -> Decoded:
     from PIL import Image, ImageOps
 
-    ImageOps.exif_transpose(picture, in_place=True)
+    # ImageOps.exif_transpose also writes the other EXIF data again, which fails for damaged ones.
+    orientation = picture.getexif().get(0x0112)
+    if orientation in _TURNS:
+        picture = picture.transpose(Image.Transpose[_TURNS[orientation]])
     largest = None
     if deep_color:
         if white not in (None, WHITE_OF_16_BITS):

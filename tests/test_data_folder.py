@@ -19,32 +19,12 @@ from scripts import compare
 from training import cli, run_folder
 from training.trained import compose_settings, load_data
 
-CLASSES = ["ant", "Bee", "c d", "Käfer"]
-
-
-def write(path, size=(9, 7), seed=0, mode="RGB"):
-    """A picture of (width, height) with random pixels, which are returned."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(path)
-    return pixels
+from image_folders import CLASSES, load, write, write_folder
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Four classes of three images in train/, and one of each but the last in val/."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    place = tmp_path / "my images"
-    for number, name in enumerate(CLASSES):
-        for image in range(3):
-            write(place / "train" / name / f"{image}.png", seed=10 * number + image)
-        if number < 3:
-            write(place / "val" / name / "x.png", seed=100 + number)
-    return place
-
-
-def load(root, **settings):
-    return load_folder(str(root), "mine", **{"size": 8, **settings})
+    return write_folder(tmp_path, monkeypatch)
 
 
 def test_classes_images_and_labels_are_those_of_torchvisions_image_folder(root):
