@@ -26,7 +26,7 @@ from tqdm import tqdm
 from aaconv.text import one_line
 from data import image_cache
 from data.dataset import Dataset, Images, digest_of, hold_out_by_class
-from data.layout import NAMED, ImageFile, Layout, find_images, in_words, links_in_words
+from data.layout import ImageFile, Layout, find_images, in_words, links_in_words, some
 from data.pictures import (
     MAX_PIXELS,
     WHITE_OF_16_BITS,
@@ -220,7 +220,7 @@ def _notes(name: str, found: Layout, train: Split, evaluation: Split) -> list[tu
     left_out = [*train.left_out, *evaluation.left_out]
     if left_out:
         notes.append(
-            (logging.WARNING, f"{name}: {len(left_out)} files left out: {_some(left_out)}")
+            (logging.WARNING, f"{name}: {len(left_out)} files left out: {some(left_out, '; ')}")
         )
     if found.links:
         notes.append((logging.WARNING, f"{name}: {links_in_words(found.links)}"))
@@ -235,15 +235,10 @@ def _notes(name: str, found: Layout, train: Split, evaluation: Split) -> list[tu
             (
                 logging.WARNING,
                 f"{name}: {len(twice)} of {len(evaluation.files)} images to evaluate on are among "
-                f"those to train on: {_some(twice)}",
+                f"those to train on: {some(twice, '; ')}",
             )
         )
     return notes
-
-
-def _some(lines: list[str]) -> str:
-    more = f", and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
-    return f"{'; '.join(lines[:NAMED])}{more}"
 
 
 def _mean_and_std(facts: list[Facts], area: int) -> tuple[Any, Any]:
@@ -400,7 +395,7 @@ def _check_faults(facts: Facts, files: list[ImageFile], skip_damaged: bool) -> N
     if faults and not skip_damaged:
         raise ValueError(
             f"{len(faults)} of {len(files)} images cannot be read; repair or delete "
-            f"{_some(faults)}; data.skip_damaged=true leaves them out"
+            f"{some(faults, '; ')}; data.skip_damaged=true leaves them out"
         )
     if not facts.images:
-        raise ValueError(f"none of {len(files)} images can be read: {_some(faults)}")
+        raise ValueError(f"none of {len(files)} images can be read: {some(faults, '; ')}")

@@ -162,7 +162,11 @@ def _without_loops(split: Path, found: Layout) -> list[Path]:
             continue
         taken.append(real)
         fine.append(path)
-    found.links += [p for p in split.iterdir() if p.is_symlink() and not p.exists()]
+    found.links += [
+        path
+        for path in split.iterdir()
+        if path.is_symlink() and not path.exists() and not _is_stray(path.name)
+    ]
     return sorted(fine)
 
 
@@ -247,7 +251,7 @@ def _annotated(split: Path, found: Layout) -> list[ImageFile]:
         (f"{file} names images that are not there:", classes.keys() - images.keys()),
     ):
         if names:
-            raise ValueError(f"{text} {_some(sorted(names))}")
+            raise ValueError(f"{text} {some(sorted(names))}")
     for name in sorted(set(classes.values()) - set(found.classes)):
         raise _strange_class(split, name, "train", found)
     labels = {name: label for label, name in enumerate(found.classes)}
@@ -262,17 +266,23 @@ def _annotated(split: Path, found: Layout) -> list[ImageFile]:
 
 def in_words(counts: Counter[str]) -> str:
     """Counts as ``.txt 18, .md 4``, the most frequent first."""
-    some = counts.most_common(NAMED)
-    words = [f"{name} {count}" for name, count in some]
-    rest = counts.total() - sum(count for _, count in some) if len(counts) > NAMED else 0
+    most = counts.most_common(NAMED)
+    words = [f"{shown(name)} {count}" for name, count in most]
+    rest = counts.total() - sum(count for _, count in most) if len(counts) > NAMED else 0
     return ", ".join([*words, f"others {rest}"] if rest else words)
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{', '.join(names[:NAMED])}{more}"
+def some(lines: list[str], separator: str = ", ") -> str:
+    """The first of these lines, as one that any terminal can show, and how many more there are."""
+    more = f"{separator}and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
+    return shown(separator.join(lines[:NAMED])) + more
+
+
+def shown(text: str) -> str:
+    """``text`` with escapes for what cannot be printed, such as line breaks in a file's name."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def links_in_words(links: list[Path]) -> str:
     """One line that names links which are not followed."""
-    return f"links to folders that are not followed: {_some(sorted(map(str, links)))}"
+    return f"links to folders that are not followed: {some(sorted(map(str, links)))}"

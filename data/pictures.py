@@ -165,6 +165,7 @@ def _decode(picture: Any, size: tuple[int, int], white: float | None, deep_color
     from PIL import Image, ImageOps
 
     # ImageOps.exif_transpose also writes the other EXIF data again, which fails for damaged ones.
+    picture.load()  # which turns a TIFF, and takes its orientation away
     orientation = picture.getexif().get(0x0112)
     if orientation in _TURNS:
         picture = picture.transpose(Image.Transpose[_TURNS[orientation]])

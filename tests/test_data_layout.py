@@ -261,6 +261,21 @@ def test_one_line_says_what_was_found(root, caplog):
     )
 
 
+@pytest.mark.parametrize("name", ["a\nb.png", "\x1b[31m.png", "\udcff.png", "x.\udcff\n"])
+def test_names_that_no_terminal_can_show_are_escaped(root, name, caplog):
+    caplog.set_level("INFO")
+    (root / "train" / "ant" / name).write_bytes(b"")
+    (root / "train" / "ant" / f"{name[:-4]}link").symlink_to("..")
+    lines = [*load(root, skip_damaged=True).notes]
+    assert set(lines) <= set(caplog.messages)
+    if name.endswith("png"):
+        with pytest.raises(ValueError, match="1 of 13 images") as caught:
+            load(root)
+        lines.append(str(caught.value))
+    assert len(lines) >= 2
+    assert all(line.isprintable() for line in lines)
+
+
 def test_files_that_run_a_program_are_not_taken(root):
     (root / "train" / "ant" / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n")
     (root / "train" / "ant" / "b.png").write_text(

@@ -94,8 +94,9 @@ def test_what_is_transparent_is_white(tmp_path, how):
     assert not (read[:, 10:] == 255).all()
 
 
+@pytest.mark.parametrize("ending", ["png", "tiff", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_it_is_turned_as_its_exif_data_say(tmp_path, orientation):
+def test_it_is_turned_as_its_exif_data_say(tmp_path, orientation, ending):
     upright = Image.fromarray(pixels())
     back = {
         2: [Image.Transpose.FLIP_LEFT_RIGHT],
@@ -111,8 +112,9 @@ def test_it_is_turned_as_its_exif_data_say(tmp_path, orientation):
         kept = kept.transpose(step)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    kept.save(tmp_path / "a.png", exif=exif)
-    read = read_picture(tmp_path / "a.png", SIZE)
+    path = tmp_path / f"a.{ending}"
+    kept.save(path, exif=exif, **({"lossless": True} if ending == "webp" else {}))
+    read = read_picture(path, SIZE)
     assert np.array_equal(read.numpy(), np.array(upright))
 
 
