@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -126,6 +127,8 @@ def load_folder(
     """
     if not name:
         raise ValueError("data.name= must not be empty: runs are grouped by it")
+    if white is not None and not 0 < white < math.inf:
+        raise ValueError(f"data.white={white} must be above 0 and finite")
     settings = DecodeSettings(_height_and_width(size), white, max_pixels)
     folder = Path(root).expanduser().absolute()
     found = find_images(folder, hold_out=bool(val_size))

@@ -92,6 +92,12 @@ def test_numbers_of_which_none_is_known_to_be_white_are_refused(root, numbers, w
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("white", [0, -1, float("nan"), float("inf")])
+def test_a_white_that_is_none_is_refused(root, white):
+    with pytest.raises(ValueError, match=f"data.white={white} must be above 0 and finite"):
+        load(root, white=white)
+
+
 def test_a_dark_set_of_16_bits_is_taken_where_that_is_meant(root):
     gray_set(root, ramp(4095, np.uint16))
     assert load(root, white=65535).train.pixels.max() == 16
