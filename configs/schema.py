@@ -226,23 +226,37 @@ class LookupConfig:
 class FolderConfig:
     _target_: str = "data.load_folder"
     root: str = setting(
-        "Folder with train/CLASS/ and val/CLASS/, which hold the images of each class.",
+        "Folder with train/CLASS/ and val/CLASS/ (or valid/, or test/), which hold the images of "
+        "each class; or with CLASS/ alone, which needs data.val_size.",
         decides_result=False,
     )
     name: str = setting(
         "What the data set is called in results; runs on different images need different names. "
         "By default the last part of data.root."
     )
-    size: int = setting(
-        "Height and width in pixels that all images are brought to: scaled with their sides in "
-        "proportion until they cover it, and cut at the sides that stick out.",
+    # An int or a list of two, which no annotation that OmegaConf reads can say.
+    size: Any = setting(
+        "Height and width in pixels that all images are brought to, one number or "
+        "[height, width]: scaled with their sides in proportion until they cover it, and cut at "
+        "the sides that stick out.",
         at_least=1,
         at_most=1024,
     )
     val_size: int = setting(
-        "Training images to hold out and evaluate on instead of val/: 0 (evaluate on val/) to "
-        "all but one of them.",
+        "Training images to hold out, of each class in proportion, and evaluate on instead of "
+        "val/: 0 (evaluate on val/) to all but one of each class.",
         at_least=0,
+    )
+    white: Optional[float] = setting(
+        "The number that is white in gray images of more than 8 bits, such as 4095 or 1.0. null is "
+        "65535 for whole numbers, and refuses floating-point numbers.",
+        above=0,
+    )
+    skip_damaged: bool = setting(
+        "Whether to leave out images that cannot be read; otherwise they end the run."
+    )
+    max_pixels: int = setting(
+        "Pixels of the largest image that is read; more may be an attack.", at_least=1
     )
 
 

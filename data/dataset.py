@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -109,6 +110,10 @@ class Dataset:
     is the validation part of a folder.
     ``mean`` and ``std`` normalize the pixels, per channel, on a scale where white is 1; they are
     those of all training images, the held-out ones included.
+    ``digest`` tells these images from others: equal ones are trained and evaluated on the same
+    images with the same labels, whatever the version of Pillow has made of their files. Without
+    one it is computed from pixels and labels.
+    ``notes`` are lines on what was found where the images came from.
 
     Raises ValueError if the fields contradict each other, such as a label that is not from 0 to
     num_classes - 1.
@@ -122,6 +127,8 @@ class Dataset:
     class_names: tuple[str, ...]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    digest: str = ""
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.evaluated_on not in ("test", "val"):
@@ -144,6 +151,8 @@ class Dataset:
             )
         _check_labels("train", self.train.labels, self.num_classes)
         _check_labels("evaluation", self.evaluation.labels, self.num_classes)
+        if not self.digest:
+            object.__setattr__(self, "digest", _digest_of_images(self.train, self.evaluation))
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -166,6 +175,24 @@ def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
             f"the labels of {name} go from {lowest} to {highest}; "
             f"expected 0 to {num_classes - 1}, since num_classes={num_classes}"
         )
+
+
+def digest_of(parts: Iterable[str | bytes]) -> str:
+    """16 hexadecimal digits that tell these parts, in this order, from any others."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        content = part.encode(errors="surrogateescape") if isinstance(part, str) else part
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _digest_of_images(*splits: Images) -> str:
+    tensors = [tensor for images in splits for tensor in (images.pixels, images.labels)]
+    if any(tensor.is_meta for tensor in tensors):  # which has no values
+        return digest_of(str(tuple(tensor.shape)) for tensor in tensors)
+    arrays = [tensor.cpu().contiguous().numpy() for tensor in tensors]
+    return digest_of(part for a in arrays for part in (str(a.shape), a.tobytes()))
 
 
 def seeded_generator(*parts: int | str) -> torch.Generator:
@@ -198,3 +225,34 @@ def hold_out(train: Images, size: int) -> tuple[Images, Images]:
     order = order.to(train.labels.device)
     held_out, rest = order[:size].sort().values, order[size:].sort().values
     return train.select(rest), train.select(held_out)
+
+
+def hold_out_by_class(labels: list[int], size: int) -> list[int]:
+    """Indices of ``size`` random images, sorted: of each class in proportion to its images.
+
+    Each class keeps an image to train on. Which images are held out depends only on ``labels`` and
+    ``size``. Raises ValueError if there are not as many.
+    """
+    members: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        members.setdefault(label, []).append(index)
+    most = len(labels) - len(members)
+    if not 1 <= size <= most:
+        raise ValueError(
+            f"val_size={size} cannot be held out of {len(labels)} training images of "
+            f"{len(members)} classes, each of which keeps one; give 0 (evaluate on images of their "
+            f"own) to {most}"
+        )
+    shares = {label: divmod(size * len(own), len(labels)) for label, own in members.items()}
+    quotas = {label: min(share, len(members[label]) - 1) for label, (share, _) in shares.items()}
+    # What rounding has left goes, one each, to the classes that have lost most by it.
+    by_loss = sorted(members, key=lambda label: (-shares[label][1], label))
+    while (left := size - sum(quotas.values())) > 0:
+        open_ = [label for label in by_loss if quotas[label] < len(members[label]) - 1]
+        for label in open_[:left]:
+            quotas[label] += 1
+    held_out = []
+    for label, own in members.items():
+        order = torch.randperm(len(own), generator=seeded_generator("hold-out", label))
+        held_out += [own[index] for index in order[: quotas[label]].tolist()]
+    return sorted(held_out)

@@ -1,15 +1,23 @@
-"""Images of one's own, in a folder for each class, as torchvision's ImageFolder has them."""
+"""Images of one's own, in a folder for each class.
+
+Who owns what: `data.layout` says which files are images of which class, `data.pictures` makes an
+array of one file, `data.image_cache` keeps the arrays from one run to the next. Here a data set is
+made of them: files are told apart by their bytes, which name the file of the cache and make up
+`Dataset.digest`; images to evaluate on are held out by class; mean and deviation are computed; and
+what was found is said.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
-import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,249 +25,380 @@ from torch import Tensor
 from tqdm import tqdm
 
 from aaconv.text import one_line
-from data.dataset import Dataset, Images, check_val_size, hold_out
-from data.pictures import read_by_several, reading
+from data import image_cache
+from data.dataset import Dataset, Images, digest_of, hold_out_by_class
+from data.layout import ImageFile, Layout, find_images, in_words, links_in_words, some
+from data.pictures import (
+    MAX_PIXELS,
+    WHITE_OF_16_BITS,
+    Decoded,
+    decode,
+    formats,
+    read_file,
+    reading,
+)
 
 log = logging.getLogger(__name__)
 
-# The endings that torchvision's ImageFolder reads; other files are passed over, as there.
-ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-TRAIN, VAL = "train", "val"
 LARGEST = 1024
-# More are a slip: a folder of the computer's, not of a data set.
-MOST_CLASSES = 100_000
 # From this many images on there is a progress bar.
 MANY = 500
-# Damaged images that an error names.
-NAMED = 3
 # Of what is kept in the cache; another way to read or to scale raises it.
-FORMAT = 1
+FORMAT = 2
+# Bytes of images that are decoded before they are written to the cache.
+BLOCK = 2**24
+# A set of images of 16 bits of which none is this bright has numbers of fewer bits.
+DARK = (WHITE_OF_16_BITS + 1) // 4
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class DecodeSettings(NamedTuple):
+    """What decides the pixels of an image besides its file: see `load_folder`."""
+
+    size: tuple[int, int]
+    white: float | None
+    max_pixels: int
+
+
+@dataclass
+class Facts:
+    """What is found when images are decoded, and kept with them.
+
+    Attributes:
+        images: how many there are.
+        total, squares: sums of all pixels and of their squares, for each channel.
+        faults: the index of each file that is left out, and why.
+        largest_gray, largest_color: of all numbers of 16 bits, see `data.pictures.Decoded`.
+    """
+
+    images: int = 0
+    total: list[int] = field(default_factory=lambda: [0, 0, 0])
+    squares: list[int] = field(default_factory=lambda: [0, 0, 0])
+    faults: list[tuple[int, str]] = field(default_factory=list)
+    largest_gray: float = -1
+    largest_color: float = -1
+
+
+@dataclass
+class Split:
+    """The images of some files, those files that were taken, and the bytes' digest of each."""
+
+    pixels: Tensor
+    files: list[ImageFile]
+    digests: list[bytes]
+    facts: Facts
+    left_out: list[str]
 
 
 def load_folder(
     root: str,
     name: str,
-    size: int,
+    size: int | Sequence[int],
     val_size: int = 0,
+    white: float | None = None,
+    skip_damaged: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
-    """The images of ``root/train/CLASS/`` and ``root/val/CLASS/`` in memory, ``size`` x ``size``.
+    """The images of a folder, in one of the layouts of `data.layout.find_images`.
 
-    Classes are the folders in ``train/`` in the order of their names, and every image below one of
-    them, at any level, is of that class. How an image is brought to its size:
-    `data.pictures.read_picture`. It is evaluated on ``val/``, or with ``val_size`` > 0 on that
-    many images held out of the training set, and ``val/`` is not read. Mean and standard deviation
-    are those of all images in ``train/``, exact but for the last rounding.
+    How an image is brought to ``size``, one number or (height, width): `data.pictures.decode`. It
+    is evaluated on the folder's own images for that, or with ``val_size`` > 0 on that many held out
+    of the training images, of each class in proportion. Mean and standard deviation are those of
+    all training images, held-out ones included, exact but for the last rounding; a channel that is
+    constant counts with a deviation of 1.
 
-    What has been read is kept in `cache_folder`, by the names, sizes and times of the files, and
-    the next run begins at once.
+    The decoded images are kept by `data.image_cache`, under a digest of all files, and are mapped
+    into memory from there: the next run begins at once, and they may be more than memory holds.
+
+    Args:
+        white: the number that is white in gray images of more than 8 bits; by default 65,535 for
+            whole numbers, while images of floating-point numbers are refused.
+        skip_damaged: whether to leave out files that cannot be read instead of refusing them.
+        max_pixels: of the largest image that is read.
 
     Raises:
-        FileNotFoundError: no ``train/``, or neither ``val/`` nor ``val_size``.
+        FileNotFoundError: no folder to train on, or none to evaluate on.
         ValueError: a value that does not fit, fewer than two classes, a class without an image or
-            one of ``val/`` that ``train/`` lacks, or damaged images; the message names them.
+            one to evaluate on that is not trained on, files that cannot be read, or numbers of 16
+            bits that are all dark; the message names them.
         OSError: a folder cannot be read.
     """
     if not name:
         raise ValueError("data.name= must not be empty: runs are grouped by it")
-    if not 1 <= size <= LARGEST:
-        raise ValueError(f"data.size={size} must be at least 1 and at most {LARGEST} pixels")
+    if white is not None and not 0 < white < math.inf:
+        raise ValueError(f"data.white={white} must be above 0 and finite")
+    settings = DecodeSettings(_height_and_width(size), white, max_pixels)
     folder = Path(root).expanduser().absolute()
-    if not (folder / TRAIN).is_dir():
-        raise FileNotFoundError(
-            f"data.root={root}: there is no folder {TRAIN}/ in it; the images of each class belong "
-            f"in {TRAIN}/CLASS/"
-        )
-    if not val_size and not (folder / VAL).is_dir():
-        raise FileNotFoundError(
-            f"data.root={root}: there is no folder {VAL}/ in it; data.val_size=N evaluates on N "
-            f"images held out of {TRAIN}/"
-        )
-    classes = _classes(folder / TRAIN)
-    train_files = _files(folder / TRAIN, classes)
-    for index, label in enumerate(classes):
-        if not any(i == index for _, i in train_files):
-            raise ValueError(f"{folder / TRAIN / label} has no image ({', '.join(ENDINGS)})")
-    check_val_size(val_size, len(train_files))
-    val_files = [] if val_size else _val_files(folder, classes)
-
-    train = _images(train_files, size)
-    mean, std = _mean_and_std(train.pixels, folder / TRAIN)
+    found = find_images(folder, hold_out=bool(val_size))
+    train_files, evaluation_files = found.train, found.evaluation
     if val_size:
-        train, evaluation = hold_out(train, val_size)
-    else:
-        evaluation = _images(val_files, size)
+        held_out = set(hold_out_by_class([file.label for file in found.train], val_size))
+        evaluation_files = [f for i, f in enumerate(found.train) if i in held_out]
+        train_files = [f for i, f in enumerate(found.train) if i not in held_out]
+
+    train = _read(train_files, settings, skip_damaged)
+    evaluation = _read(evaluation_files, settings, skip_damaged)
+    _check_brightness(folder, white, [train.facts, evaluation.facts])
+    _check_classes(train, found)
+    of_training = [train.facts, evaluation.facts] if val_size else [train.facts]
+    mean, std = _mean_and_std(of_training, settings.size[0] * settings.size[1])
+    notes = _notes(name, found, train, evaluation)
+    for level, note in notes:
+        log.log(level, "%s", note)
     return Dataset(
         name=name,
-        train=train,
-        evaluation=evaluation,
-        evaluated_on="val",
-        num_classes=len(classes),
-        class_names=tuple(classes),
+        train=_labelled(train),
+        evaluation=_labelled(evaluation),
+        evaluated_on=found.evaluated_on,
+        num_classes=len(found.classes),
+        class_names=tuple(found.classes),
         mean=mean,
         std=std,
+        digest=digest_of(_parts(found, train, evaluation)),
+        notes=tuple(note for _, note in notes),
     )
 
 
-def _classes(folder: Path) -> list[str]:
-    names = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
-    for name in names:
-        if not name.isprintable():  # of bytes that are no text, or with line breaks
-            raise ValueError(f"{folder}: the class {name!r} needs a name of printable characters")
-    if not 2 <= len(names) <= MOST_CLASSES:
+def _height_and_width(size: Any) -> tuple[int, int]:
+    sides = [size, size] if isinstance(size, int) else size
+    if not (
+        isinstance(sides, Sequence)
+        and len(sides) == 2
+        and all(type(side) is int and 1 <= side <= LARGEST for side in sides)
+    ):
         raise ValueError(
-            f"{folder} has {len(names)} folders; expected one for each class, 2 to {MOST_CLASSES:,}"
+            f"data.size={size} must be at least 1 and at most {LARGEST} pixels, one number or "
+            "[height, width]"
         )
-    return names
+    return sides[0], sides[1]
 
 
-def _files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    """All images with the index of their class, in the order of class and name."""
-    found = []
-    for index, name in enumerate(classes):
-        inside = []
-        # ImageFolder follows links, too.
-        for where, folders, files in os.walk(folder / name, followlinks=True, onerror=_raise):
-            folders[:] = [one for one in folders if one[0] != "."]
-            inside += [
-                Path(where, file)
-                for file in files
-                if file.lower().endswith(ENDINGS) and file[0] != "."
-            ]
-        found += [(path, index) for path in sorted(inside)]
-    return found
+def _labelled(split: Split) -> Images:
+    return Images(split.pixels, torch.tensor([file.label for file in split.files]))
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _parts(found: Layout, *splits: Split) -> Iterator[str | bytes]:
+    yield from found.classes
+    for split in splits:
+        yield f"{len(split.files)}"
+        for file, digest in zip(split.files, split.digests, strict=True):
+            yield from (file.name, f"{file.label}", digest)
 
 
-def _val_files(folder: Path, classes: list[str]) -> list[tuple[Path, int]]:
-    strange = sorted(
-        path.name
-        for path in (folder / VAL).iterdir()
-        if path.is_dir() and path.name[0] != "." and path.name not in classes
-    )
-    if strange:
+# ---- Checks and what is said --------------------------------------------------------------------
+
+
+def _check_brightness(folder: Path, white: float | None, facts: list[Facts]) -> None:
+    gray, color = (max(getattr(f, n) for f in facts) for n in ("largest_gray", "largest_color"))
+    if white is None and 0 <= gray < DARK:
+        guess = 2 ** int(gray).bit_length() - 1
         raise ValueError(
-            f"{folder / VAL} has the class {strange[0]!r}, which {TRAIN}/ has not; "
-            f"{TRAIN}/ has {len(classes)} classes"
+            f"{folder}: {gray:g} is the largest number in its gray images of 16 bits or more; give "
+            f"data.white={max(guess, 1)}, the number that is white ({WHITE_OF_16_BITS} if they are "
+            "so dark)"
         )
-    there = _files(folder / VAL, [name for name in classes if (folder / VAL / name).is_dir()])
-    if not there:
-        raise ValueError(f"{folder / VAL} has no image ({', '.join(ENDINGS)})")
-    # A class of train/ may be absent from val/.
-    present = [index for index, name in enumerate(classes) if (folder / VAL / name).is_dir()]
-    return [(path, present[index]) for path, index in there]
+    if white is None and 0 <= color < DARK:
+        raise ValueError(
+            f"{folder}: no number in its color images of 16 bits is above {color:g}, and of each "
+            f"only the upper 8 bits are read; save them with 8 bits (or give "
+            f"data.white={WHITE_OF_16_BITS} if they are so dark)"
+        )
+
+
+def _check_classes(train: Split, found: Layout) -> None:
+    empty = set(range(len(found.classes))) - {file.label for file in train.files}
+    if empty:
+        raise ValueError(f"no image of the class {found.classes[min(empty)]} is left to train on")
+
+
+def _notes(name: str, found: Layout, train: Split, evaluation: Split) -> list[tuple[int, str]]:
+    """Lines on what was found, each with the level at which it is logged."""
+    line = f"{name}: {len(train.files)} images to train on, {len(evaluation.files)} to evaluate on"
+    if found.passed_over:
+        others = found.passed_over
+        line += f", {others.total()} other files passed over ({in_words(others)})"
+    notes = [(logging.INFO, line)]
+    left_out = [*train.left_out, *evaluation.left_out]
+    if left_out:
+        notes.append(
+            (logging.WARNING, f"{name}: {len(left_out)} files left out: {some(left_out, '; ')}")
+        )
+    if found.links:
+        notes.append((logging.WARNING, f"{name}: {links_in_words(found.links)}"))
+    trained_on = dict(zip(train.digests, train.files, strict=True))
+    twice = [
+        f"{file.path} is {trained_on[digest].path}"
+        for file, digest in zip(evaluation.files, evaluation.digests, strict=True)
+        if digest in trained_on
+    ]
+    if twice:
+        notes.append(
+            (
+                logging.WARNING,
+                f"{name}: {len(twice)} of {len(evaluation.files)} images to evaluate on are among "
+                f"those to train on: {some(twice, '; ')}",
+            )
+        )
+    return notes
+
+
+def _mean_and_std(facts: list[Facts], area: int) -> tuple[Any, Any]:
+    """Per channel, where white is 1, from whole numbers that were added without rounding."""
+    number = area * sum(f.images for f in facts)
+    mean, std = [], []
+    for channel in range(3):
+        total = sum(f.total[channel] for f in facts)
+        squares = sum(f.squares[channel] for f in facts)
+        mean.append(total / number / 255)
+        std.append((number * squares - total * total) ** 0.5 / number / 255 or 1.0)
+    return tuple(mean), tuple(std)
 
 
 # ---- Reading ------------------------------------------------------------------------------------
 
 
-def _images(files: list[tuple[Path, int]], size: int) -> Images:
-    labels = torch.tensor([index for _, index in files])
-    kept = _cache_file(files, size)
-    pixels = _from_cache(kept, (len(files), size, size, 3))
-    if pixels is None:
-        pixels = _read_all([path for path, _ in files], size)
-        _to_cache(kept, pixels)
-    return Images(pixels, labels)
+def _read(files: list[ImageFile], settings: DecodeSettings, skip_damaged: bool) -> Split:
+    digests = list(_in_threads(_digest_or_fault, files, "files", 1000))
+    key = _key(digests, settings)
+    kept = image_cache.load(key, settings.size)
+    if kept is not None:
+        pixels, facts = kept[0], Facts(**kept[1])
+        _check_faults(facts, files, skip_damaged)
+    else:
+        pixels, facts = _decode_all(files, digests, settings, key, skip_damaged)
+    bad = dict(facts.faults)
+    pairs = enumerate(zip(files, digests, strict=True))
+    good = [(file, digest) for index, (file, digest) in pairs if index not in bad]
+    return Split(
+        pixels,
+        [file for file, _ in good],
+        [digest for _, digest in good if isinstance(digest, bytes)],
+        facts,
+        [f"{files[index].path}: {fault}" for index, fault in bad.items()],
+    )
 
 
-def _read_all(paths: list[Path], size: int) -> Tensor:
-    pixels = torch.empty(len(paths), size, size, 3, dtype=torch.uint8)
-    faults = []
+def _digest_or_fault(file: ImageFile) -> bytes | str:
+    """The digest of a file's bytes, or why it cannot be read."""
+    try:
+        return _hash(read_file(file.path))
+    except (ValueError, OSError) as error:
+        return getattr(error, "strerror", None) or one_line(error)
 
-    def read(index: int) -> str | None:
+
+def _hash(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _key(digests: list[bytes | str], settings: DecodeSettings) -> str:
+    """By all that decides the pixels."""
+    from PIL import __version__
+
+    digest = hashlib.blake2b(f"{FORMAT} {__version__} {settings}".encode(), digest_size=16)
+    for one in digests:
+        digest.update(one if isinstance(one, bytes) else b"unreadable")
+    return digest.hexdigest()
+
+
+def _decode_all(
+    files: list[ImageFile],
+    digests: list[bytes | str],
+    settings: DecodeSettings,
+    key: str,
+    skip_damaged: bool,
+) -> tuple[Tensor, Facts]:
+    """The images from the cache, where they are put first, or in memory if that has no room."""
+    shape = (len(files), *settings.size, 3)
+    facts = Facts()
+
+    def checked() -> dict[str, Any]:
+        _check_faults(facts, files, skip_damaged)
+        return asdict(facts)
+
+    formats()  # loads Pillow's plugins, before several threads need them
+    with reading(settings.max_pixels):
+        blocks = _blocks(files, digests, settings, facts)
+        if image_cache.store(key, blocks, checked, int(np.prod(shape))):
+            kept = image_cache.load(key, settings.size)
+            if kept is not None:
+                return kept[0], facts
+        facts = Facts()
+        pixels = np.empty(shape, np.uint8)
+        for block in _blocks(files, digests, settings, facts):
+            pixels[facts.images - len(block) : facts.images] = block
+    _check_faults(facts, files, skip_damaged)
+    return torch.from_numpy(pixels[: facts.images]), facts
+
+
+def _blocks(
+    files: list[ImageFile], digests: list[bytes | str], settings: DecodeSettings, facts: Facts
+) -> Iterator[np.ndarray[Any, Any]]:
+    """The images that can be read, in their order, (n, H, W, 3); ``facts`` are of those so far."""
+
+    def read(index: int) -> Decoded | str:
+        digest = digests[index]
+        if isinstance(digest, str):
+            return digest
+        content = read_file(files[index].path)
+        if _hash(content) != digest:
+            raise ValueError(f"{files[index].path} was changed while it was read")
         try:
-            pixels[index] = read_by_several(paths[index], (size, size))
-        except (ValueError, OSError) as error:
-            return f"{paths[index]}: {one_line(error)}"
-        return None
+            return decode(content, settings.size, settings.white)
+        except ValueError as error:
+            return one_line(error)
 
-    # Pillow lets go of the interpreter while it decodes and scales.
+    at_once = max(16, BLOCK // (settings.size[0] * settings.size[1] * 3))
+    block = []
+    for index, result in enumerate(_in_threads(read, range(len(files)), "images", at_once)):
+        if isinstance(result, str):
+            facts.faults.append((index, result))
+        else:
+            _count(facts, result)
+            block.append(result.pixels)
+        if block and (len(block) == at_once or index == len(files) - 1):
+            yield np.stack(block)
+            block = []
+
+
+def _count(facts: Facts, image: Decoded) -> None:
+    values = torch.from_numpy(image.pixels).reshape(-1, 3)
+    # Products of two bytes fit 32 bits; sums of them do not.
+    squares = values.to(torch.int32).square_().sum(0, dtype=torch.int64)
+    facts.images += 1
+    for channel in range(3):
+        facts.total[channel] += int(values[:, channel].sum())
+        facts.squares[channel] += int(squares[channel])
+    if image.largest is not None and image.deep_color:
+        facts.largest_color = max(facts.largest_color, image.largest)
+    elif image.largest is not None:
+        facts.largest_gray = max(facts.largest_gray, image.largest)
+
+
+def _in_threads(
+    function: Callable[[Item], Result], items: Sequence[Item], what: str, at_once: int
+) -> Iterator[Result]:
+    """The results in their order; of at most ``at_once`` items before they are taken."""
+    # hashlib and Pillow let go of the interpreter while they compute.
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    with reading():
-        try:
-            results = pool.map(read, range(len(paths)))
-            hidden = None if len(paths) >= MANY else True  # None: where stderr is no terminal
-            bar = tqdm(results, "images", total=len(paths), leave=False, disable=hidden)
-            faults = [fault for fault in bar if fault is not None]
-        finally:  # Ctrl-C does not wait for the rest
-            pool.shutdown(cancel_futures=True)
-    if faults:
-        more = f", and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+    hidden = None if len(items) >= MANY else True  # None: where stderr is no terminal
+    try:
+        with tqdm(desc=what, total=len(items), leave=False, disable=hidden) as bar:
+            for start in range(0, len(items), at_once):
+                for result in pool.map(function, items[start : start + at_once]):
+                    bar.update()
+                    yield result
+    finally:  # Ctrl-C does not wait for the rest
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_faults(facts: Facts, files: list[ImageFile], skip_damaged: bool) -> None:
+    faults = [f"{files[index].path}: {fault}" for index, fault in facts.faults]
+    if faults and not skip_damaged:
         raise ValueError(
-            f"{len(faults)} of {len(paths)} images cannot be read; repair or delete "
-            f"{'; '.join(faults[:NAMED])}{more}"
+            f"{len(faults)} of {len(files)} images cannot be read; repair or delete "
+            f"{some(faults, '; ')}; data.skip_damaged=true leaves them out"
         )
-    return pixels
-
-
-def _mean_and_std(pixels: Tensor, folder: Path) -> tuple[Any, Any]:
-    """Per channel, where white is 1, from whole numbers that are added without rounding."""
-    number = pixels.numel() // 3
-    total, squares = torch.zeros(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)
-    for part in pixels.split(1000):
-        values = part.reshape(-1, 3).long()
-        total += values.sum(0)
-        squares += values.square().sum(0)
-    mean, std = [], []
-    for one, square in zip(total.tolist(), squares.tolist(), strict=True):
-        mean.append(one / number / 255)
-        std.append((number * square - one * one) ** 0.5 / number / 255)
-    if min(std) == 0:
-        raise ValueError(f"{folder}: a color channel is constant over all images")
-    return tuple(mean), tuple(std)
-
-
-# ---- What is kept -------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where images are kept as they have been read; a file there may be removed at any time."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "aaconv"
-
-
-def _cache_file(files: list[tuple[Path, int]], size: int) -> Path | None:
-    """By all that tells these files from others; None where there is no home for it."""
-    digest = hashlib.blake2b(f"{FORMAT} {size}".encode(), digest_size=16)
-    for path, _ in files:
-        status = path.stat()
-        digest.update(os.fsencode(path) + f"\0{status.st_size} {status.st_mtime_ns}\0".encode())
-    try:
-        return cache_folder() / f"images-{digest.hexdigest()}.npy"
-    except RuntimeError:  # no home folder
-        return None
-
-
-def _from_cache(file: Path | None, shape: tuple[int, ...]) -> Tensor | None:
-    if file is None:
-        return None
-    try:
-        kept = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # absent, or cut short
-        return None
-    if not isinstance(kept, np.ndarray) or kept.shape != shape or kept.dtype != np.uint8:
-        return None
-    return torch.from_numpy(kept)
-
-
-def _to_cache(file: Path | None, pixels: Tensor) -> None:
-    """Whole or not at all; a disk that is full costs the next run time, and this one nothing."""
-    if file is None:
-        return
-    made = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, prefix="part-", delete=False) as part:
-            made = Path(part.name)
-            np.save(part, pixels.numpy())
-        os.replace(made, file)
-        made = None
-    except OSError as error:
-        log.info("the images are not kept for the next run: %s", error.strerror or error)
-    finally:
-        if made is not None:
-            with suppress(OSError):
-                made.unlink()
+    if not facts.images:
+        raise ValueError(f"none of {len(files)} images can be read: {some(faults, '; ')}")

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from data.dataset import Dataset, Images, check_val_size, hold_out, seeded_generator
+from data.dataset import (
+    Dataset,
+    Images,
+    check_val_size,
+    digest_of,
+    hold_out,
+    seeded_generator,
+)
 
 IMAGE_SIZE = 32
 CUE_SIZE = 2
@@ -90,6 +97,7 @@ def make_lookup(
 
     train = _draw(train_size, noise, distance, seeded_generator("lookup", "train", data_seed))
     mean, std = _mean_and_std(train.pixels)
+    split = ("val", val_size) if val_size else ("test", test_size)
     if val_size:
         train, evaluation = hold_out(train, val_size)
     else:
@@ -104,6 +112,10 @@ def make_lookup(
         class_names=tuple(SHAPES),
         mean=mean,
         std=std,
+        # All that they are drawn from; the pixels' noise may differ by a level between machines.
+        digest=digest_of(
+            f"{part}" for part in ("lookup", train_size, float(noise), distance, data_seed, *split)
+        ),
     )
 
 

@@ -1,12 +1,18 @@
-"""Pictures of any format and size that Pillow reads, as a network takes them."""
+"""One image file of any format and size that Pillow reads, as a network takes it."""
 
 from __future__ import annotations
 
+import os
+import re
+import stat
+import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,67 +20,204 @@ from torch import Tensor
 
 from aaconv.text import one_line
 
+# A photograph of 108 million pixels passes; what claims more may be an attack.
+MAX_PIXELS = 2**28
+WHITE_OF_16_BITS = 65535
+# Formats that run another program, that Pillow recognizes but cannot decode, or that are metadata.
+_NO_FORMATS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
+# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size while that is this much larger than needed.
+_GAP = 3
+# Images of more pixels than this are decoded one at a time, for the sake of memory.
+_LARGE = 2**25
+_one_large = threading.Lock()
+# What an image is turned by for each orientation that EXIF data may have.
+_TURNS = {
+    2: "FLIP_LEFT_RIGHT",
+    3: "ROTATE_180",
+    4: "FLIP_TOP_BOTTOM",
+    5: "TRANSPOSE",
+    6: "ROTATE_270",
+    7: "TRANSVERSE",
+    8: "ROTATE_90",
+}
+# Numbers of 16 bits for each color, which Pillow reads in their upper eight alone.
+_DEEP_COLOR = re.compile(r";16[BLN]")
 
-def read_picture(path: Path, size: tuple[int, int]) -> Tensor:
-    """A picture as (H, W, 3) uint8, RGB, for ``size`` (H, W).
 
-    It is turned as its EXIF data say, laid on white where it is transparent, and scaled with its
-    sides in proportion (bicubic) until it covers ``size``; what then sticks out at two sides is cut
-    off, half at each. A picture of just this size stays as it is. Of several frames the first is
-    taken. Gray pictures of 16 bits keep their upper eight.
+class Decoded(NamedTuple):
+    """An image as ``pixels`` (H, W, 3) uint8.
+
+    ``largest`` is the largest of its numbers where they have more than 8 bits, else None;
+    ``deep_color`` whether these are of colors, of which only the upper 8 bits are read.
+    """
+
+    pixels: np.ndarray[Any, np.dtype[np.uint8]]
+    largest: float | None = None
+    deep_color: bool = False
+
+
+def read_picture(path: Path, size: tuple[int, int], white: float | None = None) -> Tensor:
+    """A picture as (H, W, 3) uint8, RGB, for ``size`` (H, W); see `decode`.
 
     Raises:
-        ValueError: it is no picture, is damaged, or is so large that it may be an attack; one line.
+        ValueError: it is no picture, is damaged, has more than `MAX_PIXELS`, or is no regular file;
+            one line.
         OSError: it cannot be read.
     """
+    content = read_file(path)
     with reading():
-        return read_by_several(path, size)
+        return torch.from_numpy(decode(content, size, white).pixels)
+
+
+def read_file(path: Path) -> bytes:
+    """What is in a file; raises ValueError for a pipe or a device, without waiting for either."""
+    # Without O_NONBLOCK to open a pipe waits for somebody who writes into it.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError("it is not a regular file")
+        return file.read()
+
+
+def white_of(settings: Mapping[str, Any]) -> float | None:
+    """``data.white`` among the settings of a trained network; None where there is none."""
+    data = settings.get("data")
+    white = data.get("white") if isinstance(data, dict) else None
+    return white if isinstance(white, (int, float)) and white > 0 else None
+
+
+@lru_cache(maxsize=1)
+def formats() -> tuple[str, ...]:
+    """The formats that are read, by Pillow's names for them."""
+    from PIL import Image
+
+    Image.init()
+    return tuple(name for name in Image.OPEN if name not in _NO_FORMATS)
+
+
+@lru_cache(maxsize=1)
+def endings() -> frozenset[str]:
+    """The endings of the names of image files, in lower case and with their dot."""
+    from PIL import Image
+
+    known = formats()
+    registered = Image.registered_extensions().items()
+    return frozenset(ending.lower() for ending, name in registered if name in known)
 
 
 @contextmanager
-def reading() -> Iterator[None]:
-    """Pillow's warnings as `read_picture` wants them; they are the whole process's."""
+def reading(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
+    """Pillow's limit and warnings as `decode` wants them; they are the whole process's."""
     from PIL import Image
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        # What Pillow has to say of odd metadata, such as damaged EXIF, does not matter here.
-        warnings.simplefilter("ignore", UserWarning)
-        yield
-
-
-def read_by_several(path: Path, size: tuple[int, int]) -> Tensor:
-    """`read_picture` for several threads at once, all of them within one `reading`."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    height, width = size
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
     try:
-        with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            fitted = ImageOps.fit(
-                _as_rgb(upright), (width, height), method=Image.Resampling.BICUBIC
-            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            # What Pillow has to say of odd metadata does not matter here.
+            warnings.simplefilter("ignore", UserWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def decode(content: bytes, size: tuple[int, int], white: float | None = None) -> Decoded:
+    """The image in the bytes of a file, for ``size`` (H, W); by several threads in one `reading`.
+
+    It is turned as its EXIF data say, laid on white where it is transparent, and scaled with its
+    sides in proportion (bicubic) until it covers ``size``; what then sticks out at two sides is cut
+    off, half at each. An image of just this size stays as it is. Of several frames the first is
+    taken. Gray numbers of more than 8 bits are divided by ``white``, by default 65,535 for whole
+    numbers, so that this one becomes 255.
+
+    Raises:
+        ValueError: it is no image, is damaged, or has more pixels than `reading` allows; its
+            numbers are negative, not finite or above ``white``; floating-point numbers without
+            ``white``; one line.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(BytesIO(content), formats=formats()) as picture:
+            deep_color = _has_deep_color(picture)
+            side = _GAP * max(size)
+            picture.draft(None, (side, side))
+            large = picture.width * picture.height > _LARGE
+            with _one_large if large else nullcontext():
+                return _decode(picture, size, white, deep_color)
     except UnidentifiedImageError:
         raise ValueError("it is not an image that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise ValueError("it has more pixels than Pillow takes to be safe") from None
-    except OSError as error:
-        if error.errno is not None:
-            raise
+        limit = f"{Image.MAX_IMAGE_PIXELS:,}"
+        raise ValueError(f"it has more pixels than data.max_pixels, {limit}") from None
+    except (MemoryError, _NumbersError):
+        raise
+    except Exception as error:  # what Pillow raises for damaged files is of any type
         raise ValueError(f"it is damaged: {one_line(error)}") from error
-    except (ValueError, SyntaxError, EOFError, TypeError, IndexError, OverflowError) as error:
-        raise ValueError(f"it is damaged: {one_line(error)}") from error
-    return torch.from_numpy(np.array(fitted))
+
+
+class _NumbersError(ValueError):
+    """The image is whole, and its numbers cannot be taken."""
+
+
+def _decode(picture: Any, size: tuple[int, int], white: float | None, deep_color: bool) -> Decoded:
+    from PIL import Image, ImageOps
+
+    # ImageOps.exif_transpose also writes the other EXIF data again, which fails for damaged ones.
+    picture.load()  # which turns a TIFF, and takes its orientation away
+    orientation = picture.getexif().get(0x0112)
+    if orientation in _TURNS:
+        picture = picture.transpose(Image.Transpose[_TURNS[orientation]])
+    largest = None
+    if deep_color:
+        if white not in (None, WHITE_OF_16_BITS):
+            raise _NumbersError(
+                "it has 16 bits for each color, of which only the upper 8 are read: data.white "
+                "holds for gray images alone; save it with 8 bits for each color"
+            )
+        # Of each upper byte the largest number that it may stand for.
+        bands = picture.getextrema()
+        largest = max(high for _, high in (bands if isinstance(bands[0], tuple) else [bands]))
+        largest = largest * 256 + 255
+    elif picture.mode == "F" or picture.mode.startswith("I"):
+        picture, largest = _scaled(picture, white)
+    fitted = ImageOps.fit(_as_rgb(picture), size[::-1], method=Image.Resampling.BICUBIC)
+    return Decoded(np.array(fitted), largest, deep_color)
+
+
+def _has_deep_color(picture: Any) -> bool:
+    gray = picture.mode == "F" or picture.mode.startswith("I")
+    return not gray and any(_DEEP_COLOR.search(str(tile[3])) for tile in picture.tile)
+
+
+def _scaled(picture: Any, white: float | None) -> tuple[Any, float]:
+    """A gray image of 8 bits from one of more, and the largest number in it."""
+    from PIL import Image
+
+    numbers = np.asarray(picture)
+    lowest, largest = float(numbers.min()), float(numbers.max())
+    if not np.isfinite([lowest, largest]).all():
+        raise _NumbersError("it has numbers that are not finite")
+    if lowest < 0:
+        raise _NumbersError(f"it has numbers from {lowest:g} to {largest:g}; 0 must be black")
+    if white is None and picture.mode == "F":
+        raise _NumbersError(
+            f"it has floating-point numbers from {lowest:g} to {largest:g}; data.white=N says "
+            "which one is white"
+        )
+    white = WHITE_OF_16_BITS if white is None else white
+    if largest > white:
+        raise _NumbersError(f"it has the number {largest:g}, and white is {white:g} (data.white)")
+    levels = numbers * np.float32(255 / white) + np.float32(0.5)
+    return Image.fromarray(levels.astype(np.uint8)), largest
 
 
 def _as_rgb(picture: Any) -> Any:
     from PIL import Image
 
-    if picture.mode.startswith("I"):  # 16 bits, or 32 that hold 16
-        gray = np.asarray(picture).astype(np.int64).clip(0, 65535) >> 8
-        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
         opaque = picture.convert("RGBA")
         white = Image.new("RGBA", opaque.size, "white")
         return Image.alpha_composite(white, opaque).convert("RGB")
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")

@@ -6,7 +6,8 @@
 The network is given as for `models.load`: a run's folder, a weights.safetensors or a checkpoint.
 Pictures are of any format and size that Pillow reads, of folders all at all levels. They are turned
 as their EXIF data say, laid on white where they are transparent, and scaled in proportion until
-they cover the network's image size; what sticks out is cut off evenly. Prints the most likely
+they cover the network's image size; what sticks out is cut off evenly. Gray numbers of more than 8
+bits are divided by the data.white that the network was trained with. Prints the most likely
 classes of each with their probabilities; --json and --csv print the same for programs. A file that
 is no picture is named on stderr, the others go on, and the exit code is 1.
 """
@@ -50,7 +51,7 @@ import models
 from aaconv import text
 from aaconv.text import one_line
 from data import Images, evaluation_batches
-from data.pictures import read_picture
+from data.pictures import read_picture, white_of
 from reporting.text import printable
 from training import console
 from training.device import choose_device
@@ -95,9 +96,10 @@ def predict(
     trained: models.Trained, files: list[Path], top: int, device: torch.device
 ) -> Iterator[Prediction | str]:
     """For each file its prediction, or in one line why there is none, in their order."""
+    white = white_of(trained.description.settings)
     for first in range(0, len(files), BATCH_SIZE):
         read: list[Tensor | str] = [
-            _read(file, trained.image_size) for file in files[first : first + BATCH_SIZE]
+            _read(file, trained.image_size, white) for file in files[first : first + BATCH_SIZE]
         ]
         pixels = [picture for picture in read if isinstance(picture, Tensor)]
         rows = iter(_probabilities(trained, torch.stack(pixels).to(device)) if pixels else ())
@@ -105,9 +107,9 @@ def predict(
             yield picture if isinstance(picture, str) else _best(file, next(rows), trained, top)
 
 
-def _read(file: Path, size: tuple[int, int]) -> Tensor | str:
+def _read(file: Path, size: tuple[int, int], white: float | None) -> Tensor | str:
     try:
-        return read_picture(file, size)
+        return read_picture(file, size, white)
     except (ValueError, OSError) as error:
         return f"{file}: {one_line(error)}"
 

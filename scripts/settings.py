@@ -93,6 +93,8 @@ def type_in_words(kind: Any) -> str:
         return ", ".join(code(member.name) for member in kind)
     if kind is type(None):
         return "null"
+    if kind is Any:
+        return "see right"
     words = [type_in_words(part) for part in get_args(kind)]
     if not words:
         return str(kind.__name__)

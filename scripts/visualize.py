@@ -44,7 +44,7 @@ import torch
 import models
 from aaconv.text import one_line
 from data import Images
-from data.pictures import read_picture
+from data.pictures import read_picture, white_of
 from reporting import attention, figures
 from reporting.text import printable
 from training.device import choose_device
@@ -82,8 +82,11 @@ def gather(
     numbers = [word for word in words or () if word.isascii() and word.isdecimal()]
     if words is not None and not numbers and overrides:
         raise ValueError(f"{overrides[0]}: none of the --images is of the data set")
+    white = white_of(trained.description.settings)
     files = {
-        word: _picture(word, trained.image_size) for word in words or () if word not in numbers
+        word: _picture(word, trained.image_size, white)
+        for word in words or ()
+        if word not in numbers
     }
     if words is not None and not numbers:
         labels = torch.zeros(len(words), dtype=torch.int64)
@@ -109,11 +112,11 @@ def gather(
     return Images(torch.stack([pixels for pixels, _ in rows]), labels), [name for _, name in rows]
 
 
-def _picture(word: str, size: tuple[int, int]) -> torch.Tensor:
+def _picture(word: str, size: tuple[int, int], white: float | None) -> torch.Tensor:
     if not Path(word).exists():
         raise ValueError(f"there is no {word}; an image is a number from 0 on, or a file")
     try:
-        return read_picture(Path(word), size)
+        return read_picture(Path(word), size, white)
     except (ValueError, OSError) as error:
         raise ValueError(f"{word}: {one_line(error)}") from error
 

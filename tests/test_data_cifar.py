@@ -450,3 +450,14 @@ def test_the_real_cifar100_is_read_whole_and_has_the_stated_mean_and_deviation()
         # The constants have four places.
         assert dataset.mean[channel] == pytest.approx(mean, abs=5.1e-5)
         assert dataset.std[channel] == pytest.approx(deviation, abs=5.1e-5)
+
+
+def test_the_digest_is_of_the_files_that_were_checked(present, monkeypatch):
+    digest = load_cifar("cifar10", str(present)).digest
+    assert load_cifar("cifar10", str(present)).digest == digest
+    held_out = {load_cifar("cifar10", str(present), val_size=n).digest for n in (1, 2)}
+    assert len({digest, *held_out}) == 3
+    other = pickle.dumps({"data": np.zeros((5, 3072), np.uint8), "labels": [0] * 5})
+    (present / FOLDER / "test_batch").write_bytes(other)
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", md5(other)]])
+    assert load_cifar("cifar10", str(present)).digest != digest

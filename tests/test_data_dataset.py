@@ -167,3 +167,18 @@ def test_every_part_of_a_seed_counts():
     }
     assert len(seeds) == 6
     assert max(seeds) < 2**32
+
+
+def test_a_data_set_without_a_digest_has_one_of_its_images():
+    same, other = own_dataset(), own_dataset(name="other", mean=(0.1, 0.1, 0.1))
+    assert same.digest == other.digest == own_dataset().to("cpu").digest
+    assert re.fullmatch("[0-9a-f]{16}", same.digest)
+    assert own_dataset(digest="abc").digest == "abc"
+    train = same.train
+    for changed in (
+        Images(train.pixels ^ 1, train.labels),
+        Images(train.pixels, train.labels.flip(0)),
+        Images(train.pixels.flip(0), train.labels),
+    ):
+        assert len({same.digest, own_dataset(train=changed).digest}) == 2
+        assert own_dataset(evaluation=changed).digest != same.digest

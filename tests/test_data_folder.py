@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import warnings
 from pathlib import Path
 
@@ -12,38 +13,18 @@ from PIL import Image
 
 import models
 import train
-from data import folder, load_folder
+from data import folder, image_cache, layout, load_folder
 from data.vision import datasets
 from scripts import compare
 from training import cli, run_folder
 from training.trained import compose_settings, load_data
 
-CLASSES = ["ant", "Bee", "c d", "Käfer"]
-
-
-def write(path, size=(9, 7), seed=0, mode="RGB"):
-    """A picture of (width, height) with random pixels, which are returned."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    Image.fromarray(pixels).convert(mode).save(path)
-    return pixels
+from image_folders import CLASSES, load, write, write_folder
 
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """Four classes of three images in train/, and one of each but the last in val/."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    place = tmp_path / "my images"
-    for number, name in enumerate(CLASSES):
-        for image in range(3):
-            write(place / "train" / name / f"{image}.png", seed=10 * number + image)
-        if number < 3:
-            write(place / "val" / name / "x.png", seed=100 + number)
-    return place
-
-
-def load(root, **settings):
-    return load_folder(str(root), "mine", **{"size": 8, **settings})
+    return write_folder(tmp_path, monkeypatch)
 
 
 def test_classes_images_and_labels_are_those_of_torchvisions_image_folder(root):
@@ -51,7 +32,7 @@ def test_classes_images_and_labels_are_those_of_torchvisions_image_folder(root):
     write(root / "train" / "ant" / "gray.bmp", mode="L")
     (root / "train" / "ant" / "Thumbs.db").write_bytes(b"no image")
     (root / "train" / "notes.txt").write_text("not a class")
-    found = folder._files(root / "train", folder._classes(root / "train"))
+    found = [(image.path, image.label) for image in layout.find_images(root, True).train]
     theirs = datasets.ImageFolder(str(root / "train"))
     assert [(str(path), label) for path, label in found] == sorted(
         theirs.samples, key=lambda sample: (sample[1], Path(sample[0]))
@@ -106,10 +87,10 @@ def test_warnings_are_afterwards_as_they_were(root):
     assert list(warnings.filters) == before
 
 
-def test_a_picture_that_may_be_an_attack_is_refused(root, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    with pytest.raises(ValueError, match=r"12 of 12 images cannot be read.*more pixels"):
-        load(root)
+def test_a_picture_that_may_be_an_attack_is_refused(root):
+    with pytest.raises(ValueError, match=r"12 of 12 images .*than data.max_pixels, 40"):
+        load(root, max_pixels=40)
+    assert len(load(root, max_pixels=9 * 7).train) == 12
 
 
 # ---- What is kept -------------------------------------------------------------------------------
@@ -121,7 +102,7 @@ def unreadable(*_):
 
 def test_images_are_read_once(root, monkeypatch):
     first = load(root)
-    monkeypatch.setattr(folder, "read_by_several", unreadable)
+    monkeypatch.setattr(folder, "decode", unreadable)
     again = load(root)
     assert torch.equal(first.train.pixels, again.train.pixels)
     assert torch.equal(first.evaluation.pixels, again.evaluation.pixels)
@@ -146,40 +127,136 @@ def test_what_has_changed_is_read_again(root, change):
     assert before.shape != after.shape or not torch.equal(before, after)
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other", "pickle"])
+def swap_by_mv(first, second):
+    first.rename(first.with_suffix(".tmp"))
+    second.rename(first)
+    first.with_suffix(".tmp").rename(second)
+
+
+def swap_by_cp(first, second):
+    times = [(path.stat().st_atime_ns, path.stat().st_mtime_ns) for path in (first, second)]
+    contents = first.read_bytes(), second.read_bytes()
+    for path, content, ns in zip((second, first), contents, times, strict=True):
+        path.write_bytes(content)
+        os.utime(path, ns=ns)
+
+
+@pytest.mark.parametrize("swap", [swap_by_mv, swap_by_cp])
+@pytest.mark.parametrize("val_size", [0, 4])
+def test_files_of_one_size_and_time_that_are_swapped_are_read_again(root, swap, val_size):
+    first, second = root / "train" / "ant" / "a.bmp", root / "train" / "Bee" / "a.bmp"
+    for seed, path in enumerate((first, second)):
+        write(path, size=(8, 8), seed=50 + seed)
+        os.utime(path, ns=(10**18, 10**18))
+    load(root, val_size=val_size)
+    swap(first, second)
+    assert first.stat().st_mtime_ns == second.stat().st_mtime_ns
+    after = load(root, val_size=val_size)
+    for file in image_cache.cache_folder().iterdir():
+        file.unlink()
+    fresh = load(root, val_size=val_size)
+    assert torch.equal(after.train.pixels, fresh.train.pixels)
+    assert torch.equal(after.evaluation.pixels, fresh.evaluation.pixels)
+    assert after.digest == fresh.digest
+
+
+def test_a_set_that_was_moved_or_renamed_is_not_read_again(root, monkeypatch):
+    first = load(root)
+    moved = root.rename(root.with_name("other place"))
+    (moved / "train" / "ant" / "0.png").rename(moved / "train" / "ant" / "00.png")
+    monkeypatch.setattr(folder, "decode", unreadable)
+    assert torch.equal(load(moved).train.pixels, first.train.pixels)
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept_as_what_it_was(root, monkeypatch):
+    def changing(*_):
+        write(root / "train" / "Käfer" / "2.png", seed=99)
+        return key(*_)
+
+    key = folder._key
+    monkeypatch.setattr(folder, "_key", changing)
+    with pytest.raises(ValueError, match=r"2\.png was changed while it was read"):
+        load(root)
+    assert not list(image_cache.cache_folder().iterdir())
+
+
+def zip_head(content):
+    return b"PK\x03\x04" + content[4:]
+
+
+def long_facts(content):
+    """A text of facts of 10^13 bytes."""
+    return content[:-12] + (10**13).to_bytes(8, "little") + content[-4:]
+
+
+def one_bit(content):
+    return content[:100] + bytes([content[100] ^ 1]) + content[101:]
+
+
+DAMAGES = {
+    "cut": lambda content: content[:200],
+    "one short": lambda content: content[:-1],
+    "empty": lambda content: b"",
+    "short": lambda content: b"1234",
+    "zip": zip_head,
+    "numpy": lambda content: b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'shape': (10000000000000,)}",
+    "long facts": long_facts,
+    "one bit": one_bit,
+    "zeros": lambda content: bytes(len(content)),
+    "longer": lambda content: content + b"\0",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_of_the_cache_is_made_anew(root, damage):
-    first = load(root).train.pixels
-    for kept in folder.cache_folder().iterdir():
-        if damage == "cut":
-            kept.write_bytes(kept.read_bytes()[:200])
-        elif damage == "empty":
-            kept.write_bytes(b"")
-        elif damage == "other":
-            with kept.open("wb") as file:
-                np.save(file, np.zeros((2, 3)))
-        else:
-            with kept.open("wb") as file:
-                np.save(file, np.array([{}], dtype=object), allow_pickle=True)
+    first = load(root).train.pixels.clone()
+    kept = {path: path.read_bytes() for path in image_cache.cache_folder().iterdir()}
+    for path, content in kept.items():
+        path.write_bytes(DAMAGES[damage](content))
+    assert torch.equal(load(root).train.pixels, first)
+    assert {path: path.read_bytes() for path in image_cache.cache_folder().iterdir()} == kept
+
+
+def test_a_pipe_in_the_cache_is_not_waited_for(root):
+    first = load(root).train.pixels.clone()
+    for path in image_cache.cache_folder().iterdir():
+        path.unlink()
+        os.mkfifo(path)
     assert torch.equal(load(root).train.pixels, first)
 
 
-@pytest.mark.parametrize("fault", ["full", "no folder", "no home"])
+def test_images_may_be_written_to_and_the_cache_stays_as_it_was(root):
+    first = load(root).train.pixels
+    before = first.clone()
+    first.zero_()
+    assert torch.equal(load(root).train.pixels, before)
+
+
+@pytest.mark.parametrize("fault", ["full", "no room", "no folder", "no home"])
 def test_a_cache_that_cannot_be_written_costs_nothing_else(root, monkeypatch, tmp_path, fault):
+    whole = load(root, size=8).train.pixels.clone()
+    shutil.rmtree(tmp_path / "cache")
+    left = iter([1])
+
     def full(*_):
+        if next(left, 0):  # there is room for the first block
+            return 0
         raise OSError(28, "No space left on device")
 
     def homeless():
         raise RuntimeError("Could not determine home directory.")
 
     if fault == "full":
-        monkeypatch.setattr(np, "save", full)
+        monkeypatch.setattr(image_cache, "_write", full)
+    elif fault == "no room":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 8, 1))
     elif fault == "no folder":
         (tmp_path / "cache").write_text("a file")
     else:
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setattr(Path, "home", homeless)
-    assert len(load(root).train) == 12
-    if fault == "full":
+    assert torch.equal(load(root).train.pixels, whole)
+    if fault in ("full", "no room"):
         assert not list((tmp_path / "cache" / "aaconv").iterdir())
 
 
@@ -187,7 +264,7 @@ def test_ctrl_c_leaves_nothing_in_the_cache(root, monkeypatch, tmp_path):
     def pressed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(np, "save", pressed)
+    monkeypatch.setattr(image_cache, "_write", pressed)
     with pytest.raises(KeyboardInterrupt):
         load(root)
     assert not list((tmp_path / "cache" / "aaconv").iterdir())
@@ -224,11 +301,6 @@ def no_image_in_a_class(root):
         path.rename(path.with_suffix(".txt"))
 
 
-def one_color(root):
-    for path in (root / "train").glob("*/*.png"):
-        Image.new("RGB", (8, 8), (200, 5, 5)).save(path)
-
-
 REFUSED = {
     "no root": (remove(), {}, FileNotFoundError, "there is no folder train/ in it"),
     "no train": (remove("train"), {}, FileNotFoundError, "the images of each class belong in"),
@@ -245,7 +317,7 @@ REFUSED = {
         lambda root: [p.unlink() for p in (root / "val").glob("*/*")],
         {},
         ValueError,
-        "val has no image",
+        "val/Bee has no image; add images or delete it",
     ),
     "a class in bytes": (
         lambda root: write(Path(os.fsdecode(os.fsencode(root / "train") + b"/\xff")) / "0.png"),
@@ -265,7 +337,6 @@ REFUSED = {
         ValueError,
         ", and 2 more",
     ),
-    "one color": (one_color, {}, ValueError, "a color channel is constant over all images"),
     "size 0": (None, {"size": 0}, ValueError, "data.size=0 must be at least 1"),
     "size -3": (None, {"size": -3}, ValueError, "data.size=-3 must be"),
     "large": (None, {"size": 1025}, ValueError, "data.size=1025 must be at least 1 and at most"),
@@ -286,7 +357,7 @@ def test_what_does_not_fit_is_named_in_one_line(root, case):
     assert "\n" not in line
     if "damaged" in case:
         assert str(root / "train" / "Bee" / "1.png") in line
-        assert not folder.cache_folder().exists()
+        assert not list(image_cache.cache_folder().iterdir())
 
 
 def test_an_empty_name_is_refused(root):

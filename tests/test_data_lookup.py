@@ -391,3 +391,15 @@ def test_a_short_fit_beats_guessing_and_stays_below_the_ceiling():
         *fit_additive(0, shapes, colors, steps=300), shapes[some], colors[some]
     )
     assert 0.33 < found < ceiling()
+
+
+def test_the_digest_is_of_what_the_images_are_drawn_from():
+    own = {"train_size": 6, "test_size": 3}
+    digest = make_lookup(**own).digest
+    assert make_lookup(**own).digest == digest
+    changes = [{"train_size": 7}, {"test_size": 4}, {"noise": 0.1}, {"distance": 4}]
+    changes += [{"data_seed": 1}, {"val_size": 2}, {"val_size": 3}]
+    assert len({digest, *(make_lookup(**own | change).digest for change in changes)}) == 8
+    held_out = {"train_size": 6, "val_size": 2}
+    digests = {make_lookup(**held_out, test_size=size).digest for size in (3, 4)}
+    assert len(digests) == 1  # of test images that are not drawn

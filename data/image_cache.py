@@ -1,0 +1,118 @@
+"""Decoded images on disk from one run to the next, mapped into memory: more than memory holds fit.
+
+A file has the pixels of images of one size, then what else was found when they were decoded (JSON),
+and at its end the length of that text and a CRC-32 of all before. It is named by a key that its
+maker derives from the bytes of the images' files, so that it is never of other images; one that is
+damaged counts as absent, and is made again. A file may be removed at any time.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_TAIL = struct.Struct("<QI")
+_PART = 2**22
+
+
+def cache_folder() -> Path:
+    """Where images are kept as they have been read. Raises RuntimeError without a home folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "aaconv"
+
+
+def load(key: str, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]] | None:
+    """The images (N, H, W, 3) uint8 of ``size`` (H, W) and the facts that are kept under ``key``.
+
+    None where there are none, or they are damaged. The tensor may be written to, in this process
+    alone; the pages of it that are not in use take no memory.
+    """
+    with suppress(OSError, RuntimeError):  # the latter: there is no home folder
+        path = _path(key)
+        if not path.is_file():  # to open a named pipe would wait forever
+            return None
+        with path.open("rb") as file:
+            facts = _read_facts(file)
+            if facts is not None:
+                shape = (facts["images"], *size, 3)
+                return torch.from_numpy(np.memmap(file, np.uint8, "c", shape=shape)), facts
+    return None
+
+
+def _read_facts(file: BinaryIO) -> dict[str, Any] | None:
+    whole = os.fstat(file.fileno()).st_size
+    if whole < _TAIL.size:
+        return None
+    crc, left, end = 0, whole - 4, b""
+    while left:
+        part = file.read(min(left, _PART))
+        if not part:
+            return None
+        crc, left, end = zlib.crc32(part, crc), left - len(part), (end + part)[-_TAIL.size :]
+    length, expected = _TAIL.unpack(end[-8:] + file.read(4))
+    if crc != expected or length > whole - _TAIL.size:
+        return None
+    file.seek(whole - _TAIL.size - length)
+    facts: dict[str, Any] = json.loads(file.read(length))
+    return facts
+
+
+def store(
+    key: str, blocks: Iterator[np.ndarray[Any, Any]], facts: Callable[[], dict[str, Any]], size: int
+) -> bool:
+    """Keep images under ``key``, whole or not at all; whether that was possible.
+
+    Args:
+        key: what `load` finds them by.
+        blocks: the images, in blocks (n, H, W, 3) uint8; taken one by one.
+        facts: called after the last of them; plain values, with ``images``, their number.
+        size: bytes of all images: where the disk has no room for them, nothing is begun.
+    """
+    made = None
+    try:
+        path = _path(key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < size:
+            raise OSError(f"{path.parent} has no room for {size / 1e9:.1f} GB")
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix="part-", delete=False) as part:
+            made = Path(part.name)
+            crc = 0
+            for block in blocks:
+                crc = _write(part, block.tobytes(), crc)
+            text = json.dumps(facts()).encode()
+            crc = _write(part, text + struct.pack("<Q", len(text)), crc)
+            part.write(struct.pack("<I", crc))
+        os.replace(made, path)
+        made = None
+        return True
+    except (OSError, RuntimeError) as error:
+        log.info("the images are not kept for the next run: %s", error)
+        return False
+    finally:
+        if made is not None:
+            with suppress(OSError):
+                made.unlink()
+
+
+def _write(file: Any, content: bytes, crc: int) -> int:
+    file.write(content)
+    return zlib.crc32(content, crc)
+
+
+def _path(key: str) -> Path:
+    return cache_folder() / f"images-{key}"

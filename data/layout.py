@@ -1,0 +1,288 @@
+"""Which image files a folder has, of which classes: layouts, links, names, what is passed over."""
+
+from __future__ import annotations
+
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data.pictures import endings
+
+# Names of the folders, in the order in which they are looked for; case does not matter.
+TRAIN = ("train", "training")
+VALIDATION = ("val", "valid", "validation")
+TEST = ("test", "testing")
+# Of Tiny ImageNet: the class of each image in val/images/, after its name and a tab.
+ANNOTATIONS = "val_annotations.txt"
+# What other programs put beside images, besides what begins with a dot; in lower case.
+_STRAY = {"@eadir", "__macosx", "#recycle", "#snapshot", "$recycle.bin", "lost+found"}
+_STRAY |= {"system volume information"}
+# More are a slip: a folder of the computer's, not of a data set.
+MAX_CLASSES = 100_000
+# Links and kinds of files that a line names.
+NAMED = 3
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image: its path, its name below the folder of the split, in NFC, and its class's index."""
+
+    path: Path
+    name: str
+    label: int
+
+
+@dataclass
+class Layout:
+    """What a folder has.
+
+    Attributes:
+        classes: their names, in NFC and sorted.
+        train, evaluation: the images, in the order of class and name; no ``evaluation`` where it
+            is held out of the training images.
+        evaluated_on: "val", or "test" where there is only such a folder.
+        passed_over: how many other files there are of each ending.
+        links: those that are not followed.
+    """
+
+    classes: list[str] = field(default_factory=list)
+    train: list[ImageFile] = field(default_factory=list)
+    evaluation: list[ImageFile] = field(default_factory=list)
+    evaluated_on: str = "val"
+    passed_over: Counter[str] = field(default_factory=Counter)
+    links: list[Path] = field(default_factory=list)
+
+
+def find_images(root: Path, hold_out: bool) -> Layout:
+    """The images of a folder in one of these layouts:
+
+    - ``train/CLASS/`` with ``val/CLASS/``, ``valid/CLASS/`` or else ``test/CLASS/``;
+    - the same as Tiny ImageNet has it, ``val/images/`` with their classes in a text file;
+    - ``CLASS/`` alone, with ``hold_out``: evaluation is on images held out of the training ones,
+      and no other folder is read.
+
+    All images below the folder of a class, at any level, are of that class. Two folders whose
+    names differ in their Unicode normal form alone are one class. The folders named above may be
+    links; a link to a folder below them is not followed.
+
+    Raises:
+        FileNotFoundError: no folder to train on, or none to evaluate on.
+        ValueError: fewer than two classes, a class without an image, or one to evaluate on that is
+            not trained on.
+        OSError: a folder cannot be read.
+    """
+    found = Layout()
+    training = _split(root, TRAIN)
+    evaluation = _split(root, VALIDATION) or _split(root, TEST)
+    if training is None:
+        number = len(_subfolders(root)) if root.is_dir() else 0
+        if evaluation is not None or number < 2:
+            raise FileNotFoundError(
+                f"data.root={root}: there is no folder train/ in it; the images of each class "
+                "belong in train/CLASS/"
+            )
+        if not hold_out:
+            raise FileNotFoundError(
+                f"data.root={root}: there is no folder train/ in it; to take its {number} folders "
+                "as the classes, data.val_size=N evaluates on N images held out of them"
+            )
+        training = root
+    elif evaluation is None and not hold_out:
+        raise FileNotFoundError(
+            f"data.root={root}: there is no folder val/, valid/ or test/ in it; data.val_size=N "
+            f"evaluates on N images held out of {training.name}/"
+        )
+    folders = _class_folders(training, found)
+    found.classes = sorted(folders)
+    if not 2 <= len(folders) <= MAX_CLASSES:
+        raise ValueError(
+            f"{training} has {len(folders)} folders; expected one for each class, 2 to "
+            f"{MAX_CLASSES:,}"
+        )
+    found.train = _images_of(training, folders, found)
+    if not hold_out:
+        assert evaluation is not None
+        found.evaluated_on = "test" if evaluation.name.lower() in TEST else "val"
+        found.evaluation = _evaluation_images(evaluation, training.name, found)
+    return found
+
+
+def _split(root: Path, names: tuple[str, ...]) -> Path | None:
+    if not root.is_dir():
+        return None
+    folders = [path for path in _subfolders(root) if not _holds(path, root)]
+    there = {path.name.lower(): path for path in sorted(folders, reverse=True)}
+    return next((there[name] for name in names if name in there), None)
+
+
+def _holds(path: Path, other: Path) -> bool:
+    """Whether ``path`` leads to ``other`` or to a folder that it is in, as a link may."""
+    return path.is_symlink() and other.resolve().is_relative_to(path.resolve())
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if not _is_stray(path.name) and path.is_dir()]
+
+
+def _is_stray(name: str) -> bool:
+    return name[0] == "." or name.lower() in _STRAY
+
+
+def _normal(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _class_folders(split: Path, found: Layout) -> dict[str, list[Path]]:
+    """The folders of each class by its name."""
+    _count(found, (path.name for path in split.iterdir() if path.is_file()))
+    folders: dict[str, list[Path]] = {}
+    for path in _without_loops(split, found):
+        name = _normal(path.name)
+        if not name.isprintable():  # of bytes that are no text, or with line breaks
+            raise ValueError(f"{split}: the class {name!r} needs a name of printable characters")
+        folders.setdefault(name, []).append(path)
+    return folders
+
+
+def _without_loops(split: Path, found: Layout) -> list[Path]:
+    """The folders in ``split`` but for links to one of the others or to what holds them."""
+    folders = sorted(_subfolders(split), key=lambda path: (path.is_symlink(), path))
+    taken = [split.resolve()]
+    fine = []
+    for path in folders:
+        real = path.resolve()
+        if path.is_symlink() and any(
+            one.is_relative_to(real) or (one != taken[0] and real.is_relative_to(one))
+            for one in taken
+        ):
+            found.links.append(path)
+            continue
+        taken.append(real)
+        fine.append(path)
+    found.links += [
+        path
+        for path in split.iterdir()
+        if path.is_symlink() and not path.exists() and not _is_stray(path.name)
+    ]
+    return sorted(fine)
+
+
+def _images_of(split: Path, folders: dict[str, list[Path]], found: Layout) -> list[ImageFile]:
+    labels = {name: label for label, name in enumerate(found.classes)}
+    images = []
+    for name, places in sorted(folders.items()):
+        before = found.passed_over.copy()
+        inside = [
+            ImageFile(path, _normal(path.relative_to(split).as_posix()), labels[name])
+            for place in places
+            for path in _walk(place, found)
+        ]
+        if not inside:
+            others = in_words(found.passed_over - before)
+            raise ValueError(
+                f"{places[0]} has no image{others and f', but other files ({others})'}; add images "
+                "or delete it"
+            )
+        images += sorted(inside, key=lambda image: image.name.split("/"))
+    return images
+
+
+def _walk(folder: Path, found: Layout) -> list[Path]:
+    """The image files below ``folder``; other files and links to folders are noted."""
+    images = []
+    for where, folders, files in os.walk(folder, onerror=_raise):
+        links = [name for name in folders if os.path.islink(os.path.join(where, name))]
+        found.links += [Path(where, name) for name in links if not _is_stray(name)]
+        folders[:] = [name for name in folders if not _is_stray(name) and name not in links]
+        names = [name for name in files if not _is_stray(name)]
+        images += [Path(where, name) for name in names if _ending(name) in endings()]
+        _count(found, (name for name in names if _ending(name) not in endings()))
+    return images
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _ending(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _count(found: Layout, names: Iterable[str]) -> None:
+    found.passed_over.update(
+        _ending(name) or "no ending"
+        for name in names
+        if not _is_stray(name) and name != ANNOTATIONS
+    )
+
+
+def _evaluation_images(split: Path, training: str, found: Layout) -> list[ImageFile]:
+    if (split / ANNOTATIONS).is_file():
+        images = _annotated(split, found)
+    else:
+        folders = _class_folders(split, found)
+        strange = sorted(folders.keys() - set(found.classes))
+        if strange:
+            raise _strange_class(split, strange[0], training, found)
+        images = _images_of(split, folders, found)
+    if not images:
+        raise ValueError(f"{split} has no folder of a class with images in it")
+    return images
+
+
+def _strange_class(split: Path, name: str, training: str, found: Layout) -> ValueError:
+    return ValueError(
+        f"{split} has the class {name!r}, which {training}/ has not; {training}/ has "
+        f"{len(found.classes)} classes"
+    )
+
+
+def _annotated(split: Path, found: Layout) -> list[ImageFile]:
+    """The images of Tiny ImageNet's val/, of which a text file has the classes."""
+    file = split / ANNOTATIONS
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line]
+    classes = {row[0]: _normal(row[1]) for row in rows if len(row) > 1}
+    images = {path.name: path for path in _walk(split, found)}
+    for text, names in (
+        (f"{file} does not say the class of", images.keys() - classes.keys()),
+        (f"{file} names images that are not there:", classes.keys() - images.keys()),
+    ):
+        if names:
+            raise ValueError(f"{text} {some(sorted(names))}")
+    for name in sorted(set(classes.values()) - set(found.classes)):
+        raise _strange_class(split, name, "train", found)
+    labels = {name: label for label, name in enumerate(found.classes)}
+    return sorted(
+        (
+            ImageFile(path, _normal(path.relative_to(split).as_posix()), labels[classes[name]])
+            for name, path in images.items()
+        ),
+        key=lambda image: (image.label, image.name),
+    )
+
+
+def in_words(counts: Counter[str]) -> str:
+    """Counts as ``.txt 18, .md 4``, the most frequent first."""
+    most = counts.most_common(NAMED)
+    words = [f"{shown(name)} {count}" for name, count in most]
+    rest = counts.total() - sum(count for _, count in most) if len(counts) > NAMED else 0
+    return ", ".join([*words, f"others {rest}"] if rest else words)
+
+
+def some(lines: list[str], separator: str = ", ") -> str:
+    """The first of these lines, as one that any terminal can show, and how many more there are."""
+    more = f"{separator}and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
+    return shown(separator.join(lines[:NAMED])) + more
+
+
+def shown(text: str) -> str:
+    """``text`` with escapes for what cannot be printed, such as line breaks in a file's name."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def links_in_words(links: list[Path]) -> str:
+    """One line that names links which are not followed."""
+    return f"links to folders that are not followed: {some(sorted(map(str, links)))}"

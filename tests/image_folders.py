@@ -1,0 +1,33 @@
+"""Folders of images that tests of data=folder write and read."""
+
+import numpy as np
+from PIL import Image
+
+from data import load_folder
+
+CLASSES = ["ant", "Bee", "c d", "Käfer"]
+
+
+def write(path, size=(9, 7), seed=0, mode="RGB"):
+    """A picture of (width, height) with random pixels, which are returned."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return pixels
+
+
+def write_folder(tmp_path, monkeypatch):
+    """Four classes of three images in train/, and one of each but the last in val/."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "my images"
+    for number, name in enumerate(CLASSES):
+        for image in range(3):
+            write(root / "train" / name / f"{image}.png", seed=10 * number + image)
+        if number < 3:
+            write(root / "val" / name / "x.png", seed=100 + number)
+    return root
+
+
+def load(root, **settings):
+    """The data set, of images of 8x8."""
+    return load_folder(str(root), "mine", **{"size": 8, **settings})
