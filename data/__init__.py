@@ -3,7 +3,7 @@
 from data.batches import Batches, evaluation_batches
 from data.cifar import load_cifar
 from data.dataset import Augmentation, Dataset, Images
-from data.folder import load_folder
+from data.folder import folder_digest, load_folder
 from data.lookup import make_lookup
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Dataset",
     "Images",
     "evaluation_batches",
+    "folder_digest",
     "load_cifar",
     "load_folder",
     "make_lookup",

@@ -15,7 +15,8 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -131,15 +132,9 @@ def load_folder(
         raise ValueError(f"data.white={white} must be above 0 and finite")
     settings = DecodeSettings(_height_and_width(size), white, max_pixels)
     folder = Path(root).expanduser().absolute()
-    found = find_images(folder, hold_out=bool(val_size))
-    train_files, evaluation_files = found.train, found.evaluation
-    if val_size:
-        held_out = set(hold_out_by_class([file.label for file in found.train], val_size))
-        evaluation_files = [f for i, f in enumerate(found.train) if i in held_out]
-        train_files = [f for i, f in enumerate(found.train) if i not in held_out]
-
-    train = _read(train_files, settings, skip_damaged)
-    evaluation = _read(evaluation_files, settings, skip_damaged)
+    found = _find(folder, val_size)
+    train = _read(found.train, settings, skip_damaged)
+    evaluation = _read(found.evaluation, settings, skip_damaged)
     _check_brightness(folder, white, [train.facts, evaluation.facts])
     _check_classes(train, found)
     of_training = [train.facts, evaluation.facts] if val_size else [train.facts]
@@ -158,6 +153,42 @@ def load_folder(
         std=std,
         digest=digest_of(_parts(found, train, evaluation)),
         notes=tuple(note for _, note in notes),
+    )
+
+
+def folder_digest(
+    root: str,
+    name: str,
+    size: int | Sequence[int],
+    val_size: int = 0,
+    white: float | None = None,
+    skip_damaged: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> str:
+    """`Dataset.digest` of what `load_folder` makes of the same arguments, from the files' bytes.
+
+    Only with ``skip_damaged`` are images decoded that are not in the cache: which of them count is
+    not known before.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: see `load_folder`.
+    """
+    found = _find(Path(root).expanduser().absolute(), val_size)
+    settings = DecodeSettings(_height_and_width(size), white, max_pixels)
+    read = partial(_read, settings=settings, skip_damaged=True) if skip_damaged else _not_decoded
+    return digest_of(_parts(found, read(found.train), read(found.evaluation)))
+
+
+def _find(folder: Path, val_size: int) -> Layout:
+    """What the folder has, the images that are held out among those to evaluate on."""
+    found = find_images(folder, hold_out=bool(val_size))
+    if not val_size:
+        return found
+    held_out = set(hold_out_by_class([file.label for file in found.train], val_size))
+    return replace(
+        found,
+        train=[f for i, f in enumerate(found.train) if i not in held_out],
+        evaluation=[f for i, f in enumerate(found.train) if i in held_out],
     )
 
 
@@ -277,6 +308,17 @@ def _read(files: list[ImageFile], settings: DecodeSettings, skip_damaged: bool) 
         [digest for _, digest in good if isinstance(digest, bytes)],
         facts,
         [f"{files[index].path}: {fault}" for index, fault in bad.items()],
+    )
+
+
+def _not_decoded(files: list[ImageFile]) -> Split:
+    """All of ``files`` with their digests, and no pixels."""
+    digests = list(_in_threads(_digest_or_fault, files, "files", 1000))
+    faults = [(index, one) for index, one in enumerate(digests) if isinstance(one, str)]
+    facts = Facts(len(files), faults=faults)
+    _check_faults(facts, files, skip_damaged=False)
+    return Split(
+        torch.empty(0), files, [one for one in digests if isinstance(one, bytes)], facts, []
     )
 
 

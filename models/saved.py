@@ -52,6 +52,7 @@ class Description(BaseModel, frozen=True):
         class_names: a name for each logit.
         mean, std: of the training images, per channel, on a scale where white is 1.
         data: name of the data set.
+        data_digest: which images those are, see `data.Dataset`; None if older code did not say.
         settings: all settings that decide the result of the run which has trained it.
         precision: in which it was trained, such as "float32".
         version: of the code that has written it.
@@ -64,6 +65,7 @@ class Description(BaseModel, frozen=True):
     mean: Color
     std: Annotated[list[Annotated[Finite, Field(gt=0)]], Field(min_length=3, max_length=3)]
     data: Text
+    data_digest: Text | None = None
     settings: dict[str, Any]
     precision: Text
     version: Text

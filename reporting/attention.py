@@ -111,6 +111,8 @@ def _dataset(run: Run, trained: models.Trained) -> Dataset:
     dataset: Dataset = instantiate(settings, _convert_="all", _recursive_=False)
     if list(dataset.class_names) != trained.class_names:
         raise ValueError(f"the images of {dataset.name} have other classes by now")
+    if trained.description.data_digest not in (None, dataset.digest):
+        raise ValueError(f"the images of {dataset.name} are others by now")
     return dataset
 
 

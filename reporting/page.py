@@ -10,7 +10,7 @@ from reporting import differences, figures, paper, sections, sweep_section, text
 from reporting.analysis import CARDS, Analysis
 from reporting.paired import Comparison, Difference
 from reporting.parts import Card, Picture
-from reporting.runs import Variant, conditions
+from reporting.runs import Run, Variant, conditions
 from reporting.sections import CONDITIONS, PROVENANCE
 from reporting.text import DASH, commit, count, interval, p_in_words, short, shortened, signed
 
@@ -51,18 +51,26 @@ def contents(analysis: Analysis) -> dict[str, Any]:
 def summary_line(analysis: Analysis) -> str:
     """What was compared, in a few words."""
     name, _, on = analysis.data.rpartition(" ")
-    where = {"test": "test set", "val": "validation set, held out from the training images"}[on]
+    where = "the test set"
+    if on == "val":
+        where = " or ".join(sorted({_validation_images(run) for run in analysis.runs}))
     models = shortened(dict.fromkeys(variant.model for variant in analysis.variants))
     epochs = shortened(dict.fromkeys(variant.setting("epochs") for variant in analysis.variants))
     runs, variants = len(analysis.runs), len(analysis.variants)
     line = (
         f"{count(runs, 'finished run')} of {count(variants, 'variant')} on {text.dataset(name)}, "
-        f"evaluated on the {where}. Network: {models}; epochs: {epochs}. "
+        f"evaluated on {where}. Network: {models}; epochs: {epochs}. "
         "Scores are those of the last epoch, not of the best one."
     )
     if analysis.excluded:
         line += f" {count(len(analysis.excluded), 'folder')} excluded, listed at the end."
     return line
+
+
+def _validation_images(run: Run) -> str:
+    if run.summary["config"]["data"].get("val_size"):
+        return "the validation set, held out from the training images"
+    return "its own validation images"
 
 
 # ---- Cards --------------------------------------------------------------------------------------

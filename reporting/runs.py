@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from models import ATTENTIONS
-from reporting.text import as_text, natural, short, single_line
+from reporting.text import as_text, count, natural, short, single_line
 from training import outcome, run_folder
 from training.records import SCORES, Summary
-from training.variants import variant_settings
+from training.variants import images_key, variant_settings
 
 # The settings that are named first where several would tell two variants apart.
 NAMED_FIRST = ("epochs", "batch_size", "optim.lr", "optim.weight_decay", "data.val_size")
 NOT_SET = "not set"
+UNKNOWN = "unknown"
 # Kinds of excluded folders, in the order in which they are listed.
 KINDS = ("diverged", "unfinished", "of another data set", "duplicate", "unreadable")
 # Of a folder that has no result.
@@ -46,6 +47,11 @@ class Run:
     def data(self) -> str:
         """The data set and which part of it was evaluated: `cifar100 test`."""
         return f"{self.summary['data']} {self.summary['evaluated_on']}"
+
+    @property
+    def data_digest(self) -> str:
+        """Which images those are; `UNKNOWN` where older code did not say."""
+        return self.summary.get("data_digest", UNKNOWN)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -202,12 +208,43 @@ def select_data(runs: list[Run], wanted: str | None) -> tuple[str, list[Run], li
     return data, chosen, [Excluded(r.folder, "of another data set", r.data) for r in others]
 
 
+def select_images(runs: list[Run]) -> tuple[list[Run], list[Excluded]]:
+    """Of runs on different images under one name those on the images of most, and the others.
+
+    Runs of older code, which do not say which images they are of, go with those that do, unless
+    these are of several.
+    """
+    alike: dict[tuple[str, str], list[Run]] = {}
+    for run in runs:
+        alike.setdefault((run.data, images_key(run.summary["config"])), []).append(run)
+    others = []
+    for (data, _), same in alike.items():
+        counts = Counter(run.data_digest for run in same if run.data_digest != UNKNOWN)
+        if len(counts) < 2:
+            continue
+        ((chosen, number),) = counts.most_common(1)
+        why = f"not {chosen} as of {count(number, 'run')}"
+        others += [
+            Excluded(
+                run.folder,
+                "of another data set",
+                f"other images that are called {data}, too: digest {run.data_digest}, {why}",
+            )
+            for run in same
+            if run.data_digest != chosen
+        ]
+    excluded = {other.folder for other in others}
+    return [run for run in runs if run.folder not in excluded], others
+
+
 def group_by_variant(runs: list[Run]) -> tuple[list[Variant], list[Excluded]]:
     """Runs by everything that decides a result except for the seed, in the order of Table 1.
 
-    The same seed a second time is no second sample: the first folder counts.
+    Those on other images of one name are left out, see `select_images`. The same seed a second time
+    is no second sample: the first folder counts.
     """
     members: dict[str, dict[int, Run]] = {}
+    runs, others = select_images(runs)
     duplicates = []
     for run in runs:
         recipe = [run.summary["model"], run.summary["attention"], run.settings]
@@ -220,7 +257,7 @@ def group_by_variant(runs: list[Run]) -> tuple[list[Variant], list[Excluded]]:
     variants = _labeled([[same[seed] for seed in sorted(same)] for same in members.values()])
     order = list(ATTENTIONS)
     variants.sort(key=lambda v: (v.model, order.index(v.attention), natural(v.label)))
-    return variants, duplicates
+    return variants, others + duplicates
 
 
 def _labeled(groups: list[list[Run]]) -> list[Variant]:

@@ -5,7 +5,8 @@
 Of each run below the first folder metrics.csv and summary.json go to the same place below the
 second, or failed.json where it diverged: all that scripts/report.py reads. Settings that do not
 decide a result, among them folders of this machine and names of an account, are left out. Can be
-run again as more runs finish. Results that are there with other numbers are never replaced.
+run again as more runs finish. Results that are there with other numbers are never replaced, and
+none are added that are of other images of the same name.
 """
 
 import argparse
@@ -29,7 +30,7 @@ if __name__ == "__main__":
 
 import json
 
-from reporting.runs import read
+from reporting.runs import read, select_images
 from reporting.text import count, printable
 from training.files import write_texts
 from training.run_folder import FAILURE, METRICS, SUMMARY
@@ -43,6 +44,7 @@ def result_files(folder: Path) -> dict[str, str]:
     if SUMMARY in texts:
         summary = json.loads(texts[SUMMARY])
         summary["config"] = public_settings(summary["config"])
+        summary.pop("notes", None)  # which name files
         texts[SUMMARY] = json.dumps(summary, indent=1) + "\n"
     return texts
 
@@ -51,13 +53,20 @@ def publish(source: Path, target: Path) -> str:
     """Copy the results below ``source`` to the same places below ``target``; says what it did.
 
     Raises:
-        ValueError: there is nothing to publish, one of the folders is inside the other, or other
-            results are in its place; nothing is written then.
+        ValueError: there is nothing to publish, one of the folders is inside the other, other
+            results are in its place, or the results of both would be of different images under one
+            name; nothing is written then.
         OSError: a file cannot be read or written.
     """
     if overlap(source, target):
         raise ValueError(f"{target} and {source} overlap; publish to another folder")
     runs, excluded = read([source])
+    published, _ = read([source, target]) if target.is_dir() else (runs, [])
+    _, others = select_images(published)
+    if others:
+        raise ValueError(
+            f"{others[0].folder}: {others[0].why}; publish each data set to a folder of its own"
+        )
     diverged = [e.folder for e in excluded if e.kind == "diverged"]
     left = [e for e in excluded if e.kind != "diverged"]
     texts: dict[Path, str] = {}

@@ -63,10 +63,12 @@ def make_run(
     finished=True,
     evaluated_on="test",
     facts=(),
+    known=(),
     **overrides,
 ):
     """One run; ``overrides`` are settings, "__" for a dot, and ``facts`` replace the summary's.
 
+    ``known`` are further keys of the summary, which not every version of the code has written.
     Facts that are no key of the summary (commit, hardware, ...) are those of its only segment.
     """
     config = {
@@ -133,6 +135,7 @@ def make_run(
         "flops": {"none": 776_000_000, "aa": 1_110_000_000}.get(attention, 777_000_000),
         "segments": [segment()],
         "config": config,
+        **dict(known),
     }
     facts = dict(facts)
     summary |= {key: facts.pop(key) for key in list(facts) if key in summary}

@@ -289,6 +289,16 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, full_disk, size):
     ],
 )
 def test_images_are_told_apart_by_classes_mean_and_deviation(tmp_path, change, alike):
+    """As of a checkpoint of older code, which has no digest."""
     saved = {"description": DESCRIPTION | change}
     with nullcontext() if alike else pytest.raises(ValueError, match="on other images that are"):
         checkpoint.check_data(saved, DESCRIPTION, tmp_path)
+
+
+@pytest.mark.parametrize(("there", "alike"), [("a", True), ("b", False), (None, True)])
+def test_images_are_told_apart_by_their_digest(tmp_path, there, alike):
+    """Whatever the version of Pillow has made of them."""
+    saved = {"description": DESCRIPTION | {"data_digest": there}}
+    now = DESCRIPTION | {"data_digest": "a", "mean": [0.5, 0.4, 0.31] if there else [0.5, 0.4, 0.3]}
+    with nullcontext() if alike else pytest.raises(ValueError, match="on other images that are"):
+        checkpoint.check_data(saved, now, tmp_path)

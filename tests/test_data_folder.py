@@ -396,16 +396,6 @@ def test_its_network_is_evaluated_on_the_folder_that_is_named(words, run, root, 
     assert summary["evaluated_on"] == dataset.evaluated_on
 
 
-def test_other_images_of_the_same_name_are_not_trained_on(words, run, root):
-    run(*["max_minutes=null"], base=words)
-    for path in root.glob("train/ant/*.png"):
-        write(path, seed=int(path.stem) + 500)
-    (run_dir,) = {p.parent for p in root.parent.rglob("last.pt")}
-    (run_dir / run_folder.SUMMARY).unlink()
-    with pytest.raises(ValueError, match="holds a run on other images that are called my images"):
-        run("resume=auto", base=words)
-
-
 def test_runs_on_two_folders_have_two_folders(monkeypatch, tmp_path):
     scores = {"evaluated_on": "val", "val/top1": 1.0}
     places = []

@@ -110,8 +110,8 @@ def test_the_data_set_can_be_chosen(tmp_path):
 
 
 def test_validation_scores_are_reported_as_such(tmp_path):
-    make_run(tmp_path / "a", 70.0, evaluated_on="val")
-    make_run(tmp_path / "b", 72.0, attention="aa", evaluated_on="val")
+    make_run(tmp_path / "a", 70.0, evaluated_on="val", data__val_size=9)
+    make_run(tmp_path / "b", 72.0, attention="aa", evaluated_on="val", data__val_size=9)
     head = render.report([tmp_path], tmp_path / "out")
     assert "2 finished runs of 2 variants on CIFAR-100, evaluated on the validation set" in head
     assert "AA vs. plain: +2.00" in head

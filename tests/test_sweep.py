@@ -13,6 +13,7 @@ from training import cli, run_folder, sweep
 
 from folders import failed, make_run
 from helpers import TINY
+from image_folders import write, write_folder
 
 ONE_EPOCH = [*(w for w in TINY if "epochs" not in w), "epochs=1", "attention=none"]
 # Of these twelve, three cannot be trained, and one diverges: clipped, the steps are of 0.1 and 1.
@@ -184,6 +185,23 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_the_jobs(sweeps, tmp_
     jobs, count = table(said)
     assert count == "2 jobs: 1 done, 1 skipped"  # the checkpoint is of the job's settings
     assert "done: top-1" in jobs[1]
+
+
+@pytest.mark.slow
+def test_a_finished_run_on_other_images_is_not_taken_for_the_jobs(sweeps, tmp_path, monkeypatch):
+    root = write_folder(tmp_path, monkeypatch)
+    words = ["data=folder", f"data.root='{root}'", "data.size=8", "augmentation.crop_pad=2"]
+    words += ["batch_size=4", "epochs=1", "model=resnet8", "model.widths=[4,8,8]", "model.stem=4"]
+    words += ["tracking=csv", "precision=fp32", "seed=0,1", "resume=auto"]
+    sweeps(*words)
+    assert table(sweeps(*words))[1] == "2 jobs: 2 skipped"
+    write(root / "train" / "ant" / "0.png", seed=500)
+    said = sweeps(*words)
+    jobs, count = table(said)
+    assert (said.code, said.steps) == (1, 0)
+    assert count.startswith("2 jobs: 2 failed")
+    assert all("is of a run on other images that are called my images" in jobs[n] for n in (0, 1))
+    assert table(sweeps(*words, "overwrite=true"))[1] == "2 jobs: 2 done"
 
 
 def test_a_sweep_of_which_no_job_can_be_trained(sweeps):

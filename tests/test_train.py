@@ -61,12 +61,13 @@ def test_what_the_dashboard_is_told(run, monkeypatch):
         return original(mode, **arguments)
 
     monkeypatch.setattr(dashboard, "track", remember)
-    run("epochs=1", "attention.dk=16", "wandb.group=mine")
+    summary = run("epochs=1", "attention.dk=16", "wandb.group=mine")
     assert told["mode"] == "disabled"
     assert told["group"] == "mine"
     assert told["config"]["attention.dk"] == 16
     assert told["config"]["optim.lr"] == 0.002
     assert told["config"]["parameters"] > 0
+    assert told["config"]["data_digest"] == summary["data_digest"]
     assert told["job_type"] == "train"
     assert told["tags"] == ["resnet8", "aa", "lookup"]
 

@@ -215,7 +215,7 @@ def test_a_run_begins_with_the_weights_of_another(run, tmp_path, caplog):
     assert "parameters taken" in caplog.text
     assert "the first 4 of 8 channels" in caplog.text
     origin = second["segments"][0]["init_from"]
-    assert origin["data"] == "lookup"
+    assert (origin["data"], origin["data_digest"]) == ("lookup", first["data_digest"])
     assert "init_from" not in first["segments"][0]
     scratch = run("attention=aa", "epochs=1", folder="scratch")
     assert second["train/loss"] != scratch["train/loss"]

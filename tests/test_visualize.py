@@ -258,6 +258,14 @@ def test_images_that_are_gone_are_a_line_in_the_report(run, tmp_path, monkeypatc
     assert line == "The attention of aa is not shown: no images there."
 
 
+def test_images_that_are_others_by_now_are_a_line_in_the_report(run, tmp_path):
+    run(folder="runs/aa")
+    config = tmp_path / "runs" / "aa" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"data_digest": "another"}))
+    (line,) = section(tmp_path / "runs").notes
+    assert line == "The attention of aa is not shown: the images of lookup are others by now."
+
+
 def test_nothing_that_a_summary_names_is_called(run, tmp_path):
     run(folder="runs/aa")
     file = tmp_path / "runs" / "aa" / "summary.json"

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from aaconv.text import one_line
 from models.fields import FORMAT, UnreadableError, parse
-from training import progress, run_folder
+from training import images, progress, run_folder
 from training.console import first_line
 from training.device import get_rng_state, precision_name, set_rng_state
 from training.files import write_whole
@@ -92,8 +92,9 @@ def begin(
     What it replaces, of another run or damaged, is to be removed in the order given.
 
     Raises:
-        ValueError: see `load`; or ``folder`` holds a run that is neither resumed nor to be
-            replaced, or one that has diverged and would do so again.
+        ValueError: see `load`; or the checkpoint is of other images than are there now, or
+            ``folder`` holds a run that is neither resumed nor to be replaced, or one that has
+            diverged and would do so again.
         FileNotFoundError: see `find`.
     """
     found = find(resume, folder)
@@ -105,6 +106,10 @@ def begin(
             )
         found = []
     used, state = load(found, config) if found else (None, {})
+    if used is not None and images.differ(state["description"].get("data_digest"), config):
+        if not overwrite or resume != "auto":
+            raise ValueError(images.other_images(used, state["description"]["data"]))
+        used, state = None, {}
     names = (run_folder.SUMMARY, run_folder.METRICS, run_folder.WEIGHTS, run_folder.DESCRIPTION)
     results = [folder / name for name in names]
     if used is not None and used.parent.resolve() == folder.resolve():
@@ -205,22 +210,23 @@ def runs_with_other_epochs(folder: Path, config: dict[str, Any]) -> list[str]:
     return lines
 
 
-def check_data(state: dict[str, Any], description: dict[str, Any], folder: Path) -> None:
+def check_data(state: dict[str, Any], description: dict[str, Any], path: Path) -> None:
     """Raise ValueError if the run of ``state`` was trained on other images than ``description``.
 
-    Two folders of images may have one name; classes, mean and deviation tell them apart.
+    The data set's digest tells them apart; classes, mean and deviation where ``path``, the
+    checkpoint, was written before there was one.
     """
     before = state["description"]
-    alike = before["class_names"] == description["class_names"] and all(
-        math.isclose(then, now, abs_tol=1e-6)
-        for name in ("mean", "std")
-        for then, now in zip(before[name], description[name], strict=True)
-    )
-    if not alike:
-        raise ValueError(
-            f"{folder} holds a run on other images that are called {description['data']}, too; "
-            "another name= or data.name= keeps them apart"
+    if before.get("data_digest") is not None:
+        alike = before["data_digest"] == description["data_digest"]
+    else:
+        alike = before["class_names"] == description["class_names"] and all(
+            math.isclose(then, now, abs_tol=1e-6)
+            for name in ("mean", "std")
+            for then, now in zip(before[name], description[name], strict=True)
         )
+    if not alike:
+        raise ValueError(images.other_images(path, description["data"]))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -298,7 +304,7 @@ def continue_run(
             for line in runs_with_other_epochs(run_dir, config):
                 log.info("%s", line)
         return progress.Progress.begin(len(state.batches))
-    check_data(saved, state.description.model_dump(), run_dir)
+    check_data(saved, state.description.model_dump(), resumed)
     restore(saved, state.stateful(), state.device, resumed)
     continued = parse(progress.Progress, saved, f"{resumed}")
     log.info("resumed %s %s", resumed, continued.position)

@@ -5,14 +5,15 @@ import itertools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from configs.schema import names_folder
-from training import outcome, run_folder, settings
+from training import images, outcome, run_folder, settings
 from training.compose import compose_config
 from training.outcome import DIVERGED, FAILED, Outcome
-from training.variants import folder_name, name_of_images
+from training.variants import folder_name, images_key, name_of_images
 
 # Settings that compare.py gives each run itself, and what to do instead.
 OURS = {
@@ -88,7 +89,9 @@ def plan(
     ``device=cpu`` has begun.
 
     Raises:
-        ValueError: a setting that is compare.py's own, or one that no run can have.
+        ValueError: a setting that is compare.py's own, or one that no run can have; or the folder
+            holds results of other images than are there now.
+        OSError: these images cannot be read.
         HydraException, OmegaConfBaseException: settings that train.py does not have.
     """
     parse = OverridesParser.create().parse_overrides
@@ -102,18 +105,44 @@ def plan(
         if names_folder(override.get_key_element())
     ]
     naming += name_of_images(compose_config(overrides), naming)
-    lengths = {}
+    lengths, data = {}, {}
     for variant in expand(vary):
         cfg = compose_config([*overrides, *variant, f"seed={max(seeds)}"])
         settings.check(cfg)
         lengths[variant] = int(cfg.epochs)
+        config = settings.resolve(cfg)
+        data[images_key(config)] = config
     comparison = (out_dir / "compare" / (folder_name(naming) or "default")).absolute()
+    _check_images(comparison, data)
     runs = [
         PlannedRun(variant, seed, comparison / folder_name(variant) / f"seed={seed}", epochs)
         for seed in dict.fromkeys(seeds)
         for variant, epochs in lengths.items()
     ]
     return comparison, runs
+
+
+def _check_images(comparison: Path, data: dict[str, dict[str, Any]]) -> None:
+    """ValueError if the comparison has results of other images than are there now.
+
+    Args:
+        comparison: its folder.
+        data: settings of runs to come, by `training.variants.images_key`.
+    """
+    digests: dict[str, str | None] = {}  # images that many results are of are read once
+    for path in sorted(comparison.glob(f"*/*/{run_folder.SUMMARY}")):
+        _, result = outcome.read(path.parent)
+        if result is None or "data_digest" not in result[0]:
+            continue
+        summary, key = result[0], images_key(result[0]["config"])
+        if key in data and key not in digests:
+            digests[key] = images.current_digest(data[key])
+        if digests.get(key) not in (None, summary["data_digest"]):
+            raise ValueError(
+                f"{path.parent} is of a run on other images that are called {summary['data']}, "
+                f"too; another data.name= keeps them apart, or remove {comparison} to train its "
+                "runs again"
+            )
 
 
 # ---- While they are trained ---------------------------------------------------------------------

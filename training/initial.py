@@ -47,5 +47,10 @@ def init_provenance(initial: Trained | None) -> dict[str, Any]:
     description = initial.description
     weights = hashlib.blake2b(weights_as_bytes(initial.network), digest_size=8).hexdigest()
     return {
-        "init_from": {"data": description.data, "commit": description.commit, "weights": weights}
+        "init_from": {
+            "data": description.data,
+            "data_digest": description.data_digest,
+            "commit": description.commit,
+            "weights": weights,
+        }
     }

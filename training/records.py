@@ -125,7 +125,11 @@ class Settings(TypedDict):
 
 @with_config(extra="allow")
 class Summary(TypedDict):
-    """A finished run: its metrics (see `check_summary`), and what they are of."""
+    """A finished run: its metrics (see `check_summary`), and what they are of.
+
+    ``data_digest`` tells the images from others that are called ``data``, too, and ``notes`` are on
+    what was found there: see `data.Dataset`. Older code has written neither.
+    """
 
     format: Format
     epochs: Count
@@ -135,6 +139,8 @@ class Summary(TypedDict):
     model: Text
     attention: Literal[tuple(ATTENTIONS)]  # type: ignore[valid-type]
     data: Text
+    data_digest: NotRequired[Text]
+    notes: NotRequired[list[Text]]
     evaluated_on: Literal["test", "val"]
     parameters: Count
     flops: Count

@@ -40,6 +40,7 @@ def describe_run(
         mean=list(dataset.mean),
         std=list(dataset.std),
         data=dataset.name,
+        data_digest=dataset.digest,
         settings=public_settings(resolve(cfg)),
         precision=dtype_name(dtype),
         version=aaconv.__version__,
@@ -53,6 +54,7 @@ def describe_training(cfg: DictConfig, state: RunState) -> dict[str, Any]:
         "model": cfg.model.name,
         "attention": state.description.network["attention"]["name"],
         "data": state.dataset.name,
+        "data_digest": state.dataset.digest,
         "evaluated_on": state.dataset.evaluated_on,
         "parameters": count_parameters(state.model),
         "flops": count_flops(state.model, state.dataset.image_size),
@@ -91,6 +93,7 @@ def summarize(
         "per_class_top1": progress.per_class_top1,
         "class_names": list(dataset.class_names),
         **{key: facts[key] for key in facts if key != "precision"},
+        "notes": list(dataset.notes),
         "segments": progress.segments,
         "config": config,
     }

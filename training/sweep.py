@@ -197,7 +197,7 @@ def run_job(
 
 def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | None:
     """Outcome, reason and score of a job that has a result and would train nothing."""
-    from training import outcome, run_folder, settings
+    from training import images, outcome, run_folder, settings
 
     if cfg.resume != "auto" or cfg.overwrite:
         return None
@@ -207,8 +207,11 @@ def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | N
     if result is None:
         return None  # where it is damaged the run itself says so
     summary, _ = result
-    if result_settings(summary["config"]) != result_settings(settings.resolve(cfg)):
+    config = settings.resolve(cfg)
+    if result_settings(summary["config"]) != result_settings(config):
         return None
+    if images.differ(summary.get("data_digest"), config):
+        return None  # the run itself says so
     return outcome.SKIPPED, f"finished before: {why}", run_folder.top1(summary)
 
 

@@ -15,6 +15,8 @@ from configs.schema import OPTIONS, FolderConfig, decides_result
 HYDRAS = ("_target_", "_partial_")
 # Of the path of a trained network as much as tells runs apart: variant, seed, file.
 KEPT_PARTS = 3
+# How images are read, and not which: `data.Dataset.digest` is the same for all their values.
+OF_PIXELS = ("data.size", "data.white", "data.max_pixels")
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -55,6 +57,12 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def variant_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that decide a result except for the seed, flattened."""
     return {k: v for k, v in result_settings(config).items() if k != "seed"}
+
+
+def images_key(config: Mapping[str, Any]) -> str:
+    """A text that is the same for all runs of such settings that must be of the same images."""
+    settings = result_settings({"data": config["data"]})
+    return json.dumps({k: v for k, v in settings.items() if k not in OF_PIXELS}, sort_keys=True)
 
 
 def name_of_images(cfg: DictConfig, given: Iterable[str]) -> list[str]:

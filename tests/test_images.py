@@ -1,0 +1,255 @@
+"""Which images a result is of: of a data set that has changed since, a run is not that run's."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from data import folder, folder_digest, load_folder
+from reporting import render, runs
+from scripts.publish import publish
+from training.comparison import plan
+
+from folders import make_run
+from helpers import rows
+from image_folders import write, write_folder
+
+RUN = ["data.size=8", "augmentation.crop_pad=2", "batch_size=4", "epochs=1", "model=resnet8"]
+RUN += ["tracking=csv", "precision=fp32", "model.stem=4", "model.widths=[4,8,8]"]
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    return write_folder(tmp_path, monkeypatch)
+
+
+def words(root):
+    return ["data=folder", f"data.root='{root}'", "data.name=mine", *RUN]
+
+
+def move(root, source, target):
+    (root / source).rename(root / target)
+
+
+def swap(root, one, other):
+    move(root, one, "aside.png")
+    move(root, other, one)
+    move(root, "aside.png", other)
+
+
+def replace_all(root):
+    for number, path in enumerate(sorted(root.rglob("*.png"))):
+        write(path, seed=1000 + number)
+
+
+def replace_validation(root):
+    shutil.rmtree(root / "val")
+    write(root / "val" / "ant" / "other.png", seed=7)
+
+
+CHANGES = {
+    "all others": replace_all,
+    "one added": lambda root: write(root / "train" / "ant" / "3.png", seed=3),
+    "one removed": lambda root: (root / "train" / "ant" / "0.png").unlink(),
+    "one corrected": lambda root: write(root / "train" / "ant" / "0.png", seed=500),
+    "another label": lambda root: move(root, "train/ant/0.png", "train/Bee/9.png"),
+    "two labels": lambda root: swap(root, "train/ant/0.png", "train/Bee/0.png"),
+    "another class": lambda root: (
+        move(root, "train/c d", "train/cd") or move(root, "val/c d", "val/cd")
+    ),
+    "a class more": lambda root: write(root / "train" / "zebra" / "0.png", seed=8),
+    "others to evaluate on": replace_validation,
+    "another label there": lambda root: swap(root, "val/ant/x.png", "val/Bee/x.png"),
+    "one to evaluate on in training": lambda root: (
+        move(root, "val/ant/x.png", "train/ant/x.png")
+        or write(root / "val" / "ant" / "x.png", seed=9)
+    ),
+}
+SAME = {
+    "as it was": lambda root: None,
+    "files of other kinds": lambda root: (root / "notes.txt").write_text("mine"),
+    "other times": lambda root: [path.touch() for path in root.rglob("*.png")],
+}
+
+
+def files(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_is_neither_finished_nor_continued_on_other_images(run, root, tmp_path):
+    run(base=words(root), folder="finished")
+    with pytest.raises(SystemExit):
+        run("max_minutes=1e-9", base=words(root), folder="stopped")
+    before = files(tmp_path / "finished") | files(tmp_path / "stopped")
+    unchanged = shutil.copytree(root, tmp_path / "unchanged")
+    taken = []
+    for name, change in CHANGES.items():
+        shutil.rmtree(root)
+        change(shutil.copytree(unchanged, root))
+        for where in ("finished", "stopped"):
+            line = rf"{where}/last\.pt is of a run on other images that are called mine, too; "
+            try:
+                with pytest.raises(ValueError, match=line):
+                    run("resume=auto", base=words(root), folder=where)
+            except pytest.fail.Exception:
+                taken.append((name, where))
+    assert taken == []
+    assert files(tmp_path / "finished") | files(tmp_path / "stopped") == before
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_a_finished_run_is_that_of_the_same_images(run, root, tmp_path, monkeypatch, name):
+    summary = run(base=words(root))
+    copy = shutil.copytree(root, tmp_path / "elsewhere")
+    SAME[name](copy)
+    monkeypatch.setattr(folder, "decode", None)  # which is not called
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    again = run("resume=auto", base=words(copy))
+    assert again == json.loads(json.dumps(summary))
+    shutil.rmtree(copy)  # the result needs no images
+    assert run("resume=auto", base=words(copy)) == again
+
+
+def test_what_a_run_says_of_its_images(run, root, tmp_path):
+    summary = run(base=words(root))
+    dataset = load_folder(str(root), "mine", 8)
+    described = json.loads((tmp_path / "run" / "config.json").read_text())
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    digests = {d["data_digest"] for d in (summary, described, state["description"])}
+    assert digests == {dataset.digest}
+    assert summary["notes"] == ["mine: 12 images to train on, 3 to evaluate on"]
+
+
+def test_a_run_on_other_images_begins_anew_where_it_may(run, root, tmp_path):
+    old = run(base=words(root))
+    replace_all(root)
+    new = run("resume=auto", "overwrite=true", base=words(root))
+    assert new["data_digest"] != old["data_digest"]
+    assert len(rows(tmp_path / "run")) == 1
+    assert run("resume=auto", "overwrite=true", base=words(root)) == json.loads(json.dumps(new))
+
+
+def test_a_run_of_older_code_is_finished_as_before(run, root, tmp_path):
+    run(base=words(root))
+    summary, checkpoint = (tmp_path / "run" / name for name in ("summary.json", "last.pt"))
+    older = {k: v for k, v in json.loads(summary.read_text()).items() if k != "data_digest"}
+    summary.write_text(json.dumps(older))
+    state = torch.load(checkpoint, weights_only=True)
+    del state["description"]["data_digest"]
+    torch.save(state, checkpoint)
+    replace_all(root)
+    assert run("resume=auto", base=words(root)) == older
+
+
+@pytest.mark.parametrize("settings", [{}, {"val_size": 5}, {"skip_damaged": True}])
+def test_the_digest_is_had_without_the_images(root, monkeypatch, settings):
+    if "skip_damaged" in settings:
+        (root / "train" / "ant" / "0.png").write_bytes(b"no image")
+    expected = load_folder(str(root), "mine", 8, **settings).digest
+    monkeypatch.setattr(folder, "decode", None)  # which is not called
+    assert folder_digest(str(root), "mine", 8, **settings) == expected
+
+
+def test_a_file_that_cannot_be_read_is_named_instead(root):
+    (root / "train" / "ant" / "0.png").unlink()
+    (root / "train" / "ant" / "0.png").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=r"1 of 12 images cannot be read.*ant/0\.png"):
+        folder_digest(str(root), "mine", 8)
+
+
+# ---- Comparisons, reports, published results ----------------------------------------------------
+
+
+def made(folder, digest, *, seed=0, data=None, **options):
+    """A finished run on images of this digest, None as of older code, which has not said it."""
+    known = {} if digest is None else {"data_digest": digest}
+    settings = {"_target_": "data.load_folder", "name": "mine", "val_size": 0} | (data or {})
+    return make_run(
+        folder, 70.0 + seed, seed, evaluated_on="val", known=known, data=settings, **options
+    )
+
+
+def test_a_comparison_is_not_finished_by_runs_on_other_images(root, tmp_path):
+    def planned(*more):
+        given = ["data=folder", f"data.root='{root}'", "data.name=mine", "data.size=8", *more]
+        return plan([["attention=none"]], [0, 1], given, tmp_path / "out")
+
+    _, (first, second) = planned()
+    digest = folder_digest(str(root), "mine", 8)
+    settings = {"size": 16, "white": None, "skip_damaged": False, "max_pixels": 268435456}
+    for run, known in ((first, digest), (second, None)):
+        made(run.folder, known, seed=run.seed, data=settings)
+    assert not any(run.missing for run in planned()[1])
+    write(root / "train" / "ant" / "0.png", seed=500)
+    with pytest.raises(ValueError, match=r"seed=0 is of a run on other images.* another data\.nam"):
+        planned()
+    assert len(planned("data.val_size=3")[1]) == 2  # a comparison of its own
+    shutil.rmtree(first.folder)
+    assert [run.missing for run in planned()[1]] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("digests", "kept"),
+    [
+        (["a", "a", "b", "b", "b"], [2, 3, 4]),
+        (["a", "b"], [0]),
+        ([None, "a", None], [0, 1, 2]),  # they may be the same
+        ([None, "a", None, "b", "b"], [3, 4]),
+        ([None, None], [0, 1]),
+    ],
+)
+def test_a_report_is_of_one_data_set(tmp_path, digests, kept):
+    for seed, digest in enumerate(digests):
+        made(tmp_path / f"{seed}", digest, seed=seed)
+    found, _ = runs.read([tmp_path])
+    (variant,), excluded = runs.group_by_variant(found)
+    assert [run.seed for run in variant.runs] == kept
+    assert {e.folder.name for e in excluded} == {f"{n}" for n in range(len(digests))} - {
+        f"{seed}" for seed in kept
+    }
+    assert {e.kind for e in excluded} <= {"of another data set"}
+    assert all("other images that are called mine val, too: digest " in e.why for e in excluded)
+
+
+def test_images_that_settings_tell_apart_are_variants(tmp_path):
+    for seed, (digest, data) in enumerate(
+        [
+            ("a", {"val_size": 5}),
+            ("b", {"val_size": 6}),
+            ("b", {"val_size": 6, "size": 16}),
+            ("c", {"val_size": 6, "size": 32}),
+        ]
+    ):
+        made(tmp_path / f"{seed}", digest, seed=seed, data=data)
+    variants, excluded = runs.group_by_variant(runs.read([tmp_path])[0])
+    assert sorted(run.seed for variant in variants for run in variant.runs) == [0, 1, 2]
+    assert [e.folder.name for e in excluded] == ["3"]
+
+
+def test_results_of_other_images_are_not_published_together(tmp_path):
+    made(tmp_path / "out" / "0", "a", seed=0)
+    made(tmp_path / "out" / "1", None, seed=1)
+    publish(tmp_path / "out", tmp_path / "kept")
+    published = files(tmp_path / "kept")
+    made(tmp_path / "new" / "2", "b", seed=2)
+    with pytest.raises(ValueError, match=r"other images that are called mine val, too.*of its own"):
+        publish(tmp_path / "new", tmp_path / "kept")
+    assert files(tmp_path / "kept") == published
+    made(tmp_path / "out" / "2", "b", seed=2)
+    with pytest.raises(ValueError, match=r"not a as of 1 run; publish"):
+        publish(tmp_path / "out", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("sketches")
+@pytest.mark.parametrize(
+    ("val_size", "said"),
+    [
+        (0, "evaluated on its own validation images. Network"),
+        (5, "evaluated on the validation set, held out from the training images. Network"),
+    ],
+)
+def test_a_report_says_where_the_validation_images_are_from(tmp_path, val_size, said):
+    made(tmp_path / "0", "a", data={"val_size": val_size})
+    assert said in render.report([tmp_path], tmp_path / "out")
