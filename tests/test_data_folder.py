@@ -335,7 +335,7 @@ REFUSED = {
         damage("Bee/1.png", "ant/0.png", "ant/1.png", "c d/2.png", "Käfer/0.png"),
         {},
         ValueError,
-        ", and 2 more",
+        "; and 2 more",
     ),
     "size 0": (None, {"size": 0}, ValueError, "data.size=0 must be at least 1"),
     "size -3": (None, {"size": -3}, ValueError, "data.size=-3 must be"),

@@ -246,7 +246,7 @@ def test_every_damaged_column_of_the_metrics_is_named(tmp_path, finished):
     folder = make_run(tmp_path / "a", finished=finished)
     path = folder / "metrics.csv"
     lines = path.read_text(encoding="utf-8").splitlines()
-    unused = ("perf/images_per_s", "perf/peak_memory_mib")
+    unused = ("train/other", "perf/images_per_s", "perf/peak_memory_mib")
     for value, column, cells in csv_damages(lines):
         path.write_text("\n".join(",".join(row) for row in cells) + "\n", encoding="utf-8")
         result = result_of(folder)
@@ -291,7 +291,7 @@ def test_a_row_too_many_or_too_few_is_no_result(tmp_path):
         ([*lines[:2], lines[3], lines[2]], "metrics.csv, row 2: epoch is 3, not 2"),
         (["test" + line if line is lines[0] else line for line in lines], "no column epoch"),
         ([line.replace("test/", "val/") for line in lines], "has no column test/top1"),
-        ([lines[0], "1,2,3,4\n"], "row 1: test/loss is null"),
+        ([lines[0], "1,2,3,4,5\n"], "row 1: test/loss is null"),
         ([lines[0], lines[1].rstrip() + ",7\n"], "row 1 has more values than"),
     ):
         path.write_text("".join(changed), encoding="utf-8")
