@@ -38,7 +38,7 @@ from aaconv.functional import check_backend
 from data import Batches, Dataset, evaluation_batches
 from models import Trained, freeze, set_frozen_eval
 from training import checkpoint, distributed, provenance, run_folder
-from training.dashboard import pictures, show, start_tracking
+from training.dashboard import history, pictures, show, start_tracking
 from training.device import (
     choose_device,
     choose_dtype,
@@ -50,7 +50,7 @@ from training.device import (
 )
 from training.initial import init_provenance, load_initial, take_weights
 from training.optimizer import make_optimizer
-from training.progress import Progress
+from training.progress import EpochState, Progress
 from training.scores import evaluate
 from training.settings import build_model, check, resolve
 from training.state import RunState
@@ -64,7 +64,7 @@ from training.summary import (
     stop_line,
     summarize,
 )
-from training.tracking import Tracker
+from training.tracking import STEP_LOSS, Tracker
 
 log = logging.getLogger("train")
 
@@ -115,11 +115,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
         # ---- The epochs, and now and then a checkpoint to continue from ------------------------
         stop = stack.enter_context(Stop(cfg.max_minutes, world.size > 1, cfg.checkpoint_minutes))
-        tracker = stack.enter_context(start_tracking(cfg, config, run_dir, facts, progress, world))
+        tracker = stack.enter_context(start_tracking(cfg, config, run_dir, facts, progress, state))
         progress.wandb_id = tracker.id
         action = Action.CONTINUE
         while (epoch := len(progress.rows)) < cfg.epochs and action is not Action.STOP:
-            action = train_epoch(cfg, state, progress, stop)
+            action = train_epoch(cfg, state, progress, stop, tracker)
             if action is Action.CONTINUE:  # all its steps are taken
                 action = finish_epoch(cfg, state, progress, stop)
             if action is not Action.CONTINUE:
@@ -134,7 +134,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             summary = finish_run(cfg, config, state, progress, facts, folder, tracker)
             log.info("%s: %s", run_folder.scores_line(summary), run_dir)
         else:
-            tracker.stopped(continued=stop.will_resume)
+            tracker.stopped(stop.why(), continued=stop.will_resume)
             log.info("%s: %s", stop_line(stop, progress), run_dir)
 
     stop.leave(finished)
@@ -220,7 +220,9 @@ def try_backends(model: nn.Module, dataset: Dataset, autocast: torch.autocast) -
     model.train()
 
 
-def train_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Stop) -> Action:
+def train_epoch(
+    cfg: DictConfig, state: RunState, progress: Progress, stop: Stop, tracker: Tracker
+) -> Action:
     """Train from where ``progress`` is in its epoch to the end, or until there is more to do.
 
     Returns what: to save or to stop where it is now, or to continue with the evaluation.
@@ -249,6 +251,7 @@ def train_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Stop
             epoch_state.raise_if_nonfinite(epoch, steps)
             rate = step * cfg.batch_size / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {epoch_state.mean('loss'):.3f}, {rate:.0f} images/s")
+            report_loss(cfg, progress, epoch_state, steps, tracker)
         if action is not Action.CONTINUE:
             break
     progress.epoch_state = replace(
@@ -335,6 +338,21 @@ def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Sto
     return stop.after_epoch(last=len(progress.rows) == cfg.epochs)
 
 
+def report_loss(
+    cfg: DictConfig, progress: Progress, epoch_state: EpochState, steps: int, tracker: Tracker
+) -> None:
+    """The loss every ``log_every`` steps, to the dashboard; at an epoch's end its row has it.
+
+    The steps at which a checkpoint happens to be written have none, so that a run that is continued
+    has the same readings.
+    """
+    if epoch_state.step == steps or epoch_state.step % cfg.log_every == 0:
+        newest = progress.read_loss(epoch_state, steps)
+        if epoch_state.step < steps:
+            for step, loss in newest.items():
+                tracker.log({"step": step, STEP_LOSS: loss})
+
+
 def report_epoch(
     cfg: DictConfig,
     state: RunState,
@@ -346,7 +364,8 @@ def report_epoch(
     row = progress.rows[-1]
     if folder is not None:
         folder.write_metrics(progress.rows)
-        tracker.log(row, pictures(cfg, state, progress, tracker))
+        newest = history(progress, len(state.batches))[-1]
+        tracker.log(newest, pictures(cfg, state, progress, tracker))
     log.info("%s", epoch_line(row, cfg.epochs, state.dataset.evaluated_on))
 
 

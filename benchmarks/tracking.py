@@ -59,7 +59,7 @@ def parts(cfg: Any, state: train.RunState, tracker: Any) -> dict[str, Callable[[
         "correct": lambda: (logits.argmax(dim=1) == labels).float().mean(),
         "pictures": lambda: media.attention_pictures(state.model, state.dataset),
         "tables": tables,
-        "row": lambda: tracker.log(row | {"epoch": next(epochs)}),
+        "row": lambda: tracker.log(row | {"step": next(epochs)}),
     }
 
 

@@ -366,6 +366,15 @@ class WandbConfig:
         "Group of the run on the dashboard.",
         decides_result=False,
     )
+    tags: list[str] = setting(
+        "Tags of the run there, beside its network, attention and data; [] takes those of the "
+        "environment's WANDB_TAGS, with commas between them.",
+        decides_result=False,
+    )
+    notes: Optional[str] = setting(
+        "What the dashboard says of the run in words; null says nothing.",
+        decides_result=False,
+    )
 
 
 @dataclass

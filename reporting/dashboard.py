@@ -63,8 +63,10 @@ def _id(project: str, folder: Path) -> str:
 
 
 def _config(analysis: Analysis) -> dict[str, Any]:
+    first = analysis.variants[0].first
     return {
-        "data": analysis.data,
+        "data": first["data"],  # as its runs have it, so that both are found by it
+        "data.evaluated_on": first["evaluated_on"],
         "variants": [variant.label for variant in analysis.variants],
         "seeds": sorted({run.seed for run in analysis.runs}),
         "runs": len(analysis.runs),

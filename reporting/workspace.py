@@ -11,6 +11,8 @@ import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as ws
 
 NAME = "Does attention help?"
+# What runs may be scored on; of a sweep it is better held-out images.
+IMAGES = {"val": "on held-out images", "test": "on the test set"}
 # From the worst of a sweep's runs to its best.
 GRADIENT = [
     panels.GradientPoint(color="#b9c6d3", offset=0),
@@ -26,6 +28,16 @@ class _Column(panels.ParallelCoordinatesPlotColumn):
         model = super()._to_model()
         assert isinstance(self.metric, panels.Config)
         model.accessor = f"config:{self.metric.name}.value"
+        return model
+
+
+class _Scatter(panels.ScatterPlot):
+    """A scatter plot over a setting or fact by its flat dotted key, as above."""
+
+    def _to_model(self) -> Any:
+        model = super()._to_model()
+        assert isinstance(self.x, panels.Config)
+        model.config.x_axis = f"config:{self.x.name}.value"
         return model
 
 
@@ -45,7 +57,7 @@ def build(
         sections=[
             _section("The comparison", _comparison(), pinned=True, columns=2, rows=2),
             _section("Learning curves", _curves(), columns=3, rows=2),
-            _section("Sweeps of dk, dv and Nh, on held-out images", _sweep(), columns=2, rows=2),
+            _section("Sweeps of dk, dv and Nh", _sweep(), columns=2, rows=3),
             _section("Accuracy and cost", _cost(), columns=2, rows=2),
             _section("What the networks see", _seen(blocks), columns=3, rows=2),
             _section("Settings", [panels.RunComparer(diff_only="split")], columns=1, rows=1),
@@ -118,6 +130,7 @@ def _curves() -> list[Any]:
         "test/top1": "Top-1 on the test set (%)",
         "val/top1": "Top-1 on held-out images (%)",
         "train/top1": "Top-1 in training (%)",
+        "best/val_top1": "Best top-1 on held-out images so far (%)",
         "train/loss": "Loss in training",
         "test/loss": "Loss on the test set",
         "train/grad_norm": "Norm of the gradient",
@@ -148,30 +161,33 @@ def _sweep() -> list[Any]:
         )
         for name in settings
     ]
-    score = panels.ParallelCoordinatesPlotColumn(
-        metric=panels.SummaryMetric("val/top1"), display_name="val top-1 (%)"
-    )
-    return [
-        panels.ParallelCoordinatesPlot(
-            title="Settings and top-1 on held-out images",
-            columns=[*columns, score],
-            gradient=GRADIENT,
-        ),
-        panels.ParameterImportancePlot(with_respect_to="val/top1"),
+    shown: list[Any] = [
+        panels.WeavePanelSummaryTable(table_name="compare/best"),
+        panels.MediaBrowser(title="Top-1 by setting", media_keys=["compare/heatmaps"]),
     ]
+    for on, where in IMAGES.items():
+        score = panels.ParallelCoordinatesPlotColumn(
+            metric=panels.SummaryMetric(f"{on}/top1"), display_name=f"{on} top-1 (%)"
+        )
+        shown += [
+            panels.ParallelCoordinatesPlot(
+                title=f"Settings and top-1 {where}", columns=[*columns, score], gradient=GRADIENT
+            ),
+            panels.ParameterImportancePlot(with_respect_to=f"{on}/top1"),
+        ]
+    return shown
 
 
 def _cost() -> list[Any]:
-    costs = {"flops": "FLOPs per image", "parameters": "parameters"}
-    images = {"test": "on the test set", "val": "on held-out images"}
+    costs = {"network.flops": "FLOPs per image", "network.parameters": "parameters"}
     return [
-        panels.ScatterPlot(
+        _Scatter(
             title=f"Top-1 {where} (%) by {words}",
             x=panels.Config(cost),
             y=panels.SummaryMetric(f"{on}/top1"),
             legend_template="${config:variant}",
         )
-        for on, where in images.items()
+        for on, where in IMAGES.items()
         for cost, words in costs.items()
     ]
 

@@ -78,7 +78,7 @@ from typing import Any
 from reporting import dashboard, render
 from reporting.analysis import analyze
 from reporting.next_steps import next_commands
-from training import console, launch, outcome
+from training import console, launch, outcome, sweep
 from training.comparison import PlannedRun, numbered, plan, status
 from training.compose import compose_config
 from training.outcome import BAD, DONE, STOPPED, Outcome
@@ -123,9 +123,11 @@ def train(runs: list[PlannedRun], run: PlannedRun, overrides: list[str], out_dir
     """
     words = [*overrides, *run.variant, f"seed={run.seed}", "resume=auto"]
     printed = ""
+    keys, own = ({w.partition("=")[0] for w in some} for some in (overrides, run.variant))
+    fixed = " ".join(sorted(keys - own))  # the run's name on the dashboard leaves them out
     with tempfile.TemporaryDirectory() as folder:
         reason = Path(folder) / "reason"
-        env = os.environ | {launch.REASON: str(reason)}
+        env = os.environ | {launch.REASON: str(reason), sweep.FIXED: fixed}
         process = launch.start(words, run.folder, out_dir, train=ROOT / "train.py", env=env)
         try:
             while process.poll() is None:
@@ -159,7 +161,8 @@ def compare(
     comparison, runs = plan(vary, seeds, overrides, out_dir)
     before = {run for run in runs if run.outcome.kind == DONE}
     # By it the dashboard shows the runs together; where the user gives another, that one counts.
-    grouped = [f"wandb.group={launch.hydra_quote(comparison.name)}", *overrides]
+    group = [] if "WANDB_RUN_GROUP" in os.environ else [comparison.name]
+    grouped = [*(f"wandb.group={launch.hydra_quote(name)}" for name in group), *overrides]
     outcomes: dict[PlannedRun, Outcome] = {}
     stopped = None
     try:

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from training.tracking import shortened
+from training.variants import shortened
 
 from app import App, run_app
 from helpers import CLOCK, ROOT, TINY
@@ -89,10 +89,12 @@ def table(folder):
 
 
 def history(run):
-    """The rows without wandb's own columns and without pictures."""
+    """The epochs' rows as metrics.csv has them."""
+    others = ("step", "train/step_loss", "best/val_top1")
     return [
-        {k: v for k, v in row.items() if k[0] != "_" and not k.startswith("media/")}
+        {k: v for k, v in row.items() if k[0] not in "_m" and k not in others}
         for row in run["history"]
+        if "epoch" in row
     ]
 
 
@@ -104,7 +106,13 @@ def assert_whole(run, folder, but=()):
         for row in (*rows, *seen):
             del row[column]
     assert seen == [pytest.approx(row) for row in rows]
-    assert [row["_step"] for row in run["history"]] == list(range(len(rows)))
+    readings = [row["step"] for row in run["history"] if "train/step_loss" in row]
+    steps = [row["step"] for row in run["history"] if "epoch" in row]
+    every = [row["_step"] for row in run["history"] if "step" in row]
+    assert every == readings == sorted({*readings})
+    # An epoch's row has a reading, and each epoch has equally many.
+    assert steps == readings[len(readings) // len(rows) - 1 :: len(readings) // len(rows)]
+    assert len({b - a for a, b in zip([0, *readings], readings, strict=False)}) == 1
 
 
 def config(run):
@@ -119,7 +127,7 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
         "attention.dv=4",
         "name=" + "n" * 99,
     ]
-    code, _ = train(*ONLINE, *words)
+    code, _ = train(*ONLINE, *words, "wandb.tags=[mine,two words]", "wandb.notes=why not")
     assert code == 0
     _, run = server.only
     assert run["exitcode"] == 0
@@ -141,29 +149,35 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
         "attention.dk_unit": "fraction",
         "attention.dv": 4,
         "attention.dv_unit": "channels",
-        "layers.stages.1.0.conv1.dk": 32,
-        "layers.stages.1.0.conv1.dvh": 1,
         "optim.lr": 0.002,
         "data.val_size": 8,
-        "precision": "fp32",
-        "provenance.precision": "float32",
-        "provenance.versions.torch": summary["segments"][0]["versions"]["torch"],
-        "parameters": summary["parameters"],
-        "flops": summary["flops"],
-        "evaluated_on": "val",
+        "precision": "fp32",  # few runs differ in it: it is there because it was given
+        "model.widths": [4, 8, 8],
+        "env.precision": "float32",
+        "env.torch": summary["segments"][0]["versions"]["torch"],
+        "network.parameters": summary["parameters"],
+        "network.flops": summary["flops"],
+        "data.evaluated_on": "val",
         "seed": 0,
     }.items():
         assert seen[name] == expected, name
+    assert not {"model.depths", "attention.init", "out_dir", "wandb.mode"} & seen.keys()
+    assert len(seen) < 55
+    assert "settings.json" in dict(run["files"])
     assert seen["variant"].startswith("resnet8 aa dk=1.0 dv=4 Nh=4 ")
 
     facts = run["facts"]
     assert facts["jobType"] == "train"
-    assert facts["tags"] == ["resnet8", "aa", "lookup"]
+    assert facts["tags"] == ["resnet8", "aa", "lookup", "mine", "two words"]
+    assert facts["notes"] == "why not"
     assert facts["groupName"] == "n" * 99
-    assert len(facts["displayName"]) <= 128
-    # epoch is the axis of every metric
-    assert {"1": "epoch"}.items() <= run["config"]["_wandb"]["value"]["m"][0].items()
-    assert {"2": "*", "5": 1}.items() <= run["config"]["_wandb"]["value"]["m"][1].items()
+    assert len(facts["displayName"]) == 128
+    assert facts["displayName"].startswith("aa experiment=lookup train_size=96 ")
+    assert facts["displayName"].endswith(" seed=0")
+    # epoch is the axis of every metric but for the loss within it; "5" is the axis, from 1 on
+    metrics = run["config"]["_wandb"]["value"]["m"]
+    found = {metric.get("1") or metric["2"]: metric.get("5") for metric in metrics}
+    assert found == {"epoch": None, "step": None, "train/step_loss": 2, "*": 1}
 
     seen = [key for key in run["summary"] if key.startswith("media/")]
     assert {"media/predictions", "media/classes", "media/confusion"} < set(seen)
@@ -177,6 +191,26 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
     assert told["best/epoch"] == best["epoch"]
 
 
+def test_wandbs_environment_names_what_no_setting_does(train, server, tmp_path):
+    names = ("PROJECT", "NAME", "NOTES", "RUN_GROUP", "JOB_TYPE")
+    environment = {f"WANDB_{name}": f"my {name}" for name in names} | {"WANDB_TAGS": "one, two"}
+    assert train(*ONLINE, "epochs=1", **environment)[0] == 0
+    _, run = server.only
+    facts = run["facts"]
+    keys = ("project", "displayName", "notes", "groupName", "jobType")
+    assert [facts[key] for key in keys] == [f"my {name}" for name in names]
+    assert facts["tags"] == ["resnet8", "aa", "lookup", "one", "two"]
+    assert run["summary"]["outcome"] == "done"
+    (log,) = tmp_path.rglob("seed=0/train.log")
+    assert dict(run["files"])["train.log"] == len(log.read_bytes()) > 0
+
+    own = ["wandb.project=p", "wandb.group=g", "wandb.notes=n", "wandb.tags=[t]"]
+    assert train(*ONLINE, "epochs=1", "seed=1", *own, **environment)[0] == 0
+    facts = list(server.runs.values())[1]["facts"]
+    assert [facts[key] for key in ("project", "notes", "groupName")] == ["p", "n", "g"]
+    assert facts["tags"] == ["resnet8", "aa", "lookup", "t"]
+
+
 def test_runs_that_differ_in_the_seed_alone_are_of_one_variant(train, server):
     assert (
         train("-m", *ONLINE, "epochs=1", "attention=none", "seed=0,1", "optim.lr=0.1,0.2")[0] == 0
@@ -187,15 +221,17 @@ def test_runs_that_differ_in_the_seed_alone_are_of_one_variant(train, server):
     assert len({(run["variant"], run["optim.lr"]) for run in runs}) == 2
     assert all("best/val_top1" not in run["summary"] for run in server.runs.values())
     assert {run["facts"]["groupName"] for run in server.runs.values()} == {"lookup"}
+    names = {run["facts"]["displayName"] for run in server.runs.values()}
+    assert names == {f"none lr={lr} seed={seed}" for lr in (0.1, 0.2) for seed in (0, 1)}
 
 
 def test_after_a_kill_and_resume_the_history_is_that_of_the_folder(start, train, server, tmp_path):
     """Killed before anything was sent, and again when the server has more than the checkpoint."""
-    words = [*(w for w in LONG if w != "epochs=12"), "epochs=70", "resume=auto"]
+    words = [*(w for w in LONG if w != "epochs=12"), "epochs=70", "resume=auto", "log_every=5"]
     for killed, interval in (
         (lambda: rows_on_disk(tmp_path) >= 2, 60),
         # The first of them is in the first checkpoint, the second in that of the second start.
-        (lambda: server.runs and len(server.only[1]["history"]) > 2, 1),
+        (lambda: server.runs and len(history(server.only[1])) > 2, 1),
     ):
         process = start(*words, WANDB__FILE_STREAM_TRANSMIT_INTERVAL=str(interval))
         wait_for(killed)
@@ -204,10 +240,11 @@ def test_after_a_kill_and_resume_the_history_is_that_of_the_folder(start, train,
     assert server.only[1]["exitcode"] is None
     (path,) = tmp_path.rglob("last.pt")
     saved = len(torch.load(path, weights_only=True)["rows"])
-    assert saved < len(server.only[1]["history"]) <= rows_on_disk(tmp_path) < 70
+    assert saved < len(history(server.only[1])) <= rows_on_disk(tmp_path) < 70
     code, _ = train(*words)
     assert code == 0
     assert_whole(server.only[1], tmp_path / "out", but=CLOCK)
+    assert [row["step"] for row in server.only[1]["history"]] == list(range(5, 1401, 5))
     assert server.only[1]["exitcode"] == 0
 
 
@@ -276,17 +313,17 @@ def test_a_server_that_dies_costs_one_warning_and_no_row(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "exitcode", "preempting"),
+    ("how", "code", "exitcode", "preempting", "outcome", "reason"),
     [
-        ("diverges", 2, 1, False),
-        (signal.SIGTERM, 143, 255, False),
-        (signal.SIGUSR1, 138, 1, True),
-        ("time", 0, 1, True),
+        ("diverges", 2, 1, False, "diverged", "the loss is not finite in epoch 1, step "),
+        (signal.SIGTERM, 143, 255, False, "stopped", "SIGTERM"),
+        (signal.SIGUSR1, 138, 1, True, "stopped", "SIGUSR1"),
+        ("time", 0, 1, True, "stopped", "max_minutes=0.001"),
     ],
     ids=str,
 )
 def test_the_state_of_a_run_without_a_result(
-    start, server, tmp_path, how, code, exitcode, preempting
+    start, server, tmp_path, how, code, exitcode, preempting, outcome, reason
 ):
     extra = {"diverges": ["optim.lr=1e30"], "time": ["max_minutes=0.001"]}.get(how, ["epochs=200"])
     process = start(*LONG, *extra)
@@ -297,6 +334,9 @@ def test_the_state_of_a_run_without_a_result(
     assert process.returncode == code
     _, run = server.only
     assert (run["exitcode"], run["preempting"]) == (exitcode, preempting)
+    assert run["summary"]["outcome"] == outcome
+    assert run["summary"]["reason"].startswith(reason)
+    assert "train.log" in dict(run["files"])
 
 
 @pytest.fixture
@@ -364,9 +404,10 @@ def test_a_sweep_by_an_agent_of_which_one_run_fails_and_one_is_stopped(agent, se
     assert {p.parent.parent.name for p in tmp_path.rglob("last.pt")} == {"sweep=sweep1"}
     seen = {name: config(runs[name]) for name in ("run0", "run2", "run3")}
     assert [c["attention"] for c in seen.values()] == ["none", "aa", "none"]
+    names = [runs[name]["facts"]["displayName"] for name in seen]
+    assert names == ["none epochs=1 seed=0", "aa dk=1.0 Nh=2 epochs=3000 seed=0", names[0]]
     assert seen["run2"]["attention.dk"] == 1
     assert seen["run2"]["attention.dk_unit"] == "fraction"
-    assert seen["run2"]["layers.stages.2.0.conv1.dk"] == 16
     for values in seen.values():
         assert not [key for key, value in values.items() if isinstance(value, dict)]
         assert values["optim.lr"] == 0.002  # nothing was lost beside what the sweep has set
@@ -433,6 +474,11 @@ def test_a_comparison_closes_with_a_run_of_its_own(server, tmp_path):
     assert config(compared)["variants"] == ["plain", "AA"]
     (folder,) = (tmp_path / "out" / "compare").iterdir()
     groups = {run["facts"]["groupName"] for run in server.runs.values()}
+    names = {run["facts"]["displayName"] for run in server.runs.values()} - {
+        compared["facts"]["displayName"]
+    }
+    assert names == {f"{one} seed={seed}" for one in ("none", "aa") for seed in (0, 1)}
+    assert config(compared)["data"] == "lookup"
     assert len(server.runs) == 5
     assert groups == {shortened(folder.name, 128)}
     (entry,) = compared["history"]

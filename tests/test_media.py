@@ -118,10 +118,12 @@ def test_pictures_show_the_weights_of_every_augmented_block(network):
     model(batch)
     for name, layer in augmented_layers(model).items():
         (picture,) = drawn[f"media/attention/{name}"]
-        assert picture.image.size == (
-            9 * step - attention_picture.GAP,
-            6 * step - attention_picture.GAP,
-        )
+        header = attention_picture.HEADER
+        margin = picture.image.width - (9 * step - attention_picture.GAP)
+        assert margin > 60  # the rows' names are there
+        assert picture.image.height == header + 6 * step - attention_picture.GAP
+        for box in ((0, header, margin, picture.image.height), (margin, 0, margin + tile, header)):
+            assert picture.image.crop(box).getcolors() != [(1, attention_picture.PAPER)]
         assert "Nh=8" in picture.caption
         side = layer.shape[0]
         for number, maps in enumerate(attention_maps(layer, inputs[name])):
@@ -132,8 +134,9 @@ def test_pictures_show_the_weights_of_every_augmented_block(network):
                     y, x = divmod(int(weights.argmax()), side)
                     middle = ((x + 0.5) * tile / side, (y + 0.5) * tile / side)
                     at = (int((head + 1) * step + middle[0]), int(row * step + middle[1]))
-                    # Where the weight is largest there is nothing but the color of attention.
-                    assert picture.image.getpixel(at) == attention_picture.WARM
+                    # Where the weight is largest there is the most color.
+                    red, _, blue = picture.image.getpixel((margin + at[0], header + at[1]))
+                    assert red - blue > 140
 
 
 def test_the_marked_query_is_the_sharpest_one():
@@ -149,6 +152,7 @@ def test_the_marked_query_is_the_sharpest_one():
     assert drawn.heads == 2
     tile = attention_picture.enlarged(pixels[0]).width
     assert drawn.image.getpixel((1, tile // 2 + 1)) == attention_picture.MARK
+    assert drawn.image.getpixel((0, tile // 2 + 1)) == attention_picture.EDGE
     assert drawn.image.getpixel((tile - 2, tile - 2)) == (0, 0, 0)
     below = tile + attention_picture.GAP
     assert drawn.image.getpixel((1, below + tile // 2 + 1)) == (0, 0, 0)  # no query, no mark

@@ -3,20 +3,25 @@
 import errno
 import http.server
 import json
+import math
 import os
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 import wandb as real_wandb
+from wandb.sdk.lib.config_util import save_config_file_from_dict
 
 import train
-from training import cli, launch, tracking
+from training import cli, dashboard, launch, tracking, variants
+from training.progress import EpochState, Progress
 
 from app import run_app
 from helpers import ROOT, TINY
 
+DONE = ("update", {"outcome": "done", "reason": ""})
 # Seconds after which what hangs is let go: no warning then says that it was given up.
 GUARD = 240
 
@@ -105,10 +110,10 @@ def test_modes(wandb, tmp_path, mode, credentials, expected):
     run = FakeRun()
     seen = wandb(credentials=credentials, runs={"online": run, "offline": run})
     with start(mode, tmp_path) as tracker:
-        tracker.log({"epoch": 1})
+        tracker.log({"step": 1})
         tracker.summarize({"top1": 1.0})
     assert seen == expected
-    calls = [("log", {"epoch": 1}, 0), ("update", {"top1": 1.0}), ("finish", 0)]
+    calls = [("log", {"step": 1}, 1), ("update", {"top1": 1.0}), DONE, ("finish", 0)]
     assert run.calls == (calls if expected else [])
 
 
@@ -136,7 +141,7 @@ def warnings(caplog):
 def track_three_epochs(folder):
     with start("auto", folder) as tracker:
         for epoch in (1, 2, 3):
-            tracker.log({"epoch": epoch})
+            tracker.log({"step": epoch})
         tracker.summarize({})
     return tracker
 
@@ -185,7 +190,7 @@ def test_a_file_in_place_of_the_folder_is_one_warning(wandb, tmp_path, caplog):
     (tmp_path / "wandb").write_bytes(b"")
     seen = wandb(credentials=True, runs={})
     with start("online", tmp_path) as tracker:
-        tracker.log({"epoch": 1})
+        tracker.log({"step": 1})
     assert seen == []
     (warning,) = warnings(caplog)
     assert "File exists" in warning
@@ -205,8 +210,9 @@ def test_a_run_is_closed_when_training_raises(wandb, tmp_path):
     run = FakeRun()
     wandb(credentials=False, runs={"offline": run})
     with pytest.raises(FloatingPointError), start("auto", tmp_path):
-        raise FloatingPointError
-    assert run.calls == [("finish", 1)]
+        raise FloatingPointError("the loss")
+    ended = {"outcome": "diverged", "reason": "the loss"}
+    assert run.calls == [("update", ended), ("finish", 1)]
 
 
 class WithoutFolder(FakeRun):
@@ -223,7 +229,7 @@ def test_attributes_that_are_missing_end_nothing(wandb, tmp_path, mode, fails):
     run = WithoutFolder(fails=fails)
     wandb(credentials=True, runs={mode: run})
     with start(mode, tmp_path) as tracker:
-        tracker.log({"epoch": 1})
+        tracker.log({"step": 1})
     assert tracker.id == "abc"
 
 
@@ -248,7 +254,7 @@ def test_without_the_package_a_run_is_tracked_in_its_folder_alone(tmp_path, monk
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for mode in ("auto", "online", "offline"):
         with start(mode, tmp_path) as tracker:
-            tracker.log({"epoch": 1})
+            tracker.log({"step": 1})
         assert tracker.id is None
         (warning,) = warnings(caplog)
         assert "not installed (pip install wandb), or set tracking=csv" in warning
@@ -263,26 +269,56 @@ def test_training_without_tracking_does_not_import_the_package(tmp_path):
     assert list(tmp_path.rglob("summary.json"))
 
 
-def test_finished_epochs_that_were_not_sent_are_sent_again(wandb, tmp_path):
-    run = FakeRun()
-    run.starting_step = 2
-    wandb(credentials=True, runs={"online": run})
-    rows = [{"epoch": n} for n in (1, 2, 3, 4)]
-    with start("online", tmp_path, run_id="abc", rows=rows) as tracker:
-        tracker.log({"epoch": 5})
-    assert run.calls == [*(("log", {"epoch": n}, n - 1) for n in (3, 4, 5)), ("finish", 0)]
-    assert run.metrics == {"epoch": {}, "*": {"step_metric": "epoch"}}
-
-
-def test_epochs_that_were_sent_and_are_trained_again_are_not_sent_again(wandb, tmp_path):
-    """A kill has come between them and their checkpoint."""
+def test_what_was_not_sent_is_sent_again(wandb, tmp_path):
     run = FakeRun()
     run.starting_step = 3
     wandb(credentials=True, runs={"online": run})
-    with start("online", tmp_path, run_id="abc", rows=[{"epoch": 1}]) as tracker:
-        for epoch in (2, 3, 4):
-            tracker.log({"epoch": epoch})
-    assert run.calls == [("log", {"epoch": 4}, 3), ("finish", 0)]
+    rows = [{"step": n} for n in (1, 2, 3, 4)]
+    with start("online", tmp_path, run_id="abc", rows=rows) as tracker:
+        tracker.log({"step": 5})
+    assert run.calls == [*(("log", {"step": n}, n) for n in (3, 4, 5)), DONE, ("finish", 0)]
+    assert run.metrics == {
+        "epoch": {"hidden": True},
+        "step": {"hidden": True},
+        "*": {"step_metric": "epoch"},
+        "train/step_loss": {"step_metric": "step"},
+    }
+
+
+def test_what_was_sent_and_is_trained_again_is_not_sent_again(wandb, tmp_path):
+    """A kill has come between that and its checkpoint."""
+    run = FakeRun()
+    run.starting_step = 4
+    wandb(credentials=True, runs={"online": run})
+    with start("online", tmp_path, run_id="abc", rows=[{"step": 1}]) as tracker:
+        for step in (2, 3, 4):
+            tracker.log({"step": step})
+    assert run.calls == [("log", {"step": 4}, 4), DONE, ("finish", 0)]
+
+
+def test_the_loss_within_an_epoch_is_the_mean_since_the_reading_before():
+    progress = Progress.begin(5)
+    losses, sent = iter((4.0, 2.0, 3.0, 1.0, 6.0, 7.0, 5.0, math.nan, math.nan, 8.0)), {}
+    for epoch in range(2):
+        state = EpochState.begin(5)
+        for step in range(1, 6):
+            state = state.after_step({"loss": torch.tensor(next(losses))}, 0.1)
+            if step % 2 == 0 or step == 5:
+                sent |= progress.read_loss(state, 5)
+        row = {"epoch": epoch + 1, "val/top1": 50.0 - epoch}
+        progress.finish_epoch(row, [], 5)
+    expected = {2: 3.0, 4: 2.0, 5: 6.0, 7: 6.0, 10: 8.0}  # from 7 to 9 no loss was finite
+    assert sent == progress.step_losses(5) == expected
+    rows = dashboard.history(progress, 5)
+    assert [row["step"] for row in rows] == [2, 4, 5, 7, 10]
+    assert {row["step"]: row["train/step_loss"] for row in rows} == expected
+    assert [row.get("best/val_top1") for row in rows] == [None, None, 50.0, None, 50.0]
+    assert (
+        "best/val_top1"
+        not in dashboard.history(
+            Progress(progress.epoch_state, [{"test/top1": 1.0}], None, [], None), 5
+        )[0]
+    )
 
 
 @pytest.mark.parametrize(
@@ -293,22 +329,62 @@ def test_the_dashboard_is_told_how_a_run_ended(wandb, tmp_path, error, code):
     wandb(credentials=True, runs={"online": run})
     with pytest.raises(error), start("online", tmp_path):
         raise error
-    assert run.calls == [("finish", code)]
+    ended = {"outcome": "diverged" if code == 1 else "stopped", "reason": error.__name__}
+    assert run.calls == [("update", ended), ("finish", code)]
 
 
 def test_a_run_that_somebody_will_continue_is_preempted(wandb, tmp_path):
     run = FakeRun()
     wandb(credentials=True, runs={"online": run})
     with start("online", tmp_path) as tracker:
-        tracker.stopped(continued=True)
-    assert run.calls == [("mark_preempting",), ("finish", 1)]
+        tracker.stopped("SIGUSR1", continued=True)
+    ended = {"outcome": "stopped", "reason": "SIGUSR1"}
+    assert run.calls == [("update", ended), ("mark_preempting",), ("finish", 1)]
 
 
 def test_names_that_are_too_long_keep_apart():
-    assert tracking.shortened("x" * 128, 128) == "x" * 128
-    long = [tracking.shortened("x" * 128 + end, 128) for end in "ab"]
+    assert variants.shortened("x" * 128, 128) == "x" * 128
+    long = [variants.shortened("x" * 128 + end, 128) for end in "ab"]
     assert len({*long}) == 2
     assert {len(name) for name in long} == {128}
+
+
+@pytest.mark.parametrize(
+    ("words", "more", "expected"),
+    [
+        ("", {}, "aa seed=3"),
+        ("attention=aa attention.dk=0.5 attention.Nh=4 seed=3", {}, "aa dk=0.5 Nh=4 seed=3"),
+        ("model=resnet8 optim.lr=0.1", {}, "resnet8 aa lr=0.1 seed=3"),
+        ("model=resnet8 optim.lr=0.1", {"fixed": ["model"]}, "aa lr=0.1 seed=3"),
+        ("experiment=cpu ++ema=0.9", {"group": "cpu"}, "aa ema=0.9 seed=3"),
+        ("experiment=cpu ++ema=0.9", {"group": "g"}, "aa experiment=cpu ema=0.9 seed=3"),
+        ("attention.dk=8 model.aa.dk=4", {}, "aa attention.dk=8 model.aa.dk=4 seed=3"),
+        ("out_dir=x wandb.group=y hydra.verbose=true tracking=csv", {}, "aa seed=3"),
+    ],
+)
+def test_a_name_says_what_differs(words, more, expected):
+    assert variants.run_name(words.split(), "aa", 3, **more) == expected
+
+
+def test_a_long_name_keeps_network_attention_and_seed():
+    words = ["model=resnet8", f"freeze=[{'x' * 200}]", "optim.lr=0.1"]
+    names = {variants.run_name([*words, f"ema=0.{n}"], "aa", n) for n in (1, 2)}
+    assert {len(name) for name in names} == {128}
+    assert all(name.startswith("resnet8 aa freeze=[xxx") for name in names)
+    assert {name.rpartition(" ")[2] for name in names} == {"seed=1", "seed=2"}
+    assert len({name.rpartition(" ")[0] for name in names}) == 2
+
+
+def test_under_an_agent_the_sweeps_settings_are_the_ones_that_differ(monkeypatch, tmp_path):
+    assert tracking.agent_parameters() is None
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s")
+    assert tracking.agent_parameters() is None
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "none.yaml"))
+    assert tracking.agent_parameters() is None
+    parameters = tmp_path / "config.yaml"
+    save_config_file_from_dict(str(parameters), {"attention.dk": {"value": 0.5}})
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(parameters))
+    assert "attention.dk" in tracking.agent_parameters()
 
 
 def test_an_id_of_the_environment_reaches_no_job_of_a_sweep(monkeypatch, tmp_path):
@@ -412,7 +488,7 @@ for address in sys.argv[2:]:
     os.environ["WANDB_BASE_URL"] = address
     with tracking.track("online", folder=folder, project="p", entity=None, group="g", name="n",
                         config={}, run_id=None, job_type="train", tags=[]) as tracker:
-        tracker.log({"epoch": 1})
+        tracker.log({"step": 1})
     print(tracker.id, flush=True)
 """
 

@@ -185,8 +185,13 @@ def test_the_commit_is_the_projects_own(tmp_path, monkeypatch, names):
     for name in names:
         monkeypatch.setenv(name, str(values[name]))
     assert provenance.commit() == own
+    assert provenance.uncommitted() == b""
     (root / "training" / "file").write_text("2")
     assert provenance.commit() == f"{own}-dirty"
+    assert provenance.uncommitted().startswith(b"diff --git a/training/file b/training/file\n")
+    monkeypatch.setattr(provenance, "MAX_DIFF", 40)
+    assert provenance.uncommitted().startswith(b" training/file | ")
+    assert len(provenance.uncommitted()) <= 40
     (root / ".git").rename(tmp_path / "elsewhere")  # as unpacked from an archive
     assert provenance.commit() == "unknown"
     (root / ".git").write_text(f"gitdir: {tmp_path / 'elsewhere'}\n")  # as in a worktree

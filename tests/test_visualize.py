@@ -85,19 +85,36 @@ def test_by_default_the_view_is_from_the_sharpest_position():
     torch.testing.assert_close(first.mean, whole.weights.mean(dim=1))
 
 
-def test_a_tile_is_brightest_where_the_weight_is_largest():
+def test_a_tile_has_most_color_where_the_weight_is_largest():
     pixels = torch.full((6, 9, 3), 90, dtype=torch.uint8)
     image = attention_picture.enlarged(pixels)
     assert image.size == (9 * 14, 6 * 14)
     weights = torch.tensor([[0.1, 0.2, 0.0], [0.4, 0.3, 0.0]])
     drawn = attention_picture.tile(image, weights)
-    assert drawn.getpixel((5, 80)) == attention_picture.WARM
-    assert drawn.getpixel((120, 5)) == (30, 30, 30)
-    marked = attention_picture.marked(image, (1, 2), (2, 3))
-    assert marked.getpixel((84, 42)) == marked.getpixel((125, 83)) == attention_picture.MARK
-    assert marked.getpixel((83, 42)) == (90, 90, 90)
+    gray = 64 + 90 * 5 // 8
+    largest, half = drawn.getpixel((5, 80)), drawn.getpixel((50, 5))
+    for share, pixel in ((0.8, largest), (0.4, half)):  # of 0.4 and of 0.2
+        blend = [share * w + (1 - share) * gray for w in attention_picture.WARM]
+        assert pixel == pytest.approx(blend, abs=2)
+    assert drawn.getpixel((120, 5)) == (gray, gray, gray)
+    dark, light = (
+        attention_picture.tile(Image.new("RGB", (4, 4), (v,) * 3), torch.ones(2, 2)).getpixel(
+            (0, 0)
+        )
+        for v in (0, 255)
+    )
+    assert min(b - a for a, b in zip(dark, light, strict=True)) > 20  # the image is seen below it
+    black, white = attention_picture.EDGE, attention_picture.MARK
+    for color in ((90, 90, 90), black, white):  # on whatever it lies
+        plain = Image.new("RGB", image.size, color)
+        marked = attention_picture.marked(plain, (1, 2), (2, 3))
+        assert [marked.getpixel((84 + n, 60)) for n in range(5)] == [
+            black, white, white, black, color,
+        ]  # fmt: skip
+        assert marked.getpixel((125, 83)) == black
+        assert marked.getpixel((83, 42)) == color
     fine = attention_picture.marked(image, (999, 999), (1000, 1000))  # a map finer than the picture
-    assert fine.getpixel((125, 83)) == attention_picture.MARK
+    assert fine.getpixel((125, 83)) == black
 
 
 # ---- The command --------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The dashboard's workspace: each key in it is recorded by a run, and it can be saved."""
 
+import itertools
 import json
 import re
 import subprocess
@@ -71,9 +72,10 @@ def recorded(settings, run, tmp_path):
         train.train(cfg, tmp_path / str(number))
     for seed in range(2):
         make_run(tmp_path / "compared" / f"plain{seed}", seed=seed)
-        for dk in (8, 16):
-            run_dir = tmp_path / "compared" / f"aa{dk}{seed}"
-            make_run(run_dir, attention="aa", seed=seed, attention__dk=dk)
+        for dk, heads in itertools.product((8, 16), (2, 4)):
+            run_dir = tmp_path / "compared" / f"aa{dk}{heads}{seed}"
+            own = {"attention__dk": dk, "attention__Nh": heads}
+            make_run(run_dir, attention="aa", seed=seed, **own)
     report = tmp_path / "report.html"
     report.write_text("a report")
     dashboard.post(
@@ -85,19 +87,21 @@ def recorded(settings, run, tmp_path):
         entity=None,
         mode="offline",
     )
-    kept = {"config": set(), "history": set(), "summary": set()}
+    kept = {"config": set(), "history": set(), "summary": set(), "data": set()}
     command = [str(ROOT / ".venv/bin/wandb"), "leet", "inspect", "--json"]
     for folder in (tmp_path / "wandb").glob("offline-run-*"):
         said = subprocess.run([*command, folder], capture_output=True, text=True, check=True)
         for record in map(json.loads, said.stdout.splitlines()):
             if record["type"] == "run":
-                kept["config"] |= record["run"]["config"]["update"].keys()
+                update = record["run"]["config"]["update"]
+                kept["config"] |= update.keys()
+                kept["data"].add(str(update.get("data")).strip(chr(34)))
             if record["type"] == "history":
                 kept["history"] |= record["history"]["item"].keys()
             if record["type"] == "summary":
                 kept["summary"] |= record["summary"]["update"].keys()
     # Pictures and tables are kept as several keys.
-    return {kind: {key.removesuffix("._type") for key in keys} for kind, keys in kept.items()}
+    return {kind: {str(key).removesuffix("._type") for key in keys} for kind, keys in kept.items()}
 
 
 @pytest.mark.slow
@@ -106,6 +110,7 @@ def test_every_key_of_the_panels_is_recorded(recorded):
     assert len(set(shown)) > 20
     for kind, key in shown:
         assert key in recorded[kind], (kind, key)
+    assert recorded["data"] == {"lookup", "cifar100"}  # of the two runs, and of the compare run
 
 
 def test_what_is_shown():
@@ -114,22 +119,24 @@ def test_what_is_shown():
     by_type = {}
     for panel in panels:
         by_type.setdefault(panel["viewType"], []).append(panel["config"])
-    (columns,) = [config["columns"] for config in by_type["Parallel Coordinates Plot"]]
-    assert [column["accessor"] for column in columns] == [
-        "config:attention.dk.value",
-        "config:attention.dv.value",
-        "config:attention.Nh.value",
-        "config:optim.lr.value",
-        "summary:val/top1",
-    ]
-    assert [config["targetKey"] for config in by_type["Parameter Importance"]] == ["val/top1"]
+    axes = [config["columns"] for config in by_type["Parallel Coordinates Plot"]]
+    for columns, on in zip(axes, ("val", "test"), strict=True):
+        assert [column["accessor"] for column in columns] == [
+            "config:attention.dk.value",
+            "config:attention.dv.value",
+            "config:attention.Nh.value",
+            "config:optim.lr.value",
+            f"summary:{on}/top1",
+        ]
+    important = [config["targetKey"] for config in by_type["Parameter Importance"]]
+    assert important == ["val/top1", "test/top1"]
     for config in by_type["Run History Line Plot"]:
         assert (config["groupBy"], config["groupAgg"]) == ("variant.value", "mean")
         assert (config["groupArea"], config["xAxis"]) == ("minmax", "epoch")
     cost = [(config["xAxis"], config["yAxis"]) for config in by_type["Scatter Plot"]]
-    assert ("config:flops.value", "summary:test/top1") in cost
+    assert ("config:network.flops.value", "summary:test/top1") in cost
     media = [key for config in by_type["Media Browser"] for key in config["mediaKeys"]]
-    assert [f"media/attention/{name}" for name in BLOCKS] == media[2:]
+    assert [f"media/attention/{name}" for name in BLOCKS] == media[3:]
     assert len({panel["__id__"] for panel in panels}) == len(panels)
 
 

@@ -3,16 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from models.views import AttentionView
 
-# The longer side of a tile in pixels, about, and the colors of attention and of the query.
+# The longer side of a tile in pixels, about, and the color of attention.
 TILE = 128
-WARM, MARK = (255, 176, 32), (230, 30, 30)
-# The space between tiles in pixels, and the color behind them.
-GAP, PAPER = 6, (255, 255, 255)
+WARM = (235, 70, 0)
+# How much of a tile is that color where the weight is largest: the image stays visible below it.
+MAX_ALPHA = 0.8
+# The frame of the query, outer and inner lines and the one between them: no image is like that.
+EDGE, MARK = (0, 0, 0), (255, 255, 255)
+# The space between tiles in pixels, that above them for the heads' names, and the colors.
+GAP, HEADER = 6, 26
+PAPER, INK = (255, 255, 255), (30, 30, 30)
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,7 @@ def attention_picture(images: Tensor, views: Sequence[AttentionView]) -> Attenti
 
     A row for each query has the image with the query's position marked, and beside it what each
     head sees from there. Below them is a row of the mean over all queries, where a view has it. The
-    brightest position of a tile has its largest weight.
+    position of a tile with the most color has its largest weight.
     """
     rows: list[list[Image.Image]] = []
     labels: list[tuple[int, tuple[int, int] | None]] = []
@@ -68,11 +73,15 @@ def enlarged(pixels: Tensor) -> Image.Image:
 
 
 def tile(image: Image.Image, weights: Tensor) -> Image.Image:
-    """The image in gray, and warm where the weights (h, w) are large: brightest at the largest."""
-    shades = (255 * weights / weights.max().clamp(min=1e-30)).round().byte()
-    heat = Image.fromarray(shades.numpy()).resize(image.size, Image.Resampling.NEAREST)
-    gray = image.convert("L").point([v // 3 for v in range(256)]).convert("RGB")
-    return Image.composite(Image.new("RGB", image.size, WARM), gray, heat)
+    """The image in light gray, and below the color of attention where the weights (h, w) are large.
+
+    The color is proportional to the weight; at the largest it covers `MAX_ALPHA` of the image.
+    """
+    alpha = 255 * MAX_ALPHA * weights / weights.max().clamp(min=1e-30)
+    cover = Image.fromarray(alpha.round().byte().numpy())
+    gray = image.convert("L").point([64 + v * 5 // 8 for v in range(256)]).convert("RGB")
+    cover = cover.resize(image.size, Image.Resampling.NEAREST)
+    return Image.composite(Image.new("RGB", image.size, WARM), gray, cover)
 
 
 def marked(image: Image.Image, query: tuple[int, int], size: tuple[int, int]) -> Image.Image:
@@ -82,9 +91,42 @@ def marked(image: Image.Image, query: tuple[int, int], size: tuple[int, int]) ->
     top, bottom = (r * image.height // size[0] for r in (row, row + 1))
     framed = image.copy()
     # A map may be finer than the picture.
-    corner = (max(left, right - 1), max(top, bottom - 1))
-    ImageDraw.Draw(framed).rectangle((left, top, *corner), outline=MARK, width=3)
+    box = (left, top, max(left, right - 1), max(top, bottom - 1))
+    draw = ImageDraw.Draw(framed)
+    for inset, color in enumerate((EDGE, MARK, MARK, EDGE)):
+        inner = (box[0] + inset, box[1] + inset, box[2] - inset, box[3] - inset)
+        if inner[0] <= inner[2] and inner[1] <= inner[3]:
+            draw.rectangle(inner, outline=color)
     return framed
+
+
+def labeled(picture: AttentionPicture, images: Sequence[str]) -> Image.Image:
+    """The picture with its heads named above and its rows at the left.
+
+    Args:
+        picture: the tiles.
+        images: what each image is called.
+    """
+    font = ImageFont.load_default(size=14)
+    rows = [
+        "mean over\npositions" if query is None else f"{images[number]}\nfrom {query[0]},{query[1]}"
+        for number, query in picture.rows
+    ]
+    columns = ["image", *(f"head {number}" for number in range(1, picture.heads + 1))]
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    margin = max(round(ruler.multiline_textbbox((0, 0), row, font)[2]) for row in rows) + 2 * GAP
+    page = Image.new("RGB", (margin + picture.image.width, HEADER + picture.image.height), PAPER)
+    page.paste(picture.image, (margin, HEADER))
+    draw = ImageDraw.Draw(page)
+    width = (picture.image.width + GAP) / len(columns)
+    height = (picture.image.height + GAP) / len(rows)
+    for number, text in enumerate(columns):
+        middle = margin + (number + 0.5) * width - GAP / 2
+        draw.text((middle, HEADER / 2), text, INK, font, anchor="mm")
+    for number, text in enumerate(rows):
+        middle = HEADER + (number + 0.5) * height - GAP / 2
+        draw.multiline_text((GAP, middle), text, INK, font, anchor="lm")
+    return page
 
 
 def _grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:

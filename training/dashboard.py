@@ -1,40 +1,95 @@
 """What the dashboard gets of a run: its beginning, and what there is to see of it."""
 
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from training import sweep
 from training.progress import Progress
-from training.run_folder import DESCRIPTION, WEIGHTS
+from training.provenance import uncommitted
+from training.run_folder import DESCRIPTION, LOG, WEIGHTS
 from training.state import RunState
-from training.tracking import Tracker, dashboard_config, track
-from training.world import World
+from training.tracking import STEP_LOSS, Tracker, agent_parameters, dashboard_config, track
+from training.variants import run_name
 
 
+@contextmanager
 def start_tracking(
     cfg: DictConfig,
     config: dict[str, Any],
     run_dir: Path,
     facts: dict[str, Any],
     progress: Progress,
-    world: World,
-) -> Any:
-    """The context manager of the run on the dashboard, which continues if it was there before."""
-    provenance = {k: v for k, v in progress.segments[-1].items() if k != "first_epoch"}
-    return track(
-        config["wandb"]["mode"] if world.is_main else "disabled",
+    state: RunState,
+) -> Iterator[Tracker]:
+    """The run on the dashboard, which continues if it was there before.
+
+    wandb's environment names what no setting does, and the tags where there are none. The run
+    keeps all settings and facts as settings.json, its train.log and, unless WANDB_DISABLE_CODE is
+    set, what the code differs by from its commit.
+    """
+    tags = cfg.wandb.tags or filter(None, map(str.strip, _environment("TAGS").split(",")))
+    words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    segment = {k: v for k, v in progress.segments[-1].items() if k != "first_epoch"}
+    with track(
+        config["wandb"]["mode"] if state.world.is_main else "disabled",
         folder=Path(cfg.out_dir),
         project=cfg.wandb.project,
         entity=cfg.wandb.entity,
         group=cfg.wandb.group,
-        name=f"{run_dir.parent.name} {run_dir.name}",
-        job_type="train",
-        tags=[facts["model"], facts["attention"], facts["data"]],
-        config=dashboard_config(config, facts, provenance),
+        name=_environment("NAME") or name_of_run(cfg, facts, words),
+        job_type=_environment("JOB_TYPE") or "train",
+        tags=[facts["model"], facts["attention"], facts["data"], *tags],
+        notes=cfg.wandb.notes,
+        config=dashboard_config(config, facts, segment, [w.partition("=")[0] for w in words]),
         run_id=progress.wandb_id,
-        rows=progress.rows,
-    )
+        rows=history(progress, len(state.batches)),
+    ) as tracker:
+        whole = {"settings": config, **facts, "env": segment}
+        tracker.keep("settings.json", json.dumps(whole, indent=2).encode())
+        diff = b"" if not tracker.active or _environment("DISABLE_CODE") else uncommitted()
+        if diff:
+            tracker.keep("uncommitted.diff", diff)
+        try:
+            yield tracker
+        finally:
+            if tracker.active and (run_dir / LOG).is_file():
+                tracker.keep(LOG, (run_dir / LOG).read_bytes())
+
+
+def history(progress: Progress, steps: int) -> list[dict[str, Any]]:
+    """What the dashboard has of a run whose epochs have ``steps`` steps, in order.
+
+    A row for each reading of the loss and for each epoch, with the best held-out accuracy so far;
+    the test set chooses no epoch.
+    """
+    losses = progress.step_losses(steps)
+    rows: dict[int, dict[str, Any]] = {s: {STEP_LOSS: loss} for s, loss in losses.items()}
+    best = 0.0
+    for number, row in enumerate(progress.rows, start=1):
+        rows[number * steps] = rows.get(number * steps, {}) | row
+        if "val/top1" in row:
+            best = max(best, row["val/top1"])
+            rows[number * steps]["best/val_top1"] = best
+    return [rows[step] | {"step": step} for step in sorted(rows)]
+
+
+def _environment(name: str) -> str:
+    return os.environ.get(f"WANDB_{name}", "")
+
+
+def name_of_run(cfg: DictConfig, facts: dict[str, Any], words: list[str]) -> str:
+    """See `training.variants.run_name`; of the overrides an agent's are those of its sweep."""
+    fixed, searched = sweep.fixed_settings(), agent_parameters()
+    if searched is not None:
+        fixed = {word.partition("=")[0] for word in words} - searched
+    return run_name(words, facts["attention"], cfg.seed, group=cfg.wandb.group, fixed=fixed)
 
 
 def pictures(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from data import Dataset, evaluation_batches
 from models.views import attention_views, eval_mode
-from training.attention_picture import attention_picture, layer_line
+from training.attention_picture import attention_picture, labeled, layer_line
 from training.tracking import Media, Picture, Table
 
 # Images whose attention is drawn: on the dashboard, in the report, and by visualize.py.
@@ -42,9 +42,9 @@ def attention_pictures(model: nn.Module, dataset: Dataset) -> dict[str, list[Pic
     return {
         f"media/attention/{layer}": [
             Picture(
-                attention_picture(images.pixels, views).image,
-                f"{layer}, {layer_line(views[0])}; {', '.join(names)}. Of each image from the "
-                "marked position, whose attention is the sharpest, and the mean over all positions",
+                labeled(attention_picture(images.pixels, views), names),
+                f"{layer}, {layer_line(views[0])}. Of each image from the marked position, whose "
+                "attention is the sharpest, and the mean over all positions",
             )
         ]
         for layer, views in attention_views(model, batch).items()

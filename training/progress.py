@@ -1,7 +1,8 @@
 """How far a run has come: its finished epochs, the one in progress, and where they were trained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Annotated, Any
 
 import torch
@@ -100,6 +101,16 @@ def _counted(figure: Tensor) -> Tensor:
     return torch.stack((torch.where(finite, figure, 0.0), finite.float()))
 
 
+def _means(losses: list[list[float]], steps: int) -> dict[int, float]:
+    means = {}
+    for before, (step, total, number) in pairwise(losses):
+        same_epoch = (before[0] - 1) // steps == (step - 1) // steps
+        old_total, old_number = before[1:] if same_epoch else (0.0, 0.0)
+        if number > old_number:
+            means[int(step)] = (total - old_total) / (number - old_number)
+    return means
+
+
 @dataclass
 class Progress:
     """All that a run has done so far; a checkpoint has it, see `state_dict`, beside the weights.
@@ -110,6 +121,8 @@ class Progress:
         per_class_top1: top-1 accuracy of each class after the last of them, in percent.
         segments: where the epochs were trained: a run that is continued elsewhere has several.
         wandb_id: of the run on the dashboard.
+        losses: readings of the loss: the steps that the run has taken, and the sum and the number
+            of the losses of their epoch so far, of those that were finite.
     """
 
     epoch_state: EpochState
@@ -117,6 +130,7 @@ class Progress:
     per_class_top1: Annotated[list[Percentage | None], Strict()] | None
     segments: Annotated[list[Segment], Strict()]
     wandb_id: str | None
+    losses: Annotated[list[list[float]], Strict()] = field(default_factory=list)
 
     @classmethod
     def begin(cls, steps: int) -> "Progress":
@@ -140,6 +154,22 @@ class Progress:
         if last != {**last, **provenance}:
             segment = {"first_epoch": len(self.rows) + 1, **provenance}
             self.segments = [*self.segments, parse(Segment, segment, "segments")]
+
+    def read_loss(self, epoch_state: EpochState, steps: int) -> dict[int, float]:
+        """Note the loss of an epoch of ``steps`` steps that has come to ``epoch_state``.
+
+        Returns the newest of `step_losses`; none where no loss since the reading before was finite.
+        """
+        step = len(self.rows) * steps + epoch_state.step
+        self.losses = [*self.losses, [float(step), *epoch_state.totals["loss"].tolist()]]
+        return _means(([[0.0] * 3, *self.losses])[-2:], steps)
+
+    def step_losses(self, steps: int) -> dict[int, float]:
+        """By the steps that the run has taken, the mean of the loss since the reading before.
+
+        The first reading of an epoch, of ``steps`` steps, has the mean from its beginning.
+        """
+        return _means([[0.0] * 3, *self.losses], steps)
 
     def finish_epoch(
         self, row: dict[str, Any], per_class_top1: list[float | None], steps: int

@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 
+# Bytes of the longest patch that is kept.
+MAX_DIFF = 1_000_000
+
 
 def of_segment(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
     """What `training.records.Segment` says of epochs that are trained here and now."""
@@ -33,26 +36,40 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The clone's commit, followed by ``-dirty`` where tracked files differ; else "unknown".
+    """The clone's commit, followed by ``-dirty`` where tracked files differ; else "unknown"."""
+    described = _git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    return "unknown" if described is None else described.decode().strip()
 
-    It is never that of another repository: one that the clone's files lie in, or that the
-    environment names.
+
+def uncommitted() -> bytes:
+    """What the clone's tracked files differ by from its commit, as a patch; empty if in nothing.
+
+    At most `MAX_DIFF` bytes; where there are more, the names and sizes of the changes alone.
+    """
+    diff = _git("diff", "HEAD", "--no-color", "--no-ext-diff") or b""
+    if len(diff) <= MAX_DIFF:
+        return diff
+    return (_git("diff", "HEAD", "--no-color", "--stat") or b"")[:MAX_DIFF]
+
+
+def _git(*words: str) -> bytes | None:
+    """What git says of the clone; None if it is none, or git does not answer.
+
+    It is never of another repository: one that the clone's files lie in, or that the environment
+    names.
     """
     root = Path(__file__).parents[1]
-    describe = ["describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
     try:
-        done = subprocess.run(
-            ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", *describe],
+        return subprocess.run(
+            ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", *words],
             cwd=root,
             env={name: value for name, value in os.environ.items() if name[:4] != "GIT_"},
             capture_output=True,
-            text=True,
             timeout=10,
             check=True,
-        )
+        ).stdout
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip()
+        return None
 
 
 def hardware(device: torch.device) -> str:

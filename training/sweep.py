@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 NO_SCORE = 0.0
 # The folder of the sweep's records, for the processes that a launcher starts.
 RECORDS = "AACONV_SWEEP"
+# The names of the settings that are the same in all jobs, for the same processes.
+FIXED = "AACONV_SWEEP_FIXED"
 PREFIX, LOCK = ".sweep-", "lock"
 
 
@@ -68,7 +70,6 @@ class Sweep:
     """A sweep that this process has started.
 
     Attributes:
-        fixed: the settings of its command that are the same in all jobs.
         jobs: their number, if known.
         records: their folder, in the main process, and ``lock`` its lock.
         description: the file that Hydra writes, in the main process.
@@ -76,7 +77,6 @@ class Sweep:
         outcomes: of the jobs that were trained in this process, by their numbers.
     """
 
-    fixed: set[str]
     jobs: int | None
     records: Path | None
     lock: "BaseFileLock | None"
@@ -97,6 +97,7 @@ class StartSweep(Callback):
             os.environ.pop(name, None)
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         fixed = {o.get_key_element() for o in overrides if not o.is_sweep_override()}
+        os.environ[FIXED] = " ".join(sorted(fixed))
         records = lock = description = None
         if world().is_main:
             folder = Path(config.hydra.sweep.dir).absolute()
@@ -106,7 +107,7 @@ class StartSweep(Callback):
             description = folder / "multirun.yaml"
         before = description.read_bytes() if description and description.exists() else None
         jobs = _number_of_jobs(config, overrides)
-        _started.append(Sweep(fixed, jobs, records, lock, description, before))
+        _started.append(Sweep(jobs, records, lock, description, before))
 
 
 def _make_records(parent: Path) -> tuple[Path, "BaseFileLock"]:
@@ -227,6 +228,14 @@ def _in_this_process(hydra: Any) -> bool:
     return "basic_launcher" in hydra.launcher._target_
 
 
+def fixed_settings() -> set[str]:
+    """The settings of the sweep's command that are the same in all its jobs; outside of one none.
+
+    A setting that its command does not name is not among them.
+    """
+    return set(os.environ.get(FIXED, "").split())
+
+
 def _print_head(record: Record) -> None:
     if _started and world().is_main:
         jobs = _started[-1].jobs
@@ -236,7 +245,7 @@ def _print_head(record: Record) -> None:
 
 def _label(record: Record) -> str:
     """The job's overrides but for those that all jobs have."""
-    fixed = _started[-1].fixed
+    fixed = fixed_settings()
     return " ".join(word for word in record.words if word.partition("=")[0] not in fixed)
 
 
@@ -265,6 +274,7 @@ def end(error: BaseException | None) -> int | None:
         ended = _end_in_main(sweep, sweep.records, error)
         await_main()
     _started.pop()
+    os.environ.pop(FIXED, None)
     return ended
 
 

@@ -1,6 +1,5 @@
 """Weights & Biases, without ever standing in the way of a run."""
 
-import hashlib
 import importlib
 import logging
 import os
@@ -9,13 +8,22 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import yaml  # type: ignore[import-untyped]
+
 from training.console import first_line
-from training.variants import HYDRAS, flatten, option_name, variant_label
+from training.variants import (
+    HYDRAS,
+    NAME_LENGTH,
+    option_name,
+    result_settings,
+    shortened,
+    variant_label,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,9 +57,20 @@ WANDB_RUN_VARS = (
     "WANDB_SWEEP_PARAM_PATH",
 )
 
-# The longest that wandb's server takes.
-NAME_LENGTH = 128
+# The longest tag or job type that wandb's server takes.
 TAG_LENGTH = 64
+
+# Settings, by how their names begin, that few runs differ in; the dashboard has those that are
+# given.
+DETAILS = (
+    *(f"attention.{name}" for name in ("backend", "bias", "blocks", "init")),
+    *("channels_last", "compile", "data.name", "data.max_pixels", "data.skip_damaged"),
+    *("deterministic", "freeze", "grad_accum", "init_from", "model.", "precision"),
+    "sync_batchnorm",
+)
+
+# The loss in the course of an epoch.
+STEP_LOSS = "train/step_loss"
 
 # Exit codes by which the dashboard tells how a run ended; any other one is "failed".
 FINISHED, FAILED, KILLED = 0, 1, 255
@@ -79,6 +98,16 @@ def under_agent() -> bool:
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
+def agent_parameters() -> set[str] | None:
+    """The names of the settings that the agent's sweep sets; None where there is no such file."""
+    path = os.environ.get("WANDB_SWEEP_PARAM_PATH")
+    try:
+        found = yaml.safe_load(Path(path).read_text()) if path and under_agent() else None
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return set(found) if isinstance(found, dict) else None
+
+
 class Tracker:
     """Sends rows to one wandb run. After the first fault it warns once and stays silent."""
 
@@ -102,17 +131,16 @@ class Tracker:
         return self._run is not None
 
     def log(self, row: dict[str, Any], media: dict[str, Media] | None = None) -> None:
-        """An epoch's metrics, and what is to be seen of it, unless the run has that epoch already.
+        """What is known after ``row["step"]`` steps, and what is to be seen of it.
 
-        It has where the epoch was trained before, and a kill came between it and its checkpoint.
+        Nothing is sent that the run has already: a kill came between that and its checkpoint.
         """
-        step = int(row["epoch"]) - 1
-        if step < getattr(self._run, "starting_step", 0):
+        if row["step"] < getattr(self._run, "starting_step", 0):
             return
         self._guarded(
             LOG_TIMEOUT,
-            # Without commit it would be sent with the next epoch's.
-            lambda run: run.log(row | _converted(media or {}), step=step, commit=True),
+            # Without commit it would be sent with the next row.
+            lambda run: run.log(row | _converted(media or {}), step=row["step"], commit=True),
         )
 
     def summarize(self, values: dict[str, Any]) -> None:
@@ -142,21 +170,41 @@ class Tracker:
 
         self._guarded(CLOSE_TIMEOUT, add)
 
-    def stopped(self, *, continued: bool) -> None:
+    def keep(self, name: str, content: bytes) -> None:
+        """Keep a file of this ``name`` and ``content`` with the run."""
+
+        def save(run: Any) -> None:
+            file = Path(run.dir, name)
+            file.write_bytes(content)
+            run.save(str(file), base_path=run.dir, policy="now")
+
+        self._guarded(LOG_TIMEOUT, save)
+
+    def stopped(self, why: str | None, *, continued: bool) -> None:
         """The run ends before its last epoch; whether somebody is going to continue it by itself.
 
         Then the dashboard shows it as preempted, and an agent's server gives it out again.
         """
         self._exit_code = FAILED if continued else KILLED
+        self._ended("stopped", why or "")
         if continued:
             self._guarded(LOG_TIMEOUT, lambda run: run.mark_preempting())
 
-    def failed(self) -> None:
+    def failed(self, error: BaseException) -> None:
         """The run ends without a result."""
         self._exit_code = FAILED
+        diverged = isinstance(error, FloatingPointError)
+        why = first_line(error) or type(error).__name__
+        self._ended("diverged" if diverged else "failed", why)
+
+    def _ended(self, outcome: str, why: str) -> None:
+        """Say in the summary how the run has ended, in the words of `training.outcome`."""
+        self.summarize({"outcome": outcome, "reason": why})
 
     def close(self) -> None:
         """End the run, so that the next one in this process is another."""
+        if self._exit_code == FINISHED:
+            self._ended("done", "")
         self._guarded(CLOSE_TIMEOUT, lambda run: run.finish(exit_code=self._exit_code))
 
     def _guarded(self, seconds: float, act: Callable[[Any], Any]) -> None:
@@ -218,41 +266,35 @@ def _wandb() -> Any:
 
 
 def dashboard_config(
-    config: dict[str, Any], facts: dict[str, Any], provenance: dict[str, Any]
+    config: dict[str, Any],
+    facts: dict[str, Any],
+    segment: dict[str, Any],
+    given: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """A run's settings, facts and ``provenance`` as one level of dotted keys, no word of Hydra's.
+    """Of a run what tells it from others, as one level of dotted keys, no word of Hydra's.
 
-    The groups' options are plain names beside their settings, ``attention`` beside
+    These are the settings that decide its result but for `DETAILS`, what of those is ``given``, and
+    a few facts. The groups' options are plain names beside their settings, ``attention`` beside
     ``attention.dk``: what a sweep of wandb sets, it sets under these keys, and locks them. A whole
-    float is the same number as an int there, so ``attention.dk_unit`` says which one dk is, and
-    ``layers`` what it came to.
+    float is the same number as an int there, so ``attention.dk_unit`` says which one dk is.
     """
-    flat = flatten(config)
-    # model.aa holds the defaults of attention.
+    settings = result_settings(config)
     flat = {
-        k: v
-        for k, v in flat.items()
-        if k.rpartition(".")[2] not in HYDRAS and not k.startswith("model.aa.")
+        key: value
+        for key, value in settings.items()
+        if key.rpartition(".")[2] not in HYDRAS and (key in given or not key.startswith(DETAILS))
     }
     flat |= {group: option_name(group, config[group]) for group in ("optim", "schedule")}
+    flat |= {name: facts[name] for name in ("model", "attention", "data")}
     for name in ("dk", "dv"):
         if name in config["attention"]:
             whole = isinstance(config["attention"][name], int)
             flat[f"attention.{name}_unit"] = "channels" if whole else "fraction"
-    for layer in facts["layers"]:
-        flat |= {f"layers.{layer['name']}.{k}": v for k, v in layer.items() if k != "name"}
-    flat |= {k: v for k, v in facts.items() if k not in ("layers", "precision")}
-    flat |= flatten({"provenance": provenance})
-    flat["variant"] = variant_label(config, facts["model"], facts["attention"])
-    return flat
-
-
-def shortened(text: str, length: int) -> str:
-    """``text``, with a digest in place of its end where it is longer than ``length``."""
-    if len(text) <= length:
-        return text
-    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=4).hexdigest()
-    return f"{text[: length - 9]}-{digest}"
+    flat["data.evaluated_on"] = facts["evaluated_on"]
+    flat |= {f"network.{name}": facts[name] for name in ("parameters", "flops")}
+    flat |= {f"env.{k}": segment[k] for k in ("commit", "hardware", "precision", "processes")}
+    flat |= {f"env.{k}": segment["versions"].get(k) for k in ("python", "torch")}
+    return flat | {"variant": variant_label(config, facts["model"], facts["attention"])}
 
 
 # ---- Within a limit of time, and whatever happens -----------------------------------------------
@@ -327,14 +369,15 @@ def track(
     config: dict[str, Any],
     run_id: str | None,
     rows: Sequence[dict[str, Any]] = (),
+    notes: str | None = None,
     record: str = "metrics.csv",
 ) -> Iterator[Tracker]:
     """A `Tracker` of one run, closed at the end of the ``with``.
 
     ``auto`` is what the environment's WANDB_MODE says, else online if credentials are found and
     offline if not; it never asks for any. A server that cannot be reached makes the run an
-    offline one. All runs share ``folder``/wandb. ``rows`` are those of epochs that are finished
-    already; ``record`` names the file that has everything even where the dashboard has not. No
+    offline one. All runs share ``folder``/wandb. ``rows`` are what was logged already, in order;
+    ``record`` names the file that has everything even where the dashboard has not. No
     fault of wandb's is passed on, not even that it is not installed.
     """
     os.environ.update(QUIET)
@@ -350,7 +393,8 @@ def track(
             group=shortened(group, NAME_LENGTH),
             name=shortened(name, NAME_LENGTH),
             job_type=shortened(job_type, TAG_LENGTH),
-            tags=[shortened(tag, TAG_LENGTH) for tag in tags],
+            tags=list(dict.fromkeys(shortened(tag, TAG_LENGTH) for tag in tags)),
+            notes=notes,
             config=config,
             id=run_id,
             resume="allow" if run_id or os.environ.get("WANDB_RUN_ID") else None,
@@ -362,11 +406,11 @@ def track(
         tracker.log(row)
     try:
         yield tracker
-    except (KeyboardInterrupt, SystemExit):
-        tracker.stopped(continued=False)
+    except (KeyboardInterrupt, SystemExit) as error:
+        tracker.stopped(type(error).__name__, continued=False)
         raise
-    except BaseException:
-        tracker.failed()
+    except BaseException as error:
+        tracker.failed(error)
         raise
     finally:
         tracker.close()
@@ -420,8 +464,10 @@ def _init(mode: Any, **arguments: Any) -> Any:
 
     def begin() -> Any:
         run = wandb.init(mode=mode, settings=settings, **arguments)
-        run.define_metric("epoch")
+        for axis in ("epoch", "step"):
+            run.define_metric(axis, hidden=True)  # no chart of an axis against itself
         run.define_metric("*", step_metric="epoch")
+        run.define_metric(STEP_LOSS, step_metric="step")
         return run
 
     return with_timeout(INIT_TIMEOUT + _MARGIN, begin)

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from configs.schema import OPTIONS, FolderConfig, decides_result
+from configs.schema import OPTIONS, FolderConfig, decides_result, names_folder
 
 # Hydra's own words in the settings of an option.
 HYDRAS = ("_target_", "_partial_")
@@ -17,6 +17,8 @@ HYDRAS = ("_target_", "_partial_")
 KEPT_PARTS = 3
 # How images are read, and not which: `data.Dataset.digest` is the same for all their values.
 OF_PIXELS = ("data.size", "data.white", "data.max_pixels")
+# The longest name of a run or of a group that wandb's server takes.
+NAME_LENGTH = 128
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -92,6 +94,45 @@ def variant_label(config: dict[str, Any], model: str, attention: str) -> str:
     own = config["attention"]
     amounts = [f"{key}={own[key]}" for key in ("dk", "dv", "Nh") if key in own]
     return " ".join([model, attention, *amounts, digest])
+
+
+def run_name(
+    words: Iterable[str], attention: str, seed: int, *, group: str = "", fixed: Iterable[str] = ()
+) -> str:
+    """A run's name on the dashboard, such as ``aa dk=0.5 Nh=4 seed=0``: what differs comes first.
+
+    Args:
+        words: its overrides.
+        attention: the option that it has.
+        seed: its seed.
+        group: of the run; an experiment of the same name is not repeated.
+        fixed: the settings that are the same in all runs of its sweep.
+    """
+    left_out = {"attention", "model", *fixed}
+    pairs = [word.lstrip("+").partition("=")[::2] for word in words]
+    pairs = [pair for pair in pairs if pair != ("experiment", group)]
+    model = [value for key, value in pairs if key == "model" and key not in fixed]
+    pairs = [
+        (key, value)
+        for key, value in pairs
+        if names_folder(key) and key not in left_out and not key.startswith(("hydra.", "~"))
+    ]
+    last = [key.rpartition(".")[2] for key, _ in pairs]
+    shown = [
+        f"{short if last.count(short) == 1 else key}={value}"
+        for short, (key, value) in zip(last, pairs, strict=True)
+    ]
+    ends = len(" ".join([*model, attention, f"seed={seed}"])) + 1
+    middle = shortened(" ".join(shown), max(16, NAME_LENGTH - ends))
+    return " ".join([*model, attention, *filter(None, [middle]), f"seed={seed}"])
+
+
+def shortened(text: str, length: int) -> str:
+    """``text``, with a digest in place of its end where it is longer than ``length``."""
+    if len(text) <= length:
+        return text
+    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=4).hexdigest()
+    return f"{text[: length - 9]}-{digest}"
 
 
 def folder_name(words: Iterable[str]) -> str:
