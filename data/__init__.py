@@ -2,17 +2,19 @@
 
 from data.batches import Batches, evaluation_batches
 from data.cifar import load_cifar
-from data.dataset import Augmentation, Dataset, Images
-from data.folder import load_folder
+from data.dataset import Augmentation, Dataset, EvaluationSet, Images
+from data.folder import load_evaluation_folder, load_folder
 from data.lookup import make_lookup
 
 __all__ = [
     "Augmentation",
     "Batches",
     "Dataset",
+    "EvaluationSet",
     "Images",
     "evaluation_batches",
     "load_cifar",
+    "load_evaluation_folder",
     "load_folder",
     "make_lookup",
 ]

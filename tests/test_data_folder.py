@@ -335,7 +335,7 @@ REFUSED = {
         damage("Bee/1.png", "ant/0.png", "ant/1.png", "c d/2.png", "Käfer/0.png"),
         {},
         ValueError,
-        ", and 2 more",
+        "; and 2 more",
     ),
     "size 0": (None, {"size": 0}, ValueError, "data.size=0 must be at least 1"),
     "size -3": (None, {"size": -3}, ValueError, "data.size=-3 must be"),
@@ -392,7 +392,7 @@ def test_its_network_is_evaluated_on_the_folder_that_is_named(words, run, root, 
     cfg = compose_settings(trained, "RUN", [f"data.root='{root}'"], ())
     assert cfg.data.size == 8
     dataset = load_data(cfg, trained, "RUN")
-    assert (dataset.name, dataset.mean) == ("my images", tuple(trained.description.mean))
+    assert (dataset.name, dataset.class_names) == ("my images", tuple(trained.class_names))
     assert summary["evaluated_on"] == dataset.evaluated_on
 
 
