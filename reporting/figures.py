@@ -381,7 +381,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     few = len(chosen) <= NUMBERED_CLASSES
     # Inches: of a cell, and of a letter beside them.
     cell = 0.5 if few else 0.14
-    beside = 0.075 * max(map(len, labels)) + 0.6
+    beside = 0.085 * max(map(len, labels)) + 0.9
     side = max(cell * len(chosen), 2.5)
     figure, panel = one_panel(side + beside + 0.9, side + beside)
     panel.set_facecolor("#ececec")

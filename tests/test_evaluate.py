@@ -174,6 +174,8 @@ def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(
     assert [sum(counts[name]) for name in PETS] == [2, 0, 5]
     right = sum(counts[name][number] for number, name in enumerate(PETS))
     assert got["scores"]["top1"] == pytest.approx(100 * right / 7)
+    go(monkeypatch, path, "data=folder", f"data.root='{fog}'", "--out", tmp_path / "again")
+    assert record(tmp_path / "again")[0]["scores"] == got["scores"]  # of the network's size
     shutil.rmtree(pets / "train")  # a folder's val/ alone is evaluated on
     go(monkeypatch, path, f"data.root='{pets}'")
     assert "pets val" in capsys.readouterr().out

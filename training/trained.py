@@ -24,8 +24,8 @@ def compose_settings(
     """The settings of the run that has trained the network of ``path``, and over them others.
 
     ``data`` and its settings may be among them, and those of ``allowed``. A data set that is given
-    begins with its own defaults. What was held out of the training images is the run's own: no
-    other ``data.val_size`` is taken, but for 0.
+    begins with its own defaults, a folder with the size of the network's images. What was held out
+    of the training images is the run's own: no other ``data.val_size`` is taken, but for 0.
 
     Raises:
         ValueError: an override is of none of these, or cannot be read; another ``data.val_size``.
@@ -39,6 +39,8 @@ def compose_settings(
     words = [f"precision={precision_name(trained.description.precision)}"]
     if "data" not in keys:
         words += _own_data_words(trained, path, keys)
+    elif "data=folder" in overrides:  # whose images are brought to any size
+        words.append(f"data.size={list(trained.image_size)}")
     words += [f"{key}={json.dumps(settings[key])}" for key in ("channels_last",) if key in settings]
     try:
         cfg = compose_config([*words, *overrides])
