@@ -384,6 +384,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     beside = 0.085 * max(map(len, labels)) + 0.9
     side = max(cell * len(chosen), 2.5)
     figure, panel = one_panel(side + beside + 0.9, side + beside)
+    figure.set_layout_engine("compressed")  # for a panel whose sides are fixed
     panel.set_facecolor("#ececec")
     panel.grid(visible=False)
     # The square root shows mistakes beside what is right.
