@@ -164,6 +164,24 @@ class Dataset:
         return replace(self, train=self.train.to(device), evaluation=self.evaluation.to(device))
 
 
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Images to score a trained network on; their labels are indices of its ``class_names``.
+
+    ``evaluated_on`` is "test" or "val" as that of a `Dataset`.
+    """
+
+    name: str
+    evaluation: Images
+    evaluated_on: str
+    class_names: tuple[str, ...]
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.evaluation.pixels.shape[1], self.evaluation.pixels.shape[2]
+
+
 def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
     if not len(labels):
         raise ValueError(f"{name} has no images; give at least one")

@@ -27,8 +27,16 @@ from tqdm import tqdm
 
 from aaconv.text import one_line
 from data import image_cache
-from data.dataset import Dataset, Images, digest_of, hold_out_by_class
-from data.layout import ImageFile, Layout, find_images, in_words, links_in_words, some
+from data.dataset import Dataset, EvaluationSet, Images, digest_of, hold_out_by_class
+from data.layout import (
+    ImageFile,
+    Layout,
+    find_evaluation_images,
+    find_images,
+    in_words,
+    links_in_words,
+    some,
+)
 from data.pictures import (
     MAX_PIXELS,
     WHITE_OF_16_BITS,
@@ -128,9 +136,7 @@ def load_folder(
     """
     if not name:
         raise ValueError("data.name= must not be empty: runs are grouped by it")
-    if white is not None and not 0 < white < math.inf:
-        raise ValueError(f"data.white={white} must be above 0 and finite")
-    settings = DecodeSettings(_height_and_width(size), white, max_pixels)
+    settings = _decode_settings(size, white, max_pixels)
     folder = Path(root).expanduser().absolute()
     found = _find(folder, val_size)
     train = _read(found.train, settings, skip_damaged)
@@ -174,7 +180,7 @@ def folder_digest(
         FileNotFoundError, ValueError, OSError: see `load_folder`.
     """
     found = _find(Path(root).expanduser().absolute(), val_size)
-    settings = DecodeSettings(_height_and_width(size), white, max_pixels)
+    settings = _decode_settings(size, white, max_pixels)
     read = partial(_read, settings=settings, skip_damaged=True) if skip_damaged else _not_decoded
     return digest_of(_parts(found, read(found.train), read(found.evaluation)))
 
@@ -190,6 +196,56 @@ def _find(folder: Path, val_size: int) -> Layout:
         train=[f for i, f in enumerate(found.train) if i not in held_out],
         evaluation=[f for i, f in enumerate(found.train) if i in held_out],
     )
+
+
+def load_evaluation_folder(
+    root: str,
+    name: str,
+    size: int | Sequence[int],
+    class_names: Sequence[str],
+    trained_on: tuple[Sequence[float], Sequence[float]],
+    white: float | None = None,
+    skip_damaged: bool = False,
+    max_pixels: int = MAX_PIXELS,
+) -> EvaluationSet:
+    """The images of a folder that a network of ``class_names`` is evaluated on, and no others.
+
+    Which they are: `data.layout.find_evaluation_images`. The other arguments are those of
+    `load_folder`.
+
+    Args:
+        trained_on: mean and standard deviation of the images that the network was trained on.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: see `load_folder`; or the images have the mean and
+            the deviation of ``trained_on``, that is, are those.
+    """
+    settings = _decode_settings(size, white, max_pixels)
+    folder = Path(root).expanduser().absolute()
+    found = find_evaluation_images(folder, class_names)
+    evaluation = _read(found.evaluation, settings, skip_damaged)
+    _check_brightness(folder, white, [evaluation.facts])
+    if is_same_color(_mean_and_std([evaluation.facts], math.prod(settings.size)), trained_on):
+        raise ValueError(f"data.root={root} has the images that the network was trained on")
+    if found.passed_over:
+        log.warning("%s: %s", name, _passed_over(found))
+    for level, note in _faults_and_links(name, found, [evaluation]):
+        log.log(level, "%s", note)
+    return EvaluationSet(name, _labelled(evaluation), found.evaluated_on, tuple(class_names))
+
+
+def is_same_color(
+    a: tuple[Sequence[float], Sequence[float]], b: tuple[Sequence[float], Sequence[float]]
+) -> bool:
+    """Whether two (mean, std) of images are those of the same images: equal but for rounding."""
+    pairs = zip([*a[0], *a[1]], [*b[0], *b[1]], strict=True)
+    return all(math.isclose(x, y, abs_tol=1e-9) for x, y in pairs)
+
+
+def _decode_settings(size: Any, white: float | None, max_pixels: int) -> DecodeSettings:
+    if white is not None and not 0 < white < math.inf:
+        raise ValueError(f"data.white={white} must be above 0 and finite")
+    return DecodeSettings(_height_and_width(size), white, max_pixels)
 
 
 def _height_and_width(size: Any) -> tuple[int, int]:
@@ -248,16 +304,8 @@ def _notes(name: str, found: Layout, train: Split, evaluation: Split) -> list[tu
     """Lines on what was found, each with the level at which it is logged."""
     line = f"{name}: {len(train.files)} images to train on, {len(evaluation.files)} to evaluate on"
     if found.passed_over:
-        others = found.passed_over
-        line += f", {others.total()} other files passed over ({in_words(others)})"
-    notes = [(logging.INFO, line)]
-    left_out = [*train.left_out, *evaluation.left_out]
-    if left_out:
-        notes.append(
-            (logging.WARNING, f"{name}: {len(left_out)} files left out: {some(left_out, '; ')}")
-        )
-    if found.links:
-        notes.append((logging.WARNING, f"{name}: {links_in_words(found.links)}"))
+        line += f", {_passed_over(found)}"
+    notes = [(logging.INFO, line), *_faults_and_links(name, found, [train, evaluation])]
     trained_on = dict(zip(train.digests, train.files, strict=True))
     twice = [
         f"{file.path} is {trained_on[digest].path}"
@@ -273,6 +321,20 @@ def _notes(name: str, found: Layout, train: Split, evaluation: Split) -> list[tu
             )
         )
     return notes
+
+
+def _passed_over(found: Layout) -> str:
+    return f"{found.passed_over.total()} other files passed over ({in_words(found.passed_over)})"
+
+
+def _faults_and_links(name: str, found: Layout, splits: list[Split]) -> list[tuple[int, str]]:
+    notes = []
+    left_out = [line for split in splits for line in split.left_out]
+    if left_out:
+        notes.append(f"{name}: {len(left_out)} files left out: {some(left_out, '; ')}")
+    if found.links:
+        notes.append(f"{name}: {links_in_words(found.links)}")
+    return [(logging.WARNING, note) for note in notes]
 
 
 def _mean_and_std(facts: list[Facts], area: int) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,7 +40,7 @@ class Layout:
     """What a folder has.
 
     Attributes:
-        classes: their names, in NFC and sorted.
+        classes: their names, in NFC; sorted, or in the order of the network that is evaluated.
         train, evaluation: the images, in the order of class and name; no ``evaluation`` where it
             is held out of the training images.
         evaluated_on: "val", or "test" where there is only such a folder.
@@ -106,7 +106,37 @@ def find_images(root: Path, hold_out: bool) -> Layout:
     if not hold_out:
         assert evaluation is not None
         found.evaluated_on = "test" if evaluation.name.lower() in TEST else "val"
-        found.evaluation = _evaluation_images(evaluation, training.name, found)
+        found.evaluation = _evaluation_images(evaluation, f"{training.name}/", found)
+    return found
+
+
+def find_evaluation_images(root: Path, classes: Sequence[str]) -> Layout:
+    """The images to evaluate a network on, which knows ``classes``; ``train`` stays empty.
+
+    They are in ``val/``, ``valid/`` or else ``test/``, as for `find_images`, or, in a folder that
+    has no ``train/`` either, in the folders of the classes themselves: a test set. Classes may be
+    absent.
+
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: a class that the network does not know, or one without an image.
+        OSError: a folder cannot be read.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root={root}: there is no such folder")
+    found = Layout(classes=[_normal(name) for name in classes])
+    split = _split(root, VALIDATION)
+    found.evaluated_on = "val" if split else "test"
+    split = split or _split(root, TEST)
+    # By their names alone a class may be taken for a split: CIFAR-100 has the class train.
+    names = {_normal(path.name) for path in _subfolders(root)}
+    if names and names <= set(found.classes):
+        split, found.evaluated_on = root, "test"
+    elif split is None and _split(root, TRAIN) is not None:
+        raise FileNotFoundError(
+            f"data.root={root}: there is no folder val/, valid/ or test/ in it to evaluate on"
+        )
+    found.evaluation = _evaluation_images(split or root, "the network", found)
     return found
 
 
@@ -219,28 +249,28 @@ def _count(found: Layout, names: Iterable[str]) -> None:
     )
 
 
-def _evaluation_images(split: Path, training: str, found: Layout) -> list[ImageFile]:
+def _evaluation_images(split: Path, owner: str, found: Layout) -> list[ImageFile]:
     if (split / ANNOTATIONS).is_file():
-        images = _annotated(split, found)
+        images = _annotated(split, owner, found)
     else:
         folders = _class_folders(split, found)
         strange = sorted(folders.keys() - set(found.classes))
         if strange:
-            raise _strange_class(split, strange[0], training, found)
+            raise _strange_class(split, strange[0], owner, found)
         images = _images_of(split, folders, found)
     if not images:
         raise ValueError(f"{split} has no folder of a class with images in it")
     return images
 
 
-def _strange_class(split: Path, name: str, training: str, found: Layout) -> ValueError:
+def _strange_class(split: Path, name: str, owner: str, found: Layout) -> ValueError:
     return ValueError(
-        f"{split} has the class {name!r}, which {training}/ has not; {training}/ has "
+        f"{split} has the class {name!r}, which {owner} has not; {owner} has "
         f"{len(found.classes)} classes"
     )
 
 
-def _annotated(split: Path, found: Layout) -> list[ImageFile]:
+def _annotated(split: Path, owner: str, found: Layout) -> list[ImageFile]:
     """The images of Tiny ImageNet's val/, of which a text file has the classes."""
     file = split / ANNOTATIONS
     rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line]
@@ -253,7 +283,7 @@ def _annotated(split: Path, found: Layout) -> list[ImageFile]:
         if names:
             raise ValueError(f"{text} {some(sorted(names))}")
     for name in sorted(set(classes.values()) - set(found.classes)):
-        raise _strange_class(split, name, "train", found)
+        raise _strange_class(split, name, owner, found)
     labels = {name: label for label, name in enumerate(found.classes)}
     return sorted(
         (

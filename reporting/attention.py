@@ -9,7 +9,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import models
 from configs.schema import OPTIONS
-from data import Dataset, Images, evaluation_batches
+from data import Dataset, EvaluationSet, Images, evaluation_batches
 from models.views import attention_views
 from reporting import figures
 from reporting.runs import Run, Variant
@@ -116,12 +116,12 @@ def _dataset(run: Run, trained: models.Trained) -> Dataset:
     return dataset
 
 
-def chosen(dataset: Dataset, number: int) -> tuple[Images, list[str]]:
+def chosen(dataset: Dataset | EvaluationSet, number: int) -> tuple[Images, list[str]]:
     """Images of the evaluation, evenly spread, and their classes."""
     return by_index(dataset, spread(len(dataset.evaluation), number))
 
 
-def by_index(dataset: Dataset, indices: list[int]) -> tuple[Images, list[str]]:
+def by_index(dataset: Dataset | EvaluationSet, indices: list[int]) -> tuple[Images, list[str]]:
     """Images of the evaluation by their numbers, from 0 on, and their classes.
 
     Raises:

@@ -5,11 +5,12 @@ import itertools
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
 from reporting.paired import Comparison, Difference
@@ -39,6 +40,8 @@ PLAIN, OTHERS = "#222222", "#c4c4c4"
 # More lines than this cannot be told apart: then only the best have a hue. More rows, or more
 # classes at either end, cannot be read.
 LINES, BEST, ROWS, CLASSES = 8, 4, 12, 12
+# Classes of a confusion matrix, and those that leave room for numbers.
+MOST_CLASSES, NUMBERED_CLASSES = 100, 20
 # Characters of a label. A longer one would leave no room for the data.
 LABEL = 40
 
@@ -358,3 +361,61 @@ def reliability(rows: list[dict[str, float | None]], error: float) -> Figure:
     panel.set(xlabel="confidence (darker: more images)", ylabel="accuracy")
     panel.set_title(f"expected calibration error {100 * error:.1f} points")
     return figure
+
+
+@style()
+def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
+    """How many images of each class (rows) are predicted as which (columns).
+
+    Colors are shares of a row's images. Of more than `MOST_CLASSES` classes those with the most
+    mistakes are drawn, of few the numbers are in the cells. A class without images has a gray row.
+    """
+    chosen = _most_mistaken(counts, MOST_CLASSES)
+    rows = [[counts[row][column] for column in chosen] for row in chosen]
+    of_class = [sum(counts[row]) for row in chosen]
+    shares = [
+        [100 * number / images if images else math.nan for number in row]
+        for row, images in zip(rows, of_class, strict=True)
+    ]
+    labels = [fit_label(names[index].replace("_", " ")) for index in chosen]
+    few = len(chosen) <= NUMBERED_CLASSES
+    # Inches: of a cell, and of a letter beside them.
+    cell = 0.5 if few else 0.14
+    beside = 0.085 * max(map(len, labels)) + 0.9
+    side = max(cell * len(chosen), 2.5)
+    figure, panel = one_panel(side + beside + 0.9, side + beside)
+    figure.set_layout_engine("compressed")  # for a panel whose sides are fixed
+    panel.set_facecolor("#ececec")
+    panel.grid(visible=False)
+    # The square root shows mistakes beside what is right.
+    scale = PowerNorm(0.5, vmin=0, vmax=100)
+    image = panel.imshow(shares, cmap="Blues", norm=scale, interpolation="none")
+    ticks = range(len(chosen))
+    panel.set_xticks(ticks, labels, rotation=90)
+    panel.set_yticks(ticks, labels)
+    panel.tick_params(length=0, labelsize=9 if few else 7)
+    if few:
+        for row, column in itertools.product(ticks, ticks):
+            if rows[row][column]:
+                color = "white" if shares[row][column] > 35 else "black"
+                place = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
+                panel.text(column, row, str(rows[row][column]), **place)
+    step = 1 if few else 5  # lines that lead from a cell to its names
+    for edge in range(step, len(chosen), step):
+        panel.axhline(edge - 0.5, color="#ccc", linewidth=0.4)
+        panel.axvline(edge - 0.5, color="#ccc", linewidth=0.4)
+    panel.set(xlabel="predicted as", ylabel="true class")
+    if len(chosen) < len(names):
+        panel.set_title(f"the {len(chosen)} of {len(names)} classes with the most mistakes")
+    figure.colorbar(image, ax=panel, label="% of the class's images", shrink=min(1, 4 / side))
+    return figure
+
+
+def _most_mistaken(counts: Sequence[Sequence[int]], most: int) -> list[int]:
+    """The classes with the most mistakes, of their images or as which others are predicted."""
+
+    def mistakes(index: int) -> int:
+        return sum(counts[index]) + sum(row[index] for row in counts) - 2 * counts[index][index]
+
+    worst = sorted(range(len(counts)), key=lambda index: -mistakes(index))
+    return sorted(worst[:most])

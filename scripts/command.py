@@ -1,12 +1,16 @@
 """What all commands share: safe streams and Ctrl-C, help, and errors in one line."""
 
 import argparse
+import errno
 import functools
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from stat import S_ISDIR
 from typing import Any, NoReturn
 
 from reporting.text import printable
@@ -96,8 +100,19 @@ def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], An
 
 def paths_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """The words that are no settings NAME=VALUE, or are files of such a name, and the settings."""
-    paths = [word for word in words if "=" not in word or Path(word).exists()]
+    # Not Path.exists, which raises an error where a setting is longer than a file's name may be.
+    paths = [word for word in words if "=" not in word or os.path.exists(word)]
     return paths, [word for word in words if word not in paths]
+
+
+def check_out(folder: Path) -> None:
+    """Raises ValueError or OSError if no folder can be there; before what is written is computed.
+
+    Whether there is room for it, and the right to make it, is found when it is written.
+    """
+    with suppress(FileNotFoundError):
+        if not S_ISDIR(os.stat(folder).st_mode):
+            raise ValueError(f"--out {folder} is not a folder")
 
 
 def _expected() -> tuple[type[Exception], ...]:
@@ -111,4 +126,7 @@ def _expected() -> tuple[type[Exception], ...]:
 def _explain(error: Exception) -> str:
     from training.errors import explain
 
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename)
+        return f"{error.strerror}: {name[:60]}... has {len(name):,} characters"
     return explain(error)

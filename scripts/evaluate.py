@@ -7,8 +7,12 @@
 Networks are given as for `models.load`: a run's folder, a weights.safetensors or a checkpoint. Each
 is evaluated on the images that its run was evaluated on, in the precision in which it was trained;
 that gives the run's own scores. What has an = is a setting, for all of them: another `data` must
-have the same classes. --out writes evaluation.json, with the accuracy of each class and the bins of
-the confidence, and a reliability diagram of each network.
+have the same classes, but a folder, data.root=DIR, may lack some: its val/ or test/ is taken, or
+the folders of the classes themselves where it has none. Images are never scored that a network was
+trained on: no other data.val_size is taken than its own.
+
+--out writes evaluation.json, with recall and precision of each class and the bins of the
+confidence; and of each network the confusion matrix as CSV and SVG and a reliability diagram.
 """
 
 import argparse
@@ -18,7 +22,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import command, paths_and_overrides, start
+from scripts.command import check_out, command, paths_and_overrides, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -34,25 +38,25 @@ if __name__ == "__main__":
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import models
 from aaconv import text
 from data import evaluation_batches
-from reporting.text import printable
+from reporting.text import DASH, printable, shortened
 from training import console
 from training.device import choose_device, choose_dtype, to_device
-from training.files import write_texts
-from training.scores import Calibration, evaluate
+from training.files import csv_text, write_texts
+from training.scores import Calibration, ClassScore, Confusion, evaluate
 from training.trained import compose_settings, load_data
 
 # What may be set here; all else is the network's own.
 SETTINGS = ("device", "precision", "eval_batch_size", "channels_last")
+# Classes that are shown of each network.
+WORST = 3
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Evaluation:
     images: int
     scores: dict[str, float]
     per_class_top1: dict[str, float | None]
+    classes: dict[str, ClassScore]
+    confusion: list[list[int]]
     ece: float
     bins: list[dict[str, float | None]]
     images_per_s: float
@@ -80,38 +86,28 @@ def evaluate_file(path: str, overrides: list[str]) -> Evaluation:
     cfg = compose_settings(trained, path, overrides, SETTINGS)
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.precision.name, device)
-    dataset = load_data(cfg, trained, path).to(device)
+    dataset = load_data(cfg, trained, path)
+    images = dataset.evaluation.to(device)
     model = to_device(trained.network, device, cfg.channels_last)
-    calibration = Calibration()
-    asked: list[Tensor] = []  # the labels of the batch that the network is given
-
-    def recorded(images: Tensor) -> Tensor:
-        logits: Tensor = model(images)
-        calibration.add(logits.detach().float(), asked.pop())
-        return logits
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        # The network was trained with the mean and the deviation of its own images.
-        mean, std = (tuple(getattr(trained.description, name)) for name in ("mean", "std"))
-        for images, labels in evaluation_batches(
-            dataset.evaluation, cfg.eval_batch_size, mean, std
-        ):
-            asked.append(labels)
-            yield images, labels
-
+    # The network was trained with the mean and the deviation of its own images.
+    mean, std = (tuple(getattr(trained.description, name)) for name in ("mean", "std"))
+    batches = evaluation_batches(images, cfg.eval_batch_size, mean, std)
+    calibration, confusion = Calibration(), Confusion(len(trained.class_names))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     started = time.perf_counter()
-    scores, per_class = evaluate(recorded, batches(), autocast)
+    scores, per_class = evaluate(model, batches, autocast, [calibration.add, confusion.add])
     seconds = time.perf_counter() - started
     return Evaluation(
         path=path,
         data=f"{dataset.name} {dataset.evaluated_on}",
-        images=len(dataset.evaluation),
+        images=len(images),
         scores=scores,
         per_class_top1=dict(zip(trained.class_names, per_class, strict=True)),
+        classes=dict(zip(trained.class_names, confusion.by_class(), strict=True)),
+        confusion=confusion.counts.tolist(),
         ece=calibration.expected_error(),
         bins=calibration.rows(),
-        images_per_s=len(dataset.evaluation) / seconds,
+        images_per_s=len(images) / seconds,
         precision=str(dtype).removeprefix("torch."),
     )
 
@@ -126,16 +122,46 @@ def table(evaluations: list[Evaluation]) -> list[str]:
     return text.table(lines, "llrrrrrr")
 
 
+def worst_classes(evaluation: Evaluation) -> list[str]:
+    """The classes of the lowest recall as a table, and in a line those without images."""
+    names, classes = list(evaluation.classes), evaluation.classes
+    seen = [name for name in names if classes[name].images]
+    lines = [["lowest recall", "images", "recall %", "precision %", "most often predicted as"]]
+    for name in sorted(seen, key=lambda name: classes[name].recall or 0)[:WORST]:
+        score, row = classes[name], evaluation.confusion[names.index(name)]
+        others = {other: n for other, n in zip(names, row, strict=True) if n and other != name}
+        most = max(others, key=others.__getitem__, default="")
+        precision = DASH if score.precision is None else f"{score.precision:.2f}"
+        mistake = f"{most} ({100 * others[most] / score.images:.2f} %)" if most else ""
+        lines.append([name, f"{score.images}", f"{score.recall:.2f}", precision, mistake])
+    absent = [name for name in names if name not in seen]
+    absent_line = f"{len(absent)} of {len(names)} classes have no image: {shortened(absent, 20)}"
+    return text.table(lines, "lrrrl") + ([absent_line] if absent else [])
+
+
 def written(evaluations: list[Evaluation], out: Path) -> dict[Path, str]:
-    """The files of --out: evaluation.json, and for each network a diagram, by its number."""
+    """The files of --out: evaluation.json, and those of each network, by its number."""
     from reporting import figures  # which needs matplotlib
 
-    rows: list[dict[str, Any]] = [vars(one) for one in evaluations]
-    texts = {out / "evaluation.json": json.dumps(rows, indent=1) + "\n"}
+    texts = {out / "evaluation.json": json.dumps(list(map(as_json, evaluations)), indent=1) + "\n"}
     for number, one in enumerate(evaluations, start=1):
-        name = "reliability.svg" if len(evaluations) == 1 else f"reliability-{number}.svg"
-        texts[out / name] = figures.as_svg(figures.reliability(one.bins, one.ece))
+        end = "" if len(evaluations) == 1 else f"-{number}"
+        names = list(one.classes)
+        rows = [[name, *counts] for name, counts in zip(names, one.confusion, strict=True)]
+        texts[out / f"confusion{end}.csv"] = csv_text([["true class", *names], *rows])
+        matrix = figures.confusion(one.confusion, names)
+        texts[out / f"confusion{end}.svg"] = figures.as_svg(matrix)
+        texts[out / f"reliability{end}.svg"] = figures.as_svg(
+            figures.reliability(one.bins, one.ece)
+        )
     return texts
+
+
+def as_json(evaluation: Evaluation) -> dict[str, Any]:
+    """What evaluation.json has of a network; the confusion matrix has a file of its own."""
+    record = {key: value for key, value in vars(evaluation).items() if key != "confusion"}
+    classes = {name: score._asdict() for name, score in evaluation.classes.items()}
+    return {**record, "classes": classes}
 
 
 @command(options, code=1, errors=(RuntimeError,))
@@ -143,8 +169,13 @@ def main(args: argparse.Namespace) -> None:
     paths, overrides = paths_and_overrides(args.words)
     if not paths:
         console.stop("evaluate.py", f"no network given; there is no {overrides[0]}")
+    if args.out is not None:
+        check_out(args.out)
     evaluations = [evaluate_file(path, overrides) for path in paths]
-    print(printable("\n".join(table(evaluations))))
+    lines = table(evaluations)
+    for one in evaluations:
+        lines += ["", *([one.path] if len(evaluations) > 1 else []), *worst_classes(one)]
+    print(printable("\n".join(lines)))
     if args.out is not None:
         texts = written(evaluations, args.out)
         write_texts(texts)

@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import command, start
+from scripts.command import check_out, command, start
 
 FILES = {"onnx": "network.onnx", "torch": "network.pt2"}
 
@@ -151,8 +151,7 @@ def main(args: argparse.Namespace) -> None:
     logging.disable(logging.WARNING)  # of the exporters
     warnings.filterwarnings("ignore")
     trained = models.load(args.network)
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is not a folder")
+    check_out(out)
     try:
         for kind in dict.fromkeys(args.formats):
             print(printable(export(trained, kind, out)), flush=True)

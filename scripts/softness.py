@@ -53,7 +53,7 @@ from torch import Tensor, nn
 import models
 from aaconv import attention_stats
 from aaconv.stats import AttentionStats
-from data import Dataset, evaluation_batches
+from data import Dataset, EvaluationSet, evaluation_batches
 from models.saved import Network
 from reporting.text import printable
 from training.compose import compose_config
@@ -64,7 +64,7 @@ from training.trained import compose_settings, load_data
 
 
 def batch_of(
-    dataset: Dataset, mean: Any, std: Any, number: int, device: torch.device
+    dataset: Dataset | EvaluationSet, mean: Any, std: Any, number: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Images of the evaluation, spread evenly, and their labels."""
     chosen = spread(len(dataset.evaluation), number)

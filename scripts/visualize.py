@@ -19,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import command, start
+from scripts.command import check_out, command, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     start(__file__, options)
 
+import os
 import re
 
 import torch
@@ -152,13 +153,14 @@ def visualize(
         raise ValueError(f"{rows} rows, one for each image and query, are more than {MAX_ROWS}")
     device = choose_device(device_name)
     trained = models.load(path, device)
+    place = Path(path).expanduser()
+    out = out or (place if place.is_dir() else place.parent) / "attention"
+    check_out(out)
     if not models.augmented_layers(trained.network):
         name = trained.description.network["attention"]["name"]
         raise ValueError(f"{path} has no attention to look at (attention={name})")
     found, titles = gather(trained, path, images, overrides)
     blocks = attention.blocks(trained, found.to(device), titles, points)
-    place = Path(path).expanduser()
-    out = out or (place if place.is_dir() else place.parent) / "attention"
     files = draw(blocks, out)
     write_files(files)
     return list(files)
@@ -169,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
     # What has an = stands behind --images or --queries, too, unless a file is called so.
     overrides = list(args.settings)
     for words in (args.images or [], args.queries or []):
-        overrides += [word for word in words if "=" in word and not Path(word).exists()]
+        overrides += [word for word in words if "=" in word and not os.path.exists(word)]
     images, queries = (
         None if words is None else [word for word in words if word not in overrides]
         for words in (args.images, args.queries)

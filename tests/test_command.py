@@ -1,10 +1,13 @@
 """What all commands share: how they start, and how they tell a wrong option."""
 
+import importlib
 import os
 import subprocess
 import sys
 
 import pytest
+
+from scripts.command import check_out, paths_and_overrides
 
 from helpers import ROOT
 
@@ -50,3 +53,26 @@ def test_python_without_assertions_is_refused(program, flag):
     name = program.rpartition("/")[2]
     line = f"{name}: python -O cannot read settings; leave out -O, -OO and PYTHONOPTIMIZE\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+LONG = ["n" * 300, "d/" * 2500 + "x"]
+
+
+@pytest.mark.parametrize("place", LONG, ids=["name", "path"])
+@pytest.mark.parametrize("name", ["evaluate", "export", "visualize"])
+def test_a_name_that_no_file_can_have_is_one_line(name, place, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"{name}.py", place])
+    with pytest.raises(SystemExit):
+        importlib.import_module(f"scripts.{name}").main()
+    said = capsys.readouterr().err
+    assert said.startswith(f"{name}.py: ")
+    assert place[:60] in said
+    assert said.count("\n") == 1
+    assert "name=" not in said  # which these commands have not
+
+
+@pytest.mark.parametrize("place", LONG, ids=["name", "path"])
+def test_a_setting_may_be_longer_than_a_file_name(place):
+    assert paths_and_overrides(["run", f"data.root={place}"]) == (["run"], [f"data.root={place}"])
+    with pytest.raises(OSError, match="File name too long"):
+        check_out(place)

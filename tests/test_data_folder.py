@@ -392,7 +392,7 @@ def test_its_network_is_evaluated_on_the_folder_that_is_named(words, run, root, 
     cfg = compose_settings(trained, "RUN", [f"data.root='{root}'"], ())
     assert cfg.data.size == 8
     dataset = load_data(cfg, trained, "RUN")
-    assert (dataset.name, dataset.mean) == ("my images", tuple(trained.description.mean))
+    assert (dataset.name, dataset.class_names) == ("my images", tuple(trained.class_names))
     assert summary["evaluated_on"] == dataset.evaluated_on
 
 

@@ -1,12 +1,14 @@
 """Which files of a folder are images of which class: layouts, links, names, what is passed over."""
 
 import os
+import shutil
 import unicodedata
 from pathlib import Path
 
 import pytest
 
 from data.dataset import hold_out_by_class
+from data.layout import find_evaluation_images
 
 from image_folders import CLASSES, load, write, write_folder
 
@@ -67,6 +69,33 @@ def test_an_evaluation_folder_without_a_training_folder_is_no_class(root, other)
     write(root / other / "x" / "0.png")
     with pytest.raises(FileNotFoundError, match="no folder train/"):
         load(root, val_size=4)
+
+
+@pytest.mark.parametrize("place", [".", "Test", "valid"])
+def test_a_test_set_needs_no_training_folder_and_may_lack_classes(root, place):
+    """Labels are indices of the network's classes, in whatever order and Unicode form."""
+    classes = [unicodedata.normalize("NFD", name) for name in reversed(CLASSES)]
+    shutil.rmtree(root / "train")
+    (root / "val").rename(root / "new")
+    if place == ".":
+        for path in (root / "new").iterdir():
+            path.rename(root / path.name)
+        (root / "new").rmdir()
+    else:
+        (root / "new").rename(root / place)
+    found = find_evaluation_images(root, classes)
+    labels = {image.name: image.label for image in found.evaluation}
+    assert labels == {f"{name}/x.png": CLASSES[::-1].index(name) for name in CLASSES[:3]}
+    assert found.evaluated_on == ("val" if place == "valid" else "test")
+    assert not found.train
+
+
+def test_a_class_may_be_called_as_a_split_is(tmp_path):
+    """CIFAR-100 has the class train."""
+    for name in ("train", "bus", "test"):
+        write(tmp_path / name / "0.png")
+    found = find_evaluation_images(tmp_path, ["bus", "test", "train", "tram"])
+    assert [image.name for image in found.evaluation] == ["bus/0.png", "test/0.png", "train/0.png"]
 
 
 def tiny(root):

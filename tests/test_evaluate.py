@@ -1,20 +1,24 @@
-"""scripts/evaluate.py: the run's own scores again, calibration, and one line for what is wrong."""
+"""scripts/evaluate.py: the run's own scores again, test sets, and one line for what is wrong."""
 
+import csv
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from test_saved import describe, save
 
 import models
-from data import evaluation_batches, make_lookup
+from data import evaluation_batches, load_folder, make_lookup
 from models.fields import FORMAT
+from reporting.text import DASH
 from scripts import evaluate
-from training.scores import Calibration
+from training.scores import Calibration, ClassScore, Confusion
 
 from app import run_app
 from helpers import ROOT, TINY
+from image_folders import write
 
 LOOKUP = make_lookup(train_size=32, test_size=16)
 
@@ -93,24 +97,171 @@ def test_several_at_once_are_a_table(folder, monkeypatch, tmp_path, capsys):
     assert f"{100 * plain['ece']:.2f}" in lines[1].split()
     assert {path.name for path in out.iterdir()} == {
         "evaluation.json",
-        "reliability-1.svg",
-        "reliability-2.svg",
+        *(f"confusion-{n}.{end}" for n in (1, 2) for end in ("csv", "svg")),
+        *(f"reliability-{n}.svg" for n in (1, 2)),
     }
     assert "<svg" in (out / "reliability-1.svg").read_text()
+    assert "<svg" in (out / "confusion-2.svg").read_text()
 
 
 def test_settings_are_used(folder, monkeypatch, tmp_path):
     """Other images of the same classes, another precision, other batches."""
     run, results = folder / "plain=1", []
     for number, words in enumerate(
-        [[], ["data.val_size=5"], ["data=lookup", "data.test_size=33"], ["precision=bf16"]]
+        [[], ["data.val_size=0"], ["data=lookup", "data.test_size=33"], ["precision=bf16"]]
     ):
         go(monkeypatch, run, *words, "--out", tmp_path / str(number))
         results += record(tmp_path / str(number))
-    assert [one["images"] for one in results] == [12, 5, 33, 12]
+    assert [one["images"] for one in results] == [12, 16, 33, 12]
     assert [one["data"] for one in results][2] == "lookup test"
     assert [one["precision"] for one in results] == ["float32"] * 3 + ["bfloat16"]
     assert results[3]["scores"]["loss"] != results[0]["scores"]["loss"]
+
+
+# ---- Images that the network was not trained on -------------------------------------------------
+
+PETS = ["ant", "bee", "cat"]
+
+
+@pytest.fixture
+def pets(tmp_path, monkeypatch):
+    """A folder of three classes, and an untrained network as a run would have described it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = tmp_path / "pets"
+    for number, name in enumerate(PETS):
+        for image in range(6):
+            write(root / "train" / name / f"{image}.png", seed=10 * number + image)
+        write(root / "val" / name / "x.png", seed=100 + number)
+    return root
+
+
+def network_of(root, folder, val_size):
+    dataset = load_folder(str(root), "pets", 8, val_size)
+    description = described(models.NoAttention())
+    settings = {"_target_": "data.load_folder", "name": "pets", "size": 8, "val_size": val_size}
+    settings |= {"white": None, "skip_damaged": False, "max_pixels": 1000}
+    changes = {
+        "class_names": PETS,
+        "network": description.network | {"num_classes": 3, "image_size": [8, 8]},
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
+        "data": "pets",
+        "settings": {"data": settings},
+    }
+    return save(folder, models.Description(**{**description.model_dump(), **changes}))
+
+
+def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(
+    pets, tmp_path, monkeypatch, capsys
+):
+    """What another corruption of CIFAR-10-C is; nothing else of a run's own folder is read."""
+    path = network_of(pets, tmp_path / "net", 0)
+    fog = tmp_path / "pets-c" / "fog"
+    for name, images in (("cat", 5), ("ant", 2)):
+        for image in range(images):
+            write(fog / name / f"{image}.png", seed=500 + 10 * images + image)
+    go(monkeypatch, path, f"data.root='{fog}'", "--out", tmp_path / "out")
+    (got,) = record(tmp_path / "out")
+    assert (got["data"], got["images"]) == ("fog test", 7)
+    assert "1 of 3 classes have no image: bee" in capsys.readouterr().out.splitlines()
+    assert got["per_class_top1"]["bee"] is None
+    assert got["classes"]["bee"]["recall"] is None
+    assert [got["classes"][name]["images"] for name in PETS] == [2, 0, 5]
+    with (tmp_path / "out" / "confusion.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["true class", *PETS]
+    counts = {row[0]: list(map(int, row[1:])) for row in rows[1:]}
+    assert [sum(counts[name]) for name in PETS] == [2, 0, 5]
+    right = sum(counts[name][number] for number, name in enumerate(PETS))
+    assert got["scores"]["top1"] == pytest.approx(100 * right / 7)
+    go(monkeypatch, path, "data=folder", f"data.root='{fog}'", "--out", tmp_path / "again")
+    assert record(tmp_path / "again")[0]["scores"] == got["scores"]  # of the network's size
+    shutil.rmtree(pets / "train")  # a folder's val/ alone is evaluated on
+    go(monkeypatch, path, f"data.root='{pets}'")
+    assert "pets val" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("val_size", "place", "words", "line"),
+    [
+        (0, "pets", ["data.val_size=4"], "data.val_size=4: .* was trained with data.val_size=0"),
+        (4, "pets", ["data.val_size=5"], "data.val_size=5: .* was trained with data.val_size=4"),
+        (0, "pets/train", [], "has the images that the network was trained on"),
+        (4, "pets/train", ["data.val_size=0"], "has the images that the network was trained on"),
+        (4, "more", [], "data.root=.*more has other images than those of"),
+        (4, "pets", ["data.size=9"], "data.size=9: .* was trained with data.size=8"),
+        (0, "strange", [], "has the class 'cow', which the network has not; the network has 3"),
+        (0, "train only", [], "no folder val/, valid/ or test/ in it to evaluate on"),
+        (0, "nowhere", [], "there is no such folder"),
+    ],
+)
+def test_images_that_may_have_been_trained_on_are_refused(
+    pets, tmp_path, monkeypatch, capsys, val_size, place, words, line
+):
+    path = network_of(pets, tmp_path / "net", val_size)
+    shutil.copytree(pets, tmp_path / "more")
+    write(tmp_path / "more" / "train" / "ant" / "new.png", seed=7)
+    write(tmp_path / "strange" / "cow" / "0.png")
+    shutil.copytree(pets / "train", tmp_path / "train only" / "train")
+    with pytest.raises(SystemExit):
+        go(monkeypatch, path, f"data.root='{tmp_path / place}'", *words)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert re.search(line, said), said
+
+
+@pytest.mark.parametrize(("words", "images"), [([], 4), (["data.val_size=0"], 3)], ids=str)
+def test_held_out_images_are_the_runs_own(pets, tmp_path, monkeypatch, words, images):
+    path = network_of(pets, tmp_path / "net", 4)
+    go(monkeypatch, path, f"data.root='{pets}'", *words, "--out", tmp_path / "out")
+    (got,) = record(tmp_path / "out")
+    assert (got["data"], got["images"]) == ("pets val", images)
+
+
+def test_recall_and_precision_by_counting():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(40, 6, generator=generator)
+    logits[:, 4] = -9  # is never predicted
+    labels = torch.randint(5, (40,), generator=generator)  # none is 5
+    confusion = Confusion(6)
+    confusion.add(logits[:13], labels[:13])
+    confusion.add(logits[13:], labels[13:])
+    pairs = [
+        (label, max(range(6), key=lambda c: row[c]))
+        for label, row in zip(labels.tolist(), logits.tolist(), strict=True)
+    ]
+    for c, got in enumerate(confusion.by_class()):
+        of = [p for label, p in pairs if label == c]
+        as_ = [label for label, p in pairs if p == c]
+        recall = 100 * of.count(c) / len(of) if of else None
+        precision = 100 * as_.count(c) / len(as_) if as_ else None
+        assert got == ClassScore(len(of), len(as_), recall, precision)
+        for other in range(6):
+            assert confusion.counts[c, other] == pairs.count((c, other))
+    assert confusion.by_class()[5].recall is None
+    assert confusion.by_class()[4].precision is None
+
+
+def test_the_worst_classes_come_first():
+    classes = {
+        "a": ClassScore(4, 5, 75.0, 60.0),
+        "b": ClassScore(0, 2, None, 0.0),
+        "c": ClassScore(5, 2, 20.0, 50.0),
+        "d": ClassScore(1, 0, 0.0, None),
+        "e": ClassScore(1, 2, 100.0, 50.0),
+    }
+    counts = [[3, 1, 0, 0, 0], [0] * 5, [1, 1, 1, 0, 2], [1, 0, 0, 0, 0], [0, 0, 0, 0, 1]]
+    one = evaluate.Evaluation("x", "y", 11, {}, {}, classes, counts, 0, [], 0, "float32")
+    lines = [line.split() for line in evaluate.worst_classes(one)]
+    assert lines[1:] == [
+        ["d", "1", "0.00", DASH, "a", "(100.00", "%)"],
+        ["c", "5", "20.00", "50.00", "e", "(40.00", "%)"],
+        ["a", "4", "75.00", "60.00", "b", "(25.00", "%)"],
+        ["1", "of", "5", "classes", "have", "no", "image:", "b"],
+    ]
+
+
+# ---- Calibration --------------------------------------------------------------------------------
 
 
 def test_the_calibration_by_hand():
@@ -135,6 +286,8 @@ def test_too_sure_in_one_bin_does_not_make_up_for_too_unsure_in_another():
     assert calibration.expected_error() == pytest.approx((1 - 0.4 - 0.45 + 0.9) / 3)
 
 
+# ---- One line -----------------------------------------------------------------------------------
+
 WRONG = [
     (["nowhere"], "there is no nowhere"),
     (["runs=nowhere/x"], "no network given; there is no runs=nowhere/x"),
@@ -144,7 +297,14 @@ WRONG = [
     (["{run}", "data=cifar11"], "{run}: .*cifar11"),
     (["{run}", "data.color=1"], "{run}: data.color: unknown setting color; data has train"),
     (["{run}", "data.val_size=x"], "{run}: data.val_size: .*'x'"),
-    (["{run}", "data.val_size=100000"], "val_size=100000"),
+    (
+        ["{run}", "data.val_size=5"],
+        "data.val_size=5: {run} was trained with data.val_size=12, .* leave it out, or give 0",
+    ),
+    (["{run}", "data=lookup", "data.val_size=5"], "data.val_size=5: {run} was trained with"),
+    (["{run}", "data.val_size=-1"], "data.val_size=-1: {run} was trained with"),
+    (["{run}", "data.train_size=44"], "data.train_size=44: {run} was trained with .*=32"),
+    (["{run}", "data=lookup", "data.val_size=12"], "data.train_size=10000: {run} was trained"),
     (["{run}", "eval_batch_size=0"], "batch_size=0 is below 1"),
     (["{run}", "device=cuda:99"], "device=cuda:99"),
     (["{run}", "device=toaster"], "device=toaster"),

@@ -56,7 +56,7 @@ def test_other_numbers_are_not_written(network, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(export, "FORMATS", {"torch": off_by_a_little})
     monkeypatch.setattr("sys.argv", ["export.py", str(network)])
     with pytest.raises(SystemExit) as stopped:
-        go(monkeypatch, network, "--out", tmp_path / "out")
+        go(monkeypatch, network, "--formats", "torch", "--out", tmp_path / "out")
     assert stopped.value.code == 1
     line = capsys.readouterr().err
     assert "network.pt2 is not written: its logits are off by 0.001 of the largest" in line

@@ -200,6 +200,7 @@ WRONG = [
     (["{run}", "--queries", "0,99"], "pixel 0,99 is outside"),
     (["{run}", "--queries", "data.noise=0.1"], "--queries needs at least one value"),
     (["{run}", "epochs=3"], "epochs: not a setting here; there are data\n"),
+    (["{run}", "data.val_size=5"], "data.val_size=5: .*aa=1 was trained with data.val_size=0"),
     (["{run}", "augmentation.crop_pad=2"], "augmentation.crop_pad: not a setting here"),
     (["{run}", "data.color=1"], "data.color: unknown setting color"),
     (["{run}", "data=cifar10", "data.root=none", "data.download=false"], "no CIFAR10 in"),

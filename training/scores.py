@@ -1,6 +1,7 @@
 """How good a network is on labeled images."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +24,13 @@ def evaluate(
     model: nn.Module | Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: torch.autocast,
+    observers: Sequence[Callable[[Tensor, Tensor], None]] = (),
 ) -> tuple[dict[str, float], list[float | None]]:
     """``loss`` (mean cross-entropy, nats), ``top1`` and ``top5`` (accuracy, %) over all images.
 
     Returned with them: the top-1 accuracy of each class, None for a class without images. Where
-    there are several processes, all call this, each with its shard of the images.
+    there are several processes, all call this, each with its shard of the images. ``observers`` are
+    called with the logits (B, classes) and the labels (B,) of each batch.
     """
     if isinstance(model, nn.Module):
         model.eval()
@@ -42,6 +45,8 @@ def evaluate(
             logits, labels = logits.cpu(), labels.cpu()
         losses.append(F.cross_entropy(logits, labels, reduction="sum").double())
         in_top5.append(correct_in_top(logits, labels, 5))
+        for observe in observers:
+            observe(logits, labels)
         right = (logits.argmax(dim=1) == labels).double()
         # Not bincount, for whose size a GPU would make the CPU wait.
         counts = right.new_zeros(2, logits.shape[1])
@@ -97,3 +102,44 @@ class Calibration:
     def expected_error(self) -> float:
         """The expected calibration error, in [0, 1]."""
         return float((self.right - self.confidence).abs().sum() / self.images.sum())
+
+
+class ClassScore(NamedTuple):
+    """How a class fares; shares in percent.
+
+    Attributes:
+        images: how many are of the class.
+        predicted: how many are predicted to be.
+        recall: of its images those that are predicted as it; None without any.
+        precision: of those that are predicted as it those that are; None without any.
+    """
+
+    images: int
+    predicted: int
+    recall: float | None
+    precision: float | None
+
+
+class Confusion:
+    """How many images of each class are predicted as which: ``counts`` (classes, classes).
+
+    Rows are the true classes, columns the predicted ones.
+    """
+
+    def __init__(self, classes: int) -> None:
+        self.counts = torch.zeros(classes, classes, dtype=torch.int64)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits (B, classes) and labels (B,)."""
+        predicted, classes = logits.argmax(dim=1).cpu(), len(self.counts)
+        pairs = torch.bincount(labels.cpu() * classes + predicted, minlength=classes**2)
+        self.counts += pairs.view(classes, classes)
+
+    def by_class(self) -> list[ClassScore]:
+        """Recall and precision of each class."""
+        right = self.counts.diagonal().tolist()
+        images, predicted = self.counts.sum(dim=1).tolist(), self.counts.sum(dim=0).tolist()
+        return [
+            ClassScore(of, as_, 100 * r / of if of else None, 100 * r / as_ if as_ else None)
+            for r, of, as_ in zip(right, images, predicted, strict=True)
+        ]
