@@ -396,3 +396,11 @@ def test_whatever_a_field_of_the_description_is_the_network_works_or_is_refused(
             else:
                 assert network(torch.randn(1, 3, 16, 20)).isfinite().all()
     assert refused > 300
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.pth"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_pipe_or_a_device_is_not_opened(tmp_path, name, make):
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is not a file"):
+        models.load(tmp_path / name)
