@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from aaconv.functional import check_backend
 from data import Batches, Dataset, evaluation_batches
-from models import Trained, freeze, set_frozen_eval
+from models import ForeignWeights, Trained, freeze, set_frozen_eval
 from training import checkpoint, distributed, provenance, run_folder
 from training.dashboard import history, pictures, show, start_tracking
 from training.device import (
@@ -97,8 +97,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
                 return checkpoint.finished_before(run_dir)
             checkpoint.check_precision(saved, dtype_name(dtype), config["precision"], run_dir)
         with distributed.errors_in_all():
-            begins = resumed is None and cfg.init_from is not None
-            initial = load_initial(cfg.init_from) if begins else None
+            initial = load_initial(cfg) if resumed is None else None
 
         # ---- Data, network, optimizer, and how far they have come ------------------------------
         with distributed.local_main_first():  # which may have to download the data
@@ -160,7 +159,7 @@ def build(
     world: distributed.World,
     device: torch.device,
     dtype: torch.dtype,
-    initial: Trained | None = None,
+    initial: Trained | ForeignWeights | None = None,
 ) -> RunState:
     """Everything that trains, at its beginning, with what fits of the weights of ``initial``."""
     torch.manual_seed(cfg.seed)
@@ -169,7 +168,7 @@ def build(
         torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
     network = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
     if initial is not None:
-        take_weights(network, initial, dataset, cfg.init_from)
+        take_weights(network, initial, dataset, cfg.init_from, cfg.freeze)
     freeze(network, cfg.freeze)
     model = to_device(network, device, cfg.channels_last)
     if cfg.sync_batchnorm:

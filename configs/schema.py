@@ -288,6 +288,7 @@ class SGDConfig:
     weight_decay: float = setting(
         "Factor of the weights that is added to their gradients; optim.decay says of which.",
         at_least=0,
+        at_most=1e6,
     )
     decay: Decay = setting(
         "Which parameters are decayed: all, or weights (not biases, batch normalization and the "
@@ -310,6 +311,7 @@ class AdamWConfig:
         "Weights shrink by this times the learning rate at each step; optim.decay says which of "
         "them do.",
         at_least=0,
+        at_most=1e6,
     )
     decay: Decay = setting(
         "Which parameters are decayed: all, or weights (not biases, batch normalization and the "
@@ -479,7 +481,8 @@ class Config:
     )
     init_from: Optional[str] = setting(
         "Trained network to begin with: a run's folder, its weights.safetensors or a "
-        "checkpoint. What fits is taken, and a table says what was not; the epochs and the "
+        "checkpoint, or the state dict of a ResNet of torchvision's or timm's (.pth, .pt, "
+        ".safetensors). What fits is taken, and a table says what was not; the epochs and the "
         "learning rate's schedule are those of a new run. null begins with new weights."
     )
     freeze: list[str] = setting(

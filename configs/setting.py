@@ -1,16 +1,20 @@
 """A setting's meaning and range, as metadata of its field in `configs.schema`."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
+# Of any number: what an optimizer makes of it, lr / (1 - beta) for example, still is a float32.
+MAX_FLOAT = 1e30
+
 
 @dataclass(frozen=True)
 class Range:
     """The values that a setting may have; of a list, that each of its values may have.
+
+    Whatever the bounds, a number is finite and not beyond `MAX_FLOAT`.
 
     Attributes:
         at_least, at_most: bounds that are allowed themselves.
@@ -45,7 +49,7 @@ class Range:
             return self.length in (None, len(values)) and all(map(self.allows, values))
         if not isinstance(value, (int, float)):
             return True
-        return math.isfinite(value) and not (
+        return abs(value) <= MAX_FLOAT and not (
             (self.at_least is not None and value < self.at_least)
             or (self.above is not None and value <= self.above)
             or (self.at_most is not None and value > self.at_most)

@@ -19,6 +19,7 @@ from models.cost import (
     layer_table,
     receptive_field,
 )
+from models.foreign import ForeignWeights
 from models.resnet import ResNet
 from models.saved import Description, Trained, build, describe, load
 from models.transfer import Transfer, freeze, set_frozen_eval, transfer
@@ -30,6 +31,7 @@ __all__ = [
     "SE",
     "Attention",
     "Description",
+    "ForeignWeights",
     "GlobalMean",
     "NoAttention",
     "Pointwise",

@@ -2,9 +2,12 @@
 
 import json
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, Field, InstanceOf, TypeAdapter, ValidationError
+
+from aaconv.text import one_line
 
 T = TypeVar("T")
 # To make one takes longer than most checks.
@@ -15,6 +18,7 @@ FORMAT = 3
 # A little beyond float32's range: nothing that a run measures is larger, so that sums and squares
 # of what is read stay finite.
 MAX_NUMBER = 3.5e38
+MAX_DEPTH = 20  # of values inside each other
 
 
 class UnreadableError(ValueError):
@@ -32,8 +36,43 @@ Format = Annotated[int, Field(strict=True), AfterValidator(_this_format)]
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**64)]
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**64)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_NUMBER, le=MAX_NUMBER)]
+# Of images, in pixels; the setting data.size allows the same.
+Side = Annotated[Count, Field(le=1024)]
 # Not pydantic's str: names of folders, and so of classes, may hold bytes that are no UTF-8.
 Text = Annotated[InstanceOf[str], Field(min_length=1)]
+
+
+def is_finite(value: Any) -> bool:
+    """Whether ``value`` is a number of at most float32's range, neither NaN nor infinite."""
+    return is_number(value) and -MAX_NUMBER <= value <= MAX_NUMBER
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def are_plain(values: Any, key: str = "", depth: int = 0) -> Any:
+    """``values``, if JSON can hold them, its numbers are finite and it is not nested deeply."""
+    key = key.encode(errors="backslashreplace").decode()  # pydantic asks for UTF-8
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{key[:40]}... is nested too deeply")
+    if is_number(values) and not is_finite(values):
+        raise ValueError(f"{key} is {shortened(values)}, not a finite number")
+    if isinstance(values, list):
+        for index, inner in enumerate(values):
+            are_plain(inner, f"{key}[{index}]", depth + 1)
+    elif isinstance(values, dict):
+        for name, inner in values.items():
+            if not isinstance(name, str):
+                raise ValueError(f"{key} has the key {shortened(name)}, which is no text")
+            are_plain(inner, f"{key}.{name}", depth + 1)
+    elif not (values is None or isinstance(values, str | int | float)):
+        raise ValueError(f"{key} is {shortened(values)}, not a plain value")
+    return values
+
+
+# Settings, for example.
+Plain = Annotated[dict[str, Any], AfterValidator(are_plain)]
 
 
 def parse(kind: type[T], value: Any, where: str) -> T:
@@ -70,3 +109,39 @@ def shortened(value: Any) -> str:
     except (RecursionError, ValueError, TypeError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+# ---- Files --------------------------------------------------------------------------------------
+
+
+def check_is_file(path: Path) -> None:
+    """Raise UnreadableError for what is there and no regular file: a pipe would wait forever."""
+    if path.exists() and not path.is_file():
+        raise UnreadableError(f"{path} is not a file")
+
+
+def read_text(path: Path) -> str:
+    """The text of a run's file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UnreadableError: it cannot be read, or is no UTF-8.
+    """
+    try:
+        check_is_file(path)
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnreadableError(f"{path} cannot be read ({error.strerror or error})") from None
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{path} is damaged: {one_line(error)}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The value of a run's JSON file; raises as `read_text` does."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"{path} is damaged: {one_line(error)}") from None

@@ -7,26 +7,40 @@ file: weights are read as tensors, and the description as plain values.
 """
 
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
-from pydantic import BaseModel, Field, model_validator, with_config
+from pydantic import AfterValidator, BaseModel, Field, model_validator, with_config
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from aaconv.text import one_line
 from models.attention import ATTENTIONS, Attention
-from models.fields import Count, Finite, Format, Text, parse
+from models.fields import (
+    Count,
+    Finite,
+    Format,
+    Plain,
+    Side,
+    Text,
+    UnreadableError,
+    parse,
+    read_json,
+    shortened,
+)
+from models.foreign import find_foreign
 from models.resnet import ResNet
+from models.weight_files import check_tensors, named_tensors, read_safetensors, read_torch
 
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "config.json"
 CHECKPOINTS = ("last.pt", "previous.pt")
-Color = Annotated[list[Finite], Field(min_length=3, max_length=3)]
+# Of pixels on a scale where white is 1.
+Mean = Annotated[Finite, Field(ge=0, le=1)]
+Deviation = Annotated[Finite, Field(gt=1e-12, le=1)]
 
 
 @with_config(extra="allow")
@@ -39,8 +53,15 @@ class Network(TypedDict):
     stem: Count
     shortcut: Text
     num_classes: Count
-    image_size: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    image_size: Annotated[list[Side], Field(min_length=2, max_length=2)]
     attention: dict[str, Any]
+
+
+def _is_of_data(settings: dict[str, Any]) -> dict[str, Any]:
+    data = settings.get("data", {})
+    if not isinstance(data, dict):
+        raise ValueError(f".data is {shortened(data)}, not the settings of a data set")
+    return settings
 
 
 class Description(BaseModel, frozen=True):
@@ -62,11 +83,11 @@ class Description(BaseModel, frozen=True):
     format: Format
     network: Network
     class_names: list[Text]
-    mean: Color
-    std: Annotated[list[Annotated[Finite, Field(gt=0)]], Field(min_length=3, max_length=3)]
+    mean: Annotated[list[Mean], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Deviation], Field(min_length=3, max_length=3)]
     data: Text
     data_digest: Text | None = None
-    settings: dict[str, Any]
+    settings: Annotated[Plain, AfterValidator(_is_of_data)]
     precision: Text
     version: Text
     commit: Text
@@ -126,9 +147,14 @@ def describe_attention(attention: Attention) -> dict[str, Any]:
 
 def weights_as_bytes(model: nn.Module) -> bytes:
     """The parameters and buffers of ``model`` as a file of the safetensors format."""
+    return tensors_as_bytes(model.state_dict())
+
+
+def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """``tensors``, by their names, as a file of the safetensors format."""
     from safetensors.torch import save
 
-    return save({name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()})
+    return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
 
 
 def description_as_text(description: Description) -> str:
@@ -156,92 +182,105 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Trained:
         ValueError: there is no such file, it is damaged, or its weights and its description do not
             fit; one line that names the file and what does not fit.
     """
+    return rebuild(read(path), device)
+
+
+class Saved(NamedTuple):
+    """What a file of weights holds, as it is, before anything of it is known to be right.
+
+    Attributes:
+        file: where the tensors are from.
+        tensors: them by their names, or whatever is there instead.
+        description: what `Description` holds; None where there is none.
+        described_in: where it is from.
+    """
+
+    file: Path
+    tensors: Any
+    description: Any
+    described_in: Path
+
+
+def read(path: str | Path) -> Saved:
+    """What `load` would make a network of.
+
+    Raises:
+        UnreadableError: there is no such file, or it is damaged.
+    """
     file = _file(Path(path).expanduser())
-    read = _read_weights if file.suffix == ".safetensors" else _read_checkpoint
-    tensors, described, where = read(file)
-    description = parse(Description, described, where)
-    network = _with_weights(description, tensors, where, file)
+    if file.suffix == ".safetensors":
+        beside = file.with_name(DESCRIPTION)
+        description = read_json(beside) if beside.exists() else None
+        return Saved(file, read_safetensors(file), description, beside)
+    state = read_torch(file)
+    if not isinstance(state, dict) or "description" not in state or "model" not in state:
+        return Saved(file, state, None, file)
+    tensors = state["model"]
+    if "ema_model" in state:
+        averaged = named_tensors(state["ema_model"], f"{file}: ema_model")
+        prefix = "module."
+        tensors = {k.removeprefix(prefix): v for k, v in averaged.items() if k.startswith(prefix)}
+    return Saved(file, tensors, state["description"], file)
+
+
+def rebuild(saved: Saved, device: torch.device | str = "cpu") -> Trained:
+    """The trained network of what `read` has found; see `load`.
+
+    Raises:
+        UnreadableError: there is no description, it is damaged, or it and the weights do not fit.
+    """
+    if saved.description is None:
+        raise UnreadableError(_not_described(saved))
+    description = parse(Description, saved.description, f"{saved.described_in}")
+    network = _with_weights(description, saved)
     return Trained(network.to(device).eval(), description)
 
 
 def _file(path: Path) -> Path:
     if not path.exists():
-        raise ValueError(f"there is no {path}")
+        raise UnreadableError(f"there is no {path}")
     if path.is_dir():
         for name in (WEIGHTS, *CHECKPOINTS):
             if (path / name).is_file():
                 return path / name
-        raise ValueError(f"{path} has no {WEIGHTS} and no {CHECKPOINTS[0]}")
-    if path.suffix not in (".safetensors", ".pt"):
-        raise ValueError(f"{path} is neither a .safetensors file nor a checkpoint (.pt)")
+        raise UnreadableError(f"{path} has no {WEIGHTS} and no {CHECKPOINTS[0]}")
+    if path.suffix not in (".safetensors", ".pt", ".pth"):
+        raise UnreadableError(f"{path} is neither a .safetensors file nor a checkpoint (.pt)")
     return path
 
 
-def _read_weights(file: Path) -> tuple[dict[str, Tensor], Any, str]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    beside = file.with_name(DESCRIPTION)
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is damaged: {one_line(error)}") from error
-    try:
-        described = json.loads(beside.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{beside} is missing, which describes {file.name}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{beside} is damaged: {one_line(error)}") from error
-    return tensors, described, str(beside)
-
-
-def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], Any, str]:
-    try:
-        # torch.load does not look at the checksums that torch.save writes.
-        with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"wrong checksum of {damaged}")
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's are of many types
-        raise ValueError(f"{file} is damaged: {one_line(error).partition('. ')[0]}") from error
-    if not isinstance(state, dict) or "description" not in state or "model" not in state:
-        raise ValueError(f"{file} does not say what network it is of: older code has written it")
-    if "ema_model" in state:
-        averaged = state["ema_model"]
+def _not_described(saved: Saved) -> str:
+    if find_foreign(saved.tensors, saved.file) is not None:
         return (
-            {k.removeprefix("module."): v for k, v in averaged.items() if k.startswith("module.")},
-            state["description"],
-            str(file),
+            f"{saved.file} holds weights of a ResNet of torchvision's or timm's; train.py begins "
+            "with them by init_from=..., and the network that it trains can be used here"
         )
-    return state["model"], state["description"], str(file)
+    if saved.described_in != saved.file:
+        return f"{saved.described_in} is missing, which describes {saved.file.name}"
+    return (
+        f"{saved.file} does not say what network it is of: it is no checkpoint of train.py, or "
+        "older code has written it"
+    )
 
 
-def _with_weights(
-    description: Description, tensors: Mapping[str, Tensor], where: str, file: Path
-) -> ResNet:
-    """The network that is described, with ``tensors``.
+def _with_weights(description: Description, saved: Saved) -> ResNet:
+    """The network that is described, with the tensors of ``saved``.
 
     Raises:
-        ValueError: they do not fit, or no network is described.
+        UnreadableError: they do not fit, or no network is described.
     """
     depths = description.network["depths"]
+    tensors = named_tensors(saved.tensors, f"{saved.file}: model")
     try:
         if sum(depths) > len(tensors):
             raise ValueError(f"depths={depths} are more blocks than there are weights")
         with torch.device("meta"):  # nothing is allocated before all is known to fit
             network = build(description.network)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{where} describes no network: {one_line(error)}") from error
-    own = network.state_dict()
-    for name in sorted(own.keys() | tensors.keys()):
-        if name not in tensors:
-            raise ValueError(f"{file}: missing key {name} of the network in {where}")
-        if name not in own:
-            raise ValueError(f"{file}: unexpected key {name}, not in the network of {where}")
-        given, expected = tuple(tensors[name].shape), tuple(own[name].shape)
-        if given != expected:
-            raise ValueError(f"{file}: {name} is {given}, and {expected} by {where}")
+        line = f"{saved.described_in} describes no network: {one_line(error)}"
+        raise UnreadableError(line) from error
+    of_network = f"the network of {saved.described_in}"
+    check_tensors(tensors, network.state_dict(), f"{saved.file}", of_network)
     # In memory of their own, aligned as torch does it, and not in channels_last as a checkpoint's
     # may be: the same weights then round in the same way.
     own_memory = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}

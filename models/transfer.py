@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from aaconv import AugmentedConv, text
 from aaconv.maps import augmented_layers
 from aaconv.tables import fit_table
+from models.foreign import ForeignWeights
 from models.saved import Trained
 
 # What decides what attention's tensors mean.
@@ -62,7 +63,9 @@ class Transfer:
         return text.table(lines, "ll")
 
 
-def transfer(network: nn.Module, other: Trained, class_names: Sequence[str]) -> Transfer:
+def transfer(
+    network: nn.Module, other: Trained | ForeignWeights, class_names: Sequence[str]
+) -> Transfer:
     """Give ``network``, whose classes are ``class_names``, what fits of the weights of ``other``.
 
     Taken are, under the same names,
@@ -71,15 +74,19 @@ def transfer(network: nn.Module, other: Trained, class_names: Sequence[str]) -> 
     - relative tables of another map size, converted by `aaconv.tables.fit_table`;
     - where one network is augmented and the other is plain, or the dv differ, the convolution's
       first output channels, as many as both have;
-    - the last layer, if the classes are the same.
+    - the last layer, if the classes are known to be the same.
 
     Everything else keeps its initialization.
 
     Raises:
         ValueError: no convolution's weight is taken, not even in part.
     """
-    theirs = dict(other.network.state_dict())
-    here, there = augmented_layers(network), augmented_layers(other.network)
+    if isinstance(other, Trained):
+        theirs, there = dict(other.network.state_dict()), augmented_layers(other.network)
+        known_classes = other.class_names == list(class_names)
+    else:
+        theirs, there, known_classes = other.tensors, {}, False
+    here = augmented_layers(network)
     parameters = dict(network.named_parameters())
     rows, used, taken, fits = [], set(), 0, False
     for name, tensor in network.state_dict().items():
@@ -88,9 +95,9 @@ def transfer(network: nn.Module, other: Trained, class_names: Sequence[str]) -> 
         used.add(source)
         if source is None:
             value, why = None, "new"
-        elif module == "head" and other.class_names != list(class_names):
-            value, why = None, f"new, for {len(other.class_names)} other classes there"
-        elif own.partition(".")[0] in ATTENTIONS_OWN:
+        elif module == "head" and not known_classes:
+            value, why = None, f"new, for {len(theirs[source])} other classes there"
+        elif module in there and own.partition(".")[0] in ATTENTIONS_OWN:
             value, why = _of_attention(tensor, theirs[source], own, here[module], there[module])
         else:
             augmented = module in here or module in there

@@ -11,9 +11,9 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.fields import is_finite
 from reporting.paired import Comparison, Difference, paired
 from reporting.runs import Variant, conditions
-from training.records import is_finite
 
 # Beside the folders of a comparison's variants: milliseconds of a step by the folder's name, which
 # have been measured apart, on a quiet machine.

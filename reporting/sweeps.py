@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy
 
+from models.fields import is_finite
 from reporting.factorial import ALL_PAIRS, LEVEL, Cell, Design, Effect, Interaction
 from reporting.runs import Excluded, Variant, differing_settings
 from reporting.text import as_text, natural, short, shortened
-from training.records import is_finite
 
 SIZES = ("attention.dk", "attention.dv", "attention.Nh")
 # Values that stand for leaving something out; others are compared with them.

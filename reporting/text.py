@@ -139,6 +139,12 @@ def _escape(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
 
 
+def csv_cell(text: str) -> str:
+    """`printable`, with an apostrophe before what a spreadsheet would compute."""
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
+
+
 def single_line(text: str) -> str:
     """`printable`, with every run of white space as one space."""
     return printable(" ".join(text.split()))

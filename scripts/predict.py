@@ -52,7 +52,7 @@ from aaconv import text
 from aaconv.text import one_line
 from data import Images, evaluation_batches
 from data.pictures import read_picture, white_of
-from reporting.text import printable
+from reporting.text import csv_cell, printable
 from training import console
 from training.device import choose_device
 
@@ -119,7 +119,12 @@ def _probabilities(trained: models.Trained, pixels: Tensor) -> Tensor:
     images = Images(pixels, torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device))
     mean, std = trained.description.mean, trained.description.std
     batches = evaluation_batches(images, BATCH_SIZE, (*mean,), (*std,))  # type: ignore[arg-type]
-    return torch.cat([trained.network(x).softmax(dim=1).cpu() for x, _ in batches])
+    probabilities = torch.cat([trained.network(x).softmax(dim=1).cpu() for x, _ in batches])
+    if not probabilities.isfinite().all():
+        raise ValueError(
+            "the network's outputs are not finite: its weights are damaged or diverged"
+        )
+    return probabilities
 
 
 def _best(file: Path, probabilities: Tensor, trained: models.Trained, top: int) -> Prediction:
@@ -142,7 +147,9 @@ def as_json(predictions: list[Prediction]) -> str:
     rows: list[dict[str, Any]] = [
         {
             "file": printable(one.file),
-            "predictions": [{"class": name, "probability": p} for name, p in one.classes],
+            "predictions": [
+                {"class": printable(name), "probability": p} for name, p in one.classes
+            ],
         }
         for one in predictions
     ]
@@ -150,12 +157,12 @@ def as_json(predictions: list[Prediction]) -> str:
 
 
 def print_csv(predictions: list[Prediction]) -> None:
-    """A row for each class of each picture."""
+    """A row for each class of each picture; what a spreadsheet would compute begins with '."""
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["file", "rank", "class", "probability"])
     for one in predictions:
         for rank, (name, probability) in enumerate(one.classes, start=1):
-            writer.writerow([printable(one.file), rank, name, probability])
+            writer.writerow([csv_cell(one.file), rank, csv_cell(name), probability])
 
 
 @command(options, errors=(RuntimeError,))

@@ -93,6 +93,16 @@ SETTINGS = [
         "schedule=warmup_cosine schedule.start=0.1",
         "unknown setting start; schedule=warmup_cosine has warmup",
     ),
+    (
+        "+experiment=mine",
+        "+experiment=mine: experiment is a group that is there already; write exp",
+    ),
+    ("+model=resnet8", "model is a group that is there already; write model=resnet8"),
+    ("++optim=sgd", "optim is a group that is there already; write optim=sgd"),
+    ("optim={'lr':-1}", "optim.lr=-1.0 must be above 0"),
+    ("optim={'speed':1}", "optim.speed: unknown setting speed; optim=adamw has lr"),
+    ("hydra.sweeper.params.nothing=1", "Unexpected type for root: NoneType (given: "),
+    ("+hydra.sweeper.params=[1]", "hydra.sweeper.params: Cannot merge DictConfig with List"),
     ("+nothing=1", "nothing: unknown setting nothing; there are model, attention"),
     ("++optim.momentum=0.9", "optim.momentum: unknown setting momentum; optim=adamw has lr"),
     ("~epochs", "epochs cannot be removed; leave out ~epochs"),
@@ -127,7 +137,16 @@ SETTINGS = [
     ("--epochs=3", "unrecognized arguments: --epochs=3; settings are NAME=VALUE"),
     ("-m seed=0,1", "unrecognized arguments: seed=0,1; settings are NAME=VALUE, and options"),
     ("--cfg=jobs", "invalid choice: 'jobs'"),
-    ("--config-name=other", "Cannot find primary config 'other'"),
+    ("--config-name=other", "--config-name=other: all settings are in config; leave it out"),
+    ("--config-name=model/resnet8", "is one option of a group; write model=resnet8"),
+    ("-cn=experiment/cpu.yaml", "is one option of a group; write experiment=cpu"),
+    # depth
+    (
+        "model.widths=" + "[" * 300 + "]" * 300,
+        "a value, or a folder, lies too deeply inside others",
+    ),
+    ("freeze=" + "[" * 300, "[[: no viable alternative at input '[["),
+    ("out_dir=" + "d/" * 1500, "a value, or a folder, lies too deeply inside others"),
     # sizes
     ("epochs=0", "epochs=0 must be at least 1 and at most 1,000,000"),
     ("epochs=99999999999999999999", "epochs=99999999999999999999 must be at least 1 and at most"),
@@ -148,8 +167,15 @@ SETTINGS = [
     # numbers
     ("optim.lr=0", "optim.lr=0.0 must be above 0"),
     ("optim.lr=nan", "optim.lr=nan must be finite and above 0"),
+    ("optim.lr=1e39", "optim.lr=1e+39 must be above 0 and at most 1e+30"),
+    ("optim=sgd optim.lr=1e31", "optim.lr=1e+31 must be above 0 and at most 1e+30"),
+    ("optim.weight_decay=1e38", "optim.weight_decay=1e+38 must be at least 0 and at most 1e+06"),
+    ("grad_clip=3.5e38", "grad_clip=3.5e+38 must be above 0 and at most 1e+30, or null"),
     ("optim.lr=inf", "optim.lr=inf must be finite and above 0"),
-    ("optim.weight_decay=nan", "optim.weight_decay=nan must be finite and at least 0"),
+    (
+        "optim.weight_decay=nan",
+        "optim.weight_decay=nan must be finite and at least 0 and at most 1e+06",
+    ),
     ("optim.betas=[0.9]", "optim.betas=[0.9] must be 2 numbers, each at least 0 and below 1"),
     (
         "optim=sgd optim.momentum=nan",
@@ -221,7 +247,7 @@ SETTINGS = [
 @pytest.mark.parametrize(
     ("words", "line"),
     [case if index % 10 == 0 else slow(*case) for index, case in enumerate(SETTINGS)],
-    ids=[words for words, _ in SETTINGS],
+    ids=[words[:60] for words, _ in SETTINGS],
 )
 def test_a_wrong_setting(stops, monkeypatch, words, line):
     # Hydra composes everything twice, first to know whether it is a sweep; here it need not.

@@ -5,6 +5,7 @@ import logging
 import os
 import resource
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -223,7 +224,7 @@ def test_states_of_other_code(tmp_path):
     path, state = checkpoint.load(checkpoint.find("auto", tmp_path), CONFIG)
     for other in (nn.Linear(3, 3), nn.Conv2d(2, 3, 1)):
         with pytest.raises(
-            ValueError, match=r"last\.pt was written by other code than this: .*weig"
+            ValueError, match=r"last\.pt was written by other code than this: model: bias is"
         ):
             checkpoint.restore(state, {"model": other}, CPU, path)
     with pytest.raises(ValueError, match=r"by other code than this: .ema_model is missing"):
@@ -250,6 +251,73 @@ def test_a_checkpoint_without_a_key_or_with_another_type(tmp_path, key, value):
     with pytest.raises(ValueError, match=r"last\.pt was written by other code than this: ") as told:
         load_and_restore(path)
     assert name in str(told.value) or key in ("model", "config")
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("totals", {"loss": torch.zeros(3)}, "totals.loss has the shape (3,), not (2,)"),
+        ("totals", {"loss": torch.zeros(2, dtype=torch.int64)}, "totals.loss is torch.int64, not"),
+        ("totals", {"loss": [0.0, 1.0]}, "totals.loss is [0.0, 1.0]; input should be an instance"),
+        ("first_nonfinite_step", torch.zeros(2), "first_nonfinite_step is torch.float32 of shape"),
+        ("seconds", float("nan"), "seconds is NaN"),
+        ("rows", [{"epoch": 1}], "rows of epoch 1: "),
+        ("rows", [None], "rows[0] is null"),
+    ],
+)
+def test_a_damaged_field_of_the_progress_is_named(tmp_path, key, value, words):
+    save(tmp_path, 1)
+    path = tmp_path / "last.pt"
+    state = torch.load(path, weights_only=True)
+    (state if key in state else state["epoch_state"])[key] = value
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"last\.pt was written by other code than this: ") as told:
+        load_and_restore(path)
+    assert words in str(told.value)
+    assert "\n" not in str(told.value)
+
+
+def set_(state, value, *keys):
+    for key in keys[:-1]:
+        state = state[key]
+    state[keys[-1]] = value
+
+
+@pytest.mark.parametrize(
+    ("value", "keys", "words"),
+    [
+        (torch.zeros(2, 2), ("model", "weight"), "model: weight is (2, 2), and (3, 2) by"),
+        (torch.zeros(3, dtype=torch.int64), ("model", "bias"), "bias is torch.int64, and torch.fl"),
+        (None, ("model", "bias"), "model: bias is null, not a tensor"),
+        (None, ("model",), "model is null, not tensors by their names"),
+        (torch.zeros(5), ("optimizer", "state", 0, "exp_avg"), "optimizer: exp_avg is (5,) of "),
+        ([1], ("optimizer", "state", 1, "exp_avg_sq"), "optimizer: exp_avg_sq is "),
+        ("fast", ("optimizer", "param_groups", 0, "lr"), 'param_groups[0].lr is "fast", not 0.05'),
+        (None, ("optimizer", "param_groups", 0, "betas"), "param_groups[0].betas is null, not "),
+        (None, ("optimizer",), "was written by other code than this: "),
+        ("x", ("schedule", "last_epoch"), 'schedule.last_epoch is "x", not 0'),
+        ([], ("schedule", "_last_lr"), "schedule._last_lr has 0 values, not 1"),
+        (torch.zeros(3), ("rng",), "was written by other code than this: "),
+    ],
+)
+def test_damaged_states_are_one_line(tmp_path, value, keys, words):
+    def parts():
+        network = nn.Linear(2, 3)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+        return {"model": network, "optimizer": optimizer, "schedule": schedule}
+
+    trained = parts()
+    trained["model"](torch.randn(4, 2)).sum().backward()
+    trained["optimizer"].step()
+    state = {name: part.state_dict() for name, part in trained.items()}
+    state = deepcopy(state | {"rng": torch.get_rng_state()})
+    checkpoint.restore(deepcopy(state), parts(), CPU, tmp_path)  # as it is, it fits
+    set_(state, value, *keys)
+    with pytest.raises(ValueError, match="was written by other code than this: ") as told:
+        checkpoint.restore(state, parts(), CPU, tmp_path)
+    assert words in str(told.value)
     assert "\n" not in str(told.value)
 
 

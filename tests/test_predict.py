@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_saved import describe, save
+from test_saved import describe, save, trained, write
 
 import models
 from data import pictures as picture_files
@@ -245,6 +245,51 @@ def test_a_file_that_cannot_be_read_is_named(network, tmp_path, monkeypatch, cap
     monkeypatch.setattr(picture_files, "read_file", denied)
     assert go(monkeypatch, network, tmp_path / "a.png") == 1
     assert capsys.readouterr().err.startswith(f"predict.py: {tmp_path / 'a.png'}: [Errno 13] Perm")
+
+
+NAMES = ["=1+1", "a\x1b[31m\x00", "b\u202e\udcff"]
+
+
+@pytest.fixture
+def badly_named(tmp_path):
+    return save(tmp_path / "network", describe(class_names=NAMES))
+
+
+@pytest.mark.parametrize("form", ["--json", "--csv", "--top=3"])
+def test_names_of_classes_hold_no_control_characters_and_no_formula(
+    badly_named, tmp_path, monkeypatch, capsys, form
+):
+    Image.fromarray(pixels()).save(tmp_path / "@a.png")
+    monkeypatch.chdir(tmp_path)
+    assert go(monkeypatch, badly_named, "@a.png", form) == 0
+    out = capsys.readouterr().out
+    out.encode()  # no lone surrogate
+    assert not {"\x1b", "\x00", "\u202e"} & set(out)
+    shown = {"=1+1", "a\\x1b[31m\\x00", "b\\u202e\\xff"}
+    if form == "--json":
+        (row,) = json.loads(out)
+        assert {p["class"] for p in row["predictions"]} == shown
+    elif form == "--csv":
+        rows = list(csv.DictReader(io.StringIO(out)))
+        assert {row["class"] for row in rows} == {"'=1+1"} | shown - {"=1+1"}
+        assert {row["file"] for row in rows} == {"'@a.png"}
+    else:
+        assert all(name in out for name in shown)
+
+
+def test_outputs_that_are_not_finite_are_no_prediction(tmp_path, monkeypatch, capsys):
+    description = describe(std=[1e-11, 1e-11, 1e-11])
+    large = trained(description)
+    for tensor in large.parameters():
+        tensor.data.fill_(3e38)
+    folder = tmp_path / "network"
+    folder.mkdir()
+    write(folder, description, large)
+    Image.fromarray(pixels()).save(tmp_path / "a.png")
+    assert go(monkeypatch, folder, tmp_path / "a.png", "--csv") == 2
+    said = capsys.readouterr()
+    assert "the network's outputs are not finite" in said.err
+    assert said.out == ""
 
 
 WRONG = [

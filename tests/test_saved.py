@@ -1,8 +1,11 @@
 """`models.load`: the network of a file alone, and one line where the parts do not fit."""
 
 import json
+import os
 import subprocess
 import sys
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +152,26 @@ def text(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
+def set_weight(name, value):
+    return change_weights(lambda tensors: tensors[name].view(-1)[0].fill_(value))
+
+
+def replaced(make):
+    """Something else at the place of a file."""
+
+    def damaging(name, *words):
+        def damage(folder):
+            (folder / name).unlink()
+            make(folder / name, *words)
+
+        return damage
+
+    return damaging
+
+
+pipe, link, folder = replaced(os.mkfifo), replaced(Path.symlink_to), replaced(os.mkdir)
+
+
 def set_description(**values):
     return change_description(lambda d: d.update(values))
 
@@ -174,8 +197,8 @@ DAMAGE = {
     "no format": (without("format"), "config.json: format is missing"),
     "format 2": (set_description(format=2), "format is 2; this version reads format 3"),
     "no mean": (without("mean"), "config.json: mean is missing"),
-    "mean": (set_description(mean=[1, 2]), r"mean is \[1, 2\]; list should have at least 3"),
-    "std": (set_description(std=[1, 0, 1]), r"std\[1\] is 0; input should be greater than 0"),
+    "mean": (set_description(mean=[1, 1]), r"mean is \[1, 1\]; list should have at least 3"),
+    "std": (set_description(std=[1, 0, 1]), r"std\[1\] is 0; input should be greater than 0.0"),
     "names": (
         set_description(class_names="abc"),
         'class_names is "abc"; input should be a',
@@ -198,7 +221,7 @@ DAMAGE = {
     "setting": (set_network(attention={"name": "se", "code": "x"}), "describes no network: .*code"),
     "one missing": (
         change_weights(lambda t: t.pop("head.bias")),
-        "missing key head.bias of the network in",
+        "missing key head.bias of the network of",
     ),
     "one more": (
         change_weights(lambda t: t.update(extra=torch.zeros(1))),
@@ -208,6 +231,39 @@ DAMAGE = {
         change_weights(lambda t: t.update({"head.bias": torch.zeros(4)})),
         r"head.bias is \(4,\), and \(3,\) by",
     ),
+    "nan": (set_weight("head.weight", float("nan")), "head.weight has values that are not finite"),
+    "inf": (
+        set_weight("bn_in.running_mean", -float("inf")),
+        "running_mean has values that are not",
+    ),
+    "variance": (set_weight("bn_in.running_var", -1.0), "running_var has variances below 0"),
+    "half": (
+        change_weights(lambda t: t.update({"head.bias": torch.zeros(3, dtype=torch.float16)})),
+        "head.bias is torch.float16, and torch.float32 by the network of",
+    ),
+    "whole": (
+        change_weights(lambda t: t.update({"head.bias": torch.zeros(3, dtype=torch.int32)})),
+        "head.bias is torch.int32, and torch.float32 by",
+    ),
+    "settings": (set_description(settings=None), "settings is null; input should be a valid dict"),
+    "settings of the data": (
+        set_description(settings={"data": None}),
+        "settings.data is null, not the settings of a data set",
+    ),
+    "setting of the data": (
+        set_description(settings={"data": {"white": float("nan")}}),
+        "settings.data.white is NaN, not a finite number",
+    ),
+    "plain images": (set_network(image_size=[10**5, 10**5]), r"image_size\[0\] is 100000; input"),
+    "no images": (set_network(image_size=[16, 0]), r"image_size\[1\] is 0; input should be gre"),
+    "mean of nothing": (set_description(mean=[0.5, 1e30, 0.5]), r"mean\[1\] is 1e\+30; input"),
+    "a pipe": (pipe("weights.safetensors"), "has no weights.safetensors and no last.pt"),
+    "described by a pipe": (pipe("config.json"), "config.json is not a file"),
+    "described by a device": (
+        link("config.json", "/dev/zero"),
+        "config.json is not a file",
+    ),
+    "described by a folder": (folder("config.json"), "config.json is not a file"),
 }
 
 
@@ -241,9 +297,12 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"model": {}}, "does not say what network it is of: older code has written it"),
+        ({"model": {}}, "does not say what network it is of: it is no checkpoint of train.py, or"),
         ([1, 2], "does not say what network it is of"),
-        ({"model": {}, "description": Evil()}, "is damaged: "),
+        (
+            {"model": {}, "description": Evil()},
+            "holds print, which only its own code can read",
+        ),
     ],
 )
 def test_a_checkpoint_that_does_not_explain_itself_is_refused(tmp_path, content, words, capsys):
@@ -255,3 +314,93 @@ def test_a_checkpoint_that_does_not_explain_itself_is_refused(tmp_path, content,
     (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:-30])
     with pytest.raises(ValueError, match="is damaged: "):
         models.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.update(ema_model=None), "ema_model is null, not tensors by their names"),
+        (lambda s: s.update(model=[1]), r"model is \[1\], not tensors by their names"),
+        (lambda s: s["model"].update({"head.bias": None}), "head.bias is null, not a tensor"),
+        (lambda s: s["model"].update({"head.bias": 0.5}), "head.bias is 0.5, not a tensor"),
+        (
+            lambda s: s["model"].update({"conv.weight": torch.zeros(()).expand(4, 3, 3, 3)}),
+            "conv.weight is .4, 3, 3, 3., and the file has fewer values",
+        ),
+        (
+            lambda s: s["model"].update({"conv.weight": torch.zeros(4, 3, 3, 3).to_sparse()}),
+            "conv.weight is no dense tensor with values",
+        ),
+        (lambda s: s["model"].update({3: torch.zeros(1)}), "not tensors by their names"),
+        (lambda s: s["description"]["settings"].update(a=torch.zeros(1)), "settings.a is a Tensor"),
+        (
+            lambda s: s["description"]["settings"].update({"a": {1: 2}}),
+            "has the key 1, which is no",
+        ),
+    ],
+)
+def test_damaged_fields_of_a_checkpoint_are_named(tmp_path, change, words):
+    description = describe()
+    state = {"model": trained(description).state_dict(), "description": description.model_dump()}
+    change(state)
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(ValueError, match=words) as raised:
+        models.load(tmp_path / "last.pt")
+    assert "\n" not in str(raised.value)
+
+
+def test_whatever_a_field_of_the_description_is_the_network_works_or_is_refused(tmp_path):
+    """Each value of config.json by each of these: no error but ValueError, and no NaN."""
+    write(tmp_path)
+    path = tmp_path / "config.json"
+    original = json.loads(path.read_text(encoding="utf-8"))
+
+    def places(value, *keys):
+        yield keys
+        for key, inner in (
+            value.items()
+            if isinstance(value, dict)
+            else enumerate(value)
+            if isinstance(value, list)
+            else ()
+        ):
+            yield from places(inner, *keys, key)
+
+    refused = 0
+    for keys in list(places(original))[1:]:
+        for other in (
+            None,
+            [],
+            {},
+            -1,
+            0,
+            1.5,
+            True,
+            2**62,
+            1e300,
+            float("nan"),
+            "x",
+            [[]],
+            {"": 0},
+        ):
+            values = deepcopy(original)
+            inside = values
+            for key in keys[:-1]:
+                inside = inside[key]
+            inside[keys[-1]] = other
+            path.write_text(json.dumps(values), encoding="utf-8")
+            try:
+                network = models.load(tmp_path).network
+            except ValueError as error:
+                refused += "\n" not in f"{error}"
+            else:
+                assert network(torch.randn(1, 3, 16, 20)).isfinite().all()
+    assert refused > 300
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pt", "x.pth"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_pipe_or_a_device_is_not_opened(tmp_path, name, make):
+    make(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is not a file"):
+        models.load(tmp_path / name)

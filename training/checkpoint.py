@@ -3,15 +3,16 @@
 import glob
 import logging
 import math
-import zipfile
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor, nn
 
 from aaconv.text import one_line
-from models.fields import FORMAT, UnreadableError, parse
+from models.fields import FORMAT, UnreadableError, is_number, parse, shortened
+from models.weight_files import check_tensors, named_tensors, read_torch
 from training import images, progress, run_folder
 from training.console import first_line
 from training.device import get_rng_state, precision_name, set_rng_state
@@ -141,7 +142,7 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
     """
     for index, path in enumerate(paths):
         try:
-            state = _read(path)
+            state = read_torch(path)
             break
         except Exception as error:
             # torch adds a page of advice to its first line.
@@ -229,34 +230,61 @@ def check_data(state: dict[str, Any], description: dict[str, Any], path: Path) -
         raise ValueError(images.other_images(path, description["data"]))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    # torch.load does not look at the checksums that torch.save writes.
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"wrong checksum of {damaged}")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    return state
-
-
 def restore(
     state: dict[str, Any], stateful: dict[str, Any], device: torch.device, path: Path
 ) -> None:
     """Put ``stateful`` and torch's RNGs where the state from ``path`` left them.
 
     Raises:
-        ValueError: the state does not fit, being of another version of the code.
+        UnreadableError: the state does not fit, being of another version of the code or damaged.
     """
     try:
         for name, part in stateful.items():
             if name not in state:
                 raise KeyError(f"{name} is missing")
+            if isinstance(part, nn.Module):  # numbers that are not finite end the run by themselves
+                tensors = named_tensors(state[name], name)
+                check_tensors(tensors, part.state_dict(), name, "this run's network", finite=False)
+                part.load_state_dict(tensors)
+                continue
+            before = part.state_dict()
             part.load_state_dict(state[name])
+            _check_alike(part.state_dict(), before, name)
+            if isinstance(part, torch.optim.Optimizer):
+                _check_shapes(part)
         torch.set_rng_state(state["rng"])
         if device.type != "cpu" and "device_rng" in state:
             set_rng_state(state["device_rng"], device)
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever torch meets in what is damaged
         raise UnreadableError(f"{path} {OTHER_CODE}: {one_line(error)}") from error
+
+
+def _check_alike(value: Any, before: Any, where: str) -> None:
+    """Raise UnreadableError unless ``value`` has the keys and types that a new state has.
+
+    It may have more keys: those of an optimizer that has taken a step, or of another version.
+    """
+    if not isinstance(value, type(before)) and not (is_number(value) and is_number(before)):
+        raise UnreadableError(f"{where} is {shortened(value)}, not {shortened(before)} or the like")
+    if isinstance(before, dict):
+        for key in before:
+            if key not in value:
+                raise UnreadableError(f"{where}.{key} is missing")
+            _check_alike(value[key], before[key], f"{where}.{key}")
+    elif isinstance(before, list | tuple):
+        if len(value) != len(before):
+            raise UnreadableError(f"{where} has {len(value)} values, not {len(before)}")
+        for index, (one, own) in enumerate(zip(value, before, strict=True)):
+            _check_alike(one, own, f"{where}[{index}]")
+
+
+def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
+    """Raise UnreadableError unless each average of the optimizer is of its parameter's shape."""
+    for parameter, averages in optimizer.state.items():
+        for name, value in averages.items():
+            shape = getattr(value, "shape", ())
+            if shape not in ((), parameter.shape) or not isinstance(value, Tensor | None):
+                raise UnreadableError(f"optimizer: {name} is {tuple(shape)} of {parameter.shape}")
 
 
 # ---- A run ---------------------------------------------------------------------------------------
@@ -307,6 +335,11 @@ def continue_run(
     check_data(saved, state.description.model_dump(), resumed)
     restore(saved, state.stateful(), state.device, resumed)
     continued = parse(progress.Progress, saved, f"{resumed}")
+    if continued.epoch_state.step > len(state.batches) or len(continued.rows) > config["epochs"]:
+        raise UnreadableError(
+            f"{resumed} {OTHER_CODE}: it is {continued.position}, and there are "
+            f"{config['epochs']} epochs of {len(state.batches)} steps"
+        )
     log.info("resumed %s %s", resumed, continued.position)
     return continued
 

@@ -9,6 +9,7 @@ import importlib.metadata
 import io
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -23,9 +24,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.schema import register
-from training import console, sweep
+from training import console, sweep, words
 from training.compose import CONFIGS
-from training.errors import explain, is_for_the_user
+from training.errors import explain, is_for_the_user, shortened
 from training.files import write_text
 from training.hydra_compat import lazy_help_allowed
 from training.launch import REASON
@@ -59,6 +60,7 @@ def run() -> None:
         world()
     except ValueError as error:
         console.stop("train.py", str(error))
+    sys.argv[1:] = [part for word in sys.argv[1:] for part in words.expand(word)]
     _check_options()
     # Without this Hydra prints several lines itself; with it, it raises.
     os.environ |= {"HYDRA_FULL_ERROR": "1", _USERS: str(int(FULL_ERROR))}
@@ -88,8 +90,12 @@ def _stop_at(error: BaseException) -> None:
         stop(explain(error))
     if isinstance(error, OSError):  # Hydra was not able to make a folder
         stop(f"{explain(error)}; set out_dir=... to a folder that can be written")
-    if isinstance(error, ValueError):  # of Hydra's own, which names nothing
-        stop(f"{explain(error)} (given: {' '.join(sys.argv[1:])})")
+    # Hydra's own, before a run began, whatever it is: it names nothing.
+    code = _main.__wrapped__.__code__
+    own = any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
+    if isinstance(error, ValueError) or (isinstance(error, Exception) and not own):
+        given = shortened(" ".join(sys.argv[1:]))
+        stop(f"{explain(error)} (given: {given})")
 
 
 def _check_options() -> None:
@@ -97,7 +103,7 @@ def _check_options() -> None:
     stderr = io.StringIO()
     try:
         with redirect_stderr(stderr), redirect_stdout(io.StringIO()):
-            get_args_parser().parse_args()
+            options = get_args_parser().parse_args()
     except SystemExit as stopped:
         if not stopped.code:  # --version
             own = importlib.import_module("aaconv").__version__
@@ -105,6 +111,12 @@ def _check_options() -> None:
             sys.exit(0)
         fault = stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         stop(f"{fault}; settings are NAME=VALUE, and options such as -m come before them")
+    own = options.config_dir is None and options.config_path is None
+    line = words.fault(options.overrides) or (
+        words.config_fault(options.config_name) if own else None
+    )
+    if line is not None:
+        stop(line)
 
 
 def _version(package: str) -> str:

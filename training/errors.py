@@ -23,6 +23,8 @@ OUT_OF_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 
+MAX_LENGTH = 300  # of what a user has written, in a line about it
+
 
 def is_for_the_user(error: Exception) -> bool:
     """Whether the user can do something about it; all else is a fault of the program."""
@@ -62,8 +64,10 @@ def explain(error: BaseException) -> str:
             f"{torch._dynamo.config.recompile_limit} times (TORCH_LOGS=recompiles says why); use "
             "compile=false"
         )
+    if isinstance(error, RecursionError):
+        return "a value, or a folder, lies too deeply inside others"
     if isinstance(error, OverrideParseException):
-        return f"{error.override}: {_grammar_fault(error)}"
+        return f"{shortened(str(error.override))}: {shortened(_grammar_fault(error))}"
     settings = cause if isinstance(cause, OmegaConfBaseException) else error
     if isinstance(settings, ConfigKeyError | ConfigAttributeError) and dataclasses.is_dataclass(
         settings.object_type
@@ -100,6 +104,11 @@ def _parses(word: str) -> bool:
     except HydraException:
         return False
     return True
+
+
+def shortened(text: str) -> str:
+    """``text`` without its middle, where it is too long to be read."""
+    return text if len(text) <= MAX_LENGTH else f"{text[:200]} ... {text[-100:]}"
 
 
 def _first_part(error: BaseException) -> str:

@@ -1,31 +1,52 @@
-"""Weights of another run to begin with: ``init_from``."""
+"""Weights of another run, or of a published network, to begin with: ``init_from``."""
 
 import hashlib
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from omegaconf import DictConfig
+from torch import Tensor, nn
 
 from data import Dataset
-from models import Trained, load, transfer
-from models.saved import weights_as_bytes
+from models import ForeignWeights, Trained, transfer
+from models.foreign import find_foreign
+from models.saved import read, rebuild, tensors_as_bytes
 
 log = logging.getLogger(__name__)
 
+TAKEN = (
+    "init_from takes a run's folder, its weights.safetensors or last.pt, and the state dict of a "
+    "ResNet of torchvision's or timm's (.pth, .pt, .safetensors)"
+)
 
-def load_initial(path: str) -> Trained:
-    """The network that ``init_from`` names.
+
+def load_initial(cfg: DictConfig) -> Trained | ForeignWeights | None:
+    """The weights that ``init_from`` names; None if it is null.
 
     Raises:
-        ValueError: there is none that can be read.
+        ValueError: there are none that can be read.
     """
+    path = cfg.init_from
+    if path is None:
+        if cfg.freeze:
+            _warn_of_frozen(cfg.freeze, "without init_from")
+        return None
     try:
-        return load(path)
+        saved = read(path)
+        foreign = find_foreign(saved.tensors, saved.file)
+        return rebuild(saved) if foreign is None else foreign
     except ValueError as error:
-        raise ValueError(f"init_from={path}: {error}") from error
+        raise ValueError(f"init_from={path}: {error}; {TAKEN}") from error
 
 
-def take_weights(model: nn.Module, initial: Trained, dataset: Dataset, path: str) -> None:
+def take_weights(
+    model: nn.Module,
+    initial: Trained | ForeignWeights,
+    dataset: Dataset,
+    path: str,
+    frozen: Sequence[str],
+) -> None:
     """Give ``model`` what fits of ``initial``, and log what does not.
 
     Raises:
@@ -38,14 +59,25 @@ def take_weights(model: nn.Module, initial: Trained, dataset: Dataset, path: str
     log.info("init_from=%s: %s of %s parameters taken", path, f"{done.taken:,}", f"{done.of:,}")
     for line in done.table():
         log.info(line)
+    new = [f"{row.module}." for row in done.rows if row.why.startswith("new")]
+    still_random = [name for name in frozen if any(one.startswith(f"{name}.") for one in new)]
+    if still_random:
+        _warn_of_frozen(still_random, "with parts that are new")
 
 
-def init_provenance(initial: Trained | None) -> dict[str, Any]:
+def _warn_of_frozen(names: Sequence[str], why: str) -> None:
+    log.warning("freeze=[%s] %s: random weights there stay as they are drawn", ",".join(names), why)
+
+
+def init_provenance(initial: Trained | ForeignWeights | None) -> dict[str, Any]:
     """What a summary says of the weights that a run began with; nothing for new ones."""
     if initial is None:
         return {}
+    if isinstance(initial, ForeignWeights):
+        weights = _digest(initial.tensors)
+        return {"init_from": {"data": "unknown", "commit": "unknown", "weights": weights}}
     description = initial.description
-    weights = hashlib.blake2b(weights_as_bytes(initial.network), digest_size=8).hexdigest()
+    weights = _digest(initial.network.state_dict())
     return {
         "init_from": {
             "data": description.data,
@@ -54,3 +86,7 @@ def init_provenance(initial: Trained | None) -> dict[str, Any]:
             "weights": weights,
         }
     }
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.blake2b(tensors_as_bytes(tensors), digest_size=8).hexdigest()

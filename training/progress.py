@@ -10,7 +10,7 @@ from pydantic import AfterValidator, InstanceOf, Strict
 from torch import Tensor
 
 from models.fields import Whole, parse
-from training.records import Amount, Percentage, Segment
+from training.records import Amount, Percentage, Segment, row_type
 
 # The figures of a step that are fractions; their means over an epoch are in percent.
 FRACTIONS = ("top1",)
@@ -19,7 +19,23 @@ FRACTIONS = ("top1",)
 def _is_pair(value: Tensor) -> Tensor:
     if value.shape != (2,):
         raise ValueError(f" has the shape {tuple(value.shape)}, not (2,)")
+    if not value.is_floating_point():
+        raise ValueError(f" is {value.dtype}, not of floating-point numbers")
     return value
+
+
+def _is_step(value: Tensor) -> Tensor:
+    if value.shape != () or value.dtype != torch.int64:
+        raise ValueError(f" is {value.dtype} of shape {tuple(value.shape)}, not a whole number")
+    return value
+
+
+def _are_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for number, row in enumerate(rows, start=1):
+        where = f" of epoch {number}"
+        if parse(row_type(tuple(row)), row, where)["epoch"] != number:
+            raise ValueError(f"{where}: epoch is {row['epoch']}")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,7 @@ class EpochState:
 
     step: Whole
     totals: dict[str, Annotated[InstanceOf[Tensor], AfterValidator(_is_pair)]]
-    first_nonfinite_step: InstanceOf[Tensor]
+    first_nonfinite_step: Annotated[InstanceOf[Tensor], AfterValidator(_is_step)]
     lr: Amount
     seconds: Amount
     peak_memory_mib: Amount
@@ -126,7 +142,7 @@ class Progress:
     """
 
     epoch_state: EpochState
-    rows: Annotated[list[dict[str, Any]], Strict()]
+    rows: Annotated[list[dict[str, Any]], Strict(), AfterValidator(_are_rows)]
     per_class_top1: Annotated[list[Percentage | None], Strict()] | None
     segments: Annotated[list[Segment], Strict()]
     wandb_id: str | None

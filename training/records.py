@@ -13,54 +13,32 @@ from typing_extensions import NotRequired, TypedDict
 
 from models import ATTENTIONS, Description
 from models.fields import (
-    MAX_NUMBER,
     Count,
     Finite,
     Format,
+    Plain,
     Text,
     UnreadableError,
     Whole,
+    are_plain,
+    is_finite,
+    is_number,
     parse,
-    shortened,
 )
-
-
-def is_finite(value: Any) -> bool:
-    """Whether ``value`` is a number of at most float32's range, neither NaN nor infinite."""
-    return _is_number(value) and -MAX_NUMBER <= value <= MAX_NUMBER
 
 
 def nonfinite(values: Mapping[str, Any]) -> str | None:
     """Of the first of ``values`` that is a number and not finite, what it is; None if all are."""
     for name, value in values.items():
-        if _is_number(value) and not is_finite(value):
+        if is_number(value) and not is_finite(value):
             return f"{name} is {value:g}"
     return None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_score(value: float) -> float:
     if is_finite(value) and not 0 <= value <= 100:
         raise ValueError(f" is {value:g}, not from 0 to 100")
     return value
-
-
-def _are_finite(values: Any, key: str = "", depth: int = 0) -> Any:
-    """``values``, if the numbers in it are finite and it is not nested deeply."""
-    key = key.encode(errors="backslashreplace").decode()  # pydantic asks for UTF-8
-    if depth > 20:
-        raise ValueError(f"{key[:40]}... is nested too deeply")
-    if _is_number(values) and not is_finite(values):
-        raise ValueError(f"{key} is {shortened(values)}, not a finite number")
-    if isinstance(values, list):
-        _are_finite(dict(enumerate(values)), key, depth)
-    elif isinstance(values, dict):
-        for name, inner in values.items():
-            _are_finite(inner, f"{key}.{name}", depth + 1)
-    return values
 
 
 # ---- metrics.csv --------------------------------------------------------------------------------
@@ -146,7 +124,7 @@ class Summary(TypedDict):
     flops: Count
     layers: NotRequired[list[dict[str, Any]]]
     segments: Annotated[list[Segment], Field(min_length=1)]
-    config: Annotated[Settings, AfterValidator(_are_finite)]
+    config: Annotated[Settings, AfterValidator(are_plain)]
 
 
 def check_summary(value: Any, where: str) -> Summary:
@@ -187,6 +165,6 @@ class Checkpoint(TypedDict):
 
     format: Format
     rng: InstanceOf[Tensor]
-    config: dict[str, Any]
+    config: Plain
     description: Description
     model: dict[str, Any]

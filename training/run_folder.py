@@ -42,7 +42,7 @@ from torch import nn
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from aaconv.text import one_line
-from models.fields import FORMAT, UnreadableError, parse
+from models.fields import FORMAT, UnreadableError, parse, read_json, read_text
 from models.saved import (
     DESCRIPTION,
     WEIGHTS,
@@ -369,7 +369,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         UnreadableError: it is damaged or of another format.
     """
     path = folder / METRICS
-    content = _read_text(path)
+    content = read_text(path)
     try:
         reader = csv.DictReader(io.StringIO(content, newline=""))
         header, texts = list(reader.fieldnames or []), list(reader)
@@ -424,7 +424,7 @@ def read_failure(folder: Path) -> str | None:
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """All settings that the run was started with; None where there are none to be read."""
     try:
-        cfg = OmegaConf.create(_read_text(folder / HYDRA / "config.yaml"))
+        cfg = OmegaConf.create(read_text(folder / HYDRA / "config.yaml"))
         found = OmegaConf.to_container(cfg, resolve=True)
     # What is damaged may raise anything of YAML's and OmegaConf's.
     except (OSError, ValueError, AttributeError, RecursionError, OmegaConfBaseException, YAMLError):
@@ -443,24 +443,7 @@ def top1(summary: Mapping[str, Any]) -> float:
     return float(summary[f"{summary['evaluated_on']}/top1"])
 
 
-def _read_text(path: Path) -> str:
-    try:
-        if path.exists() and not path.is_file():  # to open a named pipe would wait forever
-            raise UnreadableError(f"{path} is not a file")
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise UnreadableError(f"{path} cannot be read ({error.strerror or error})") from None
-    except UnicodeDecodeError as error:
-        raise UnreadableError(f"{path} is damaged: {one_line(error)}") from None
-
-
 def _read_json(path: Path) -> Any:
-    text = _read_text(path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UnreadableError(f"{path} is damaged: {one_line(error)}") from None
+    value = read_json(path)
     # Files of format 1 do not say theirs.
     return {"format": 1, **value} if isinstance(value, dict) else value

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import models
 from configs.schema import unknown_setting
+from configs.setting import MAX_FLOAT
 
 MAX_BLOCKS = 1000
 MAX_PARAMETERS = 10**10
@@ -55,6 +56,8 @@ def _check_ranges(node: DictConfig, where: str = "") -> None:
             words = field.metadata["range"].words()
             if isinstance(value, float) and not math.isfinite(value):
                 words = f"finite and {words}"
+            elif isinstance(value, float) and value > MAX_FLOAT and "at most" not in words:
+                words += f" and at most {MAX_FLOAT:g}"
             if type(None) in get_args(field.type):
                 words += ", or null"
             raise ValueError(f"{where}{key}={value} must be {words}")

@@ -1,0 +1,118 @@
+"""Tensors as files hold them: read without running code of a file, and checked before use."""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aaconv.text import one_line
+from models.fields import UnreadableError, check_is_file, shortened
+
+# What any network's weights and statistics are of; a count of batches is a whole number.
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+COUNTER = "num_batches_tracked"
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file of the safetensors format.
+
+    Raises:
+        UnreadableError: it is damaged, or no regular file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    check_is_file(file)
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UnreadableError(f"{file} is damaged: {one_line(error)}") from error
+
+
+def read_torch(file: Path) -> Any:
+    """What `torch.save` has written to a file: tensors, on the CPU, and plain values.
+
+    Raises:
+        UnreadableError: it is damaged, no regular file, or holds anything else.
+    """
+    check_is_file(file)
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(2)
+        if start == b"PK":
+            # torch.load does not look at the checksums that torch.save writes.
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ValueError(f"wrong checksum of {damaged}")
+        elif start != b"\x80\x02":  # how torch.save began before it wrote archives
+            raise ValueError("torch.save has not written it")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's are of many types
+        foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if foreign is not None and isinstance(error, pickle.UnpicklingError):
+            raise UnreadableError(
+                f"{file} holds {foreign[1]}, which only its own code can read; save the network's "
+                "state_dict() alone"
+            ) from None
+        raise UnreadableError(f"{file} is damaged: {one_line(error).partition('. ')[0]}") from error
+
+
+def named_tensors(value: Any, where: str) -> dict[str, Tensor]:
+    """``value``, if it is a dict by names; see `tensor_fault` for what it holds.
+
+    Raises:
+        UnreadableError: it is none.
+    """
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        raise UnreadableError(f"{where} is {shortened(value)}, not tensors by their names")
+    return value
+
+
+def check_tensors(
+    tensors: Mapping[str, Any],
+    expected: Mapping[str, Tensor],
+    where: str,
+    network: str,
+    finite: bool = True,
+) -> None:
+    """Check ``tensors``, read from ``where``, against those of a network, which ``network`` names.
+
+    Raises:
+        UnreadableError: names, shapes or types differ, or a value is not ``finite``; one line that
+            names the tensor.
+    """
+    for name in sorted(expected.keys() | tensors.keys()):
+        if name not in tensors:
+            raise UnreadableError(f"{where}: missing key {name} of {network}")
+        if name not in expected:
+            raise UnreadableError(f"{where}: unexpected key {name}, not in {network}")
+        value, own = tensors[name], expected[name]
+        if isinstance(value, Tensor) and value.shape != own.shape:
+            shapes = f"is {tuple(value.shape)}, and {tuple(own.shape)} by {network}"
+            raise UnreadableError(f"{where}: {name} {shapes}")
+        if isinstance(value, Tensor) and value.dtype != own.dtype:
+            raise UnreadableError(f"{where}: {name} is {value.dtype}, and {own.dtype} by {network}")
+        fault = tensor_fault(name, value, finite)
+        if fault is not None:
+            raise UnreadableError(f"{where}: {name} {fault}")
+
+
+def tensor_fault(name: str, value: Any, finite: bool = True) -> str | None:
+    """What is wrong with the weight or statistic of this name, whatever its shape; else None."""
+    if not isinstance(value, Tensor):
+        return f"is {shortened(value)}, not a tensor"
+    if value.layout != torch.strided or value.device.type != "cpu":
+        return f"is no dense tensor with values ({value.layout}, {value.device})"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"is {tuple(value.shape)}, and the file has fewer values"
+    if finite and value.dtype in FLOATS and not value.float().isfinite().all():
+        return "has values that are not finite in float32"
+    if finite and name.endswith("running_var") and (value < 0).any():
+        return "has variances below 0"
+    return None
