@@ -152,6 +152,13 @@ def test_pool_is_the_papers_where_nothing_is_said(pool, expected):
     assert [layer.pool for layer in model] == expected
 
 
+@pytest.mark.parametrize(("height", "pool"), [(20, 1), (21, 2)])
+def test_maps_of_more_than_400_positions_are_pooled(height, pool):
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1))
+    augment_(model, torch.zeros(1, 3, height, 20))
+    assert model[0].pool == pool
+
+
 def test_relative_false_has_no_tables():
     model = build()
     augment_(model, EXAMPLE, relative=False)

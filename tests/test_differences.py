@@ -7,7 +7,7 @@ import statistics
 import pytest
 from scipy import stats
 
-from reporting import differences
+from reporting import dashboard, differences
 from reporting.equal_cost import STEP_TIMES, at_equal_cost
 from reporting.paired import holm_bonferroni, minimum_detectable_difference
 
@@ -120,6 +120,20 @@ def test_the_difference_in_training_is_told(folder):
         f"\N{MINUS SIGN}{low} to +{high}",
         "0: \N{MINUS SIGN}1.00, 1: \N{MINUS SIGN}2.00, 2: +0.50",
     ]
+
+
+def test_the_dashboard_has_the_same_as_numbers(folder):
+    table = dashboard._rows(analysis_of(folder))
+    rows = {row[0]: dict(zip(dashboard.COLUMNS, row, strict=True)) for row in table}
+    assert {rows["plain"][key] for key in dashboard.DIFFERENCE} == {None}
+    test = stats.ttest_rel(TOP1["aa"], TOP1["none"])
+    low, high = test.confidence_interval(0.95)
+    mean = statistics.mean(TOP1["aa"])
+    numbers = [rows["AA"][key] for key in ("difference", "95 % low", "95 % high", "p")]
+    expected = [mean - statistics.mean(TOP1["none"]), low, high, test.pvalue]
+    assert numbers == pytest.approx(expected)
+    own = [rows["AA"][key] for key in ("n", "mean top-1 %", "sd", "GFLOPs")]
+    assert own == pytest.approx([3, mean, statistics.stdev(TOP1["aa"]), 185e-9])
 
 
 def test_of_a_single_pair_there_is_no_interval(tmp_path):

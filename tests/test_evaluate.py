@@ -278,6 +278,14 @@ def test_the_calibration_by_hand():
     assert calibration.expected_error() == pytest.approx((2 * 0 + 0.75 + 0) / 4)
 
 
+def test_a_confidence_just_on_an_edge_is_in_the_bin_below():
+    """Equal logits have confidences that no rounding moves: 1, a half and a quarter."""
+    calibration = Calibration(bins=4)
+    for classes in (1, 2, 4):
+        calibration.add(torch.zeros(1, classes), torch.tensor([0]))
+    assert [row["images"] for row in calibration.rows()] == [1, 1, 0, 1]
+
+
 def test_too_sure_in_one_bin_does_not_make_up_for_too_unsure_in_another():
     """Wrong at 0.4 and right at 0.45, in one bin; wrong at 0.9, in the other."""
     calibration = Calibration(bins=2)

@@ -129,6 +129,9 @@ def test_classes_are_compared_by_pair(tmp_path):
     make_run(tmp_path / "p1", 71.0, 1, facts=by_class(30, 40))
     make_run(tmp_path / "a0", 70.0, 0, "aa", facts=by_class(15, 10))
     make_run(tmp_path / "a1", 72.0, 1, "aa", facts=by_class(33, 38))
+    # A pair of which one has other classes has no class in common.
+    make_run(tmp_path / "p2", 70.0, 2, facts=by_class(50, 60) | {"class_names": ["b", "a", "c"]})
+    make_run(tmp_path / "a2", 71.0, 2, "aa", facts=by_class(55, 50))
     section = classes_section(analysis_of(tmp_path))
     assert section.folded[1].rows == [  # t = 4 and -1.5 with one degree of freedom
         ["a", "+4.00", "+5.00, +3.00", "0.31"],

@@ -300,6 +300,19 @@ def test_the_time_is_over_after_max_minutes_of_the_process(clock):
     assert stop.why() == "SIGTERM"
 
 
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 0), ("SIGINT", 0), ("SIGUSR1", 138)])
+def test_what_the_agent_of_a_sweep_stops_has_not_failed(monkeypatch, name, code):
+    """Three failures end the agent; what a queue preempts has failed, and comes back."""
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    stop = stopping.Stop(None)
+    stop.signal = signal.Signals[name]
+    assert stop.will_resume == (name == "SIGUSR1")
+    with pytest.raises(SystemExit) as stopped:
+        stop.leave(finished=False)
+    assert stopped.value.code == code
+
+
 def test_a_signal_at_the_very_end_leaves_a_finished_run(run, tmp_path, monkeypatch):
     write = RunFolder.write_summary
 

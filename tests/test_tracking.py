@@ -389,20 +389,20 @@ def test_under_an_agent_the_sweeps_settings_are_the_ones_that_differ(monkeypatch
 
 def test_an_id_of_the_environment_reaches_no_job_of_a_sweep(monkeypatch, tmp_path):
     """Nor the runs of compare.py, which are processes of their own."""
-    for name in tracking.WANDB_RUN_VARS:
+    names = {"WANDB_RUN_ID", "WANDB_RESUME", "WANDB_NAME"}
+    names |= {"WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH"}
+    for name in names:
         monkeypatch.setenv(name, "shared")
     seen, processes = [], []
     score = {"evaluated_on": "test", "test/top1": 1.0}
-    monkeypatch.setattr(
-        train, "train", lambda *_: seen.append(os.environ.get("WANDB_RUN_ID")) or score
-    )
+    monkeypatch.setattr(train, "train", lambda *_: seen.append(names & os.environ.keys()) or score)
     monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, env, **__: processes.append(env))
     launch.start([], tmp_path, tmp_path)
-    assert processes[0].keys().isdisjoint(tracking.WANDB_RUN_VARS)
+    assert processes[0].keys().isdisjoint(names)
     words = ["train.py", "-m", *TINY, "seed=0,1", f"out_dir={tmp_path}"]
     monkeypatch.setattr(sys, "argv", words)
     cli.run()
-    assert seen == [None, None]
+    assert seen == [set(), set()]
 
 
 # ---- the real wandb -----------------------------------------------------------------------------

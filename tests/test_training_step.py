@@ -154,6 +154,12 @@ def test_a_run_is_what_a_loop_written_out_gives(run, built, tmp_path, overrides)
             torch.testing.assert_close(average, value, rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_a_seed_draws_a_network_of_its_own(built):
+    first, again, other = (built(f"seed={seed}")[1].model.conv.weight for seed in (3, 3, 4))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
 @pytest.mark.parametrize("decay", [0.5, slow(0.96875)])
 def test_averaged_weights_are_the_average_of_those_after_each_step(built, decay):
     """The first step's are copied, running statistics are averaged as weights are."""
