@@ -46,7 +46,7 @@ import torch
 import models
 from aaconv import text
 from data import evaluation_batches
-from reporting.text import DASH, printable, shortened
+from reporting.text import DASH, csv_cell, printable, shortened
 from training import console
 from training.device import choose_device, choose_dtype, to_device
 from training.files import csv_text, write_texts
@@ -147,8 +147,9 @@ def written(evaluations: list[Evaluation], out: Path) -> dict[Path, str]:
     for number, one in enumerate(evaluations, start=1):
         end = "" if len(evaluations) == 1 else f"-{number}"
         names = list(one.classes)
-        rows = [[name, *counts] for name, counts in zip(names, one.confusion, strict=True)]
-        texts[out / f"confusion{end}.csv"] = csv_text([["true class", *names], *rows])
+        cells = list(map(csv_cell, names))
+        rows = [[cell, *counts] for cell, counts in zip(cells, one.confusion, strict=True)]
+        texts[out / f"confusion{end}.csv"] = csv_text([["true class", *cells], *rows])
         matrix = figures.confusion(one.confusion, names)
         texts[out / f"confusion{end}.svg"] = figures.as_svg(matrix)
         texts[out / f"reliability{end}.svg"] = figures.as_svg(

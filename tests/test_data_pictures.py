@@ -148,7 +148,7 @@ def test_colors_of_16_bits_keep_their_upper_eight_or_are_refused(root, largest, 
 
 @pytest.mark.parametrize("white", [None, 1.0, 4095])
 def test_a_prediction_divides_by_the_white_of_the_training(tmp_path, monkeypatch, capsys, white):
-    settings = {"data": {"white": white}} if white else {"data": None}
+    settings = {"data": {"white": white}} if white else {"data": {}}
     network = save(tmp_path / "network", describe(settings=settings))
     numbers = ramp(white or 65535, np.float32 if white == 1 else np.uint16)
     eight = np.round(numbers / (white or 65535) * 255).astype(np.uint8)

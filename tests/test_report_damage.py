@@ -7,8 +7,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from reporting.analysis import Analysis
 from training.run_folder import RunFolder, UnreadableError
 
 from folders import failed, make_run, segment
-from helpers import ROOT
 
 pytestmark = pytest.mark.usefixtures("sketches")
 
@@ -439,22 +436,3 @@ def test_a_file_or_folder_without_permission_is_named():
     finally:
         (root / "c").chmod(0o755)
         shutil.rmtree(root)
-
-
-@pytest.mark.slow
-def test_without_asserts_too(tmp_path):
-    """`python -O` leaves them out; that a folder is skipped must not hang on them."""
-    healthy(tmp_path)
-    summary = whole_summary(tmp_path / "whole")
-    folders = []
-    for key in ("model", "epochs", "segments", "test/top1"):
-        for name in ("missing", "null", "nan", "negative"):
-            folders.append(tmp_path / "damaged" / f"{len(folders)}")
-            shutil.copytree(tmp_path / "whole", folders[-1])
-            text = json.dumps(damaged(summary, [key], DAMAGES[name]))
-            (folders[-1] / "summary.json").write_text(text, encoding="utf-8")
-    command = [sys.executable, "-O", str(ROOT / "scripts" / "report.py"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "3 finished runs" in done.stdout
-    assert "16 folders excluded" in done.stdout

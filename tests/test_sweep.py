@@ -64,7 +64,7 @@ def test_twelve_jobs_of_which_three_cannot_be_trained_and_one_diverges_twice(swe
     assert count == "12 jobs: 8 done, 1 diverged, 3 refused"
     assert sorted(jobs) == list(range(12))
     for number, line in jobs.items():
-        expected = "refused: grad_clip=-1.0 must be" if number % 4 == 3 else "done: top-1 "
+        expected = "refused: grad_clip=-1.0 must be" if number % 4 == 3 else "done: test top-1 "
         assert ("diverged: the loss is not finite" if number == 8 else expected) in line
         assert f"optim.lr={['0.01', '0.02', '1e+30'][number // 4]} " in line
         assert "batch_size" not in line  # all jobs have it
@@ -184,7 +184,7 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_the_jobs(sweeps, tmp_
     said = sweeps(*ONE_EPOCH, "seed=0,1", "resume=auto")
     jobs, count = table(said)
     assert count == "2 jobs: 1 done, 1 skipped"  # the checkpoint is of the job's settings
-    assert "done: top-1" in jobs[1]
+    assert "done: test top-1" in jobs[1]
 
 
 @pytest.mark.slow

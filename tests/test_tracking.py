@@ -394,7 +394,7 @@ def test_an_id_of_the_environment_reaches_no_job_of_a_sweep(monkeypatch, tmp_pat
     for name in names:
         monkeypatch.setenv(name, "shared")
     seen, processes = [], []
-    score = {"evaluated_on": "test", "test/top1": 1.0}
+    score = {"evaluated_on": "test", "test/top1": 1.0, "test/top5": 2.0}
     monkeypatch.setattr(train, "train", lambda *_: seen.append(names & os.environ.keys()) or score)
     monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, env, **__: processes.append(env))
     launch.start([], tmp_path, tmp_path)

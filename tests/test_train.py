@@ -66,8 +66,8 @@ def test_what_the_dashboard_is_told(run, monkeypatch):
     assert told["group"] == "mine"
     assert told["config"]["attention.dk"] == 16
     assert told["config"]["optim.lr"] == 0.002
-    assert told["config"]["parameters"] > 0
-    assert told["config"]["data_digest"] == summary["data_digest"]
+    assert told["config"]["network.parameters"] > 0
+    assert told["config"]["data.digest"] == summary["data_digest"]
     assert told["job_type"] == "train"
     assert told["tags"] == ["resnet8", "aa", "lookup"]
 
@@ -75,7 +75,9 @@ def test_what_the_dashboard_is_told(run, monkeypatch):
 def test_the_last_epoch_counts_not_the_best(run, tmp_path, monkeypatch):
     scores = iter([90.0, 10.0])
     monkeypatch.setattr(
-        train, "evaluate", lambda *_: ({"loss": 1.0, "top1": next(scores), "top5": 99.0}, [])
+        train,
+        "evaluate",
+        lambda *_: ({"loss": 1.0, "top1": next(scores), "top5": 99.0}, [None] * 8),
     )
     assert run()["test/top1"] == 10.0
 
@@ -390,6 +392,7 @@ def test_every_experiment_trains(run, experiment):
         "data=lookup",
         "data.train_size=32",
         "data.test_size=16",
+        "data.val_size=0",
         "batch_size=16",
         "epochs=1",
         "model.depths=[1,1,1]",

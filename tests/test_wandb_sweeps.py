@@ -131,7 +131,6 @@ def test_a_value_arrives_as_it_was_meant(name, value, expected):
             "grad_clip: Value 'None' of type 'str' could not be converted to Float; no "
             "value is written null",
         ),
-        ("attention", {"dk": 8}, "attention={'dk': 8}: "),
         ("name", "a,b", "Ambiguous value for argument 'name=a,b'"),
         ("name", "a=b", "text with such a character is quoted twice: \"name='a=b'\""),
         ("wandb.group", "a(b", "text with such a character is quoted twice: \"wandb.group='a(b'\""),

@@ -174,7 +174,7 @@ def run_job(
                 record.write(*found[:2])
                 return found[2]
             summary = train(cfg, folder)
-        record.write(outcome.DONE, f"top-1 {run_folder.top1(summary):.2f}")
+        record.write(outcome.DONE, run_folder.scores_line(summary))
         return run_folder.top1(summary)
     except SystemExit as stopped:
         record.write(outcome.STOPPED, "resume=auto continues it")

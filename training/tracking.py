@@ -290,7 +290,7 @@ def dashboard_config(
         if name in config["attention"]:
             whole = isinstance(config["attention"][name], int)
             flat[f"attention.{name}_unit"] = "channels" if whole else "fraction"
-    flat["data.evaluated_on"] = facts["evaluated_on"]
+    flat |= {"data.evaluated_on": facts["evaluated_on"], "data.digest": facts["data_digest"]}
     flat |= {f"network.{name}": facts[name] for name in ("parameters", "flops")}
     flat |= {f"env.{k}": segment[k] for k in ("commit", "hardware", "precision", "processes")}
     flat |= {f"env.{k}": segment["versions"].get(k) for k in ("python", "torch")}
