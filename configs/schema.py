@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 
 from configs.setting import setting
 
@@ -81,6 +81,12 @@ class ModelConfig:
     shortcut: str = setting(
         "How a shortcut changes shape: projection (1x1 convolution), pad (average pooling, then "
         "zero channels) or subsample (drops pixels, then zero channels)."
+    )
+    strided_stem: bool = setting(
+        "Whether the network begins with a 7x7 convolution and a max pooling, each of stride 2, as "
+        "ImageNet's ResNets do, instead of a 3x3 convolution; attention on maps of more than 20x20 "
+        "is then pooled by 2, as in the paper.",
+        before=False,
     )
     # Where and how much to augment this network by default; attention=aa reads it.
     aa: AttentionDefaultsConfig = field(default_factory=AttentionDefaultsConfig)
@@ -251,12 +257,16 @@ class FolderConfig:
         "The number that is white in gray images of more than 8 bits, such as 4095 or 1.0. null is "
         "65535 for whole numbers, and refuses floating-point numbers.",
         above=0,
+        before=None,
     )
     skip_damaged: bool = setting(
-        "Whether to leave out images that cannot be read; otherwise they end the run."
+        "Whether to leave out images that cannot be read; otherwise they end the run.",
+        before=False,
     )
     max_pixels: int = setting(
-        "Pixels of the largest image that is read; more may be an attack.", at_least=1
+        "Pixels of the largest image that is read; more may be an attack.",
+        at_least=1,
+        before=2**28,
     )
 
 
@@ -552,6 +562,7 @@ SETTINGS = [
     *fields_below(Config),
     *(pair for group, _, kind in OPTIONS for pair in fields_below(kind, f"{group}.")),
 ]
+BEFORE = {name: own.metadata["before"] for name, own in SETTINGS}
 # Those that change nothing in a result; see `setting`.
 NO_EFFECT = frozenset(name for name, own in SETTINGS if not own.metadata["decides_result"])
 # No folder is named by these: the seed has a level of its own, tracking is a group of them.
@@ -564,6 +575,12 @@ def decides_result(name: str) -> bool:
     ``model.aa`` does by way of ``attention``, whose defaults it holds and which says it all.
     """
     return name not in NO_EFFECT and not name.startswith("model.aa.")
+
+
+def is_as_before(name: str, value: Any) -> bool:
+    """Whether ``value`` says what runs did before there was this setting; see `setting`."""
+    before = BEFORE.get(name, MISSING)
+    return before is not MISSING and bool(value == before)
 
 
 def names_folder(name: str) -> bool:

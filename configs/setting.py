@@ -70,6 +70,7 @@ def setting(
     below: float | None = None,
     length: int | None = None,
     decides_result: bool = True,
+    before: Any = MISSING,
 ) -> Any:
     """A field whose default the YAML files have.
 
@@ -79,7 +80,9 @@ def setting(
         decides_result: False for what names, locates, speeds up or reports a run and changes
             nothing in its result: no folder is named after it, a checkpoint can be continued with
             another value, and compare.py passes it on to every run.
+        before: of a setting that was added later, the value that says what runs did before, whose
+            files do not have it: with it they are alike.
     """
     allowed = Range(at_least, above, at_most, below, length)
-    metadata = {"help": help, "range": allowed, "decides_result": decides_result}
+    metadata = {"help": help, "range": allowed, "decides_result": decides_result, "before": before}
     return field(default=MISSING, metadata=metadata)

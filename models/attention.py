@@ -37,6 +37,7 @@ class Place:
         blocks: of the stage.
         stride: of the block.
         size: (H, W) of its output.
+        pool: of `aaconv.AugmentedConv`, for attention there.
     """
 
     stage: int
@@ -44,6 +45,7 @@ class Place:
     blocks: int
     stride: int
     size: tuple[int, int]
+    pool: int = 1
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,7 @@ class AA(Replacing):
             relative=self.position == "relative",
             absolute="none" if self.position == "relative" else self.position,
             stride=place.stride,
+            pool=place.pool,
             bias=False,
             qkv_bias=self.bias,
             init=self.init,

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aaconv.augment import POOLED_ABOVE
 from aaconv.maps import augmented_layers
 from models.attention import Attention, NoAttention, Place
 from models.blocks import BasicBlock, Block, Bottleneck, PreActBlock
@@ -20,15 +21,18 @@ BLOCKS: dict[str, type[Block]] = {
 class ResNet(nn.Module):
     """A residual network for small images, plain or with attention.
 
-    Maps (B, 3, H, W) images to (B, num_classes) logits: a 3x3 convolution, stages of blocks, the
-    mean over the map, a linear layer. Every stage but the first halves the map.
+    Maps (B, 3, H, W) images to (B, num_classes) logits: a stem, stages of blocks, the mean over the
+    map, a linear layer. Every stage but the first halves the map.
 
     Args:
         block: ``basic`` or ``bottleneck`` (He et al., CVPR 2016), or ``preact`` as in wide
             ResNets (Zagoruyko and Komodakis, BMVC 2016).
         depths: number of blocks of each stage.
         widths: channels of each stage, before a bottleneck's fourfold expansion.
-        stem: output channels of the first convolution.
+        stem: output channels of the first convolution, which is 3x3.
+        strided_stem: whether it is 7x7 instead, and a 3x3 max pooling follows, each of stride 2, as
+            for ImageNet (He et al., CVPR 2016). Attention on maps of more than `POOLED_ABOVE`
+            positions is pooled by 2 then (Bello et al., section 4.2).
         shortcut: ``projection``, ``pad`` or ``subsample``, see `models.blocks.Shortcut`.
         num_classes: number of logits.
         image_size: (H, W) of the images, which sizes the relative tables of `AA`.
@@ -52,6 +56,7 @@ class ResNet(nn.Module):
         num_classes: int,
         image_size: tuple[int, int] = (32, 32),
         attention: Attention = NoAttention(),  # noqa: B008 (a frozen dataclass)
+        strided_stem: bool = False,
     ) -> None:
         super().__init__()
         if block not in BLOCKS:
@@ -75,21 +80,31 @@ class ResNet(nn.Module):
             "num_classes": num_classes,
             "image_size": list(image_size),
             "attention": attention,
+            "strided_stem": strided_stem,
         }
         make_block = BLOCKS[block]
-        self.conv = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        self.pool: nn.Module = nn.Identity()
+        if strided_stem:
+            self.conv = nn.Conv2d(3, stem, 7, 2, padding=3, bias=False)
+            self.pool = nn.MaxPool2d(3, 2, padding=1)
+        else:
+            self.conv = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         # Pre-activation blocks normalize their own input, so the normalization that the others
         # have after the stem comes after the last block instead.
         preact = block == "preact"
         self.bn_in = nn.Identity() if preact else nn.BatchNorm2d(stem)
         self.stages = nn.Sequential()
         channels, size = stem, image_size
+        if strided_stem:
+            size = (-(-size[0] // 4), -(-size[1] // 4))
         for index, (depth, width) in enumerate(zip(depths, widths, strict=True)):
             blocks = nn.Sequential()
             for number in range(depth):
                 stride = 2 if index > 0 and number == 0 else 1
                 size = (-(-size[0] // stride), -(-size[1] // stride))
-                place = Place(index + 1, number + 1, depth, stride, size)
+                is_pooled = strided_stem and size[0] * size[1] > POOLED_ABOVE
+                pool = 2 if is_pooled else 1
+                place = Place(index + 1, number + 1, depth, stride, size, pool)
                 blocks.append(make_block(channels, width, place, shortcut, attention))
                 channels = width * make_block.expansion
             self.stages.append(blocks)
@@ -101,7 +116,7 @@ class ResNet(nn.Module):
         x = self.bn_in(self.conv(x))
         if not isinstance(self.bn_in, nn.Identity):
             x = torch.relu(x)
-        x = self.stages(x)
+        x = self.stages(self.pool(x))
         if not isinstance(self.bn_out, nn.Identity):
             x = torch.relu(self.bn_out(x))
         return self.head(x.mean(dim=(2, 3)))

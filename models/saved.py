@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple, cast
 import torch
 from pydantic import AfterValidator, BaseModel, Field, model_validator, with_config
 from torch import Tensor, nn
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from aaconv.text import one_line
 from models.attention import ATTENTIONS, Attention
@@ -52,6 +52,7 @@ class Network(TypedDict):
     widths: list[Count]
     stem: Count
     shortcut: Text
+    strided_stem: NotRequired[bool]  # older code has none
     num_classes: Count
     image_size: Annotated[list[Side], Field(min_length=2, max_length=2)]
     attention: dict[str, Any]

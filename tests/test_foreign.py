@@ -71,6 +71,20 @@ def test_the_stages_compute_the_same(name, block, depths, tmp_path):
     assert torch.equal(network.bn_in.running_mean, theirs.bn1.running_mean)
 
 
+def test_with_a_strided_stem_the_whole_network_is_the_same(tmp_path):
+    theirs = published(classes=3)
+    widths = [64, 128, 256, 512]
+    network = models.ResNet(
+        "basic", [2, 2, 2, 2], widths, 64, "projection", 3, (64, 64), strided_stem=True
+    ).eval()
+    done = models.transfer(network, find_foreign(theirs.state_dict(), tmp_path), NAMES[:3])
+    assert done.table() == ["head  weight, bias: new, for 3 other classes there"]
+    x = torch.randn(1, 3, 45, 64, dtype=torch.float64)
+    theirs.fc, network.head = nn.Identity(), nn.Identity()
+    expected = theirs.double()(x)
+    torch.testing.assert_close(network.double()(x), expected, rtol=1e-9, atol=1e-9)
+
+
 def test_an_augmented_network_takes_what_is_plain_in_it(tmp_path):
     aa = models.AA(dk=16, dv=16, Nh=4, min_dkh=1, position="relative", stages=[3])
     network = ours("basic", [1, 1, 1, 1], attention=aa)

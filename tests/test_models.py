@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from torch import nn
 
 from aaconv import AugmentedConv
@@ -103,6 +104,39 @@ def test_flops_of_wide_resnet_28_10():
         # q.k and weights.v over all pairs; q with the row table and with the column table
         extra += 4 * (positions**2 * (160 + dv) + 2 * positions * size * 160)
     assert count_flops(wide("pad", PAPER), (32, 32)) == plain + 2 * extra
+
+
+PAPER_RESNET_50 = aa(dk=0.2, dv=0.1, Nh=8, min_dkh=20, stages=[2, 3, 4])
+
+
+# torchvision's count, and what `augment_` gives with its default ratios (docs/layer.md); the paper
+# prints 25.6 M and 8.2 GFLOPs, 25.8 M and 8.3 GFLOPs.
+@pytest.mark.parametrize(
+    ("attention", "parameters", "gflops"),
+    [(NoAttention(), 25_557_032, 8.18), (PAPER_RESNET_50, 25_781_872, 8.36)],
+)
+def test_resnet_50_for_images_of_224x224(attention, parameters, gflops):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        arguments = compose("config", ["model=resnet50_224", "attention=none"]).model
+    names = ("block", "depths", "widths", "stem", "shortcut", "strided_stem")
+    with torch.device("meta"):
+        network = ResNet(
+            **{name: arguments[name] for name in names},
+            num_classes=1000,
+            image_size=(224, 224),
+            attention=attention,
+        )
+    assert count_parameters(network) == parameters
+    assert round(count_flops(network, (224, 224)) / 1e9, 2) == gflops
+    pools = [layer.pool for layer in augmented_layers(network).values()]
+    assert sorted(set(pools)) == ([] if attention.name == "none" else [1, 2])
+    assert pools.count(2) in (0, 4)  # the maps of 28x28
+
+
+def test_a_strided_stem_fits_maps_of_any_size():
+    network = ResNet("basic", [1, 1], [4, 8], 4, "pad", 3, (37, 50), strided_stem=True)
+    assert network.pool(network.conv(torch.randn(1, 3, 37, 50))).shape[2:] == (10, 13)
+    assert network(torch.randn(2, 3, 37, 50)).shape == (2, 3)
 
 
 # Table of the paper for AA-ResNet-50 with kappa = upsilon (ImageNet, 1000 classes, augmented in

@@ -24,6 +24,13 @@ MINUS = "\N{MINUS SIGN}"
 # ---- What is counted ----------------------------------------------------------------------------
 
 
+def test_a_setting_that_came_later_keeps_older_runs_together_with_new_ones(tmp_path):
+    make_run(tmp_path / "old", 70.0, 0)
+    for name, strided in (("new", False), ("other", True)):
+        make_run(tmp_path / name, 71.0, 1, model__strided_stem=strided)
+    assert sorted(len(variant.runs) for variant in variants_of(tmp_path)) == [1, 2]
+
+
 def test_mean_and_deviation_over_the_seeds(tmp_path):
     for seed, top1 in enumerate((70.0, 74.0, 75.0)):
         make_run(tmp_path / f"aa/seed={seed}", top1, seed, "aa")

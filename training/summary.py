@@ -1,6 +1,7 @@
 """What a run trains and what it has come to: for its files, for the dashboard, and for the log."""
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from training.state import RunState
 from training.variants import public_settings
 
 log = logging.getLogger(__name__)
+
+# Of larger maps one line says what they cost: the largest that the paper attends to.
+MAX_POSITIONS = 32 * 32
 
 
 def describe_run(
@@ -73,6 +77,18 @@ def describe_training(cfg: DictConfig, state: RunState) -> dict[str, Any]:
     )
     for line in layer_table(facts["layers"]):
         log.info(line)
+    height, width = max(
+        ((layer["height"], layer["width"]) for layer in facts["layers"]),
+        key=math.prod,
+        default=(0, 0),
+    )
+    if height * width > MAX_POSITIONS:
+        log.warning(
+            "attention on maps of %dx%d costs most of that; attention.stages=[...] without the "
+            "first ones, or a model for such images (model=resnet50_224), costs less",
+            height,
+            width,
+        )
     return facts
 
 

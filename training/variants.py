@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from configs.schema import OPTIONS, FolderConfig, decides_result, names_folder
+from configs.schema import OPTIONS, FolderConfig, decides_result, is_as_before, names_folder
 
 # Hydra's own words in the settings of an option.
 HYDRAS = ("_target_", "_partial_")
@@ -52,8 +52,12 @@ def public_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a result, flattened."""
-    return {k: v for k, v in flatten(config).items() if decides_result(k)}
+    """The settings that decide a result, flattened; as runs of older code have them."""
+    return {
+        key: value
+        for key, value in flatten(config).items()
+        if decides_result(key) and not is_as_before(key, value)
+    }
 
 
 def variant_settings(config: Mapping[str, Any]) -> dict[str, Any]:
