@@ -38,7 +38,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.lookup import COLOURS, CUE_SIZE, SHAPES, SHAPES_SHOWN, geometry
+from data.lookup import COLORS, CUE_SIZE, SHAPES, SHAPES_SHOWN, geometry
 
 DISTANCES_PRINTED = (None, *range(4, 25, 4))
 RESTARTS = 12
@@ -97,7 +97,7 @@ def _longest_increasing(order: tuple[int, ...]) -> int:
 def arrangements() -> tuple[Tensor, Tensor]:
     """Every choice of shapes with every coloring: shapes and colors, both (376320, 5)."""
     shapes = torch.tensor(list(combinations(range(len(SHAPES)), SHAPES_SHOWN)))
-    colors = torch.tensor(list(permutations(range(len(COLOURS)), SHAPES_SHOWN)))
+    colors = torch.tensor(list(permutations(range(len(COLORS)), SHAPES_SHOWN)))
     return shapes.repeat_interleave(len(colors), 0), colors.repeat(len(shapes), 1)
 
 
@@ -125,14 +125,14 @@ def fit_additive(
     """
     generator = torch.Generator().manual_seed(seed)
     classes = len(SHAPES)
-    cue = torch.randn(len(COLOURS), classes, generator=generator).mul_(0.5).requires_grad_()
-    shown = torch.randn(classes * len(COLOURS), classes, generator=generator)
+    cue = torch.randn(len(COLORS), classes, generator=generator).mul_(0.5).requires_grad_()
+    shown = torch.randn(classes * len(COLORS), classes, generator=generator)
     shown = shown.mul_(0.5).requires_grad_()
     optimizer = torch.optim.Adam([cue, shown])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=steps)
     for step in range(steps):
         scene = torch.randint(len(shapes), (SCENES_PER_STEP,), generator=generator)
-        pairs = shapes[scene] * len(COLOURS) + colors[scene]
+        pairs = shapes[scene] * len(COLORS) + colors[scene]
         # embedding instead of indexing, whose gradient is an order of magnitude slower.
         scores = F.embedding(pairs, shown).sum(1)[:, None] + F.embedding(colors[scene], cue)
         right = scores.log_softmax(2).gather(2, shapes[scene][:, :, None])
@@ -142,7 +142,7 @@ def fit_additive(
         loss.backward()
         optimizer.step()
         schedule.step()
-    return cue.detach(), shown.detach().view(classes, len(COLOURS), classes)
+    return cue.detach(), shown.detach().view(classes, len(COLORS), classes)
 
 
 def main() -> None:

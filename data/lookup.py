@@ -21,7 +21,7 @@ SHAPES_SHOWN = 5
 BACKGROUND = (128, 128, 128)
 
 # The corners of the RGB cube about the background's gray, so that none stands out.
-COLOURS = {
+COLORS = {
     "black": (40, 40, 40),
     "blue": (40, 40, 216),
     "green": (40, 216, 40),
@@ -143,7 +143,7 @@ def _check(train_size: int, test_size: int, noise: float, distance: int | None) 
 def _draw(number: int, noise: float, distance: int | None, generator: torch.Generator) -> Images:
     slots, cue = geometry(distance)
     shapes = _distinct(number, len(SHAPES), generator)
-    colors = _distinct(number, len(COLOURS), generator)
+    colors = _distinct(number, len(COLORS), generator)
     places = _pixels_of(slots, SHAPE_SIZE)[_distinct(number, len(slots), generator)]
     cued = torch.randint(SHAPES_SHOWN, (number, 1), generator=generator)
     clean = _paint(shapes, colors, places, _pixels_of(cue, CUE_SIZE), colors.gather(1, cued))
@@ -163,13 +163,13 @@ def _paint(
     Shape i, in color i, is drawn on the pixels ``places[:, i]``, and ``cue_color`` (N, 1) fills
     the pixels ``cue``; all pixels are flat indices.
     """
-    number, background = len(shapes), len(COLOURS)
+    number, background = len(shapes), len(COLORS)
     inked = _patterns()[shapes]
     ink = torch.where(inked, colors[:, :, None], background)
     canvas = torch.full((number, IMAGE_SIZE * IMAGE_SIZE), background)
     canvas.scatter_(1, places.flatten(1), ink.flatten(1))
     canvas[:, cue.flatten()] = cue_color
-    palette = torch.tensor([*COLOURS.values(), BACKGROUND], dtype=torch.uint8)
+    palette = torch.tensor([*COLORS.values(), BACKGROUND], dtype=torch.uint8)
     return palette[canvas].view(number, IMAGE_SIZE, IMAGE_SIZE, 3)
 
 

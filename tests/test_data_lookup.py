@@ -19,11 +19,11 @@ from benchmarks.lookup_bound import (
     smallest_window,
 )
 from data import Images, make_lookup
-from data.lookup import BACKGROUND, COLOURS, SHAPES, SHAPES_SHOWN, SLOTS
+from data.lookup import BACKGROUND, COLORS, SHAPES, SHAPES_SHOWN, SLOTS
 from training.variants import variant_settings
 
 RECEPTIVE_FIELD = 25
-COLOUR_OF = {value: name for name, value in COLOURS.items()}
+COLOUR_OF = {value: name for name, value in COLORS.items()}
 CLASSES = list(SHAPES)
 # Where the shapes are that have a distance: five, one above the other along the right side.
 COLUMN = [(0, 26), (6, 26), (13, 26), (20, 26), (26, 26)]
