@@ -23,7 +23,7 @@ from data.lookup import BACKGROUND, COLORS, SHAPES, SHAPES_SHOWN, SLOTS
 from training.variants import variant_settings
 
 RECEPTIVE_FIELD = 25
-COLOUR_OF = {value: name for name, value in COLORS.items()}
+COLOR_OF = {value: name for name, value in COLORS.items()}
 CLASSES = list(SHAPES)
 # Where the shapes are that have a distance: five, one above the other along the right side.
 COLUMN = [(0, 26), (6, 26), (13, 26), (20, 26), (26, 26)]
@@ -40,7 +40,7 @@ def colored(image: torch.Tensor) -> dict[tuple[int, int], str]:
     for row, line in enumerate(image.tolist()):
         for column, value in enumerate(line):
             if tuple(value) != BACKGROUND:
-                found[row, column] = COLOUR_OF[tuple(value)]
+                found[row, column] = COLOR_OF[tuple(value)]
     return found
 
 

@@ -164,7 +164,7 @@ def run_dir(cfg: DictConfig) -> Path:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Inside a run that is no job of a sweep: what the user can correct ends it with one line, code 2.
+    """Inside a run that is no job of a sweep: a mistake of the user ends it with one line, code 2.
 
     These are ValueError, OSError, too little memory, a number that is not finite, and Hydra's own
     errors.
