@@ -1,5 +1,6 @@
 """Fixtures that compose settings and train tiny runs."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -45,6 +46,17 @@ def server_of_commands():
 def own_wandb_process(monkeypatch):
     """Processes that a test starts do not share a wandb process that an earlier test has left."""
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def own_log_handlers():
+    """A command that a test calls as a function logs to streams that are closed afterwards."""
+    root = logging.getLogger()
+    before = list(root.handlers)
+    yield
+    for handler in list(root.handlers):
+        if type(handler) is logging.StreamHandler and handler not in before:
+            root.removeHandler(handler)
 
 
 @cache

@@ -89,7 +89,7 @@ def test_all_pictures_are_there(opened):
              return [i.complete, i.naturalWidth, i.naturalHeight, box.width, box.height];
            })"""
     )
-    assert len(pictures) == 8
+    assert len(pictures) == 9
     for complete, *sizes in pictures:
         assert complete
         assert all(size > 50 for size in sizes)
@@ -131,8 +131,20 @@ def test_tables_have_the_summaries_numbers(opened):
              [...t.rows].map(r => [...r.cells].map(c => c.innerText)))"""
     )
     scores = {row[0]: row for row in rows[0]}
-    assert scores["plain"][4:] == ["70.17 ± 0.10", "90.17 ± 0.10", "70.10, 70.24"]
-    assert scores["AA dk=0.4"][4:] == ["71.59 ± 0.10", "91.59 ± 0.10", "71.52, 71.66"]
+    assert scores["plain"][2:] == [
+        "70.17 ± 0.10",
+        "90.17 ± 0.10",
+        "2,750,000",
+        "0.776",
+        "70.10, 70.24",
+    ]
+    assert scores["AA dk=0.4"][2:] == [
+        "71.59 ± 0.10",
+        "91.59 ± 0.10",
+        "2,700,000",
+        "1.11",
+        "71.52, 71.66",
+    ]
     differences = {row[0]: row for row in rows[1]}
     se = differences["SE \N{MINUS SIGN} plain"]
     assert se[1] == "optim.lr 0.1 vs. 0.2"

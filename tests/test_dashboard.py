@@ -176,8 +176,10 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
     assert facts["displayName"].endswith(" seed=0")
     # epoch is the axis of every metric but for the loss within it; "5" is the axis, from 1 on
     metrics = run["config"]["_wandb"]["value"]["m"]
-    found = {metric.get("1") or metric["2"]: metric.get("5") for metric in metrics}
-    assert found == {"epoch": None, "step": None, "train/step_loss": 2, "*": 1}
+    names = [metric.get("1") or metric["2"] for metric in metrics]
+    axes = {name: metric.get("5") for name, metric in zip(names, metrics, strict=True)}
+    found = {name: axis and names[axis - 1] for name, axis in axes.items()}
+    assert found == {"epoch": None, "step": None, "train/step_loss": "step", "*": "epoch"}
 
     seen = [key for key in run["summary"] if key.startswith("media/")]
     assert {"media/predictions", "media/classes", "media/confusion"} < set(seen)
