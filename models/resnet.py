@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aaconv.augment import POOLED_ABOVE
@@ -83,10 +84,9 @@ class ResNet(nn.Module):
             "strided_stem": strided_stem,
         }
         make_block = BLOCKS[block]
-        self.pool: nn.Module = nn.Identity()
+        self.strided_stem = strided_stem
         if strided_stem:
             self.conv = nn.Conv2d(3, stem, 7, 2, padding=3, bias=False)
-            self.pool = nn.MaxPool2d(3, 2, padding=1)
         else:
             self.conv = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         # Pre-activation blocks normalize their own input, so the normalization that the others
@@ -116,7 +116,9 @@ class ResNet(nn.Module):
         x = self.bn_in(self.conv(x))
         if not isinstance(self.bn_in, nn.Identity):
             x = torch.relu(x)
-        x = self.stages(self.pool(x))
+        if self.strided_stem:
+            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.stages(x)
         if not isinstance(self.bn_out, nn.Identity):
             x = torch.relu(self.bn_out(x))
         return self.head(x.mean(dim=(2, 3)))
