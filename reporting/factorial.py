@@ -263,7 +263,7 @@ class Design:
             squares, df = self.explained([*self.blocks, *self.mains, *others], [term])
             if not df:
                 continue
-            interaction, error = Interaction((a, b), float(departures[most]), levels), None
+            interaction = Interaction((a, b), float(departures[most]), levels)
             error = self.interaction_error
             if error is not None and error.mean_square > 1e-18:
                 f = squares / df / error.mean_square

@@ -46,7 +46,9 @@ def _best_card(sweep: Sweep) -> Card:
     if len(others) == len(ranking) - 1:
         details.append("no other setting can be told from it")
     elif others:
-        details.append(f"not told apart from it: {len(others)} others ({'; '.join(others[:3])}")
+        details.append(
+            f"not told apart from it: {count(len(others), 'other')} ({'; '.join(others[:3])}"
+        )
         details[-1] += "; ...)" if len(others) > 3 else ")"
     else:
         details.append("every other setting is lower")

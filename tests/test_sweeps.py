@@ -256,7 +256,7 @@ def test_the_page_begins_with_the_best_settings_and_the_largest_effect(tmp_path)
     assert (best.title, best.number) == ("Best of 4 settings", f"{mean:.2f} %")
     assert best.verdict == f"{sweep.words(sweep.ranking[0].levels)}."
     assert best.verdict.startswith("dk 16, dv ")
-    assert "not told apart from it: 1 others (dk 16" in " ".join(best.details)
+    assert "not told apart from it: 1 other (dk 16" in " ".join(best.details)
     assert (effect.verdict, effect.tone) == ("dk 16 is better.", "better")
     assert effect.details[1] == "1 of 2 differences significant"
     assert many.title == "4 augmented variants, each vs. its plain baseline"

@@ -84,8 +84,8 @@ def describe_training(cfg: DictConfig, state: RunState) -> dict[str, Any]:
     )
     if height * width > MAX_POSITIONS:
         log.warning(
-            "attention on maps of %dx%d costs most of that; attention.stages=[...] without the "
-            "first ones, or a model for such images (model=resnet50_224), costs less",
+            "attention on maps of %dx%d costs most of these FLOPs; attention.stages=[...] without "
+            "the first ones, or a model for such images (model=resnet50_224), costs less",
             height,
             width,
         )
