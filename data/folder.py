@@ -164,7 +164,6 @@ def load_folder(
 
 def folder_digest(
     root: str,
-    name: str,
     size: int | Sequence[int],
     val_size: int = 0,
     white: float | None = None,

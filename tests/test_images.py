@@ -148,14 +148,14 @@ def test_the_digest_is_had_without_the_images(root, monkeypatch, settings):
         (root / "train" / "ant" / "0.png").write_bytes(b"no image")
     expected = load_folder(str(root), "mine", 8, **settings).digest
     monkeypatch.setattr(folder, "decode", None)  # which is not called
-    assert folder_digest(str(root), "mine", 8, **settings) == expected
+    assert folder_digest(str(root), 8, **settings) == expected
 
 
 def test_a_file_that_cannot_be_read_is_named_instead(root):
     (root / "train" / "ant" / "0.png").unlink()
     (root / "train" / "ant" / "0.png").symlink_to("nowhere")
     with pytest.raises(ValueError, match=r"1 of 12 images cannot be read.*ant/0\.png"):
-        folder_digest(str(root), "mine", 8)
+        folder_digest(str(root), 8)
 
 
 # ---- Comparisons, reports, published results ----------------------------------------------------
@@ -176,7 +176,7 @@ def test_a_comparison_is_not_finished_by_runs_on_other_images(root, tmp_path):
         return plan([["attention=none"]], [0, 1], given, tmp_path / "out")
 
     _, (first, second) = planned()
-    digest = folder_digest(str(root), "mine", 8)
+    digest = folder_digest(str(root), 8)
     settings = {"size": 16, "white": None, "skip_damaged": False, "max_pixels": 268435456}
     for run, known in ((first, digest), (second, None)):
         made(run.folder, known, seed=run.seed, data=settings)

@@ -21,6 +21,7 @@ def current_digest(config: Mapping[str, Any]) -> str | None:
     data = dict(config["data"])
     if data.pop("_target_") != FolderConfig._target_:
         return None
+    del data["name"]  # which is not of the images
     return folder_digest(**data) if Path(data["root"]).expanduser().exists() else None
 
 
