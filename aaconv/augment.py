@@ -34,7 +34,7 @@ class Row:
     out: int  # output channels
     map: tuple[int, int] | None  # (H, W) of its output, None where it has not got just one
     layer: AugmentedConv | None  # what is there now, None where nothing was replaced
-    why_not: str = ""
+    skip_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Report:
             layer = row.layer
             amounts = [layer.dk, layer.dv, layer.Nh, layer.pool] if layer else [""] * 4
             size = "" if row.map is None else f"{row.map[0]}x{row.map[1]}"
-            lines.append([row.name, size, *map(str, [row.out, *amounts]), row.why_not])
+            lines.append([row.name, size, *map(str, [row.out, *amounts]), row.skip_reason])
         count = f"{len(self.augmented)} of {len(self.rows)} convolutions are augmented"
         return "\n".join([*table(lines, "lrrrrrrl"), count])
 
@@ -317,23 +317,23 @@ def _plan(
     chooses = options.filter_fn
     if chooses is not None and not any(chooses(convolution, name) for name in names):
         return _without(row, "not chosen by filter_fn")
-    why_not = _obstacle(convolution, sizes, shared)
-    if not why_not and chooses is None:
+    skip_reason = _obstacle(convolution, sizes, shared)
+    if not skip_reason and chooses is None:
         assert size is not None
-        why_not = _unsuitable(convolution, size, options)
-    if not why_not:
+        skip_reason = _unsuitable(convolution, size, options)
+    if not skip_reason:
         assert size is not None
         made = _augmented(convolution, size, options)
         if isinstance(made, AugmentedConv):
             return Row(row.name, row.out, size, made)
-        why_not = made
+        skip_reason = made
     if chooses is not None:
-        raise ValueError(f"filter_fn chooses {row.name}, which cannot be augmented: {why_not}")
-    return _without(row, why_not)
+        raise ValueError(f"filter_fn chooses {row.name}, which cannot be augmented: {skip_reason}")
+    return _without(row, skip_reason)
 
 
-def _without(row: Row, why_not: str) -> Row:
-    return Row(row.name, row.out, row.map, None, why_not)
+def _without(row: Row, skip_reason: str) -> Row:
+    return Row(row.name, row.out, row.map, None, skip_reason)
 
 
 def _obstacle(
@@ -432,5 +432,5 @@ def _reasons(rows: Sequence[Row]) -> str:
         return "model has no Conv2d"
     counts: dict[str, int] = {}
     for row in rows:
-        counts[row.why_not] = counts.get(row.why_not, 0) + 1
+        counts[row.skip_reason] = counts.get(row.skip_reason, 0) + 1
     return "; ".join(f"{count} of {len(rows)}: {why}" for why, count in counts.items())

@@ -2,7 +2,7 @@
 
 # The largest fraction of a layer's output that dk and dv can be. The paper's largest kappa is 1;
 # dv channels are taken out of the output.
-MOST_FRACTION = {"dk": 2, "dv": 1}
+MAX_FRACTION = {"dk": 2, "dv": 1}
 
 
 def channels(amount: int | float, out_channels: int, Nh: int, min_per_head: int = 1) -> int:
@@ -24,7 +24,7 @@ def check_amount(name: str, amount: int | float) -> None:
     likely meant in the other unit, the message says how to write that. ``name`` is what the user
     calls it and ends in ``dk`` or ``dv``.
     """
-    most = MOST_FRACTION[name[-2:]]
+    most = MAX_FRACTION[name[-2:]]
     if isinstance(amount, int):
         if 1 <= amount <= most:
             raise ValueError(

@@ -21,7 +21,7 @@ ALLOWED = (3.0, 4.0)
 # And of the largest value: weights that are recomputed from logits of hundreds are a little off.
 ALLOWED_OF_LARGEST = 1e-4
 # The formula holds all logits, of as many heads as make no more than this.
-MOST_LOGITS = 2**28
+MAX_LOGITS = 2**28
 
 # What came of it, by everything that it may depend on but the batch.
 _passed: dict[tuple[object, ...], bool] = {}
@@ -55,7 +55,7 @@ def obstacle(backend: str, given: Sequence[Tensor]) -> str | None:
     Output and gradients may err by ALLOWED times what the formula errs by in the same precision,
     and by ALLOWED_OF_LARGEST of the largest value.
     """
-    heads = max(1, MOST_LOGITS // (given[0].shape[2] * given[0].shape[3]) ** 2)
+    heads = max(1, MAX_LOGITS // (given[0].shape[2] * given[0].shape[3]) ** 2)
     given = [t.detach()[:1, :heads] if t.dim() == 5 else t.detach() for t in given]
     try:
         with torch.enable_grad(), without_autocast(given[0].device.type):

@@ -74,7 +74,7 @@ def test_replaces_what_can_have_attention_and_says_why_not():
     model = build()
     report = augment_(model, EXAMPLE, min_dkh=2)
     assert report.augmented == BY_DEFAULT
-    assert {row.name: row.why_not for row in report.rows if row.why_not} == {
+    assert {row.name: row.skip_reason for row in report.rows if row.skip_reason} == {
         "blocks.2": "kernel 1x1",
         "blocks.3": "groups=2",
         "idle": "never called",
@@ -123,7 +123,7 @@ def test_max_positions_is_the_largest_map(most, first):
     report = augment_(build(), EXAMPLE, max_positions=most)
     assert report.augmented[0] == first
     if first == "down":
-        assert report.rows[0].why_not == "252 positions, more than max_positions=251"
+        assert report.rows[0].skip_reason == "252 positions, more than max_positions=251"
 
 
 def test_filter_fn_chooses_and_may_choose_any_size_and_kernel():
@@ -139,7 +139,7 @@ def test_filter_fn_chooses_and_may_choose_any_size_and_kernel():
     assert model.blocks[2].kernel_size == (1, 1)
     assert {kind for kind, _ in asked} == {nn.Conv2d}
     assert [name for _, name in asked] == [row.name for row in report.rows]
-    assert {row.why_not for row in report.rows} == {"", "not chosen by filter_fn"}
+    assert {row.skip_reason for row in report.rows} == {"", "not chosen by filter_fn"}
 
 
 @pytest.mark.parametrize(

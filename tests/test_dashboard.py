@@ -227,6 +227,7 @@ def test_runs_that_differ_in_the_seed_alone_are_of_one_variant(train, server):
     assert names == {f"none lr={lr} seed={seed}" for lr in (0.1, 0.2) for seed in (0, 1)}
 
 
+@pytest.mark.thorough
 def test_after_a_kill_and_resume_the_history_is_that_of_the_folder(start, train, server, tmp_path):
     """Killed before anything was sent, and again when the server has more than the checkpoint."""
     words = [*(w for w in LONG if w != "epochs=12"), "epochs=70", "resume=auto", "log_every=5"]

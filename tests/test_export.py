@@ -77,7 +77,7 @@ class Together(nn.Module):
         return torch.cat([layer(x).flatten(1) for layer in self.layers], dim=1)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_onnx(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     layers = Together().float()  # onnxruntime has no convolutions of float64

@@ -22,7 +22,7 @@ def go(monkeypatch, *words):
     export.main()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
 def test_both_formats_give_the_networks_numbers_at_any_size(tmp_path, monkeypatch, capsys):
     runtime = pytest.importorskip("onnxruntime")

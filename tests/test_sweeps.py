@@ -169,7 +169,14 @@ def test_what_cannot_be_told_from_the_best_is_dunnetts():
     assert 10 < undecided < 70
 
 
-@pytest.mark.parametrize("name", ["balanced, 2 seeds", "10 % missing, 3 seeds", "one seed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("balanced, 2 seeds", marks=pytest.mark.thorough),
+        "10 % missing, 3 seeds",
+        pytest.param("one seed", marks=pytest.mark.thorough),
+    ],
+)
 def test_made_up_grids_are_answered_as_often_as_said(name):
     """60 of the repeats of benchmarks/sweep_power.py, which are always the same."""
     row = measure(GRIDS[name], 60)

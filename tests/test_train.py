@@ -285,7 +285,7 @@ def graphs(monkeypatch):
         yield graphs
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_every_job_of_a_sweep_is_compiled(run, graphs):
     for job, dk in enumerate((32, 40, 48), start=1):
         run("compile=true", f"attention.dk={dk}", "epochs=1", folder=str(dk))

@@ -150,7 +150,7 @@ def test_the_fused_kernels_pass(scale, dtype):
 
 def test_of_large_maps_some_heads_are_tried(monkeypatch):
     seen = []
-    monkeypatch.setattr(trial, "MOST_LOGITS", 2 * 15**2 + 1)
+    monkeypatch.setattr(trial, "MAX_LOGITS", 2 * 15**2 + 1)
     monkeypatch.setattr(trial, "_results", lambda _, given: seen.append(given[0].shape) or given)
     trial.obstacle("sdpa", inputs((3, 5), 6, 4, 2))
     assert seen == [(1, 2, 3, 5, 4)] * 3

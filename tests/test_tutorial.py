@@ -79,7 +79,7 @@ def as_a_shell_reads(command, clone):
     return done.stdout.split("\0")[:-1]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.long
 def test_every_command_does_what_the_page_says(clone):
     outputs = {}

@@ -23,7 +23,7 @@ LOG2E = math.log2(math.e)
 INTERPRETED = not isinstance(kernels.attend, triton.JITFunction)
 
 # The fewest columns of a product.
-NARROWEST = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
+MIN_COLUMNS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
 
 # Of each multiprocessor, at the same time or not: enough to keep it busy whatever the kernel needs.
 PROGRAMS = 4
@@ -93,7 +93,7 @@ def _attend_backward(
     _launch(
         "gradients",
         programs,
-        sizes | {"ATOMIC": atomic, "RP": max(NARROWEST, sizes["R"])},
+        sizes | {"ATOMIC": atomic, "RP": max(MIN_COLUMNS, sizes["R"])},
         *maps[:4],
         *_tables(q, rel_h, rel_w),
         maps[4],
