@@ -358,6 +358,33 @@ class OneCycleConfig:
 
 
 @dataclass
+class StepConfig:
+    _target_: str = "training.schedule.step"
+    _partial_: bool = True
+    milestones: list[float] = setting(
+        "Fractions of all steps after each of which the learning rate is multiplied by "
+        "schedule.factor.",
+        above=0,
+        below=1,
+    )
+    factor: float = setting(
+        "What it is multiplied by at each of schedule.milestones.", above=0, at_most=1
+    )
+    warmup: float = setting(
+        "Fraction of all steps in which the learning rate rises.", at_least=0, below=1
+    )
+
+
+@dataclass
+class ConstantConfig:
+    _target_: str = "training.schedule.constant"
+    _partial_: bool = True
+    warmup: float = setting(
+        "Fraction of all steps in which the learning rate rises.", at_least=0, below=1
+    )
+
+
+@dataclass
 class WandbConfig:
     mode: WandbMode = setting(
         "Where Weights & Biases keeps the run: online, offline (on disk), disabled, or auto "
@@ -545,6 +572,8 @@ OPTIONS = (
     ("optim", "adamw", AdamWConfig),
     ("schedule", "warmup_cosine", WarmupCosineConfig),
     ("schedule", "one_cycle", OneCycleConfig),
+    ("schedule", "step", StepConfig),
+    ("schedule", "constant", ConstantConfig),
 )
 
 
