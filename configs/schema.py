@@ -287,6 +287,25 @@ class AugmentationConfig:
 
 
 @dataclass
+class RateFactorsConfig:
+    """Of which parameters the learning rate is another one: a multiple of the schedule's.
+
+    Weight decay goes with the rate.
+    """
+
+    norm_bias: float = setting(
+        "Factor of the learning rate of normalization's biases.", above=0, before=1.0
+    )
+    attention: float = setting(
+        "Factor of the learning rate of attention: all of an augmented convolution but the plain "
+        "one beside it.",
+        above=0,
+        before=1.0,
+    )
+    head: float = setting("Factor of the learning rate of the last layer.", above=0, before=1.0)
+
+
+@dataclass
 class SGDConfig:
     _target_: str = "torch.optim.SGD"
     _partial_: bool = True
@@ -304,6 +323,7 @@ class SGDConfig:
         "Which parameters are decayed: all, or weights (not biases, batch normalization and the "
         "relative tables)."
     )
+    lr_factors: RateFactorsConfig = field(default_factory=RateFactorsConfig)
 
 
 @dataclass
@@ -327,6 +347,7 @@ class AdamWConfig:
         "Which parameters are decayed: all, or weights (not biases, batch normalization and the "
         "relative tables)."
     )
+    lr_factors: RateFactorsConfig = field(default_factory=RateFactorsConfig)
 
 
 @dataclass

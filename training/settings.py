@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 import models
 from configs.schema import unknown_setting
 from configs.setting import MAX_FLOAT
+from training.optimizer import parameter_groups
 
 MAX_BLOCKS = 1000
 MAX_PARAMETERS = 10**10
@@ -110,6 +111,7 @@ def _check_network(cfg: DictConfig) -> None:
         parameters = math.inf  # torch counts to 2^63
     else:
         models.freeze(network, cfg.freeze)
+        parameter_groups(network, cfg.optim)
     if parameters > MAX_PARAMETERS:
         sizes = [f"model.{key}={cfg.model[key]}" for key in ("depths", "widths", "stem")]
         sizes += [
