@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from aaconv.functional import check_backend
 from data import Batches, Dataset, evaluation_batches
+from data.dataset import seeded_generator
 from models import ForeignWeights, Trained, freeze, set_frozen_eval
 from training import checkpoint, distributed, provenance, run_folder
 from training.dashboard import history, pictures, show, start_tracking
@@ -243,6 +244,9 @@ def train_epoch(
     )
     action = Action.CONTINUE
     for images, labels in bar:
+        # What is dropped is drawn anew in each step: nothing of it needs to be saved.
+        draws = seeded_generator("dropout", cfg.seed, epoch, epoch_state.step, state.world.rank)
+        torch.manual_seed(draws.initial_seed())
         lr = state.optimizer.param_groups[0]["lr"]
         epoch_state = epoch_state.after_step(take_step(cfg, state, images, labels), lr)
         step, action = epoch_state.step, stop.after_step()

@@ -88,6 +88,20 @@ class ModelConfig:
         "is then pooled by 2, as in the paper.",
         before=False,
     )
+    drop_path: float = setting(
+        "Stochastic depth: probability with which the last block is left out for an image in "
+        "training; the l-th of L blocks is with l / L of it.",
+        at_least=0,
+        below=1,
+        before=0.0,
+    )
+    dropout: float = setting(
+        "Dropout between the two convolutions of a block, as in wide ResNets; needs "
+        "model.block=preact.",
+        at_least=0,
+        below=1,
+        before=0.0,
+    )
     # Where and how much to augment this network by default; attention=aa reads it.
     aa: AttentionDefaultsConfig = field(default_factory=AttentionDefaultsConfig)
 
@@ -146,6 +160,13 @@ class AugmentedConvConfig(ReplacingConfig):
     backend: str = setting(
         "Implementation of attention: auto (the fastest measured), reference, sdpa, tiled, "
         "native or fused; see aaconv.attention_2d. All compute the same, up to rounding."
+    )
+    dropout: float = setting(
+        "Probability with which a weight of attention is dropped in training. Above 0 attention is "
+        "computed by the backend reference, which holds all weights and takes longer.",
+        at_least=0,
+        below=1,
+        before=0.0,
     )
 
 

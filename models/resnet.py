@@ -37,6 +37,9 @@ class ResNet(nn.Module):
         shortcut: ``projection``, ``pad`` or ``subsample``, see `models.blocks.Shortcut`.
         num_classes: number of logits.
         image_size: (H, W) of the images, which sizes the relative tables of `AA`.
+        drop_path: probability with which the last block is left out for an image in training; the
+            l-th of L blocks is with l / L of it (stochastic depth, Huang et al., ECCV 2016).
+        dropout: between the two convolutions of ``preact`` blocks, see Zagoruyko and Komodakis.
         attention: what the blocks have in addition to convolutions, see `models.attention`.
             Networks to compare differ in this argument alone.
 
@@ -58,6 +61,8 @@ class ResNet(nn.Module):
         image_size: tuple[int, int] = (32, 32),
         attention: Attention = NoAttention(),  # noqa: B008 (a frozen dataclass)
         strided_stem: bool = False,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if block not in BLOCKS:
@@ -71,6 +76,12 @@ class ResNet(nn.Module):
                 f"depths={list(depths)}, widths={list(widths)}, stem={stem} and "
                 f"num_classes={num_classes} must be at least 1"
             )
+        if not (0 <= drop_path < 1 and 0 <= dropout < 1):
+            raise ValueError(
+                f"drop_path={drop_path} and dropout={dropout} must be from 0 to below 1"
+            )
+        if dropout and block != "preact":
+            raise ValueError(f"dropout={dropout} needs block=preact, not {block}; use drop_path")
         attention.check(depths)
         self.arguments: dict[str, Any] = {
             "block": block,
@@ -82,6 +93,8 @@ class ResNet(nn.Module):
             "image_size": list(image_size),
             "attention": attention,
             "strided_stem": strided_stem,
+            "drop_path": drop_path,
+            "dropout": dropout,
         }
         make_block = BLOCKS[block]
         self.strided_stem = strided_stem
@@ -105,7 +118,10 @@ class ResNet(nn.Module):
                 is_pooled = strided_stem and size[0] * size[1] > POOLED_ABOVE
                 pool = 2 if is_pooled else 1
                 place = Place(index + 1, number + 1, depth, stride, size, pool)
-                blocks.append(make_block(channels, width, place, shortcut, attention))
+                dropped = drop_path * (sum(depths[:index]) + number + 1) / sum(depths)
+                blocks.append(
+                    make_block(channels, width, place, shortcut, attention, dropped, dropout)
+                )
                 channels = width * make_block.expansion
             self.stages.append(blocks)
         self.bn_out = nn.BatchNorm2d(channels) if preact else nn.Identity()

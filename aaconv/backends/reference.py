@@ -16,7 +16,14 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: 
 
 
 @in_float32
-def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    dropout: float = 0.0,
+) -> Tensor:
     """`aaconv.attention_2d` by its formula."""
     B, N, H, W, D = q.shape
     q = q * D**-0.5
@@ -26,5 +33,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor 
         col_bias = position_bias(q, rel_w, axis=3)  # (B, N, H, W, u)
         logits = logits.view(B, N, H, W, H, W) + row_bias[..., None] + col_bias[..., None, :]
         logits = logits.flatten(4, 5).flatten(2, 3)
-    weights = torch.softmax(logits, dim=-1)
+    weights = torch.dropout(torch.softmax(logits, dim=-1), dropout, train=dropout > 0)
     return torch.matmul(weights, v.flatten(2, 3)).unflatten(2, (H, W))
