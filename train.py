@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -50,6 +49,7 @@ from training.device import (
     to_device,
 )
 from training.initial import init_provenance, load_initial, take_weights
+from training.loss import class_weights, cross_entropy, relative_weights
 from training.optimizer import make_optimizer
 from training.progress import EpochState, Progress
 from training.scores import evaluate
@@ -183,6 +183,7 @@ def build(
         cfg.seed,
         shard=(world.rank, world.size),
         micro_batches=cfg.grad_accum,
+        balanced=cfg.balanced_sampling,
     )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if cfg.compile:  # a compiled network tries no backend
@@ -209,6 +210,7 @@ def build(
         autocast=autocast,
         # Only fp16 has too little range for gradients.
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        class_weights=class_weights(cfg.class_weights, dataset.train, dataset.num_classes),
     )
 
 
@@ -270,19 +272,23 @@ def take_step(
 ) -> dict[str, Tensor]:
     """One step of the optimizer, and the figures that it has shown, scalars on the device.
 
-    Of the whole batch, all processes' shards of it: ``loss``, the mean before the step; ``top1``,
+    Of the whole batch, all processes' shards of it: ``loss``, the mean before the step, by the
+    weights of the classes where there are some; ``top1``,
     the fraction that the network had right then; ``grad_norm``, the L2 norm of all gradients
     together, before they are clipped. The mean of each over an epoch becomes a column of
     metrics.csv: a figure more is a metric more, on the dashboard and in the report, too.
     """
     figures: dict[str, Tensor] = {}
-    micro_batches = zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
-    for number, (inputs, targets) in enumerate(micro_batches, start=1):
+    weights: tuple[Tensor | None, ...] = (None,) * cfg.grad_accum
+    if state.class_weights is not None:
+        weights = relative_weights(labels, state.class_weights).chunk(cfg.grad_accum)
+    parts = (images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), weights)
+    for number, (inputs, targets, weight) in enumerate(zip(*parts, strict=True), start=1):
         last = number == cfg.grad_accum
         with nullcontext() if last else distributed.no_sync(state.wrapped_model):
             with state.autocast:
                 logits = state.wrapped_model(inputs)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.label_smoothing)
+            loss = cross_entropy(logits.float(), targets, cfg.label_smoothing, weight)
             state.scaler.scale(loss / cfg.grad_accum).backward()  # the gradients add up
         right = (logits.detach().argmax(dim=1) == targets).float().mean()
         for name, value in {"loss": loss.detach(), "top1": right}.items():

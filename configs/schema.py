@@ -526,6 +526,18 @@ class Config:
     label_smoothing: float = setting(
         "Label smoothing of the cross-entropy loss.", at_least=0, below=1
     )
+    # null, a word or a list, which no annotation that OmegaConf reads can say.
+    class_weights: Any = setting(
+        "Weights of the training loss by an image's class: balanced (inverse to the number of its "
+        "images) or a list, one number for each class. null weighs all images alike.",
+        above=0,
+        before=None,
+    )
+    balanced_sampling: bool = setting(
+        "Whether an epoch draws each class equally often, as many images in all as there are, "
+        "instead of each image once.",
+        before=False,
+    )
     grad_clip: Optional[float] = setting(
         "Maximum norm of the gradient. null does not clip.",
         above=0,

@@ -76,7 +76,7 @@ def children(process):
 SETTINGS = ["epochs=3", "data.test_size=41", "grad_accum=2", "ema=0.9", "grad_clip=0.5"]
 # Sums in another order are rounded otherwise. Adam makes whole steps of gradients that are nothing
 # but rounding, and larger steps of SGD soon take other sides of the ReLUs.
-SETTINGS += ["optim=sgd", "optim.lr=0.003"]
+SETTINGS += ["optim=sgd", "optim.lr=0.003", "class_weights=balanced", "balanced_sampling=true"]
 
 
 @pytest.fixture(scope="module")

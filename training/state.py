@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from data import Batches, Dataset
@@ -27,6 +27,7 @@ class RunState(NamedTuple):
     schedule: torch.optim.lr_scheduler.LRScheduler
     autocast: torch.autocast
     scaler: torch.amp.GradScaler
+    class_weights: Tensor | None  # (classes,), of the loss
 
     def stateful(self) -> dict[str, Any]:
         """The objects whose states a checkpoint keeps."""
