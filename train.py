@@ -18,6 +18,7 @@ if __name__ == "__main__":
     cli.run()  # which imports this file as a module when a run begins
     raise SystemExit
 
+import copy
 import logging
 import time
 import warnings
@@ -194,6 +195,13 @@ def build(
         ema_model = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True
         )
+    best_model = None
+    if cfg.keep_best:
+        if dataset.evaluated_on != "val":
+            raise ValueError(
+                "keep_best=true needs held-out images, data.val_size=N; the test set chooses no epoch"
+            )
+        best_model = copy.deepcopy(model)
     wrapped_model = distributed.wrap_ddp(model, device)
     return RunState(
         world=world,
@@ -205,6 +213,7 @@ def build(
         model=model,
         wrapped_model=compiled(wrapped_model) if cfg.compile else wrapped_model,
         ema_model=ema_model,
+        best_model=best_model,
         optimizer=optimizer,
         schedule=instantiate(cfg.schedule)(optimizer, cfg.epochs * len(batches)),
         autocast=autocast,
@@ -344,6 +353,8 @@ def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Sto
     }
     raise_if_nonfinite(row)
     progress.finish_epoch(row, per_class_top1, steps)
+    if state.best_model is not None and best(progress.rows)["best/epoch"] == row["epoch"]:
+        state.best_model.load_state_dict(state.evaluated_model.state_dict())
     return stop.after_epoch(last=len(progress.rows) == cfg.epochs)
 
 
@@ -391,6 +402,8 @@ def finish_run(
     summary = summarize(cfg, config, progress, state.dataset, facts)
     if folder is not None:
         folder.write_weights(state.evaluated_model, state.description)
+        if state.best_model is not None:
+            folder.write_weights(state.best_model, state.description, run_folder.BEST)
         folder.write_summary(summary)
         tracker.summarize({k: v for k, v in summary.items() if "/" in k} | best(progress.rows))
         show(cfg, state, tracker, config, facts, folder.path)

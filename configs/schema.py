@@ -548,6 +548,12 @@ class Config:
         above=0,
         below=1,
     )
+    # It decides no score, but a run that is continued with another value would lack the weights.
+    keep_best: bool = setting(
+        "Whether the run also writes best.safetensors at its end, the network after the epoch with "
+        "the best top-1 accuracy on held-out images; scores stay those of the last epoch.",
+        before=False,
+    )
     device: str = setting(
         "Device to train on: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, "
         "cuda:1, or another accelerator that torch finds (mps, xpu: in float32, not tried).",

@@ -23,6 +23,7 @@ class RunState(NamedTuple):
     model: nn.Module
     wrapped_model: Any  # the model as training calls it: compiled, DistributedDataParallel
     ema_model: AveragedModel | None
+    best_model: nn.Module | None  # the evaluated one after the epoch that is the best so far
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     autocast: torch.autocast
@@ -31,7 +32,7 @@ class RunState(NamedTuple):
 
     def stateful(self) -> dict[str, Any]:
         """The objects whose states a checkpoint keeps."""
-        names = ("model", "optimizer", "schedule", "scaler", "ema_model")
+        names = ("model", "optimizer", "schedule", "scaler", "ema_model", "best_model")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
     @property
