@@ -199,7 +199,7 @@ def build(
     if cfg.keep_best:
         if dataset.evaluated_on != "val":
             raise ValueError(
-                "keep_best=true needs held-out images, data.val_size=N; the test set chooses no epoch"
+                "keep_best=true needs held-out images, data.val_size=N: a test set chooses none"
             )
         best_model = copy.deepcopy(model)
     wrapped_model = distributed.wrap_ddp(model, device)

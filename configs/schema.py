@@ -57,6 +57,7 @@ class AttentionDefaultsConfig:
     Nh: int = setting("Default of attention.Nh for this network.")
     min_dkh: int = setting("Default of attention.min_dkh for this network.")
     stages: list[int] = setting("Default of attention.stages for this network.")
+    blocks: str = setting("Default of attention.blocks for this network.")
     init: str = setting("Default of attention.init for this network.")
     qk_norm: bool = setting("Default of attention.qk_norm for this network.")
 
@@ -67,7 +68,8 @@ class ModelConfig:
     _partial_: bool = True
     name: str = setting("What the network is called in summaries and reports.")
     block: str = setting(
-        "Kind of residual block: basic, bottleneck or preact (pre-activation, as in wide ResNets)."
+        "Kind of residual block: basic, bottleneck, preact (pre-activation, as in wide ResNets) or "
+        "alternet (preact, and where attention=aa has attention, that instead of convolutions)."
     )
     depths: list[int] = setting(
         "Blocks in each stage, at least 1 each and 1000 in all. Every stage but the first "
@@ -97,7 +99,7 @@ class ModelConfig:
     )
     dropout: float = setting(
         "Dropout between the two convolutions of a block, as in wide ResNets; needs "
-        "model.block=preact.",
+        "model.block=preact or alternet.",
         at_least=0,
         below=1,
         before=0.0,

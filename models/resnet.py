@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from aaconv.augment import POOLED_ABOVE
 from aaconv.maps import augmented_layers
+from models.alternet import AlterBlock
 from models.attention import Attention, NoAttention, Place
 from models.blocks import BasicBlock, Block, Bottleneck, PreActBlock
 
@@ -16,6 +17,7 @@ BLOCKS: dict[str, type[Block]] = {
     "basic": BasicBlock,
     "bottleneck": Bottleneck,
     "preact": PreActBlock,
+    "alternet": AlterBlock,
 }
 
 
@@ -27,7 +29,8 @@ class ResNet(nn.Module):
 
     Args:
         block: ``basic`` or ``bottleneck`` (He et al., CVPR 2016), or ``preact`` as in wide
-            ResNets (Zagoruyko and Komodakis, BMVC 2016).
+            ResNets (Zagoruyko and Komodakis, BMVC 2016), or ``alternet``, see
+            `models.alternet.AlterBlock`.
         depths: number of blocks of each stage.
         widths: channels of each stage, before a bottleneck's fourfold expansion.
         stem: output channels of the first convolution, which is 3x3.
@@ -80,7 +83,9 @@ class ResNet(nn.Module):
             raise ValueError(
                 f"drop_path={drop_path} and dropout={dropout} must be from 0 to below 1"
             )
-        if dropout and block != "preact":
+        make_block = BLOCKS[block]
+        preact = issubclass(make_block, PreActBlock)
+        if dropout and not preact:
             raise ValueError(f"dropout={dropout} needs block=preact, not {block}; use drop_path")
         attention.check(depths)
         self.arguments: dict[str, Any] = {
@@ -96,7 +101,6 @@ class ResNet(nn.Module):
             "drop_path": drop_path,
             "dropout": dropout,
         }
-        make_block = BLOCKS[block]
         self.strided_stem = strided_stem
         if strided_stem:
             self.conv = nn.Conv2d(3, stem, 7, 2, padding=3, bias=False)
@@ -104,7 +108,6 @@ class ResNet(nn.Module):
             self.conv = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         # Pre-activation blocks normalize their own input, so the normalization that the others
         # have after the stem comes after the last block instead.
-        preact = block == "preact"
         self.bn_in = nn.Identity() if preact else nn.BatchNorm2d(stem)
         self.stages = nn.Sequential()
         channels, size = stem, image_size
