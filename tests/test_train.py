@@ -436,6 +436,7 @@ def test_every_experiment_trains(run, experiment):
         "model.depths=[1,1,1]",
         "model.widths=[8,8,8]",
         "model.stem=4",
+        "model.aa.stages=[2,3]",
         "tracking=csv",
         "compile=false",
     ]
