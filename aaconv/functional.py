@@ -73,7 +73,7 @@ def attention_2d(
     check_dropout(dropout, backend)
     _check_shapes(q, k, v, rel_h, rel_w)
     if dropout:
-        return reference.attend(q, k, v, rel_h, rel_w, dropout=dropout)
+        return reference.attend_with_dropout(q, k, v, rel_h, rel_w, dropout)
     given = (q, k, v) if rel_h is None or rel_w is None else (q, k, v, rel_h, rel_w)
     if _is_empty(q) or _is_counted():
         backend = "reference"

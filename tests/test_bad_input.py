@@ -108,7 +108,7 @@ SETTINGS = [
     ("~epochs", "epochs cannot be removed; leave out ~epochs"),
     ("~attention", "attention has no value; give attention=..."),
     ("~nothing", "Could not delete from config. 'nothing' does not exist"),
-    ("model=resnet9", "Could not find 'model/resnet9' Available options in 'model': resnet110"),
+    ("model=resnet9", "Could not find 'model/resnet9' Available options in 'model': alternet18"),
     ("attention=sea", "Could not find 'attention/sea' Available options in 'attention': aa ge"),
     ("data=imagenet", "Could not find 'data/imagenet' Available options in 'data': cifar10"),
     ("tracking=tensorboard", "Could not find 'tracking/tensorboard'"),

@@ -33,13 +33,13 @@ def in_float32(attend: Attend) -> Attend:
         v: Tensor,
         rel_h: Tensor | None,
         rel_w: Tensor | None,
-        **options: float,
+        *options: float,
     ) -> Tensor:
         dtype = torch.promote_types(v.dtype, torch.float32)
         # Autocast would compute products of float32 tensors in half precision.
         with without_autocast(q.device.type):
             tables = (table if table is None else table.to(dtype) for table in (rel_h, rel_w))
-            out = attend(q.to(dtype), k.to(dtype), v.to(dtype), *tables, **options)
+            out = attend(q.to(dtype), k.to(dtype), v.to(dtype), *tables, *options)
         return out.to(v.dtype)
 
     return wrapped

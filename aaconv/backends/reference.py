@@ -15,16 +15,16 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: 
     return None
 
 
-@in_float32
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
-    dropout: float = 0.0,
-) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
     """`aaconv.attention_2d` by its formula."""
+    return attend_with_dropout(q, k, v, rel_h, rel_w, 0.0)
+
+
+@in_float32
+def attend_with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, dropout: float
+) -> Tensor:
+    """The same with ``dropout`` of the weights, which no other backend has."""
     B, N, H, W, D = q.shape
     q = q * D**-0.5
     logits = torch.matmul(q.flatten(2, 3), k.flatten(2, 3).mT)  # (B, N, HW, HW)
