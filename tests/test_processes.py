@@ -112,6 +112,22 @@ def test_two_processes_give_the_curve_of_one(runs):
 
 
 @pytest.mark.slow
+def test_what_two_processes_drop_is_the_same_after_a_stop(tmp_path):
+    words = [*TINY, "device=cpu", "epochs=1", f"out_dir={tmp_path}", "resume=auto"]
+    words += ["model.drop_path=0.5", "attention.dropout=0.3"]
+    for folder, limits in (("whole", ["null"]), ("parts", ["1e-9", "null"])):
+        for limit in limits:
+            own = [f"run_dir={tmp_path / folder}", f"max_minutes={limit}"]
+            codes, said = train(*words, *own, processes=2)
+            assert set(codes) == {0}, said
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    whole, parts = (
+        torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")
+    )
+    assert all(torch.equal(parts["model"][name], value) for name, value in whole["model"].items())
+
+
+@pytest.mark.slow
 def test_normalized_apart_the_curve_is_another(runs):
     losses = [float(rows(runs[name])[-1]["train/loss"]) for name in ("two", "apart")]
     assert abs(losses[0] - losses[1]) > 1e-4
