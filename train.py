@@ -18,6 +18,7 @@ if __name__ == "__main__":
     cli.run()  # which imports this file as a module when a run begins
     raise SystemExit
 
+import copy
 import logging
 import time
 import warnings
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from aaconv.functional import check_backend
 from data import Batches, Dataset, evaluation_batches
+from data.dataset import seeded_generator
 from models import ForeignWeights, Trained, freeze, set_frozen_eval
 from training import checkpoint, distributed, provenance, run_folder
 from training.dashboard import history, pictures, show, start_tracking
@@ -49,6 +50,7 @@ from training.device import (
     to_device,
 )
 from training.initial import init_provenance, load_initial, take_weights
+from training.loss import class_weights, cross_entropy, relative_weights
 from training.optimizer import make_optimizer
 from training.progress import EpochState, Progress
 from training.scores import evaluate
@@ -182,6 +184,7 @@ def build(
         cfg.seed,
         shard=(world.rank, world.size),
         micro_batches=cfg.grad_accum,
+        balanced=cfg.balanced_sampling,
     )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if cfg.compile:  # a compiled network tries no backend
@@ -192,6 +195,13 @@ def build(
         ema_model = AveragedModel(
             model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True
         )
+    best_model = None
+    if cfg.keep_best:
+        if dataset.evaluated_on != "val":
+            raise ValueError(
+                "keep_best=true needs held-out images, data.val_size=N: a test set chooses none"
+            )
+        best_model = copy.deepcopy(model)
     wrapped_model = distributed.wrap_ddp(model, device)
     return RunState(
         world=world,
@@ -203,11 +213,13 @@ def build(
         model=model,
         wrapped_model=compiled(wrapped_model) if cfg.compile else wrapped_model,
         ema_model=ema_model,
+        best_model=best_model,
         optimizer=optimizer,
         schedule=instantiate(cfg.schedule)(optimizer, cfg.epochs * len(batches)),
         autocast=autocast,
         # Only fp16 has too little range for gradients.
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        class_weights=class_weights(cfg.class_weights, dataset.train, dataset.num_classes),
     )
 
 
@@ -243,6 +255,9 @@ def train_epoch(
     )
     action = Action.CONTINUE
     for images, labels in bar:
+        # What is dropped is drawn anew in each step: nothing of it needs to be saved.
+        draws = seeded_generator("dropout", cfg.seed, epoch, epoch_state.step, state.world.rank)
+        torch.manual_seed(draws.initial_seed())
         lr = state.optimizer.param_groups[0]["lr"]
         epoch_state = epoch_state.after_step(take_step(cfg, state, images, labels), lr)
         step, action = epoch_state.step, stop.after_step()
@@ -266,19 +281,23 @@ def take_step(
 ) -> dict[str, Tensor]:
     """One step of the optimizer, and the figures that it has shown, scalars on the device.
 
-    Of the whole batch, all processes' shards of it: ``loss``, the mean before the step; ``top1``,
+    Of the whole batch, all processes' shards of it: ``loss``, the mean before the step, by the
+    weights of the classes where there are some; ``top1``,
     the fraction that the network had right then; ``grad_norm``, the L2 norm of all gradients
     together, before they are clipped. The mean of each over an epoch becomes a column of
     metrics.csv: a figure more is a metric more, on the dashboard and in the report, too.
     """
     figures: dict[str, Tensor] = {}
-    micro_batches = zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
-    for number, (inputs, targets) in enumerate(micro_batches, start=1):
+    weights: tuple[Tensor | None, ...] = (None,) * cfg.grad_accum
+    if state.class_weights is not None:
+        weights = relative_weights(labels, state.class_weights).chunk(cfg.grad_accum)
+    parts = (images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), weights)
+    for number, (inputs, targets, weight) in enumerate(zip(*parts, strict=True), start=1):
         last = number == cfg.grad_accum
         with nullcontext() if last else distributed.no_sync(state.wrapped_model):
             with state.autocast:
                 logits = state.wrapped_model(inputs)
-            loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.label_smoothing)
+            loss = cross_entropy(logits.float(), targets, cfg.label_smoothing, weight)
             state.scaler.scale(loss / cfg.grad_accum).backward()  # the gradients add up
         right = (logits.detach().argmax(dim=1) == targets).float().mean()
         for name, value in {"loss": loss.detach(), "top1": right}.items():
@@ -334,6 +353,8 @@ def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Sto
     }
     raise_if_nonfinite(row)
     progress.finish_epoch(row, per_class_top1, steps)
+    if state.best_model is not None and best(progress.rows)["best/epoch"] == row["epoch"]:
+        state.best_model.load_state_dict(state.evaluated_model.state_dict())
     return stop.after_epoch(last=len(progress.rows) == cfg.epochs)
 
 
@@ -381,6 +402,8 @@ def finish_run(
     summary = summarize(cfg, config, progress, state.dataset, facts)
     if folder is not None:
         folder.write_weights(state.evaluated_model, state.description)
+        if state.best_model is not None:
+            folder.write_weights(state.best_model, state.description, run_folder.BEST)
         folder.write_summary(summary)
         tracker.summarize({k: v for k, v in summary.items() if "/" in k} | best(progress.rows))
         show(cfg, state, tracker, config, facts, folder.path)

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from aaconv import backends, trial
+from aaconv.backends import reference
 
 BACKENDS = ("auto", *backends.NAMES)
 
@@ -27,6 +28,7 @@ def attention_2d(
     rel_w: Tensor | None = None,
     *,
     backend: str = "auto",
+    dropout: float = 0.0,
 ) -> Tensor:
     """Multi-head attention over all positions of a map, with learned relative positions.
 
@@ -52,20 +54,26 @@ def attention_2d(
             ``"fused"`` adds the position bias inside the project's Triton kernels, which hold no
             logits; it needs a GPU (and cannot be differentiated twice either).
             ``"auto"`` is the fastest one measured, see `choose_backend`.
+        dropout: probability with which each weight is dropped, after the softmax; the others are
+            divided by what remains. Above 0 ``"auto"`` is ``"reference"``, which alone has all
+            weights in memory.
 
     Returns:
         (B, Nh, H, W, dvh), in the dtype of ``v``.
 
     Raises:
         ValueError: the shapes do not match, a type is not floating-point, ``backend`` is unknown,
-            or it cannot be used with these tensors, see `unavailable_reason`, or inside a transform
-            of torch.func.
+            or it cannot be used with these tensors, see `unavailable_reason`, with dropout, or
+            inside a transform of torch.func.
 
     torch's FlopCounterMode counts the same for all backends, that of the formula: while it counts,
     the reference computes.
     """
     check_backend_name(backend)
+    check_dropout(dropout, backend)
     _check_shapes(q, k, v, rel_h, rel_w)
+    if dropout:
+        return reference.attend_with_dropout(q, k, v, rel_h, rel_w, dropout)
     given = (q, k, v) if rel_h is None or rel_w is None else (q, k, v, rel_h, rel_w)
     if _is_empty(q) or _is_counted():
         backend = "reference"
@@ -104,6 +112,17 @@ def check_backend_name(backend: str) -> None:
         raise ValueError(f"backend={backend!r} {_FORMER[backend]}")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+
+
+def check_dropout(dropout: float, backend: str) -> None:
+    """Raise ValueError, in one line, unless ``backend`` can drop such a part of the weights."""
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout} must be from 0 to below 1")
+    if dropout and backend not in ("auto", "reference"):
+        raise ValueError(
+            f"backend={backend!r} holds no weights to drop, as dropout={dropout} asks for; use "
+            "backend='auto'"
+        )
 
 
 def unavailable_reason(

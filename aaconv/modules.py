@@ -50,7 +50,12 @@ from aaconv.checks import (
     whole,
 )
 from aaconv.encodings import ABSOLUTE
-from aaconv.functional import attention_2d, check_backend_name, is_transformed
+from aaconv.functional import (
+    attention_2d,
+    check_backend_name,
+    check_dropout,
+    is_transformed,
+)
 from aaconv.tables import fit_table
 
 # How the convolutions that give queries, keys and values and that mix the heads can begin; torch's
@@ -111,6 +116,7 @@ class AugmentedConv(nn.Module):
             channels, after the bias and before the positions.
         backend: how attention is computed: ``"auto"``, ``"reference"``, ``"sdpa"``, ``"tiled"``,
             ``"native"`` or ``"fused"``, see `attention_2d`.
+        dropout: probability with which a weight of attention is dropped in training, see there.
         device: where the parameters are made.
         dtype: of the parameters.
 
@@ -154,6 +160,7 @@ class AugmentedConv(nn.Module):
         init: str = "torch",
         qk_norm: bool = False,
         backend: str = "auto",
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -169,7 +176,7 @@ class AugmentedConv(nn.Module):
         self.shape = pair("shape", shape)
         self.absolute = absolute
         self.init, self.qk_norm = init, qk_norm
-        self.backend = backend
+        self.backend, self.dropout = backend, dropout
         qkv_kernel_size = whole("qkv_kernel_size", qkv_kernel_size)
         if not (dtype or torch.get_default_dtype()).is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point type")
@@ -241,6 +248,7 @@ class AugmentedConv(nn.Module):
             raise ValueError(f"pool={self.pool} must be at least 1, which is none")
         check_init(self.init)
         check_backend_name(self.backend)
+        check_dropout(self.dropout, self.backend)
 
     def reset_parameters(self) -> None:
         """Draw all parameters anew, from the distributions of a new layer."""
@@ -335,7 +343,8 @@ class AugmentedConv(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         assert self.attn_out is not None
         q, k, v, rel_h, rel_w = self.queries_keys_values(x)
-        out = attention_2d(q, k, v, rel_h, rel_w, backend=self.backend)
+        dropout = self.dropout if self.training else 0.0
+        out = attention_2d(q, k, v, rel_h, rel_w, backend=self.backend, dropout=dropout)
         out = out.permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, dv, H, W), head-major
         # Backends differ in the memory format they return; the output has that of the input.
         # A program for export is used at other sizes, on which it would depend which that is.
@@ -354,7 +363,8 @@ class AugmentedConv(nn.Module):
     def extra_repr(self) -> str:
         text = f"dk={self.dk}, dv={self.dv}, Nh={self.Nh}, shape={self.shape}"
         text = f"{text}, relative={self.relative}, absolute={self.absolute}, pool={self.pool}"
-        return f"{text}, init={self.init}, qk_norm={self.qk_norm}, backend={self.backend}"
+        text = f"{text}, init={self.init}, qk_norm={self.qk_norm}, backend={self.backend}"
+        return f"{text}, dropout={self.dropout}" if self.dropout else text
 
 
 def check_init(init: str) -> None:

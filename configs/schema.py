@@ -57,6 +57,7 @@ class AttentionDefaultsConfig:
     Nh: int = setting("Default of attention.Nh for this network.")
     min_dkh: int = setting("Default of attention.min_dkh for this network.")
     stages: list[int] = setting("Default of attention.stages for this network.")
+    blocks: str = setting("Default of attention.blocks for this network.")
     init: str = setting("Default of attention.init for this network.")
     qk_norm: bool = setting("Default of attention.qk_norm for this network.")
 
@@ -67,7 +68,8 @@ class ModelConfig:
     _partial_: bool = True
     name: str = setting("What the network is called in summaries and reports.")
     block: str = setting(
-        "Kind of residual block: basic, bottleneck or preact (pre-activation, as in wide ResNets)."
+        "Kind of residual block: basic, bottleneck, preact (pre-activation, as in wide ResNets) or "
+        "alternet (preact, and where attention=aa has attention, that instead of convolutions)."
     )
     depths: list[int] = setting(
         "Blocks in each stage, at least 1 each and 1000 in all. Every stage but the first "
@@ -87,6 +89,20 @@ class ModelConfig:
         "ImageNet's ResNets do, instead of a 3x3 convolution; attention on maps of more than 20x20 "
         "is then pooled by 2, as in the paper.",
         before=False,
+    )
+    drop_path: float = setting(
+        "Stochastic depth: probability with which the last block is left out for an image in "
+        "training; the l-th of L blocks is with l / L of it.",
+        at_least=0,
+        below=1,
+        before=0.0,
+    )
+    dropout: float = setting(
+        "Dropout between the two convolutions of a block, as in wide ResNets; needs "
+        "model.block=preact or alternet.",
+        at_least=0,
+        below=1,
+        before=0.0,
     )
     # Where and how much to augment this network by default; attention=aa reads it.
     aa: AttentionDefaultsConfig = field(default_factory=AttentionDefaultsConfig)
@@ -146,6 +162,13 @@ class AugmentedConvConfig(ReplacingConfig):
     backend: str = setting(
         "Implementation of attention: auto (the fastest measured), reference, sdpa, tiled, "
         "native or fused; see aaconv.attention_2d. All compute the same, up to rounding."
+    )
+    dropout: float = setting(
+        "Probability with which a weight of attention is dropped in training. Above 0 attention is "
+        "computed by the backend reference, which holds all weights and takes longer.",
+        at_least=0,
+        below=1,
+        before=0.0,
     )
 
 
@@ -287,6 +310,25 @@ class AugmentationConfig:
 
 
 @dataclass
+class RateFactorsConfig:
+    """Of which parameters the learning rate is another one: a multiple of the schedule's.
+
+    Weight decay goes with the rate.
+    """
+
+    norm_bias: float = setting(
+        "Factor of the learning rate of normalization's biases.", above=0, before=1.0
+    )
+    attention: float = setting(
+        "Factor of the learning rate of attention: all of an augmented convolution but the plain "
+        "one beside it.",
+        above=0,
+        before=1.0,
+    )
+    head: float = setting("Factor of the learning rate of the last layer.", above=0, before=1.0)
+
+
+@dataclass
 class SGDConfig:
     _target_: str = "torch.optim.SGD"
     _partial_: bool = True
@@ -304,6 +346,7 @@ class SGDConfig:
         "Which parameters are decayed: all, or weights (not biases, batch normalization and the "
         "relative tables)."
     )
+    lr_factors: RateFactorsConfig = field(default_factory=RateFactorsConfig)
 
 
 @dataclass
@@ -327,6 +370,7 @@ class AdamWConfig:
         "Which parameters are decayed: all, or weights (not biases, batch normalization and the "
         "relative tables)."
     )
+    lr_factors: RateFactorsConfig = field(default_factory=RateFactorsConfig)
 
 
 @dataclass
@@ -354,6 +398,33 @@ class OneCycleConfig:
         "Learning rate of the last step as a fraction of optim.lr.",
         above=0,
         at_most=1,
+    )
+
+
+@dataclass
+class StepConfig:
+    _target_: str = "training.schedule.step"
+    _partial_: bool = True
+    milestones: list[float] = setting(
+        "Fractions of all steps after each of which the learning rate is multiplied by "
+        "schedule.factor.",
+        above=0,
+        below=1,
+    )
+    factor: float = setting(
+        "What it is multiplied by at each of schedule.milestones.", above=0, at_most=1
+    )
+    warmup: float = setting(
+        "Fraction of all steps in which the learning rate rises.", at_least=0, below=1
+    )
+
+
+@dataclass
+class ConstantConfig:
+    _target_: str = "training.schedule.constant"
+    _partial_: bool = True
+    warmup: float = setting(
+        "Fraction of all steps in which the learning rate rises.", at_least=0, below=1
     )
 
 
@@ -457,6 +528,18 @@ class Config:
     label_smoothing: float = setting(
         "Label smoothing of the cross-entropy loss.", at_least=0, below=1
     )
+    # null, a word or a list, which no annotation that OmegaConf reads can say.
+    class_weights: Any = setting(
+        "Weights of the training loss by an image's class: balanced (inverse to the number of its "
+        "images) or a list, one number for each class. null weighs all images alike.",
+        above=0,
+        before=None,
+    )
+    balanced_sampling: bool = setting(
+        "Whether an epoch draws each class equally often, as many images in all as there are, "
+        "instead of each image once.",
+        before=False,
+    )
     grad_clip: Optional[float] = setting(
         "Maximum norm of the gradient. null does not clip.",
         above=0,
@@ -466,6 +549,12 @@ class Config:
         "instead of the weights. null keeps none.",
         above=0,
         below=1,
+    )
+    # It decides no score, but a run that is continued with another value would lack the weights.
+    keep_best: bool = setting(
+        "Whether the run also writes best.safetensors at its end, the network after the epoch with "
+        "the best top-1 accuracy on held-out images; scores stay those of the last epoch.",
+        before=False,
     )
     device: str = setting(
         "Device to train on: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, "
@@ -545,6 +634,8 @@ OPTIONS = (
     ("optim", "adamw", AdamWConfig),
     ("schedule", "warmup_cosine", WarmupCosineConfig),
     ("schedule", "one_cycle", OneCycleConfig),
+    ("schedule", "step", StepConfig),
+    ("schedule", "constant", ConstantConfig),
 )
 
 

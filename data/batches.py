@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.dataset import Augmentation, Images, seeded_generator
+from data.sampling import balanced_order
 
 Color = tuple[float, float, float]
 
@@ -48,6 +49,9 @@ class Batches:
     that one process makes. A batch that goes through the network in ``micro_batches`` is sharded
     micro-batch by micro-batch, so that this holds for each of them.
 
+    An epoch has each image once, or where it is ``balanced`` each class equally often, see
+    `data.sampling.balanced_order`, from a generator of its own.
+
     Raises ValueError if ``batch_size`` is below 1, above the number of images or not divisible by
     world_size * micro_batches, or if the augmentation does not fit the images.
     """
@@ -62,6 +66,7 @@ class Batches:
         seed: int,
         shard: tuple[int, int] = (0, 1),
         micro_batches: int = 1,
+        balanced: bool = False,
     ) -> None:
         if not 1 <= batch_size <= len(images):
             raise ValueError(
@@ -80,6 +85,7 @@ class Batches:
         self.seed = seed
         self.shard = shard
         self.micro_batches = micro_batches
+        self._balanced_labels = images.labels.cpu() if balanced else None
         self._scale, self._shift = _scale_and_shift(mean, std, images.pixels.device)
 
     def __len__(self) -> int:
@@ -112,8 +118,12 @@ class Batches:
 
         # Every vector is drawn whether it is used or not: turning one augmentation on must not
         # change the draws of the others.
+        order = torch.randperm(number, generator=generator)
+        if self._balanced_labels is not None:
+            own = seeded_generator("balanced", self.seed, epoch)
+            order = balanced_order(self._balanced_labels, own)
         return _Draws(
-            order=torch.randperm(number, generator=generator),
+            order=order,
             top=integers(2 * self.augmentation.crop_pad + 1),
             left=integers(2 * self.augmentation.crop_pad + 1),
             mirrored=integers(2).bool(),

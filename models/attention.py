@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from aaconv import AugmentedConv
-from aaconv.functional import check_backend_name
+from aaconv.functional import check_backend_name, check_dropout
 from aaconv.modules import check_init
 from aaconv.ratios import channels, check_amount
 
@@ -198,6 +198,7 @@ class AA(Replacing):
         init: how attention's own convolutions begin, see `aaconv.AugmentedConv`.
         qk_norm: whether queries and keys are normalized, see there.
         backend: how attention is computed, see `aaconv.attention_2d`.
+        dropout: of the weights of attention, see there.
     """
 
     name: ClassVar[str] = "aa"
@@ -210,6 +211,7 @@ class AA(Replacing):
     init: str = "torch"
     qk_norm: bool = False
     backend: str = "auto"
+    dropout: float = 0.0
 
     def check(self, depths: Sequence[int]) -> None:
         super().check(depths)
@@ -221,6 +223,7 @@ class AA(Replacing):
                 f"choose one of {', '.join(POSITIONS)}"
             )
         check_backend_name(self.backend)
+        check_dropout(self.dropout, self.backend)
         check_init(self.init)
         check_amount("attention.dk", self.dk)
 
@@ -246,6 +249,7 @@ class AA(Replacing):
             init=self.init,
             qk_norm=self.qk_norm,
             backend=self.backend,
+            dropout=self.dropout,
         )
 
 

@@ -54,15 +54,25 @@ class Block(nn.Module):
         place: where the block stands in its network.
         shortcut: see `Shortcut`, which a block that keeps the shape does not need.
         attention: what the branch has in addition to convolutions.
+        drop_path: probability with which an image goes through the shortcut alone, in training.
+        dropout: the same of each value between the two convolutions of a pre-activation block.
     """
 
     expansion = 1
     normalizes_projection = True
 
     def __init__(
-        self, in_channels: int, channels: int, place: Place, shortcut: str, attention: Attention
+        self,
+        in_channels: int,
+        channels: int,
+        place: Place,
+        shortcut: str,
+        attention: Attention,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.drop_path, self.dropout = drop_path, dropout
         out_channels = channels * self.expansion
         self.add_branch(in_channels, channels, place, attention)
         self.recalibrate = attention.recalibration(out_channels)
@@ -79,6 +89,18 @@ class Block(nn.Module):
         """Add the branch's convolutions and normalizations."""
         raise NotImplementedError
 
+    def end_branch(self, y: Tensor) -> Tensor:
+        """The output of the branch: recalibrated and, of some images in training, zero.
+
+        The others' is larger by so much that the mean stays (Huang et al., ECCV 2016, who scale in
+        evaluation instead, and drop the same blocks for all images of a batch).
+        """
+        y = self.recalibrate(y)
+        if not (self.training and self.drop_path):
+            return y
+        kept = torch.rand(len(y), 1, 1, 1, device=y.device) >= self.drop_path
+        return torch.where(kept, y / (1 - self.drop_path), 0.0)
+
 
 class BasicBlock(Block):
     """Two 3x3 convolutions, normalized after each (He et al., CVPR 2016)."""
@@ -93,7 +115,7 @@ class BasicBlock(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
-        y = self.recalibrate(self.bn2(self.conv2(y)))
+        y = self.end_branch(self.bn2(self.conv2(y)))
         return torch.relu(y + self.shortcut(x))
 
 
@@ -120,7 +142,7 @@ class Bottleneck(Block):
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.bn1(self.conv1(x)))
         y = torch.relu(self.bn2(self.conv2(y)))
-        y = self.recalibrate(self.bn3(self.conv3(y)))
+        y = self.end_branch(self.bn3(self.conv3(y)))
         return torch.relu(y + self.shortcut(x))
 
 
@@ -144,5 +166,6 @@ class PreActBlock(Block):
         y = torch.relu(self.bn1(x))
         if self.changes_shape:
             x = self.shortcut(y)
-        y = self.conv2(torch.relu(self.bn2(self.conv1(y))))
-        return x + self.recalibrate(y)
+        y = torch.relu(self.bn2(self.conv1(y)))
+        y = self.conv2(F.dropout(y, self.dropout, self.training))
+        return x + self.end_branch(y)

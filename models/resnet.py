@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from aaconv.augment import POOLED_ABOVE
 from aaconv.maps import augmented_layers
+from models.alternet import AlterBlock
 from models.attention import Attention, NoAttention, Place
 from models.blocks import BasicBlock, Block, Bottleneck, PreActBlock
 
@@ -16,6 +17,7 @@ BLOCKS: dict[str, type[Block]] = {
     "basic": BasicBlock,
     "bottleneck": Bottleneck,
     "preact": PreActBlock,
+    "alternet": AlterBlock,
 }
 
 
@@ -27,7 +29,8 @@ class ResNet(nn.Module):
 
     Args:
         block: ``basic`` or ``bottleneck`` (He et al., CVPR 2016), or ``preact`` as in wide
-            ResNets (Zagoruyko and Komodakis, BMVC 2016).
+            ResNets (Zagoruyko and Komodakis, BMVC 2016), or ``alternet``, see
+            `models.alternet.AlterBlock`.
         depths: number of blocks of each stage.
         widths: channels of each stage, before a bottleneck's fourfold expansion.
         stem: output channels of the first convolution, which is 3x3.
@@ -37,6 +40,9 @@ class ResNet(nn.Module):
         shortcut: ``projection``, ``pad`` or ``subsample``, see `models.blocks.Shortcut`.
         num_classes: number of logits.
         image_size: (H, W) of the images, which sizes the relative tables of `AA`.
+        drop_path: probability with which the last block is left out for an image in training; the
+            l-th of L blocks is with l / L of it (stochastic depth, Huang et al., ECCV 2016).
+        dropout: between the two convolutions of ``preact`` blocks, see Zagoruyko and Komodakis.
         attention: what the blocks have in addition to convolutions, see `models.attention`.
             Networks to compare differ in this argument alone.
 
@@ -58,6 +64,8 @@ class ResNet(nn.Module):
         image_size: tuple[int, int] = (32, 32),
         attention: Attention = NoAttention(),  # noqa: B008 (a frozen dataclass)
         strided_stem: bool = False,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if block not in BLOCKS:
@@ -71,6 +79,14 @@ class ResNet(nn.Module):
                 f"depths={list(depths)}, widths={list(widths)}, stem={stem} and "
                 f"num_classes={num_classes} must be at least 1"
             )
+        if not (0 <= drop_path < 1 and 0 <= dropout < 1):
+            raise ValueError(
+                f"drop_path={drop_path} and dropout={dropout} must be from 0 to below 1"
+            )
+        make_block = BLOCKS[block]
+        preact = issubclass(make_block, PreActBlock)
+        if dropout and not preact:
+            raise ValueError(f"dropout={dropout} needs block=preact, not {block}; use drop_path")
         attention.check(depths)
         self.arguments: dict[str, Any] = {
             "block": block,
@@ -82,8 +98,9 @@ class ResNet(nn.Module):
             "image_size": list(image_size),
             "attention": attention,
             "strided_stem": strided_stem,
+            "drop_path": drop_path,
+            "dropout": dropout,
         }
-        make_block = BLOCKS[block]
         self.strided_stem = strided_stem
         if strided_stem:
             self.conv = nn.Conv2d(3, stem, 7, 2, padding=3, bias=False)
@@ -91,7 +108,6 @@ class ResNet(nn.Module):
             self.conv = nn.Conv2d(3, stem, 3, padding=1, bias=False)
         # Pre-activation blocks normalize their own input, so the normalization that the others
         # have after the stem comes after the last block instead.
-        preact = block == "preact"
         self.bn_in = nn.Identity() if preact else nn.BatchNorm2d(stem)
         self.stages = nn.Sequential()
         channels, size = stem, image_size
@@ -105,7 +121,10 @@ class ResNet(nn.Module):
                 is_pooled = strided_stem and size[0] * size[1] > POOLED_ABOVE
                 pool = 2 if is_pooled else 1
                 place = Place(index + 1, number + 1, depth, stride, size, pool)
-                blocks.append(make_block(channels, width, place, shortcut, attention))
+                dropped = drop_path * (sum(depths[:index]) + number + 1) / sum(depths)
+                blocks.append(
+                    make_block(channels, width, place, shortcut, attention, dropped, dropout)
+                )
                 channels = width * make_block.expansion
             self.stages.append(blocks)
         self.bn_out = nn.BatchNorm2d(channels) if preact else nn.Identity()

@@ -52,7 +52,10 @@ class Network(TypedDict):
     widths: list[Count]
     stem: Count
     shortcut: Text
-    strided_stem: NotRequired[bool]  # older code has none
+    # Older code has none of these.
+    strided_stem: NotRequired[bool]
+    drop_path: NotRequired[Finite]
+    dropout: NotRequired[Finite]
     num_classes: Count
     image_size: Annotated[list[Side], Field(min_length=2, max_length=2)]
     attention: dict[str, Any]

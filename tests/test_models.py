@@ -23,8 +23,10 @@ from models import (
     layer_table,
     receptive_field,
 )
+from models.alternet import AlterBlock
 from models.attention import GatherExcite, Place, SideConv, SqueezeExcite
 from models.blocks import Shortcut
+from training.settings import build_model
 
 import reference
 from helpers import CONFIGS
@@ -84,6 +86,53 @@ def aa(**change):
 )
 def test_parameters_of_wide_resnet_28_10(shortcut, attention, expected):
     assert count_parameters(wide(shortcut, attention)) == expected
+
+
+def test_parameters_of_wide_resnet_16_8():
+    with torch.device("meta"):
+        network = ResNet("preact", [2, 2, 2], [128, 256, 512], 16, "projection", 100)
+    assert round(count_parameters(network) / 1e6, 1) == 11.0  # Zagoruyko and Komodakis, table 4
+
+
+# The last block of a stage of C channels trades two 3x3 convolutions, 18 C^2, for a 1x1 one, C^2,
+# queries, keys and values, 3 C^2, what mixes the heads, C^2, and two tables of (2 map - 1) * C / 8.
+def test_parameters_of_alternet_18(settings):
+    plain, alternet = (
+        build_model(
+            settings("model=alternet18", f"attention={name}", base=[]),
+            num_classes=100,
+            image_size=(32, 32),
+        )
+        for name in ("none", "aa")
+    )
+    of_stages = [(64, 64, 32), (64, 128, 16), (128, 256, 8), (256, 512, 4)]
+    expected = 27 * 64 + 2 * 512 + 512 * 100 + 100
+    for before, width, _ in of_stages:
+        expected += 9 * (before * width + 3 * width**2) + 2 * (before + 3 * width)
+        expected += before * width if before != width else 0
+    assert count_parameters(plain) == expected
+    for _, width, size in of_stages[1:]:
+        expected += -18 * width**2 + 5 * width**2 + 2 * (2 * size - 1) * width // 8
+    assert count_parameters(alternet) == expected
+    assert list(augmented_layers(alternet)) == [f"stages.{i}.1.attention" for i in (1, 2, 3)]
+    assert all(layer.conv_out is None for layer in augmented_layers(alternet).values())
+
+
+@pytest.mark.parametrize(("in_channels", "stride"), [(8, 1), (4, 2)])
+def test_an_alternet_block_by_its_formula(in_channels, stride):
+    torch.manual_seed(0)
+    place = Place(1, 1, 1, stride, (3, 4))
+    block = AlterBlock(in_channels, 8, place, "projection", aa(dk=1.0, dv=1.0)).double().eval()
+    for norm in (block.bn1, block.bn2):
+        nn.init.uniform_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.5, 2)
+    x = torch.randn(2, in_channels, 3 * stride, 4 * stride).double()
+    y = nn.functional.gelu(block.bn1(x))
+    skip = x if stride == 1 else block.shortcut.conv(y[:, :, ::stride, ::stride])
+    inner = block.bn2(nn.functional.conv2d(y, block.conv1.weight))
+    weights = {"attn_out.bias": torch.zeros(8), **block.attention.state_dict()}
+    attended = reference.augmented_conv(inner, weights, dk=8, dv=8, Nh=2, stride=stride)
+    torch.testing.assert_close(block(x), skip + attended)
 
 
 def test_flops_of_wide_resnet_28_10():

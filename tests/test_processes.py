@@ -76,7 +76,7 @@ def children(process):
 SETTINGS = ["epochs=3", "data.test_size=41", "grad_accum=2", "ema=0.9", "grad_clip=0.5"]
 # Sums in another order are rounded otherwise. Adam makes whole steps of gradients that are nothing
 # but rounding, and larger steps of SGD soon take other sides of the ReLUs.
-SETTINGS += ["optim=sgd", "optim.lr=0.003"]
+SETTINGS += ["optim=sgd", "optim.lr=0.003", "class_weights=balanced", "balanced_sampling=true"]
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,22 @@ def test_two_processes_give_the_curve_of_one(runs):
     for part in ("model", "ema_model"):
         for name, value in a[part].items():
             torch.testing.assert_close(b[part][name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_two_processes_drop_is_the_same_after_a_stop(tmp_path):
+    words = [*TINY, "device=cpu", "epochs=1", f"out_dir={tmp_path}", "resume=auto"]
+    words += ["model.drop_path=0.5", "attention.dropout=0.3"]
+    for folder, limits in (("whole", ["null"]), ("parts", ["1e-9", "null"])):
+        for limit in limits:
+            own = [f"run_dir={tmp_path / folder}", f"max_minutes={limit}"]
+            codes, said = train(*words, *own, processes=2)
+            assert set(codes) == {0}, said
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    whole, parts = (
+        torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "parts")
+    )
+    assert all(torch.equal(parts["model"][name], value) for name, value in whole["model"].items())
 
 
 @pytest.mark.slow

@@ -68,11 +68,6 @@ def assert_same(a, b):
     )
 
 
-def dropping_out(build):
-    """``build`` with a random part in its network."""
-    return lambda cfg, **sizes: ending_in(build(cfg, **sizes), nn.Dropout(0.3))
-
-
 def ending_in(network, last):
     network.head = nn.Sequential(network.head, last)
     return network
@@ -80,9 +75,14 @@ def ending_in(network, last):
 
 KINDS = {
     "sgd-ema-fp16": ["optim=sgd", "ema=0.9", "precision=fp16"],
-    "augmented-clipped": ["augmentation={crop_pad:2,flip:true,cutout:8}", "grad_clip=0.1"],
+    "augmented-clipped": [
+        *("augmentation={crop_pad:2,flip:true,cutout:8}", "grad_clip=0.1"),
+        *("model.drop_path=0.5", "attention.dropout=0.3", "optim.lr_factors.head=2"),
+    ],
     "warm-up-accumulated": ["schedule=warmup_cosine", "schedule.warmup=0.5", "grad_accum=2"],
-    "bf16-preact-smooth": ["precision=bf16", "model.block=preact", "label_smoothing=0.1"],
+    "bf16-preact-smooth": [
+        *("precision=bf16", "model.block=preact", "model.dropout=0.3", "label_smoothing=0.1"),
+    ],
     "se-deterministic": ["attention=se", "attention.ratio=2", "deterministic=true"],
 }
 
@@ -93,8 +93,7 @@ KINDS = {
     ids=KINDS,
 )
 def test_stopped_after_every_step(run, tmp_path, monkeypatch, overrides):
-    monkeypatch.setattr(train, "build_model", dropping_out(train.build_model))
-    # It would not move within so few steps.
+    # The scale would not move within so few steps.
     moving = partial(torch.amp.GradScaler, growth_interval=2)
     monkeypatch.setattr(torch.amp, "GradScaler", moving)
     run(*overrides, folder="whole")

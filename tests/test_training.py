@@ -12,7 +12,7 @@ from torch import nn
 
 from training import provenance
 from training.device import choose_device, choose_dtype, peak_memory_mib
-from training.schedule import one_cycle, warmup_cosine
+from training.schedule import constant, one_cycle, step, warmup_cosine
 from training.scores import correct_in_top, evaluate
 
 from helpers import ROOT
@@ -50,12 +50,23 @@ def test_one_cycle():
     assert seen[10:] == sorted(seen[10:], reverse=True)
 
 
+def test_step_and_constant():
+    seen = rates(step, 20, milestones=[0.75, 0.5], factor=0.1, warmup=0.2)
+    assert seen[:4] == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert seen[4:10] == pytest.approx([0.4] * 6)
+    assert seen[10:15] == pytest.approx([0.04] * 5)
+    assert seen[15:] == pytest.approx([0.004] * 5)
+    assert rates(constant, 20, warmup=0.2) == pytest.approx([0.1, 0.2, 0.3] + [0.4] * 17)
+    assert rates(constant, 5, warmup=0.0) == [0.4] * 5
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_schedules_of_hardly_any_steps(steps):
     for seen in (
         rates(warmup_cosine, steps, warmup=0.05),
         rates(one_cycle, steps, warmup=0.25, start=0.1, end=0.01),
         rates(one_cycle, steps, warmup=1.0, start=0.1, end=0.01),
+        rates(step, steps, milestones=[0.5], factor=0.1, warmup=0.5),
     ):
         assert all(0 <= rate <= 0.4 for rate in seen)
 

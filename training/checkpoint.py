@@ -111,7 +111,8 @@ def begin(
         if not overwrite or resume != "auto":
             raise ValueError(images.other_images(used, state["description"]["data"]))
         used, state = None, {}
-    names = (run_folder.SUMMARY, run_folder.METRICS, run_folder.WEIGHTS, run_folder.DESCRIPTION)
+    names = [run_folder.SUMMARY, run_folder.METRICS, run_folder.WEIGHTS]
+    names += [run_folder.BEST, run_folder.DESCRIPTION]
     results = [folder / name for name in names]
     if used is not None and used.parent.resolve() == folder.resolve():
         # Kept, a damaged one would push the good one out at the next save. The results may be

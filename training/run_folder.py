@@ -3,6 +3,7 @@
     metrics.csv      a row for each epoch
     summary.json     the last epoch's scores and where they come from; only of a finished run
     weights.safetensors, config.json    the finished network, see `models.load`
+    best.safetensors the network after the epoch that was the best on held-out images (keep_best)
     failed.json      instead of it where a loss or a score was not finite
     last.pt          the newest checkpoint, and previous.pt the one before
     train.log        what the run printed
@@ -60,6 +61,7 @@ FAILURE = "failed.json"
 LAST = "last.pt"
 PREVIOUS = "previous.pt"
 LOG = "train.log"
+BEST = "best.safetensors"
 HYDRA = ".hydra"
 LOCK = ".lock"
 SOFT_LOCK = ".lock-soft"
@@ -131,11 +133,13 @@ class RunFolder:
         else:
             (self.path / METRICS).unlink(missing_ok=True)
 
-    def write_weights(self, model: nn.Module, description: Description) -> None:
-        """Write weights.safetensors and config.json, which `models.load` reads."""
+    def write_weights(
+        self, model: nn.Module, description: Description, name: str = WEIGHTS
+    ) -> None:
+        """Write the file ``name`` and config.json, which `models.load` reads."""
         weights = weights_as_bytes(model)
         write_text(self.path / DESCRIPTION, description_as_text(description))
-        write_whole(self.path / WEIGHTS, lambda file: file.write(weights))
+        write_whole(self.path / name, lambda file: file.write(weights))
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, which makes the run a finished one."""

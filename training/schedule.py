@@ -1,6 +1,7 @@
 """Learning rate over the steps of a run; the optimizer's own rate is the highest of them."""
 
 import math
+from collections.abc import Sequence
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -39,6 +40,33 @@ def one_cycle(
         return _half_cosine(1, end, (step - top) / max(1, last - top))
 
     return LambdaLR(optimizer, factor)
+
+
+def step(
+    optimizer: Optimizer,
+    total_steps: int,
+    *,
+    milestones: Sequence[float],
+    factor: float,
+    warmup: float,
+) -> LRScheduler:
+    """Times ``factor`` after each of the ``milestones``, which are fractions of all steps.
+
+    Before, over the fraction ``warmup``, up a straight line as `warmup_cosine` has it.
+    """
+    rising = round(warmup * total_steps)
+    drops = [round(milestone * total_steps) for milestone in milestones]
+
+    def of_step(step: int) -> float:
+        passed = sum(step >= drop for drop in drops)
+        return min(1, (step + 1) / max(1, rising)) * factor**passed
+
+    return LambdaLR(optimizer, of_step)
+
+
+def constant(optimizer: Optimizer, total_steps: int, *, warmup: float) -> LRScheduler:
+    """The same rate in all steps after the fraction ``warmup``, see `step`."""
+    return step(optimizer, total_steps, milestones=(), factor=1, warmup=warmup)
 
 
 def _half_cosine(begin: float, end: float, progress: float) -> float:

@@ -6,11 +6,14 @@ from typing import Any, get_args
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import models
 from configs.schema import unknown_setting
 from configs.setting import MAX_FLOAT
+from models.fields import is_number
+from training.loss import BALANCED
+from training.optimizer import parameter_groups
 
 MAX_BLOCKS = 1000
 MAX_PARAMETERS = 10**10
@@ -29,6 +32,7 @@ def check(cfg: DictConfig, world_size: int = 1) -> None:
     What only the data can tell, such as a batch larger than the set, is found when they are read.
     """
     _check_keys(cfg)
+    _check_class_weights(cfg.class_weights)
     _check_ranges(cfg)
     if cfg.batch_size % (cfg.grad_accum * world_size):
         parts = f"grad_accum={cfg.grad_accum}"
@@ -85,6 +89,14 @@ def _check_keys(node: DictConfig, where: str = "") -> None:
             _check_keys(value, f"{where}{inner!s}.")
 
 
+def _check_class_weights(value: Any) -> None:
+    numbers = isinstance(value, ListConfig) and all(map(is_number, value))
+    if not (value is None or value == BALANCED or numbers):
+        raise ValueError(
+            f"class_weights={value} must be null, {BALANCED}, or a list, a number for each class"
+        )
+
+
 def _check_project(project: str, mode: str) -> None:
     if mode != "disabled" and (not project or set(project) & set("/\\#?%:")):
         raise ValueError(
@@ -110,6 +122,7 @@ def _check_network(cfg: DictConfig) -> None:
         parameters = math.inf  # torch counts to 2^63
     else:
         models.freeze(network, cfg.freeze)
+        parameter_groups(network, cfg.optim)
     if parameters > MAX_PARAMETERS:
         sizes = [f"model.{key}={cfg.model[key]}" for key in ("depths", "widths", "stem")]
         sizes += [

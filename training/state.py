@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from data import Batches, Dataset
@@ -23,14 +23,16 @@ class RunState(NamedTuple):
     model: nn.Module
     wrapped_model: Any  # the model as training calls it: compiled, DistributedDataParallel
     ema_model: AveragedModel | None
+    best_model: nn.Module | None  # the evaluated one after the epoch that is the best so far
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     autocast: torch.autocast
     scaler: torch.amp.GradScaler
+    class_weights: Tensor | None  # (classes,), of the loss
 
     def stateful(self) -> dict[str, Any]:
         """The objects whose states a checkpoint keeps."""
-        names = ("model", "optimizer", "schedule", "scaler", "ema_model")
+        names = ("model", "optimizer", "schedule", "scaler", "ema_model", "best_model")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
     @property

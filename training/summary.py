@@ -105,6 +105,7 @@ def summarize(
         "epochs": len(progress.rows),
         "seed": cfg.seed,
         **{key: last[key] for key in last if "/" in key and not key.startswith("perf/")},
+        **(best(progress.rows) if cfg.keep_best else {}),
         "perf/total_seconds": sum(row["perf/epoch_seconds"] for row in progress.rows),
         "per_class_top1": progress.per_class_top1,
         "class_names": list(dataset.class_names),
@@ -116,7 +117,7 @@ def summarize(
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The best held-out accuracy of all epochs and when it was, for the dashboard.
+    """The best held-out accuracy of all epochs and when it was; of equal ones the first.
 
     Empty where no images were held out: an epoch is not chosen by the test set.
     """

@@ -7,7 +7,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+Attend = Callable[..., Tensor]
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
@@ -28,13 +28,18 @@ def in_float32(attend: Attend) -> Attend:
 
     @wraps(attend)
     def wrapped(
-        q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rel_h: Tensor | None,
+        rel_w: Tensor | None,
+        *options: float,
     ) -> Tensor:
         dtype = torch.promote_types(v.dtype, torch.float32)
         # Autocast would compute products of float32 tensors in half precision.
         with without_autocast(q.device.type):
             tables = (table if table is None else table.to(dtype) for table in (rel_h, rel_w))
-            out = attend(q.to(dtype), k.to(dtype), v.to(dtype), *tables)
+            out = attend(q.to(dtype), k.to(dtype), v.to(dtype), *tables, *options)
         return out.to(v.dtype)
 
     return wrapped

@@ -15,9 +15,16 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: 
     return None
 
 
-@in_float32
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
     """`aaconv.attention_2d` by its formula."""
+    return attend_with_dropout(q, k, v, rel_h, rel_w, 0.0)
+
+
+@in_float32
+def attend_with_dropout(
+    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, dropout: float
+) -> Tensor:
+    """The same with ``dropout`` of the weights, which no other backend has."""
     B, N, H, W, D = q.shape
     q = q * D**-0.5
     logits = torch.matmul(q.flatten(2, 3), k.flatten(2, 3).mT)  # (B, N, HW, HW)
@@ -26,5 +33,5 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor 
         col_bias = position_bias(q, rel_w, axis=3)  # (B, N, H, W, u)
         logits = logits.view(B, N, H, W, H, W) + row_bias[..., None] + col_bias[..., None, :]
         logits = logits.flatten(4, 5).flatten(2, 3)
-    weights = torch.softmax(logits, dim=-1)
+    weights = torch.dropout(torch.softmax(logits, dim=-1), dropout, train=dropout > 0)
     return torch.matmul(weights, v.flatten(2, 3)).unflatten(2, (H, W))

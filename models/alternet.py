@@ -1,0 +1,44 @@
+"""AlterNet: attention instead of convolutions at the ends of stages (Park and Kim, ICLR 2022)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Attention, Place
+from models.blocks import PreActBlock
+
+
+class AlterBlock(PreActBlock):
+    """A `PreActBlock`, or where attention is, a 1x1 convolution and attention behind it.
+
+    Which of the two `attention` says: with ``blocks="last"`` and ``dk=1.0``, ``dv=1.0`` in stages 2
+    to 4 of a pre-activation ResNet-18 it is the AlterNet-18 of Park and Kim, without attention the
+    network that they compare it with.
+
+    After Park and Kim, as their published code has it: normalization, GELU, 1x1 convolution,
+    normalization, attention, nothing after that, and no MLP. It differs in attention itself, which
+    is the one of this project: over the whole map and not over windows, with positions by
+    `aaconv.AugmentedConv` and not by a bias of each offset, with one number of heads in all stages
+    and as many key and value channels as the block puts out, where theirs has 6, 12 and 24 heads of
+    64 channels.
+    """
+
+    def add_branch(
+        self, in_channels: int, channels: int, place: Place, attention: Attention
+    ) -> None:
+        convolution = attention.first_convolution(channels, channels, place)
+        self.attends = not isinstance(convolution, nn.Conv2d)
+        if not self.attends:
+            super().add_branch(in_channels, channels, place, attention)
+            return
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.attention = convolution
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.attends:
+            return super().forward(x)
+        y = F.gelu(self.bn1(x))
+        if self.changes_shape:
+            x = self.shortcut(y)
+        return x + self.end_branch(self.attention(self.bn2(self.conv1(y))))
