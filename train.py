@@ -182,6 +182,7 @@ def build(
         cfg.seed,
         shard=(world.rank, world.size),
         micro_batches=cfg.grad_accum,
+        num_classes=dataset.num_classes,
     )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if cfg.compile:  # a compiled network tries no backend
@@ -267,7 +268,8 @@ def take_step(
     """One step of the optimizer, and the figures that it has shown, scalars on the device.
 
     Of the whole batch, all processes' shards of it: ``loss``, the mean before the step; ``top1``,
-    the fraction that the network had right then; ``grad_norm``, the L2 norm of all gradients
+    the fraction that the network had right then, or the weight that mixed labels give to what it
+    chose; ``grad_norm``, the L2 norm of all gradients
     together, before they are clipped. The mean of each over an epoch becomes a column of
     metrics.csv: a figure more is a metric more, on the dashboard and in the report, too.
     """
@@ -280,8 +282,9 @@ def take_step(
                 logits = state.wrapped_model(inputs)
             loss = F.cross_entropy(logits.float(), targets, label_smoothing=cfg.label_smoothing)
             state.scaler.scale(loss / cfg.grad_accum).backward()  # the gradients add up
-        right = (logits.detach().argmax(dim=1) == targets).float().mean()
-        for name, value in {"loss": loss.detach(), "top1": right}.items():
+        chosen = logits.detach().argmax(dim=1)
+        right = chosen == targets if targets.ndim == 1 else targets.gather(1, chosen[:, None])
+        for name, value in {"loss": loss.detach(), "top1": right.float().mean()}.items():
             figures[name] = figures.get(name, 0) + value / cfg.grad_accum
     figures = distributed.all_reduce_mean(figures)
 
