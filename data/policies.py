@@ -36,27 +36,27 @@ def draw(
 
     steps = []
     if policy == "trivial":
-        table = _magnitudes(MAX_MAGNITUDE + 1, size, wide=True)
+        table = magnitudes(MAX_MAGNITUDE + 1, size, wide=True)
         operations, levels = integers(CHOSEN_AT_RANDOM), integers(MAX_MAGNITUDE + 1)
         steps.append((operations, table[operations, levels], integers(2)))
     elif policy == "rand":
-        table = _magnitudes(MAX_MAGNITUDE + 1, size, wide=False)
+        table = magnitudes(MAX_MAGNITUDE + 1, size, wide=False)
         for _ in range(rand_ops):
             operations = integers(CHOSEN_AT_RANDOM)
             steps.append((operations, table[operations, rand_magnitude], integers(2)))
     else:
-        table, pairs = _magnitudes(AUTO_BINS, size, wide=False), _auto_policies()
+        table, pairs = magnitudes(AUTO_BINS, size, wide=False), _auto_policies()
         chosen = integers(len(pairs))
         for step in range(2):
             operations, probabilities, levels = pairs[chosen, step].unbind(-1)
             left_out = torch.rand(number, generator=generator) > probabilities
             operations = operations.long().masked_fill(left_out, 0)
             steps.append((operations, table[operations, levels.long()], integers(2)))
-    operations, magnitudes, signs = (torch.stack(part, 1) for part in zip(*steps, strict=True))
+    operations, strengths, signs = (torch.stack(part, 1) for part in zip(*steps, strict=True))
     signed = torch.tensor([name in SIGNED for name in OPERATIONS])[operations]
     return {
         "operations": operations,
-        "magnitudes": torch.where(signed & (signs == 1), -magnitudes, magnitudes),
+        "magnitudes": torch.where(signed & (signs == 1), -strengths, strengths),
     }
 
 
@@ -78,7 +78,7 @@ def apply(pixels: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
     return pixels
 
 
-def _magnitudes(bins: int, size: tuple[int, int], wide: bool) -> Tensor:
+def magnitudes(bins: int, size: tuple[int, int], wide: bool) -> Tensor:
     """(operations, bins) float64: the magnitudes of each, from weakest to strongest."""
     height, width = size
     shear, rotation, enhancement, dropped_bits = (0.99, 135, 0.99, 6) if wide else (0.3, 30, 0.9, 4)
