@@ -65,7 +65,7 @@ def apply(pixels: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
 
     Each operation is called once a step, on all samples that have it.
     """
-    functions = list(OPERATIONS.values())
+    functions, pixels = list(OPERATIONS.values()), pixels.clone()
     for step in range(operations.shape[1]):
         chosen = operations[:, step]
         for operation in chosen.unique().tolist():
@@ -74,7 +74,7 @@ def apply(pixels: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
             samples = (chosen == operation).nonzero()[:, 0]
             index = samples.to(pixels.device, non_blocking=True)
             changed = functions[operation](pixels.index_select(0, index), magnitudes[samples, step])
-            pixels = pixels.index_copy(0, index, changed)
+            pixels.index_copy_(0, index, changed)
     return pixels
 
 

@@ -35,7 +35,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.batches import ALL, overrides
-from data import Batches, Dataset, policies
+from data import Augmentation, Batches, Dataset, policies
 from reporting import figures
 from training.compose import compose_config
 from training.files import write_files
@@ -43,21 +43,11 @@ from training.files import write_files
 COLUMNS = 8
 
 
-def augmented(dataset: Dataset, word: str, settings: list[str]) -> Tensor:
-    """The first images of an epoch, (`COLUMNS`, H, W, 3) uint8.
-
-    Raises:
-        HydraException, OmegaConfBaseException, ValueError: there is no such augmentation.
-    """
-    cfg = compose_config([*settings, *overrides(word)])
+def augmented(dataset: Dataset, augmentation: Augmentation, seed: int) -> Tensor:
+    """The first images of an epoch, (`COLUMNS`, H, W, 3) uint8."""
+    mean_and_std = (dataset.mean, dataset.std)
     batches = Batches(
-        dataset.train,
-        COLUMNS,
-        instantiate(cfg.augmentation, _convert_="all"),
-        dataset.mean,
-        dataset.std,
-        cfg.seed,
-        num_classes=dataset.num_classes,
+        dataset.train, COLUMNS, augmentation, *mean_and_std, seed, num_classes=dataset.num_classes
     )
     images, _ = next(batches.epoch(0))
     mean, std = torch.tensor(dataset.mean), torch.tensor(dataset.std)
@@ -100,10 +90,13 @@ def main(args: argparse.Namespace) -> None:
     words = args.show or ALL
     if args.out.suffix != ".png":
         raise ValueError(f"--out {args.out}: the picture is a PNG file; give a name with .png")
-    for word in words:
-        instantiate(compose_config([*args.settings, *overrides(word)]).augmentation)
-    dataset = instantiate(compose_config(args.settings).data, _convert_="all")
-    left = {word: augmented(dataset, word, args.settings) for word in words}
-    right = operations(augmented(dataset, "none", args.settings)[0])
+    settings = {word: compose_config([*args.settings, *overrides(word)]) for word in words}
+    augmentations = {
+        word: instantiate(cfg.augmentation, _convert_="all") for word, cfg in settings.items()
+    }
+    cfg = next(iter(settings.values()))
+    dataset = instantiate(cfg.data, _convert_="all")
+    left = {word: augmented(dataset, how, cfg.seed) for word, how in augmentations.items()}
+    right = operations(augmented(dataset, Augmentation(), cfg.seed)[0])
     write_files({args.out: figures.as_png(draw(left, right))})
     print(f"written: {args.out}")
