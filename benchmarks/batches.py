@@ -1,8 +1,8 @@
 """Time making a batch with each augmentation, beside the training step that takes it.
 
-The step is that of `bench step`, in the same rounds. An augmentation is an option of its group, or
-one of its settings with the others as in `standard`. What an epoch draws is drawn before its first
-batch; its time is shared out among the batches of 50,000 images.
+The step is that of `bench step`, in the same rounds. An augmentation is an option of its group with
+settings of it, such as rand,mixup=1; without an option the others are as in `standard`. What an
+epoch draws is drawn before its first batch; its time is shared out among the epoch's batches.
 """
 
 from collections.abc import Iterator
@@ -34,10 +34,11 @@ STEP = "step"
 
 
 def overrides(word: str) -> list[str]:
-    """The settings of ``word``: an option of the group, or a setting upon `standard`."""
-    if "=" in word:
-        return ["augmentation=standard", f"augmentation.{word}"]
-    return [f"augmentation={word}"]
+    """The settings of ``word``: OPTION,NAME=VALUE,... of the group, by default upon `standard`."""
+    option, *settings = word.split(",")
+    if "=" in option:
+        option, settings = "standard", [option, *settings]
+    return [f"augmentation={option}", *(f"augmentation.{setting}" for setting in settings)]
 
 
 def make_batches(case: Case, augmentation: str, device: torch.device) -> Batches:

@@ -1,12 +1,12 @@
 """Draw what each augmentation makes of training images.
 
     python scripts/augmentation.py --out augmentation.png data.root=FOLDER
-    python scripts/augmentation.py --out mine.png data=folder data.root=DIR --show rand mixup=0.2
+    python scripts/augmentation.py --out mine.png data=folder data.root=DIR --show rand,mixup=0.2
 
 On the left the first images of an epoch, the same ones in every row: with an option of the group
-augmentation, or with one of its settings and the rest as in `standard`. On the right the operations
-of the policies on the first image, over TrivialAugment's range of magnitudes. What has an = and is
-not behind --show is a setting of train.py.
+augmentation and settings of it, the rest as in `standard` where there is no option. On the right
+the operations of the policies on the first image, over TrivialAugment's range of magnitudes. What
+has an = and is not behind --show is a setting of train.py.
 """
 
 import argparse
