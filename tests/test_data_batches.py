@@ -262,6 +262,23 @@ def test_the_draws_stay_the_same_from_version_to_version():
     }
 
 
+def test_later_draws_stay_the_same_too():
+    draws = draws_of(batches(EVERYTHING, images=random_images(8)), 1)
+    found = {name: vector.tolist() for name, vector in vars(draws).items()}
+    assert [int(side) for side in found["mirrored"]] == [1, 0, 0, 1, 1, 0, 1, 0]
+    assert found["operations"][:4] == [[5, 9], [1, 10], [4, 3], [13, 8]]
+    assert found["magnitudes"][0] == pytest.approx([9, 0.27])
+    assert found["magnitudes"][2] == pytest.approx([-1.5, -0.95], abs=0.01)
+    assert found["erased"][:2] == [[0, 0, 0, 0], [6, 10, 2, 5]]
+    assert found["partner"] == [1, 4, 7, 5, 6, 2, 3, 0]
+    assert found["box"][:2] == [[0, 0, 0, 0], [0, 2, 0, 2]]
+    assert found["outside"][:3] == pytest.approx([0.31, 1, 0.87], abs=0.005)
+    trivial = draws_of(batches(Augmentation(policy="trivial"), images=random_images(8)), 1)
+    assert trivial.operations[:, 0].tolist() == [2, 4, 9, 5, 3, 0, 9, 3]
+    auto = draws_of(batches(Augmentation(policy="auto"), images=random_images(8)), 1)
+    assert auto.operations[:4].tolist() == [[8, 9], [7, 13], [12, 11], [0, 0]]
+
+
 def test_an_epoch_repeats_whatever_was_drawn_before():
     source = batches(EVERYTHING)
     first = whole_epoch(source, epoch=1)
