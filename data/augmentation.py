@@ -7,6 +7,7 @@ the k-th sample; what is on leaves the draws of all else alone. Pixels are chang
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +18,18 @@ from data import erasing, mixing, policies
 from data.dataset import seeded_generator
 
 Draws = dict[str, Tensor]
+# Least and, unless there is none, most of each number.
+_RANGES: dict[str, tuple[int, int | None]] = {
+    **dict.fromkeys(("crop_pad", "cutout", "mixup", "cutmix"), (0, None)),
+    "rand_ops": (1, None),
+    "rand_magnitude": (0, policies.MAX_MAGNITUDE),
+    "erasing": (0, 1),
+}
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes to a training image, applied in the order of the fields.
+    """Random changes to a training image: crop, flip, policy, cutout, erasing and mixing, in order.
 
     ``crop_pad``: pixels padded on each side before a random crop to the original size.
     ``flip``: whether to mirror left to right with probability 1/2; "alternating" mirrors each
@@ -30,7 +38,7 @@ class Augmentation:
     over the image, so it may extend past the edge. 0 turns crop and cutout off.
     ``padding``: "zeros", or "reflect" for the image mirrored at its edge.
     ``policy``: "trivial" (TrivialAugment), "rand" (RandAugment: ``rand_ops`` operations of
-    ``rand_magnitude``), "auto" (AutoAugment's for CIFAR-10) or None; before cutout.
+    ``rand_magnitude``), "auto" (AutoAugment's for CIFAR-10) or None.
     ``erasing``: probability that a random rectangle is set to the mean color.
     ``mixup``, ``cutmix``: parameter of the beta distribution of the share that a sample keeps when
     it is mixed with another one; 0 is off, and with both on each is taken with probability 1/2.
@@ -50,27 +58,16 @@ class Augmentation:
     cutmix: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("crop_pad", "cutout"):
+        for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            if value < 0:
-                raise ValueError(f"{name}={value} is negative; give 0 (off) or a number of pixels")
-        for name in ("mixup", "cutmix"):
-            value = getattr(self, name)
-            if value < 0:
-                raise ValueError(f"{name}={value} is negative; give 0 (off) or more, such as 1")
+            if not least <= value <= (math.inf if most is None else most):
+                words = f"{least} or more" if most is None else f"{least} to {most}"
+                raise ValueError(f"{name}={value} must be {words}")
         _check_choice("flip", self.flip, (False, True, "alternating"))
         _check_choice("padding", self.padding, ("zeros", "reflect"))
         _check_choice("policy", self.policy, (None, *policies.POLICIES))
         if self.padding != "zeros" and not self.crop_pad:
             raise ValueError(f"padding={self.padding} needs a crop_pad above 0")
-        if not 0 <= self.erasing <= 1:
-            raise ValueError(f"erasing={self.erasing} is no probability; give 0 (off) to 1")
-        if self.rand_ops < 1:
-            raise ValueError(f"rand_ops={self.rand_ops} is below 1; give 1 or more")
-        if not 0 <= self.rand_magnitude <= policies.MAX_MAGNITUDE:
-            raise ValueError(
-                f"rand_magnitude={self.rand_magnitude} must be 0 to {policies.MAX_MAGNITUDE}"
-            )
 
     @property
     def mixes(self) -> bool:

@@ -44,7 +44,7 @@ def test_the_picture_of_all_augmentations(monkeypatch, tmp_path, capsys):
     ("words", "message"),
     [
         (["--out", "a.svg"], "--out a.svg: the picture is a PNG file; give a name with .png"),
-        (["--out", "a.png", "--show", "erasing=2"], "erasing=2.0 is no probability; give 0 (off)"),
+        (["--out", "a.png", "--show", "erasing=2"], "erasing=2.0 must be 0 to 1"),
         (["--out", "a.png", "--show", "trivia"], "Could not find 'augmentation/trivia'"),
     ],
 )
