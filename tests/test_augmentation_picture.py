@@ -15,6 +15,7 @@ from scripts import augmentation
 LOOKUP = ["data=lookup", "data.train_size=9", "data.test_size=1"]
 
 
+@pytest.mark.slow
 def test_the_picture_of_all_augmentations(monkeypatch, tmp_path, capsys):
     drawn, draw = [], augmentation.draw
 

@@ -197,7 +197,7 @@ def base(tmp_path_factory):
         slow("augmentation.policy=trivial"),
         slow("augmentation.policy=auto"),
         slow("augmentation.erasing=0.5"),
-        "augmentation.mixup=1.0",
+        slow("augmentation.mixup=1.0"),
         slow("augmentation.cutmix=1.0"),
         slow("optim=sgd"),
         "optim.lr=0.001",
