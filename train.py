@@ -50,7 +50,7 @@ from training.device import (
     to_device,
 )
 from training.initial import init_provenance, load_initial, take_weights
-from training.loss import class_weights, cross_entropy, relative_weights
+from training.loss import accuracy, class_weights, cross_entropy, relative_weights
 from training.optimizer import make_optimizer
 from training.progress import EpochState, Progress
 from training.scores import evaluate
@@ -184,6 +184,7 @@ def build(
         cfg.seed,
         shard=(world.rank, world.size),
         micro_batches=cfg.grad_accum,
+        num_classes=dataset.num_classes,
         balanced=cfg.balanced_sampling,
     )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -282,8 +283,8 @@ def take_step(
     """One step of the optimizer, and the figures that it has shown, scalars on the device.
 
     Of the whole batch, all processes' shards of it: ``loss``, the mean before the step, by the
-    weights of the classes where there are some; ``top1``,
-    the fraction that the network had right then; ``grad_norm``, the L2 norm of all gradients
+    weights of the classes where there are some; ``top1``, the part of the labels that the network
+    had right then; ``grad_norm``, the L2 norm of all gradients
     together, before they are clipped. The mean of each over an epoch becomes a column of
     metrics.csv: a figure more is a metric more, on the dashboard and in the report, too.
     """
@@ -299,7 +300,7 @@ def take_step(
                 logits = state.wrapped_model(inputs)
             loss = cross_entropy(logits.float(), targets, cfg.label_smoothing, weight)
             state.scaler.scale(loss / cfg.grad_accum).backward()  # the gradients add up
-        right = (logits.detach().argmax(dim=1) == targets).float().mean()
+        right = accuracy(logits.detach(), targets)
         for name, value in {"loss": loss.detach(), "top1": right}.items():
             figures[name] = figures.get(name, 0) + value / cfg.grad_accum
     figures = distributed.all_reduce_mean(figures)

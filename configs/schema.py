@@ -297,15 +297,55 @@ class FolderConfig:
 class AugmentationConfig:
     _target_: str = "data.Augmentation"
     crop_pad: int = setting(
-        "Pixels of zeros on each side before a random crop to the original size, less than that "
-        "size; 0 crops nothing.",
+        "Pixels on each side before a random crop to the original size, less than that size; 0 "
+        "crops nothing.",
         at_least=0,
     )
-    flip: bool = setting("Whether to mirror training images left to right with probability 1/2.")
+    padding: str = setting(
+        "What these pixels are: zeros, or reflect (the image mirrored at its edge).",
+        before="zeros",
+    )
+    flip: Union[bool, str] = setting(
+        "Whether to mirror training images left to right: false, true (with probability 1/2), or "
+        "alternating (each image in every other epoch, half of them in the first)."
+    )
     cutout: int = setting(
         "Side in pixels of a square of the mean color at a random position, at most the image's; "
         "0 has no cutout.",
         at_least=0,
+    )
+    policy: Optional[str] = setting(
+        "Operations that change place and color of the pixels, before cutout: trivial "
+        "(TrivialAugment: one of 14, of any strength), rand (RandAugment: several, of one "
+        "strength), auto (AutoAugment's pairs for CIFAR-10), or null.",
+        before=None,
+    )
+    rand_ops: int = setting(
+        "Operations of augmentation.policy=rand.", at_least=1, at_most=14, before=2
+    )
+    rand_magnitude: int = setting(
+        "Their strength.",
+        at_least=0,
+        at_most=30,
+        before=9,
+    )
+    erasing: float = setting(
+        "Probability that a random rectangle of 2 to 33 % of the image is set to the mean color.",
+        at_least=0,
+        at_most=1,
+        before=0,
+    )
+    mixup: float = setting(
+        "Parameter alpha of Beta(alpha, alpha), from which the share comes that each image and "
+        "its label keep when they are mixed with another image; 0 mixes none. With "
+        "augmentation.cutmix, too, each image gets one of the two.",
+        at_least=0,
+        before=0,
+    )
+    cutmix: float = setting(
+        "The same where a rectangle of the other image is pasted instead.",
+        at_least=0,
+        before=0,
     )
 
 

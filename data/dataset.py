@@ -67,42 +67,6 @@ def _shape_hint(shape: tuple[int, ...]) -> str:
 
 
 @dataclass(frozen=True)
-class Augmentation:
-    """Random changes to a training image, applied in the order crop, flip, cutout.
-
-    ``crop_pad``: zeros padded on each side, in pixels, before a random crop to the original size.
-    ``flip``: whether to mirror left to right with probability 1/2.
-    ``cutout``: side in pixels of a square that is set to the mean color; its center is uniform
-    over the image, so it may extend past the edge. 0 turns crop and cutout off.
-
-    Raises ValueError if ``crop_pad`` or ``cutout`` is negative.
-    """
-
-    crop_pad: int = 0
-    flip: bool = False
-    cutout: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in (("crop_pad", self.crop_pad), ("cutout", self.cutout)):
-            if value < 0:
-                raise ValueError(f"{name}={value} is negative; give 0 (off) or a number of pixels")
-
-    def check_fits(self, height: int, width: int) -> None:
-        """Raises ValueError if a crop could miss the whole image or the cutout is larger."""
-        side = min(height, width)
-        if self.crop_pad >= side:
-            raise ValueError(
-                f"crop_pad={self.crop_pad} could crop away a whole image of {height}x{width}; "
-                f"give less than {side}"
-            )
-        if self.cutout > side:
-            raise ValueError(
-                f"cutout={self.cutout} is larger than an image of {height}x{width}; "
-                f"give at most {side}"
-            )
-
-
-@dataclass(frozen=True)
 class Dataset:
     """A training set, the images it is evaluated on, and what both have in common.
 

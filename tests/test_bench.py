@@ -2,12 +2,25 @@
 
 import json
 import sys
+from dataclasses import fields
 
 import pytest
 import torch
 
-from benchmarks import attention, augment, bench, layer, networks, step, timing, tracking
+from benchmarks import (
+    attention,
+    augment,
+    batches,
+    bench,
+    layer,
+    networks,
+    step,
+    timing,
+    tracking,
+)
+from data import Augmentation
 from models import augmented_layers
+from training.compose import CONFIGS
 
 
 def go(monkeypatch, out, name, *arguments):
@@ -249,3 +262,24 @@ def test_peak_is_that_of_a_step_in_a_new_process():
 def holds(mebibytes, device):
     """A step that fills so much memory."""
     return lambda: torch.ones(mebibytes * 2**18, device=device).sum()
+
+
+def test_bench_batches(monkeypatch, tmp_path):
+    words = ("--augmentation", "none", "mixup=1", "trivial", "--model", "resnet8", "--batch", 4)
+    rows, page = go(monkeypatch, tmp_path, "batches", *words, "--images", 20, "--rounds", 2)
+    assert [row["augmentation"] for row in rows] == ["none", "mixup=1", "trivial"]
+    for row in rows:
+        assert len(row["batch_ms"]) == len(row["step_ms"]) == len(row["draw_ms"]) == 2
+        assert f"| {row['augmentation']} | resnet8 | 4 |" in page
+    labels = [next(batches.make_batches(rows[0], name, torch.device("cpu")).epoch(0))[1]
+              for name in ("standard", "mixup=1")]  # fmt: skip
+    assert [tuple(label.shape) for label in labels] == [(4,), (4, 100)]
+
+
+def test_every_setting_of_the_augmentation_is_timed_and_drawn():
+    """But those that are RandAugment's, or a number of pixels that an option has."""
+    shown = {word.partition("=")[0] for word in batches.ALL}
+    options = {path.stem for path in (CONFIGS / "augmentation").glob("*.yaml")}
+    named = {field.name for field in fields(Augmentation)}
+    assert shown >= options
+    assert shown | options >= named - {"crop_pad", "policy", "rand_ops", "rand_magnitude"}

@@ -32,15 +32,29 @@ def test_a_balanced_order_has_each_class_equally_often_and_repeats_as_little_as_
 
 
 def test_a_balanced_epoch_leaves_the_other_draws_as_they_are():
+    order = balanced_order(LABELS, torch.Generator().manual_seed(1))
+    augmentation = Augmentation(crop_pad=2, policy="rand", erasing=0.5, mixup=1, cutmix=1)
+    plain, balanced = (augmentation.draw(39, (8, 8), 3, 2, given) for given in (None, order))
+    assert sorted(plain.pop("order").tolist()) == list(range(39))
+    assert torch.equal(balanced.pop("order"), order)
+    assert plain.keys() == balanced.keys()
+    assert all(torch.equal(drawn, balanced[name]) for name, drawn in plain.items())
+
+
+def test_an_alternating_flip_is_of_the_image_however_often_it_is_drawn():
+    augmentation, sides = Augmentation(flip="alternating"), {}
+    for epoch in range(2):
+        order = balanced_order(LABELS, torch.Generator().manual_seed(epoch))
+        drawn = augmentation.draw(39, (8, 8), 3, epoch, order)
+        for image, mirrored in zip(order.tolist(), drawn["mirrored"].tolist(), strict=True):
+            assert sides.setdefault(image, mirrored ^ epoch % 2) == mirrored ^ epoch % 2
+
+
+def test_the_batches_of_a_balanced_epoch_have_each_class_equally_often():
     color = (0.5, 0.5, 0.5)
-    plain, balanced = (
-        Batches(IMAGES, 13, Augmentation(), color, color, 3, balanced=b)._draw(2)
-        for b in (False, True)
-    )
-    assert sorted(plain.order.tolist()) == list(range(39))
-    assert sorted(Counter(LABELS[balanced.order].tolist()).values()) == [9, 10, 10, 10]
-    for name in ("top", "left", "mirrored", "cut_row", "cut_column"):
-        assert torch.equal(getattr(plain, name), getattr(balanced, name))
+    batches = Batches(IMAGES, 13, Augmentation(), color, color, 3, balanced=True)
+    drawn = Counter(label for _, labels in batches.epoch(2) for label in labels.tolist())
+    assert sorted(drawn.values()) == [9, 10, 10, 10]
 
 
 def test_balanced_weights_give_each_class_as_much():

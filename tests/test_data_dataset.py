@@ -146,7 +146,9 @@ def test_hold_out_refuses_a_size_that_does_not_fit(size):
         hold_out(numbered_images(101), size)
 
 
-@pytest.mark.parametrize("name", ["crop_pad", "cutout"])
+@pytest.mark.parametrize(
+    "name", ["crop_pad", "cutout", "mixup", "cutmix", "erasing", "rand_ops", "rand_magnitude"]
+)
 def test_negative_augmentation_is_refused(name):
     with pytest.raises(ValueError, match=f"{name}=-1 "):
         Augmentation(**{name: -1})

@@ -77,6 +77,8 @@ SETTINGS = ["epochs=3", "data.test_size=41", "grad_accum=2", "ema=0.9", "grad_cl
 # Sums in another order are rounded otherwise. Adam makes whole steps of gradients that are nothing
 # but rounding, and larger steps of SGD soon take other sides of the ReLUs.
 SETTINGS += ["optim=sgd", "optim.lr=0.003", "class_weights=balanced", "balanced_sampling=true"]
+# Images of one process are mixed with images of the other.
+SETTINGS += ["augmentation.policy=trivial", "augmentation.mixup=1", "augmentation.cutmix=1"]
 
 
 @pytest.fixture(scope="module")

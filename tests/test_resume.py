@@ -76,8 +76,9 @@ def ending_in(network, last):
 KINDS = {
     "sgd-ema-fp16": ["optim=sgd", "ema=0.9", "precision=fp16"],
     "augmented-clipped": [
-        *("augmentation={crop_pad:2,flip:true,cutout:8}", "grad_clip=0.1"),
-        *("model.drop_path=0.5", "attention.dropout=0.3", "optim.lr_factors.head=2"),
+        "augmentation={crop_pad:2,flip:alternating,cutout:8,policy:rand,erasing:0.5,mixup:1,cutmix:1}",
+        *("grad_clip=0.1", "model.drop_path=0.5", "attention.dropout=0.3"),
+        "optim.lr_factors.head=2",
     ],
     "warm-up-accumulated": ["schedule=warmup_cosine", "schedule.warmup=0.5", "grad_accum=2"],
     "bf16-preact-smooth": [
@@ -123,11 +124,11 @@ def test_killed_after_a_checkpoint_inside_an_epoch(run, tmp_path, monkeypatch, s
     original, made = Batches._make, []
     monkeypatch.setattr(train.time, "monotonic", lambda: 60.0 * len(made))  # a minute a step
 
-    def make(self, draws):
+    def make(self, draws, positions):
         if len(made) == steps:
             raise Killed
-        made.append(draws.order)
-        return original(self, draws)
+        made.append(positions)
+        return original(self, draws, positions)
 
     monkeypatch.setattr(Batches, "_make", make)
     if steps < 8:

@@ -228,7 +228,13 @@ def base(tmp_path_factory):
         slow("data.val_size=32"),
         slow("augmentation.crop_pad=1"),
         slow("augmentation.flip=true"),
+        slow("augmentation.flip=alternating"),
         slow("augmentation.cutout=4"),
+        slow("augmentation.policy=trivial"),
+        slow("augmentation.policy=auto"),
+        slow("augmentation.erasing=0.5"),
+        slow("augmentation.mixup=1.0"),
+        slow("augmentation.cutmix=1.0"),
         slow("optim=sgd"),
         "optim.lr=0.001",
         slow("optim.weight_decay=0.5"),
@@ -270,6 +276,9 @@ def test_fp16_that_overflows_in_the_first_step_says_nothing(run, tmp_path, monke
         slow(["optim=sgd"], "optim.momentum=0.5"),
         slow(["optim=sgd"], "optim.nesterov=false"),
         slow(["attention=se", "attention.ratio=4"], "attention.ratio=2"),
+        slow(["augmentation=standard"], "augmentation.padding=reflect"),
+        slow(["augmentation=rand"], "augmentation.rand_ops=1"),
+        slow(["augmentation=rand"], "augmentation.rand_magnitude=20"),
     ],
 )
 def test_every_setting_of_another_choice_changes_the_run(run, tmp_path, choice, override):

@@ -1,4 +1,4 @@
-"""The loss of a step, whose images may count by the weight of their class."""
+"""Loss and accuracy of a step: of labels that may be soft, and classes that may have weights."""
 
 from collections.abc import Sequence
 
@@ -55,3 +55,13 @@ def cross_entropy(
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
     return (weights * losses).mean()
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The fraction of images with the highest of ``logits`` (B, classes) at their label.
+
+    Where ``labels`` are soft, (B, classes), the mean of what they give to the class chosen.
+    """
+    chosen = logits.argmax(dim=1)
+    right = chosen == labels if labels.dim() == 1 else labels.gather(1, chosen[:, None])
+    return right.float().mean()

@@ -45,6 +45,7 @@ def check(cfg: DictConfig, world_size: int = 1) -> None:
     _check_project(cfg.wandb.project, cfg.wandb.mode.name)
     if "momentum" in cfg.optim and cfg.optim.nesterov and not cfg.optim.momentum:
         raise ValueError("optim.nesterov=true needs an optim.momentum above 0")
+    instantiate(cfg.augmentation, _convert_="all")  # raises
     _check_network(cfg)
 
 

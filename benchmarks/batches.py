@@ -1,0 +1,102 @@
+"""Time making a batch with each augmentation, beside the training step that takes it.
+
+The step is that of `bench step`, in the same rounds. An augmentation is an option of its group with
+settings of it, such as rand,mixup=1; without an option the others are as in `standard`. What an
+epoch draws is drawn before its first batch; its time is shared out among the epoch's batches.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+
+from benchmarks import networks, step, timing
+from data import Batches, Images
+from training.compose import compose_config
+
+__all__ = ["OPTIONS", "TOGETHER", "cells", "measure"]
+
+Case = dict[str, Any]
+ALL = ["none", "standard", "padding=reflect", "flip=alternating", "cutout", "erasing=1"]
+ALL += ["trivial", "rand", "auto", "mixup=1", "cutmix=1"]
+OPTIONS = {
+    "augmentation": ALL,
+    "model": ["resnet20"],
+    "batch": [128],
+    "size": [32],
+    "precision": ["auto"],
+    "images": [50_000],
+}
+TOGETHER = ("augmentation",)
+STEP = "step"
+
+
+def overrides(word: str) -> list[str]:
+    """The settings of ``word``: OPTION,NAME=VALUE,... of the group, by default upon `standard`."""
+    option, *settings = word.split(",")
+    if "=" in option:
+        option, settings = "standard", [option, *settings]
+    return [f"augmentation={option}", *(f"augmentation.{setting}" for setting in settings)]
+
+
+def make_batches(case: Case, augmentation: str, device: torch.device) -> Batches:
+    """Batches of random images."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (case["images"], case["size"], case["size"], 3)
+    pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    labels = torch.randint(100, shape[:1], generator=generator)
+    return Batches(
+        Images(pixels, labels).to(device),
+        case["batch"],
+        instantiate(compose_config(overrides(augmentation)).augmentation, _convert_="all"),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        seed=0,
+        num_classes=100,
+    )
+
+
+def endless(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first epoch again and again."""
+    while True:
+        yield from batches.epoch(0)
+
+
+def measure(case: Case, device: torch.device, count: int) -> list[Case]:
+    """A row for each augmentation."""
+    network = case | {"attention": "none", "channels_last": "yes", "compile": "no"}
+    steps: dict[str, timing.Step] = {STEP: networks.training_step(step.build, network, device)}
+    draws: dict[str, timing.Step] = {}
+    for name in case["augmentation"]:
+        batches = make_batches(case, name, device)
+        size = (case["size"], case["size"])
+
+        def draw(augmentation=batches.augmentation, size=size):  # type: ignore[no-untyped-def]
+            return augmentation.draw(case["images"], size, 0, 0)
+
+        steps[name], draws[name] = endless(batches).__next__, draw
+    made = timing.rounds(steps, device, count)
+    drawn = timing.rounds(draws, device, count)
+    rows = []
+    for name in case["augmentation"]:
+        share = case["batch"] / case["images"]
+        batch_ms = [a + share * b for a, b in zip(made[name], drawn[name], strict=True)]
+        row = case | {"augmentation": name, "batch_ms": batch_ms, "draw_ms": drawn[name]}
+        row |= {"step_ms": made[STEP], "of_step": timing.ratio(batch_ms, made[STEP])}
+        rows.append(row)
+    return rows
+
+
+def cells(row: Case) -> dict[str, str]:
+    """The batch, its share of the step, and the draws of a whole epoch."""
+    return {
+        "augmentation": row["augmentation"],
+        "network": row["model"],
+        "batch": str(row["batch"]),
+        "step ms": timing.spread(row["step_ms"]),
+        "batch ms": timing.spread(row["batch_ms"], 2),
+        "of the step": f"{100 * row['of_step']:.1f} %",
+        "draws of an epoch ms": timing.spread(row["draw_ms"]),
+    }

@@ -1,0 +1,61 @@
+"""scripts/augmentation.py: the picture has what batches have."""
+
+import sys
+from itertools import islice
+
+import pytest
+import torch
+from matplotlib.image import imread
+
+from benchmarks.batches import ALL
+from data import make_lookup
+from data.policies import OPERATIONS
+from scripts import augmentation
+
+LOOKUP = ["data=lookup", "data.train_size=9", "data.test_size=1"]
+
+
+@pytest.mark.slow
+def test_the_picture_of_all_augmentations(monkeypatch, tmp_path, capsys):
+    drawn, draw = [], augmentation.draw
+
+    def drawing(*columns):  # a few rows are drawn sooner
+        drawn.append(columns)
+        return draw(*(dict(islice(rows.items(), 2)) for rows in columns))
+
+    monkeypatch.setattr(augmentation, "draw", drawing)
+    out = tmp_path / "all.png"
+    monkeypatch.setattr(sys, "argv", ["augmentation.py", "--out", str(out), *LOOKUP])
+    augmentation.main()
+    assert capsys.readouterr().out == f"written: {out}\n"
+    assert imread(out).ndim == 3
+    ((left, right),) = drawn
+    assert list(left) == ALL
+    assert ["Identity", *right] == list(OPERATIONS)
+    plain = make_lookup(train_size=9, test_size=1).train.pixels
+    assert all((plain == image).flatten(1).all(1).any() for image in left["none"])
+    for name, images in (left | right).items():
+        assert images.shape == (8, 32, 32, 3)
+        assert images.dtype == torch.uint8
+        # At its ends an operation that has magnitudes does most.
+        assert name == "none" or not torch.equal(images[-1], left["none"][0])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "a.svg"], "--out a.svg: the picture is a PNG file; give a name with .png"),
+        (["--out", "a.png", "--show", "erasing=2"], "erasing=2.0 must be 0 to 1"),
+        (["--out", "a.png", "--show", "trivia"], "Could not find 'augmentation/trivia'"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(
+    monkeypatch, tmp_path, capsys, words, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["augmentation.py", *LOOKUP, *words])
+    with pytest.raises(SystemExit) as stopped:
+        augmentation.main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
