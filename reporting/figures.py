@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from reporting.paired import Comparison, Difference
 from reporting.runs import Run, Variant
 from reporting.text import single_line
+from training.scores import most_mistaken
 
 STYLE = {
     "font.size": 10,
@@ -370,7 +371,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     Colors are shares of a row's images. Of more than `MOST_CLASSES` classes those with the most
     mistakes are drawn, of few the numbers are in the cells. A class without images has a gray row.
     """
-    chosen = _most_mistaken(counts, MOST_CLASSES)
+    chosen = most_mistaken(counts, MOST_CLASSES)
     rows = [[counts[row][column] for column in chosen] for row in chosen]
     of_class = [sum(counts[row]) for row in chosen]
     shares = [
@@ -409,13 +410,3 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
         panel.set_title(f"the {len(chosen)} of {len(names)} classes with the most mistakes")
     figure.colorbar(image, ax=panel, label="% of the class's images", shrink=min(1, 4 / side))
     return figure
-
-
-def _most_mistaken(counts: Sequence[Sequence[int]], most: int) -> list[int]:
-    """The classes with the most mistakes, of their images or as which others are predicted."""
-
-    def mistakes(index: int) -> int:
-        return sum(counts[index]) + sum(row[index] for row in counts) - 2 * counts[index][index]
-
-    worst = sorted(range(len(counts)), key=lambda index: -mistakes(index))
-    return sorted(worst[:most])
