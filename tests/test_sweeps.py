@@ -1,5 +1,6 @@
 """Sweeps of attention's settings: the statistics against slow or published ones, and the page."""
 
+import json
 import random
 from itertools import combinations, product
 
@@ -9,11 +10,12 @@ from scipy import stats
 
 from benchmarks.sweep_power import GRIDS, measure
 from reporting import dashboard, page
-from reporting.analysis import Analysis
+from reporting.analysis import Analysis, analyze
 from reporting.factorial import Design
 from reporting.runs import Excluded
 from reporting.sweep_section import section
 from reporting.sweeps import find_sweeps
+from training import run_folder
 
 from folders import analysis_of, make_run, variants_of
 
@@ -380,6 +382,22 @@ def test_cells_without_a_run_say_why(tmp_path, drawn_texts):
     assert made.notes == ["Without a finished run: dk 16, Nh 4 (diverged)."]
     assert "diverged" in drawn_texts(made.pictures[0].figure)
     assert "no\nrun" in drawn_texts(section(find_sweeps(variants, [other])).pictures[0].figure)
+
+
+def test_a_refused_cell_is_read_from_its_folder_and_drawn(tmp_path, drawn_texts):
+    for dk, heads in ((8, 2), (8, 4), (16, 2)):
+        train(tmp_path, 70.0 + dk, 0, attention__dk=dk, attention__Nh=heads)
+    config = json.loads(next(tmp_path.rglob("summary.json")).read_text())["config"]
+    config["attention"] |= {"dk": 16, "Nh": 4}
+    for folder, why in ((tmp_path / "lost", "a reason"), (next(tmp_path.glob("*")), "not this")):
+        run_folder.write_no_run(folder, "refused", why, config)  # the second has a run
+    (found,) = analyze([tmp_path]).excluded
+    assert (found.folder, found.kind, found.why) == (tmp_path / "lost", "refused", "a reason")
+    (picture,) = section(analyze([tmp_path]).sweeps).pictures
+    assert "refused" in drawn_texts(picture.figure)
+    (tmp_path / "lost" / "no_run.json").write_text("{")
+    (found,) = analyze([tmp_path]).excluded
+    assert (found.kind, "no_run.json" in found.why) == ("unreadable", True)
 
 
 @pytest.fixture
