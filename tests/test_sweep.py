@@ -326,3 +326,22 @@ def test_a_run_of_an_agent_has_a_folder_by_its_ids(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"out_dir={tmp_path}"])
     cli.run()
     assert folders[-1].name == "seed=0"
+
+
+def test_a_run_of_an_agent_that_is_refused_leaves_its_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_RUN_ID", "r1")
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *TINY, "attention.dk=7", f"out_dir={tmp_path / 'out'}"]
+    )
+    with pytest.raises(SystemExit):
+        cli.run()
+    _, (refused,) = runs.read([tmp_path])
+    assert (refused.kind, refused.folder.name) == ("refused", "run=r1")
+    assert "dk=7 must be divisible by Nh=4" in refused.why
+    assert refused.settings["attention.dk"] == 7
+    monkeypatch.delenv("WANDB_SWEEP_ID")  # nobody's sweep: the line on the screen is enough
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], f"out_dir={tmp_path / 'alone'}"])
+    with pytest.raises(SystemExit):
+        cli.run()
+    assert not [path for path in (tmp_path / "alone").rglob("*") if path.is_file()]

@@ -12,8 +12,8 @@ import os
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -220,14 +220,20 @@ def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | N
 
 
 def _no_result(record: Record, kind: str, why: str, cfg: DictConfig) -> float:
-    from training import settings
-
-    with suppress(ValueError, OmegaConfBaseException):  # which may be what it was refused for
-        record.config = settings.resolve(cfg)
+    record.config = _settings(cfg)
     record.write(kind, why)
     if world().is_main:
         console.print_error("train.py", f"job #{record.number}: {why}")
     return NO_SCORE
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any] | None:
+    """All settings of a job; None where they cannot be resolved, which it may be refused for."""
+    from training import settings
+
+    with suppress(ValueError, OmegaConfBaseException):
+        return settings.resolve(cfg)
+    return None
 
 
 def _in_this_process(hydra: Any) -> bool:
@@ -306,7 +312,7 @@ def _end_in_main(sweep: Sweep, folder: Path, error: BaseException | None) -> int
             record.write(*_from_folder(Path(record.folder), error))
     if not refused:
         for record in records:
-            _keep_reason(record)
+            _keep_reason(Path(record.folder), record.outcome, record.why, record.config)
     started = {record.number for record in records}
     missing = set(range(sweep.jobs or 0)) - started
     records += [Record(number, [], "", outcome.NOT_STARTED) for number in missing]
@@ -318,14 +324,27 @@ def _end_in_main(sweep: Sweep, folder: Path, error: BaseException | None) -> int
     return outcome.exit_code({record.outcome for record in records}, error)
 
 
-def _keep_reason(record: Record) -> None:
+def _keep_reason(folder: Path, kind: str, why: str, config: dict[str, Any] | None) -> None:
     """Leave for the report why a job has no run."""
     from training import outcome, run_folder
 
-    if record.outcome in (outcome.REFUSED, outcome.FAILED) and record.config is not None:
-        with suppress(OSError):  # the table says it as well
-            folder = Path(record.folder)
-            run_folder.write_no_run(folder, record.outcome, record.why, record.config)
+    if kind in (outcome.REFUSED, outcome.FAILED) and config is not None:
+        with suppress(OSError):  # what is printed says it as well
+            run_folder.write_no_run(folder, kind, why, config)
+
+
+@contextmanager
+def reason_kept(cfg: DictConfig, folder: Path) -> Iterator[None]:
+    """Inside a run that an agent of a wandb sweep has started: leave why there is none."""
+    from training import outcome, run_folder
+
+    try:
+        yield
+    except Exception as error:
+        if world().is_main and not isinstance(error, run_folder.HeldError):
+            kind = outcome.REFUSED if isinstance(error, ValueError) else outcome.FAILED
+            _keep_reason(folder, kind, explain(error), _settings(cfg))
+        raise
 
 
 def _from_folder(folder: Path, error: BaseException | None) -> tuple[str, str]:
