@@ -346,6 +346,35 @@ def heatmaps(
 
 
 @style()
+def over_settings(panels: dict[str, tuple[list[str], bool, list[tuple[int, float]]]]) -> Figure:
+    """Top-1 over each setting of a sweep, whose best point is filled.
+
+    A panel is a setting's values in order, whether they are numbers on an axis, and the points:
+    the place of the value and top-1. Numbers that span more than a factor of ten have a
+    logarithmic axis.
+    """
+    width = 0.6 + 2.7 * len(panels)
+    figure = Figure(figsize=(max(5.2, width), 3.0), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for panel, (name, (values, numeric, points)) in zip(axes, panels.items(), strict=True):
+        numbers = [float(value) for value in values] if numeric else [*range(len(values))]
+        if numeric and min(numbers) > 0 and max(numbers) > 10 * min(numbers):
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter("")
+        if not numeric:
+            panel.set_xticks(numbers, map(fit_label, values))
+            panel.margins(x=0.15)
+        best = max(points, key=lambda point: point[1])
+        for level, top1 in points:
+            filled = COLORS[0] if (level, top1) == best else "none"
+            panel.plot(numbers[level], top1, "o", color=COLORS[0], markerfacecolor=filled)
+        panel.set_xlabel(fit_label(name))
+    axes[0].set_ylabel("top-1 accuracy (%)")
+    return figure
+
+
+@style()
 def reliability(rows: list[dict[str, float | None]], error: float) -> Figure:
     """Accuracy over confidence, a bar for each bin of `training.scores.Calibration`."""
     width = 1 / len(rows)

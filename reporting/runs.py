@@ -12,7 +12,7 @@ from typing import Any
 
 from models import ATTENTIONS
 from models.fields import UnreadableError
-from reporting.text import as_text, count, natural, short, single_line
+from reporting.text import as_text, count, natural, rounded, short, single_line
 from training import outcome, run_folder
 from training.records import SCORES, Summary
 from training.variants import images_key, variant_settings
@@ -283,8 +283,9 @@ def _labeled(groups: list[list[Run]]) -> list[Variant]:
         words = [model] if several_models else []
         words.append(ATTENTIONS[attention].label)
         keys = distinguishing(members)
+        shown = {key: rounded(variant.setting(key) for variant in members) for key in keys}
         for variant in members:
-            settings = [f"{short(key)}={variant.setting(key)}" for key in keys]
+            settings = [f"{short(key)}={shown[key][variant.setting(key)]}" for key in keys]
             variants.append(Variant(single_line(" ".join([*words, *settings])), variant.runs))
     return variants
 

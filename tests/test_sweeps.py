@@ -9,12 +9,13 @@ import pytest
 from scipy import stats
 
 from benchmarks.sweep_power import GRIDS, measure
-from reporting import dashboard, page
+from reporting import dashboard, figures, page
 from reporting.analysis import Analysis, analyze
 from reporting.factorial import Design
 from reporting.runs import Excluded
 from reporting.sweep_section import section
 from reporting.sweeps import find_sweeps
+from reporting.text import rounded
 from training import run_folder
 
 from folders import analysis_of, make_run, variants_of
@@ -349,6 +350,33 @@ def test_a_random_search_is_a_sweep_of_all_that_it_draws(tmp_path):
     assert best.title == "Best of 12 settings"
     assert "points of top-1, dk (trend) 0." in effect.unit
     assert "is better." in effect.verdict
+    (picture,) = section(analysis_of(tmp_path).sweeps).pictures
+    over_dk, over_lr = picture.figure.axes
+    assert (over_dk.get_xlabel(), over_dk.get_xscale()) == ("dk", "linear")
+    assert (over_lr.get_xlabel(), over_lr.get_xscale()) == ("lr", "log")
+    figures.as_png(picture.figure)
+    assert all("$" not in tick.get_text() for tick in over_lr.get_xticklabels())
+    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in over_lr.lines}
+    runs = [run for v in variants_of(tmp_path) if v.attention == "aa" for run in v.runs]
+    assert points == {(run.settings["optim.lr"], run.last("top1")) for run in runs}
+    (best,) = [line for line in over_lr.lines if line.get_markerfacecolor() != "none"]
+    assert best.get_ydata()[0] == max(top1 for _, top1 in points)
+
+
+def test_drawn_numbers_are_rounded_where_they_stay_apart(tmp_path):
+    for number, dk in enumerate((0.7179977091277272, 0.99999999, 0.25)):
+        train(tmp_path, 70.0 + number, 0, attention__dk=dk)
+    assert [v.label for v in variants_of(tmp_path)] == ["AA dk=0.25", "AA dk=0.718", "AA dk=1.0"]
+    (sweep,) = find_sweeps(variants_of(tmp_path), [])
+    assert [sweep.words(cell.levels) for cell in sweep.ranking] == ["dk 0.25", "dk 1.0", "dk 0.718"]
+    alike = ["0.010000001", "0.010000002"]
+    assert rounded(alike) == dict(zip(alike, alike, strict=True))
+    assert rounded(["1.2345678e-07", "16", "none", "[2.123456, 3]"]) == {
+        "1.2345678e-07": "1.235e-07",
+        "16": "16",
+        "none": "none",
+        "[2.123456, 3]": "[2.123456, 3]",
+    }
 
 
 def test_sizes_are_in_the_order_of_what_they_came_to(tmp_path):
