@@ -325,6 +325,10 @@ def heatmaps(
         image = panel.imshow(
             grid, cmap="cividis", vmin=low, vmax=high, aspect="auto", origin="lower"
         )
+        for edge in range(1, height):
+            panel.axhline(edge - 0.5, color="white", linewidth=1)
+        for edge in range(1, width):
+            panel.axvline(edge - 0.5, color="white", linewidth=1)
         for row, column in itertools.product(range(height), range(width)):
             cell = cells.get((row, column), "no run")
             if isinstance(cell, str):

@@ -40,7 +40,8 @@ def _best_card(sweep: Sweep) -> Card:
     first = sweep.by_levels[best.levels].first
     details = [f"n = {count(best.n, 'seed')}"]
     if best.low is not None and best.high is not None:
-        reach = f"{best.low:.2f} to {best.high:.2f} %"
+        low, high = max(best.low, 0.0), min(best.high, 100.0)  # which an accuracy is between
+        reach = f"{low:.2f} to {high:.2f} %"
         details.insert(0, f"95 % interval {reach}, which allows for having picked the highest")
     others = [sweep.words(cell.levels) for cell in ranking[1:] if cell.is_candidate]
     if len(others) == len(ranking) - 1:

@@ -273,6 +273,13 @@ def test_the_page_begins_with_the_best_settings_and_the_largest_effect(tmp_path)
     assert top1 == sorted(top1, reverse=True)
 
 
+def test_the_interval_of_the_best_is_one_of_accuracies(tmp_path):
+    for dk, seed, top1 in ((8, 0, 3.0), (8, 1, 98.0), (16, 0, 97.0), (16, 1, 1.0)):
+        train(tmp_path, top1, seed, attention__dk=dk)
+    best = page.contents(analysis_of(tmp_path))["cards"][0]
+    assert best.details[0].startswith("95 % interval 0.00 to 100.00 %, ")
+
+
 def test_a_comparison_of_few_variants_keeps_its_own_beginning(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / f"plain{seed}", 69.0 + seed, seed)
