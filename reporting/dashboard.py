@@ -93,7 +93,7 @@ def _media(analysis: Analysis) -> dict[str, Media]:
         media["compare/settings"] = Table(
             SETTINGS, [r for s in analysis.sweeps for r in _effects(s)]
         )
-        pictures = sweep_section.heatmaps(analysis.sweeps)
+        pictures = sweep_section.pictures(analysis.sweeps)
         if pictures:
             media["compare/heatmaps"] = [_picture(it.figure, it.caption) for it in pictures]
     return media

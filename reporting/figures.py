@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from reporting.paired import Comparison, Difference
 from reporting.runs import Run, Variant
 from reporting.text import single_line
+from training.scores import most_mistaken
 
 STYLE = {
     "font.size": 10,
@@ -324,6 +325,10 @@ def heatmaps(
         image = panel.imshow(
             grid, cmap="cividis", vmin=low, vmax=high, aspect="auto", origin="lower"
         )
+        for edge in range(1, height):
+            panel.axhline(edge - 0.5, color="white", linewidth=1)
+        for edge in range(1, width):
+            panel.axvline(edge - 0.5, color="white", linewidth=1)
         for row, column in itertools.product(range(height), range(width)):
             cell = cells.get((row, column), "no run")
             if isinstance(cell, str):
@@ -341,6 +346,35 @@ def heatmaps(
     for panel in axes[-1]:
         panel.set_xlabel(fit_label(columns[0]))
     figure.colorbar(image, ax=axes, label="top-1 accuracy (%)")
+    return figure
+
+
+@style()
+def over_settings(panels: dict[str, tuple[list[str], bool, list[tuple[int, float]]]]) -> Figure:
+    """Top-1 over each setting of a sweep, whose best point is filled.
+
+    A panel is a setting's values in order, whether they are numbers on an axis, and the points:
+    the place of the value and top-1. Numbers that span more than a factor of ten have a
+    logarithmic axis.
+    """
+    width = 0.6 + 2.7 * len(panels)
+    figure = Figure(figsize=(max(5.2, width), 3.0), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for panel, (name, (values, numeric, points)) in zip(axes, panels.items(), strict=True):
+        numbers = [float(value) for value in values] if numeric else [*range(len(values))]
+        if numeric and min(numbers) > 0 and max(numbers) > 10 * min(numbers):
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_formatter("")
+        if not numeric:
+            panel.set_xticks(numbers, map(fit_label, values))
+            panel.margins(x=0.15)
+        best = max(points, key=lambda point: point[1])
+        for level, top1 in points:
+            filled = COLORS[0] if (level, top1) == best else "none"
+            panel.plot(numbers[level], top1, "o", color=COLORS[0], markerfacecolor=filled)
+        panel.set_xlabel(fit_label(name))
+    axes[0].set_ylabel("top-1 accuracy (%)")
     return figure
 
 
@@ -370,7 +404,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     Colors are shares of a row's images. Of more than `MOST_CLASSES` classes those with the most
     mistakes are drawn, of few the numbers are in the cells. A class without images has a gray row.
     """
-    chosen = _most_mistaken(counts, MOST_CLASSES)
+    chosen = most_mistaken(counts, MOST_CLASSES)
     rows = [[counts[row][column] for column in chosen] for row in chosen]
     of_class = [sum(counts[row]) for row in chosen]
     shares = [
@@ -409,13 +443,3 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
         panel.set_title(f"the {len(chosen)} of {len(names)} classes with the most mistakes")
     figure.colorbar(image, ax=panel, label="% of the class's images", shrink=min(1, 4 / side))
     return figure
-
-
-def _most_mistaken(counts: Sequence[Sequence[int]], most: int) -> list[int]:
-    """The classes with the most mistakes, of their images or as which others are predicted."""
-
-    def mistakes(index: int) -> int:
-        return sum(counts[index]) + sum(row[index] for row in counts) - 2 * counts[index][index]
-
-    worst = sorted(range(len(counts)), key=lambda index: -mistakes(index))
-    return sorted(worst[:most])

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from models import ATTENTIONS
-from reporting.text import as_text, count, natural, short, single_line
+from models.fields import UnreadableError
+from reporting.text import as_text, count, natural, rounded, short, single_line
 from training import outcome, run_folder
 from training.records import SCORES, Summary
 from training.variants import images_key, variant_settings
@@ -21,7 +22,10 @@ NAMED_FIRST = ("epochs", "batch_size", "optim.lr", "optim.weight_decay", "data.v
 NOT_SET = "not set"
 UNKNOWN = "unknown"
 # Kinds of excluded folders, in the order in which they are listed.
-KINDS = ("diverged", "unfinished", "of another data set", "duplicate", "unreadable")
+KINDS = (
+    *("diverged", "refused", "failed", "unfinished", "of another data set", "duplicate"),
+    "unreadable",
+)
 # Of a folder that has no result.
 _EXCLUDED = {
     outcome.DIVERGED: "diverged",
@@ -169,7 +173,7 @@ def _run_folders(folders: list[Path], excluded: list[Excluded]) -> Iterator[Path
                 f"{folder} is not a folder" if folder.exists() else f"there is no {folder}"
             )
         for path, subfolders, files in os.walk(folder, onerror=note):
-            if run_folder.is_run([*subfolders, *files]):
+            if run_folder.is_run([*subfolders, *files]) or run_folder.NO_RUN in files:
                 yield Path(path)
 
 
@@ -177,6 +181,14 @@ def _read_run(folder: Path) -> Run | Excluded:
     found, result = outcome.read(folder)
     if result is not None:
         return Run(folder, *result)
+    if found.kind == outcome.NOT_STARTED:
+        try:
+            reason = run_folder.read_no_run(folder)
+        except UnreadableError as error:
+            return Excluded(folder, "unreadable", str(error).removeprefix(f"{folder}{os.sep}"))
+        if reason is not None:
+            wanted = variant_settings(reason["config"])
+            return Excluded(folder, reason["outcome"], reason["why"], wanted)
     config = run_folder.read_settings(folder)
     settings = None if config is None else variant_settings(config)
     # The folder is named beside it.
@@ -271,8 +283,9 @@ def _labeled(groups: list[list[Run]]) -> list[Variant]:
         words = [model] if several_models else []
         words.append(ATTENTIONS[attention].label)
         keys = distinguishing(members)
+        shown = {key: rounded(variant.setting(key) for variant in members) for key in keys}
         for variant in members:
-            settings = [f"{short(key)}={variant.setting(key)}" for key in keys]
+            settings = [f"{short(key)}={shown[key][variant.setting(key)]}" for key in keys]
             variants.append(Variant(single_line(" ".join([*words, *settings])), variant.runs))
     return variants
 

@@ -40,7 +40,8 @@ def _best_card(sweep: Sweep) -> Card:
     first = sweep.by_levels[best.levels].first
     details = [f"n = {count(best.n, 'seed')}"]
     if best.low is not None and best.high is not None:
-        reach = f"{best.low:.2f} to {best.high:.2f} %"
+        low, high = max(best.low, 0.0), min(best.high, 100.0)  # which an accuracy is between
+        reach = f"{low:.2f} to {high:.2f} %"
         details.insert(0, f"95 % interval {reach}, which allows for having picked the highest")
     others = [sweep.words(cell.levels) for cell in ranking[1:] if cell.is_candidate]
     if len(others) == len(ranking) - 1:
@@ -113,12 +114,15 @@ def section(sweeps: list[Sweep]) -> Section | None:
     keys = {key for sweep in sweeps for factor in sweep.factors for key in factor.keys}
     sized = not keys.isdisjoint(SIZES[:2])
     shown = [words] if sized else []
-    return Section("Settings against each other", shown, made, heatmaps(sweeps), notes)
+    return Section("Settings against each other", shown, made, pictures(sweeps), notes)
 
 
-def heatmaps(sweeps: list[Sweep]) -> list[Picture]:
-    """A picture for each sweep that has one."""
-    made = (_heatmap(sweep, number) for number, sweep in enumerate(sweeps, start=1))
+def pictures(sweeps: list[Sweep]) -> list[Picture]:
+    """For each sweep a heatmap, or top-1 over each of the settings that a search has drawn."""
+    made = (
+        _heatmap(sweep, number) or _over_settings(sweep, number)
+        for number, sweep in enumerate(sweeps, start=1)
+    )
     return [picture for picture in made if picture is not None]
 
 
@@ -230,6 +234,9 @@ def _heatmap(sweep: Sweep, number: int) -> Picture | None:
     combined = list(itertools.product(*(range(len(factor.levels)) for factor in others)))
     if len(combined) > PANELS or max(len(rows.levels), len(columns.levels)) > VALUES:
         return None
+    cells_in_all = len(combined) * len(rows.levels) * len(columns.levels)
+    if 2 * len(sweep.by_levels.keys() | sweep.missing.keys()) < cells_in_all:
+        return None  # no grid
     panels: dict[str, dict[tuple[int, int], tuple[float, int] | str]] = {}
     for rest in combined:
         named = zip(others, rest, strict=True)
@@ -246,3 +253,23 @@ def _heatmap(sweep: Sweep, number: int) -> Picture | None:
     name = f"sweep{number}"
     figure = figures.heatmaps(panels, *values)
     return Picture(name, "Top-1 over settings", figure, caption, wide=len(panels) > 1)
+
+
+def _over_settings(sweep: Sweep, number: int) -> Picture | None:
+    """Top-1 over each setting, where one has so many values that it has a trend."""
+    if not any(factor.numbers for factor in sweep.factors):
+        return None
+    scores = {levels: variant.mean("top1") for levels, variant in sweep.by_levels.items()}
+    panels = {
+        factor.name: (
+            [factor.value(level) for level in range(len(factor.levels))],
+            bool(factor.numbers),
+            [(levels[place], top1) for levels, top1 in scores.items()],
+        )
+        for place, factor in enumerate(sweep.factors)
+    }
+    caption = f"{_head(sweep)}Top-1 (%) of the last epoch over each setting, a point for each run "
+    caption += "or, with several seeds, their mean; the best one is filled."
+    figure = figures.over_settings(panels)
+    title = "Top-1 over each setting"
+    return Picture(f"sweep{number}", title, figure, caption, wide=len(panels) > 1)

@@ -13,7 +13,7 @@ import numpy
 from models.fields import is_finite
 from reporting.factorial import ALL_PAIRS, LEVEL, Cell, Design, Effect, Interaction
 from reporting.runs import Excluded, Variant, differing_settings
-from reporting.text import as_text, natural, short, shortened
+from reporting.text import as_text, natural, rounded, short, shortened
 
 SIZES = ("attention.dk", "attention.dv", "attention.Nh")
 # Values that stand for leaving something out; others are compared with them.
@@ -48,12 +48,20 @@ class Factor:
     def name(self) -> str:
         return ", ".join(map(short, self.keys))
 
+    @cached_property
+    def _shown(self) -> list[tuple[str, ...]]:
+        columns = [rounded(values) for values in zip(*self.levels, strict=True)]
+        return [
+            tuple(shown[value] for shown, value in zip(columns, level, strict=True))
+            for level in self.levels
+        ]
+
     def value(self, level: int) -> str:
-        return ", ".join(self.levels[level])
+        return ", ".join(self._shown[level])
 
     def words(self, level: int) -> str:
         """`dk 0.5`, or `dk 0.5, dv 0.25` where these differ together."""
-        pairs = zip(map(short, self.keys), self.levels[level], strict=True)
+        pairs = zip(map(short, self.keys), self._shown[level], strict=True)
         return ", ".join(f"{key} {value}" for key, value in pairs)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+# Of a setting that a search has drawn.
+DIGITS = 4
 
 # ---- Numbers ------------------------------------------------------------------------------------
 
@@ -86,6 +88,27 @@ def as_text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
+
+
+def rounded(values: Iterable[str]) -> dict[str, str]:
+    """How to show values of one setting: numbers with many digits, as searches draw them, to four.
+
+    All as they are where that would make two of them alike.
+    """
+    values = list(values)
+    shown = {value: _rounded(value) for value in values}
+    return shown if len(set(shown.values())) == len(shown) else {v: v for v in values}
+
+
+def _rounded(value: str) -> str:
+    digits = value.partition("e")[0].lstrip("-0.")
+    if "." not in value or len(digits) <= DIGITS + 1:
+        return value
+    try:
+        text = f"{float(value):.{DIGITS}g}"
+    except ValueError:
+        return value
+    return text if "." in text or "e" in text else f"{text}.0"
 
 
 def short(key: str) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 import wandb_workspaces.reports.v2 as panels
 import wandb_workspaces.workspaces as ws
 
+from training.tracking import CHARTS, chart_table
+
 NAME = "Does attention help?"
 # What runs may be scored on; of a sweep it is better held-out images.
 IMAGES = {"val": "on held-out images", "test": "on the test set"}
@@ -202,5 +204,13 @@ def _seen(blocks: Sequence[str]) -> list[Any]:
         )
         for name in blocks
     ]
-    tables = ("media/predictions", "media/classes", "media/confusion")
-    return attention + [panels.WeavePanelSummaryTable(table_name=name) for name in tables]
+    charts = []
+    for name, (preset, fields, title) in CHARTS.items():
+        chart = panels.CustomChart.from_table(chart_table(name), fields, {"title": title})
+        chart.chart_name = preset
+        charts.append(chart)
+    tables = [
+        panels.WeavePanelSummaryTable(table_name=name)
+        for name in ("media/predictions", "media/confusion")
+    ]
+    return [*attention, *charts, *tables]

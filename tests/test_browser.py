@@ -113,6 +113,11 @@ def test_nothing_is_wider_than_the_window(opened):
     widths = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     content, window = opened.execute_script(widths)
     assert content <= window
+    # A table may be, and is then scrolled; its caption is not.
+    captions = "return [...document.querySelectorAll('caption')]"
+    edges = opened.execute_script(f"{captions}.map(c => c.getBoundingClientRect().right)")
+    assert edges
+    assert max(edges) <= window
 
 
 def test_the_answer_is_on_the_first_screen(opened):

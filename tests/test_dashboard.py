@@ -182,7 +182,10 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
     assert found == {"epoch": None, "step": None, "train/step_loss": "step", "*": "epoch"}
 
     seen = [key for key in run["summary"] if key.startswith("media/")]
-    assert {"media/predictions", "media/classes", "media/confusion"} < set(seen)
+    charts = run["config"]["_wandb"]["value"]["visualize"]
+    assert set(charts) == {"media/classes", "media/confusion_matrix"}
+    tables = {"media/predictions", "media/confusion", *(f"{name}_table" for name in charts)}
+    assert tables < set(seen)
     assert [f"media/attention/stages.{n}.0.conv1" in seen for n in (0, 1, 2)] == [False, True, True]
     told = {k: v for k, v in run["summary"].items() if k[0] != "_" and k not in seen}
     assert not [key for key, value in told.items() if isinstance(value, dict)]
@@ -340,6 +343,10 @@ def test_the_state_of_a_run_without_a_result(
     assert run["summary"]["outcome"] == outcome
     assert run["summary"]["reason"].startswith(reason)
     assert "train.log" in dict(run["files"])
+    if how == signal.SIGTERM:  # and once it is continued, that is over
+        start(*LONG, *extra, "resume=auto", WANDB__FILE_STREAM_TRANSMIT_INTERVAL="1")
+        wait_for(lambda: server.only[1]["summary"].get("outcome") != "stopped")
+        assert server.only[1]["summary"]["outcome"] == ""
 
 
 @pytest.fixture

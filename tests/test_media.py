@@ -18,6 +18,7 @@ from models import augmented_layers
 from models.views import AttentionView, sharpest
 from training import attention_picture, media
 from training.settings import build_model
+from training.tracking import CHARTS, chart_table
 
 from helpers import TINY
 
@@ -52,7 +53,15 @@ def test_tables_count_what_a_network_takes_images_for():
     labels = [0, 0, 1, 1, 1, 1, 2, 2, 2]
     guesses = [0, 0, 0, 2, 2, 1, 1, 1, 3]
     seen = media.final_media(Guess(4), dataset_of(labels, guesses, 4), 4, PLAIN)
-    assert seen["media/classes"].rows == [["c0", 100.0, 2], ["c1", 25.0, 4], ["c2", 0.0, 3]]
+    assert seen["media/classes"].table.rows == [["c0", 100.0, 2], ["c1", 25.0, 4], ["c2", 0.0, 3]]
+    matrix = {(row[0], row[1]): row[2] for row in seen["media/confusion_matrix"].table.rows}
+    assert len(matrix) == 16
+    for a, b in matrix:
+        pairs = zip(labels, guesses, strict=True)
+        assert matrix[a, b] == sum((f"c{x}", f"c{y}") == (a, b) for x, y in pairs)
+    for name in ("media/classes", "media/confusion_matrix"):
+        assert seen[name].preset is CHARTS[name]
+        assert set(seen[name].preset.fields.values()) <= set(seen[name].table.columns)
     assert seen["media/confusion"].rows == [
         ["c2", 0.0, "c1", 66.67],
         ["c2", 0.0, "c3", 33.33],
@@ -67,6 +76,17 @@ def test_tables_count_what_a_network_takes_images_for():
     confidence = 100 * torch.tensor([3.0, 0, 0, 0]).softmax(0)[0].item()
     assert {row[3] for row in rows} == {round(confidence, 2)}
     assert rows[3][0].image.getpixel((0, 0)) == (2, 0, 0)
+
+
+def test_of_many_classes_the_matrix_has_those_with_the_most_mistakes():
+    labels = [n for n in range(40) for _ in range(2)]
+    guesses = [n if n < 10 or n % 2 else n - 1 for n in labels]  # 10 to 39 mistaken or mistaken for
+    seen = media.final_media(Guess(40), dataset_of(labels, guesses, 40), 16, PLAIN)
+    rows = seen["media/confusion_matrix"].table.rows
+    assert len(rows) == media.MATRIX_CLASSES**2
+    assert {"c12", "c38"} <= {row[0] for row in rows} == {row[1] for row in rows}
+    assert "c3" not in {row[0] for row in rows}
+    assert len(seen["media/classes"].table.rows) == 40
 
 
 @pytest.mark.parametrize(("number", "shown"), [(1, 1), (32, 32), (33, 32), (100, 32)])
@@ -211,6 +231,14 @@ def test_what_the_dashboard_gets_to_see(settings, tmp_path):
         assert len(pictures) == 3
     tables = {path.name.split("_")[0]: path for path in kept.rglob("*.table.json")}
     assert tables.keys() == {"predictions", "classes", "confusion"}
+    charts = [r["config"]["update"]["_wandb"] for r in records if r["type"] == "config"]
+    (visualize,) = [it["visualize"] for it in charts if "visualize" in it]
+    summary = [r["summary"]["update"] for r in records if r["type"] == "summary"]
+    for name, preset in CHARTS.items():
+        panel = visualize[name]["panel_config"]
+        assert (panel["panelDefId"], panel["fieldSettings"]) == (preset.name, preset.fields)
+        assert chart_table(name) in json.dumps(panel["userQuery"])
+        assert any(chart_table(name) in update for update in summary)
     assert len(json.loads(tables["predictions"].read_text())["data"]) == 32
     artifacts = {r["artifact"]["name"]: r["artifact"] for r in records if r["type"] == "artifact"}
     (name,) = [name for name in artifacts if name.startswith("resnet8-aa-")]

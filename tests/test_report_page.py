@@ -96,7 +96,7 @@ def test_a_sweep_is_counted_and_drawn_by_cell(tmp_path, monkeypatch):
     analysis = analysis_of(tmp_path)
     drawn = []
     monkeypatch.setattr(figures, "heatmaps", lambda *given: drawn.append(given))
-    (picture,) = sweep_section.heatmaps(analysis.sweeps)
+    (picture,) = sweep_section.pictures(analysis.sweeps)
     assert picture.name == "sweep1"
     ((panels, rows, columns),) = drawn
     assert (rows, columns) == (("dk", ["8", "16"]), ("dv", ["4", "8", "12"]))

@@ -9,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import train
+from reporting import runs
 from training import cli, run_folder, sweep
 
 from folders import failed, make_run
@@ -77,6 +78,11 @@ def test_twelve_jobs_of_which_three_cannot_be_trained_and_one_diverges_twice(swe
     assert "job #5 of 12: optim.lr=0.02 grad_clip=1e-30" in said.out
     assert not list(tmp_path.rglob(".sweep-*"))
     assert len(list(tmp_path.rglob("summary.json"))) == 8
+    _, excluded = runs.read([tmp_path])
+    refused = [one for one in excluded if one.kind == "refused"]
+    assert (len(excluded), len(refused)) == (4, 3)
+    assert all(one.why.startswith("grad_clip=-1.0 must be above 0") for one in refused)
+    assert {one.settings["grad_clip"] for one in refused} == {-1.0}
     before = {p: p.read_bytes() for p in tmp_path.rglob("*.json")}
 
     again = sweeps(*TWELVE, "resume=auto")
@@ -118,7 +124,9 @@ def test_a_run_that_diverged_is_not_continued(run, settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_of_the_program_in_one_job_is_shown_and_ends_no_other(sweeps, monkeypatch):
+def test_a_mistake_of_the_program_in_one_job_is_shown_and_ends_no_other(
+    sweeps, monkeypatch, tmp_path
+):
     build = train.build_model
 
     def breaking(cfg, **sizes):
@@ -133,6 +141,11 @@ def test_a_mistake_of_the_program_in_one_job_is_shown_and_ends_no_other(sweeps, 
     assert count.startswith("3 jobs: 2 done, 1 failed; the same command with resume=auto trains")
     assert "seed=1  failed: RuntimeError: a bug" in jobs[1]
     assert "Traceback" in said.err
+    (reason,) = tmp_path.rglob("no_run.json")
+    assert json.loads(reason.read_text())["outcome"] == "failed"
+    monkeypatch.setattr(train, "build_model", build)
+    assert table(sweeps(*ONE_EPOCH, "seed=0,1,2", "resume=auto"))[1] == "3 jobs: 1 done, 2 skipped"
+    assert not reason.exists()
 
 
 @pytest.mark.slow
@@ -204,10 +217,11 @@ def test_a_finished_run_on_other_images_is_not_taken_for_the_jobs(sweeps, tmp_pa
     assert table(sweeps(*words, "overwrite=true"))[1] == "2 jobs: 2 done"
 
 
-def test_a_sweep_of_which_no_job_can_be_trained(sweeps):
+def test_a_sweep_of_which_no_job_can_be_trained(sweeps, tmp_path):
     said = sweeps(*ONE_EPOCH, "grad_clip=-1,-2")
     assert (said.code, said.steps) == (2, 0)
     assert table(said)[1] == "2 jobs: 2 refused"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.fixture
@@ -312,3 +326,22 @@ def test_a_run_of_an_agent_has_a_folder_by_its_ids(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"out_dir={tmp_path}"])
     cli.run()
     assert folders[-1].name == "seed=0"
+
+
+def test_a_run_of_an_agent_that_is_refused_leaves_its_reason(monkeypatch, tmp_path):
+    monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
+    monkeypatch.setenv("WANDB_RUN_ID", "r1")
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *TINY, "attention.dk=7", f"out_dir={tmp_path / 'out'}"]
+    )
+    with pytest.raises(SystemExit):
+        cli.run()
+    _, (refused,) = runs.read([tmp_path])
+    assert (refused.kind, refused.folder.name) == ("refused", "run=r1")
+    assert "dk=7 must be divisible by Nh=4" in refused.why
+    assert refused.settings["attention.dk"] == 7
+    monkeypatch.delenv("WANDB_SWEEP_ID")  # nobody's sweep: the line on the screen is enough
+    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], f"out_dir={tmp_path / 'alone'}"])
+    with pytest.raises(SystemExit):
+        cli.run()
+    assert not [path for path in (tmp_path / "alone").rglob("*") if path.is_file()]

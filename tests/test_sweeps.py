@@ -1,5 +1,6 @@
 """Sweeps of attention's settings: the statistics against slow or published ones, and the page."""
 
+import json
 import random
 from itertools import combinations, product
 
@@ -8,12 +9,14 @@ import pytest
 from scipy import stats
 
 from benchmarks.sweep_power import GRIDS, measure
-from reporting import dashboard, page
-from reporting.analysis import Analysis
+from reporting import dashboard, figures, page
+from reporting.analysis import Analysis, analyze
 from reporting.factorial import Design
 from reporting.runs import Excluded
 from reporting.sweep_section import section
 from reporting.sweeps import find_sweeps
+from reporting.text import rounded
+from training import run_folder
 
 from folders import analysis_of, make_run, variants_of
 
@@ -277,6 +280,13 @@ def test_the_page_begins_with_the_best_settings_and_the_largest_effect(tmp_path)
     assert top1 == sorted(top1, reverse=True)
 
 
+def test_the_interval_of_the_best_is_one_of_accuracies(tmp_path):
+    for dk, seed, top1 in ((8, 0, 3.0), (8, 1, 98.0), (16, 0, 97.0), (16, 1, 1.0)):
+        train(tmp_path, top1, seed, attention__dk=dk)
+    best = page.contents(analysis_of(tmp_path))["cards"][0]
+    assert best.details[0].startswith("95 % interval 0.00 to 100.00 %, ")
+
+
 def test_a_comparison_of_few_variants_keeps_its_own_beginning(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / f"plain{seed}", 69.0 + seed, seed)
@@ -354,6 +364,33 @@ def test_a_random_search_is_a_sweep_of_all_that_it_draws(tmp_path):
     assert best.title == "Best of 12 settings"
     assert "points of top-1, dk (trend) 0." in effect.unit
     assert "is better." in effect.verdict
+    (picture,) = section(analysis_of(tmp_path).sweeps).pictures
+    over_dk, over_lr = picture.figure.axes
+    assert (over_dk.get_xlabel(), over_dk.get_xscale()) == ("dk", "linear")
+    assert (over_lr.get_xlabel(), over_lr.get_xscale()) == ("lr", "log")
+    figures.as_png(picture.figure)
+    assert all("$" not in tick.get_text() for tick in over_lr.get_xticklabels())
+    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in over_lr.lines}
+    runs = [run for v in variants_of(tmp_path) if v.attention == "aa" for run in v.runs]
+    assert points == {(run.settings["optim.lr"], run.last("top1")) for run in runs}
+    (best,) = [line for line in over_lr.lines if line.get_markerfacecolor() != "none"]
+    assert best.get_ydata()[0] == max(top1 for _, top1 in points)
+
+
+def test_drawn_numbers_are_rounded_where_they_stay_apart(tmp_path):
+    for number, dk in enumerate((0.7179977091277272, 0.99999999, 0.25)):
+        train(tmp_path, 70.0 + number, 0, attention__dk=dk)
+    assert [v.label for v in variants_of(tmp_path)] == ["AA dk=0.25", "AA dk=0.718", "AA dk=1.0"]
+    (sweep,) = find_sweeps(variants_of(tmp_path), [])
+    assert [sweep.words(cell.levels) for cell in sweep.ranking] == ["dk 0.25", "dk 1.0", "dk 0.718"]
+    alike = ["0.010000001", "0.010000002"]
+    assert rounded(alike) == dict(zip(alike, alike, strict=True))
+    assert rounded(["1.2345678e-07", "16", "none", "[2.123456, 3]"]) == {
+        "1.2345678e-07": "1.235e-07",
+        "16": "16",
+        "none": "none",
+        "[2.123456, 3]": "[2.123456, 3]",
+    }
 
 
 def test_sizes_are_in_the_order_of_what_they_came_to(tmp_path):
@@ -387,6 +424,22 @@ def test_cells_without_a_run_say_why(tmp_path, drawn_texts):
     assert made.notes == ["Without a finished run: dk 16, Nh 4 (diverged)."]
     assert "diverged" in drawn_texts(made.pictures[0].figure)
     assert "no\nrun" in drawn_texts(section(find_sweeps(variants, [other])).pictures[0].figure)
+
+
+def test_a_refused_cell_is_read_from_its_folder_and_drawn(tmp_path, drawn_texts):
+    for dk, heads in ((8, 2), (8, 4), (16, 2)):
+        train(tmp_path, 70.0 + dk, 0, attention__dk=dk, attention__Nh=heads)
+    config = json.loads(next(tmp_path.rglob("summary.json")).read_text())["config"]
+    config["attention"] |= {"dk": 16, "Nh": 4}
+    for folder, why in ((tmp_path / "lost", "a reason"), (next(tmp_path.glob("*")), "not this")):
+        run_folder.write_no_run(folder, "refused", why, config)  # the second has a run
+    (found,) = analyze([tmp_path]).excluded
+    assert (found.folder, found.kind, found.why) == (tmp_path / "lost", "refused", "a reason")
+    (picture,) = section(analyze([tmp_path]).sweeps).pictures
+    assert "refused" in drawn_texts(picture.figure)
+    (tmp_path / "lost" / "no_run.json").write_text("{")
+    (found,) = analyze([tmp_path]).excluded
+    assert (found.kind, "no_run.json" in found.why) == ("unreadable", True)
 
 
 @pytest.fixture

@@ -342,6 +342,16 @@ def test_a_run_that_somebody_will_continue_is_preempted(wandb, tmp_path):
     assert run.calls == [("update", ended), ("mark_preempting",), ("finish", 1)]
 
 
+def test_a_continued_run_has_not_ended(wandb, tmp_path):
+    run = FakeRun()
+    run.resumed, run.starting_step = True, 1
+    wandb(credentials=True, runs={"online": run})
+    with start("online", tmp_path, run_id="abc") as tracker:
+        tracker.log({"step": 1})
+    assert run.calls[0] == ("update", {"outcome": "", "reason": ""})
+    assert run.calls[-2:] == [DONE, ("finish", 0)]
+
+
 def test_names_that_are_too_long_keep_apart():
     assert variants.shortened("x" * 128, 128) == "x" * 128
     long = [variants.shortened("x" * 128 + end, 128) for end in "ab"]

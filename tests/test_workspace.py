@@ -12,6 +12,7 @@ import train
 from reporting import dashboard, workspace
 from reporting.analysis import analyze
 from scripts.workspace import augmented_blocks
+from training.tracking import CHARTS
 
 from app import run_app
 from folders import make_run
@@ -19,7 +20,7 @@ from helpers import CONFIGS, ROOT, TINY
 from wandb_server import ServerProcess
 
 BLOCKS = ["stages.1.0.conv1", "stages.2.0.conv1"]  # of TINY's network
-WEAVE = "Weave"
+WEAVE, VEGA = "Weave", "Vega2"
 
 
 def spec_of(*arguments, **more):
@@ -51,7 +52,7 @@ def keys_of(panel):
             yield "config", found[1] or found[2]
         elif text.startswith("summary:"):
             yield "summary", text.removeprefix("summary:")
-        elif panel["viewType"] == WEAVE and text.startswith(("media/", "compare/")):
+        elif panel["viewType"] in (WEAVE, VEGA) and text.startswith(("media/", "compare/")):
             yield "summary", text
     for name in [*config.get("metrics", []), *config.get("mediaKeys", [])]:
         yield "history", name
@@ -137,6 +138,8 @@ def test_what_is_shown():
     assert ("config:network.flops.value", "summary:test/top1") in cost
     media = [key for config in by_type["Media Browser"] for key in config["mediaKeys"]]
     assert [f"media/attention/{name}" for name in BLOCKS] == media[3:]
+    charts = {config["panelDefId"]: config["fieldSettings"] for config in by_type[VEGA]}
+    assert charts == {preset.name: preset.fields for preset in CHARTS.values()}
     assert len({panel["__id__"] for panel in panels}) == len(panels)
 
 

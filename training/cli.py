@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,8 +133,10 @@ def job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) ->
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.run_job(train, cfg, run_dir(cfg), full_error=FULL_ERROR)
-    with one_line_errors(), process_group(compiles=cfg.compile):
-        return top1(train(cfg, run_dir(cfg)))
+    folder = run_dir(cfg)
+    kept = sweep.reason_kept(cfg, folder) if under_agent() else nullcontext()
+    with one_line_errors(), kept, process_group(compiles=cfg.compile):
+        return top1(train(cfg, folder))
 
 
 def run_dir(cfg: DictConfig) -> Path:

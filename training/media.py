@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from data import Dataset, evaluation_batches
 from models.views import attention_views, eval_mode
 from training.attention_picture import attention_picture, labeled, layer_line
-from training.tracking import Media, Picture, Table
+from training.scores import most_mistaken
+from training.tracking import CHARTS, Chart, Media, Picture, Table
 
 # Images whose attention is drawn: on the dashboard, in the report, and by visualize.py.
 ATTENTION_IMAGES = 3
@@ -22,6 +23,8 @@ PREDICTIONS = 32
 # Classes whose confusion is told, and how many others for each.
 WORST_CLASSES = 10
 CONFUSED_WITH = 3
+# Classes that a confusion matrix on the dashboard has room for.
+MATRIX_CLASSES = 30
 
 
 def media_epochs(epochs: int) -> frozenset[int]:
@@ -57,7 +60,8 @@ def final_media(
     """What a trained network makes of the evaluation's images, in one pass over them.
 
     ``media/predictions``: fixed images with truth, prediction and confidence (the softmax of the
-    prediction). ``media/classes``: top-1 accuracy of each class in percent. ``media/confusion``:
+    prediction). ``media/classes``: top-1 accuracy of each class in percent, a chart.
+    ``media/confusion_matrix``: the classes with the most mistakes, a chart. ``media/confusion``:
     what the classes with the lowest accuracy are taken for, in percent of their images.
     """
     logits = _all_logits(model, dataset, batch_size, autocast)
@@ -66,10 +70,14 @@ def final_media(
     classes = dataset.num_classes
     counts = torch.bincount(labels * classes + predicted, minlength=classes * classes)
     confusion = counts.view(classes, classes)  # rows: truth
+    drawn = {
+        "media/classes": _classes(dataset.class_names, confusion),
+        "media/confusion_matrix": _matrix(dataset.class_names, confusion.tolist()),
+    }
     return {
         "media/predictions": _predictions(dataset, logits, labels, predicted),
-        "media/classes": _classes(dataset.class_names, confusion),
         "media/confusion": _confusion(dataset.class_names, confusion),
+        **{name: Chart(table, CHARTS[name]) for name, table in drawn.items()},
     }
 
 
@@ -119,6 +127,12 @@ def _classes(names: Sequence[str], confusion: Tensor) -> Table:
         if seen[index]
     ]
     return Table(["class", "top-1 %", "images"], rows)
+
+
+def _matrix(names: Sequence[str], confusion: list[list[int]]) -> Table:
+    chosen = most_mistaken(confusion, MATRIX_CLASSES)
+    rows = [[names[row], names[col], confusion[row][col]] for row in chosen for col in chosen]
+    return Table(["class", "predicted as", "images"], rows)
 
 
 def _confusion(names: Sequence[str], confusion: Tensor) -> Table:

@@ -156,6 +156,15 @@ class Failure(TypedDict):
     error: Text
 
 
+class NoRun(TypedDict):
+    """Why a sweep's job has no run: its outcome, one of `training.outcome`'s, and its settings."""
+
+    format: Format
+    outcome: Literal["failed", "refused"]
+    why: Text
+    config: Annotated[dict[str, Any], AfterValidator(are_plain)]
+
+
 # ---- last.pt ------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@
     weights.safetensors, config.json    the finished network, see `models.load`
     best.safetensors the network after the epoch that was the best on held-out images (keep_best)
     failed.json      instead of it where a loss or a score was not finite
+    no_run.json      alone here: why a sweep's job was refused, or failed with nothing to keep
     last.pt          the newest checkpoint, and previous.pt the one before
     train.log        what the run printed
     .hydra/          the settings, as Hydra writes them
@@ -53,11 +54,12 @@ from models.saved import (
 )
 from training import console
 from training.files import write_csv, write_json, write_text, write_whole
-from training.records import Failure, Summary, check_summary, row_type
+from training.records import Failure, NoRun, Summary, check_summary, row_type
 
 METRICS = "metrics.csv"
 SUMMARY = "summary.json"
 FAILURE = "failed.json"
+NO_RUN = "no_run.json"
 LAST = "last.pt"
 PREVIOUS = "previous.pt"
 LOG = "train.log"
@@ -103,7 +105,7 @@ class RunFolder:
         Raises:
             OSError: the folder cannot be written.
         """
-        for path in (*replaced, self.path / FAILURE):
+        for path in (*replaced, self.path / FAILURE, self.path / NO_RUN):
             path.unlink(missing_ok=True)
         self._make_folder(self.path / HYDRA)
         self._write_new(self.path / HYDRA / "config.yaml", OmegaConf.to_yaml(cfg))
@@ -215,6 +217,20 @@ class RunFolder:
             if path.is_dir():
                 with suppress(OSError):  # others may have put something there meanwhile
                     path.rmdir()
+
+
+def write_no_run(folder: Path, kind: str, why: str, config: dict[str, Any]) -> None:
+    """Write no_run.json: why a sweep's job with the settings ``config`` has no run in ``folder``.
+
+    Nothing is written where there is one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if folder.is_dir() and is_run(path.name for path in folder.iterdir()):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / NO_RUN, {"format": FORMAT, "outcome": kind, "why": why, "config": config})
 
 
 @contextmanager
@@ -423,6 +439,19 @@ def read_failure(folder: Path) -> str | None:
     except FileNotFoundError:
         return None
     return failure["error"]
+
+
+def read_no_run(folder: Path) -> NoRun | None:
+    """Why a sweep's job has no run in ``folder``; None where no_run.json is missing.
+
+    Raises:
+        UnreadableError: it is damaged or of another format.
+    """
+    path = folder / NO_RUN
+    try:
+        return parse(NoRun, _read_json(path), f"{path}")
+    except FileNotFoundError:
+        return None
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

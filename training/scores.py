@@ -143,3 +143,13 @@ class Confusion:
             ClassScore(of, as_, 100 * r / of if of else None, 100 * r / as_ if as_ else None)
             for r, of, as_ in zip(right, images, predicted, strict=True)
         ]
+
+
+def most_mistaken(counts: Sequence[Sequence[int]], most: int) -> list[int]:
+    """The classes with the most mistakes, of their images or as which others are predicted."""
+
+    def mistakes(index: int) -> int:
+        return sum(counts[index]) + sum(row[index] for row in counts) - 2 * counts[index][index]
+
+    worst = sorted(range(len(counts)), key=lambda index: -mistakes(index))
+    return sorted(worst[:most])

@@ -12,8 +12,8 @@ import os
 import shutil
 import tempfile
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
 from training import console
 from training.errors import explain, is_for_the_user
@@ -47,7 +48,8 @@ PREFIX, LOCK = ".sweep-", "lock"
 class Record:
     """A job: its number, its overrides, its run's folder, and what became of it and why.
 
-    ``outcome`` is one of `training.outcome.ALL`, or empty while it is trained.
+    ``outcome`` is one of `training.outcome.ALL`, or empty while it is trained. ``config`` has its
+    settings where it has no result.
     """
 
     number: int
@@ -55,6 +57,7 @@ class Record:
     folder: str
     outcome: str = ""
     why: str = ""
+    config: dict[str, Any] | None = None
 
     def write(self, kind: str, why: str) -> None:
         """Note what became of the job, where other processes of the sweep find it."""
@@ -165,7 +168,7 @@ def run_job(
     try:
         settings.check(cfg, world().size)
     except ValueError as error:
-        return _no_result(record, outcome.REFUSED, explain(error))
+        return _no_result(record, outcome.REFUSED, explain(error), cfg)
     try:
         with process_group(compiles=cfg.compile):
             # The main process alone looks, and so all of several do the same.
@@ -191,9 +194,9 @@ def run_job(
             traceback.print_exception(error)
             why = f"{type(error).__name__}: {why}"
         if isinstance(error, FloatingPointError | run_folder.DivergedError):
-            return _no_result(record, outcome.DIVERGED, why)
+            return _no_result(record, outcome.DIVERGED, why, cfg)
         held = isinstance(error, run_folder.HeldError)
-        return _no_result(record, outcome.SKIPPED if held else outcome.FAILED, why)
+        return _no_result(record, outcome.SKIPPED if held else outcome.FAILED, why, cfg)
 
 
 def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | None:
@@ -216,11 +219,21 @@ def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | N
     return outcome.SKIPPED, f"finished before: {why}", run_folder.top1(summary)
 
 
-def _no_result(record: Record, kind: str, why: str) -> float:
+def _no_result(record: Record, kind: str, why: str, cfg: DictConfig) -> float:
+    record.config = _settings(cfg)
     record.write(kind, why)
     if world().is_main:
         console.print_error("train.py", f"job #{record.number}: {why}")
     return NO_SCORE
+
+
+def _settings(cfg: DictConfig) -> dict[str, Any] | None:
+    """All settings of a job; None where they cannot be resolved, which it may be refused for."""
+    from training import settings
+
+    with suppress(ValueError, OmegaConfBaseException):
+        return settings.resolve(cfg)
+    return None
 
 
 def _in_this_process(hydra: Any) -> bool:
@@ -297,6 +310,9 @@ def _end_in_main(sweep: Sweep, folder: Path, error: BaseException | None) -> int
     for record in records:
         if not record.outcome:  # its process has died, or was told to stop
             record.write(*_from_folder(Path(record.folder), error))
+    if not refused:
+        for record in records:
+            _keep_reason(Path(record.folder), record.outcome, record.why, record.config)
     started = {record.number for record in records}
     missing = set(range(sweep.jobs or 0)) - started
     records += [Record(number, [], "", outcome.NOT_STARTED) for number in missing]
@@ -306,6 +322,29 @@ def _end_in_main(sweep: Sweep, folder: Path, error: BaseException | None) -> int
         lines = outcome.table(rows, "job", "the same command with resume=auto")
         print("", *lines, sep="\n", flush=True)
     return outcome.exit_code({record.outcome for record in records}, error)
+
+
+def _keep_reason(folder: Path, kind: str, why: str, config: dict[str, Any] | None) -> None:
+    """Leave for the report why a job has no run."""
+    from training import outcome, run_folder
+
+    if kind in (outcome.REFUSED, outcome.FAILED) and config is not None:
+        with suppress(OSError):  # what is printed says it as well
+            run_folder.write_no_run(folder, kind, why, config)
+
+
+@contextmanager
+def reason_kept(cfg: DictConfig, folder: Path) -> Iterator[None]:
+    """Inside a run that an agent of a wandb sweep has started: leave why there is none."""
+    from training import outcome, run_folder
+
+    try:
+        yield
+    except Exception as error:
+        if world().is_main and not isinstance(error, run_folder.HeldError):
+            kind = outcome.REFUSED if isinstance(error, ValueError) else outcome.FAILED
+            _keep_reason(folder, kind, explain(error), _settings(cfg))
+        raise
 
 
 def _from_folder(folder: Path, error: BaseException | None) -> tuple[str, str]:

@@ -90,7 +90,41 @@ class Table(NamedTuple):
     rows: list[list[Any]]
 
 
-Media = Picture | list[Picture] | Table
+class Preset(NamedTuple):
+    """One of wandb's own charts, whose fields are columns of a table."""
+
+    name: str
+    fields: dict[str, str]
+    title: str
+
+
+class Chart(NamedTuple):
+    """A table and the chart that draws it."""
+
+    table: Table
+    preset: Preset
+
+
+Media = Picture | list[Picture] | Table | Chart
+
+# Charts of a finished run, by the names under which it has them.
+CHARTS = {
+    "media/classes": Preset(
+        "wandb/bar/v0",
+        {"label": "class", "value": "top-1 %"},
+        "Top-1 accuracy of each class (%)",
+    ),
+    "media/confusion_matrix": Preset(
+        "wandb/confusion_matrix/v1",
+        {"Actual": "class", "Predicted": "predicted as", "nPredictions": "images"},
+        "Images of each class by what they are predicted as",
+    ),
+}
+
+
+def chart_table(name: str) -> str:
+    """The name under which wandb has the table of the chart ``name``."""
+    return f"{name}_table"
 
 
 def under_agent() -> bool:
@@ -149,7 +183,20 @@ class Tracker:
 
     def show(self, media: dict[str, Media]) -> None:
         """What there is to see of the whole run, in its summary: it is of no epoch."""
-        self._guarded(CLOSE_TIMEOUT, lambda run: run.summary.update(_converted(media)))
+
+        def send(run: Any) -> None:
+            values = _converted(media)
+            panels = {}
+            for name in [name for name, it in media.items() if isinstance(it, Chart)]:
+                chart = values.pop(name)
+                chart.set_key(name)
+                panels[name] = chart.spec.config_value
+                values[chart_table(name)] = chart.table
+            if panels:  # which run.log does for a chart, and the summary does not
+                run.config.update({"_wandb": {"visualize": panels}}, allow_val_change=True)
+            run.summary.update(values)
+
+        self._guarded(CLOSE_TIMEOUT, send)
 
     def post(self, media: dict[str, Media]) -> None:
         """What there is to see of several runs: an entry of its own in the history."""
@@ -196,6 +243,10 @@ class Tracker:
         diverged = isinstance(error, FloatingPointError)
         why = first_line(error) or type(error).__name__
         self._ended("diverged" if diverged else "failed", why)
+
+    def continued(self) -> None:
+        """Take back how the run ended before; wandb's own state says that it is running."""
+        self._ended("", "")
 
     def _ended(self, outcome: str, why: str) -> None:
         """Say in the summary how the run has ended, in the words of `training.outcome`."""
@@ -250,6 +301,9 @@ def _converted(media: dict[str, Media]) -> dict[str, Any]:
         return wandb.Image(it.image, caption=it.caption) if isinstance(it, Picture) else it
 
     def convert(it: Media) -> Any:
+        if isinstance(it, Chart):
+            name, fields, title = it.preset
+            return wandb.plot_table(name, convert(it.table), fields, {"title": title})
         if isinstance(it, Table):
             return wandb.Table(it.columns, [[picture(cell) for cell in row] for row in it.rows])
         return [picture(one) for one in it] if isinstance(it, list) else picture(it)
@@ -400,6 +454,8 @@ def track(
             resume="allow" if run_id or os.environ.get("WANDB_RUN_ID") else None,
         )
     tracker = Tracker(run, run_id, record)
+    if getattr(run, "resumed", False):
+        tracker.continued()
     # A run that was killed may not have sent all it had logged; offline each start of a run is kept
     # apart, and the last one is then whole.
     for row in rows:
