@@ -47,6 +47,7 @@ from training.device import (
     dtype_name,
     peak_memory_mib,
     set_deterministic,
+    set_seed,
     to_device,
 )
 from training.initial import init_provenance, load_initial, take_weights
@@ -258,7 +259,7 @@ def train_epoch(
     for images, labels in bar:
         # What is dropped is drawn anew in each step: nothing of it needs to be saved.
         draws = seeded_generator("dropout", cfg.seed, epoch, epoch_state.step, state.world.rank)
-        torch.manual_seed(draws.initial_seed())
+        set_seed(device, draws.initial_seed())
         lr = state.optimizer.param_groups[0]["lr"]
         epoch_state = epoch_state.after_step(take_step(cfg, state, images, labels), lr)
         step, action = epoch_state.step, stop.after_step()

@@ -7,6 +7,7 @@ from aaconv import AugmentedConv, attention_2d
 from models import AA, NoAttention, ResNet, build, describe
 from models.attention import Place
 from models.blocks import BasicBlock, Bottleneck, PreActBlock
+from training.device import set_seed
 from training.settings import check
 
 from helpers import inputs, rows
@@ -116,3 +117,13 @@ def test_each_setting_changes_the_training_of_a_run_alone(run, tmp_path):
     for name in names:
         again = torch.load(tmp_path / name / "last.pt", weights_only=True)["model"]
         assert all(torch.equal(again[n], t) for n, t in first.items() if "weight" in n)
+
+
+def test_a_seed_leaves_nothing_behind():
+    """torch.manual_seed keeps a call with its traceback for GPUs that have not been used."""
+    torch.manual_seed(7)
+    expected, queued = torch.rand(3), len(torch.cuda._queued_calls)
+    for _ in range(3):
+        set_seed(torch.device("cpu"), 7)
+        assert torch.equal(torch.rand(3), expected)
+    assert len(torch.cuda._queued_calls) == queued
