@@ -230,7 +230,13 @@ def load_evaluation_folder(
         log.warning("%s: %s", name, _passed_over(found))
     for level, note in _faults_and_links(name, found, [evaluation]):
         log.log(level, "%s", note)
-    return EvaluationSet(name, _labelled(evaluation), found.evaluated_on, tuple(class_names))
+    return EvaluationSet(
+        name,
+        _labelled(evaluation),
+        found.evaluated_on,
+        tuple(class_names),
+        tuple(str(file.path) for file in evaluation.files),
+    )
 
 
 def is_same_color(

@@ -100,10 +100,13 @@ def begin(
     """
     found = find(resume, folder)
     if resume == "auto" and (failure := run_folder.read_failure(folder)) is not None:
+        if not overwrite and images.differ(failure.get("data_digest"), config):
+            file = folder / run_folder.FAILURE
+            raise ValueError(images.other_images(file, config["data"]["name"]))
         if not overwrite:
             raise run_folder.DivergedError(
-                f"{folder}: this run has diverged ({failure}); with the same settings it would "
-                "diverge again; overwrite=true trains it again from its beginning"
+                f"{folder}: this run has diverged ({failure['error']}); with the same settings it "
+                "would diverge again; overwrite=true trains it again from its beginning"
             )
         found = []
     used, state = load(found, config) if found else (None, {})

@@ -88,19 +88,24 @@ class RunFolder:
         self.path = path
         self._made: list[Path] = []  # in the order in which they were made
         self._kept = False
+        self._data_digest: str | None = None
         self._log: _LogFile | None = None
         # What is logged before the run may write to its folder.
         self._early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
 
-    def start(self, cfg: DictConfig, replaced: Iterable[Path] = ()) -> None:
+    def start(
+        self, cfg: DictConfig, replaced: Iterable[Path] = (), data_digest: str | None = None
+    ) -> None:
         """Begin to write: remove the files that are ``replaced``, keep settings and log.
 
         Called when nothing is wrong with the settings any more. Of replaced files the first go
-        first: a kill meanwhile leaves what can be continued or replaced.
+        first: a kill meanwhile leaves what can be continued or replaced. ``data_digest`` is that of
+        the run's images, which failed.json would have.
 
         Raises:
             OSError: the folder cannot be written.
         """
+        self._data_digest = data_digest
         for path in (*replaced, self.path / FAILURE):
             path.unlink(missing_ok=True)
         self._make_folder(self.path / HYDRA)
@@ -145,7 +150,10 @@ class RunFolder:
 
     def write_failure(self, error: FloatingPointError) -> None:
         """Write failed.json: why the run has no result."""
-        write_json(self.path / FAILURE, Failure(format=FORMAT, error=str(error)))
+        failure = Failure(format=FORMAT, error=str(error))
+        if self._data_digest is not None:
+            failure["data_digest"] = self._data_digest
+        write_json(self.path / FAILURE, failure)
         self.keep()
 
     def _make_folder(self, path: Path) -> None:
@@ -407,18 +415,18 @@ def _as_number(text: str | None) -> Any:
         return text
 
 
-def read_failure(folder: Path) -> str | None:
-    """Why the run of ``folder`` has no result, where a number stopped being finite; else None.
+def read_failure(folder: Path) -> Failure | None:
+    """What failed.json holds: the run of ``folder`` has diverged; None where there is none.
 
     Raises:
         UnreadableError: failed.json is damaged or of another format.
     """
     path = folder / FAILURE
     try:
-        failure = parse(Failure, _read_json(path), f"{path}")
+        failure: Failure = parse(Failure, _read_json(path), f"{path}")
     except FileNotFoundError:
         return None
-    return failure["error"]
+    return failure
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
