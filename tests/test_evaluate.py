@@ -257,7 +257,7 @@ def test_a_part_of_the_training_images_is_known_by_its_pixels(
     caplog.clear()
     trained._own_images.cache_clear()
     go(monkeypatch, path, *words)
-    assert f"{line}val_size=4 cannot be held out of 5 training images" in caplog.text
+    assert f"{line}it is not known where pets is" in caplog.text
 
 
 def test_training_images_that_were_written_to_files_are_known(

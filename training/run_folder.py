@@ -35,11 +35,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import yaml  # type: ignore[import-untyped]
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from aaconv.text import one_line
 from models.fields import FORMAT, UnreadableError, parse, read_json, read_text
@@ -432,10 +432,20 @@ def read_failure(folder: Path) -> Failure | None:
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """All settings that the run was started with; None where there are none to be read."""
     try:
-        cfg = OmegaConf.create(read_text(folder / HYDRA / "config.yaml"))
+        text = read_text(folder / HYDRA / "config.yaml")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            return None  # Hydra writes none, and a few lines of them expand to any size
+        cfg = OmegaConf.create(text)
         found = OmegaConf.to_container(cfg, resolve=True)
     # What is damaged may raise anything of YAML's and OmegaConf's.
-    except (OSError, ValueError, AttributeError, RecursionError, OmegaConfBaseException, YAMLError):
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+        OmegaConfBaseException,
+        yaml.YAMLError,
+    ):
         return None
     return found if isinstance(found, dict) else None  # type: ignore[return-value]
 

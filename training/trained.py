@@ -203,7 +203,7 @@ def _find_own_images(
         ValueError, OSError, HydraException, OmegaConfBaseException: they cannot be had.
     """
     described, words = trained.description, _own_data_words(trained, path, ["data.root"])
-    root = _recorded_root(path)
+    recorded = root = _recorded_root(path)
     if _own_data(trained).get("_target_") == FolderConfig._target_:
         words.append(f"data.size={list(size)}")
         if root is None or not Path(root).expanduser().exists():
@@ -211,8 +211,13 @@ def _find_own_images(
     else:  # of which not all are downloaded, or have a root
         there = compose_config(words).data
         words += ["data.download=false"] if "download" in there else []
-        root = root if "root" in there else None
-    own = _own_images((*words, *([] if root is None else [f"data.root={hydra_quote(root)}"])))
+        recorded = root = root if "root" in there else None
+    try:
+        own = _own_images((*words, *([] if root is None else [f"data.root={hydra_quote(root)}"])))
+    except (ValueError, OSError, HydraException) as error:
+        if root == recorded:
+            raise
+        raise ValueError(f"it is not known where {described.data} is") from error
     if described.data_digest is None:  # older code has written it
         is_own = is_same_color(own.color, _color(described))
     else:
