@@ -343,6 +343,12 @@ def continue_run(
             f"{resumed} {OTHER_CODE}: it is {continued.position}, and there are "
             f"{config['epochs']} epochs of {len(state.batches)} steps"
         )
+    taken = len(continued.rows) * len(state.batches) + continued.epoch_state.step
+    if state.schedule.last_epoch != taken:
+        raise UnreadableError(
+            f"{resumed} {OTHER_CODE}: it is {continued.position}, and schedule.last_epoch is "
+            f"{state.schedule.last_epoch} steps, not {taken}"
+        )
     log.info("resumed %s %s", resumed, continued.position)
     return continued
 
