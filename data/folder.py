@@ -41,6 +41,7 @@ from data.pictures import (
     MAX_PIXELS,
     WHITE_OF_16_BITS,
     Decoded,
+    check_white,
     decode,
     formats,
     read_file,
@@ -248,8 +249,7 @@ def is_same_color(
 
 
 def _decode_settings(size: Any, white: float | None, max_pixels: int) -> DecodeSettings:
-    if white is not None and not 0 < white < math.inf:
-        raise ValueError(f"data.white={white} must be above 0 and finite")
+    check_white(white)
     return DecodeSettings(_height_and_width(size), white, max_pixels)
 
 
