@@ -361,7 +361,7 @@ def _read(files: list[ImageFile], settings: DecodeSettings, skip_damaged: bool) 
     digests = list(_in_threads(_digest_or_fault, files, "files", 1000))
     key = _key(digests, settings)
     kept = image_cache.load(key, settings.size)
-    if kept is not None:
+    if kept is not None and kept[1].keys() == asdict(Facts()).keys():
         pixels, facts = kept[0], Facts(**kept[1])
         _check_faults(facts, files, skip_damaged)
     else:

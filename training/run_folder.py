@@ -104,6 +104,7 @@ class RunFolder:
 
         Raises:
             OSError: the folder cannot be written.
+            ValueError: a named pipe is in the log's place.
         """
         self._data_digest = data_digest
         for path in (*replaced, self.path / FAILURE):
@@ -115,6 +116,8 @@ class RunFolder:
             self._write_new(self.path / HYDRA / "hydra.yaml", OmegaConf.to_yaml({"hydra": hydra}))
             words = OmegaConf.to_yaml(hydra.overrides.task)
             self._write_new(self.path / HYDRA / "overrides.yaml", words)
+        if (self.path / LOG).is_fifo():  # to open it would wait for somebody who reads
+            raise ValueError(f"{self.path / LOG} is not a regular file; delete it")
         if not (self.path / LOG).exists():
             self._made.append(self.path / LOG)
         self._log = _LogFile(self.path / LOG)
