@@ -112,7 +112,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             here = provenance.of_segment(device, facts["precision"], world.size)
             progress.start_segment(here | init_provenance(initial))
         if folder is not None:
-            folder.start(cfg, replaced)
+            folder.start(cfg, replaced, dataset.digest)
             folder.write_metrics(progress.rows)  # a kill may have left more of them, or fewer
 
         # ---- The epochs, and now and then a checkpoint to continue from ------------------------

@@ -716,7 +716,7 @@ def is_as_before(name: str, value: Any) -> bool:
 
 def names_folder(name: str) -> bool:
     """Whether an override of this name, a group or a setting, is part of a run's folder's name."""
-    return name not in NAMES_NO_FOLDER
+    return name not in NAMES_NO_FOLDER and not name.startswith("hydra.")
 
 
 def unknown_setting(where: str, key: str, kind: Any) -> str:

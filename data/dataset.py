@@ -132,13 +132,15 @@ class Dataset:
 class EvaluationSet:
     """Images to score a trained network on; their labels are indices of its ``class_names``.
 
-    ``evaluated_on`` is "test" or "val" as that of a `Dataset`.
+    ``evaluated_on`` is "test" or "val" as that of a `Dataset`; ``files`` are the paths of images
+    that have a file each.
     """
 
     name: str
     evaluation: Images
     evaluated_on: str
     class_names: tuple[str, ...]
+    files: tuple[str, ...] = ()
 
     @property
     def image_size(self) -> tuple[int, int]:

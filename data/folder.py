@@ -41,6 +41,7 @@ from data.pictures import (
     MAX_PIXELS,
     WHITE_OF_16_BITS,
     Decoded,
+    check_white,
     decode,
     formats,
     read_file,
@@ -230,7 +231,13 @@ def load_evaluation_folder(
         log.warning("%s: %s", name, _passed_over(found))
     for level, note in _faults_and_links(name, found, [evaluation]):
         log.log(level, "%s", note)
-    return EvaluationSet(name, _labelled(evaluation), found.evaluated_on, tuple(class_names))
+    return EvaluationSet(
+        name,
+        _labelled(evaluation),
+        found.evaluated_on,
+        tuple(class_names),
+        tuple(str(file.path) for file in evaluation.files),
+    )
 
 
 def is_same_color(
@@ -242,8 +249,7 @@ def is_same_color(
 
 
 def _decode_settings(size: Any, white: float | None, max_pixels: int) -> DecodeSettings:
-    if white is not None and not 0 < white < math.inf:
-        raise ValueError(f"data.white={white} must be above 0 and finite")
+    check_white(white)
     return DecodeSettings(_height_and_width(size), white, max_pixels)
 
 
@@ -355,7 +361,7 @@ def _read(files: list[ImageFile], settings: DecodeSettings, skip_damaged: bool) 
     digests = list(_in_threads(_digest_or_fault, files, "files", 1000))
     key = _key(digests, settings)
     kept = image_cache.load(key, settings.size)
-    if kept is not None:
+    if kept is not None and kept[1].keys() == asdict(Facts()).keys():
         pixels, facts = kept[0], Facts(**kept[1])
         _check_faults(facts, files, skip_damaged)
     else:

@@ -42,7 +42,8 @@ def load(key: str, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]] | Non
     None where there are none, or they are damaged. The tensor may be written to, in this process
     alone; the pages of it that are not in use take no memory.
     """
-    with suppress(OSError, RuntimeError):  # the latter: there is no home folder
+    # RuntimeError: there is no home folder. The others: facts of another program's.
+    with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError):
         path = _path(key)
         if not path.is_file():  # to open a named pipe would wait forever
             return None

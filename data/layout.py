@@ -274,8 +274,13 @@ def _annotated(split: Path, owner: str, found: Layout) -> list[ImageFile]:
     """The images of Tiny ImageNet's val/, of which a text file has the classes."""
     file = split / ANNOTATIONS
     rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line]
-    classes = {row[0]: _normal(row[1]) for row in rows if len(row) > 1}
-    images = {path.name: path for path in _walk(split, found)}
+    pairs = {(row[0], _normal(row[1])) for row in rows if len(row) > 1}
+    paths = _walk(split, found)
+    named = (Counter(name for name, _ in pairs), Counter(path.name for path in paths))
+    twice = sorted({name for counts in named for name in counts if counts[name] > 1})
+    if twice:
+        raise ValueError(f"{file} cannot say the one class of {some(twice)}, which is there twice")
+    classes, images = dict(pairs), {path.name: path for path in paths}
     for text, names in (
         (f"{file} does not say the class of", images.keys() - classes.keys()),
         (f"{file} names images that are not there:", classes.keys() - images.keys()),

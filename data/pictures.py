@@ -23,6 +23,8 @@ from aaconv.text import one_line
 # A photograph of 108 million pixels passes; what claims more may be an attack.
 MAX_PIXELS = 2**28
 WHITE_OF_16_BITS = 65535
+# What white may be: float32 holds the factor that brings it to 255.
+WHITES = (1e-30, 1e30)
 # Formats that run another program, that Pillow recognizes but cannot decode, or that are metadata.
 _NO_FORMATS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
 # A JPEG is decoded at 1/2, 1/4 or 1/8 of its size while that is this much larger than needed.
@@ -80,10 +82,21 @@ def read_file(path: Path) -> bytes:
 
 
 def white_of(settings: Mapping[str, Any]) -> float | None:
-    """``data.white`` among the settings of a trained network; None where there is none."""
+    """``data.white`` among the settings of a trained network; None where there is none.
+
+    Raises ValueError if it is no number that can be white.
+    """
     data = settings.get("data")
     white = data.get("white") if isinstance(data, dict) else None
-    return white if isinstance(white, (int, float)) and white > 0 else None
+    check_white(white)
+    return white
+
+
+def check_white(white: Any) -> None:
+    """Raises ValueError unless ``white`` is None or a number that can be white."""
+    fits = type(white) in (int, float) and WHITES[0] <= white <= WHITES[1]
+    if white is not None and not fits:
+        raise ValueError(f"data.white={white} must be a number from {WHITES[0]} to {WHITES[1]}")
 
 
 @lru_cache(maxsize=1)

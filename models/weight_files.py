@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +53,9 @@ def read_torch(file: Path) -> Any:
                 raise ValueError(f"wrong checksum of {damaged}")
         elif start != b"\x80\x02":  # how torch.save began before it wrote archives
             raise ValueError("torch.save has not written it")
-        return torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of kinds of tensors that no network here has
+            warnings.simplefilter("ignore")
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's are of many types
         foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if foreign is not None and isinstance(error, pickle.UnpicklingError):

@@ -3,15 +3,19 @@
 import io
 import itertools
 import math
+import re
 import statistics
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+from matplotlib import font_manager
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from reporting.paired import Comparison, Difference
 from reporting.runs import Run, Variant
@@ -66,12 +70,58 @@ def as_png(figure: Figure) -> bytes:
 
 @style()
 def _save(figure: Figure, **options: Any) -> bytes:
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        # Letters that matplotlib's font lacks become boxes; the tables have them.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+    content, lacking = _drawn(figure, options)
+    if lacking:
+        fonts, lacking = _fonts_with(lacking)
+        for text in figure.findobj(Text):
+            text.set_fontfamily([*text.get_fontfamily(), *fonts])
+        if lacking:  # they are boxes; the tables have them
+            names = sorted({_script(letter) for letter in lacking})
+            words = f"boxes: no font here has {', '.join(names)}"
+            figure.supxlabel(words, fontsize=7, color="#666")
+        content, _ = _drawn(figure, options)
+    return content
+
+
+def _drawn(figure: Figure, options: dict[str, Any]) -> tuple[bytes, set[str]]:
+    """What a file would hold, and the letters that matplotlib has found no font for."""
+    file, lacking = io.BytesIO(), set()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         figure.savefig(file, **options)
-    return file.getvalue()
+    for warning in caught:
+        letter = re.match(r"Glyph (\d+) .*missing from", str(warning.message))
+        if letter is None:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+        else:
+            lacking.add(chr(int(letter[1])))
+    return file.getvalue(), lacking
+
+
+def _fonts_with(letters: set[str]) -> tuple[list[str], set[str]]:
+    """Installed fonts that have ``letters``, and those letters that none has."""
+    fonts, lacking = [], set(letters)
+    for entry in sorted(font_manager.fontManager.ttflist, key=lambda entry: entry.fname):
+        if not lacking:
+            break
+        if entry.name.startswith("Last Resort"):  # which draws a box for every letter
+            continue
+        try:
+            known = font_manager.get_font(entry.fname).get_charmap()
+        except (OSError, RuntimeError):  # removed or damaged since matplotlib has listed it
+            continue
+        found = {letter for letter in lacking if ord(letter) in known}
+        if found:
+            fonts.append(entry.name)
+            lacking -= found
+    return fonts, lacking
+
+
+def _script(letter: str) -> str:
+    """The first word of a letter's Unicode name, such as DEVANAGARI."""
+    return unicodedata.name(letter, f"U+{ord(letter):04X}").partition(" ")[0]
 
 
 def one_panel(width: float = 5.2, height: float = 3.5) -> tuple[Figure, Any]:

@@ -51,7 +51,7 @@ from training import console
 from training.device import choose_device, choose_dtype, to_device
 from training.files import csv_text, write_texts
 from training.scores import Calibration, ClassScore, Confusion, evaluate
-from training.trained import compose_settings, load_data
+from training.trained import check_not_trained_on, compose_settings, load_data
 
 # What may be set here; all else is the network's own.
 SETTINGS = ("device", "precision", "eval_batch_size", "channels_last")
@@ -80,13 +80,15 @@ def evaluate_file(path: str, overrides: list[str]) -> Evaluation:
     """Load a network and score it.
 
     Raises:
-        ValueError, FileNotFoundError: see `models.load`, `compose_settings` and `load_data`.
+        ValueError, FileNotFoundError: see `models.load`, `compose_settings`, `load_data` and
+            `check_not_trained_on`.
     """
     trained = models.load(path)
     cfg = compose_settings(trained, path, overrides, SETTINGS)
     device = choose_device(cfg.device)
     dtype = choose_dtype(cfg.precision.name, device)
     dataset = load_data(cfg, trained, path)
+    check_not_trained_on(dataset, cfg, trained, path)
     images = dataset.evaluation.to(device)
     model = to_device(trained.network, device, cfg.channels_last)
     # The network was trained with the mean and the deviation of its own images.

@@ -77,8 +77,8 @@ def find(words: list[str]) -> list[Path]:
     files: list[Path] = []
     for word in words:
         path = Path(word)
-        if not path.exists():
-            raise ValueError(f"there is no {path}")
+        if not word or not path.exists():  # the former would be the current folder
+            raise ValueError(f"there is no {word or 'file without a name'}")
         if path.is_file():
             files.append(path)
             continue

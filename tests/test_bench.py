@@ -239,6 +239,17 @@ def test_bench_attention(monkeypatch, tmp_path, capsys):
     assert page.count("**") == 2 * len(rows)
 
 
+def test_bench_images(monkeypatch, tmp_path):
+    words = ("--mib", 1, "--size", 32, "--batch", 100, "--rounds", 2, "--device", "cpu")
+    (row,), page = go(monkeypatch, tmp_path, "images", *words)
+    assert row["images"] == 2**20 // (32 * 32 * 3)
+    assert {name: len(ms) for name, ms in row["ms"].items()} == {
+        "memory": 2, "mapped": 2, "begin": 2,
+    }  # fmt: skip
+    ratio = timing.ratio(row["ms"]["mapped"], row["ms"]["memory"])
+    assert f"| {ratio:.2f} |" in page
+
+
 @pytest.mark.slow
 def test_bench_augment(monkeypatch, tmp_path):
     peaks = {"plain": 4.0, "pooled": 5.0, "full": 7.0}

@@ -84,6 +84,26 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_what_is_in_the_place_of_a_half_written_file_is_not_written_to(tmp_path):
+    """A link to another file, a pipe, what a kill has left, a folder."""
+    path, partial, other = (tmp_path / name for name in ("file", "file.partial", "other"))
+    other.write_text("mine")
+    for there in (
+        lambda: partial.symlink_to(other),
+        lambda: os.mkfifo(partial),
+        lambda: partial.write_bytes(b"half"),
+    ):
+        there()
+        write_whole(path, lambda file: file.write(b"whole"))
+        assert path.read_bytes() == b"whole"
+        assert other.read_text() == "mine"
+        assert not partial.exists()
+    partial.mkdir()
+    with pytest.raises(OSError, match=r"file cannot be written \(Is a directory\)"):
+        write_whole(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"whole"
+
+
 def test_csv_and_json(tmp_path):
     write_csv(tmp_path / "a.csv", [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
     assert (tmp_path / "a.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"

@@ -96,3 +96,59 @@ def test_offline_tracking_goes_to_one_folder_in_separate_runs(tmp_path, monkeypa
     assert len({p.name for p in kept}) == 2
     for folder in kept:
         assert list(folder.glob("*.wandb"))
+
+
+OWN = {
+    "mine.yaml": "defaults: [config, _self_]\nepochs: 1\n",
+    "loose.yaml": "epochs: 1\n",
+    "damaged.yaml": "epochs: [\n",
+    "experiment/fast.yaml": "# @package _global_\nepochs: 1\n",
+}
+
+
+@pytest.fixture
+def own_configs(tmp_path):
+    for name, text in OWN.items():
+        (tmp_path / "own" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "own" / name).write_text(text)
+    return tmp_path / "own"
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        (["--config-dir={own}", "--config-name=mine"], "config=mine"),
+        (["--config-dir={own}", "experiment=fast"], "experiment=fast"),
+        (["hydra.searchpath=[{own}]", "experiment=fast"], "experiment=fast"),
+    ],
+)
+def test_settings_of_ones_own(own_configs, tmp_path, words, folder):
+    given = [word.format(own=own_configs) for word in words]
+    given += [word for word in TINY if not word.startswith(("experiment", "epochs"))]
+    given += ["data=lookup", f"out_dir='{tmp_path / 'out'}'"]
+    done = run_app([ROOT / "train.py", *given], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (summary,) = (tmp_path / "out").rglob("summary.json")
+    assert json.loads(summary.read_text())["epochs"] == 1
+    assert folder in str(summary.parent)
+    assert str(own_configs) not in str(summary.parent)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--config-dir={own}", "--config-name=loose"], "loose.yaml: begin it with defaults: [co"),
+        (["--config-dir={own}", "--config-name=none"], "there is no {own}/none.yaml, and all sett"),
+        (["--config-dir={own}", "--config-name=attention/aa"], "group; write attention=aa"),
+        (["--config-dir={own}", "--config-name=damaged"], "damaged.yaml"),
+        (["--config-dir={own}/nowhere"], "Additional config directory '{own}/nowhere' not found"),
+        (["--config-path={own}"], "has no config.yaml; --config-dir={own} adds its files"),
+    ],
+)
+def test_settings_of_ones_own_that_cannot_be_are_one_line(own_configs, tmp_path, words, line):
+    given = [word.format(own=own_configs) for word in words]
+    done = run_app([ROOT / "train.py", *given], cwd=tmp_path)
+    assert done.returncode == 2
+    assert line.format(own=own_configs) in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]

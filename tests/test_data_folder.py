@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +194,21 @@ def one_bit(content):
     return content[:100] + bytes([content[100] ^ 1]) + content[101:]
 
 
+def whole_with(facts):
+    """What has its checksum, and is not of this program."""
+
+    def damage(content):
+        start = content[:300] + facts + len(facts).to_bytes(8, "little")
+        return start + zlib.crc32(start).to_bytes(4, "little")
+
+    return damage
+
+
 DAMAGES = {
+    "no facts": whole_with(b"none"),
+    "a list of facts": whole_with(b"[1, 2]"),
+    "more images": whole_with(b'{"images": 1000000000}'),
+    "other facts": whole_with(b'{"images": 1, "more": 1}'),
     "cut": lambda content: content[:200],
     "one short": lambda content: content[:-1],
     "empty": lambda content: b"",

@@ -137,6 +137,16 @@ def test_tiny_imagenet_as_it_is_downloaded(root):
             ),
             "has the class 'cow', which train/ has not",
         ),
+        (
+            lambda val: write(val / "ant" / "val_1.JPEG"),
+            "cannot say the one class of val_1.JPEG, which is there twice",
+        ),
+        (
+            lambda val: (val / "val_annotations.txt").write_text(
+                "val_0.JPEG\tant\nval_1.JPEG\tant\nval_2.JPEG\tBee\nval_0.JPEG\tBee\n"
+            ),
+            "cannot say the one class of val_0.JPEG, which is there twice",
+        ),
     ],
 )
 def test_annotations_that_do_not_fit_are_refused(root, change, line):

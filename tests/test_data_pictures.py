@@ -1,7 +1,9 @@
 """Image files as they are: numbers of more than 8 bits, large photographs, damage, memory."""
 
 import json
+import math
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -92,9 +94,11 @@ def test_numbers_of_which_none_is_known_to_be_white_are_refused(root, numbers, w
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("white", [0, -1, float("nan"), float("inf")])
+@pytest.mark.parametrize("white", [0, -1, float("nan"), float("inf"), 1e-300, 1e300])
 def test_a_white_that_is_none_is_refused(root, white):
-    with pytest.raises(ValueError, match=f"data.white={white} must be above 0 and finite"):
+    with pytest.raises(
+        ValueError, match=rf"data.white={re.escape(str(white))} must be a number from 1e-30"
+    ):
         load(root, white=white)
 
 
@@ -165,11 +169,15 @@ def test_a_prediction_divides_by_the_white_of_the_training(tmp_path, monkeypatch
     assert lines[0] == pytest.approx(lines[1], abs=1e-2)
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"data": None}, {"data": 3}, {"data": {"white": None}}, {"data": {"white": 0}}]
-)
+@pytest.mark.parametrize("settings", [{}, {"data": None}, {"data": 3}, {"data": {"white": None}}])
 def test_settings_without_a_white(settings):
     assert pictures.white_of(settings) is None
+
+
+@pytest.mark.parametrize("white", [0, -4095, "4095", True, [1], math.inf])
+def test_settings_with_a_white_that_is_none_are_damaged(white):
+    with pytest.raises(ValueError, match=r"data.white=.* must be a number from 1e-30 to 1e"):
+        pictures.white_of({"data": {"white": white}})
 
 
 # ---- Photographs --------------------------------------------------------------------------------

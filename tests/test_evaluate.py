@@ -5,8 +5,10 @@ import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from test_saved import describe, save
 
 import models
@@ -14,6 +16,7 @@ from data import evaluation_batches, load_folder, make_lookup
 from models.fields import FORMAT
 from reporting.text import DASH
 from scripts import evaluate
+from training import trained
 from training.scores import Calibration, ClassScore, Confusion
 
 from app import run_app
@@ -146,6 +149,7 @@ def network_of(root, folder, val_size):
         "mean": list(dataset.mean),
         "std": list(dataset.std),
         "data": "pets",
+        "data_digest": dataset.digest,
         "settings": {"data": settings},
     }
     return save(folder, models.Description(**{**description.model_dump(), **changes}))
@@ -208,6 +212,78 @@ def test_images_that_may_have_been_trained_on_are_refused(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert re.search(line, said), said
+
+
+def test_a_part_of_the_training_images_is_known_by_its_pixels(
+    pets, tmp_path, monkeypatch, caplog, capsys
+):
+    """Under other names, in another format, of a folder whose place the run's settings have."""
+    path, out = network_of(pets, tmp_path / "net", 4), tmp_path / "out"
+    dataset = load_folder(str(pets), "pets", 8, 4)
+    held_out = {tuple(one.flatten().tolist()) for one in dataset.evaluation.pixels}
+    copies = tmp_path / "copies"
+    for number, file in enumerate(sorted((pets / "train").rglob("*.png"))):
+        copy = copies / file.parent.name / f"{number}.bmp"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(file).save(copy)
+    write(copies / "ant" / "new.png", seed=999)
+    words = ["data=folder", f"data.root='{copies}'", "--out", out]
+
+    go(monkeypatch, path, *words)  # of the weights alone nothing more is known
+    line = "net: not compared with the images that it was trained on: "
+    assert f"{line}{copies} has others" in caplog.text
+    caplog.clear()
+    (tmp_path / "net" / ".hydra").mkdir()
+    settings = tmp_path / "net" / ".hydra" / "config.yaml"
+    settings.write_text(json.dumps({"data": {"root": str(pets)}}))
+    with pytest.raises(SystemExit):
+        go(monkeypatch, path, *words)
+    said = capsys.readouterr().err
+    assert "14 of 19 images of data.root=" in said
+    assert said.count("\n") == 1
+    for file in copies.rglob("*.bmp"):
+        with Image.open(file) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (8, 8), method=Image.Resampling.BICUBIC)
+        if tuple(np.array(fitted).flatten().tolist()) not in held_out:
+            file.unlink()
+    go(monkeypatch, path, *words)  # what the run has held out, and a new one
+    assert record(out)[0]["images"] == 5
+    assert "not compared" not in caplog.text
+    write(pets / "train" / "ant" / "0.png", seed=77)
+    trained._own_images.cache_clear()  # another process
+    go(monkeypatch, path, *words)
+    assert f"{line}{pets} has others" in caplog.text
+    shutil.rmtree(pets)
+    caplog.clear()
+    trained._own_images.cache_clear()
+    go(monkeypatch, path, *words)
+    assert f"{line}it is not known where pets is" in caplog.text
+
+
+def test_training_images_that_were_written_to_files_are_known(
+    folder, tmp_path, monkeypatch, caplog, capsys
+):
+    for number, (pixels, label) in enumerate(
+        zip(LOOKUP.train.pixels[:5], LOOKUP.train.labels[:5].tolist(), strict=True)
+    ):
+        file = tmp_path / "files" / LOOKUP.class_names[label] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.numpy()).save(file)
+    words = [folder / "aa=1", "data=folder", f"data.root='{tmp_path / 'files'}'"]
+    with pytest.raises(SystemExit):
+        go(monkeypatch, *words)
+    assert "5 of 5 images of data.root=" in capsys.readouterr().err
+    go(monkeypatch, *words, "data.size=33")
+    assert "not compared with the images that it was trained on: those are 32x32" in caplog.text
+
+
+def test_an_image_on_which_the_run_was_evaluated_is_scored_as_the_run_has_done(
+    pets, tmp_path, monkeypatch
+):
+    shutil.copy(pets / "train" / "ant" / "0.png", pets / "val" / "ant" / "again.png")
+    path = network_of(pets, tmp_path / "net", 0)
+    go(monkeypatch, path, f"data.root='{pets}'", "--out", tmp_path / "out")
+    assert record(tmp_path / "out")[0]["images"] == 4
 
 
 @pytest.mark.parametrize(("words", "images"), [([], 4), (["data.val_size=0"], 3)], ids=str)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import warnings
 from copy import deepcopy
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import data.vision  # noqa: F401 (torchvision can then be imported)
 import models
 from models.foreign import find_foreign, our_name
+from models.weight_files import read_torch
 from training import initial
 
 torchvision_models = pytest.importorskip("torchvision.models")
@@ -193,6 +195,18 @@ def test_a_file_that_is_none_is_one_line(tmp_path, name, content):
     with pytest.raises(ValueError, match=r"is damaged|is neither") as raised:
         load(tmp_path / "x")
     assert "\n" not in str(raised.value)
+
+
+def test_torchs_warnings_about_a_file_are_not_passed_on(tmp_path, monkeypatch):
+    def warns(*_, **__):
+        warnings.warn("quantized tensors are deprecated", UserWarning, stacklevel=1)
+        return {}
+
+    torch.save({}, tmp_path / "x.pt")
+    monkeypatch.setattr(torch, "load", warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert read_torch(tmp_path / "x.pt") == {}
 
 
 def test_a_published_network_is_not_one_that_can_be_used(tmp_path):

@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from data import folder, folder_digest, load_folder
+from models.fields import FORMAT
 from reporting import render, runs
 from scripts.publish import publish
 from training.comparison import plan
+from training.compose import compose_config
 
 from folders import make_run
 from helpers import rows
@@ -111,6 +114,29 @@ def test_a_finished_run_is_that_of_the_same_images(run, root, tmp_path, monkeypa
     assert run("resume=auto", base=words(copy)) == again
 
 
+def test_a_run_that_diverged_did_so_on_its_images(run, root, tmp_path):
+    """Others under the same name may be trained on; a failure of older code has no digest."""
+    with pytest.raises(FloatingPointError):
+        run("optim.lr=1e30", base=words(root))
+    failure = tmp_path / "run" / "failed.json"
+    assert json.loads(failure.read_text())["data_digest"] == folder_digest(str(root), 8)
+    with pytest.raises(ValueError, match="this run has diverged"):
+        run("optim.lr=1e30", "resume=auto", base=words(root))
+    kept = failure.read_text()
+    replace_all(root)
+    with pytest.raises(
+        ValueError, match=r"failed\.json is of a run on other images .* mine, too; "
+    ):
+        run("optim.lr=1e30", "resume=auto", base=words(root))
+    assert failure.read_text() == kept
+    failure.write_text(json.dumps({**json.loads(kept), "data_digest": None}))
+    with pytest.raises(ValueError, match="data_digest"):
+        run("optim.lr=1e30", "resume=auto", base=words(root))
+    failure.write_text(json.dumps({k: v for k, v in json.loads(kept).items() if k[0] != "d"}))
+    with pytest.raises(ValueError, match="this run has diverged"):
+        run("optim.lr=1e30", "resume=auto", base=words(root))
+
+
 def test_what_a_run_says_of_its_images(run, root, tmp_path):
     summary = run(base=words(root))
     dataset = load_folder(str(root), "mine", 8)
@@ -187,6 +213,15 @@ def test_a_comparison_is_not_finished_by_runs_on_other_images(root, tmp_path):
     assert len(planned("data.val_size=3")[1]) == 2  # a comparison of its own
     shutil.rmtree(first.folder)
     assert [run.missing for run in planned()[1]] == [True, False]
+    first.folder.mkdir()
+    failure = {"format": FORMAT, "error": "the loss is nan", "data_digest": digest}
+    (first.folder / "failed.json").write_text(json.dumps(failure))
+    assert [run.missing for run in planned()[1]] == [False, False]  # its settings are not known
+    cfg = compose_config(["data=folder", f"data.root='{root}'", "data.name=mine", "data.size=8"])
+    (first.folder / ".hydra").mkdir()
+    (first.folder / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
+    with pytest.raises(ValueError, match=r"seed=0 is of a run on other images.* called mine, too"):
+        planned()
 
 
 @pytest.mark.parametrize(

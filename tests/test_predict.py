@@ -297,6 +297,7 @@ WRONG = [
     (["{network}", "nowhere.png"], "there is no nowhere.png"),
     (["{network}", "{picture}", "nowhere"], "there is no nowhere"),
     (["{network}", "{empty}"], "there is no file in {empty}"),
+    (["{network}", ""], "there is no file without a name"),
     (["{network}", "{pipe}"], "{pipe} is neither a file nor a folder"),
     (["{network}", "{picture}", "--top", "0"], "--top: 0 must be a whole number, at least 1"),
     (["{network}", "{picture}", "--device", "toaster"], "device=toaster"),

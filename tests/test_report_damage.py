@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import json
 import math
 import os
@@ -394,7 +395,7 @@ def test_a_damaged_failure_is_named(tmp_path, damage):
     assert result.why.startswith("failed.json: error is ")
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "a folder", "bytes", "digits"])
+@pytest.mark.parametrize("name", ["config.yaml", "a folder", "bytes", "digits", "aliases"])
 def test_damaged_settings_of_an_unfinished_run_leave_out_its_length(tmp_path, name):
     folder = make_run(tmp_path / "a", finished=False)
     path = folder / ".hydra" / "config.yaml"
@@ -405,6 +406,10 @@ def test_damaged_settings_of_an_unfinished_run_leave_out_its_length(tmp_path, na
         path.write_bytes(b"\xff\xfe")
     elif name == "digits":
         path.write_text("epochs: " + "9" * 5000 + "\n")
+    elif name == "aliases":  # which expand to 10^8 words
+        names = "abcdefgh"
+        lines = [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in itertools.pairwise(names)]
+        path.write_text("\n".join(["a: &a [x, x, x, x, x, x, x, x, x, x]", *lines, "epochs: 5"]))
     else:
         path.write_text("epochs: many\n")
     assert (result_of(folder).kind, result_of(folder).why) == ("unfinished", "3 epochs")

@@ -2,8 +2,11 @@
 
 import csv
 
+import matplotlib
 import pytest
+from matplotlib import font_manager
 from matplotlib.container import ErrorbarContainer
+from matplotlib.text import Text
 
 from reporting import figures, page, render
 
@@ -177,3 +180,33 @@ def test_costs_and_shared_settings_in_the_tables(tmp_path):
     assert "| epochs | 3 |" in shared
     assert "| batch_size |" not in shared
     assert "model.aa" not in shared
+
+
+# ---- Names in any script ------------------------------------------------------------------------
+
+
+def words_of(figure):
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def test_letters_that_no_font_has_are_said_in_the_picture(monkeypatch):
+    names = ["猫", "कुत्ता", "قطة", "plain"]
+    figure = figures.confusion([[1] * 4] * 4, names)
+    fonts = [font for font in font_manager.fontManager.ttflist if font.name == "DejaVu Sans"]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", fonts)
+    assert b"<svg" in figures._save(figure, format="svg")
+    assert "boxes: no font here has CJK, DEVANAGARI" in words_of(figure)
+    figure = figures.confusion([[1] * 2] * 2, ["Café", "собака"])
+    figures._save(figure, format="svg")
+    assert not any("boxes" in words for words in words_of(figure))
+
+
+def test_another_font_that_is_installed_draws_what_the_first_one_lacks():
+    with matplotlib.rc_context({"font.family": "cmr10"}):  # which has no Cyrillic letters
+        figure = figures.confusion([[1] * 2] * 2, ["собака", "кошка"])
+        lone = figures._drawn(figure, {"format": "svg"})
+        assert lone[1] == set("собаккошка")
+        drawn = figures._save(figure, format="svg")
+    assert drawn != lone[0]
+    assert figures._drawn(figure, {"format": "svg"})[1] == set()
+    assert not any("boxes" in words for words in words_of(figure))

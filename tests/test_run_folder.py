@@ -265,6 +265,15 @@ def test_the_log_has_what_was_said_before_the_run_began_to_write(tmp_path, setti
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_pipe_in_the_place_of_the_log_is_not_waited_for(tmp_path, settings):
+    os.mkfifo(tmp_path / "train.log")
+    with (
+        claimed(tmp_path) as folder,
+        pytest.raises(ValueError, match=r"train\.log is not a regular file; delete it"),
+    ):
+        folder.start(settings())
+
+
 def test_a_log_on_a_full_disk_is_one_line(tmp_path, settings, capfd):
     (tmp_path / "train.log").symlink_to("/dev/full")
     with claimed(tmp_path) as folder:

@@ -11,7 +11,7 @@ from torch import nn
 
 import models
 import train
-from training import cli, dashboard
+from training import cli, dashboard, summary
 
 from helpers import CONFIGS, TINY, rows, slow
 
@@ -170,6 +170,28 @@ def test_resume_refuses_other_settings_and_broken_files(run, tmp_path):
         run("resume=auto", folder="a")
     with pytest.raises(FileNotFoundError, match=r"resume=.*nowhere"):
         run(f"resume={tmp_path / 'nowhere'}", folder="c")
+
+
+@pytest.mark.parametrize("most", [255, 256])
+def test_attention_over_larger_maps_than_the_papers_is_said(run, monkeypatch, caplog, most):
+    assert summary.MAX_POSITIONS == 32 * 32
+    monkeypatch.setattr(summary, "MAX_POSITIONS", most)
+    run("epochs=1")
+    line = "attention on maps of 16x16 costs most of these FLOPs; attention.stages=[...]"
+    assert (line in caplog.text) == (most < 16 * 16)
+
+
+def test_a_schedule_that_is_elsewhere_than_its_run_is_refused(run, tmp_path):
+    """With the rate of another step the run would end otherwise, or in an error of torch's."""
+    with pytest.raises(SystemExit):
+        run("max_minutes=1e-9")
+    path = tmp_path / "run" / "last.pt"
+    whole = torch.load(path, weights_only=True)
+    taken = whole["schedule"]["last_epoch"]
+    for step in (-7, taken + 1, 10**9):
+        torch.save(whole | {"schedule": {**whole["schedule"], "last_epoch": step}}, path)
+        with pytest.raises(ValueError, match=f"schedule.last_epoch is {step} steps, not {taken}"):
+            run("resume=auto")
 
 
 def test_a_run_is_not_overwritten_by_accident(run, tmp_path):

@@ -117,6 +117,15 @@ def test_a_tile_has_most_color_where_the_weight_is_largest():
     assert fine.getpixel((125, 83)) == black
 
 
+def test_a_name_on_the_dashboard_has_escapes_for_letters_that_the_font_lacks():
+    picture = attention_picture.AttentionPicture(
+        Image.new("RGB", (60, 60)), [(0, None), (1, (2, 3))], 1
+    )
+    drawn = [attention_picture.labeled(picture, ["a", name]) for name in ("猫x", r"\u732bx", "狗x")]
+    assert drawn[0].tobytes() == drawn[1].tobytes()
+    assert drawn[0].tobytes() != drawn[2].tobytes()
+
+
 # ---- The command --------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -109,7 +110,9 @@ def labeled(picture: AttentionPicture, images: Sequence[str]) -> Image.Image:
     """
     font = ImageFont.load_default(size=14)
     rows = [
-        "mean over\npositions" if query is None else f"{images[number]}\nfrom {query[0]},{query[1]}"
+        "mean over\npositions"
+        if query is None
+        else f"{_with_letters_of(font, images[number])}\nfrom {query[0]},{query[1]}"
         for number, query in picture.rows
     ]
     columns = ["image", *(f"head {number}" for number in range(1, picture.heads + 1))]
@@ -127,6 +130,12 @@ def labeled(picture: AttentionPicture, images: Sequence[str]) -> Image.Image:
         middle = HEADER + (number + 0.5) * height - GAP / 2
         draw.multiline_text((GAP, middle), text, INK, font, anchor="lm")
     return page
+
+
+def _with_letters_of(font: Any, text: str) -> str:
+    """``text`` with escapes for what the font would draw as a box."""
+    box = bytes(font.getmask("\U0010ffff"))
+    return "".join(c if bytes(font.getmask(c)) != box else ascii(c)[1:-1] for c in text)
 
 
 def _grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:

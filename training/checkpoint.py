@@ -100,10 +100,13 @@ def begin(
     """
     found = find(resume, folder)
     if resume == "auto" and (failure := run_folder.read_failure(folder)) is not None:
+        if not overwrite and images.differ(failure.get("data_digest"), config):
+            file = folder / run_folder.FAILURE
+            raise ValueError(images.other_images(file, config["data"]["name"]))
         if not overwrite:
             raise run_folder.DivergedError(
-                f"{folder}: this run has diverged ({failure}); with the same settings it would "
-                "diverge again; overwrite=true trains it again from its beginning"
+                f"{folder}: this run has diverged ({failure['error']}); with the same settings it "
+                "would diverge again; overwrite=true trains it again from its beginning"
             )
         found = []
     used, state = load(found, config) if found else (None, {})
@@ -340,6 +343,12 @@ def continue_run(
         raise UnreadableError(
             f"{resumed} {OTHER_CODE}: it is {continued.position}, and there are "
             f"{config['epochs']} epochs of {len(state.batches)} steps"
+        )
+    taken = len(continued.rows) * len(state.batches) + continued.epoch_state.step
+    if state.schedule.last_epoch != taken:
+        raise UnreadableError(
+            f"{resumed} {OTHER_CODE}: it is {continued.position}, and schedule.last_epoch is "
+            f"{state.schedule.last_epoch} steps, not {taken}"
         )
     log.info("resumed %s %s", resumed, continued.position)
     return continued

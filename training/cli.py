@@ -111,9 +111,8 @@ def _check_options() -> None:
             sys.exit(0)
         fault = stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         stop(f"{fault}; settings are NAME=VALUE, and options such as -m come before them")
-    own = options.config_dir is None and options.config_path is None
-    line = words.fault(options.overrides) or (
-        words.config_fault(options.config_name) if own else None
+    line = words.fault(options.overrides) or words.config_fault(
+        options.config_name, options.config_dir, options.config_path
     )
     if line is not None:
         stop(line)
@@ -142,11 +141,11 @@ def job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) ->
 def run_dir(cfg: DictConfig) -> Path:
     """The folder of the run that Hydra has begun: ``run_dir``, or a name below out_dir/name.
 
-    It is named by the overrides that change the result, with a digest where they are too long, and
-    below that by the seed. A run that an agent of a wandb sweep has started has a folder by the ids
-    that wandb gives it: a search may try the same settings twice, and a run that was preempted
-    comes back under the same id. Hydra's own ``hydra.run.dir=`` and ``hydra.sweep.subdir=`` are
-    taken where a user gives them.
+    It is named by a config of the user's own and by the overrides that change the result, with a
+    digest where they are too long, and below that by the seed. A run that an agent of a wandb sweep
+    has started has a folder by the ids that wandb gives it: a search may try the same settings
+    twice, and a run that was preempted comes back under the same id. Hydra's own
+    ``hydra.run.dir=`` and ``hydra.sweep.subdir=`` are taken where a user gives them.
     """
     if cfg.run_dir is not None:
         return Path(cfg.run_dir).expanduser().absolute()
@@ -158,7 +157,9 @@ def run_dir(cfg: DictConfig) -> Path:
     sweep_id, run_id = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
     if sweep_id and run_id and not multirun:
         return folder / folder_name([f"sweep={sweep_id}"]) / f"run={run_id}"
-    overrides = [hydra.job.override_dirname] if hydra.job.override_dirname else []
+    own_config = hydra.job.config_name not in (None, "config")
+    overrides = [f"config={hydra.job.config_name}"] if own_config else []
+    overrides += [hydra.job.override_dirname] if hydra.job.override_dirname else []
     overrides += name_of_images(cfg, hydra.overrides.task)
     name = folder_name(overrides) if overrides else "default"
     return folder / name / f"seed={cfg.seed}"

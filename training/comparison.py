@@ -3,6 +3,7 @@
 import datetime
 import itertools
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,19 +131,34 @@ def _check_images(comparison: Path, data: dict[str, dict[str, Any]]) -> None:
         data: settings of runs to come, by `training.variants.images_key`.
     """
     digests: dict[str, str | None] = {}  # images that many results are of are read once
-    for path in sorted(comparison.glob(f"*/*/{run_folder.SUMMARY}")):
-        _, result = outcome.read(path.parent)
-        if result is None or "data_digest" not in result[0]:
-            continue
-        summary, key = result[0], images_key(result[0]["config"])
+    for folder in filter(Path.is_dir, sorted(comparison.glob("*/*"))):
+        digest, config = _images_of(folder)
+        key = images_key(config) if digest else ""
         if key in data and key not in digests:
             digests[key] = images.current_digest(data[key])
-        if digests.get(key) not in (None, summary["data_digest"]):
+        if digests.get(key) not in (None, digest):
             raise ValueError(
-                f"{path.parent} is of a run on other images that are called {summary['data']}, "
+                f"{folder} is of a run on other images that are called {config['data']['name']}, "
                 f"too; another data.name= keeps them apart, or remove {comparison} to train its "
                 "runs again"
             )
+
+
+def _images_of(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
+    """The digest of the images that a finished or diverged run is of, and the run's settings.
+
+    The former is None where there is no such run, or one of older code.
+    """
+    try:
+        failure = run_folder.read_failure(folder)
+        if failure is not None:
+            config = run_folder.read_settings(folder) or {}
+            known = isinstance(config.get("data"), dict)
+            return failure.get("data_digest") if known else None, config
+        summary = run_folder.read_summary(folder)
+    except (FileNotFoundError, run_folder.UnreadableError):
+        return None, {}
+    return summary.get("data_digest"), summary["config"]
 
 
 # ---- While they are trained ---------------------------------------------------------------------

@@ -90,6 +90,8 @@ def _grammar_fault(error: OverrideParseException) -> str:
     fault = " ".join(str(error).partition("\nSee https://")[0].split())
     fault = fault.removeprefix(f"Error parsing override '{error.override}'").strip()
     key, equals, value = str(error.override).partition("=")
+    if key.startswith("--config-"):  # of train.py alone
+        return "hydra.searchpath=[DIR] adds a folder with options of yours"
     if not equals:
         return "settings are NAME=VALUE"
     word = f"{key}={hydra_quote(value)}"

@@ -30,7 +30,8 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any], before: Path | No
         os.replace(partial, path)
         _sync_folder(path.parent)
     except BaseException as error:
-        partial.unlink(missing_ok=True)
+        with suppress(IsADirectoryError):
+            partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(f"{path} cannot be written ({error.strerror or error})") from error
         raise
@@ -72,7 +73,8 @@ def write_files(files: Mapping[Path, bytes]) -> None:
             _sync_folder(folder)
     except BaseException as error:
         for partial in staged:
-            partial.unlink(missing_ok=True)
+            with suppress(IsADirectoryError):
+                partial.unlink(missing_ok=True)
         for folder in reversed(made):
             with suppress(OSError):  # somebody else has put something into it
                 folder.rmdir()
@@ -107,7 +109,9 @@ def _partial(path: Path) -> Path:
 
 
 def _stage(partial: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    with partial.open("wb") as file:
+    # What is there was left by a kill, or is a link to another file or a pipe, which would wait.
+    partial.unlink(missing_ok=True)
+    with partial.open("xb") as file:
         write(file)
         file.flush()
         os.fsync(file.fileno())

@@ -46,7 +46,7 @@ def read(folder: Path) -> tuple[Outcome, Result | None]:
     try:
         failure = run_folder.read_failure(folder)
         if failure is not None:
-            return Outcome(DIVERGED, failure), None
+            return Outcome(DIVERGED, failure["error"]), None
         try:
             result = run_folder.read_result(folder)
         except FileNotFoundError:

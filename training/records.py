@@ -150,10 +150,11 @@ def check_summary(value: Any, where: str) -> Summary:
 
 
 class Failure(TypedDict):
-    """A run that has diverged."""
+    """A run that has diverged, on the images of ``data_digest``, as in `Summary`."""
 
     format: Format
     error: Text
+    data_digest: NotRequired[Text]
 
 
 class NoRun(TypedDict):

@@ -37,11 +37,11 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import yaml  # type: ignore[import-untyped]
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
-from yaml import YAMLError  # type: ignore[import-untyped]
 
 from aaconv.text import one_line
 from models.fields import FORMAT, UnreadableError, parse, read_json, read_text
@@ -92,19 +92,25 @@ class RunFolder:
         self.path = path
         self._made: list[Path] = []  # in the order in which they were made
         self._kept = False
+        self._data_digest: str | None = None
         self._log: _LogFile | None = None
         # What is logged before the run may write to its folder.
         self._early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
 
-    def start(self, cfg: DictConfig, replaced: Iterable[Path] = ()) -> None:
+    def start(
+        self, cfg: DictConfig, replaced: Iterable[Path] = (), data_digest: str | None = None
+    ) -> None:
         """Begin to write: remove the files that are ``replaced``, keep settings and log.
 
         Called when nothing is wrong with the settings any more. Of replaced files the first go
-        first: a kill meanwhile leaves what can be continued or replaced.
+        first: a kill meanwhile leaves what can be continued or replaced. ``data_digest`` is that of
+        the run's images, which failed.json would have.
 
         Raises:
             OSError: the folder cannot be written.
+            ValueError: a named pipe is in the log's place.
         """
+        self._data_digest = data_digest
         for path in (*replaced, self.path / FAILURE, self.path / NO_RUN):
             path.unlink(missing_ok=True)
         self._make_folder(self.path / HYDRA)
@@ -114,6 +120,8 @@ class RunFolder:
             self._write_new(self.path / HYDRA / "hydra.yaml", OmegaConf.to_yaml({"hydra": hydra}))
             words = OmegaConf.to_yaml(hydra.overrides.task)
             self._write_new(self.path / HYDRA / "overrides.yaml", words)
+        if (self.path / LOG).is_fifo():  # to open it would wait for somebody who reads
+            raise ValueError(f"{self.path / LOG} is not a regular file; delete it")
         if not (self.path / LOG).exists():
             self._made.append(self.path / LOG)
         self._log = _LogFile(self.path / LOG)
@@ -151,7 +159,10 @@ class RunFolder:
 
     def write_failure(self, error: FloatingPointError) -> None:
         """Write failed.json: why the run has no result."""
-        write_json(self.path / FAILURE, Failure(format=FORMAT, error=str(error)))
+        failure = Failure(format=FORMAT, error=str(error))
+        if self._data_digest is not None:
+            failure["data_digest"] = self._data_digest
+        write_json(self.path / FAILURE, failure)
         self.keep()
 
     def _make_folder(self, path: Path) -> None:
@@ -427,18 +438,18 @@ def _as_number(text: str | None) -> Any:
         return text
 
 
-def read_failure(folder: Path) -> str | None:
-    """Why the run of ``folder`` has no result, where a number stopped being finite; else None.
+def read_failure(folder: Path) -> Failure | None:
+    """What failed.json holds: the run of ``folder`` has diverged; None where there is none.
 
     Raises:
         UnreadableError: failed.json is damaged or of another format.
     """
     path = folder / FAILURE
     try:
-        failure = parse(Failure, _read_json(path), f"{path}")
+        failure: Failure = parse(Failure, _read_json(path), f"{path}")
     except FileNotFoundError:
         return None
-    return failure["error"]
+    return failure
 
 
 def read_no_run(folder: Path) -> NoRun | None:
@@ -457,10 +468,20 @@ def read_no_run(folder: Path) -> NoRun | None:
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """All settings that the run was started with; None where there are none to be read."""
     try:
-        cfg = OmegaConf.create(read_text(folder / HYDRA / "config.yaml"))
+        text = read_text(folder / HYDRA / "config.yaml")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            return None  # Hydra writes none, and a few lines of them expand to any size
+        cfg = OmegaConf.create(text)
         found = OmegaConf.to_container(cfg, resolve=True)
     # What is damaged may raise anything of YAML's and OmegaConf's.
-    except (OSError, ValueError, AttributeError, RecursionError, OmegaConfBaseException, YAMLError):
+    except (
+        OSError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+        OmegaConfBaseException,
+        yaml.YAMLError,
+    ):
         return None
     return found if isinstance(found, dict) else None  # type: ignore[return-value]
 

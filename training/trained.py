@@ -1,7 +1,11 @@
 """The settings and the images of a run, found again by its trained network alone."""
 
+import hashlib
 import json
-from typing import Any
+import logging
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from hydra.errors import HydraException
 from hydra.utils import instantiate
@@ -10,12 +14,16 @@ from omegaconf.errors import OmegaConfBaseException
 
 import models
 from configs.schema import FolderConfig
-from data import Dataset, EvaluationSet, load_evaluation_folder
+from data import Dataset, EvaluationSet, Images, load_evaluation_folder
 from data.folder import is_same_color
+from data.layout import some
+from training import run_folder
 from training.compose import compose_config
 from training.device import precision_name
 from training.errors import explain
 from training.launch import hydra_quote
+
+log = logging.getLogger(__name__)
 
 
 def compose_settings(
@@ -137,3 +145,111 @@ def _check_held_out(
 
 def _color(description: models.Description) -> tuple[list[float], list[float]]:
     return description.mean, description.std
+
+
+# ---- Training images under another name ---------------------------------------------------------
+
+
+class _OwnImages(NamedTuple):
+    """What a run may be of: its data set's digest and color, and the digests of its images."""
+
+    data_digest: str
+    color: tuple[Any, Any]
+    size: tuple[int, int]
+    trained_on: frozenset[bytes]
+    evaluated_on: frozenset[bytes]
+
+
+def check_not_trained_on(
+    images: EvaluationSet, cfg: DictConfig, trained: models.Trained, path: str
+) -> None:
+    """Raise ValueError if images of a folder are among those that the network was trained on.
+
+    They are told by their pixels, wherever their files are and whatever these are called. One that
+    the run itself was evaluated on is taken: if it was trained on as well, the run has said so.
+    Where the training images cannot be had, a line says so.
+
+    Args:
+        images: what `load_data` has made of ``cfg``; of other data sets than a folder it takes none
+            that were trained on.
+    """
+    if cfg.data["_target_"] != FolderConfig._target_ or cfg.data.val_size:
+        return
+    try:
+        own = _find_own_images(trained, path, cfg.data.root, images.image_size)
+    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+        log.warning(
+            "%s: not compared with the images that it was trained on: %s", path, explain(error)
+        )
+        return
+    training_images = own.trained_on - own.evaluated_on
+    digests = zip(images.files, _pixel_digests(images.evaluation), strict=True)
+    seen = [file for file, one in digests if one in training_images]
+    if seen:
+        raise ValueError(
+            f"{path}: {len(seen)} of {len(images.files)} images of data.root={cfg.data.root} are "
+            f"among those that the network was trained on: {some(seen)}"
+        )
+
+
+def _find_own_images(
+    trained: models.Trained, path: str, given_root: str, size: tuple[int, int]
+) -> _OwnImages:
+    """The run's images, those of a folder brought to ``size``; of other data sets as they are.
+
+    They are looked for where the settings beside ``path`` say, and in the folder ``given_root``.
+
+    Raises:
+        ValueError, OSError, HydraException, OmegaConfBaseException: they cannot be had.
+    """
+    described, words = trained.description, _own_data_words(trained, path, ["data.root"])
+    recorded = root = _recorded_root(path)
+    if _own_data(trained).get("_target_") == FolderConfig._target_:
+        words.append(f"data.size={list(size)}")
+        if root is None or not Path(root).expanduser().exists():
+            root = given_root  # where they may be, unless it has test images alone
+    else:  # of which not all are downloaded, or have a root
+        there = compose_config(words).data
+        words += ["data.download=false"] if "download" in there else []
+        recorded = root = root if "root" in there else None
+    try:
+        own = _own_images((*words, *([] if root is None else [f"data.root={hydra_quote(root)}"])))
+    except (ValueError, OSError, HydraException) as error:
+        if root == recorded:
+            raise
+        raise ValueError(f"it is not known where {described.data} is") from error
+    if described.data_digest is None:  # older code has written it
+        is_own = is_same_color(own.color, _color(described))
+    else:
+        is_own = own.data_digest == described.data_digest
+    if not is_own:
+        raise ValueError(f"{root or described.data} has others")
+    if own.size != size:
+        raise ValueError(f"those are {own.size[0]}x{own.size[1]}")
+    return own
+
+
+def _recorded_root(path: str) -> str | None:
+    """Where the run whose network is at ``path`` had its images; None if that is not known."""
+    place = Path(path).expanduser()
+    settings = run_folder.read_settings(place if place.is_dir() else place.parent) or {}
+    data = settings.get("data")
+    root = data.get("root") if isinstance(data, dict) else None
+    return root if isinstance(root, str) else None
+
+
+@lru_cache(maxsize=1)  # the networks of a comparison are of one set
+def _own_images(words: tuple[str, ...]) -> _OwnImages:
+    dataset: Dataset = instantiate(compose_config(words).data, _convert_="all")
+    trained_on, evaluated_on = map(_pixel_digests, (dataset.train, dataset.evaluation))
+    return _OwnImages(
+        dataset.digest,
+        (dataset.mean, dataset.std),
+        dataset.image_size,
+        frozenset(trained_on),
+        frozenset(evaluated_on),
+    )
+
+
+def _pixel_digests(images: Images) -> list[bytes]:
+    return [hashlib.blake2b(one.numpy(), digest_size=16).digest() for one in images.pixels]

@@ -3,7 +3,10 @@
 import ast
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import yaml  # type: ignore[import-untyped]
 
 from training.compose import CONFIGS
 from training.launch import hydra_quote
@@ -41,11 +44,29 @@ def fault(words: list[str]) -> str | None:
     return None
 
 
-def config_fault(name: str | None) -> str | None:
-    """What is wrong with Hydra's ``--config-name``, where the configs are our own."""
-    if name is None or name.removesuffix(".yaml") == "config":
+def config_fault(name: str | None, added: str | None, instead: str | None) -> str | None:
+    """What is wrong with Hydra's ``--config-name``, ``--config-dir`` and ``--config-path``.
+
+    A primary config of the user's own has to begin with ours, which has all settings.
+    """
+    if instead is not None and not Path(instead, "config.yaml").is_file():
+        return f"--config-path={instead} has no config.yaml; --config-dir={instead} adds its files"
+    option = "config" if name is None else name.removesuffix(".yaml")
+    if option == "config" or instead is not None:
         return None
-    group, _, option = name.removesuffix(".yaml").rpartition("/")
-    if group and (CONFIGS / group / f"{option}.yaml").is_file():
-        return f"--config-name={name} is one option of a group; write {group}={option}"
-    return f"--config-name={name}: all settings are in config; leave it out"
+    own = None if added is None else Path(added, f"{option}.yaml")
+    if own is not None and own.is_file():
+        return None if _has_defaults(own) else f"{own}: begin it with defaults: [config, _self_]"
+    group, _, choice = option.rpartition("/")
+    if group and (CONFIGS / group / f"{choice}.yaml").is_file():
+        return f"--config-name={name} is one option of a group; write {group}={choice}"
+    where = "" if own is None else f"there is no {own}, and "
+    return f"--config-name={name}: {where}all settings are in config; leave it out"
+
+
+def _has_defaults(file: Path) -> bool:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return True  # Hydra names the fault
+    return isinstance(content, dict) and "defaults" in content
