@@ -18,7 +18,6 @@ if __name__ == "__main__":
     cli.run()  # which imports this file as a module when a run begins
     raise SystemExit
 
-import copy
 import logging
 import time
 import warnings
@@ -30,37 +29,32 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 from tqdm import tqdm
 
 from aaconv.functional import check_backend
-from data import Batches, Dataset, evaluation_batches
+from data import evaluation_batches
 from data.dataset import seeded_generator
-from models import ForeignWeights, Trained, freeze, set_frozen_eval
+from models import set_frozen_eval
 from training import checkpoint, distributed, provenance, run_folder
+from training.assemble import build_state
 from training.dashboard import history, pictures, show, start_tracking
 from training.device import (
     choose_device,
     choose_dtype,
-    compiled,
     dtype_name,
     peak_memory_mib,
-    set_deterministic,
     set_seed,
-    to_device,
 )
-from training.initial import init_provenance, load_initial, take_weights
-from training.loss import accuracy, class_weights, cross_entropy, relative_weights
-from training.optimizer import make_optimizer
+from training.initial import init_provenance, load_initial
+from training.loss import accuracy, cross_entropy, relative_weights
 from training.progress import EpochState, Progress
 from training.scores import evaluate
-from training.settings import build_model, check, resolve
+from training.settings import check, resolve
 from training.state import RunState
 from training.stopping import Action, Stop
 from training.summary import (
     best,
-    describe_run,
     describe_training,
     epoch_line,
     raise_if_nonfinite,
@@ -105,7 +99,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         # ---- Data, network, optimizer, and how far they have come ------------------------------
         with distributed.local_main_first():  # which may have to download the data
             dataset = instantiate(cfg.data, _convert_="all").to(device)
-        state = build(cfg, dataset, world, device, dtype, initial)
+        state = build_state(cfg, dataset, world, device, dtype, initial)
         progress = checkpoint.continue_run(state, resumed, saved, cfg.resume, run_dir, config)
         facts = describe_training(cfg, state)
         if len(progress.rows) < cfg.epochs:
@@ -154,83 +148,6 @@ def requirements(
         if "backend" in cfg.attention:
             check_backend(cfg.attention.backend, device, dtype, needs_grad=True)
     return device, dtype
-
-
-def build(
-    cfg: DictConfig,
-    dataset: Dataset,
-    world: distributed.World,
-    device: torch.device,
-    dtype: torch.dtype,
-    initial: Trained | ForeignWeights | None = None,
-) -> RunState:
-    """Everything that trains, at its beginning, with what fits of the weights of ``initial``."""
-    torch.manual_seed(cfg.seed)
-    set_deterministic(cfg.deterministic)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
-    network = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
-    if initial is not None:
-        take_weights(network, initial, dataset, cfg.init_from, cfg.freeze)
-    freeze(network, cfg.freeze)
-    model = to_device(network, device, cfg.channels_last)
-    if cfg.sync_batchnorm:
-        model = distributed.convert_sync_batchnorm(model, device)
-    batches = Batches(
-        dataset.train,
-        cfg.batch_size,
-        instantiate(cfg.augmentation, _convert_="all"),
-        dataset.mean,
-        dataset.std,
-        cfg.seed,
-        shard=(world.rank, world.size),
-        micro_batches=cfg.grad_accum,
-        num_classes=dataset.num_classes,
-        balanced=cfg.balanced_sampling,
-    )
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if cfg.compile:  # a compiled network tries no backend
-        try_backends(model, dataset, autocast)
-    optimizer = make_optimizer(cfg.optim, model)
-    ema_model = None
-    if cfg.ema is not None:
-        ema_model = AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema), use_buffers=True
-        )
-    best_model = None
-    if cfg.keep_best:
-        if dataset.evaluated_on != "val":
-            raise ValueError(
-                "keep_best=true needs held-out images, data.val_size=N: a test set chooses none"
-            )
-        best_model = copy.deepcopy(model)
-    wrapped_model = distributed.wrap_ddp(model, device)
-    return RunState(
-        world=world,
-        device=device,
-        dtype=dtype,
-        dataset=dataset,
-        batches=batches,
-        description=describe_run(cfg, network, dataset, dtype),
-        model=model,
-        wrapped_model=compiled(wrapped_model) if cfg.compile else wrapped_model,
-        ema_model=ema_model,
-        best_model=best_model,
-        optimizer=optimizer,
-        schedule=instantiate(cfg.schedule)(optimizer, cfg.epochs * len(batches)),
-        autocast=autocast,
-        # Only fp16 has too little range for gradients.
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        class_weights=class_weights(cfg.class_weights, dataset.train, dataset.num_classes),
-    )
-
-
-def try_backends(model: nn.Module, dataset: Dataset, autocast: torch.autocast) -> None:
-    """One image through ``model``, which stays as it is: attention tries its backend."""
-    images, _ = next(iter(evaluation_batches(dataset.evaluation, 1, dataset.mean, dataset.std)))
-    with torch.no_grad(), autocast:
-        model.eval()(images)
-    model.train()
 
 
 def train_epoch(

@@ -35,7 +35,7 @@ def build(overrides: list[str], device: torch.device) -> tuple[Any, train.RunSta
     cfg = compose_config(words)
     dataset = instantiate(cfg.data, _convert_="all").to(device)
     dtype = choose_dtype(cfg.precision.name, device)
-    return cfg, train.build(cfg, dataset, train.distributed.world(), device, dtype)
+    return cfg, train.build_state(cfg, dataset, train.distributed.world(), device, dtype)
 
 
 def parts(cfg: Any, state: train.RunState, tracker: Any) -> dict[str, Callable[[], object]]:

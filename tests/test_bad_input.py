@@ -416,7 +416,7 @@ def test_what_cannot_be_allocated_is_one_line(stops, monkeypatch, said):
             raise getattr(torch, "AcceleratorError", RuntimeError)(said)
         torch.empty(2**60)
 
-    monkeypatch.setattr(train, "build_model", build)
+    monkeypatch.setattr("training.assemble.build_model", build)
     line = stops(*TINY)
     assert "not enough memory" in line
     assert "a smaller batch_size" in line
@@ -426,7 +426,7 @@ def test_a_mistake_of_the_program_is_not_dressed_up(monkeypatch, tmp_path):
     def build(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(train, "build_model", build)
+    monkeypatch.setattr("training.assemble.build_model", build)
     monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"out_dir={tmp_path}"])
     with pytest.raises(RuntimeError, match="a bug"):
         cli.run()

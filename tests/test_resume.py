@@ -16,6 +16,7 @@ from torch import nn
 import train
 from data import Batches, batches
 from training import checkpoint, cli, stopping, tracking
+from training.assemble import build_model
 from training.device import set_deterministic
 from training.run_folder import RunFolder
 
@@ -533,7 +534,6 @@ def usual_algorithms():
 @pytest.mark.slow
 def test_deterministic_refuses_what_is_not(run, monkeypatch, usual_algorithms):
     """An operation without a deterministic implementation ends the run, unless not asked for."""
-    build = train.build_model
 
     class Scattering(nn.Module):
         def forward(self, x):
@@ -541,9 +541,9 @@ def test_deterministic_refuses_what_is_not(run, monkeypatch, usual_algorithms):
             return x + x.detach().clone().put_(index, x.detach()[:, 0]).mean() * 0
 
     def scattering(cfg, **sizes):
-        return ending_in(build(cfg, **sizes), Scattering())
+        return ending_in(build_model(cfg, **sizes), Scattering())
 
-    monkeypatch.setattr(train, "build_model", scattering)
+    monkeypatch.setattr("training.assemble.build_model", scattering)
     run("epochs=1", folder="a")
     with pytest.raises(RuntimeError, match="put_ does not have a deterministic implementation"):
         run("epochs=1", "deterministic=true", folder="b")

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 import train
 from reporting import runs
 from training import cli, run_folder, sweep
+from training.assemble import build_model
 
 from folders import failed, make_run
 from helpers import TINY
@@ -127,14 +128,12 @@ def test_a_run_that_diverged_is_not_continued(run, settings, tmp_path):
 def test_a_mistake_of_the_program_in_one_job_is_shown_and_ends_no_other(
     sweeps, monkeypatch, tmp_path
 ):
-    build = train.build_model
-
     def breaking(cfg, **sizes):
         if cfg.seed == 1:
             raise RuntimeError("a bug")
-        return build(cfg, **sizes)
+        return build_model(cfg, **sizes)
 
-    monkeypatch.setattr(train, "build_model", breaking)
+    monkeypatch.setattr("training.assemble.build_model", breaking)
     said = sweeps(*ONE_EPOCH, "seed=0,1,2")
     jobs, count = table(said)
     assert said.code == 1
@@ -143,7 +142,7 @@ def test_a_mistake_of_the_program_in_one_job_is_shown_and_ends_no_other(
     assert "Traceback" in said.err
     (reason,) = tmp_path.rglob("no_run.json")
     assert json.loads(reason.read_text())["outcome"] == "failed"
-    monkeypatch.setattr(train, "build_model", build)
+    monkeypatch.setattr("training.assemble.build_model", build_model)
     assert table(sweeps(*ONE_EPOCH, "seed=0,1,2", "resume=auto"))[1] == "3 jobs: 1 done, 2 skipped"
     assert not reason.exists()
 

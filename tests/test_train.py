@@ -12,6 +12,7 @@ from torch import nn
 import models
 import train
 from training import cli, dashboard, summary
+from training.assemble import build_model
 
 from helpers import CONFIGS, TINY, rows, slow
 
@@ -378,13 +379,12 @@ def test_a_network_that_would_go_on_uncompiled_is_told_of_in_one_line(run, graph
 @pytest.mark.slow
 def test_channels_last_reaches_the_weights(run, tmp_path, monkeypatch):
     seen = []
-    original = train.build_model
 
     def remember(*arguments, **sizes):
-        seen.append(original(*arguments, **sizes))
+        seen.append(build_model(*arguments, **sizes))
         return seen[-1]
 
-    monkeypatch.setattr(train, "build_model", remember)
+    monkeypatch.setattr("training.assemble.build_model", remember)
     run("epochs=1", folder="a")
     run("epochs=1", "channels_last=false", folder="b")
     last, first = (m.stages[0][0].conv1.weight for m in seen)
@@ -443,8 +443,6 @@ def most_slow(group):
 
 @pytest.mark.parametrize("model", most_slow("model"))
 def test_every_model_takes_every_attention(settings, model):
-    from training.settings import build_model
-
     for attention in options("attention"):
         if model == "alternet18" and attention in ("mean", "pointwise", "removed"):
             continue  # which leave a part of the convolution

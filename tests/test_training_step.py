@@ -26,13 +26,13 @@ PLAIN_SGD = ["optim=sgd", "optim.momentum=0", "optim.nesterov=false", "optim.wei
 
 @pytest.fixture
 def built(settings):
-    """A function from overrides to settings and what `train.build` makes of them."""
+    """A function from overrides to settings and what `train.build_state` makes of them."""
 
     def make(*overrides):
         cfg = settings(*overrides)
         dataset = instantiate(cfg.data, _convert_="all").to(CPU)
         dtype = choose_dtype(train.resolve(cfg)["precision"], CPU)
-        return cfg, train.build(cfg, dataset, train.distributed.world(), CPU, dtype)
+        return cfg, train.build_state(cfg, dataset, train.distributed.world(), CPU, dtype)
 
     return make
 
@@ -322,7 +322,7 @@ def test_a_gradient_that_overflows_is_in_no_mean():
 
 
 def test_the_rate_that_is_written_is_the_last_one_used(run, tmp_path, monkeypatch):
-    used, build = [], train.build
+    used, build = [], train.build_state
 
     def watched(*arguments):
         state = build(*arguments)
@@ -331,7 +331,7 @@ def test_the_rate_that_is_written_is_the_last_one_used(run, tmp_path, monkeypatc
         )
         return state
 
-    monkeypatch.setattr(train, "build", watched)
+    monkeypatch.setattr(train, "build_state", watched)
     run()
     assert len(used) == 6
     assert all(a != b for a, b in pairwise(used))  # it changes at every step

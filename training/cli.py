@@ -132,10 +132,11 @@ def job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) ->
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return sweep.run_job(train, cfg, run_dir(cfg), full_error=FULL_ERROR)
-    folder = run_dir(cfg)
-    kept = sweep.reason_kept(cfg, folder) if under_agent() else nullcontext()
-    with one_line_errors(), kept, process_group(compiles=cfg.compile):
-        return top1(train(cfg, folder))
+    with one_line_errors():
+        folder = run_dir(cfg)
+        kept = sweep.reason_kept(cfg, folder) if under_agent() else nullcontext()
+        with kept, process_group(compiles=cfg.compile):
+            return top1(train(cfg, folder))
 
 
 def run_dir(cfg: DictConfig) -> Path:
