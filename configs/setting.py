@@ -1,6 +1,6 @@
 """A setting's meaning and range, as metadata of its field in `configs.schema`."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,8 @@ class Range:
         """Whether ``value``, a number or a list of numbers, is in the range; null always is."""
         if value is None or self == Range():
             return True
+        if isinstance(value, Mapping):
+            return False
         if isinstance(value, Iterable) and not isinstance(value, str):
             values = list(value)
             return self.length in (None, len(values)) and all(map(self.allows, values))

@@ -8,7 +8,7 @@ from models.blocks import PreActBlock
 
 
 class AlterBlock(PreActBlock):
-    """A `PreActBlock`, or where attention is, a 1x1 convolution and attention behind it.
+    """A `PreActBlock`, or where attention is, a 1x1 convolution followed by attention.
 
     Which of the two `attention` says: with ``blocks="last"`` and ``dk=1.0``, ``dv=1.0`` in stages 2
     to 4 of a pre-activation ResNet-18 it is the AlterNet-18 of Park and Kim, without attention the

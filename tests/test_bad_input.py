@@ -99,6 +99,7 @@ SETTINGS = [
     ),
     ("+model=resnet8", "model is a group that is there already; write model=resnet8"),
     ("++optim=sgd", "optim is a group that is there already; write optim=sgd"),
+    ("data=[1]", "a run has one option of data; -m data=1 is a run of each"),
     ("optim={'lr':-1}", "optim.lr=-1.0 must be above 0"),
     ("optim={'speed':1}", "optim.speed: unknown setting speed; optim=adamw has lr"),
     ("hydra.sweeper.params.nothing=1", "Unexpected type for root: NoneType (given: "),
@@ -114,7 +115,7 @@ SETTINGS = [
     ("tracking=tensorboard", "Could not find 'tracking/tensorboard'"),
     ("experiment=tabel1", "Could not find 'experiment/tabel1'"),
     ("model=null", "Config group override must be a string or a list. Got NoneType (given: "),
-    ("attention=[aa,se]", "SqueezeExciteConfig is not a subclass of AugmentedConvConfig"),
+    ("attention=[aa,se]", "a run has one option of attention; -m attention=aa,se is a run of each"),
     # Hydra's grammar
     ("attention", "attention: settings are NAME=VALUE"),
     ("epochs:3", "epochs:3: settings are NAME=VALUE"),

@@ -18,6 +18,7 @@ from data import folder, image_cache, layout, load_folder
 from data.vision import datasets
 from scripts import compare
 from training import cli, run_folder
+from training.settings import check
 from training.trained import compose_settings, load_data
 
 from image_folders import CLASSES, load, write, write_folder
@@ -397,6 +398,11 @@ def test_a_run_on_a_folder_is_called_after_it(words, run, tmp_path):
     assert summary["class_names"] == sorted(CLASSES)
     assert "val/top1" in summary
     assert (tmp_path / "run" / run_folder.WEIGHTS).exists()
+
+
+def test_a_size_with_names_is_refused(words, settings):
+    with pytest.raises(ValueError, match=r"^data\.size=.* must be at least 1"):
+        check(settings("data.size={height:8}", base=[w for w in words if "size=8" not in w]))
 
 
 def test_its_network_is_evaluated_on_the_folder_that_is_named(words, run, root, tmp_path):

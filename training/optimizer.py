@@ -68,10 +68,10 @@ def parameter_groups(model: nn.Module, cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def kinds_of(model: nn.Module) -> Mapping[str, str]:
-    """Of the parameters that are of a kind of ``optim.lr_factors`` the kind, by their names.
+    """The kind in ``optim.lr_factors`` of each parameter that has one, by the parameter's name.
 
-    ``norm_bias``, the biases of normalization; ``attention``, what augmented convolutions have
-    beside the plain one; ``head``, the last layer.
+    ``norm_bias`` are the biases of normalization; ``attention`` is what augmented convolutions have
+    beside the plain one; ``head`` is the last layer.
     """
     kinds = {
         f"{prefix}.bias": "norm_bias"

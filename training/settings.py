@@ -55,7 +55,7 @@ def _check_ranges(node: DictConfig, where: str = "") -> None:
     known = {field.name: field for field in dataclasses.fields(kind)}
     for key in map(str, node):
         value, field = node[key], known[key]
-        if isinstance(value, DictConfig):
+        if isinstance(value, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(value)):
             _check_ranges(value, f"{where}{key}.")
         elif "range" in field.metadata and not field.metadata["range"].allows(value):
             words = field.metadata["range"].words()

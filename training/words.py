@@ -38,9 +38,14 @@ def _flat(key: str, value: Any) -> Iterator[str]:
 def fault(words: list[str]) -> str | None:
     """What Hydra would take in another way than it was meant, and what to write instead."""
     for word in words:
-        key = word.partition("=")[0].lstrip("+")
-        if word.startswith("+") and (CONFIGS / key).is_dir() and "=" in word:
+        key, equals, value = word.lstrip("+").partition("=")
+        if not equals or not key or not (CONFIGS / key).is_dir():
+            continue
+        if word.startswith("+"):
             return f"{word}: {key} is a group that is there already; write {word.lstrip('+')}"
+        if value.startswith("[") and key != "experiment":  # which may be several at once
+            options = value.strip("[ ]")
+            return f"{word}: a run has one option of {key}; -m {key}={options} is a run of each"
     return None
 
 
