@@ -125,7 +125,7 @@ def own_configs(tmp_path):
 def test_settings_of_ones_own(own_configs, tmp_path, words, folder):
     given = [word.format(own=own_configs) for word in words]
     given += [word for word in TINY if not word.startswith(("experiment", "epochs"))]
-    given += ["data=lookup", f"out_dir='{tmp_path / 'out'}'"]
+    given += ["model=resnet8", "attention=none", "data=lookup", f"out_dir='{tmp_path / 'out'}'"]
     done = run_app([ROOT / "train.py", *given], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (summary,) = (tmp_path / "out").rglob("summary.json")

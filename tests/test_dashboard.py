@@ -468,6 +468,7 @@ def test_an_agent_ends_after_three_runs_that_cannot_be_trained(agent, server):
     assert server.runs == {}
 
 
+@pytest.mark.thorough
 def test_a_comparison_closes_with_a_run_of_its_own(server, tmp_path):
     def call(script, *words):
         environment = server.environment | {"WANDB_RUN_ID": "shared"}

@@ -113,7 +113,7 @@ def test_two_processes_give_the_curve_of_one(runs):
             torch.testing.assert_close(b[part][name], value, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_what_two_processes_drop_is_the_same_after_a_stop(tmp_path):
     words = [*TINY, "device=cpu", "epochs=1", f"out_dir={tmp_path}", "resume=auto"]
     words += ["model.drop_path=0.5", "attention.dropout=0.3"]

@@ -131,6 +131,7 @@ LARGE = (
     "resnet50",
     "resnet110",
     "wrn16_4",
+    "wrn16_8",
     "wrn28_2",
     "wrn28_10",
     "wrn40_2",
