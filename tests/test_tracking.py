@@ -370,6 +370,12 @@ def test_names_that_are_too_long_keep_apart():
         ("experiment=cpu ++ema=0.9", {"group": "g"}, "aa experiment=cpu ema=0.9 seed=3"),
         ("attention.dk=8 model.aa.dk=4", {}, "aa attention.dk=8 model.aa.dk=4 seed=3"),
         ("out_dir=x wandb.group=y hydra.verbose=true tracking=csv", {}, "aa seed=3"),
+        ("optim.lr=0.06273819045551 ema=0.9995", {}, "aa lr=0.06274 ema=0.9995 seed=3"),
+        (
+            "optim.lr=1.2345678e-05 optim.weight_decay=0.00005",
+            {},
+            "aa lr=1.235e-05 weight_decay=5e-05 seed=3",
+        ),
     ],
 )
 def test_a_name_says_what_differs(words, more, expected):

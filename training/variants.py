@@ -123,12 +123,17 @@ def run_name(
     ]
     last = [key.rpartition(".")[2] for key, _ in pairs]
     shown = [
-        f"{short if last.count(short) == 1 else key}={value}"
+        f"{short if last.count(short) == 1 else key}={_few_digits(value)}"
         for short, (key, value) in zip(last, pairs, strict=True)
     ]
     ends = len(" ".join([*model, attention, f"seed={seed}"])) + 1
     middle = shortened(" ".join(shown), max(16, NAME_LENGTH - ends))
     return " ".join([*model, attention, *filter(None, [middle]), f"seed={seed}"])
+
+
+def _few_digits(value: str) -> str:
+    """``value`` with four digits, where it is a number with the many that a search draws."""
+    return f"{float(value):.4g}" if re.fullmatch(r"\d*\.\d{5,}(e-?\d+)?", value) else value
 
 
 def shortened(text: str, length: int) -> str:
