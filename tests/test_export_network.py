@@ -63,6 +63,14 @@ def test_other_numbers_are_not_written(network, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_logits_that_are_all_zero_are_compared_too(network):
+    trained = models.load(network)
+    for parameter in trained.network.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert export.largest_error(trained.network, trained) == 0
+    assert export.largest_error(lambda x: trained.network(x) + 1e-3, trained) > export.ALLOWED
+
+
 @pytest.mark.parametrize(
     ("words", "line", "code"),
     [
