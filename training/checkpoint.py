@@ -15,7 +15,7 @@ from models.fields import FORMAT, UnreadableError, is_number, parse, shortened
 from models.weight_files import check_tensors, named_tensors, read_torch
 from training import images, progress, run_folder
 from training.console import first_line
-from training.device import get_rng_state, precision_name, set_rng_state
+from training.device import precision_name
 from training.files import write_whole
 from training.launch import shell_override
 from training.records import Checkpoint
@@ -31,13 +31,12 @@ OTHER_CODE = "was written by other code than this"
 def save(
     folder: Path,
     stateful: dict[str, Any],
-    device: torch.device,
     *,
     config: dict[str, Any],
     description: dict[str, Any],
     progress: dict[str, Any],
 ) -> None:
-    """Write the folder's checkpoint: all states of ``stateful``, torch's RNGs', and the rest.
+    """Write the folder's checkpoint: all states of ``stateful``, and the rest.
 
     ``description`` is that of `models.Description`, by which `models.load` rebuilds the network.
     The one that was there becomes ``previous.pt``. See `training.files.write_whole` for what
@@ -48,10 +47,7 @@ def save(
     """
     state: dict[str, Any] = {"format": FORMAT}
     state |= {name: part.state_dict() for name, part in stateful.items()}
-    state |= {"rng": torch.get_rng_state(), "config": config, "description": description}
-    state |= progress
-    if device.type != "cpu":
-        state["device_rng"] = get_rng_state(device)
+    state |= {"config": config, "description": description} | progress
     write_whole(folder / LAST, lambda file: _write(state, file), before=folder / PREVIOUS)
 
 
@@ -234,10 +230,11 @@ def check_data(state: dict[str, Any], description: dict[str, Any], path: Path) -
         raise ValueError(images.other_images(path, description["data"]))
 
 
-def restore(
-    state: dict[str, Any], stateful: dict[str, Any], device: torch.device, path: Path
-) -> None:
-    """Put ``stateful`` and torch's RNGs where the state from ``path`` left them.
+def restore(state: dict[str, Any], stateful: dict[str, Any], path: Path) -> None:
+    """Put ``stateful`` where the state from ``path`` left it.
+
+    Random numbers have no state to keep: those of an epoch and those of a step begin anew, from the
+    seed.
 
     Raises:
         UnreadableError: the state does not fit, being of another version of the code or damaged.
@@ -256,9 +253,6 @@ def restore(
             _check_alike(part.state_dict(), before, name)
             if isinstance(part, torch.optim.Optimizer):
                 _check_shapes(part)
-        torch.set_rng_state(state["rng"])
-        if device.type != "cpu" and "device_rng" in state:
-            set_rng_state(state["device_rng"], device)
     except Exception as error:  # whatever torch meets in what is damaged
         raise UnreadableError(f"{path} {OTHER_CODE}: {one_line(error)}") from error
 
@@ -337,7 +331,7 @@ def continue_run(
                 log.info("%s", line)
         return progress.Progress.begin(len(state.batches))
     check_data(saved, state.description.model_dump(), resumed)
-    restore(saved, state.stateful(), state.device, resumed)
+    restore(saved, state.stateful(), resumed)
     continued = parse(progress.Progress, saved, f"{resumed}")
     if continued.epoch_state.step > len(state.batches) or len(continued.rows) > config["epochs"]:
         raise UnreadableError(
@@ -365,7 +359,6 @@ def save_progress(
         save(
             folder.path,
             state.stateful(),
-            state.device,
             config=config,
             description=state.description.model_dump(),
             progress=reached.state_dict(),

@@ -94,22 +94,6 @@ def cpu_has_bf16() -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in names)
 
 
-def get_rng_state(device: torch.device) -> torch.Tensor:
-    """The state of the accelerator's own random generator, on the CPU."""
-    state = torch.get_device_module(device).get_rng_state(*_whose(device))
-    assert isinstance(state, torch.Tensor)
-    return state
-
-
-def set_rng_state(state: torch.Tensor, device: torch.device) -> None:
-    """Put the accelerator's random generator where `get_rng_state` found it."""
-    torch.get_device_module(device).set_rng_state(state, *_whose(device))
-
-
-def _whose(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # of which there is only one
-
-
 def set_seed(device: torch.device, seed: int) -> None:
     """Begin the random numbers of ``device`` anew, such as those of dropout.
 

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, InstanceOf, with_config
-from torch import Tensor
+from pydantic import AfterValidator, Field, with_config
 from typing_extensions import NotRequired, TypedDict
 
 from models import ATTENTIONS, Description
@@ -174,7 +173,6 @@ class Checkpoint(TypedDict):
     """A run in progress, beside `training.progress.Progress` and the states of what trains."""
 
     format: Format
-    rng: InstanceOf[Tensor]
     config: Plain
     description: Description
     model: dict[str, Any]
