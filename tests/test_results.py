@@ -148,3 +148,18 @@ def test_the_page_says_when_attention_falls_back():
         f"{max(middle):.1f} from the third to the ninth"
     ) in unwrapped("docs/results.md")
     assert f"and by {means[-1]:.1f} at the end" in unwrapped("docs/results.md")
+
+
+def test_the_page_has_the_rows_of_the_four_recipes():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    paths = sorted((ROOT / "results" / "recipes15").glob("*/seed=0/metrics.csv"))
+    assert len(paths) == 4
+    for path in paths:
+        with path.open() as file:
+            *_, last = csv.DictReader(file)
+        assert last["epoch"] == "15"
+        shown = (
+            f"{float(last['val/top1']):.2f}",
+            *(f"{float(last[f'{k}/loss']):.3f}" for k in ("val", "train")),
+        )
+        assert f"| {' | '.join(shown)} |" in page
