@@ -104,6 +104,8 @@ SETTINGS = [
     ("optim={'speed':1}", "optim.speed: unknown setting speed; optim=adamw has lr"),
     ("hydra.sweeper.params.nothing=1", "Unexpected type for root: NoneType (given: "),
     ("+hydra.sweeper.params=[1]", "hydra.sweeper.params: Cannot merge DictConfig with List"),
+    ("hydra.sweeper.params=text", "hydra.sweeper.params: Cannot assign str to Dict"),
+    (f"freeze={'{a:' * 300}1{'}' * 300}", "a value, or a folder, lies too deeply inside others"),
     ("+nothing=1", "nothing: unknown setting nothing; there are model, attention"),
     ("++optim.momentum=0.9", "optim.momentum: unknown setting momentum; optim=adamw has lr"),
     ("~epochs", "epochs cannot be removed; leave out ~epochs"),

@@ -55,6 +55,14 @@ def test_python_without_assertions_is_refused(program, flag):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 
 
+@pytest.mark.parametrize("level", ["1", "2"])
+def test_an_environment_without_assertions_is_refused(level):
+    done = start("train.py", "attention={dk: 0.5}", PYTHONOPTIMIZE=level)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("train.py: python -O cannot read settings; ")
+    assert done.stderr.count("\n") == 1
+
+
 LONG = ["n" * 300, "d/" * 2500 + "x"]
 
 

@@ -370,6 +370,16 @@ def test_too_sure_in_one_bin_does_not_make_up_for_too_unsure_in_another():
     assert calibration.expected_error() == pytest.approx((1 - 0.4 - 0.45 + 0.9) / 3)
 
 
+def test_a_bin_is_whole_however_its_images_came():
+    """Three bins that are off by +0.2, -0.3 and +0.1, each from two batches."""
+    calibration = Calibration(bins=4)
+    for right in (0, 1):  # one image of each bin is right, and one is not
+        sure = torch.tensor([0.3, 0.8, 0.6], dtype=torch.float64)
+        scores = torch.stack([sure, *[(1 - sure) / 9] * 9], dim=1)
+        calibration.add(scores.log(), torch.full((3,), 1 - right))
+    assert calibration.expected_error() == pytest.approx((0.2 + 0.3 + 0.1) / 3)
+
+
 # ---- One line -----------------------------------------------------------------------------------
 
 WRONG = [

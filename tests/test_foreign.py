@@ -235,10 +235,18 @@ def test_a_run_begins_with_published_weights(run, tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    ("path", "names", "warned"), [(None, ["conv"], True), (None, [], False), ("x", ["conv"], False)]
+    ("path", "names", "warned"),
+    [
+        (None, ["conv"], True),
+        (None, ["stages.0"], True),
+        (None, ["conv", "bn_in", "head"], True),
+        (None, [], False),
+        ("x", ["conv"], False),
+    ],
 )
 def test_frozen_random_weights_are_told(tmp_path, caplog, path, names, warned):
     torch.save(damaged(), tmp_path / "x.pt")
     path = path and str(tmp_path / "x.pt")
     initial.load_initial(argparse.Namespace(init_from=path, freeze=names))
-    assert ("freeze=[conv] without init_from: random weights there stay" in caplog.text) is warned
+    line = f"freeze=[{','.join(names)}] without init_from: random weights there stay"
+    assert (line in caplog.text) is warned
