@@ -8,8 +8,6 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
-# Of a setting that a search has drawn.
-DIGITS = 4
 
 # ---- Numbers ------------------------------------------------------------------------------------
 
@@ -95,20 +93,12 @@ def rounded(values: Iterable[str]) -> dict[str, str]:
 
     All as they are where that would make two of them alike.
     """
+    # Not at the top: a command's --help reads this file, and needs no library.
+    from training.variants import few_digits
+
     values = list(values)
-    shown = {value: _rounded(value) for value in values}
+    shown = {value: few_digits(value) for value in values}
     return shown if len(set(shown.values())) == len(shown) else {v: v for v in values}
-
-
-def _rounded(value: str) -> str:
-    digits = value.partition("e")[0].lstrip("-0.")
-    if "." not in value or len(digits) <= DIGITS + 1:
-        return value
-    try:
-        text = f"{float(value):.{DIGITS}g}"
-    except ValueError:
-        return value
-    return text if "." in text or "e" in text else f"{text}.0"
 
 
 def short(key: str) -> str:

@@ -6,7 +6,7 @@
 On the left the first images of an epoch, the same ones in every row: with an option of the group
 augmentation and settings of it, the rest as in `standard` where there is no option. On the right
 the operations of the policies on the first image, over TrivialAugment's range of magnitudes. What
-has an = and is not behind --show is a setting of train.py.
+has an = and does not follow --show is a setting of train.py.
 """
 
 import argparse

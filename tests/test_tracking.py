@@ -374,7 +374,7 @@ def test_names_that_are_too_long_keep_apart():
         (
             "optim.lr=1.2345678e-05 optim.weight_decay=0.00005",
             {},
-            "aa lr=1.235e-05 weight_decay=5e-05 seed=3",
+            "aa lr=1.235e-05 weight_decay=0.00005 seed=3",
         ),
     ],
 )

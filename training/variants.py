@@ -17,6 +17,8 @@ HYDRAS = ("_target_", "_partial_")
 KEPT_PARTS = 3
 # How images are read, and not which: `data.Dataset.digest` is the same for all their values.
 OF_PIXELS = ("data.size", "data.white", "data.max_pixels")
+# Of a setting that a search has drawn, where it is shown.
+DIGITS = 4
 # The longest name of a run or of a group that wandb's server takes.
 NAME_LENGTH = 128
 
@@ -123,7 +125,7 @@ def run_name(
     ]
     last = [key.rpartition(".")[2] for key, _ in pairs]
     shown = [
-        f"{short if last.count(short) == 1 else key}={_few_digits(value)}"
+        f"{short if last.count(short) == 1 else key}={few_digits(value)}"
         for short, (key, value) in zip(last, pairs, strict=True)
     ]
     ends = len(" ".join([*model, attention, f"seed={seed}"])) + 1
@@ -131,9 +133,16 @@ def run_name(
     return " ".join([*model, attention, *filter(None, [middle]), f"seed={seed}"])
 
 
-def _few_digits(value: str) -> str:
-    """``value`` with four digits, where it is a number with the many that a search draws."""
-    return f"{float(value):.4g}" if re.fullmatch(r"\d*\.\d{5,}(e-?\d+)?", value) else value
+def few_digits(value: str) -> str:
+    """``value`` with `DIGITS` digits, where it is a number with the many that a search draws."""
+    digits = value.partition("e")[0].lstrip("-0.")
+    if "." not in value or len(digits) <= DIGITS + 1:
+        return value
+    try:
+        text = f"{float(value):.{DIGITS}g}"
+    except ValueError:
+        return value
+    return text if "." in text or "e" in text else f"{text}.0"
 
 
 def shortened(text: str, length: int) -> str:
