@@ -48,6 +48,7 @@ from training.device import (
 )
 from training.initial import init_provenance, load_initial
 from training.loss import accuracy, cross_entropy, relative_weights
+from training.media import attention_entropy
 from training.progress import EpochState, Progress
 from training.scores import evaluate
 from training.settings import check, resolve
@@ -266,6 +267,7 @@ def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Sto
         "epoch": len(progress.rows) + 1,
         **trained.training_metrics(),
         **{f"{dataset.evaluated_on}/{name}": value for name, value in scores.items()},
+        **attention_entropy(state.evaluated_model, dataset),
         "perf/images_per_s": steps * cfg.batch_size / trained.seconds,
         "perf/peak_memory_mib": max(trained.peak_memory_mib, peak_memory_mib(state.device)),
         "perf/epoch_seconds": trained.seconds + time.perf_counter() - evaluating,

@@ -21,7 +21,7 @@ from aaconv.maps import attention_maps, augmented_layers, layer_inputs, output_s
 from aaconv.modules import AugmentedConv
 from aaconv.text import table
 
-# Queries whose weights are computed at once.
+# Queries whose weights are computed at once, of one image or of several small ones.
 QUERIES = 1024
 
 
@@ -118,13 +118,13 @@ def _layer_stats(name: str, layer: AugmentedConv, x: Tensor, gradient: float | N
     positions = size[0] * size[1]
     entropy = largest = 0.0
     rows = 0
-    for image in x.split(1):
+    for images in x.split(max(1, QUERIES // positions)):
         for first in range(0, positions, QUERIES):
             queries = range(first, min(first + QUERIES, positions))
-            weights = attention_maps(layer, image, queries)
+            weights = attention_maps(layer, images, queries)
             entropy -= float(torch.special.xlogy(weights, weights).sum())
             largest += float(weights.amax(dim=-1).sum())
-            rows += weights.shape[1] * len(queries)
+            rows += weights[..., 0].numel()
     # A single position has nothing to choose from: its one weight is uniform.
     share = entropy / rows / math.log(positions) if positions > 1 else 1.0
     return LayerStats(name, size, share, largest / rows, gradient)

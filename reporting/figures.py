@@ -205,8 +205,15 @@ def _minutes(run: Run) -> list[float]:
 
 
 def over_epochs(variants: list[Variant], column: str, label: str) -> Figure:
-    """A column of metrics.csv over the epochs: mean of the seeds, a band from lowest to highest."""
-    seeds = {variant: [run.each_epoch(column) for run in variant.runs] for variant in variants}
+    """A column of metrics.csv over the epochs: mean of the seeds, a band from lowest to highest.
+
+    Of the variants whose runs have it; the others keep their colors.
+    """
+    seeds = {
+        variant: [run.each_epoch(column) for run in variant.runs]
+        for variant in variants
+        if all(run.has(column) for run in variant.runs)
+    }
     return _curves(variants, seeds, _epochs, "epoch", label)
 
 

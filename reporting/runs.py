@@ -71,6 +71,10 @@ class Run:
         """The same, a value for each epoch."""
         return [row[self._key(name)] for row in self.rows]
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a value for each epoch; runs of earlier versions have fewer."""
+        return self._key(name) in self.rows[0]
+
     @property
     def segments(self) -> list[dict[str, Any]]:
         """For each start of the run what it ran on, packages by their versions among it."""

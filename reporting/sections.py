@@ -15,11 +15,18 @@ CONDITIONS = {
     "torch": "with different versions of torch",
     "processes": "with different numbers of processes",
 }
-# Of the figures of a step in metrics.csv; another one is called by its name.
-TRAINING_TITLES = {
-    "loss": "training loss (nats)",
-    "top1": "training top-1 accuracy (%)",
-    "grad_norm": "norm of the gradient",
+# Of columns of metrics.csv; another figure of a step is called by its name.
+TITLES = {
+    "train/loss": "training loss (nats)",
+    "train/top1": "training top-1 accuracy (%)",
+    "train/grad_norm": "norm of the gradient",
+    "attention/entropy": "entropy of attention",
+    "attention/lowest_entropy": "entropy of the sharpest layer's attention",
+}
+# What the curves of a group of columns show.
+CAPTIONS = {
+    "train": "Mean of each epoch's steps",
+    "attention": "After each epoch, as a share of the maximum (1 is uniform, 0 looks at one place)",
 }
 
 
@@ -65,14 +72,15 @@ def curves_section(analysis: Analysis) -> Section:
         gain = figures.gain_over_epochs(analysis.variants, analysis.gains)
         caption = "Top-1 minus that of the plain baseline with the same seed, after each epoch."
         pictures.append(Picture("gain", "Gain over plain", gain, caption))
-    of_every_run = set.intersection(*(set(run.rows[0]) for run in analysis.runs))
-    for column in analysis.runs[0].rows[0]:
+    columns = dict.fromkeys(column for run in analysis.runs for column in run.rows[0])
+    for column in columns:
         group, _, name = column.partition("/")
-        if group == "train" and name != "lr" and column in of_every_run:
-            title = TRAINING_TITLES.get(name, f"training {name}")
+        shown = any(all(run.has(column) for run in v.runs) for v in analysis.variants)
+        if group in CAPTIONS and name != "lr" and shown:
+            title = TITLES.get(column, f"training {name}")
             curve = figures.over_epochs(analysis.variants, column, title)
-            caption = f"Mean of each epoch's steps: {title}."
-            pictures.append(Picture(f"train-{name}", title.capitalize(), curve, caption))
+            caption = f"{CAPTIONS[group]}: {title}."
+            pictures.append(Picture(f"{group}-{name}", title.capitalize(), curve, caption))
     words = "Lines are means over seeds; bands span the lowest to the highest seed."
     return Section("Learning curves", [words], pictures=pictures)
 

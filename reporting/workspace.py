@@ -58,7 +58,7 @@ def build(
         name=NAME if data is None else f"{NAME} ({data})",
         sections=[
             _section("The comparison", _comparison(), pinned=True, columns=2, rows=2),
-            _section("Learning curves", _curves(), columns=3, rows=2),
+            _section("Learning curves", _curves(), columns=3, rows=3),
             _section("Sweeps of dk, dv and Nh", _sweep(), columns=2, rows=3),
             _section("Accuracy and cost", _cost(), columns=2, rows=2),
             _section("What the networks see", _seen(blocks), columns=3, rows=2),
@@ -136,6 +136,8 @@ def _curves() -> list[Any]:
         "train/loss": "Loss in training",
         "test/loss": "Loss on the test set",
         "train/grad_norm": "Norm of the gradient",
+        "attention/entropy": "Entropy of attention (1 is uniform, 0 looks at one place)",
+        "attention/lowest_entropy": "Entropy of the sharpest layer's attention",
     }
     return [
         panels.LinePlot(

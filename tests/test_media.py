@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +158,40 @@ def test_pictures_show_the_weights_of_every_augmented_block(network):
                     # Where the weight is largest there is the most color.
                     red, _, blue = picture.image.getpixel((margin + at[0], header + at[1]))
                     assert red - blue > 140
+
+
+def test_the_entropy_of_attention_by_loops(network):
+    model, dataset = network("attention.qk_norm=true")
+    model.train()
+    before = copy.deepcopy(model.state_dict())
+    found = media.attention_entropy(model, dataset)
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    inputs = {}
+    for name, layer in augmented_layers(model.eval()).items():
+        layer.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
+    number = len(dataset.evaluation)
+    chosen = [n * number // 16 for n in range(16)]
+    ((batch, _),) = evaluation_batches(
+        dataset.evaluation.select(chosen), 16, dataset.mean, dataset.std
+    )
+    model(batch)
+    shares = []
+    for name, layer in augmented_layers(model).items():
+        maps = attention_maps(layer, inputs[name]).double()
+        (images, heads, queries, positions) = maps.shape
+        assert images == 16
+        total = sum(-w * math.log(w) for w in maps.flatten().tolist() if w)
+        shares.append(total / (images * heads * queries) / math.log(positions))
+    assert len(shares) == 2
+    assert abs(shares[0] - shares[1]) > 1e-3
+    expected = {"attention/entropy": sum(shares) / 2, "attention/lowest_entropy": min(shares)}
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_plain_network_has_no_entropy(network):
+    assert media.attention_entropy(*network("attention=none")) == {}
 
 
 def test_the_marked_query_is_the_sharpest_one():

@@ -194,6 +194,12 @@ def test_a_sweep_runs_to_its_end(processes, launcher, tmp_path):
         with run_folder.claimed(tmp_path / "6"):
             codes, said = train("-m", *words, processes=processes)
         assert set(codes) == {1}, said
+        assert "hydra/launcher" not in said, "the launcher repeats each job's overrides"
+        for number in range(8):
+            assert len(re.findall(rf"^job #{number}(?: of 8)?: seed=", said, re.MULTILINE)) == 1
+        whose = "job #[0-9]: " if launcher else ""
+        epochs = re.findall(r"^(.*)epoch 1/1: loss", said, re.MULTILINE)
+        assert all(re.fullmatch(whose, before) for before in epochs), said
         table = [line for line in said.splitlines() if line.startswith("#")]
         return [re.search(r"  (\w+): ", line)[1] for line in table]
 

@@ -81,6 +81,9 @@ def test_curves_show_the_metrics(tmp_path, drawn):
             assert y == pytest.approx([(a + b) / 2 for a, b in zip(*seeds, strict=True)])
             edges = {(i + 1, round(value, 9)) for s in seeds for i, value in enumerate(s)}
             assert {(int(a), round(b, 9)) for a, b in band} == edges
+    panel = labeled(panels, "epoch", "entropy of attention")
+    ((line, _, y),) = panel["lines"]
+    assert (line, y) == ("AA (n=2)", pytest.approx([0.5 + 0.05 / epoch for epoch in (1, 2, 3, 4)]))
     panel = labeled(panels, "training time (minutes)", "top-1 accuracy (%)")
     for (_, x, y), letter, minutes in zip(panel["lines"], "pa", (0.2, 0.25), strict=True):
         assert x == pytest.approx([minutes * epoch for epoch in (1, 2, 3, 4)])

@@ -307,6 +307,16 @@ def test_a_further_number_of_the_steps_is_a_metric_and_outlives_a_checkpoint(tmp
     assert run_folder.read_metrics(tmp_path)[0]["train/entropy"] == 2.5
 
 
+def test_a_run_that_an_earlier_version_began_keeps_its_columns(tmp_path):
+    progress = Progress.begin(1)
+    row = {"test/loss": 1.0, "test/top1": 50.0, "test/top5": 60.0, "perf/epoch_seconds": 1.0}
+    row |= {"train/loss": 1.0, "train/top1": 50.0, "train/lr": 0.1}
+    progress.finish_epoch({"epoch": 1} | row, [], 1)
+    progress.finish_epoch({"epoch": 2, "attention/entropy": 0.9} | row, [], 1)
+    run_folder.RunFolder(tmp_path).write_metrics(progress.rows)
+    assert run_folder.read_metrics(tmp_path) == [{"epoch": epoch} | row for epoch in (1, 2)]
+
+
 def test_a_gradient_that_overflows_is_in_no_mean():
     epoch_state = EpochState.begin(3)
     for norm in (math.inf, 3.0, math.nan, 4.0):

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from training import sweep
+from training import media, sweep
 from training.progress import Progress
 from training.provenance import uncommitted
 from training.run_folder import DESCRIPTION, LOG, WEIGHTS
@@ -98,8 +98,6 @@ def pictures(
     """Attention after the epoch that is finished, where the dashboard is to have it."""
     if not (tracker.active and cfg.tracking.media):
         return {}
-    from training import media  # which needs Pillow
-
     if len(progress.rows) not in media.media_epochs(cfg.epochs):
         return {}
     return {**media.attention_pictures(state.evaluated_model, state.dataset)}
@@ -118,8 +116,6 @@ def show(
         return
     model = state.evaluated_model
     if cfg.tracking.media:
-        from training import media  # which needs Pillow
-
         tracker.show(media.final_media(model, state.dataset, cfg.eval_batch_size, state.autocast))
     if cfg.tracking.weights:
         files = [folder / name for name in (WEIGHTS, DESCRIPTION)]

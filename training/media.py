@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from aaconv import attention_stats
 from data import Dataset, evaluation_batches
 from models.views import attention_views, eval_mode
 from training.attention_picture import attention_picture, labeled, layer_line
@@ -18,6 +19,8 @@ from training.tracking import CHARTS, Chart, Media, Picture, Table
 
 # Images whose attention is drawn: on the dashboard, in the report, and by visualize.py.
 ATTENTION_IMAGES = 3
+# Images on which the entropy of attention is measured; each has as many queries as positions.
+ENTROPY_IMAGES = 16
 # Images in the table of predictions.
 PREDICTIONS = 32
 # Classes whose confusion is told, and how many others for each.
@@ -52,6 +55,24 @@ def attention_pictures(model: nn.Module, dataset: Dataset) -> dict[str, list[Pic
         ]
         for layer, views in attention_views(model, batch).items()
     }
+
+
+def attention_entropy(model: nn.Module, dataset: Dataset) -> dict[str, float]:
+    """How softly ``model`` attends: columns of metrics.csv, none for a plain network.
+
+    The entropy of a query's weights as a share of its maximum (1 is uniform, 0 one-hot; see
+    `aaconv.attention_stats`), on a few fixed images of the evaluation, in float32 and evaluation
+    mode: ``attention/entropy``, the mean over the layers, and ``attention/lowest_entropy``, that of
+    the layer that attends most sharply.
+    """
+    images = dataset.evaluation.select(spread(len(dataset.evaluation), ENTROPY_IMAGES))
+    (batch, _), *_ = evaluation_batches(images, len(images), dataset.mean, dataset.std)
+    with eval_mode(model):
+        entropies = [layer.entropy for layer in attention_stats(model, batch).layers]
+    if not entropies:
+        return {}
+    mean = sum(entropies) / len(entropies)
+    return {"attention/entropy": mean, "attention/lowest_entropy": min(entropies)}
 
 
 def final_media(

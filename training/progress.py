@@ -190,7 +190,11 @@ class Progress:
     def finish_epoch(
         self, row: dict[str, Any], per_class_top1: list[float | None], steps: int
     ) -> None:
-        """Add a finished epoch's metrics; the next one is before its first step."""
-        self.rows = [*self.rows, row]
+        """Add a finished epoch's metrics; the next one is before its first step.
+
+        A run that an earlier version has begun goes on with the columns that it has.
+        """
+        columns = self.rows[0] if self.rows else row
+        self.rows = [*self.rows, {name: row[name] for name in row if name in columns}]
         self.per_class_top1 = per_class_top1
         self.epoch_state = EpochState.begin(steps)

@@ -7,6 +7,7 @@ is made of these records.
 """
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -250,10 +251,15 @@ def fixed_settings() -> set[str]:
 
 
 def _print_head(record: Record) -> None:
+    """Say which job begins; where others are trained meanwhile, each line will say whose it is."""
     if _started and world().is_main:
         jobs = _started[-1].jobs
         of = "" if jobs is None else f" of {jobs}"
         print(f"\njob #{record.number}{of}: {_label(record)}", flush=True)
+    elif RECORDS in os.environ:  # in a process of the launcher's
+        print(f"job #{record.number}: {_label(record)}", flush=True)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(logging.Formatter(f"job #{record.number}: %(message)s"))
 
 
 def _label(record: Record) -> str:
