@@ -7,7 +7,7 @@ from typing import Any
 
 from reporting.equal_cost import EqualCost, at_equal_cost
 from reporting.figures import ROWS
-from reporting.paired import Comparison, Difference, corrected
+from reporting.paired import Comparison, Deviation, Difference, corrected, pooled, unpaired
 from reporting.runs import Excluded, Run, Variant, group_by_variant, read, select_data
 from reporting.sweeps import Sweep, find_sweeps
 
@@ -68,6 +68,20 @@ class Analysis:
         augmented = by_kind.pop("aa").variant
         family = [*by_kind.values(), *(Comparison(augmented, c.variant) for c in by_kind.values())]
         return _corrected([(comparison.name, comparison.top1) for comparison in family])
+
+    def unpaired(self, score: str) -> tuple[Deviation, Named] | None:
+        """`nearest` by means over all seeds, corrected, and the deviation that all variants share.
+
+        None where no variant has two seeds.
+        """
+        error = pooled([variant.by_seed(score).values() for variant in self.variants])
+        if error is None:
+            return None
+        found = []
+        for c in self.nearest:
+            ours, theirs = (v.by_seed(score).values() for v in (c.variant, c.baseline))
+            found.append((c.name, unpaired(ours, theirs, error)))
+        return error, _corrected(found)
 
     @cached_property
     def in_training(self) -> Named:

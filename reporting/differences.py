@@ -46,6 +46,7 @@ def differences_section(analysis: Analysis) -> Section | None:
         ],
         [
             *tables(rows, texts=2),
+            *_unpaired(analysis),
             *_named(
                 analysis.among_others,
                 ("n", "top-1", "95 % interval", "p", "p (Holm)"),
@@ -68,6 +69,34 @@ def differences_section(analysis: Analysis) -> Section | None:
 def _named(found: Named, headings: tuple[str, ...], caption: str) -> list[Table]:
     """The table of named differences, unless there are none."""
     rows = [{"difference": name, **cells(difference, *headings)} for name, difference in found]
+    return tables(rows, caption=caption)
+
+
+def _unpaired(analysis: Analysis) -> list[Table]:
+    """Top-1 and the loss without pairs, which need no seeds in common."""
+    rows = [
+        {"difference": c.name, "n": f"{len(c.variant.runs)} and {len(c.baseline.runs)}"}
+        for c in analysis.nearest
+    ]
+    deviations = []
+    for score, name, unit, digits in (("top1", "top-1", "points", 2), ("loss", "loss", "nats", 3)):
+        if (found := analysis.unpaired(score)) is None:
+            continue
+        error, differences = found
+        deviations.append(f"{error.sd:.{digits}f} {unit}")
+        for row, (_, one) in zip(rows, differences, strict=True):
+            bounds = interval(one.low, one.high, digits)
+            row[f"{name} (95 % interval)"] = f"{signed(one.mean, digits)} ({bounds})"
+            row[f"p of {name} (Holm)"] = p_value(one.p_holm)
+    if not deviations:
+        return []
+    caption = (
+        "Without pairs: means over all seeds, top-1 in percentage points, the loss (cross-entropy) "
+        "in nats. Intervals and p are from t-tests with one standard deviation for all networks "
+        f"({', '.join(deviations)}, {text.count(error.df, 'degree')} of freedom); p is corrected "
+        "for the number of rows. This finds more than pairs do if runs with the same seed are no "
+        "more alike than others. The loss also counts how confident a network is."
+    )
     return tables(rows, caption=caption)
 
 

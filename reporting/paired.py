@@ -1,7 +1,7 @@
-"""Differences paired by seed: their interval and test, and how far a test reaches."""
+"""Differences by pairs of a seed, or without: interval and test, and how far a test reaches."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -63,6 +63,33 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> Difference:
     interval = test.confidence_interval(LEVEL)
     low, high = float(interval.low), float(interval.high)
     return Difference(by_seed, mean, sd, low, high, float(test.statistic), float(test.pvalue))
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How much a score differs from seed to seed, pooled over variants; its degrees of freedom."""
+
+    sd: float
+    df: int
+
+
+def pooled(groups: list[Collection[float]]) -> Deviation | None:
+    """The standard deviation within ``groups``; None without a group of two, or where all agree."""
+    df = sum(len(group) - 1 for group in groups)
+    means = [statistics.fmean(group) for group in groups]
+    off = [x - mean for group, mean in zip(groups, means, strict=True) for x in group]
+    squares = sum(x * x for x in off)
+    return Deviation((squares / df) ** 0.5, df) if df and squares > 1e-18 else None
+
+
+def unpaired(ours: Collection[float], theirs: Collection[float], error: Deviation) -> Difference:
+    """The mean of ``ours`` minus that of ``theirs``; two-sided t-test and 95 % interval."""
+    mean = statistics.fmean(ours) - statistics.fmean(theirs)
+    scale = error.sd * (1 / len(ours) + 1 / len(theirs)) ** 0.5
+    half = float(stats.t.ppf((1 + LEVEL) / 2, error.df)) * scale
+    t = mean / scale
+    p = float(2 * stats.t.sf(abs(t), error.df))
+    return Difference({}, mean, error.sd, mean - half, mean + half, t, p)
 
 
 @dataclass(frozen=True, eq=False)

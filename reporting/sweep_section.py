@@ -171,10 +171,12 @@ def _effects(sweep: Sweep) -> list[Table]:
                 "p": p_value(effect.p),
             }
         )
+    together = ""
+    if len(rows) > 1 and sweep.design.error is not None:
+        together = f"Interval and p are corrected for all {len(rows)} rows together. "
     caption = (
         f"{_head(sweep)}What one setting does, in points of top-1, by least squares over all "
-        f"values of the others{_blocks(sweep)}; the largest first. Interval and p are corrected "
-        f"for all {len(rows)} rows together, in the same way. {_basis(sweep)}"
+        f"values of the others{_blocks(sweep)}; the largest first. {together}{_basis(sweep)}"
     )
     return tables(rows, texts=2, caption=caption.strip())
 

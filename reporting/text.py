@@ -22,8 +22,10 @@ def signed(value: float | None, digits: int = 2) -> str:
     return f"+{text}" if value > 0 else f"{MINUS}{text}"
 
 
-def interval(low: float | None, high: float | None) -> str:
-    return DASH if low is None or high is None else f"{signed(low)} to {signed(high)}"
+def interval(low: float | None, high: float | None, digits: int = 2) -> str:
+    if low is None or high is None:
+        return DASH
+    return f"{signed(low, digits)} to {signed(high, digits)}"
 
 
 def p_value(p: float | None) -> str:

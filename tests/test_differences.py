@@ -10,6 +10,7 @@ from scipy import stats
 from reporting import dashboard, differences
 from reporting.equal_cost import STEP_TIMES, at_equal_cost
 from reporting.paired import holm_bonferroni, minimum_detectable_difference
+from reporting.text import MINUS, p_value, signed
 
 from folders import analysis_of, make_run
 
@@ -71,6 +72,32 @@ def test_the_other_differences_of_table_1(folder):
     rows = table(folder, "corrected for the 4 of them").rows
     expected = holm_bonferroni([found.p for _, found in others])
     assert [float(row[5]) for row in rows] == pytest.approx(expected, rel=0.1)
+
+
+def test_differences_without_pairs_by_hand(folder):
+    make_run(folder / "more", 71.3, 7, "se", epochs=10)  # a seed that no other network has
+    rows = table(folder, "Without pairs").rows
+    scores = {**TOP1, "se": [*TOP1["se"], 71.3]}
+    squares = sum(statistics.pvariance(of) * len(of) for of in scores.values())
+    sd, expected = (squares / 9) ** 0.5, {}  # 13 runs of four networks
+    for name in ("ge", "se", "aa"):
+        mean = statistics.mean(scores[name]) - statistics.mean(scores["none"])
+        scale = sd * (1 / len(scores[name]) + 1 / 3) ** 0.5
+        # The 97.5 % quantile of t with 9 degrees of freedom, from a table.
+        expected[name.upper()] = (mean, 2.2622 * scale, 2 * stats.t.sf(abs(mean) / scale, 9))
+    corrected = holm_bonferroni([p for _, _, p in expected.values()])
+    for row, (name, (mean, half, _)), p in zip(rows, expected.items(), corrected, strict=True):
+        assert row[:2] == [f"{name} {MINUS} plain", f"{len(scores[name.lower()])} and 3"]
+        assert row[2] == f"{signed(mean)} ({signed(mean - half)} to {signed(mean + half)})"
+        assert row[3] == p_value(p)
+    assert f"({sd:.2f} points, " in table(folder, "Without pairs").caption
+
+
+def test_without_a_second_seed_there_is_no_deviation(tmp_path):
+    for kind in ("none", "aa"):
+        make_run(tmp_path / kind, TOP1[kind][0], 0, kind, epochs=10)
+    section = differences.differences_section(analysis_of(tmp_path))
+    assert not [t for t in section.tables if "Without pairs" in t.caption]
 
 
 def test_another_recipe_makes_no_family_of_differences(folder):

@@ -1,10 +1,12 @@
 """results/: the pages' numbers are those of the raw rows, by the command that the pages name."""
 
 import csv
+import json
 import re
 import statistics
 
 import pytest
+import scipy.stats
 
 from reporting.analysis import analyze
 from reporting.render import report
@@ -91,15 +93,21 @@ def test_every_run_is_of_the_planned_commit_and_recipe():
 # ---- What was found about it afterwards ---------------------------------------------------------
 
 
-def by_attention(name):
-    """The last epoch's values of a column, by attention and seed, read from the raw rows."""
+def last_epochs(folder, column):
+    """The last epoch's values of a column by the variant's folder and the seed, of the raw rows."""
     values = {}
-    for path in sorted((ROOT / "results" / "cpu20").glob("attention=*/seed=*/metrics.csv")):
+    for path in sorted((ROOT / "results" / folder).glob("*/seed=*/metrics.csv")):
         with path.open() as file:
             *_, last = csv.DictReader(file)
-        kind, seed = (part.partition("=")[2] for part in path.parts[-3:-1])
-        values.setdefault(kind, {})[int(seed)] = float(last[name])
+        seed = int(path.parent.name.partition("=")[2])
+        values.setdefault(path.parent.parent.name, {})[seed] = float(last[column])
     return values
+
+
+def by_attention(column):
+    """Those of cpu20 by the kind of attention."""
+    found = last_epochs("cpu20", column)
+    return {kind.partition("=")[2]: seeds for kind, seeds in found.items()}
 
 
 def unpaired(values, kind):
@@ -163,3 +171,79 @@ def test_the_page_has_the_rows_of_the_four_recipes():
             *(f"{float(last[f'{k}/loss']):.3f}" for k in ("val", "train")),
         )
         assert f"| {' | '.join(shown)} |" in page
+
+
+def test_the_page_has_the_rows_of_the_pilot():
+    page = unwrapped("docs/results.md")
+    columns = ("val/top1", "val/loss", "train/loss")
+    top1, val, train = (last_epochs("start-pilot", column) for column in columns)
+    assert len(top1) == 4
+    for variant, seeds in top1.items():
+        scores = [seeds[seed] for seed in (0, 1, 2)]
+        spread = f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f}"
+        losses = [f"{statistics.mean(of[variant].values()):.3f}" for of in (val, train)]
+        row = [", ".join(f"{score:.2f}" for score in scores), spread, *losses]
+        assert f"| 3 | {' | '.join(row)} |" in page, variant
+    means = {variant: statistics.mean(seeds.values()) for variant, seeds in top1.items()}
+    plain, former, own = (
+        f"{means[name]:.2f} %"
+        for name in (
+            "attention=none",
+            "attention=aa",
+            "attention=aa,attention.init=torch,attention.qk_norm=false",
+        )
+    )
+    words = f"plain {plain}, attention {own}, with its former start {former}"
+    assert words in page
+
+
+# ---- The users' sweep of dk, dv and Nh ----------------------------------------------------------
+
+HEADS8 = ("dk", "dv", "Nh")
+
+
+def heads8(column):
+    """The last epoch's value of each run, by its dk, dv and Nh."""
+    found = {}
+    for path in sorted((ROOT / "results" / "heads8").glob("*/seed=0")):
+        config = json.loads((path / "summary.json").read_text(encoding="utf-8"))["config"]
+        with (path / "metrics.csv").open() as file:
+            *_, last = csv.DictReader(file)
+        assert last["epoch"] == "4"
+        found[tuple(config["attention"][name] for name in HEADS8)] = float(last[column])
+    assert len(found) == 27
+    return found
+
+
+def main_effects(values):
+    """The planned contrasts: what is left by the main effects, and of dk, dv and Nh the highest
+    value minus the lowest with 95 % interval and p by Holm."""
+    grand = statistics.mean(values.values())
+    means = [
+        {
+            level: statistics.mean(v for cell, v in values.items() if cell[factor] == level)
+            for level in sorted({cell[factor] for cell in values})
+        }
+        for factor in range(3)
+    ]
+    left = [
+        value - grand - sum(means[factor][cell[factor]] - grand for factor in range(3))
+        for cell, value in values.items()
+    ]
+    sd = (sum(x * x for x in left) / 20) ** 0.5
+    unit = sd * (2 / 9) ** 0.5
+    effects = []
+    for of_level in means:
+        *_, high = of_level.values()
+        low, *_ = of_level.values()
+        effects.append(high - low)
+    # The 97.5 % quantile of t with 20 degrees of freedom, from a table.
+    p = [2 * scipy.stats.t.sf(abs(effect) / unit, 20) for effect in effects]
+    order, corrected, so_far = sorted(range(3), key=lambda i: p[i]), {}, 0.0
+    for rank, index in enumerate(order):
+        so_far = max(so_far, min(1.0, p[index] * (3 - rank)))
+        corrected[index] = so_far
+    return sd, [
+        (effect, effect - 2.086 * unit, effect + 2.086 * unit, corrected[index])
+        for index, effect in enumerate(effects)
+    ]
