@@ -13,8 +13,10 @@ from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.text import Text
 
 from reporting.paired import Comparison, Difference
@@ -186,11 +188,21 @@ def add_legend(figure: Figure, panel: Any, chosen: dict[Variant, str]) -> None:
     if gray:
         name = "1 other variant" if gray == 1 else f"{gray} other variants"
         panel.plot([], [], color=OTHERS, linewidth=0.7, label=name)
-    names = panel.get_legend_handles_labels()[1]
-    # A line of the legend has room for some 76 letters, a handle for the width of six.
-    columns = max(1, min(4, 76 // (6 + max(map(len, names)))))
-    figure.set_figheight(figure.get_figheight() + 0.18 * (math.ceil(len(names) / columns) - 1))
-    figure.legend(loc="outside upper left", ncols=columns)
+    number = len(panel.get_legend_handles_labels()[1])
+    for columns in range(min(4, number), 0, -1):
+        legend = figure.legend(loc="outside upper left", ncols=columns)
+        if columns == 1 or _width(figure, legend) < figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + 0.18 * (math.ceil(number / columns) - 1))
+
+
+def _width(figure: Figure, legend: Legend) -> float:
+    """Of the legend, margins included, in the figure's pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `_save` sees to letters that the font lacks
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        return float(legend.get_window_extent(renderer).width)
 
 
 # ---- Curves of several variants -----------------------------------------------------------------

@@ -5,6 +5,7 @@ import csv
 import matplotlib
 import pytest
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 from matplotlib.text import Text
 
@@ -214,3 +215,21 @@ def test_another_font_that_is_installed_draws_what_the_first_one_lacks():
     assert drawn != lone[0]
     assert figures._drawn(figure, {"format": "svg"})[1] == set()
     assert not any("boxes" in words for words in words_of(figure))
+
+
+@pytest.mark.parametrize("names", [1, 2, 5, 9])
+@pytest.mark.parametrize("letters", ["W" * 17, "i" * 37, "W" * 31, "aa dk=16 dv=8 Nh=2"])
+def test_a_legend_is_as_wide_as_its_picture(names, letters, recwarn):
+    with figures.style():
+        figure, panel = figures.one_panel()
+        for number in range(names):
+            panel.plot([1, 2], [number, 3], label=f"{number} {letters}")
+        figures.add_legend(figure, panel, {})
+        (legend,) = figure.legends
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        box = legend.get_window_extent(canvas.get_renderer())
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert box.y1 <= figure.bbox.height
+    assert len(legend.get_texts()) == names
+    assert not recwarn.list
