@@ -210,9 +210,9 @@ def _check_model(model: nn.Module) -> None:
         kinds = [kind.__name__ for kind in type(module).__mro__]
         for wrapper in WRAPPERS:
             if wrapper in kinds:
-                raise ValueError(f"{where} is wrapped in {wrapper}; augment the network before")
+                raise ValueError(f"{where} is wrapped in {wrapper}; augment the network first")
         if "OptimizedModule" in kinds or module._compiled_call_impl is not None:
-            raise ValueError(f"{where} is compiled; augment the network before")
+            raise ValueError(f"{where} is compiled; augment the network first")
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"{where} is a TorchScript program, whose modules cannot be replaced")
     if isinstance(model, nn.Conv2d):

@@ -81,18 +81,18 @@ def find_images(root: Path, hold_out: bool) -> Layout:
         number = len(_subfolders(root)) if root.is_dir() else 0
         if evaluation is not None or number < 2:
             raise FileNotFoundError(
-                f"data.root={root}: there is no folder train/ in it; the images of each class "
+                f"data.root={root}: it has no folder train/; the images of each class "
                 "belong in train/CLASS/"
             )
         if not hold_out:
             raise FileNotFoundError(
-                f"data.root={root}: there is no folder train/ in it; to take its {number} folders "
+                f"data.root={root}: it has no folder train/; to take its {number} folders "
                 "as the classes, data.val_size=N evaluates on N images held out of them"
             )
         training = root
     elif evaluation is None and not hold_out:
         raise FileNotFoundError(
-            f"data.root={root}: there is no folder val/, valid/ or test/ in it; data.val_size=N "
+            f"data.root={root}: it has no folder val/, valid/ or test/; data.val_size=N "
             f"evaluates on N images held out of {training.name}/"
         )
     folders = _class_folders(training, found)
@@ -134,7 +134,7 @@ def find_evaluation_images(root: Path, classes: Sequence[str]) -> Layout:
         split, found.evaluated_on = root, "test"
     elif split is None and _split(root, TRAIN) is not None:
         raise FileNotFoundError(
-            f"data.root={root}: there is no folder val/, valid/ or test/ in it to evaluate on"
+            f"data.root={root}: it has no folder val/, valid/ or test/ to evaluate on"
         )
     found.evaluation = _evaluation_images(split or root, "the network", found)
     return found
@@ -265,7 +265,7 @@ def _evaluation_images(split: Path, owner: str, found: Layout) -> list[ImageFile
 
 def _strange_class(split: Path, name: str, owner: str, found: Layout) -> ValueError:
     return ValueError(
-        f"{split} has the class {name!r}, which {owner} has not; {owner} has "
+        f"{split} has the class {name!r}, which {owner} does not have; {owner} has "
         f"{len(found.classes)} classes"
     )
 
@@ -279,7 +279,7 @@ def _annotated(split: Path, owner: str, found: Layout) -> list[ImageFile]:
     named = (Counter(name for name, _ in pairs), Counter(path.name for path in paths))
     twice = sorted({name for counts in named for name in counts if counts[name] > 1})
     if twice:
-        raise ValueError(f"{file} cannot say the one class of {some(twice)}, which is there twice")
+        raise ValueError(f"{file} gives no single class to {some(twice)}, which appears twice")
     classes, images = dict(pairs), {path.name: path for path in paths}
     for text, names in (
         (f"{file} does not say the class of", images.keys() - classes.keys()),

@@ -64,7 +64,7 @@ def are_plain(values: Any, key: str = "", depth: int = 0) -> Any:
     elif isinstance(values, dict):
         for name, inner in values.items():
             if not isinstance(name, str):
-                raise ValueError(f"{key} has the key {shortened(name)}, which is no text")
+                raise ValueError(f"{key} has the key {shortened(name)}, which is not text")
             are_plain(inner, f"{key}.{name}", depth + 1)
     elif not (values is None or isinstance(values, str | int | float)):
         raise ValueError(f"{key} is {shortened(values)}, not a plain value")

@@ -52,7 +52,7 @@ def read_torch(file: Path) -> Any:
             if damaged is not None:
                 raise ValueError(f"wrong checksum of {damaged}")
         elif start != b"\x80\x02":  # how torch.save began before it wrote archives
-            raise ValueError("torch.save has not written it")
+            raise ValueError("it was not written by torch.save")
         with warnings.catch_warnings():  # of kinds of tensors that no network here has
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)

@@ -105,14 +105,14 @@ def _dataset(run: Run, trained: models.Trained) -> Dataset:
     settings: dict[str, Any] = dict(run.summary["config"]["data"])
     # What a file names is not called, but for the project's own; nor what its values name.
     if settings.get("_target_") not in KNOWN:
-        raise ValueError(f"its data, {settings.get('_target_')}, are none of this project's")
+        raise ValueError(f"its data set, {settings.get('_target_')}, is not one of this project's")
     if "download" in settings:
         settings["download"] = False
     dataset: Dataset = instantiate(settings, _convert_="all", _recursive_=False)
     if list(dataset.class_names) != trained.class_names:
-        raise ValueError(f"the images of {dataset.name} have other classes by now")
+        raise ValueError(f"the classes of {dataset.name} have changed since")
     if trained.description.data_digest not in (None, dataset.digest):
-        raise ValueError(f"the images of {dataset.name} are others by now")
+        raise ValueError(f"the images of {dataset.name} have changed since")
     return dataset
 
 

@@ -82,7 +82,7 @@ def gather(
     """
     numbers = [word for word in words or () if word.isascii() and word.isdecimal()]
     if words is not None and not numbers and overrides:
-        raise ValueError(f"{overrides[0]}: none of the --images is of the data set")
+        raise ValueError(f"{overrides[0]}: none of the --images is from the data set")
     white = white_of(trained.description.settings)
     files = {
         word: _picture(word, trained.image_size, white)

@@ -91,7 +91,7 @@ def test_offline_tracking_goes_to_one_folder_in_separate_runs(tmp_path, monkeypa
     tiny = [w for w in TINY if "tracking" not in w and "epochs" not in w]
     words = [*tiny, "epochs=1", "seed=0,1", f"out_dir={tmp_path}", "wandb.mode=offline"]
     done = run_app(["train.py", "-m", *words], cwd=ROOT, check=True)
-    assert done.stdout.count("wandb: kept offline; `wandb sync") == 2
+    assert done.stdout.count("wandb: offline; `wandb sync") == 2
     kept = [p for p in (tmp_path / "wandb").iterdir() if p.name.startswith("offline-run-")]
     assert len({p.name for p in kept}) == 2
     for folder in kept:

@@ -318,7 +318,7 @@ def no_image_in_a_class(root):
 
 
 REFUSED = {
-    "no root": (remove(), {}, FileNotFoundError, "there is no folder train/ in it"),
+    "no root": (remove(), {}, FileNotFoundError, "it has no folder train/"),
     "no train": (remove("train"), {}, FileNotFoundError, "the images of each class belong in"),
     "no val": (remove("val"), {}, FileNotFoundError, "data.val_size=N evaluates on N"),
     "one class": (only_one_class, {}, ValueError, "has 1 folders; expected one for each class"),
@@ -327,7 +327,7 @@ REFUSED = {
         lambda root: (root / "val" / "Bee").rename(root / "val" / "bee"),
         {},
         ValueError,
-        "the class 'bee', which train/ has not",
+        "the class 'bee', which train/ does not have",
     ),
     "empty val": (
         lambda root: [p.unlink() for p in (root / "val").glob("*/*")],
@@ -408,7 +408,7 @@ def test_a_size_with_names_is_refused(words, settings):
 def test_its_network_is_evaluated_on_the_folder_that_is_named(words, run, root, tmp_path):
     summary = run(base=words)
     trained = models.load(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"on the folder my images; give its place, data\.root="):
+    with pytest.raises(ValueError, match=r"folder my images; give its location with data\.root="):
         compose_settings(trained, "RUN", [], ())
     cfg = compose_settings(trained, "RUN", [f"data.root='{root}'"], ())
     assert cfg.data.size == 8

@@ -135,17 +135,17 @@ def test_tiny_imagenet_as_it_is_downloaded(root):
             lambda val: (val / "val_annotations.txt").write_text(
                 "val_0.JPEG\tant\nval_1.JPEG\tant\nval_2.JPEG\tcow\n"
             ),
-            "has the class 'cow', which train/ has not",
+            "has the class 'cow', which train/ does not have",
         ),
         (
             lambda val: write(val / "ant" / "val_1.JPEG"),
-            "cannot say the one class of val_1.JPEG, which is there twice",
+            "gives no single class to val_1.JPEG, which appears twice",
         ),
         (
             lambda val: (val / "val_annotations.txt").write_text(
                 "val_0.JPEG\tant\nval_1.JPEG\tant\nval_2.JPEG\tBee\nval_0.JPEG\tBee\n"
             ),
-            "cannot say the one class of val_0.JPEG, which is there twice",
+            "gives no single class to val_0.JPEG, which appears twice",
         ),
     ],
 )

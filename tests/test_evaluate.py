@@ -194,8 +194,13 @@ def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(
         (4, "pets/train", ["data.val_size=0"], "has the images that the network was trained on"),
         (4, "more", [], "data.root=.*more has other images than those of"),
         (4, "pets", ["data.size=9"], "data.size=9: .* was trained with data.size=8"),
-        (0, "strange", [], "has the class 'cow', which the network has not; the network has 3"),
-        (0, "train only", [], "no folder val/, valid/ or test/ in it to evaluate on"),
+        (
+            0,
+            "strange",
+            [],
+            "class 'cow', which the network does not have; the network has 3",
+        ),
+        (0, "train only", [], "it has no folder val/, valid/ or test/ to evaluate on"),
         (0, "nowhere", [], "there is no such folder"),
     ],
 )
@@ -257,7 +262,7 @@ def test_a_part_of_the_training_images_is_known_by_its_pixels(
     caplog.clear()
     trained._own_images.cache_clear()
     go(monkeypatch, path, *words)
-    assert f"{line}it is not known where pets is" in caplog.text
+    assert f"{line}the location of pets is unknown" in caplog.text
 
 
 def test_training_images_that_were_written_to_files_are_known(
@@ -385,7 +390,7 @@ def test_a_bin_is_whole_however_its_images_came():
 WRONG = [
     (["nowhere"], "there is no nowhere"),
     (["runs=nowhere/x"], "no network given; there is no runs=nowhere/x"),
-    (["{run}", "epochs=3"], "epochs: not a setting here; there are data, device, precision"),
+    (["{run}", "epochs=3"], "epochs: not a setting here; choose from data, device, precision"),
     (["{run}", "attention=none"], "attention: not a setting here"),
     (["{run}", "+data.color=1"], "+data.color: not a setting here"),
     (["{run}", "data=cifar11"], "{run}: .*cifar11"),

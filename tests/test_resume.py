@@ -344,7 +344,7 @@ def test_slurm_is_asked_to_queue_the_job_again(run, tmp_path, monkeypatch, caplo
     assert stopped.value.code == 138
     assert ("this is not a Slurm job" in caplog.text) == (job is None)
     assert (said.read_text() if said.exists() else None) == (job and "requeue 17\n")
-    warned = "job 17 was not queued again (no such job); run `scontrol requeue 17`" in caplog.text
+    warned = "job 17 was not requeued (no such job); run `scontrol requeue 17`" in caplog.text
     assert warned == (code == 1)
 
 

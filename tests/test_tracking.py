@@ -183,7 +183,7 @@ def test_a_start_that_hangs_is_given_up(wandb, tmp_path, caplog, monkeypatch):
     with start("auto", tmp_path, run_id="before") as tracker:
         assert tracker.id == "before"
     released.set()
-    assert warnings(caplog) == ["wandb: no answer within 0.2 s; metrics.csv alone has this run"]
+    assert warnings(caplog) == ["wandb: no answer within 0.2 s; this run is only in metrics.csv"]
 
 
 def test_a_file_in_place_of_the_folder_is_one_warning(wandb, tmp_path, caplog):
@@ -194,7 +194,7 @@ def test_a_file_in_place_of_the_folder_is_one_warning(wandb, tmp_path, caplog):
     assert seen == []
     (warning,) = warnings(caplog)
     assert "File exists" in warning
-    assert warning.endswith("metrics.csv alone has this run")
+    assert warning.endswith("this run is only in metrics.csv")
 
 
 def test_a_run_without_tracking_keeps_the_id_it_was_given(wandb, tmp_path):
@@ -475,7 +475,7 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     assert done.stdout.count("service killed\n") == 1
     lines = [line for line in done.stdout.splitlines() if line.startswith("wandb")]
-    (warning,) = [line for line in lines if "kept offline" not in line]
+    (warning,) = [line for line in lines if "wandb: offline" not in line]
     assert warning.startswith(
         "wandb logging stopped: Connection lost; metrics.csv is complete; `wandb sync "
     )

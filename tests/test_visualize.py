@@ -208,12 +208,12 @@ WRONG = [
     (["{run}", "--queries", "32,0"], "pixel 32,0 is outside the 32x32 image; rows go from"),
     (["{run}", "--queries", "0,99"], "pixel 0,99 is outside"),
     (["{run}", "--queries", "data.noise=0.1"], "--queries needs at least one value"),
-    (["{run}", "epochs=3"], "epochs: not a setting here; there are data\n"),
+    (["{run}", "epochs=3"], "epochs: not a setting here; choose from data\n"),
     (["{run}", "data.val_size=5"], "data.val_size=5: .*aa=1 was trained with data.val_size=0"),
     (["{run}", "augmentation.crop_pad=2"], "augmentation.crop_pad: not a setting here"),
     (["{run}", "data.color=1"], "data.color: unknown setting color"),
     (["{run}", "data=cifar10", "data.root=none", "data.download=false"], "no CIFAR10 in"),
-    (["{run}", "--images", "{photo}", "data.noise=0.1"], "none of the --images is of the data"),
+    (["{run}", "--images", "{photo}", "data.noise=0.1"], "none of the --images is from the data"),
     (["{run}", "--device", "toaster"], "device=toaster"),
     (["{run}", "--out", "{photo}"], "photo.jpg"),
     (["{run}", "word"], "word: not a setting here"),
@@ -290,7 +290,7 @@ def test_images_that_are_others_by_now_are_a_line_in_the_report(run, tmp_path):
     config = tmp_path / "runs" / "aa" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"data_digest": "another"}))
     (line,) = section(tmp_path / "runs").notes
-    assert line == "The attention of aa is not shown: the images of lookup are others by now."
+    assert line == "The attention of aa is not shown: the images of lookup have changed since."
 
 
 def test_nothing_that_a_summary_names_is_called(run, tmp_path):
@@ -302,7 +302,7 @@ def test_nothing_that_a_summary_names_is_called(run, tmp_path):
         summary["config"]["data"] = data
         file.write_text(json.dumps(summary))
         (line,) = section(tmp_path / "runs").notes
-        assert "are none of this project's" in line
+        assert "is not one of this project's" in line
     summary["config"]["data"] = {"_target_": "data.make_lookup", "noise": target}
     file.write_text(json.dumps(summary))
     assert section(tmp_path / "runs").pictures == []

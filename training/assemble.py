@@ -69,7 +69,8 @@ def build_state(
     if cfg.keep_best:
         if dataset.evaluated_on != "val":
             raise ValueError(
-                "keep_best=true needs held-out images, data.val_size=N: a test set chooses none"
+                "keep_best=true needs held-out images, data.val_size=N: a test set must not choose "
+                "the epoch"
             )
         best_model = copy.deepcopy(model)
     wrapped_model = distributed.wrap_ddp(model, device)

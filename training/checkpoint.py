@@ -164,12 +164,12 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
     ]
     if here.keys() == there.keys() and {k for k in here if here[k] != there[k]} == {"epochs"}:
         raise ValueError(
-            f"{path} is of a run of {there['epochs']} epochs, and its learning rate is scheduled "
+            f"{path} is from a run of {there['epochs']} epochs, and its learning rate is scheduled "
             f"for them; {shell_override('init_from', path.parent)} with another name= begins a new "
             f"schedule, of {here['epochs']} epochs, with its weights"
         )
     if differing:
-        raise ValueError(f"{path} is of a run with other settings: {', '.join(differing)}")
+        raise ValueError(f"{path} is from a run with other settings: {', '.join(differing)}")
     return path, state
 
 
@@ -186,7 +186,7 @@ def check_precision(state: dict[str, Any], precision: str, asked: str, folder: P
     before = state["segments"][-1]["precision"] if state["segments"] else precision
     if before != precision:
         raise ValueError(
-            f"precision={asked} is {precision} here, and the run was trained in {before} so far; "
+            f"precision={asked} is {precision} here, but the run has been trained in {before}; "
             f"precision={precision_name(before)} {shell_override('run_dir', folder)} continues it"
         )
 

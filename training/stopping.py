@@ -171,7 +171,7 @@ class Stop:
 def _requeue() -> None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
-        log.warning("SIGUSR1 asks for the job to be queued again, but this is not a Slurm job")
+        log.warning("SIGUSR1 asks for the job to be requeued, but this is not a Slurm job")
         return
     try:
         subprocess.run(
@@ -179,4 +179,4 @@ def _requeue() -> None:
         )
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip()
-        log.warning("job %s was not queued again (%s); run `scontrol requeue %s`", job, said, job)
+        log.warning("job %s was not requeued (%s); run `scontrol requeue %s`", job, said, job)

@@ -497,7 +497,7 @@ def _start(mode: str, record: str, **arguments: Any) -> Any | None:
             fault = first_line(error)
             _kill_service()
     if run is None:
-        log.warning("wandb: %s; %s alone has this run", fault, record)
+        log.warning("wandb: %s; this run is only in %s", fault, record)
         return None
     if fault is not None:
         log.warning("wandb: %s; keeping the run on disk instead", fault)
@@ -506,7 +506,7 @@ def _start(mode: str, record: str, **arguments: Any) -> Any | None:
         log.info("wandb: %s", getattr(run, "url", None))
     elif kept is not None:
         show = shlex.quote(str(kept))
-        log.info("wandb: kept offline; %s uploads, `wandb leet %s` shows", _sync(kept), show)
+        log.info("wandb: offline; %s uploads the run, `wandb leet %s` shows it", _sync(kept), show)
     return run
 
 

@@ -42,7 +42,7 @@ def compose_settings(
     for key in keys:
         if key not in ("data", *allowed) and not key.startswith("data."):
             there = ", ".join(("data", *allowed))
-            raise ValueError(f"{key}: not a setting here; there are {there}")
+            raise ValueError(f"{key}: not a setting here; choose from {there}")
     settings = trained.description.settings
     words = [f"precision={precision_name(trained.description.precision)}"]
     if "data" not in keys:
@@ -72,7 +72,7 @@ def _own_data_words(trained: models.Trained, path: str, keys: list[str]) -> list
     folder = own.get("_target_") == FolderConfig._target_
     if folder and "data.root" not in keys:
         raise ValueError(
-            f"{path} was trained on the folder {trained.description.data}; give its place, "
+            f"{path} was trained on the folder {trained.description.data}; give its location with "
             "data.root=..."
         )
     words = [f"data={'folder' if folder else trained.description.data}"]
@@ -217,7 +217,7 @@ def _find_own_images(
     except (ValueError, OSError, HydraException) as error:
         if root == recorded:
             raise
-        raise ValueError(f"it is not known where {described.data} is") from error
+        raise ValueError(f"the location of {described.data} is unknown") from error
     if described.data_digest is None:  # older code has written it
         is_own = is_same_color(own.color, _color(described))
     else:
