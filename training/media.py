@@ -4,6 +4,7 @@ Nothing here changes a run: the network's mode, its statistics and all random ge
 as they were. `training.tracking` sends what these functions return.
 """
 
+import statistics
 from collections.abc import Sequence
 
 import torch
@@ -68,11 +69,11 @@ def attention_entropy(model: nn.Module, dataset: Dataset) -> dict[str, float]:
     images = dataset.evaluation.select(spread(len(dataset.evaluation), ENTROPY_IMAGES))
     (batch, _), *_ = evaluation_batches(images, len(images), dataset.mean, dataset.std)
     with eval_mode(model):
-        entropies = [layer.entropy for layer in attention_stats(model, batch).layers]
-    if not entropies:
+        stats = attention_stats(model, batch)
+    if stats.lowest_entropy is None:
         return {}
-    mean = sum(entropies) / len(entropies)
-    return {"attention/entropy": mean, "attention/lowest_entropy": min(entropies)}
+    mean = statistics.fmean(layer.entropy for layer in stats.layers)
+    return {"attention/entropy": mean, "attention/lowest_entropy": stats.lowest_entropy}
 
 
 def final_media(
