@@ -11,7 +11,7 @@ import scipy.stats
 from reporting.analysis import analyze
 from reporting.render import report
 from reporting.runs import conditions, group_by_variant, read
-from reporting.text import MINUS, signed
+from reporting.text import MINUS, interval, p_value, signed
 
 from helpers import ROOT
 
@@ -200,6 +200,7 @@ def test_the_page_has_the_rows_of_the_pilot():
 # ---- The users' sweep of dk, dv and Nh ----------------------------------------------------------
 
 HEADS8 = ("dk", "dv", "Nh")
+CONTRASTS = (f"dk, 64 {MINUS} 16", f"dv, 32 {MINUS} 8", f"Nh, 8 {MINUS} 2")
 
 
 def heads8(column):
@@ -247,3 +248,48 @@ def main_effects(values):
         (effect, effect - 2.086 * unit, effect + 2.086 * unit, corrected[index])
         for index, effect in enumerate(effects)
     ]
+
+
+def test_the_page_has_the_planned_contrasts_of_the_sweep():
+    page = unwrapped("docs/results.md")
+    sd, top1 = main_effects(heads8("val/top1"))
+    sd_loss, losses = main_effects(heads8("val/loss"))
+    assert f"{sd:.2f} points and {sd_loss:.3f} nats, 20 degrees of freedom" in page
+    for name, one, other in zip(CONTRASTS, top1, losses, strict=True):
+        row = [name]
+        for (mean, low, high, p), digits in ((one, 2), (other, 3)):
+            row += [signed(mean, digits), interval(low, high, digits), p_value(p)]
+        assert f"| {' | '.join(row)} |" in page
+    mean, low, high, _ = top1[1]
+    words = f"{mean:.2f} points ({signed(low)} to {signed(high)})"
+    assert f"dv of 32 instead of 8 gains {words}" in page
+    assert f"32 channels of attention instead of 8 gain {words}" in unwrapped("README.md")
+    assert max(abs(bound) for one in (top1[0], top1[2]) for bound in one[1:3]) < 1.05
+
+
+def test_the_page_has_every_cell_of_the_sweep():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    values = heads8("val/top1")
+    for dk, dv in {cell[:2] for cell in values}:
+        row = [f"{values[dk, dv, Nh]:.2f}" for Nh in (2, 4, 8)]
+        assert f"| {dv} | {dk} | {' | '.join(row)} |" in page
+    ((plain,),) = ((seeds[0],) for seeds in last_epochs("heads8-plain", "val/top1").values())
+    means = [
+        statistics.mean(value for cell, value in values.items() if cell[1] == dv)
+        for dv in (8, 16, 32)
+    ]
+    a, b, c = (f"{mean:.2f}" for mean in means)
+    words = f"{plain:.2f} %, beside {a}, {b}, and {c} % for dv of 8, 16, and 32 (means of nine)"
+    assert words in unwrapped("docs/results.md")
+
+
+def test_the_report_of_the_sweep_says_what_the_page_does(tmp_path):
+    report([ROOT / "results" / "heads8"], tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    page = unwrapped("docs/results.md")
+    (best, cell) = re.search(r"Best of 27 settings: ([\d.]+ %).*?\*\* (dk.*?)\.", text).groups()
+    (others,) = re.findall(r"not told apart from it: (\d+) others", text)
+    assert f"{cell} with {best}, {others} of the other 26 cannot be told apart" in page
+    (effect, bounds) = re.search(rf"\| dv \| 32 {MINUS} 8 \| (.*?) \| (.*?) \|", text).groups()
+    assert f"dv 32 {MINUS} 8 is {effect} ({bounds})" in page
+    assert "1 of 9 differences significant" in text
