@@ -89,7 +89,7 @@ def test_all_pictures_are_there(opened):
              return [i.complete, i.naturalWidth, i.naturalHeight, box.width, box.height];
            })"""
     )
-    assert len(pictures) == 9
+    assert len(pictures) == 10
     for complete, *sizes in pictures:
         assert complete
         assert all(size > 50 for size in sizes)
