@@ -166,7 +166,7 @@ def test_two_hundred_runs(tmp_path, pictures):
     assert "198 finished runs of 66 variants" in written
     assert "2 folders excluded" in written
     assert len(re.findall(r"^\| \d+ \| dk ", written, re.MULTILINE)) == 64
-    assert len([*(tmp_path / "out").glob("*.svg")]) == 10
+    assert len([*(tmp_path / "out").glob("*.svg")]) == 11
     assert (tmp_path / "out" / "report.html").stat().st_size < 3e6
 
 

@@ -229,10 +229,11 @@ def signalled(monkeypatch, number, at_batch):
     monkeypatch.setattr(batches, "_normalize", counting(batches._normalize))
 
 
-# A training batch counts twice, being normalized too: 6 of an epoch, 2 of its evaluation.
+# A training batch counts twice, being normalized too: 6 of an epoch, 2 of its evaluation, and one
+# on which the entropy of attention is measured.
 @pytest.mark.parametrize(
     ("at_batch", "epochs", "step"),
-    [slow(1, 0, 1), slow(6, 0, 3), slow(7, 0, 3), (8, 0, 3), slow(9, 1, 1)],
+    [slow(1, 0, 1), slow(6, 0, 3), slow(7, 0, 3), (8, 0, 3), slow(9, 1, 0), slow(10, 1, 1)],
 )
 def test_signals_finish_the_step_and_save(
     run, tmp_path, monkeypatch, capfd, at_batch, epochs, step
@@ -506,7 +507,7 @@ def test_a_signal_ends_a_sweep(monkeypatch, tmp_path):
     monkeypatch.setattr(
         sys, "argv", ["train.py", "-m", *small, "epochs=1", "seed=0,1,2", f"out_dir={tmp_path}"]
     )
-    signalled(monkeypatch, signal.SIGTERM, 9)  # in the second run
+    signalled(monkeypatch, signal.SIGTERM, 10)  # in the second run
     with pytest.raises(SystemExit) as stopped:
         cli.run()
     assert stopped.value.code == 143

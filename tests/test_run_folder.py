@@ -669,7 +669,7 @@ def test_another_precision_is_refused_with_the_override_that_continues(
     asked = {"auto": here, "bf16": here, "fp32": "fp32"}
     with monkeypatch.context() as patch:
         patch.setattr(train, "choose_dtype", lambda name, device: choose(asked[name], device))
-        with pytest.raises(ValueError, match=f"precision={there} is .* here, and the run") as told:
+        with pytest.raises(ValueError, match=f"precision={there} is .* here, but the run") as told:
             run("resume=auto", folder=folder.name, base=base)
     assert everything_below(folder) == before
     pasted = str(told.value).removesuffix(" continues it").split("; ")[1]

@@ -37,7 +37,9 @@ def test_what_a_run_writes(run, tmp_path):
     assert [row["epoch"] for row in table] == ["1", "2"]
     scores = ["test/loss", "test/top1", "test/top5"]
     training = ["train/loss", "train/top1", "train/grad_norm", "train/lr"]
-    assert list(table[0]) == ["epoch", *training, *scores]
+    attention = ["attention/entropy", "attention/lowest_entropy"]
+    assert list(table[0]) == ["epoch", *training, *scores, *attention]
+    assert all(0 < float(row[name]) <= 1 for row in table for name in attention)
     assert [layer["dk"] for layer in summary["layers"]] == [32, 32]
     assert summary["test/top1"] == float(table[-1]["test/top1"])
     assert summary["epochs"] == 2
