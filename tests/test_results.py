@@ -238,12 +238,12 @@ def main_effects(values):
         *_, high = of_level.values()
         low, *_ = of_level.values()
         effects.append(high - low)
-    # The 97.5 % quantile of t with 20 degrees of freedom, from a table.
     p = [2 * scipy.stats.t.sf(abs(effect) / unit, 20) for effect in effects]
     order, corrected, so_far = sorted(range(3), key=lambda i: p[i]), {}, 0.0
     for rank, index in enumerate(order):
         so_far = max(so_far, min(1.0, p[index] * (3 - rank)))
         corrected[index] = so_far
+    # 2.086 is the 97.5 % quantile of t with 20 degrees of freedom, from a table.
     return sd, [
         (effect, effect - 2.086 * unit, effect + 2.086 * unit, corrected[index])
         for index, effect in enumerate(effects)

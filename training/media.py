@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from aaconv import attention_stats
 from data import Dataset, evaluation_batches
+from models import augmented_layers
 from models.views import attention_views, eval_mode
 from training.attention_picture import attention_picture, labeled, layer_line
 from training.scores import most_mistaken
@@ -66,12 +67,13 @@ def attention_entropy(model: nn.Module, dataset: Dataset) -> dict[str, float]:
     mode: ``attention/entropy``, the mean over the layers, and ``attention/lowest_entropy``, that of
     the layer that attends most sharply.
     """
+    if not augmented_layers(model):
+        return {}
     images = dataset.evaluation.select(spread(len(dataset.evaluation), ENTROPY_IMAGES))
     (batch, _), *_ = evaluation_batches(images, len(images), dataset.mean, dataset.std)
     with eval_mode(model):
         stats = attention_stats(model, batch)
-    if stats.lowest_entropy is None:
-        return {}
+    assert stats.lowest_entropy is not None
     mean = statistics.fmean(layer.entropy for layer in stats.layers)
     return {"attention/entropy": mean, "attention/lowest_entropy": stats.lowest_entropy}
 
