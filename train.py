@@ -147,7 +147,7 @@ def requirements(
         device = choose_device(cfg.device, world)
         dtype = choose_dtype(config["precision"], device)
         if "backend" in cfg.attention:
-            check_backend(cfg.attention.backend, device, dtype, needs_grad=True)
+            check_backend(cfg.attention.backend, device, dtype)
     return device, dtype
 
 

@@ -2,6 +2,9 @@
 
 import copy
 import math
+import numbers
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +27,7 @@ POOLED_ABOVE = 400
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 Filter = Callable[[nn.Module, str], bool]
+Size = tuple[int, int]  # (H, W)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Row:
 
     name: str
     out: int  # output channels
-    map: tuple[int, int] | None  # (H, W) of its output, None where it has not got just one
+    map: Size | None  # (H, W) of its output, None where it has not got just one
     layer: AugmentedConv | None  # what is there now, None where nothing was replaced
     skip_reason: str = ""
 
@@ -128,11 +132,11 @@ def augment_(
     )
     _check_model(model)
     names = _convolution_names(model)
-    sizes = _output_sizes(model, example_input)
-    shared = _shared_parameters(model)
+    sizes = _map_sizes(model, example_input)
+    elsewhere = _used_elsewhere(model)
     rows = []
     for convolution, own in names.items():
-        row = _plan(convolution, own, sizes.get(own[0], []), options, shared)
+        row = _plan(convolution, own, sizes.get(own[0], []), options, elsewhere.get(convolution))
         rows.append(row)
     if not any(row.layer for row in rows):
         raise ValueError(f"nothing to augment: {_reasons(rows)}")
@@ -187,12 +191,17 @@ class _Options:
                 raise ValueError(f"{name}={given} must be at least 1")
         for name in ("dk", "dv"):
             given = getattr(self, name)
-            amount = given if isinstance(given, float) else whole(name, given, MAX_SIZE)
+            if not isinstance(given, numbers.Real) or isinstance(given, bool):
+                raise ValueError(f"{name}={given!r} must be an int or a float")
+            count = isinstance(given, numbers.Integral)
+            amount = whole(name, given, MAX_SIZE) if count else float(given)
             object.__setattr__(self, name, amount)
             check_amount(name, amount)
+        if self.dv == 0:
+            raise ValueError(f"dv={self.dv} must be greater than 0, or nothing is augmented")
         check_init(self.init)
 
-    def pool_of(self, size: tuple[int, int]) -> int:
+    def pool_of(self, size: Size) -> int:
         """``pool`` for a map of this size."""
         if self.pool is not None:
             return self.pool
@@ -217,6 +226,8 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(f"{where} is a TorchScript program, whose modules cannot be replaced")
     if isinstance(model, nn.Conv2d):
         raise ValueError("model is itself a convolution; make an AugmentedConv instead")
+    if not callable(getattr(model, "no_weight_decay", _nothing)):
+        raise ValueError("model.no_weight_decay must be a method, as timm's optimizers call it")
 
 
 def _convolution_names(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
@@ -234,44 +245,71 @@ def _outer_modules(model: nn.Module, name: str) -> Iterator[nn.Module]:
     return (model.get_submodule(".".join(parts[:count])) for count in range(len(parts)))
 
 
-def _shared_parameters(model: nn.Module) -> set[Tensor]:
-    """The parameters that more than one module has."""
-    seen: set[Tensor] = set()
-    shared: set[Tensor] = set()
+def _used_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
+    """The modules that are used in a way that a replacement would not follow, and the way."""
+    owner: dict[Tensor, nn.Module] = {}
+    elsewhere: dict[nn.Module, str] = {}
     for module in model.modules():
         for parameter in set(module.parameters(recurse=False)):
-            (shared if parameter in seen else seen).add(parameter)
-    return shared
+            if parameter in owner:
+                elsewhere[module] = elsewhere[owner[parameter]] = (
+                    "shares its weight with another module"
+                )
+            owner[parameter] = module
+        for name, value in vars(module).items():
+            if name in ("_modules", "_parameters", "_buffers"):
+                continue
+            held = value.values() if isinstance(value, Mapping) else value
+            for item in held if isinstance(held, Iterable) and _is_container(value) else ():
+                if isinstance(item, nn.Module):
+                    elsewhere[item] = f"also in {name}, a {type(value).__name__} of its network"
+    return elsewhere
 
 
-def _output_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[int, int]]]:
-    """The different sizes (H, W) of each convolution's output, by the first of its names.
+def _is_container(value: Any) -> bool:
+    return isinstance(value, list | tuple | set | dict)
+
+
+def _map_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[Size, Size]]]:
+    """The different sizes of each convolution's input and output, by the first of its names.
+
+    Hooks are not called: they are there for the values, and there are none.
 
     Raises:
-        ValueError: the forward pass fails, or depends on the values of the data.
+        ValueError: the model cannot be copied, its forward pass fails, or depends on the values of
+            the data.
     """
     args, kwargs = call_arguments(example_input)
-    sizes: dict[str, list[tuple[int, int]]] = {}
+    sizes: dict[str, list[tuple[Size, Size]]] = {}
 
-    def note(name: str, output: Tensor) -> None:
-        size = (int(output.shape[-2]), int(output.shape[-1]))
-        if size not in sizes.setdefault(name, []):
-            sizes[name].append(size)
+    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        x = args[0] if args else kwargs["input"]
+        call = (_size(x), _size(output))
+        if call not in sizes.setdefault(name, []):
+            sizes[name].append(call)
 
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # A copy whose tensors are fake: what the forward pass stores, it does not store in `model`.
+    tensors = [*model.parameters(), *model.buffers()]
+    attributes = (value for module in model.modules() for value in vars(module).values())
+    tensors += [value for value in attributes if isinstance(value, Tensor)]
     try:
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        # A copy whose tensors are fake: what the forward pass stores, it does not store in `model`.
-        tensors = [*model.parameters(), *model.buffers()]
-        attributes = (value for module in model.modules() for value in vars(module).values())
-        tensors += [value for value in attributes if isinstance(value, Tensor)]
         fake = {id(t): mode.from_tensor(t if t.is_leaf else t.detach()) for t in tensors}
         shadow = copy.deepcopy(model, fake)
+    except Exception as error:  # of the model's own code, of any type
+        raise ValueError(f"model cannot be copied: {_in_one_line(error)}") from error
+    try:
         with mode, torch.no_grad():
             for name, module in shadow.named_modules():
                 module.training = False
+                module._forward_hooks.clear()
+                module._forward_pre_hooks.clear()
                 if isinstance(module, nn.Conv2d):
                     module.register_forward_hook(
-                        lambda _module, _args, output, name=name: note(name, output)
+                        lambda _module, args, kwargs, output, name=name: note(
+                            name, args, kwargs, output
+                        ),
+                        with_kwargs=True,
                     )
             args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
             shadow(*args, **kwargs)
@@ -280,12 +318,21 @@ def _output_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[
         if kind.startswith(("DataDependent", "DynamicOutputShape", "GuardOnDataDependent")):
             raise ValueError(
                 "model's forward pass depends on the values of the data, not on their shapes "
-                f"alone, so that its map sizes are unknown ({' '.join(str(error).split())})"
+                "alone, so that its map sizes are unknown; augment the part that computes "
+                f"features, such as a detector's backbone ({' '.join(str(error).split())})"
             ) from error
         raise ValueError(
-            f"model cannot be called with example_input: {kind}: {' '.join(str(error).split())}"
+            f"model cannot be called with example_input: {_in_one_line(error)}"
         ) from error
     return sizes
+
+
+def _size(x: Tensor) -> Size:
+    return int(x.shape[-2]), int(x.shape[-1])
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def call_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -303,21 +350,22 @@ def call_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]
 def _plan(
     convolution: nn.Conv2d,
     names: list[str],
-    sizes: list[tuple[int, int]],
+    calls: list[tuple[Size, Size]],
     options: _Options,
-    shared: set[Tensor],
+    elsewhere: str | None,
 ) -> Row:
     """What becomes of one convolution.
 
     Raises:
         ValueError: ``filter_fn`` chooses it, and it cannot be replaced.
     """
-    size = sizes[0] if len(sizes) == 1 else None
+    outputs = list(dict.fromkeys(output for _, output in calls))
+    size = outputs[0] if len(outputs) == 1 else None
     row = Row(names[0], convolution.out_channels, size, None)
     chooses = options.filter_fn
     if chooses is not None and not any(chooses(convolution, name) for name in names):
         return _without(row, "not chosen by filter_fn")
-    skip_reason = _obstacle(convolution, sizes, shared)
+    skip_reason = _obstacle(convolution, calls) or elsewhere
     if not skip_reason and chooses is None:
         assert size is not None
         skip_reason = _unsuitable(convolution, size, options)
@@ -336,9 +384,7 @@ def _without(row: Row, skip_reason: str) -> Row:
     return Row(row.name, row.out, row.map, None, skip_reason)
 
 
-def _obstacle(
-    convolution: nn.Conv2d, sizes: list[tuple[int, int]], shared: set[Tensor]
-) -> str | None:
+def _obstacle(convolution: nn.Conv2d, calls: list[tuple[Size, Size]]) -> str | None:
     """Why the convolution cannot be replaced, or None."""
     if type(convolution) is not nn.Conv2d:
         return f"{type(convolution).__name__}, a subclass of Conv2d"
@@ -346,25 +392,34 @@ def _obstacle(
         return f"groups={convolution.groups}"
     if convolution.padding_mode != "zeros":
         return f"padding_mode={convolution.padding_mode}"
-    hooks = (
-        convolution._forward_hooks,
-        convolution._forward_pre_hooks,
-        convolution._backward_hooks,
-        convolution._backward_pre_hooks,
-    )
-    if any(hooks):
-        return "it has hooks, which would be lost"
-    if not shared.isdisjoint(convolution.parameters()):
-        return "another module has the same weight"
-    if not sizes:
+    if _has_hooks(convolution):
+        return "has hooks, which would be lost"
+    if "forward" in vars(convolution):
+        return "has a forward of its own"
+    if not calls:
         return "never called"
-    if len(sizes) > 1:
-        several = ", ".join(f"{height}x{width}" for height, width in sizes)
+    outputs = dict.fromkeys(output for _, output in calls)
+    if len(outputs) > 1:
+        several = ", ".join(f"{height}x{width}" for height, width in outputs)
         return f"called at several sizes: {several}"
+    for (height, width), output in calls:
+        down, right = convolution.stride
+        attention = -(-height // down), -(-width // right)
+        if output != attention:
+            there = f"{height}x{width}, on which attention gives {attention[0]}x{attention[1]}"
+            return f"{output[0]}x{output[1]} from {there}"
     return None
 
 
-def _unsuitable(convolution: nn.Conv2d, size: tuple[int, int], options: _Options) -> str | None:
+def _has_hooks(convolution: nn.Conv2d) -> bool:
+    """Whether the module or one of its parameters has any hook."""
+    hooks = [value for name, value in vars(convolution).items() if name.endswith("_hooks")]
+    for parameter in convolution.parameters():
+        hooks += [parameter._backward_hooks, parameter._post_accumulate_grad_hooks]
+    return any(hooks)
+
+
+def _unsuitable(convolution: nn.Conv2d, size: Size, options: _Options) -> str | None:
     """Why the convolution is not replaced where nobody asks for it, or None."""
     height, width = convolution.kernel_size
     if height == width == 1:
@@ -374,13 +429,11 @@ def _unsuitable(convolution: nn.Conv2d, size: tuple[int, int], options: _Options
     if size[0] * size[1] > options.max_positions:
         return f"{size[0] * size[1]} positions, more than max_positions={options.max_positions}"
     if max(size) <= options.pool_of(size):
-        return "a single position, which has no other to attend to"
+        return "single position: nothing to attend to"
     return None
 
 
-def _augmented(
-    convolution: nn.Conv2d, size: tuple[int, int], options: _Options
-) -> AugmentedConv | str:
+def _augmented(convolution: nn.Conv2d, size: Size, options: _Options) -> AugmentedConv | str:
     """The layer that takes the place of ``convolution``, or why there can be none."""
     out = convolution.out_channels
     dk = channels(options.dk, out, options.Nh, options.min_dkh)
@@ -430,7 +483,5 @@ def _reasons(rows: Sequence[Row]) -> str:
     """Why no convolution was replaced, each reason once with its count."""
     if not rows:
         return "model has no Conv2d"
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row.skip_reason] = counts.get(row.skip_reason, 0) + 1
+    counts = Counter(re.sub(r"^groups=.*", "grouped", row.skip_reason) for row in rows)
     return "; ".join(f"{count} of {len(rows)}: {why}" for why, count in counts.items())

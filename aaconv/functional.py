@@ -13,12 +13,6 @@ from aaconv.backends import reference
 
 BACKENDS = ("auto", *backends.NAMES)
 
-# Former names and what to use now.
-_FORMER = {
-    "fold": "is called 'sdpa' now; use backend='sdpa'",
-    "flex": "is gone; use backend='auto'",
-}
-
 
 def attention_2d(
     q: Tensor,
@@ -92,32 +86,27 @@ def attention_2d(
         # Never inside a compiled graph.
         if backend == "fused" and not torch.compiler.is_compiling():
             backend = "fused" if trial.self_check("fused", given) else "sdpa"
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    check_backend(backend, q.device, q.dtype, needs_grad=needs_grad)
+    check_backend(backend, q.device, q.dtype)
     return backends.MODULES[backend].attend(q, k, v, rel_h, rel_w)
 
 
-def check_backend(
-    backend: str, device: torch.device, dtype: torch.dtype, *, needs_grad: bool
-) -> None:
+def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise ValueError, in one line, unless ``backend`` can be used with such tensors here."""
-    reason = unavailable_reason(backend, device, dtype, needs_grad=needs_grad)
+    reason = unavailable_reason(backend, device, dtype)
     if reason is not None:
         raise ValueError(f"backend={backend!r} {reason}; use backend='auto'")
 
 
 def check_backend_name(backend: str) -> None:
     """Raise ValueError, in one line, unless ``backend`` is one of BACKENDS."""
-    if backend in _FORMER:
-        raise ValueError(f"backend={backend!r} {_FORMER[backend]}")
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
 
 def check_dropout(dropout: float, backend: str) -> None:
     """Raise ValueError, in one line, unless ``backend`` can drop such a part of the weights."""
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout} must be from 0 to below 1")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout!r} must be from 0 to below 1")
     if dropout and backend not in ("auto", "reference"):
         raise ValueError(
             f"backend={backend!r} holds no weights to drop, as dropout={dropout} asks for; use "
@@ -125,16 +114,13 @@ def check_dropout(dropout: float, backend: str) -> None:
         )
 
 
-def unavailable_reason(
-    backend: str, device: torch.device, dtype: torch.dtype, *, needs_grad: bool
-) -> str | None:
+def unavailable_reason(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``backend`` cannot be used ("needs a CUDA GPU, not the device cpu"), None if it can.
 
     Args:
         backend: one of BACKENDS.
         device: of queries, keys and values.
         dtype: of the queries that `attention_2d` gets, which under autocast is autocast's.
-        needs_grad: whether gradients will be computed.
 
     Raises:
         ValueError: ``backend`` is unknown.
@@ -142,7 +128,7 @@ def unavailable_reason(
     check_backend_name(backend)
     if backend == "auto":
         return None
-    return backends.MODULES[backend].unavailable_reason(device, dtype, needs_grad=needs_grad)
+    return backends.MODULES[backend].unavailable_reason(device, dtype)
 
 
 def choose_backend(q: Tensor, *, relative: bool) -> str:
@@ -152,9 +138,10 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
     channels measured; docs/benchmarks.md has the table. Elsewhere on the CPU, forward and backward,
     "tiled" takes half of the time of "sdpa" on 32x32 maps, and on 8x8 the simplest is as fast.
 
-    On a GPU of compute capability 8.0 it is "fused", by the count of its instructions: no backend
-    has been timed on a GPU yet. `attention_2d` tries it first, see `aaconv.trial`. On other devices
-    it is "sdpa", and so it is in a program for export (torch.export, torch.onnx, torch.jit.trace).
+    On a GPU of compute capability 8.0 or higher it is "fused", by the count of its instructions: no
+    backend has been timed on a GPU yet. `attention_2d` tries it first, see `aaconv.trial`.
+    Elsewhere it is "sdpa", and so it is in a program for export (torch.export, torch.onnx,
+    torch.jit.trace).
     """
     if _is_exported():
         return "sdpa"
@@ -162,7 +149,7 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
         return "sdpa" if _why_not_fused(q.device, q.dtype) else "fused"
     if q.device.type != "cpu":
         return "sdpa"
-    if unavailable_reason("native", q.device, q.dtype, needs_grad=True) is None:
+    if unavailable_reason("native", q.device, q.dtype) is None:
         return "native"
     # A compiler would unroll the loop over the tiles.
     if not relative or torch.compiler.is_compiling():
@@ -171,7 +158,7 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
 
 
 def _why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
-    return unavailable_reason("fused", device, dtype, needs_grad=True)
+    return unavailable_reason("fused", device, dtype)
 
 
 # A compiler calls it and does not look into it, as with torch.compiler.assume_constant_result.

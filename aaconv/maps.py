@@ -70,19 +70,21 @@ def augmented_layers(model: nn.Module) -> dict[str, AugmentedConv]:
     return {name: m for name, m in model.named_modules() if isinstance(m, AugmentedConv)}
 
 
-def output_size(layer: AugmentedConv, x: Tensor) -> tuple[int, int]:
-    """(h, w) of the positions that attend to each other when the layer's input is ``x``."""
-    q, *_ = layer.queries_keys_values(x[:1])
-    return q.shape[2], q.shape[3]
-
-
 @contextmanager
 def layer_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The inputs that the augmented layers get within the ``with``, by their names."""
+    """The inputs that the augmented layers get within the ``with``, by their names.
+
+    Each is (B, in_channels, H, W) in the layer's own dtype, also under autocast.
+    """
     inputs: dict[str, Tensor] = {}
 
     def keep(name: str, layer: AugmentedConv) -> RemovableHandle:
-        return layer.register_forward_pre_hook(lambda _, args: inputs.__setitem__(name, args[0]))
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            x = (args[0] if args else kwargs["x"]).detach()
+            own = next(layer.parameters()).dtype
+            inputs[name] = (x if x.dim() == 4 else x[None]).to(own)
+
+        return layer.register_forward_pre_hook(hook, with_kwargs=True)
 
     handles = [keep(name, layer) for name, layer in augmented_layers(model).items()]
     try:

@@ -355,6 +355,11 @@ class AugmentedConv(nn.Module):
             return out
         return _spread(out, self.pool, self._output_size(x))
 
+    def positions(self, x: Tensor) -> tuple[int, int]:
+        """(h, w) of the positions that attend to each other when the layer's input is ``x``."""
+        height, width = self._output_size(x)
+        return -(-height // self.pool), -(-width // self.pool)
+
     def _output_size(self, x: Tensor) -> tuple[int, int]:
         # Rounded up without a negative number, whose division ONNX rounds otherwise.
         down, right = self.stride
@@ -441,5 +446,5 @@ def _fit_loaded_tables(
     for name in ("key_rel_h", "key_rel_w"):
         own, given = getattr(layer, name), state_dict.get(prefix + name)
         # Anything that cannot be such a table is left for load_state_dict to report.
-        if given is not None and given.dim() == 2 and given.shape[0] % 2 == 1:
+        if isinstance(given, Tensor) and given.dim() == 2 and given.shape[0] % 2 == 1:
             state_dict[prefix + name] = fit_table(given, (own.shape[0] + 1) // 2)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from aaconv.augment import call_arguments
-from aaconv.maps import attention_maps, augmented_layers, layer_inputs, output_size
+from aaconv.maps import attention_maps, augmented_layers, layer_inputs
 from aaconv.modules import AugmentedConv
 from aaconv.text import table
 
@@ -96,7 +96,7 @@ def attention_stats(
     with _buffers_kept(model), layer_inputs(model) as inputs:
         with torch.set_grad_enabled(loss is not None):
             output = model(*args, **kwargs)
-            if loss is not None:
+            if loss is not None and parameters:
                 found = torch.autograd.grad(
                     loss(output), list(parameters.values()), allow_unused=True
                 )
@@ -107,14 +107,15 @@ def attention_stats(
                 continue
             if name not in inputs:
                 raise ValueError(f"{name} was not reached by the forward pass of example_input")
-            own = [g for n, g in gradients.items() if n.startswith(f"{name}.")]
+            prefix = f"{name}." if name else ""
+            own = [g for n, g in gradients.items() if n.startswith(prefix)]
             gradient = None if loss is None else _total_norm(own)
-            layers.append(_layer_stats(name, layer, inputs[name].detach(), gradient))
+            layers.append(_layer_stats(name, layer, inputs[name], gradient))
     return AttentionStats(layers, None if loss is None else _total_norm(list(gradients.values())))
 
 
 def _layer_stats(name: str, layer: AugmentedConv, x: Tensor, gradient: float | None) -> LayerStats:
-    size = output_size(layer, x)
+    size = layer.positions(x)
     positions = size[0] * size[1]
     entropy = largest = 0.0
     rows = 0
@@ -141,10 +142,16 @@ def _norm(value: float | None) -> str:
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
     """Put the buffers of ``model``, the statistics of its normalization, back at the end."""
-    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    before = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in before:
+            for buffers, name, buffer, value in before:
+                buffers[name] = buffer  # the forward pass may have put another one there
                 buffer.copy_(value)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from aaconv import backends
-from aaconv.backends.position_bias import position_bias
 from aaconv.backends.precision import Attend, without_autocast
+from aaconv.backends.reference import formula
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ def obstacle(backend: str, given: Sequence[Tensor]) -> str | None:
     try:
         with torch.enable_grad(), without_autocast(given[0].device.type):
             got = _results(backends.MODULES[backend].attend, given)
-            own = _results(_formula, given)
-            exact = _results(_formula, [t.double() for t in given])
+            own = _results(formula, given)
+            exact = _results(formula, [t.double() for t in given])
     except Exception as raised:  # a compiler's or a driver's, of any type
         said = str(raised).strip().splitlines()
         return f"{type(raised).__name__}{': ' + said[0] if said else ''}"
@@ -72,16 +72,6 @@ def obstacle(backend: str, given: Sequence[Tensor]) -> str | None:
             what = "the output" if index == 0 else "a gradient"
             return f"{what} is off by {error:.2g}, by the formula in the same precision {errs:.2g}"
     return None
-
-
-def _formula(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
-    """Equations 3 to 5 of Bello et al. as they are written, every step in the dtype of ``q``."""
-    logits = q.flatten(2, 3) @ k.flatten(2, 3).mT
-    if rel_h is not None and rel_w is not None:
-        rows, columns = position_bias(q, rel_h, 2), position_bias(q, rel_w, 3)
-        logits = logits + (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
-    weights = (logits * q.shape[-1] ** -0.5).softmax(-1)
-    return (weights @ v.flatten(2, 3)).unflatten(2, q.shape[2:4])
 
 
 def _results(attend: Attend, given: Sequence[Tensor]) -> list[Tensor]:

@@ -57,7 +57,7 @@ def measure(case: dict[str, Any], device: torch.device, count: int) -> list[dict
     names = [
         name
         for name in NAMES
-        if unavailable_reason(name, device, q.dtype, needs_grad=True) is None
+        if unavailable_reason(name, device, q.dtype) is None
         and (name != "reference" or 4 * logits <= MAX_BYTES)
     ]
     out = attention_2d(*tensors)

@@ -138,7 +138,7 @@ def skip_reason(case: dict[str, Any], device: torch.device) -> str | None:
     """Why the method cannot be measured, in words, or None."""
     reason = None
     if case["method"] in BACKENDS:
-        reason = unavailable_reason(case["method"], device, _dtype(case), needs_grad=True)
+        reason = unavailable_reason(case["method"], device, _dtype(case))
     return reason or (None if fits(case, device) else "does not fit into memory")
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, cast
 
 import torch
 from pydantic import AfterValidator, BaseModel, Field, model_validator, with_config
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from aaconv.text import one_line
@@ -149,11 +149,6 @@ def describe_attention(attention: Attention) -> dict[str, Any]:
     return {"name": attention.name, **settings}
 
 
-def weights_as_bytes(model: nn.Module) -> bytes:
-    """The parameters and buffers of ``model`` as a file of the safetensors format."""
-    return tensors_as_bytes(model.state_dict())
-
-
 def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     """``tensors``, by their names, as a file of the safetensors format."""
     from safetensors.torch import save
@@ -260,10 +255,10 @@ def _not_described(saved: Saved) -> str:
             "with them by init_from=..., and the network that it trains can be used here"
         )
     if saved.described_in != saved.file:
-        return f"{saved.described_in} is missing, which describes {saved.file.name}"
+        return f"{saved.described_in}, which describes {saved.file.name}, is missing"
     return (
-        f"{saved.file} does not say what network it is of: it is no checkpoint of train.py, or "
-        "older code has written it"
+        f"{saved.file} does not say what network it is of: it is not a checkpoint of train.py, or "
+        "an older version wrote it"
     )
 
 

@@ -13,7 +13,7 @@ from models.foreign import ForeignWeights
 from models.saved import Trained
 
 # What decides what attention's tensors mean.
-DECISIVE = ("dk", "dv", "Nh", "qk_norm")
+DECISIVE = ("dk", "dv", "Nh", "qk_norm", "absolute")
 # Tensors of an augmented convolution that have a meaning with its own dk, dv and Nh alone.
 ATTENTIONS_OWN = ("qkv_conv", "attn_out", "key_rel_h", "key_rel_w")
 TABLES = ("key_rel_h", "key_rel_w")
@@ -70,7 +70,8 @@ def transfer(
 
     Taken are, under the same names,
 
-    - tensors of the same shape; of attention's only where dk, dv, Nh and qk_norm are the same;
+    - tensors of the same shape; of attention's only where dk, dv, Nh, qk_norm and absolute
+      positions are the same;
     - relative tables of another map size, converted by `aaconv.tables.fit_table`;
     - where one network is augmented and the other is plain, or the dv differ, the convolution's
       first output channels, as many as both have;
@@ -94,9 +95,12 @@ def transfer(
         source = _source(name, module, own, theirs)
         used.add(source)
         if source is None:
-            value, why = None, "new"
+            value, why = None, "newly initialized"
         elif module == "head" and not known_classes:
-            value, why = None, f"new, for {len(theirs[source])} other classes there"
+            value, why = (
+                None,
+                f"newly initialized: the source has {len(theirs[source])} other classes",
+            )
         elif module in there and own.partition(".")[0] in ATTENTIONS_OWN:
             value, why = _of_attention(tensor, theirs[source], own, here[module], there[module])
         else:
@@ -144,12 +148,12 @@ def _of_attention(
     pairs = {key: (getattr(here, key), getattr(there, key)) for key in DECISIVE}
     differing = [f"{key}={theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
     if differing:
-        return None, f"new, {', '.join(differing)} there"
+        return None, f"newly initialized ({', '.join(differing)} in the source)"
     if own in TABLES and len(value) != len(tensor):
         fitted = fit_table(value, (len(tensor) + 1) // 2)
         return fitted, f"fitted from {len(value)} to {len(tensor)} rows"
     if value.shape != tensor.shape:
-        return None, f"new, {_shape(value)} there"
+        return None, f"newly initialized ({_shape(value)} in the source)"
     return value, ""
 
 
@@ -158,7 +162,7 @@ def _of_convolution(tensor: Tensor, value: Tensor, augmented: bool) -> tuple[Ten
     if value.shape == tensor.shape:
         return value, ""
     if not augmented or value.shape[1:] != tensor.shape[1:]:
-        return None, f"new, {_shape(value)} there"
+        return None, f"newly initialized ({_shape(value)} in the source)"
     if len(value) < len(tensor):
         return value, f"copied {len(value)} of {len(tensor)} channels, the rest newly initialized"
     return value[: len(tensor)], f"the first {len(tensor)} of {len(value)} channels"
@@ -199,10 +203,11 @@ def set_frozen_eval(network: nn.Module, names: Sequence[str]) -> None:
 def _module(network: nn.Module, name: str) -> nn.Module:
     modules = dict(network.named_modules())
     if not name or name not in modules:
-        inside = modules.get(name.rpartition(".")[0], network)
-        there = [child for child, _ in inside.named_children()]
-        where = name.rpartition(".")[0] if inside is not network else ""
+        parent = name.rpartition(".")[0]
+        inside = modules.get(parent, network)
+        where = parent if parent in modules and parent else "the network"
+        children = [child for child, _ in inside.named_children()] or [parent]
         raise ValueError(
-            f"freeze={name}: no module of the network; {where or 'it'} has {', '.join(there)}"
+            f"freeze={name} is not a module of {where}; choose from {', '.join(children)}"
         )
     return modules[name]

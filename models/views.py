@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aaconv import AugmentedConv, attention_maps
-from aaconv.maps import augmented_layers, layer_inputs, output_size
+from aaconv.maps import augmented_layers, layer_inputs
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def attention_views(
 def _view(
     layer: AugmentedConv, x: Tensor, queries: Sequence[tuple[int, int]] | None, batch: Tensor
 ) -> AttentionView:
-    height, width = output_size(layer, x)
+    height, width = layer.positions(x)
     mean = None
     if queries is None:
         maps = attention_maps(layer, x)[0].float().cpu()

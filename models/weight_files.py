@@ -97,10 +97,10 @@ def check_tensors(
             raise UnreadableError(f"{where}: unexpected key {name}, not in {network}")
         value, own = tensors[name], expected[name]
         if isinstance(value, Tensor) and value.shape != own.shape:
-            shapes = f"is {tuple(value.shape)}, and {tuple(own.shape)} by {network}"
+            shapes = f"has shape {tuple(value.shape)}; {network} has {tuple(own.shape)}"
             raise UnreadableError(f"{where}: {name} {shapes}")
         if isinstance(value, Tensor) and value.dtype != own.dtype:
-            raise UnreadableError(f"{where}: {name} is {value.dtype}, and {own.dtype} by {network}")
+            raise UnreadableError(f"{where}: {name} is {value.dtype}; {network} has {own.dtype}")
         fault = tensor_fault(name, value, finite)
         if fault is not None:
             raise UnreadableError(f"{where}: {name} {fault}")
@@ -111,9 +111,9 @@ def tensor_fault(name: str, value: Any, finite: bool = True) -> str | None:
     if not isinstance(value, Tensor):
         return f"is {shortened(value)}, not a tensor"
     if value.layout != torch.strided or value.device.type != "cpu":
-        return f"is no dense tensor with values ({value.layout}, {value.device})"
+        return f"is not a dense CPU tensor ({value.layout}, {value.device})"
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-        return f"is {tuple(value.shape)}, and the file has fewer values"
+        return f"has shape {tuple(value.shape)}, but the file holds fewer values"
     if finite and value.dtype in FLOATS and not value.float().isfinite().all():
         return "has values that are not finite in float32"
     if finite and name.endswith("running_var") and (value < 0).any():

@@ -68,7 +68,7 @@ CASES = [
 def usable(dtype, device="cpu"):
     """The backends that compute such tensors here, and their gradients."""
     device = torch.device(device)
-    return [b for b in BACKENDS if unavailable_reason(b, device, dtype, needs_grad=True) is None]
+    return [b for b in BACKENDS if unavailable_reason(b, device, dtype) is None]
 
 
 def inputs(size, heads, dkh, dvh, dtype=torch.float64, batch=2, scale=1.0):

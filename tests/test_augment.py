@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -258,6 +260,40 @@ def test_the_forward_pass_of_the_example_leaves_no_trace():
     assert model.norm.num_batches_tracked == 0
 
 
+def test_the_hooks_of_a_network_see_nothing_of_the_example():
+    model, seen = build(), []
+    model.norm.register_forward_hook(lambda _, args, output: seen.append(output.detach()))
+    model.blocks.register_forward_pre_hook(lambda _, args: seen.append(args))
+    assert augment_(model, EXAMPLE).augmented == BY_DEFAULT
+    assert seen == []
+    model(EXAMPLE)
+    assert len(seen) == 2
+
+
+def test_a_model_that_cannot_be_copied_is_named():
+    model = build()
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"^model cannot be copied: TypeError: cannot pickle"):
+        augment_(model, EXAMPLE)
+
+
+def test_weight_decay_named_by_an_attribute_is_refused_before_any_change():
+    class Named(Small):
+        no_weight_decay = ("stem.bias",)
+
+    model = Named()
+    with pytest.raises(ValueError, match=r"^model\.no_weight_decay must be a method"):
+        augment_(model, EXAMPLE)
+    assert type(model.stem) is nn.Conv2d
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), np.int64(8)])
+def test_amounts_may_be_numpys(number):
+    model = build()
+    augment_(model, EXAMPLE, dk=number, dv=number, min_dkh=1)
+    assert (model.last["conv"].dk, model.last["conv"].dv) in {(16, 16), (8, 8)}
+
+
 def test_the_start_that_is_asked_for_reaches_every_layer():
     model = build()
     augment_(model, EXAMPLE, init="glorot", qk_norm=True)
@@ -303,14 +339,6 @@ def test_timms_optimizers_decay_no_table():
     assert len(tables) == 2 * len(report.augmented) == 32
     assert {decay[table] for table in tables} == {0.0}
     assert decay[model.layer3[0].conv1.qkv_conv.weight] == 0.5
-
-
-def test_twice_is_once():
-    model = build()
-    augment_(model, EXAMPLE, max_positions=100)
-    again = augment_(model, EXAMPLE)
-    assert again.augmented == ["stem"]
-    assert all("conv_out" not in row.name for row in again.rows)
 
 
 def test_the_network_trains_and_its_weights_are_saved_and_loaded():
@@ -366,6 +394,44 @@ def hooked():
     return model
 
 
+def gradient_hook():
+    model = one()
+    model[0].weight.register_hook(lambda grad: grad * 0)
+    return model
+
+
+def accumulated_hook():
+    model = one()
+    model[0].bias.register_post_accumulate_grad_hook(lambda parameter: None)
+    return model
+
+
+def state_hook():
+    model = one()
+    model[0].register_state_dict_post_hook(lambda *_: None)
+    return model
+
+
+def own_forward():
+    model = one()
+    model[0].forward = lambda x: x
+    return model
+
+
+class InAList(nn.Module):
+    """The order in which it calls its convolutions is in a list that torch knows nothing of."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(16, 16, 3, padding=1)
+        self.order = [self.a]
+
+    def forward(self, x):
+        for layer in self.order:
+            x = layer(x)
+        return x
+
+
 def normed():
     convolution = nn.Conv2d(16, 16, 3, padding=1)
     return nn.Sequential(nn.utils.parametrizations.weight_norm(convolution))
@@ -384,16 +450,23 @@ def one(**change):
 
 SIXTEEN = torch.zeros(1, 16, 6, 8)
 CANNOT = [
-    (lambda: one(groups=4), "groups=4"),
+    (lambda: one(groups=4), "group"),
     (lambda: one(padding_mode="reflect"), "padding_mode=reflect"),
     (lambda: one(padding_mode="circular"), "padding_mode=circular"),
-    (lambda: one(padding=0), "padding=0 with kernel_size=3"),
-    (lambda: one(padding="valid"), "padding='valid' must be"),
+    (lambda: one(padding=0), "4x6 from 6x8, on which attention gives 6x8"),
+    (lambda: one(stride=3, padding=0), "2x2 from 6x8, on which attention gives 2x3"),
+    (lambda: one(kernel_size=5, stride=3, padding=1), "2x2 from 6x8, on which attention gives 2x3"),
+    (lambda: one(padding="valid"), "4x6 from 6x8, on which attention gives 6x8"),
     (lambda: nn.Sequential(Same(16, 16, 3, padding=1)), "Same, a subclass of Conv2d"),
     (normed, "ParametrizedConv2d, a subclass of Conv2d"),
-    (hooked, "it has hooks, which would be lost"),
-    (spectral, "it has hooks, which would be lost"),
-    (tied, "another module has the same weight"),
+    (hooked, "has hooks, which would be lost"),
+    (spectral, "has hooks, which would be lost"),
+    (gradient_hook, "has hooks, which would be lost"),
+    (accumulated_hook, "has hooks, which would be lost"),
+    (state_hook, "has hooks, which would be lost"),
+    (own_forward, "has a forward of its own"),
+    (InAList, "also in order, a list of its network"),
+    (tied, "shares its weight with another module"),
     (Shared, "called at several sizes: 6x8, 3x4"),
     (lambda: nn.Sequential(nn.Conv2d(16, 8, 3, padding=1)), "Nh=8 heads would take all of its 8"),
 ]
@@ -424,7 +497,7 @@ def test_a_single_position_is_not_augmented_unless_asked_for(shape, pool, augmen
         return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, (1, 3), 1, (0, 1)))
 
     example = torch.zeros(2, 3, *shape)
-    words = "nothing to augment: 2 of 2: a single position, which has no other to attend to"
+    words = "nothing to augment: 2 of 2: single position: nothing to attend to"
     if augmented:
         assert len(augment_(network(), example, pool=pool).augmented) == augmented
     else:
@@ -521,8 +594,9 @@ def test_an_example_that_the_model_does_not_take_is_named(example):
         ({"Nh": 10**30}, f"Nh={10**30} must be at most 1048576"),
         ({"min_dkh": 10**30}, f"min_dkh={10**30} must be at most 1048576"),
         ({"pool": 10**30}, f"pool={10**30} must be at most 1048576"),
-        ({"dk": True}, "dk=True must be an int"),
-        ({"dv": "0.1"}, "dv='0.1' must be an int"),
+        ({"dk": True}, "dk=True must be an int or a float"),
+        ({"dv": "0.1"}, "dv='0.1' must be an int or a float"),
+        ({"dv": 0}, "dv=0 must be greater than 0, or nothing is augmented"),
         ({"Nh": 0}, "Nh=0 must be at least 1"),
         ({"Nh": 2.0}, "Nh=2.0 must be an int"),
         ({"min_dkh": 0}, "min_dkh=0 must be at least 1"),
@@ -545,57 +619,25 @@ def test_wrong_options_are_named(change, words):
 # ---- The paper's networks -----------------------------------------------------------------------
 
 
-class Bottleneck(nn.Module):
-    """As in torchvision: the stride is that of the 3x3 convolution."""
-
-    def __init__(self, before, width, stride):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.shortcut = nn.Identity()
-        if before != 4 * width:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(before, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
-            )
-
-    def forward(self, x):
-        y = torch.relu(self.bn1(self.conv1(x)))
-        y = self.bn3(self.conv3(torch.relu(self.bn2(self.conv2(y)))))
-        return torch.relu(y + self.shortcut(x))
-
-
-def resnet(depths):
-    layers = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU()]
-    layers += [nn.MaxPool2d(3, 2, 1)]
-    before = 64
-    for stage, depth in enumerate(depths):
-        for index in range(depth):
-            width = 64 * 2**stage
-            layers.append(Bottleneck(before, width, 2 if stage and not index else 1))
-            before = 4 * width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, 1000))
-
-
 @pytest.mark.parametrize(
-    ("depths", "parameters", "flops", "paper"),
+    ("layers", "count", "parameters", "flops", "paper"),
     [
-        ((3, 4, 6, 3), 25_781_872, 8_360_198_496, ("25.8", 8.3)),
-        ((3, 4, 23, 3), 45_359_208, 16_277_030_496, ("45.4", 16.1)),
-        ((3, 8, 36, 3), 61_558_496, 24_091_352_928, ("61.6", 23.8)),
+        (50, 13, 25_781_872, 8_360_198_496, ("25.8", 8.3)),
+        (101, 30, 45_359_208, 16_277_030_496, ("45.4", 16.1)),
+        (152, 47, 61_558_496, 24_091_352_928, ("61.6", 23.8)),
     ],
     ids=["AA-ResNet-50", "AA-ResNet-101", "AA-ResNet-152"],
 )
-def test_the_papers_imagenet_networks(depths, parameters, flops, paper):
+def test_the_papers_imagenet_networks(layers, count, parameters, flops, paper):
     """Table 2 of Bello et al. 2019 prints millions of parameters and GFLOPs with one decimal."""
+    from torchvision import models
+
     example = torch.empty(1, 3, 224, 224, device="meta")
     with torch.device("meta"):
-        model = resnet(depths)
+        model = models.get_model(f"resnet{layers}")
     plain = sum(p.numel() for p in model.parameters())
     report = augment_(model, example)
-    assert len(report.augmented) == sum(depths[1:])
+    assert len(report.augmented) == count
     counted = sum(p.numel() for p in model.parameters())
     assert counted == parameters
     assert f"{counted / 1e6:.1f}" == paper[0]

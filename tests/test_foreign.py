@@ -64,8 +64,8 @@ def test_the_stages_compute_the_same(name, block, depths, tmp_path):
     stages = deepcopy(network.stages).double()
     torch.testing.assert_close(stages(x), expected, rtol=1e-9, atol=1e-9)
     assert done.table() == [
-        "conv  weight: new, 64x3x7x7 there",
-        "head  weight, bias: new, for 10 other classes there",
+        "conv  weight: newly initialized (64x3x7x7 in the source)",
+        "head  weight, bias: newly initialized: the source has 10 other classes",
     ]
     left = network.conv.weight.numel() + network.head.weight.numel() + network.head.bias.numel()
     assert done.taken == done.of - left
@@ -80,7 +80,7 @@ def test_with_a_strided_stem_the_whole_network_is_the_same(tmp_path):
         "basic", [2, 2, 2, 2], widths, 64, "projection", 3, (64, 64), strided_stem=True
     ).eval()
     done = models.transfer(network, find_foreign(theirs.state_dict(), tmp_path), NAMES[:3])
-    assert done.table() == ["head  weight, bias: new, for 3 other classes there"]
+    assert done.table() == ["head  weight, bias: newly initialized: the source has 3 other classes"]
     x = torch.randn(1, 3, 45, 64, dtype=torch.float64)
     theirs.fc, network.head = nn.Identity(), nn.Identity()
     expected = theirs.double()(x)
@@ -229,7 +229,7 @@ def test_a_run_begins_with_published_weights(run, tmp_path, caplog):
     words += ["freeze=[conv,stages.0]", f"init_from='{tmp_path / 'resnet.pth'}'"]
     summary = run(*words, folder="second")
     assert summary["segments"][0]["init_from"]["data"] == "unknown"
-    assert "freeze=[conv] with parts that are new: random weights there stay" in caplog.text
+    assert "freeze=[conv] with parts that are newly initialized: random" in caplog.text
     kept = models.load(tmp_path / "second").network.state_dict()
     assert torch.equal(kept["stages.0.0.conv1.weight"], state["layer1.0.conv1.weight"])
 

@@ -346,7 +346,6 @@ def test_even_kernel_where_the_sizes_agree():
         ({"groups": 2}, "groups=2 must divide in_channels=5"),
         ({"qkv_kernel_size": 2}, "qkv_kernel_size=2 must be odd"),
         ({"backend": "quick"}, "backend='quick' is unknown; choose one of auto, reference, sdpa"),
-        ({"backend": "fold"}, "^backend='fold' is called 'sdpa' now; use backend='sdpa'$"),
         ({"init": "he"}, "init='he' is unknown; choose one of torch, glorot, kaiming"),
         ({"absolute": "cosine"}, "absolute='cosine' is unknown; choose one of none, sine, coord"),
         ({"absolute": "sine", "in_channels": 3}, "absolute=sine needs in_channels"),

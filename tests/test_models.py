@@ -548,7 +548,6 @@ def test_blocks_of_a_stage(blocks, augmented):
         (GlobalMean(dv=2.0, Nh=1, stages=[1]), {}, "attention.dv=2.0"),
         (Removed(dv=4, Nh=2, stages=[]), {}, r"attention.stages=\[\].*attention=none"),
         (aa(backend="quick"), {}, "^backend='quick' is unknown"),
-        (aa(backend="fold"), {}, "^backend='fold' is called 'sdpa' now; use backend='sdpa'$"),
         (SE(0), {}, "attention.ratio=0"),
         (SE(9), {}, "attention.ratio=9 leaves no hidden channel in a block of 8 channels"),
         (NoAttention(), {"block": "dense"}, "block=dense"),

@@ -463,10 +463,10 @@ LAST = "for last; do :; done; "
         (LAST + "{real} -shared -x c /dev/null -o $last", "has no function aaconv_attend"),
         (
             LAST + '{real} "$@"; case $last in *.so) truncate -s 4096 $last;; esac',
-            "native.so is cut short",
+            "native.so is truncated",
         ),
         ("cat", "native.so is not a file"),  # waits for nobody's keyboard
-        (None, "needs a C++ compiler, and none of g++, c++, clang++ is in PATH"),
+        (None, "needs a C++ compiler, but none of g++, c++, clang++ is in PATH"),
         ("echo 'x.cpp:1: error: no such flag' >&2; exit 1", "x.cpp:1: error: no such flag"),
         ("kill -9 $$", "was not compiled: signal 9 ended "),
         ("sleep 60", "was not compiled within 0.1 s"),
@@ -508,7 +508,7 @@ def test_without_a_compiler_there_is_another_backend_and_one_line(
 )
 def test_a_chosen_compiler_that_is_none(chosen, cache, monkeypatch):
     monkeypatch.setenv("CXX", chosen)
-    words = " ".join(f"needs a C++ compiler, and CXX={chosen} is none".split())
+    words = " ".join(f"needs a C++ compiler, but CXX={chosen} is not a program in PATH".split())
     assert str(native_build.load()) == words
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import models
 from models import AA, GE, SE, Description, NoAttention
 from models.fields import FORMAT
-from models.saved import describe_attention, description_as_text, weights_as_bytes
+from models.saved import describe_attention, description_as_text, tensors_as_bytes
 
 from app import run_app
 from helpers import ROOT, TINY
@@ -57,7 +57,7 @@ def trained(description):
 def write(folder, description=None, network=None):
     description = description or describe()
     network = network or trained(description)
-    (folder / "weights.safetensors").write_bytes(weights_as_bytes(network))
+    (folder / "weights.safetensors").write_bytes(tensors_as_bytes(network.state_dict()))
     (folder / "config.json").write_text(description_as_text(description), encoding="utf-8")
     return network
 
@@ -188,7 +188,7 @@ DAMAGE = {
     "cut short": (cut("weights.safetensors", 1000), "weights.safetensors is damaged: "),
     "empty": (cut("weights.safetensors", 0), "weights.safetensors is damaged: "),
     "text": (text("weights.safetensors", "no weights"), "weights.safetensors is damaged: "),
-    "no description": (lambda f: (f / "config.json").unlink(), "config.json is missing, which des"),
+    "no description": (lambda f: (f / "config.json").unlink(), "config.json, which describes"),
     "description cut": (cut("config.json", 50), "config.json is damaged: "),
     "description empty": (text("config.json", ""), "config.json is damaged: "),
     "a list": (text("config.json", "[1]"), r"config.json: it is \[1\]; input should be "),
@@ -213,9 +213,12 @@ DAMAGE = {
     "unknown": (set_network(color=1), "describes no network: .*color"),
     "depths": (set_network(depths=[1, 10**12, 1]), "are more blocks than there are weights"),
     "depths text": (set_network(depths="abc"), 'network.depths is "abc"; input should be a valid'),
-    "widths": (set_network(widths=[4, 8, 16]), r"is \(.*\), and \(.*\) by "),
+    "widths": (set_network(widths=[4, 8, 16]), r"has shape \(.*\); the network of .* has \("),
     "huge": (set_network(widths=[4, 8, 2**40]), "describes no network|, and .* by "),
-    "size": (set_network(image_size=[16, 16]), r"key_rel_w is \(19, 2\), and \(15, 2\) by"),
+    "size": (
+        set_network(image_size=[16, 16]),
+        r"key_rel_w has shape \(19, 2\); .* has \(15, 2\)",
+    ),
     "attention": (set_network(attention={"name": "exec"}), "attention=exec is not one of none, ge"),
     "no name": (set_network(attention={}), "describes no network: 'name'"),
     "setting": (set_network(attention={"name": "se", "code": "x"}), "describes no network: .*code"),
@@ -229,7 +232,7 @@ DAMAGE = {
     ),
     "shape": (
         change_weights(lambda t: t.update({"head.bias": torch.zeros(4)})),
-        r"head.bias is \(4,\), and \(3,\) by",
+        r"head.bias has shape \(4,\); the network of .* has \(3,\)",
     ),
     "nan": (set_weight("head.weight", float("nan")), "head.weight has values that are not finite"),
     "inf": (
@@ -239,11 +242,11 @@ DAMAGE = {
     "variance": (set_weight("bn_in.running_var", -1.0), "running_var has variances below 0"),
     "half": (
         change_weights(lambda t: t.update({"head.bias": torch.zeros(3, dtype=torch.float16)})),
-        "head.bias is torch.float16, and torch.float32 by the network of",
+        "head.bias is torch.float16; the network of",
     ),
     "whole": (
         change_weights(lambda t: t.update({"head.bias": torch.zeros(3, dtype=torch.int32)})),
-        "head.bias is torch.int32, and torch.float32 by",
+        "head.bias is torch.int32; the network of .* has torch.float32",
     ),
     "settings": (set_description(settings=None), "settings is null; input should be a valid dict"),
     "settings of the data": (
@@ -297,7 +300,10 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"model": {}}, "does not say what network it is of: it is no checkpoint of train.py, or"),
+        (
+            {"model": {}},
+            "does not say what network it is of: it is not a checkpoint of train",
+        ),
         ([1, 2], "does not say what network it is of"),
         (
             {"model": {}, "description": Evil()},
@@ -325,11 +331,11 @@ def test_a_checkpoint_that_does_not_explain_itself_is_refused(tmp_path, content,
         (lambda s: s["model"].update({"head.bias": 0.5}), "head.bias is 0.5, not a tensor"),
         (
             lambda s: s["model"].update({"conv.weight": torch.zeros(()).expand(4, 3, 3, 3)}),
-            "conv.weight is .4, 3, 3, 3., and the file has fewer values",
+            "conv.weight has shape .4, 3, 3, 3., but the file holds fewer values",
         ),
         (
             lambda s: s["model"].update({"conv.weight": torch.zeros(4, 3, 3, 3).to_sparse()}),
-            "conv.weight is no dense tensor with values",
+            "conv.weight is not a dense CPU tensor",
         ),
         (lambda s: s["model"].update({3: torch.zeros(1)}), "not tensors by their names"),
         (lambda s: s["description"]["settings"].update(a=torch.zeros(1)), "settings.a is a Tensor"),

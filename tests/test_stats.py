@@ -13,7 +13,7 @@ from aaconv import AugmentedConv, attention_maps, attention_stats, augment_
 from data import evaluation_batches, load_cifar, make_lookup, vision
 from training.settings import build_model
 
-from helpers import CONFIGS, slow
+from helpers import slow
 
 assert vision.datasets  # torchvision can be imported from now on
 
@@ -96,6 +96,43 @@ def test_the_model_is_left_as_it_was():
     assert model.training
 
 
+def test_a_buffer_that_the_forward_pass_replaces_is_put_back():
+    model = build()
+    model.register_buffer("calls", torch.tensor(0))
+    calls = model.calls
+
+    def count(*_):
+        model.calls = model.calls + 1
+
+    model.register_forward_pre_hook(count)
+    attention_stats(model, X)
+    assert model.calls is calls
+    assert calls == 0
+
+
+def test_a_layer_by_itself():
+    layer = AugmentedConv(3, 7, 3, 4, 2, 2, (5, 3), True).double()
+    stats = attention_stats(layer, X, lambda out: out.square().sum())
+    assert stats.layers[0].gradient == stats.gradient > 0
+
+
+def test_inputs_by_keyword_without_a_batch_and_under_autocast():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = AugmentedConv(3, 7, 3, 4, 2, 2, (5, 3), True)
+
+        def forward(self, image):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.layer(x=torch.conv2d(image, torch.eye(3)[..., None, None]))
+
+    model, image = Around().requires_grad_(False), X[0].float()
+    (one,) = attention_stats(model, image, torch.sum).layers
+    (same,) = attention_stats(model.layer, image[None].bfloat16().float()).layers
+    assert one.gradient == 0
+    assert (one.entropy, one.size) == (pytest.approx(same.entropy), same.size)
+
+
 def test_uniform_and_one_hot_attention():
     model = build()
     with torch.no_grad():
@@ -132,20 +169,8 @@ def test_the_table_has_a_line_for_each_layer_and_one_for_the_network():
 
 # ---- The networks of the project ----------------------------------------------------------------
 
-# Larger networks take seconds to minutes; ResNet-56 is the one in which attention began one-hot.
-NETWORKS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
-QUICK = ("resnet8", "resnet20")
-LARGE = (
-    "resnet18",
-    "resnet34",
-    "resnet50",
-    "resnet110",
-    "wrn16_4",
-    "wrn16_8",
-    "wrn28_2",
-    "wrn28_10",
-    "wrn40_2",
-)
+# Of each family a small one; ResNet-56 is the one in which attention began one-hot.
+NETWORKS = ("resnet8", "resnet20", slow("resnet56"), slow("wrn28_2"), slow("alternet18"))
 
 
 def started(settings, name, attention, images, number, seed=0):
@@ -162,10 +187,9 @@ def lookup():
     return next(iter(evaluation_batches(dataset.evaluation, 32, dataset.mean, dataset.std)))
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else slow(n) for n in NETWORKS])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_attention_starts_soft_in_every_network(settings, lookup, name):
-    number = 2 if name in LARGE else 16
-    stats = started(settings, name, "aa", lookup, number)
+    stats = started(settings, name, "aa", lookup, 2 if name == "wrn28_2" else 16)
     assert stats.layers
     assert stats.lowest_entropy > 0.6
 

@@ -37,13 +37,13 @@ def calls(monkeypatch):
 
     for name in ("sdpa", "reference"):
         count(name, backends.MODULES[name].attend)
-    formula = trial._formula
+    formula = trial.formula
 
     def counted_formula(*tensors):
         counts["formula"] = counts.get("formula", 0) + 1
         return formula(*tensors)
 
-    monkeypatch.setattr(trial, "_formula", counted_formula)
+    monkeypatch.setattr(trial, "formula", counted_formula)
     counts["replace"] = lambda attend: count("fused", attend)
     counts["replace"](backends.MODULES["reference"].attend)
     return counts

@@ -106,7 +106,7 @@ def test_every_command_does_what_the_page_says(clone):
     assert outputs[sweep].count("done: val top-1") == 8
     (fine,) = (line for line in outputs if "freeze" in line)
     assert "parameters taken" in outputs[fine]
-    assert "head  weight, bias: new, for 8 other classes there" in outputs[fine]
+    assert "head  weight, bias: newly initialized: the source has 8 other classes" in outputs[fine]
     made = {str(path.relative_to(clone / "outputs")) for path in Path(clone / "outputs").rglob("*")}
     run_of_aa = "compare/experiment=lookup/attention=aa/seed=0"
     for name in ("network.onnx", "network.pt2", "weights.safetensors", "metrics.csv"):

@@ -59,10 +59,10 @@ def take_weights(
     log.info("init_from=%s: %s of %s parameters taken", path, f"{done.taken:,}", f"{done.of:,}")
     for line in done.table():
         log.info(line)
-    new = [f"{row.module}." for row in done.rows if row.why.startswith("new")]
+    new = [f"{row.module}." for row in done.rows if row.why.startswith("newly")]
     still_random = [name for name in frozen if any(one.startswith(f"{name}.") for one in new)]
     if still_random:
-        _warn_of_frozen(still_random, "with parts that are new")
+        _warn_of_frozen(still_random, "with parts that are newly initialized")
 
 
 def _warn_of_frozen(names: Sequence[str], why: str) -> None:

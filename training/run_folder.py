@@ -50,7 +50,7 @@ from models.saved import (
     WEIGHTS,
     Description,
     description_as_text,
-    weights_as_bytes,
+    tensors_as_bytes,
 )
 from training import console
 from training.files import write_csv, write_json, write_text, write_whole
@@ -147,7 +147,7 @@ class RunFolder:
         self, model: nn.Module, description: Description, name: str = WEIGHTS
     ) -> None:
         """Write the file ``name`` and config.json, which `models.load` reads."""
-        weights = weights_as_bytes(model)
+        weights = tensors_as_bytes(model.state_dict())
         write_text(self.path / DESCRIPTION, description_as_text(description))
         write_whole(self.path / name, lambda file: file.write(weights))
 

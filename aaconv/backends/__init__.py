@@ -20,15 +20,12 @@ class Backend(Protocol):
     ) -> Tensor:
         """`aaconv.attention_2d` for arguments whose shapes have been checked."""
 
-    def unavailable_reason(
-        self, device: torch.device, dtype: torch.dtype, *, needs_grad: bool
-    ) -> str | None:
+    def unavailable_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why such tensors cannot be used here ("needs a GPU"), or None if they can.
 
         Args:
             device: of queries, keys and values.
             dtype: of the queries that `attend` gets, which under autocast is autocast's.
-            needs_grad: whether gradients will be computed.
         """
 
 

@@ -15,7 +15,7 @@ from aaconv.backends.precision import without_autocast
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: bool) -> str | None:
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot be used, or None; see `aaconv.backends.Backend`."""
     if not HAS_TRITON:
         return "needs the package triton"
@@ -32,7 +32,7 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: 
         return f"needs a CUDA GPU, not the device {device}"
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        return f"needs a GPU of compute capability 8.0, not {major}.{minor}"
+        return f"needs a GPU of compute capability 8.0 or higher, not {major}.{minor}"
     return None
 
 

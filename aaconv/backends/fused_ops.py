@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from aaconv.backends import fused_kernels as kernels
-from aaconv.backends.derivatives import refuse_second
+from aaconv.backends.derivatives import differentiate_by, refuse_second, save
 
 LOG2E = math.log2(math.e)
 
@@ -135,18 +135,7 @@ def _empty_gradients(
     return (*map(_empty_like, (q, k, v)), *tables)  # type: ignore[return-value]
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    given = ctx.saved_tensors
-    pairs = zip(_attend_backward(grad, *given), given[:5], strict=True)
-    return tuple(None if t is None else gradient for gradient, t in pairs)
-
-
-_attend.register_autograd(_differentiate, setup_context=_save)
+_attend.register_autograd(differentiate_by(_attend_backward), setup_context=save)
 _attend_backward.register_autograd(refuse_second("fused"))
 
 

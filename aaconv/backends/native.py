@@ -7,20 +7,19 @@ Letters: B batch, N heads, H x W map, D and E channels per head of queries/keys 
 """
 
 import ctypes
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from aaconv.backends import native_build
-from aaconv.backends.derivatives import refuse_second
+from aaconv.backends.derivatives import differentiate_by, refuse_second, save
 from aaconv.backends.precision import without_autocast
 
 # Numbered as in the kernel.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: bool) -> str | None:
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot be used, or None; see `aaconv.backends.Backend`.
 
     Compiles it if that has not been done yet.
@@ -118,19 +117,11 @@ def _empty_gradients(
     return (*(_empty_like(t) for t in (q, k, v)), *tables)
 
 
-def _save(ctx: Any, inputs: tuple[Table, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, *output)
-
-
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    given = ctx.saved_tensors
-    gradients = torch.ops.aaconv.native_attend_backward(grad, *given)
-    pairs = zip(gradients, given[:5], strict=True)
-    return tuple(None if t is None else gradient.to(t.dtype) for gradient, t in pairs)
-
-
-torch.library.register_autograd(_FORWARD, _differentiate, setup_context=_save)
+torch.library.register_autograd(
+    _FORWARD,
+    differentiate_by(torch.ops.aaconv.native_attend_backward),
+    setup_context=save,
+)
 torch.library.register_autograd(_BACKWARD, refuse_second("native"))
 
 

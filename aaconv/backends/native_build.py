@@ -121,8 +121,12 @@ def _compiler() -> list[str]:
             path = shutil.which(command[0]) if command else None
             if path is not None:
                 return [path, *command[1:]]
-    where = f"CXX={chosen} is none" if chosen else f"none of {', '.join(COMPILERS)} is in PATH"
-    raise UnavailableError(f"needs a C++ compiler, and {where}")
+    where = (
+        f"CXX={chosen} is not a program in PATH"
+        if chosen
+        else f"none of {', '.join(COMPILERS)} is in PATH"
+    )
+    raise UnavailableError(f"needs a C++ compiler, but {where}")
 
 
 def _name(compiler: list[str]) -> str:
@@ -249,7 +253,7 @@ def _open(path: Path) -> ctypes.CDLL:
     if content.startswith(b"\x7fELF\x02") and len(content) >= 64:
         start, size, count = struct.unpack_from("=40xQ10xHH", content)
         if len(content) < start + size * count:
-            raise OSError(f"{path} is cut short")
+            raise OSError(f"{path} is truncated")
     kernel = ctypes.CDLL(str(path))
     for function in FUNCTIONS:
         if not hasattr(kernel, function):

@@ -10,7 +10,7 @@ from aaconv.backends.position_bias import position_bias
 from aaconv.backends.precision import in_float32
 
 
-def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: bool) -> str | None:
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Always None; see `aaconv.backends.Backend`."""
     return None
 
@@ -20,11 +20,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor 
     return attend_with_dropout(q, k, v, rel_h, rel_w, 0.0)
 
 
-@in_float32
-def attend_with_dropout(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None, dropout: float
+def formula(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_h: Tensor | None,
+    rel_w: Tensor | None,
+    dropout: float = 0.0,
 ) -> Tensor:
-    """The same with ``dropout`` of the weights, which no other backend has."""
+    """Equations 3 to 5 of Bello et al. 2019 as written, each step in the dtype of ``q``."""
     B, N, H, W, D = q.shape
     q = q * D**-0.5
     logits = torch.matmul(q.flatten(2, 3), k.flatten(2, 3).mT)  # (B, N, HW, HW)
@@ -35,3 +39,6 @@ def attend_with_dropout(
         logits = logits.flatten(4, 5).flatten(2, 3)
     weights = torch.dropout(torch.softmax(logits, dim=-1), dropout, train=dropout > 0)
     return torch.matmul(weights, v.flatten(2, 3)).unflatten(2, (H, W))
+
+
+attend_with_dropout = in_float32(formula)  # which no other backend has

@@ -21,7 +21,7 @@ from aaconv.backends.precision import without_autocast
 _HEADROOM = 64.0
 
 
-def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: bool) -> str | None:
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Always None; see `aaconv.backends.Backend`."""
     return None
 

@@ -20,7 +20,7 @@ from aaconv.backends.precision import in_float32, without_autocast
 TILE_BYTES = 2**23
 
 
-def unavailable_reason(device: torch.device, dtype: torch.dtype, *, needs_grad: bool) -> str | None:
+def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Always None; see `aaconv.backends.Backend`."""
     return None
 
