@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -38,6 +37,7 @@ from data.dataset import seeded_generator
 from models import set_frozen_eval
 from training import checkpoint, distributed, provenance, run_folder
 from training.assemble import build_state
+from training.compose import make
 from training.dashboard import history, pictures, show, start_tracking
 from training.device import (
     choose_device,
@@ -98,8 +98,8 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             initial = load_initial(cfg) if resumed is None else None
 
         # ---- Data, network, optimizer, and how far they have come ------------------------------
-        with distributed.local_main_first():  # which may have to download the data
-            dataset = instantiate(cfg.data, _convert_="all").to(device)
+        with distributed.errors_in_all(), distributed.local_main_first():  # it may download
+            dataset = make(cfg.data).to(device)
         state = build_state(cfg, dataset, world, device, dtype, initial)
         progress = checkpoint.continue_run(state, resumed, saved, cfg.resume, run_dir, config)
         facts = describe_training(cfg, state)
@@ -181,11 +181,13 @@ def train_epoch(
         lr = state.optimizer.param_groups[0]["lr"]
         epoch_state = epoch_state.after_step(take_step(cfg, state, images, labels), lr)
         step, action = epoch_state.step, stop.after_step()
-        if action is not Action.CONTINUE or step == steps or step % cfg.log_every == 0:
+        reads = step == steps or step % cfg.log_every == 0
+        if reads or action is not Action.CONTINUE:
             epoch_state.raise_if_nonfinite(epoch, steps)
             rate = step * cfg.batch_size / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {epoch_state.mean('loss'):.3f}, {rate:.0f} images/s")
-            report_loss(cfg, progress, epoch_state, steps, tracker)
+            if reads:  # alike in a run that was interrupted: not wherever a checkpoint is written
+                report_loss(progress, epoch_state, steps, tracker)
         if action is not Action.CONTINUE:
             break
     progress.epoch_state = replace(
@@ -199,13 +201,13 @@ def train_epoch(
 def take_step(
     cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
-    """One step of the optimizer, and the figures that it has shown, scalars on the device.
+    """One step of the optimizer, and what it has measured, scalars on the device.
 
     Of the whole batch, all processes' shards of it: ``loss``, the mean before the step, by the
-    weights of the classes where there are some; ``top1``, the part of the labels that the network
-    had right then; ``grad_norm``, the L2 norm of all gradients
-    together, before they are clipped. The mean of each over an epoch becomes a column of
-    metrics.csv: a figure more is a metric more, on the dashboard and in the report, too.
+    weights of the classes where there are some; ``top1``, the fraction of images classified
+    correctly then; ``grad_norm``, the L2 norm of all gradients together, before they are clipped.
+    The mean of each over an epoch becomes a column of metrics.csv: each entry here is a metric, on
+    the dashboard and in the report, too.
     """
     figures: dict[str, Tensor] = {}
     weights: tuple[Tensor | None, ...] = (None,) * cfg.grad_accum
@@ -279,19 +281,12 @@ def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Sto
     return stop.after_epoch(last=len(progress.rows) == cfg.epochs)
 
 
-def report_loss(
-    cfg: DictConfig, progress: Progress, epoch_state: EpochState, steps: int, tracker: Tracker
-) -> None:
-    """The loss every ``log_every`` steps, to the dashboard; at an epoch's end its row has it.
-
-    The steps at which a checkpoint happens to be written have none, so that a run that is continued
-    has the same readings.
-    """
-    if epoch_state.step == steps or epoch_state.step % cfg.log_every == 0:
-        newest = progress.read_loss(epoch_state, steps)
-        if epoch_state.step < steps:
-            for step, loss in newest.items():
-                tracker.log({"step": step, STEP_LOSS: loss})
+def report_loss(progress: Progress, epoch_state: EpochState, steps: int, tracker: Tracker) -> None:
+    """Send the loss since the last reading to the dashboard; at an epoch's end its row has it."""
+    newest = progress.read_loss(epoch_state, steps)
+    if epoch_state.step < steps:
+        for step, loss in newest.items():
+            tracker.log({"step": step, STEP_LOSS: loss})
 
 
 def report_epoch(

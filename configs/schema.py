@@ -9,12 +9,13 @@ of a group. docs/settings.md shows both together; after a change here or there,
 setting. ``_partial_`` leaves the rest of the arguments to train.py.
 """
 
+import os
 import textwrap
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
@@ -24,9 +25,6 @@ from configs.setting import setting
 # More is a slip of the keyboard, and would end in a run without end or in a lack of memory.
 MAX_INT = 2**31 - 1
 MAX_IMAGES = 1_000_000
-
-# OmegaConf reads these annotations at run time and knows `Union` and `Optional`, not `X | Y`.
-# ruff: noqa: UP007, UP045
 
 
 class Precision(Enum):
@@ -52,8 +50,8 @@ class WandbMode(Enum):
 class AttentionDefaultsConfig:
     """The attention that suits a network: what ``attention=aa`` takes unless told otherwise."""
 
-    dk: Union[int, float] = setting("Default of attention.dk for this network.")
-    dv: Union[int, float] = setting("Default of attention.dv for this network.")
+    dk: int | float = setting("Default of attention.dk for this network.")
+    dv: int | float = setting("Default of attention.dv for this network.")
     Nh: int = setting("Default of attention.Nh for this network.")
     min_dkh: int = setting("Default of attention.min_dkh for this network.")
     stages: list[int] = setting("Default of attention.stages for this network.")
@@ -117,7 +115,7 @@ class NoAttentionConfig:
 class ReplacingConfig:
     """What `models.attention.Replacing` has: attention, and the controls that replace it."""
 
-    dv: Union[int, float] = setting(
+    dv: int | float = setting(
         "Channels that attention, or its control, takes out of a block's output channels: a "
         "number of channels (int, divisible by attention.Nh) or a fraction of them, above 0 and "
         "at most 1 (float, the paper's upsilon)."
@@ -135,7 +133,7 @@ class ReplacingConfig:
 @dataclass
 class AugmentedConvConfig(ReplacingConfig):
     _target_: str = "models.AA"
-    dk: Union[int, float] = setting(
+    dk: int | float = setting(
         "Key channels of an augmented convolution: a number of channels (an int such as 20, "
         "divisible by attention.Nh) or a fraction of its output channels, above 0 and at most 2 "
         "(a float such as 0.2, the paper's kappa). So 1 is a single channel, and 1.0 as many as "
@@ -235,7 +233,7 @@ class LookupConfig:
         at_least=0,
         at_most=1,
     )
-    distance: Optional[int] = setting(
+    distance: int | None = setting(
         "Pixels of background between a cue that is a stripe and shapes in a column. null has the "
         "cue in one corner and the shapes along the two far sides, 24 pixels away or more.",
         at_least=1,
@@ -276,7 +274,7 @@ class FolderConfig:
         "val/: 0 (evaluate on val/) to all but one of each class.",
         at_least=0,
     )
-    white: Optional[float] = setting(
+    white: float | None = setting(
         "The number that is white in gray images of more than 8 bits, such as 4095 or 1.0. null is "
         "65535 for whole numbers, and refuses floating-point numbers.",
         above=0,
@@ -305,7 +303,7 @@ class AugmentationConfig:
         "What these pixels are: zeros, or reflect (the image mirrored at its edge).",
         before="zeros",
     )
-    flip: Union[bool, str] = setting(
+    flip: bool | str = setting(
         "Whether to mirror training images left to right: false, true (with probability 1/2), or "
         "alternating (each image in every other epoch, half of them in the first)."
     )
@@ -314,7 +312,7 @@ class AugmentationConfig:
         "0 has no cutout.",
         at_least=0,
     )
-    policy: Optional[str] = setting(
+    policy: str | None = setting(
         "Operations that change place and color of the pixels, before cutout: trivial "
         "(TrivialAugment: one of 14, of any strength), rand (RandAugment: several, of one "
         "strength), auto (AutoAugment's pairs for CIFAR-10), or null.",
@@ -324,7 +322,7 @@ class AugmentationConfig:
         "Operations of augmentation.policy=rand.", at_least=1, at_most=14, before=2
     )
     rand_magnitude: int = setting(
-        "Their strength.",
+        "Magnitude of the operations of augmentation.policy=rand.",
         at_least=0,
         at_most=30,
         before=9,
@@ -336,9 +334,9 @@ class AugmentationConfig:
         before=0,
     )
     mixup: float = setting(
-        "Parameter alpha of Beta(alpha, alpha), from which the share comes that each image and "
-        "its label keep when they are mixed with another image; 0 mixes none. With "
-        "augmentation.cutmix, too, each image gets one of the two.",
+        "Mixup: alpha of Beta(alpha, alpha), the distribution of an image's own weight when it and "
+        "its label are mixed with another's; 0 turns it off. With augmentation.cutmix, too, each "
+        "image gets one of the two.",
         at_least=0,
         before=0,
     )
@@ -380,7 +378,7 @@ class SGDConfig:
     weight_decay: float = setting(
         "Factor of the weights that is added to their gradients; optim.decay says of which.",
         at_least=0,
-        at_most=1e6,
+        at_most=1_000_000,
     )
     decay: Decay = setting(
         "Which parameters are decayed: all, or weights (not biases, batch normalization and the "
@@ -404,7 +402,7 @@ class AdamWConfig:
         "Weights shrink by this times the learning rate at each step; optim.decay says which of "
         "them do.",
         at_least=0,
-        at_most=1e6,
+        at_most=1_000_000,
     )
     decay: Decay = setting(
         "Which parameters are decayed: all, or weights (not biases, batch normalization and the "
@@ -481,7 +479,7 @@ class WandbConfig:
         "# ? % :",
         decides_result=False,
     )
-    entity: Optional[str] = setting(
+    entity: str | None = setting(
         "User or team that owns the project; null is the default one of the account.",
         decides_result=False,
     )
@@ -490,12 +488,12 @@ class WandbConfig:
         decides_result=False,
     )
     tags: list[str] = setting(
-        "Tags of the run there, beside its network, attention and data; [] takes those of the "
-        "environment's WANDB_TAGS, with commas between them.",
+        "Tags of the run on the dashboard, besides its network, attention and data; [] takes those "
+        "of the environment's WANDB_TAGS, with commas between them.",
         decides_result=False,
     )
-    notes: Optional[str] = setting(
-        "What the dashboard says of the run in words; null says nothing.",
+    notes: str | None = setting(
+        "Description of the run on the dashboard; null is none.",
         decides_result=False,
     )
 
@@ -503,13 +501,12 @@ class WandbConfig:
 @dataclass
 class TrackingConfig:
     media: bool = setting(
-        "Whether the dashboard also gets what there is to see: predictions, accuracy by class "
-        "and confusion at the end, attention maps after the first, the middle and the last "
-        "epoch.",
+        "Whether to log figures and tables: predictions, accuracy by class and confusion at the "
+        "end, attention maps after the first, the middle and the last epoch.",
         decides_result=False,
     )
     weights: bool = setting(
-        "Whether it gets the weights at the end, with the settings they belong to.",
+        "Whether to upload the trained weights with their settings.",
         decides_result=False,
     )
 
@@ -519,8 +516,8 @@ class Config:
     # The residual network; see the group model.
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: Any = setting(
-        "What its blocks have in addition to convolutions; see the group attention. This group "
-        "and the next three are of type Any because each option has a class of its own."
+        "What its blocks have in addition to convolutions; see the group attention. attention, "
+        "data, optim, and schedule are of type Any because each option has a class of its own."
     )
     data: Any = setting("The images; see the group data.")
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
@@ -539,7 +536,7 @@ class Config:
         "Folder for the results of all experiments. Must not be empty.",
         decides_result=False,
     )
-    run_dir: Optional[str] = setting(
+    run_dir: str | None = setting(
         "Folder of the run itself; null names one below out_dir/name by the overrides that change "
         "the result, and by the seed.",
         decides_result=False,
@@ -580,11 +577,11 @@ class Config:
         "instead of each image once.",
         before=False,
     )
-    grad_clip: Optional[float] = setting(
+    grad_clip: float | None = setting(
         "Maximum norm of the gradient. null does not clip.",
         above=0,
     )
-    ema: Optional[float] = setting(
+    ema: float | None = setting(
         "Decay per step of an exponential moving average of the weights, which is then evaluated "
         "instead of the weights. null keeps none.",
         above=0,
@@ -618,7 +615,7 @@ class Config:
         "Whether to use only deterministic algorithms, so that a GPU repeats a run bit for bit; "
         "slower."
     )
-    init_from: Optional[str] = setting(
+    init_from: str | None = setting(
         "Trained network to begin with: a run's folder, its weights.safetensors or a "
         "checkpoint, or the state dict of a ResNet of torchvision's or timm's (.pth, .pt, "
         ".safetensors). What fits is taken, and a table says what was not; the epochs and the "
@@ -628,7 +625,7 @@ class Config:
         "Modules that are not trained and keep the statistics of their normalization, such as "
         "[conv,bn_in,stages.0]; [] trains all."
     )
-    resume: Optional[str] = setting(
+    resume: str | None = setting(
         "Checkpoint to continue from: null (start from scratch), auto (the run's own last one, "
         "if there is one) or a path.",
         decides_result=False,
@@ -637,14 +634,14 @@ class Config:
         "Whether to replace a run that is already in the folder.",
         decides_result=False,
     )
-    checkpoint_minutes: Optional[float] = setting(
+    checkpoint_minutes: float | None = setting(
         "Minutes between checkpoints, inside an epoch and over several: what a kill may cost. null "
         "saves after every epoch instead. A run is also saved after the first epoch that a process "
         "finishes, when it is stopped, and at its end.",
         decides_result=False,
         above=0,
     )
-    max_minutes: Optional[float] = setting(
+    max_minutes: float | None = setting(
         "Minutes after which the process saves a checkpoint and stops; resume=auto continues it. "
         "null sets no limit.",
         decides_result=False,
@@ -734,7 +731,7 @@ def _with_option(group: str, kind: Any) -> str:
 
 def is_text(key: str) -> bool:
     """Whether the setting of this dotted name is any text, or a path; hydra's own count as such."""
-    texts = (str, Optional[str])
+    texts = (str, str | None)
     return key.startswith("hydra.") or any(
         name == key and field.type in texts for name, field in SETTINGS
     )
@@ -745,7 +742,7 @@ def _option_groups() -> str:
     lines = []
     for group in groups:
         options = " ".join(sorted(path.stem for path in group.glob("*.yaml")))
-        lines.append(textwrap.fill(f"{group.name:<12}{options}", 90, subsequent_indent=" " * 12))
+        lines.append(textwrap.fill(f"{group.name:<14}{options}", 90, subsequent_indent=" " * 14))
     return textwrap.indent("\n".join(lines), "  ")
 
 
@@ -754,20 +751,18 @@ def register() -> None:
 
     ``${if_augmented:${attention._target_},A,B}`` is A for networks with augmented convolutions, and
     for the controls of these, and B for all others: the paper trains the two differently.
-    ``${no_effect_on_folder:}`` lists the settings that no folder is named by, ``${option_groups:}``
-    the groups and their options, ``${base_name:PATH}`` the last part of a path.
+    ``${option_groups:}`` lists the groups and their options, ``${base_name:PATH}`` is the last part
+    of a path, ``${expand_user:PATH}`` a path without ``~``.
     """
     augmented = {kind._target_ for _, _, kind in OPTIONS if issubclass(kind, ReplacingConfig)}
     OmegaConf.register_new_resolver(
-        "base_name", lambda path: Path(path).absolute().name, replace=True
+        "base_name", lambda path: Path(os.path.abspath(os.path.expanduser(path))).name, replace=True
     )
+    OmegaConf.register_new_resolver("expand_user", os.path.expanduser, replace=True)
     OmegaConf.register_new_resolver(
         "if_augmented",
         lambda target, there, otherwise: there if target in augmented else otherwise,
         replace=True,
-    )
-    OmegaConf.register_new_resolver(
-        "no_effect_on_folder", lambda: sorted(NAMES_NO_FOLDER), replace=True
     )
     OmegaConf.register_new_resolver("option_groups", _option_groups, replace=True)
     store = ConfigStore.instance().store

@@ -62,12 +62,14 @@ class Augmentation:
             value = getattr(self, name)
             if not least <= value <= (math.inf if most is None else most):
                 words = f"{least} or more" if most is None else f"{least} to {most}"
-                raise ValueError(f"{name}={value} must be {words}")
+                raise ValueError(f"augmentation.{name}={value} must be {words}")
         _check_choice("flip", self.flip, (False, True, "alternating"))
         _check_choice("padding", self.padding, ("zeros", "reflect"))
         _check_choice("policy", self.policy, (None, *policies.POLICIES))
         if self.padding != "zeros" and not self.crop_pad:
-            raise ValueError(f"padding={self.padding} needs a crop_pad above 0")
+            raise ValueError(
+                f"augmentation.padding={self.padding} needs augmentation.crop_pad above 0"
+            )
 
     @property
     def mixes(self) -> bool:
@@ -79,12 +81,12 @@ class Augmentation:
         side = min(height, width)
         if self.crop_pad >= side:
             raise ValueError(
-                f"crop_pad={self.crop_pad} could crop away a whole image of {height}x{width}; "
-                f"give less than {side}"
+                f"augmentation.crop_pad={self.crop_pad} could crop away a whole image of "
+                f"{height}x{width}; give less than {side}"
             )
         if self.cutout > side:
             raise ValueError(
-                f"cutout={self.cutout} is larger than an image of {height}x{width}; "
+                f"augmentation.cutout={self.cutout} is larger than an image of {height}x{width}; "
                 f"give at most {side}"
             )
 
@@ -158,7 +160,8 @@ def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None
     if value not in choices:
         # As one writes them in YAML.
         given, *words = (json.dumps(value).strip('"') for value in (value, *choices))
-        raise ValueError(f"{name}={given} is unknown; give {', '.join(words[:-1])} or {words[-1]}")
+        known = f"{', '.join(words[:-1])} or {words[-1]}"
+        raise ValueError(f"augmentation.{name}={given} is unknown; give {known}")
 
 
 def _crop_and_flip(pixels: Tensor, draws: Draws, augmentation: Augmentation) -> Tensor:

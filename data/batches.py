@@ -15,6 +15,15 @@ from data.sampling import balanced_order
 Color = tuple[float, float, float]
 
 
+def check_batch_size(batch_size: int, train_size: int) -> None:
+    """Raises ValueError unless an epoch of ``train_size`` images has such a batch."""
+    if not 1 <= batch_size <= train_size:
+        raise ValueError(
+            f"batch_size={batch_size} does not fit {train_size} training images; "
+            f"give 1 to {train_size}"
+        )
+
+
 class Batches:
     """Shuffled and augmented training batches, made on the device that holds ``images``.
 
@@ -52,11 +61,7 @@ class Batches:
         num_classes: int = 0,
         balanced: bool = False,
     ) -> None:
-        if not 1 <= batch_size <= len(images):
-            raise ValueError(
-                f"batch_size={batch_size} does not fit {len(images)} training images; "
-                f"give 1 to {len(images)}"
-            )
+        check_batch_size(batch_size, len(images))
         if batch_size % (shard[1] * micro_batches):
             raise ValueError(
                 f"batch_size={batch_size} must be divisible by world_size * micro_batches = "

@@ -57,6 +57,12 @@ SOURCES = {
 SOURCES["cifar100_coarse"] = replace(SOURCES["cifar100"], coarse=True)
 
 
+def check_name(name: str) -> None:
+    """Raises ValueError unless there is such a data set."""
+    if name not in SOURCES:
+        raise ValueError(f"data.name={name} is unknown; choose one of {', '.join(SOURCES)}")
+
+
 def load_cifar(
     name: str,
     root: str,
@@ -76,8 +82,7 @@ def load_cifar(
     be read, and damaged files; FileNotFoundError for a missing data set. A
     download that fails or is interrupted removes everything it made, and nothing else.
     """
-    if name not in SOURCES:
-        raise ValueError(f"name={name!r} is unknown; choose one of {', '.join(SOURCES)}")
+    check_name(name)
     check_val_size(val_size, TRAIN_SIZE)
 
     source, root = SOURCES[name], os.path.abspath(os.path.expanduser(root))

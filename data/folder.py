@@ -250,10 +250,10 @@ def is_same_color(
 
 def _decode_settings(size: Any, white: float | None, max_pixels: int) -> DecodeSettings:
     check_white(white)
-    return DecodeSettings(_height_and_width(size), white, max_pixels)
+    return DecodeSettings(height_and_width(size), white, max_pixels)
 
 
-def _height_and_width(size: Any) -> tuple[int, int]:
+def height_and_width(size: Any) -> tuple[int, int]:
     sides = [size, size] if isinstance(size, int) else size
     if not (
         isinstance(sides, Sequence)
@@ -261,8 +261,7 @@ def _height_and_width(size: Any) -> tuple[int, int]:
         and all(type(side) is int and 1 <= side <= LARGEST for side in sides)
     ):
         raise ValueError(
-            f"data.size={size} must be at least 1 and at most {LARGEST} pixels, one number or "
-            "[height, width]"
+            f"data.size={size} must be whole numbers from 1 to {LARGEST}, one or [height, width]"
         )
     return sides[0], sides[1]
 

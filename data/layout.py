@@ -74,11 +74,13 @@ def find_images(root: Path, hold_out: bool) -> Layout:
             not trained on.
         OSError: a folder cannot be read.
     """
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root={root}: there is no such folder")
     found = Layout()
     training = _split(root, TRAIN)
     evaluation = _split(root, VALIDATION) or _split(root, TEST)
     if training is None:
-        number = len(_subfolders(root)) if root.is_dir() else 0
+        number = len(_subfolders(root))
         if evaluation is not None or number < 2:
             raise FileNotFoundError(
                 f"data.root={root}: it has no folder train/; the images of each class "
@@ -273,13 +275,14 @@ def _strange_class(split: Path, name: str, owner: str, found: Layout) -> ValueEr
 def _annotated(split: Path, owner: str, found: Layout) -> list[ImageFile]:
     """The images of Tiny ImageNet's val/, of which a text file has the classes."""
     file = split / ANNOTATIONS
-    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line]
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    rows = [line.split("\t") for line in text.splitlines() if line]
     pairs = {(row[0], _normal(row[1])) for row in rows if len(row) > 1}
     paths = _walk(split, found)
     named = (Counter(name for name, _ in pairs), Counter(path.name for path in paths))
     twice = sorted({name for counts in named for name in counts if counts[name] > 1})
     if twice:
-        raise ValueError(f"{file} gives no single class to {some(twice)}, which appears twice")
+        raise ValueError(f"{file} gives no single class to {some(twice)}: the name appears twice")
     classes, images = dict(pairs), {path.name: path for path in paths}
     for text, names in (
         (f"{file} does not say the class of", images.keys() - classes.keys()),

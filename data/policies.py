@@ -100,13 +100,11 @@ def magnitudes(bins: int, size: tuple[int, int], wide: bool) -> Tensor:
 
 def _auto_policies() -> Tensor:
     """(25, 2, 3): of each pair of operations index, probability and level of the magnitude."""
-    from data.vision import datasets
+    from data.vision import import_transforms
 
-    assert datasets  # torchvision can be imported from now on
-    from torchvision.transforms import AutoAugment, AutoAugmentPolicy
-
+    transforms = import_transforms()
     index = {name: number for number, name in enumerate(OPERATIONS)}
-    pairs = AutoAugment(AutoAugmentPolicy.CIFAR10).policies
+    pairs = transforms.AutoAugment(transforms.AutoAugmentPolicy.CIFAR10).policies
     return torch.tensor([[(index[n], p, level or 0) for n, p, level in pair] for pair in pairs])
 
 
@@ -222,11 +220,9 @@ def _autocontrast(pixels: Tensor, _: Tensor) -> Tensor:
 
 
 def _equalize(pixels: Tensor, _: Tensor) -> Tensor:
-    from data.vision import datasets
+    from data.vision import import_transforms
 
-    assert datasets  # torchvision can be imported from now on
-    from torchvision.transforms.v2 import functional
-
+    functional = import_transforms().v2.functional
     return functional.equalize(pixels.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 

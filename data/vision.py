@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -51,3 +52,9 @@ def import_datasets(
 
 
 datasets = import_datasets()
+
+
+def import_transforms() -> Any:
+    """torchvision.transforms, with v2 in it; it takes a second, which only some runs need."""
+    importlib.import_module("torchvision.transforms.v2")
+    return importlib.import_module("torchvision.transforms")

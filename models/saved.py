@@ -77,7 +77,7 @@ class Description(BaseModel, frozen=True):
         class_names: a name for each logit.
         mean, std: of the training images, per channel, on a scale where white is 1.
         data: name of the data set.
-        data_digest: which images those are, see `data.Dataset`; None if older code did not say.
+        data_digest: which images those are, see `data.Dataset`.
         settings: all settings that decide the result of the run which has trained it.
         precision: in which it was trained, such as "float32".
         version: of the code that has written it.
@@ -90,7 +90,7 @@ class Description(BaseModel, frozen=True):
     mean: Annotated[list[Mean], Field(min_length=3, max_length=3)]
     std: Annotated[list[Deviation], Field(min_length=3, max_length=3)]
     data: Text
-    data_digest: Text | None = None
+    data_digest: Text
     settings: Annotated[Plain, AfterValidator(_is_of_data)]
     precision: Text
     version: Text

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf.errors import OmegaConfBaseException
 
 import models
@@ -15,6 +14,7 @@ from reporting import figures
 from reporting.runs import Run, Variant
 from training import run_folder
 from training.attention_picture import AttentionPicture, attention_picture, layer_line
+from training.compose import make
 from training.errors import explain
 from training.media import ATTENTION_IMAGES, spread
 
@@ -108,10 +108,10 @@ def _dataset(run: Run, trained: models.Trained) -> Dataset:
         raise ValueError(f"its data set, {settings.get('_target_')}, is not one of this project's")
     if "download" in settings:
         settings["download"] = False
-    dataset: Dataset = instantiate(settings, _convert_="all", _recursive_=False)
+    dataset: Dataset = make({**settings, "_recursive_": False})
     if list(dataset.class_names) != trained.class_names:
         raise ValueError(f"the classes of {dataset.name} have changed since")
-    if trained.description.data_digest not in (None, dataset.digest):
+    if trained.description.data_digest != dataset.digest:
         raise ValueError(f"the images of {dataset.name} have changed since")
     return dataset
 

@@ -30,14 +30,13 @@ if __name__ == "__main__":
     start(__file__, options)
 
 import torch
-from hydra.utils import instantiate
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from benchmarks.batches import ALL, overrides
 from data import Augmentation, Batches, Dataset, policies
 from reporting import figures
-from training.compose import compose_config
+from training.compose import compose_config, make
 from training.files import write_files
 
 COLUMNS = 8
@@ -91,11 +90,9 @@ def main(args: argparse.Namespace) -> None:
     if args.out.suffix != ".png":
         raise ValueError(f"--out {args.out}: the picture is a PNG file; give a name with .png")
     settings = {word: compose_config([*args.settings, *overrides(word)]) for word in words}
-    augmentations = {
-        word: instantiate(cfg.augmentation, _convert_="all") for word, cfg in settings.items()
-    }
+    augmentations = {word: make(cfg.augmentation) for word, cfg in settings.items()}
     cfg = next(iter(settings.values()))
-    dataset = instantiate(cfg.data, _convert_="all")
+    dataset = make(cfg.data)
     left = {word: augmented(dataset, how, cfg.seed) for word, how in augmentations.items()}
     right = operations(augmented(dataset, Augmentation(), cfg.seed)[0])
     write_files({args.out: figures.as_png(draw(left, right))})

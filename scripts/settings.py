@@ -88,7 +88,7 @@ def rows_of(kind: Any, prefix: str) -> list[Row]:
 
 
 def type_in_words(kind: Any) -> str:
-    """``Optional[float]`` is "float or null"; an enum is the list of its members."""
+    """``float | None`` is "float or null"; an enum is the list of its members."""
     if isinstance(kind, type) and issubclass(kind, Enum):
         return ", ".join(code(member.name) for member in kind)
     if kind is type(None):

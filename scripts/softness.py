@@ -47,7 +47,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
 import models
@@ -56,7 +55,7 @@ from aaconv.stats import AttentionStats
 from data import Dataset, EvaluationSet, evaluation_batches
 from models.saved import Network
 from reporting.text import printable
-from training.compose import compose_config
+from training.compose import compose_config, make
 from training.device import choose_device
 from training.media import spread
 from training.settings import build_model, check
@@ -112,7 +111,7 @@ def of_settings(overrides: list[str], number: int, device: torch.device) -> list
     """
     cfg = compose_config(overrides)
     check(cfg)
-    dataset: Dataset = instantiate(cfg.data, _convert_="all")
+    dataset: Dataset = make(cfg.data)
     batch = batch_of(dataset, dataset.mean, dataset.std, number, device)
     network = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
     return at_start(models.describe(network), cfg.seed, *batch)

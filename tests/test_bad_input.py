@@ -105,7 +105,7 @@ SETTINGS = [
     ("hydra.sweeper.params.nothing=1", "Unexpected type for root: NoneType (given: "),
     ("+hydra.sweeper.params=[1]", "hydra.sweeper.params: Cannot merge DictConfig with List"),
     ("hydra.sweeper.params=text", "hydra.sweeper.params: Cannot assign str to Dict"),
-    (f"freeze={'{a:' * 300}1{'}' * 300}", "a value, or a folder, lies too deeply inside others"),
+    (f"freeze={'{a:' * 300}1{'}' * 300}", "values or folders are nested too deeply"),
     ("+nothing=1", "nothing: unknown setting nothing; there are model, attention"),
     ("++optim.momentum=0.9", "optim.momentum: unknown setting momentum; optim=adamw has lr"),
     ("~epochs", "epochs cannot be removed; leave out ~epochs"),
@@ -121,12 +121,15 @@ SETTINGS = [
     # Hydra's grammar
     ("attention", "attention: settings are NAME=VALUE"),
     ("epochs:3", "epochs:3: settings are NAME=VALUE"),
-    ("resume=a/seed=0", "; text with such a character is quoted twice: \"resume='a/seed=0'\""),
-    ("name=a=b", "quoted twice: \"name='a=b'\""),
-    ("data.root=a(b", "quoted twice: \"data.root='a(b'\""),
-    ("hydra.run.dir=a=$x", "quoted twice: 'hydra.run.dir='"),
+    ("resume=a/seed=0", "; quote such text for Hydra and for the shell: \"resume='a/seed=0'\""),
+    ("name=a=b", "for Hydra and for the shell: \"name='a=b'\""),
+    ("data.root=a(b", "for Hydra and for the shell: \"data.root='a(b'\""),
+    ("hydra.run.dir=a=$x", "for Hydra and for the shell: 'hydra.run.dir='"),
     ("epochs=3=4", "epochs=3=4: mismatched input '=' expecting <EOF>\n"),
-    ("grad_clip=None", "grad_clip: Value 'None' of type 'str' could not be converted to Float; no"),
+    (
+        "grad_clip=None",
+        "grad_clip: Value 'None' of type 'str' could not be converted to Float; write",
+    ),
     ("model.widths=[4,8", "model.widths=[4,8: no viable alternative at input"),
     (
         "attention._target_=os.system",
@@ -146,10 +149,10 @@ SETTINGS = [
     # depth
     (
         "model.widths=" + "[" * 300 + "]" * 300,
-        "a value, or a folder, lies too deeply inside others",
+        "values or folders are nested too deeply",
     ),
     ("freeze=" + "[" * 300, "[[: no viable alternative at input '[["),
-    ("out_dir=" + "d/" * 1500, "a value, or a folder, lies too deeply inside others"),
+    ("out_dir=" + "d/" * 1500, "values or folders are nested too deeply"),
     # sizes
     ("epochs=0", "epochs=0 must be at least 1 and at most 1,000,000"),
     ("epochs=99999999999999999999", "epochs=99999999999999999999 must be at least 1 and at most"),
@@ -170,7 +173,7 @@ SETTINGS = [
     ("augmentation.flip=both", "flip=both is unknown; give false, true or alternating"),
     ("augmentation.flip=2", "augmentation.flip: Value '2' of type 'int' is incompatible with type"),
     ("augmentation.padding=edge", "padding=edge is unknown; give zeros or reflect"),
-    ("augmentation.padding=reflect", "padding=reflect needs a crop_pad above 0"),
+    ("augmentation.padding=reflect", "padding=reflect needs augmentation.crop_pad above 0"),
     ("augmentation.policy=random", "policy=random is unknown; give null, trivial, rand or auto"),
     ("augmentation.rand_ops=0", "augmentation.rand_ops=0 must be at least 1 and at most 14"),
     ("augmentation.rand_magnitude=31", "augmentation.rand_magnitude=31 must be at least 0 and at"),
@@ -182,12 +185,15 @@ SETTINGS = [
     ("optim.lr=nan", "optim.lr=nan must be finite and above 0"),
     ("optim.lr=1e39", "optim.lr=1e+39 must be above 0 and at most 1e+30"),
     ("optim=sgd optim.lr=1e31", "optim.lr=1e+31 must be above 0 and at most 1e+30"),
-    ("optim.weight_decay=1e38", "optim.weight_decay=1e+38 must be at least 0 and at most 1e+06"),
+    (
+        "optim.weight_decay=1e38",
+        "optim.weight_decay=1e+38 must be at least 0 and at most 1,000,000",
+    ),
     ("grad_clip=3.5e38", "grad_clip=3.5e+38 must be above 0 and at most 1e+30, or null"),
     ("optim.lr=inf", "optim.lr=inf must be finite and above 0"),
     (
         "optim.weight_decay=nan",
-        "optim.weight_decay=nan must be finite and at least 0 and at most 1e+06",
+        "optim.weight_decay=nan must be finite and at least 0 and at most 1,000,000",
     ),
     ("optim.betas=[0.9]", "optim.betas=[0.9] must be 2 numbers, each at least 0 and below 1"),
     (
@@ -338,8 +344,8 @@ def test_a_sweep_of_which_one_does_not_compose_runs_none(monkeypatch, tmp_path, 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["out_dir=file"], "File exists: 'file'; set out_dir=... to a folder that can be"),
-        slow(["out_dir=file/below"], "Not a directory: 'file/below'; set out_dir=..."),
+        (["out_dir=file"], "File exists: 'file'; choose a writable folder"),
+        slow(["out_dir=file/below"], "Not a directory: 'file/below'; choose a writable folder"),
         slow(["run_dir=file"], "File exists: "),
         slow(["out_dir="], "out_dir= must not be empty: it names a folder"),
         (["out_dir=null"], "out_dir: field 'out_dir' is not Optional"),
@@ -383,7 +389,7 @@ def cifar_folder(root, name="data_batch_1", content=b"no pickle"):
     [
         (None, ["data=cifar100"], "no CIFAR100 in"),
         slow(None, ["data=cifar100", "data.root=missing"], "set data.root=... to the folder that"),
-        (None, ["data=cifar100", "data.name=cifar1000"], "name='cifar1000' is unknown; choose"),
+        (None, ["data=cifar100", "data.name=cifar1000"], "data.name=cifar1000 is unknown; choose"),
         slow(
             None,
             ["data=cifar100", "data.val_size=50000"],

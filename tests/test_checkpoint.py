@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import resource
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
 
@@ -34,6 +33,7 @@ DESCRIPTION = Description(
     mean=[0.5, 0.4, 0.3],
     std=[0.2, 0.2, 0.1],
     data="mine",
+    data_digest="a",
     settings={},
     precision="float32",
     version="1",
@@ -234,7 +234,7 @@ def test_settings_that_change_no_result_may_differ(tmp_path):
     save(tmp_path, 3)
     other = {"seed": 1, "wandb": {"mode": "auto"}, "data": {"root": "b", "val_size": 0}}
     assert read(tmp_path, other | {"max_minutes": 9}) == ("last.pt", 3)
-    with pytest.raises(ValueError, match=r"data\.val_size \(0 there, 5 here\), seed \(1 there"):
+    with pytest.raises(ValueError, match=r"val_size \(0 in the checkpoint, 5 now\), seed \(1 in"):
         read(tmp_path, {"seed": 2, "data": {"root": "a", "val_size": 5}})
 
 
@@ -243,10 +243,13 @@ def test_states_of_other_code(tmp_path):
     path, state = checkpoint.load(checkpoint.find("auto", tmp_path), CONFIG)
     for other in (nn.Linear(3, 3), nn.Conv2d(2, 3, 1)):
         with pytest.raises(
-            ValueError, match=r"last\.pt was written by other code than this: model: bias is"
+            ValueError,
+            match=r"last\.pt was written by a different version of this code: model: bias",
         ):
             checkpoint.restore(state, {"model": other}, path)
-    with pytest.raises(ValueError, match=r"by other code than this: .ema_model is missing"):
+    with pytest.raises(
+        ValueError, match=r"by a different version of this code: .ema_model is missing"
+    ):
         checkpoint.restore(state, {"ema_model": nn.Linear(2, 3)}, path)
 
 
@@ -267,7 +270,7 @@ def test_a_checkpoint_without_a_key_or_with_another_type(tmp_path, key, value):
     if value == "gone":
         del inside[name]
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r"last\.pt was written by other code than this: ") as told:
+    with pytest.raises(ValueError, match=r"last\.pt was written by a different version of") as told:
         load_and_restore(path)
     assert name in str(told.value) or key in ("model", "config")
     assert "\n" not in str(told.value)
@@ -291,7 +294,7 @@ def test_a_damaged_field_of_the_progress_is_named(tmp_path, key, value, words):
     state = torch.load(path, weights_only=True)
     (state if key in state else state["epoch_state"])[key] = value
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r"last\.pt was written by other code than this: ") as told:
+    with pytest.raises(ValueError, match=r"last\.pt was written by a different version of") as told:
         load_and_restore(path)
     assert words in str(told.value)
     assert "\n" not in str(told.value)
@@ -306,15 +309,23 @@ def set_(state, value, *keys):
 @pytest.mark.parametrize(
     ("value", "keys", "words"),
     [
-        (torch.zeros(2, 2), ("model", "weight"), "model: weight is (2, 2), and (3, 2) by"),
-        (torch.zeros(3, dtype=torch.int64), ("model", "bias"), "bias is torch.int64, and torch.fl"),
+        (
+            torch.zeros(2, 2),
+            ("model", "weight"),
+            "model: weight has shape (2, 2); this run's network has (3, 2)",
+        ),
+        (
+            torch.zeros(3, dtype=torch.int64),
+            ("model", "bias"),
+            "bias is torch.int64; this run's network has torch.float32",
+        ),
         (None, ("model", "bias"), "model: bias is null, not a tensor"),
         (None, ("model",), "model is null, not tensors by their names"),
         (torch.zeros(5), ("optimizer", "state", 0, "exp_avg"), "optimizer: exp_avg is (5,) of "),
         ([1], ("optimizer", "state", 1, "exp_avg_sq"), "optimizer: exp_avg_sq is "),
         ("fast", ("optimizer", "param_groups", 0, "lr"), 'param_groups[0].lr is "fast", not 0.05'),
         (None, ("optimizer", "param_groups", 0, "betas"), "param_groups[0].betas is null, not "),
-        (None, ("optimizer",), "was written by other code than this: "),
+        (None, ("optimizer",), "written by a different version"),
         ("x", ("schedule", "last_epoch"), 'schedule.last_epoch is "x", not 0'),
         ([], ("schedule", "_last_lr"), "schedule._last_lr has 0 values, not 1"),
     ],
@@ -333,7 +344,7 @@ def test_damaged_states_are_one_line(tmp_path, value, keys, words):
     state = deepcopy(state)
     checkpoint.restore(deepcopy(state), parts(), tmp_path)  # as it is, it fits
     set_(state, value, *keys)
-    with pytest.raises(ValueError, match="was written by other code than this: ") as told:
+    with pytest.raises(ValueError, match="written by a different version of") as told:
         checkpoint.restore(state, parts(), tmp_path)
     assert words in str(told.value)
     assert "\n" not in str(told.value)
@@ -361,30 +372,3 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, full_disk, size):
         checkpoint.save(tmp_path, {"model": model(400)}, **kept)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     assert read(tmp_path) == ("last.pt", 1)
-
-
-@pytest.mark.parametrize(
-    ("change", "alike"),
-    [
-        ({}, True),
-        ({"mean": [0.5, 0.4, 0.3 + 1e-9]}, True),  # another processor may round otherwise
-        ({"mean": [0.5, 0.4, 0.31]}, False),
-        ({"std": [0.2, 0.2, 0.1001]}, False),
-        ({"class_names": ["a", "b"]}, False),
-        ({"class_names": ["b", "a", "c"]}, False),
-    ],
-)
-def test_images_are_told_apart_by_classes_mean_and_deviation(tmp_path, change, alike):
-    """As of a checkpoint of older code, which has no digest."""
-    saved = {"description": DESCRIPTION | change}
-    with nullcontext() if alike else pytest.raises(ValueError, match="on other images that are"):
-        checkpoint.check_data(saved, DESCRIPTION, tmp_path)
-
-
-@pytest.mark.parametrize(("there", "alike"), [("a", True), ("b", False), (None, True)])
-def test_images_are_told_apart_by_their_digest(tmp_path, there, alike):
-    """Whatever the version of Pillow has made of them."""
-    saved = {"description": DESCRIPTION | {"data_digest": there}}
-    now = DESCRIPTION | {"data_digest": "a", "mean": [0.5, 0.4, 0.31] if there else [0.5, 0.4, 0.3]}
-    with nullcontext() if alike else pytest.raises(ValueError, match="on other images that are"):
-        checkpoint.check_data(saved, now, tmp_path)

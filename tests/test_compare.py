@@ -236,10 +236,12 @@ def test_a_run_that_breaks_does_not_stop_the_others(tmp_path, pretend, capsys):
     assert len(calls) == 4
     out, err = told(capsys)
     assert "report of experiment=lookup" in out
-    assert "[3/4] attention=none seed=1 failed: train.py ended with code -9" in out
+    assert "[3/4] attention=none seed=1 failed: train.py was killed by SIGKILL, perhaps" in out
     assert "4 runs: 2 done, 2 failed; the same command trains what is missing" in out
     assert err.splitlines() == [
-        f"compare.py: attention=none seed={seed}: train.py ended with code -9" for seed in (0, 1)
+        f"compare.py: attention=none seed={seed}: train.py was killed by SIGKILL, perhaps for lack "
+        "of memory"
+        for seed in (0, 1)
     ]
 
 

@@ -173,7 +173,7 @@ def test_a_tilde_means_the_home_folder(present, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"name": "cifar1000"}, "name='cifar1000' .*cifar10, cifar100"),
+        ({"name": "cifar1000"}, "data.name=cifar1000 .*cifar10, cifar100"),
         ({"val_size": -1}, "val_size=-1 .*13"),
         ({"val_size": 13}, "val_size=13 .*13"),
     ],

@@ -318,7 +318,7 @@ def no_image_in_a_class(root):
 
 
 REFUSED = {
-    "no root": (remove(), {}, FileNotFoundError, "it has no folder train/"),
+    "no root": (remove(), {}, FileNotFoundError, "there is no such folder"),
     "no train": (remove("train"), {}, FileNotFoundError, "the images of each class belong in"),
     "no val": (remove("val"), {}, FileNotFoundError, "data.val_size=N evaluates on N"),
     "one class": (only_one_class, {}, ValueError, "has 1 folders; expected one for each class"),
@@ -353,9 +353,9 @@ REFUSED = {
         ValueError,
         "; and 2 more",
     ),
-    "size 0": (None, {"size": 0}, ValueError, "data.size=0 must be at least 1"),
+    "size 0": (None, {"size": 0}, ValueError, "data.size=0 must be whole numbers from 1"),
     "size -3": (None, {"size": -3}, ValueError, "data.size=-3 must be"),
-    "large": (None, {"size": 1025}, ValueError, "data.size=1025 must be at least 1 and at most"),
+    "large": (None, {"size": 1025}, ValueError, "data.size=1025 must be whole numbers from 1"),
     "all held out": (None, {"val_size": 12}, ValueError, "val_size=12 cannot be held out of 12"),
     "less than none": (None, {"val_size": -1}, ValueError, "val_size=-1 cannot be held out"),
 }

@@ -139,13 +139,13 @@ def test_tiny_imagenet_as_it_is_downloaded(root):
         ),
         (
             lambda val: write(val / "ant" / "val_1.JPEG"),
-            "gives no single class to val_1.JPEG, which appears twice",
+            "gives no single class to val_1.JPEG: the name appears twice",
         ),
         (
             lambda val: (val / "val_annotations.txt").write_text(
                 "val_0.JPEG\tant\nval_1.JPEG\tant\nval_2.JPEG\tBee\nval_0.JPEG\tBee\n"
             ),
-            "gives no single class to val_0.JPEG, which appears twice",
+            "gives no single class to val_0.JPEG: the name appears twice",
         ),
     ],
 )

@@ -38,6 +38,7 @@ def described(attention, **data):
         mean=list(LOOKUP.mean),
         std=list(LOOKUP.std),
         data="lookup",
+        data_digest=LOOKUP.digest,
         settings={"data": settings, "channels_last": True},
         precision="float32",
         version="0.1.0",

@@ -10,7 +10,6 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from training import cli
-from training.hydra_compat import lazy_help_allowed
 
 CONTAINER = argparse._ActionsContainer
 
@@ -42,20 +41,9 @@ def python314(monkeypatch):
 
 @pytest.mark.usefixtures("python314")
 def test_hydras_parser_cannot_be_made_without_help():
-    # Where this no longer raises, Hydra needs no training/hydra_compat.py any more.
+    # Where this no longer raises, training/cli.py need not switch the check off.
     with pytest.raises(ValueError, match="badly formed help string"):
         get_args_parser()
-
-
-@pytest.mark.usefixtures("python314")
-def test_hydras_parser_can_be_made_with_it():
-    with lazy_help_allowed():
-        parser = get_args_parser()
-    words = parser.parse_args(["-m", "epochs=1,2"])
-    assert words.multirun
-    assert words.overrides == ["epochs=1,2"]
-    lazy = next(a.help for a in parser._actions if "--shell-completion" in a.option_strings)
-    assert "Install or Uninstall" in str(lazy)
 
 
 @pytest.mark.usefixtures("python314")
@@ -67,20 +55,3 @@ def test_the_command_works(monkeypatch, capsys, option, text):
     with contextlib.suppress(SystemExit):  # which Hydra raises after its help
         cli.run()
     assert text in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("python314")
-def test_a_string_is_still_checked_and_everything_is_as_before_afterwards():
-    before = CONTAINER._check_help
-    with pytest.raises(ValueError, match="badly formed"), lazy_help_allowed():
-        argparse.ArgumentParser().add_argument("--share", help="in %")
-    assert CONTAINER._check_help is before
-    with pytest.raises(ValueError, match="badly formed"):
-        argparse.ArgumentParser().add_argument("--lazy", help=object())
-
-
-@pytest.mark.skipif(hasattr(CONTAINER, "_check_help"), reason="this Python checks help strings")
-def test_an_older_argparse_is_left_alone():
-    before = dict(vars(CONTAINER))
-    with lazy_help_allowed():
-        assert dict(vars(CONTAINER)) == before

@@ -42,6 +42,7 @@ def describe(attention=ATTENTIONS[3], **change):
         "attention": describe_attention(attention),
     }
     rest = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.1], "data": "own", "version": "1"}
+    rest |= {"data_digest": "a1"}
     rest |= {"settings": {"epochs": 3, "optim": {"lr": 0.1}}, "precision": "float32"}
     names = {"format": FORMAT, "class_names": ["a", "b", "ü"], "commit": "unknown"}
     return Description(**{"network": network, **rest, **names} | change)

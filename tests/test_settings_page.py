@@ -7,7 +7,6 @@ import dataclasses
 import enum
 import shutil
 import sys
-import typing
 
 import pytest
 
@@ -152,8 +151,8 @@ class Color(enum.Enum):
     ("kind", "words"),
     [
         (int, "int"),
-        (typing.Optional[float], "float or null"),  # noqa: UP045 (as the schema writes it)
-        (typing.Union[int, float], "int or float"),  # noqa: UP007
+        (float | None, "float or null"),
+        (int | float, "int or float"),
         (list[int], "list of int"),
         (Color, "`red`, `blue`"),
     ],

@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 
 import train
 from reporting import runs
-from training import cli, run_folder, sweep
+from training import cli, sweep
 from training.assemble import build_model
+from training.stopping import Stop
 
 from folders import failed, make_run
 from helpers import TINY
@@ -148,41 +149,17 @@ def test_a_mistake_of_the_program_in_one_job_is_shown_and_ends_no_other(
 
 
 @pytest.mark.slow
-def test_a_run_that_another_process_is_training_is_left_to_it(sweeps, tmp_path):
-    assert sweeps(*ONE_EPOCH, "seed=0,1").code == 0
-    folder = next(tmp_path.rglob("seed=1"))
-    shutil.rmtree(folder)
-    with run_folder.claimed(folder):
-        said = sweeps(*ONE_EPOCH, "seed=0,1", "resume=auto")
-    assert said.code == 0
-    assert table(said)[1] == "2 jobs: 2 skipped"
-    assert "is in use by process" in table(said)[0][1]
+def test_a_signal_after_a_jobs_last_epoch_ends_the_sweep_and_the_job_is_done(sweeps, monkeypatch):
+    def leave(self, finished):
+        assert finished
+        raise SystemExit(143)
 
-
-@pytest.mark.slow
-def test_a_signal_ends_the_sweep_with_the_table(sweeps, monkeypatch):
-    step = train.take_step
-
-    def stopping(cfg, *arguments):
-        if cfg.seed == 1:
-            raise SystemExit(143)
-        return step(cfg, *arguments)
-
-    monkeypatch.setattr(train, "take_step", stopping)
+    monkeypatch.setattr(Stop, "leave", leave)
     said = sweeps(*ONE_EPOCH, "seed=0,1,2")
     assert said.code == 143
-    _, count = table(said)
-    assert count.startswith("3 jobs: 1 done, 1 stopped, 1 not started; the same command with res")
-
-
-@pytest.mark.slow
-def test_a_folder_by_the_jobs_number_stays_the_same(sweeps, tmp_path):
-    words = [*ONE_EPOCH, "grad_clip=-1,1,2", "hydra.sweep.subdir=${hydra.job.num}", "resume=auto"]
-    assert sweeps(*words).code == 1
-    assert {p.parent.name for p in tmp_path.rglob("summary.json")} == {"1", "2"}
-    said = sweeps(*words)
-    assert said.steps == 0
-    assert table(said)[1] == "3 jobs: 2 skipped, 1 refused"
+    jobs, count = table(said)
+    assert count.startswith("3 jobs: 1 done, 2 not started; the same command with resume=auto")
+    assert "done: test top-1 " in jobs[0]
 
 
 @pytest.mark.slow
@@ -216,10 +193,22 @@ def test_a_finished_run_on_other_images_is_not_taken_for_the_jobs(sweeps, tmp_pa
     assert table(sweeps(*words, "overwrite=true"))[1] == "2 jobs: 2 done"
 
 
-def test_a_sweep_of_which_no_job_can_be_trained(sweeps, tmp_path):
-    said = sweeps(*ONE_EPOCH, "grad_clip=-1,-2")
+@pytest.mark.parametrize(
+    ("words", "reasons"),
+    [
+        (["grad_clip=-1,-2"], ["grad_clip=-1.0 must be above 0", "grad_clip=-2.0 must be above 0"]),
+        (["optim.lr=inf,nan"], ["optim.lr=inf must be finite", "optim.lr=nan must be finite"]),
+        (["augmentation.policy=foo,bar"], ["policy=foo is unknown", "policy=bar is unknown"]),
+        (["data=folder", "seed=0,1"], ["data.root has no value; give data.root=..."] * 2),
+    ],
+)
+def test_a_sweep_of_which_no_job_can_be_trained(sweeps, tmp_path, words, reasons):
+    own = [w for w in ONE_EPOCH if not w.startswith("data.") or words[0] != "data=folder"]
+    said = sweeps(*own, *words)
     assert (said.code, said.steps) == (2, 0)
-    assert table(said)[1] == "2 jobs: 2 refused"
+    jobs, count = table(said)
+    assert count == "2 jobs: 2 refused"
+    assert all(reason in jobs[number] for number, reason in enumerate(reasons))
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

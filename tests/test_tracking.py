@@ -117,12 +117,24 @@ def test_modes(wandb, tmp_path, mode, credentials, expected):
     assert run.calls == (calls if expected else [])
 
 
-def test_auto_listens_to_the_environment(wandb, tmp_path, monkeypatch):
-    seen = wandb(credentials=True, runs={})
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    with start("auto", tmp_path) as tracker:
-        assert tracker.id is None
-    assert seen == []
+@pytest.mark.parametrize(
+    ("given", "expected", "warns"),
+    [
+        ("disabled", [], False),
+        ("dryrun", ["offline"], False),  # as wandb called it before
+        ("Offline", ["offline"], False),
+        ("offlien", ["offline"], True),  # a slip is no reason to upload
+    ],
+)
+def test_auto_listens_to_the_environment(
+    wandb, tmp_path, monkeypatch, caplog, given, expected, warns
+):
+    seen = wandb(credentials=True, runs={"online": FakeRun(), "offline": FakeRun()})
+    monkeypatch.setenv("WANDB_MODE", given)
+    with start("auto", tmp_path):
+        pass
+    assert seen == expected
+    assert ("WANDB_MODE=offlien is none of online, offline, disabled" in caplog.text) == warns
 
 
 def test_a_server_that_does_not_answer_makes_the_run_an_offline_one(wandb, tmp_path, caplog):

@@ -280,7 +280,7 @@ def test_images_that_are_gone_are_a_line_in_the_report(run, tmp_path, monkeypatc
     def gone(*_, **__):
         raise FileNotFoundError("no images there")
 
-    monkeypatch.setattr(attention, "instantiate", gone)
+    monkeypatch.setattr(attention, "make", gone)
     (line,) = section(tmp_path / "runs").notes
     assert line == "The attention of aa is not shown: no images there."
 

@@ -132,8 +132,12 @@ def test_a_value_arrives_as_it_was_meant(name, value, expected):
             "value is written null",
         ),
         ("name", "a,b", "Ambiguous value for argument 'name=a,b'"),
-        ("name", "a=b", "text with such a character is quoted twice: \"name='a=b'\""),
-        ("wandb.group", "a(b", "text with such a character is quoted twice: \"wandb.group='a(b'\""),
+        ("name", "a=b", "for Hydra and for the shell: \"name='a=b'\""),
+        (
+            "wandb.group",
+            "a(b",
+            "for Hydra and for the shell: \"wandb.group='a(b'\"",
+        ),
         ("attention.dk", 16.0, "write 16 for channels"),
     ],
 )

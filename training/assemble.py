@@ -3,7 +3,6 @@
 import copy
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -11,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from data import Batches, Dataset, evaluation_batches
 from models import ForeignWeights, Trained, freeze
 from training import distributed
+from training.compose import make
 from training.device import compiled, set_deterministic, to_device
 from training.initial import take_weights
 from training.loss import class_weights
@@ -47,7 +47,7 @@ def build_state(
     batches = Batches(
         dataset.train,
         cfg.batch_size,
-        instantiate(cfg.augmentation, _convert_="all"),
+        make(cfg.augmentation),
         dataset.mean,
         dataset.std,
         cfg.seed,
@@ -86,7 +86,7 @@ def build_state(
         ema_model=ema_model,
         best_model=best_model,
         optimizer=optimizer,
-        schedule=instantiate(cfg.schedule)(optimizer, cfg.epochs * len(batches)),
+        schedule=make(cfg.schedule)(optimizer, cfg.epochs * len(batches)),
         autocast=autocast,
         # Only fp16 has too little range for gradients.
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),

@@ -2,7 +2,6 @@
 
 import glob
 import logging
-import math
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +24,7 @@ from training.variants import result_settings
 
 log = logging.getLogger(__name__)
 
-OTHER_CODE = "was written by other code than this"
+OTHER_CODE = "was written by a different version of this code"
 
 
 def save(
@@ -102,11 +101,11 @@ def begin(
         if not overwrite:
             raise run_folder.DivergedError(
                 f"{folder}: this run has diverged ({failure['error']}); with the same settings it "
-                "would diverge again; overwrite=true trains it again from its beginning"
+                "would diverge again; overwrite=true trains it from scratch"
             )
         found = []
     used, state = load(found, config) if found else (None, {})
-    if used is not None and images.differ(state["description"].get("data_digest"), config):
+    if used is not None and images.differ(state["description"]["data_digest"], config):
         if not overwrite or resume != "auto":
             raise ValueError(images.other_images(used, state["description"]["data"]))
         used, state = None, {}
@@ -158,7 +157,7 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
     parse(progress.Progress, state, f"{path} {OTHER_CODE}")
     here, there = _comparable(config), _comparable(state["config"])
     differing = [
-        f"{key} ({there.get(key, 'absent')} there, {here.get(key, 'absent')} here)"
+        f"{key} ({there.get(key, 'absent')} in the checkpoint, {here.get(key, 'absent')} now)"
         for key in sorted(here.keys() | there.keys())
         if here.get(key, "absent") != there.get(key, "absent")
     ]
@@ -186,8 +185,9 @@ def check_precision(state: dict[str, Any], precision: str, asked: str, folder: P
     before = state["segments"][-1]["precision"] if state["segments"] else precision
     if before != precision:
         raise ValueError(
-            f"precision={asked} is {precision} here, but the run has been trained in {before}; "
-            f"precision={precision_name(before)} {shell_override('run_dir', folder)} continues it"
+            f"precision={asked} is {precision} here, but the run was trained in {before}; "
+            f"precision={precision_name(before)} {shell_override('run_dir', folder)} resume=auto "
+            "continues it"
         )
 
 
@@ -209,25 +209,6 @@ def runs_with_other_epochs(folder: Path, config: dict[str, Any]) -> list[str]:
                 f"schedule of the learning rate over {here['epochs']} epochs"
             )
     return lines
-
-
-def check_data(state: dict[str, Any], description: dict[str, Any], path: Path) -> None:
-    """Raise ValueError if the run of ``state`` was trained on other images than ``description``.
-
-    The data set's digest tells them apart; classes, mean and deviation where ``path``, the
-    checkpoint, was written before there was one.
-    """
-    before = state["description"]
-    if before.get("data_digest") is not None:
-        alike = before["data_digest"] == description["data_digest"]
-    else:
-        alike = before["class_names"] == description["class_names"] and all(
-            math.isclose(then, now, abs_tol=1e-6)
-            for name in ("mean", "std")
-            for then, now in zip(before[name], description[name], strict=True)
-        )
-    if not alike:
-        raise ValueError(images.other_images(path, description["data"]))
 
 
 def restore(state: dict[str, Any], stateful: dict[str, Any], path: Path) -> None:
@@ -322,7 +303,7 @@ def continue_run(
     What was asked for by ``resume`` and cannot be seen in the result is logged.
 
     Raises:
-        ValueError: the checkpoint was written by other code than this.
+        ValueError: the checkpoint was written by a different version of this code.
     """
     if resumed is None:
         if resume == "auto":
@@ -330,7 +311,6 @@ def continue_run(
             for line in runs_with_other_epochs(run_dir, config):
                 log.info("%s", line)
         return progress.Progress.begin(len(state.batches))
-    check_data(saved, state.description.model_dump(), resumed)
     restore(saved, state.stateful(), resumed)
     continued = parse(progress.Progress, saved, f"{resumed}")
     if continued.epoch_state.step > len(state.batches) or len(continued.rows) > config["epochs"]:

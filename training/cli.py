@@ -3,6 +3,7 @@
 torch is imported when a run begins: help, the settings and a mistake in them do not need it.
 """
 
+import argparse
 import errno
 import importlib
 import importlib.metadata
@@ -28,10 +29,9 @@ from training import console, sweep, words
 from training.compose import CONFIGS
 from training.errors import explain, is_for_the_user, shortened
 from training.files import write_text
-from training.hydra_compat import lazy_help_allowed
 from training.launch import REASON
 from training.tracking import under_agent
-from training.variants import folder_name, name_of_images
+from training.variants import folder_name, name_of_images, naming_words
 from training.world import world
 
 # What the user has set HYDRA_FULL_ERROR to, which `run` sets for its own purpose; the processes
@@ -48,7 +48,6 @@ def _main(cfg: DictConfig) -> float:
     return job(importlib.import_module("train").train, cfg)
 
 
-@lazy_help_allowed()
 def run() -> None:
     """Do what the command line says; a mistake in it ends the process with one line and code 2.
 
@@ -56,6 +55,10 @@ def run() -> None:
     `training.sweep`. With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
     """
     console.ready()
+    # Python 3.14 checks an option's help when the option is added, and takes Hydra 1.3's, which
+    # becomes text only when it is printed, for a fault.
+    if hasattr(argparse._ActionsContainer, "_check_help"):
+        argparse._ActionsContainer._check_help = lambda *_: None
     try:
         world()
     except ValueError as error:
@@ -89,7 +92,7 @@ def _stop_at(error: BaseException) -> None:
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         stop(explain(error))
     if isinstance(error, OSError):  # Hydra was not able to make a folder
-        stop(f"{explain(error)}; set out_dir=... to a folder that can be written")
+        stop(f"{explain(error)}; choose a writable folder with out_dir=...")
     # Hydra's own, before a run began, whatever it is: it names nothing.
     code = _main.__wrapped__.__code__
     own = any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
@@ -131,7 +134,7 @@ def job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) ->
     from training.run_folder import top1
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return sweep.run_job(train, cfg, run_dir(cfg), full_error=FULL_ERROR)
+        return sweep.run_job(train, cfg, run_dir, full_error=FULL_ERROR)
     with one_line_errors():
         folder = run_dir(cfg)
         kept = sweep.reason_kept(cfg, folder) if under_agent() else nullcontext()
@@ -152,7 +155,8 @@ def run_dir(cfg: DictConfig) -> Path:
         return Path(cfg.run_dir).expanduser().absolute()
     hydra = HydraConfig.get()
     own, multirun = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
-    if hydra.sweep.subdir != "." if multirun else own != Path(os.path.abspath(cfg.out_dir)):
+    out_dir = Path(os.path.abspath(os.path.expanduser(cfg.out_dir)))
+    if hydra.sweep.subdir != "." if multirun else own != out_dir:
         return own
     folder = own if multirun else own / cfg.name
     sweep_id, run_id = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
@@ -160,7 +164,7 @@ def run_dir(cfg: DictConfig) -> Path:
         return folder / folder_name([f"sweep={sweep_id}"]) / f"run={run_id}"
     own_config = hydra.job.config_name not in (None, "config")
     overrides = [f"config={hydra.job.config_name}"] if own_config else []
-    overrides += [hydra.job.override_dirname] if hydra.job.override_dirname else []
+    overrides += sorted(naming_words(hydra.overrides.task))
     overrides += name_of_images(cfg, hydra.overrides.task)
     name = folder_name(overrides) if overrides else "default"
     return folder / name / f"seed={cfg.seed}"

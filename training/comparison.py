@@ -10,11 +10,10 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from configs.schema import names_folder
 from training import images, outcome, run_folder, settings
 from training.compose import compose_config
 from training.outcome import DIVERGED, FAILED, Outcome
-from training.variants import folder_name, images_key, name_of_images
+from training.variants import folder_name, images_key, name_of_images, naming_words
 
 # Settings that compare.py gives each run itself, and what to do instead.
 OURS = {
@@ -95,16 +94,11 @@ def plan(
         OSError: these images cannot be read.
         HydraException, OmegaConfBaseException: settings that train.py does not have.
     """
-    parse = OverridesParser.create().parse_overrides
-    for override in parse([*itertools.chain(*vary), *overrides]):
-        key = override.get_key_element()
-        if key in OURS:
-            raise ValueError(f"{override.input_line}: {OURS[key]}")
-    naming = [
-        str(override.input_line)
-        for override in parse(overrides)
-        if names_folder(override.get_key_element())
-    ]
+    words = [*itertools.chain(*vary), *overrides]
+    for override in OverridesParser.create().parse_overrides(words):
+        if override.key_or_group in OURS:
+            raise ValueError(f"{override.input_line}: {OURS[override.key_or_group]}")
+    naming = naming_words(overrides)
     naming += name_of_images(compose_config(overrides), naming)
     lengths, data = {}, {}
     for variant in expand(vary):
@@ -113,7 +107,7 @@ def plan(
         lengths[variant] = int(cfg.epochs)
         config = settings.resolve(cfg)
         data[images_key(config)] = config
-    comparison = (out_dir / "compare" / (folder_name(naming) or "default")).absolute()
+    comparison = (out_dir / "compare" / (folder_name(naming) if naming else "default")).absolute()
     _check_images(comparison, data)
     runs = [
         PlannedRun(variant, seed, comparison / folder_name(variant) / f"seed={seed}", epochs)

@@ -1,9 +1,12 @@
-"""Settings without a command line: what train.py would make of the same words."""
+"""Settings without a command line, and what an option of a group makes of its settings."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from configs.schema import register
@@ -20,3 +23,16 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose("config", list(overrides))
+
+
+def make(settings: DictConfig | Mapping[Any, Any]) -> Any:
+    """What the ``_target_`` of these settings makes of them: a data set, an augmentation, ...
+
+    Raises:
+        Exception: whatever the target raises, which Hydra would wrap into an error of its own.
+    """
+    try:
+        return instantiate(settings, _convert_="all")
+    except InstantiationException as error:
+        raised = error.__cause__ or error
+    raise raised

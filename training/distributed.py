@@ -30,6 +30,9 @@ TIMEOUT_WHILE_COMPILING = datetime.timedelta(minutes=10)
 # The main process closes its tracking after the others are through, and uploads pictures.
 TIMEOUT_AT_THE_END = datetime.timedelta(minutes=10)
 
+# The others wait for one that downloads the data or reads all files of a folder.
+TIMEOUT_OF_FILES = datetime.timedelta(hours=2)
+
 _groups, _meetings = itertools.count(), itertools.count()
 
 
@@ -110,6 +113,11 @@ def await_main() -> None:
             time.sleep(0.05)
 
 
+def _patient_group() -> Any:
+    """All processes, waiting for what may take long, such as a download. All must call this."""
+    return dist.new_group(backend="gloo", timeout=TIMEOUT_OF_FILES)
+
+
 @contextmanager
 def local_main_first() -> Iterator[None]:
     """On each machine local rank 0 goes through the ``with`` before the other processes enter it.
@@ -120,29 +128,32 @@ def local_main_first() -> Iterator[None]:
     if not dist.is_initialized():
         yield
         return
-    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=2))
+    group = _patient_group()
     if here.local_rank > 0:
         dist.barrier(group)
-    yield
-    if here.local_rank == 0:
-        dist.barrier(group)
+    try:
+        yield
+    finally:  # also after an error: the others find the same one
+        if here.local_rank == 0:
+            dist.barrier(group)
 
 
 def broadcast_from_main(make: Callable[[], T]) -> T:
-    """What ``make`` returns in the main process, which alone calls it.
+    """What ``make`` returns in the main process, which alone calls it, however long that takes.
 
     Raises:
         ValueError, OSError: that ``make`` has raised, in all processes alike.
     """
     if not dist.is_initialized():
         return make()
+    group = _patient_group()
     made: list[tuple[T | None, Exception | None]] = [(None, None)]
     if world().is_main:
         try:
             made = [(make(), None)]
         except (ValueError, OSError) as error:
             made = [(None, error)]
-    dist.broadcast_object_list(made, 0, device=torch.device("cpu"))
+    dist.broadcast_object_list(made, 0, group=group, device=torch.device("cpu"))
     value, raised = made[0]
     if raised is not None:
         raise raised

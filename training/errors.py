@@ -4,7 +4,7 @@ import dataclasses
 import errno
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -47,10 +47,8 @@ def _is_compiled_too_often(error: BaseException) -> bool:
 def explain(error: BaseException) -> str:
     """The error in one line: the value, and what to change where that is known."""
     cause = error.__cause__
-    if isinstance(error, InstantiationException) and cause is not None:
-        return explain(cause)
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"{_first_part(error)}; give a shorter name= or out_dir="
+        return f"{_first_part(error)}; shorten that path, of a run's folder by name= or out_dir="
     if _lacks_memory(error):
         return (
             f"not enough memory ({_first_part(error)}); a smaller batch_size, eval_batch_size, "
@@ -65,7 +63,7 @@ def explain(error: BaseException) -> str:
             "compile=false"
         )
     if isinstance(error, RecursionError):
-        return "a value, or a folder, lies too deeply inside others"
+        return "values or folders are nested too deeply"
     if isinstance(error, OverrideParseException):
         return f"{shortened(str(error.override))}: {shortened(_grammar_fault(error))}"
     settings = cause if isinstance(cause, OmegaConfBaseException) else error
@@ -80,7 +78,7 @@ def explain(error: BaseException) -> str:
         key = _first_part(settings).rpartition(" ")[2] if refers else str(settings.full_key)
         return f"{key} has no value; give {key}=..."
     if isinstance(settings, OmegaConfBaseException) and settings.full_key:
-        hint = "; no value is written null" if "Value 'None'" in str(settings) else ""
+        hint = "; write null for no value" if "Value 'None'" in str(settings) else ""
         return f"{settings.full_key}: {_first_part(settings)}{hint}"
     return _first_part(error)
 
@@ -97,7 +95,7 @@ def _grammar_fault(error: OverrideParseException) -> str:
     word = f"{key}={hydra_quote(value)}"
     if not value or not is_text(key) or not _parses(word):
         return fault
-    return f"{fault}; text with such a character is quoted twice: {shell_override(key, value)}"
+    return f"{fault}; quote such text for Hydra and for the shell: {shell_override(key, value)}"
 
 
 def _parses(word: str) -> bool:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
 from aaconv.maps import augmented_layers
+from training.compose import make
 
 # Their bases are the common ones of all kinds that torch has, synchronized ones too.
 NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -22,7 +22,7 @@ def make_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """
     settings = {key: value for key, value in cfg.items() if key not in ("decay", "lr_factors")}
     groups = parameter_groups(model, cfg)
-    made: torch.optim.Optimizer = instantiate(settings, _convert_="all")(groups)
+    made: torch.optim.Optimizer = make(settings)(groups)
     return made
 
 

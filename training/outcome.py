@@ -3,6 +3,7 @@
 What the files of a run's folder say comes first, whatever its process ended with.
 """
 
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,8 +69,12 @@ def of_process(found: Outcome, folder: Path, code: int, line: str) -> Outcome:
         return found
     if code == 0:  # the time is over
         return Outcome(STOPPED, found.why)
+    ended = f"train.py ended with code {code}"
+    if code < 0:
+        ended = f"train.py was killed by {signal.Signals(-code).name}"
+        ended += ", perhaps for lack of memory" * (-code == signal.SIGKILL)
     # Another process may have been quicker to claim the folder.
-    return in_progress(folder) or Outcome(FAILED, line or f"train.py ended with code {code}")
+    return in_progress(folder) or Outcome(FAILED, line or ended)
 
 
 def in_progress(folder: Path) -> Outcome | None:
@@ -115,8 +120,8 @@ def table(rows: list[tuple[str, Outcome]], noun: str, again: str) -> list[str]:
 def exit_code(kinds: set[str], error: BaseException | None = None) -> int:
     """0 if all runs have a result or may have one yet, 1 if one has none, 2 if all were refused.
 
-    Or that of ``error``, which has ended them all, where it is an exit or Ctrl-C; of another
-    signal than that it is the argument.
+    Or that of ``error``, which has ended them all, where it is an exit or Ctrl-C; the argument of a
+    KeyboardInterrupt, if it has one, is its code.
     """
     code = 2 if kinds == {REFUSED} else int(not kinds.isdisjoint(BAD))
     if isinstance(error, SystemExit):

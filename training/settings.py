@@ -5,13 +5,17 @@ import math
 from typing import Any, get_args
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import models
-from configs.schema import unknown_setting
+from configs.schema import CifarConfig, FolderConfig, unknown_setting
 from configs.setting import MAX_FLOAT
+from data.batches import check_batch_size
+from data.cifar import TRAIN_SIZE, check_name
+from data.dataset import check_val_size
+from data.folder import height_and_width
 from models.fields import is_number
+from training.compose import make
 from training.loss import BALANCED
 from training.optimizer import parameter_groups
 
@@ -29,7 +33,8 @@ def resolve(cfg: DictConfig) -> dict[str, Any]:
 def check(cfg: DictConfig, world_size: int = 1) -> None:
     """Raise ValueError for what no run can have, before anything is read or built.
 
-    What only the data can tell, such as a batch larger than the set, is found when they are read.
+    What only the data can tell, such as a batch larger than a folder of images, is found when they
+    are read.
     """
     _check_keys(cfg)
     _check_class_weights(cfg.class_weights)
@@ -45,7 +50,7 @@ def check(cfg: DictConfig, world_size: int = 1) -> None:
     _check_project(cfg.wandb.project, cfg.wandb.mode.name)
     if "momentum" in cfg.optim and cfg.optim.nesterov and not cfg.optim.momentum:
         raise ValueError("optim.nesterov=true needs an optim.momentum above 0")
-    instantiate(cfg.augmentation, _convert_="all")  # raises
+    _check_data(cfg)
     _check_network(cfg)
 
 
@@ -98,6 +103,22 @@ def _check_class_weights(value: Any) -> None:
         )
 
 
+def _check_data(cfg: DictConfig) -> None:
+    """What is known of the images without reading any: of a folder's, not how many there are."""
+    data, augmentation = cfg.data, make(cfg.augmentation)
+    if OmegaConf.select(data, "root") == "":
+        raise ValueError("data.root= must not be empty: it names a folder")
+    if data["_target_"] == FolderConfig._target_:
+        augmentation.check_fits(*height_and_width(resolve(cfg)["data"]["size"]))
+        return
+    augmentation.check_fits(32, 32)
+    number = data.get("train_size") or TRAIN_SIZE
+    check_val_size(data.val_size, number)
+    check_batch_size(cfg.batch_size, number - data.val_size)
+    if data["_target_"] == CifarConfig._target_:
+        check_name(data.name)
+
+
 def _check_project(project: str, mode: str) -> None:
     if mode != "disabled" and (not project or set(project) & set("/\\#?%:")):
         raise ValueError(
@@ -142,9 +163,9 @@ def build_model(cfg: DictConfig, *, num_classes: int, image_size: tuple[int, int
         ValueError: see `models.ResNet`.
     """
     arguments = {key: value for key, value in cfg.model.items() if key not in ("name", "aa")}
-    network: models.ResNet = instantiate(arguments, _convert_="all")(
+    network: models.ResNet = make(arguments)(
         num_classes=num_classes,
         image_size=image_size,
-        attention=instantiate(cfg.attention, _convert_="all"),
+        attention=make(cfg.attention),
     )
     return network

@@ -76,6 +76,7 @@ class Stop:
         self._checkpoint_minutes = checkpoint_minutes
         self._saved_at = time.monotonic()
         self._has_saved = False
+        self._is_over = False
 
     def __enter__(self) -> "Stop":
         if threading.current_thread() is threading.main_thread():
@@ -108,7 +109,7 @@ class Stop:
         """What asks for a stop: a signal's name, the end of the time, or None."""
         if self.signal is not None:
             return self.signal.name
-        if time.monotonic() - BEGUN >= 60 * self._max_minutes:
+        if self._is_over or time.monotonic() - BEGUN >= 60 * self._max_minutes:
             return f"max_minutes={self._max_minutes:g}"
         return None
 
@@ -134,7 +135,12 @@ class Stop:
 
     def _next(self, save: bool) -> Action:
         own = Action.SAVE if save else Action.CONTINUE
-        return Action(distributed.all_reduce_max(Action.STOP if self.why() is not None else own))
+        action = Action(distributed.all_reduce_max(own if self.why() is None else Action.STOP))
+        if action is Action.STOP:  # perhaps because of a signal or a clock of another process
+            number = distributed.all_reduce_max(self.signal or 0)
+            self.signal = signal.Signals(number) if number else None
+            self._is_over = not number
+        return action
 
     @property
     def will_resume(self) -> bool:

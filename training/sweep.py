@@ -147,11 +147,11 @@ def _number_of_jobs(config: DictConfig, overrides: list[Override]) -> int | None
 def run_job(
     train: Callable[[DictConfig, Path], dict[str, Any]],
     cfg: DictConfig,
-    folder: Path,
+    run_dir: Callable[[DictConfig], Path],
     *,
     full_error: bool,
 ) -> float:
-    """Train ``cfg`` in ``folder`` by ``train``, and return its top-1 accuracy, or `NO_SCORE`.
+    """Train ``cfg`` in its ``run_dir`` by ``train``, and return its top-1 accuracy, or `NO_SCORE`.
 
     With ``resume=auto`` a job that has a result, good or bad, is not begun again.
 
@@ -163,12 +163,14 @@ def run_job(
     from training.distributed import broadcast_from_main, process_group
 
     hydra = HydraConfig.get()
-    record = Record(int(hydra.job.num), list(hydra.overrides.task), str(folder))
-    record.write("", "")
+    record = Record(int(hydra.job.num), list(hydra.overrides.task), "")
     _print_head(record)
     try:
+        folder = run_dir(cfg)
+        record.folder = str(folder)
+        record.write("", "")
         settings.check(cfg, world().size)
-    except ValueError as error:
+    except (ValueError, OmegaConfBaseException) as error:
         return _no_result(record, outcome.REFUSED, explain(error), cfg)
     try:
         with process_group(compiles=cfg.compile):
@@ -181,7 +183,7 @@ def run_job(
         record.write(outcome.DONE, run_folder.scores_line(summary))
         return run_folder.top1(summary)
     except SystemExit as stopped:
-        record.write(outcome.STOPPED, "resume=auto continues it")
+        record.write(*_from_folder(folder, None))
         # Where each job has a process of its own, the time is over for that one alone.
         if stopped.code or _in_this_process(hydra):
             raise
@@ -229,11 +231,13 @@ def _no_result(record: Record, kind: str, why: str, cfg: DictConfig) -> float:
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any] | None:
-    """All settings of a job; None where they cannot be resolved, which it may be refused for."""
+    """All settings of a job; None where no file can hold them, which it may be refused for."""
+    from models.fields import are_plain
     from training import settings
 
     with suppress(ValueError, OmegaConfBaseException):
-        return settings.resolve(cfg)
+        resolved: dict[str, Any] = are_plain(settings.resolve(cfg))
+        return resolved
     return None
 
 

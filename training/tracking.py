@@ -57,6 +57,10 @@ WANDB_RUN_VARS = (
     "WANDB_SWEEP_PARAM_PATH",
 )
 
+# What WANDB_MODE may be, and what wandb called two of them before.
+MODES = ("online", "offline", "disabled")
+FORMER_MODES = {"run": "online", "dryrun": "offline"}
+
 # The longest tag or job type that wandb's server takes.
 TAG_LENGTH = 64
 
@@ -475,15 +479,20 @@ def track(
 def _resolve(mode: str) -> str:
     if mode != "auto":
         return mode
-    if os.environ.get("WANDB_MODE") in ("online", "offline", "disabled"):
-        return os.environ["WANDB_MODE"]
+    given = os.environ.get("WANDB_MODE", "")
+    wanted = FORMER_MODES.get(given.lower(), given.lower())
+    if wanted in MODES:
+        return wanted
+    if given:  # not a reason to upload what was perhaps to stay here
+        log.warning("WANDB_MODE=%s is none of %s; taken as offline", given, ", ".join(MODES))
+        return "offline"
     return "online" if has_credentials() else "offline"
 
 
 def _start(mode: str, record: str, **arguments: Any) -> Any | None:
     fault = None
     if mode == "online" and not has_credentials():
-        fault, mode = "no credentials for wandb.mode=online (`wandb login` makes them)", "offline"
+        fault, mode = "no credentials for wandb.mode=online (run `wandb login`)", "offline"
     run = None
     # One warning, whatever goes wrong on the way from the server to the disk to the CSV alone.
     for attempt in ("online", "offline") if mode == "online" else ("offline",):

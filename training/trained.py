@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra.errors import HydraException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import models
 from configs.schema import FolderConfig
 from data import Dataset, EvaluationSet, Images, load_evaluation_folder
-from data.folder import is_same_color
 from data.layout import some
 from training import run_folder
-from training.compose import compose_config
+from training.compose import compose_config, make
 from training.device import precision_name
 from training.errors import explain
 from training.launch import hydra_quote
@@ -106,7 +104,7 @@ def load_data(cfg: DictConfig, trained: models.Trained, path: str) -> Evaluation
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-    dataset: Dataset = instantiate(cfg.data, _convert_="all")
+    dataset: Dataset = make(cfg.data)
     if dataset.class_names != class_names:
         raise ValueError(
             f"{path} was trained on the {len(class_names)} classes of "
@@ -132,11 +130,7 @@ def _check_held_out(
                 f"{remedy}"
             )
     # Of a folder, whose images may have changed; others are made of their settings.
-    described = trained.description
-    if described.data_digest is not None:
-        is_same = dataset.digest == described.data_digest
-    else:  # older code has written it
-        is_same = is_same_color((dataset.mean, dataset.std), _color(described))
+    is_same = dataset.digest == trained.description.data_digest
     if settings["_target_"] == FolderConfig._target_ and not is_same:
         raise ValueError(
             f"data.root={settings['root']} has other images than those of {path}; {remedy}"
@@ -151,10 +145,9 @@ def _color(description: models.Description) -> tuple[list[float], list[float]]:
 
 
 class _OwnImages(NamedTuple):
-    """What a run may be of: its data set's digest and color, and the digests of its images."""
+    """What a run may be of: its data set's digest, and the digests of its images."""
 
     data_digest: str
-    color: tuple[Any, Any]
     size: tuple[int, int]
     trained_on: frozenset[bytes]
     evaluated_on: frozenset[bytes]
@@ -218,11 +211,7 @@ def _find_own_images(
         if root == recorded:
             raise
         raise ValueError(f"the location of {described.data} is unknown") from error
-    if described.data_digest is None:  # older code has written it
-        is_own = is_same_color(own.color, _color(described))
-    else:
-        is_own = own.data_digest == described.data_digest
-    if not is_own:
+    if own.data_digest != described.data_digest:
         raise ValueError(f"{root or described.data} has others")
     if own.size != size:
         raise ValueError(f"those are {own.size[0]}x{own.size[1]}")
@@ -240,11 +229,10 @@ def _recorded_root(path: str) -> str | None:
 
 @lru_cache(maxsize=1)  # the networks of a comparison are of one set
 def _own_images(words: tuple[str, ...]) -> _OwnImages:
-    dataset: Dataset = instantiate(compose_config(words).data, _convert_="all")
+    dataset: Dataset = make(compose_config(words).data)
     trained_on, evaluated_on = map(_pixel_digests, (dataset.train, dataset.evaluation))
     return _OwnImages(
         dataset.digest,
-        (dataset.mean, dataset.std),
         dataset.image_size,
         frozenset(trained_on),
         frozenset(evaluated_on),

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from configs.schema import OPTIONS, FolderConfig, decides_result, is_as_before, names_folder
@@ -71,6 +72,16 @@ def images_key(config: Mapping[str, Any]) -> str:
     """A text that is the same for all runs of such settings that must be of the same images."""
     settings = result_settings({"data": config["data"]})
     return json.dumps({k: v for k, v in settings.items() if k not in OF_PIXELS}, sort_keys=True)
+
+
+def naming_words(words: Iterable[str]) -> list[str]:
+    """Those of these overrides that name a folder: of settings that change a result.
+
+    Raises:
+        HydraException: words that are no overrides.
+    """
+    overrides = OverridesParser.create().parse_overrides(list(words))
+    return [str(o.input_line) for o in overrides if names_folder(o.key_or_group)]
 
 
 def name_of_images(cfg: DictConfig, given: Iterable[str]) -> list[str]:
