@@ -72,22 +72,8 @@ def test_the_page_is_current(command):
     assert command("--check") is None
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        pytest.param(
-            "config.yaml", "  - model: resnet20", "  - model: resnet32", marks=pytest.mark.slow
-        ),
-        ("model/resnet8.yaml", "stem: 16", "stem: 17"),
-        pytest.param("attention/se.yaml", "# Squeeze", "# The squeeze", marks=pytest.mark.slow),
-        pytest.param("tracking/wandb.yaml", ",aaconv}", ",other}", marks=pytest.mark.slow),
-        pytest.param(
-            "experiment/cpu.yaml", "for 7 epochs", "for seven epochs", marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_a_change_of_the_settings_makes_the_page_stale(command, tmp_path, file, old, new):
-    replace(tmp_path / "configs" / file, old, new)
+def test_a_change_of_the_settings_makes_the_page_stale(command, tmp_path):
+    replace(tmp_path / "configs" / "model" / "resnet20.yaml", "stem: 16", "stem: 17")
     before = (tmp_path / "settings.md").read_bytes()
     said = command("--check")
     assert said == "settings.py: settings.md is out of date; run python scripts/settings.py"

@@ -23,7 +23,7 @@ SMALLER = {
         "epochs: 4": "epochs: 1",
         "batch_size: 32": "batch_size: 16",
     },
-    "configs/model/resnet8.yaml": {
+    "configs/model/resnet20.yaml": {
         "widths: [16, 32, 64]": "widths: [4, 8, 8]",
         "stem: 16": "stem: 4",
     },
