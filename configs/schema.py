@@ -746,7 +746,7 @@ def _option_groups() -> str:
     return textwrap.indent("\n".join(lines), "  ")
 
 
-def register() -> None:
+def _register() -> None:
     """Register the types with Hydra, under the names that the YAML files use, and resolvers.
 
     ``${if_augmented:${attention._target_},A,B}`` is A for networks with augmented convolutions, and
@@ -769,3 +769,7 @@ def register() -> None:
     store(name="schema", node=Config)
     for group, name, node in OPTIONS:
         store(group=f"schema/{group}", name=name, node=node)
+
+
+# Whoever reads settings, also those of a run's folder, has imported this module.
+_register()

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from aaconv import AugmentedConv
 from aaconv.maps import augmented_layers
 from aaconv.text import table
+from models.resnet import ResNet
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -71,14 +72,18 @@ def layer_table(facts: list[dict[str, Any]]) -> list[str]:
 def receptive_field(model: nn.Module) -> int:
     """Side in pixels of the window of the image that one position of the last feature map sees.
 
-    Through convolutions, that is: from the kernel sizes, strides and dilations along the residual
-    branches of a network of this package, all of them square. Of a network with attention it is
-    the field of its convolutions alone; attention, like squeeze-and-excitation, sees the whole map.
+    Through convolutions, and the pooling of a strided stem, that is: from the kernel sizes, strides
+    and dilations along the residual branches of a network of this package, all of them square. Of a
+    network with attention it is the field of its convolutions alone; attention, like
+    squeeze-and-excitation, sees the whole map.
     """
     side, step = 1, 1
+    strided_stem = isinstance(model, ResNet) and model.strided_stem
     for layer in _convolutions(model):
         side += (layer.kernel_size[0] - 1) * layer.dilation[0] * step
         step *= layer.stride[0]
+        if strided_stem and layer is model.conv:  # then 3x3 pooling at every other position
+            side, step = side + 2 * step, 2 * step
     return side
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from aaconv import AugmentedConv, attention_maps
 from aaconv.maps import augmented_layers, layer_inputs
+from aaconv.stats import QUERIES
 
 
 @dataclass(frozen=True)
@@ -73,28 +74,33 @@ def _view(
     height, width = layer.positions(x)
     mean = None
     if queries is None:
-        maps = attention_maps(layer, x)[0].float().cpu()
-        best = sharpest(maps)
+        best, mean = _sharpest_and_mean(layer, x)
         places = [divmod(best, width)]
-        mean = maps.mean(dim=1).unflatten(-1, (height, width))
-        maps = maps[:, best : best + 1]
+        mean = mean.unflatten(-1, (height, width))
     else:
         places = [
             (row * height // batch.shape[2], column * width // batch.shape[3])
             for row, column in queries
         ]
-        flat = [row * width + column for row, column in places]
-        maps = attention_maps(layer, x, flat)[0].float().cpu()
+    flat = [row * width + column for row, column in places]
+    maps = attention_maps(layer, x, flat)[0].float().cpu()
     return AttentionView(layer, places, maps.unflatten(-1, (height, width)), mean)
 
 
-def sharpest(weights: Tensor) -> int:
-    """Of the queries of weights (heads, queries, positions) the one with the lowest entropy.
+def _sharpest_and_mean(layer: AugmentedConv, x: Tensor) -> tuple[int, Tensor]:
+    """The query with the lowest entropy, averaged over heads, and the mean weights, (Nh, h w).
 
-    Averaged over the heads; of several the first.
+    Of several such queries the first. The weights of all queries are never held at once.
     """
-    entropy = -torch.special.xlogy(weights, weights).sum(dim=-1)
-    return int(entropy.mean(dim=0).argmin())
+    height, width = layer.positions(x)
+    number = height * width
+    total, entropies = torch.zeros(()), []
+    for first in range(0, number, QUERIES):
+        weights = attention_maps(layer, x, range(first, min(first + QUERIES, number)))[0]
+        weights = weights.float().cpu()
+        total = total + weights.sum(dim=1)
+        entropies.append(-torch.special.xlogy(weights, weights).sum(dim=-1).mean(dim=0))
+    return int(torch.cat(entropies).argmin()), total / number
 
 
 @contextmanager

@@ -60,10 +60,12 @@ class Analysis:
         """All differences between networks of one recipe but attention's from plain, corrected.
 
         Those of the networks without augmented convolutions from plain, then attention's from each
-        of them. Empty where there is more than one variant of a kind, or settings differ.
+        of them. Empty where there are several variants of a kind, several baselines, or settings
+        that differ.
         """
         by_kind = {c.variant.attention: c for c in self.nearest if not c.differing}
-        if "aa" not in by_kind or len(by_kind) < len(self.nearest):
+        baselines = {c.baseline for c in self.nearest}
+        if "aa" not in by_kind or len(by_kind) < len(self.nearest) or len(baselines) > 1:
             return []
         augmented = by_kind.pop("aa").variant
         family = [*by_kind.values(), *(Comparison(augmented, c.variant) for c in by_kind.values())]

@@ -94,7 +94,7 @@ def of_report(variants: list[Variant]) -> tuple[Run, list[Block], str] | None:
         trained = models.load(run.folder)
         images, titles = chosen(_dataset(run, trained), ATTENTION_IMAGES)
         made = blocks(trained, images, titles)
-    except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
+    except (ValueError, TypeError, OSError, HydraException, OmegaConfBaseException) as error:
         return run, [], f"The attention of {run.folder.name} is not shown: {explain(error)}."
     last = {block.name.rpartition(".conv")[0].rpartition(".")[0]: block for block in made}
     return run, list(last.values()), ""

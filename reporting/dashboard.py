@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from reporting import figures, sweep_section
+from reporting import figures, sections, sweep_section
 from reporting.analysis import Analysis
 from reporting.paired import Difference
 from reporting.sweeps import Sweep
@@ -83,11 +83,9 @@ def _media(analysis: Analysis) -> dict[str, Media]:
             "mean over the seeds, with a band from the lowest to the highest",
         ),
     }
-    if analysis.forest:
-        media["compare/differences"] = _picture(
-            figures.differences(analysis.forest),
-            "difference from the plain network in percentage points, paired by seed, 95 % interval",
-        )
+    forest = sections.forest(analysis)
+    if forest is not None:
+        media["compare/differences"] = _picture(forest.figure, forest.caption)
     if analysis.sweeps:
         media["compare/best"] = Table(BEST, [r for s in analysis.sweeps for r in _ranking(s)])
         media["compare/settings"] = Table(

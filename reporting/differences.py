@@ -148,7 +148,8 @@ def classes_section(analysis: Analysis) -> Section | None:
     comparison, found = analysis.classes
     n = comparison.top1.n
     cut = len(found) > 2 * figures.CLASSES
-    ends = f"the {figures.CLASSES} classes that lose and that gain most" if cut else "all classes"
+    ends = f"the {figures.CLASSES} classes that lose most and as many that gain most"
+    ends = ends if cut else "all classes"
     words = (
         f"{comparison.variant.label} minus {comparison.baseline.label}, n = "
         f"{text.count(n, 'pair')} of seeds. With few test images per class and many classes, "
@@ -158,7 +159,7 @@ def classes_section(analysis: Analysis) -> Section | None:
     if p_values:
         number = sum(p < 1 - LEVEL for p in p_values)
         words += (
-            f" By paired t-tests, corrected by Holm for the {len(found)} classes, "
+            f" By paired t-tests, corrected by Holm for {len(p_values)} classes, "
             f"{number or 'none'} of them {'differs' if number < 2 else 'differ'}."
         )
     picture = Picture(

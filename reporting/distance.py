@@ -3,6 +3,7 @@
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,7 +15,8 @@ from reporting.runs import Excluded, Run, Variant, differing_settings, group_by_
 from reporting.text import MINUS, by_seed, count, shortened, single_line
 
 DISTANCE = "data.distance"
-DASHES = {"none": "--", "aa": "-", "se": "-.", "ge": ":"}
+DOTTED = [(0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
+DASHES: dict[str, Any] = dict(zip(ATTENTIONS, ["--", ":", "-.", "-", *DOTTED], strict=True))
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,9 @@ def _receptive_field(run: Run) -> int:
     except KeyError as error:
         raise ValueError(f"{run.folder}: its settings lack model.{error.args[0]}") from error
     with torch.device("meta"):
-        return models.receptive_field(models.ResNet(**arguments, num_classes=1))
+        strided_stem = settings.get("strided_stem", False)
+        network = models.ResNet(**arguments, strided_stem=strided_stem, num_classes=1)
+        return models.receptive_field(network)
 
 
 def table(found: list[Curve]) -> list[str]:

@@ -50,9 +50,10 @@ def at_equal_cost(comparison: Comparison) -> list[EqualCost]:
         ValueError: a step_times.json is damaged.
     """
     pair = (comparison.variant, comparison.baseline)
+    same_batch = "batch_size" not in comparison.differing  # or a step is not a step
     step_ms = [ms for variant in pair if (ms := _step_ms(variant)) is not None]
     costs = {}
-    if len(step_ms) == 2:
+    if len(step_ms) == 2 and same_batch:
         costs["training time, measured apart"] = step_ms
     elif len(conditions([run for variant in pair for run in variant.runs], "hardware")) == 1:
         costs["training time of the runs"] = [_epoch_seconds(variant) for variant in pair]

@@ -276,7 +276,7 @@ class Design:
     # ---- The best -------------------------------------------------------------------------------
 
     def ranked(self) -> list[Cell]:
-        """All cells by descending mean; the first with an interval.
+        """All cells by descending mean, as if all had the same seeds; the first with an interval.
 
         Its upper end is Student's; the lower one holds for whichever of the cells had come out
         highest. Both are of the accuracy over seeds; with one seed, or without an error, there is
@@ -284,7 +284,7 @@ class Design:
         """
         number = int(self.cells.max()) + 1
         counts = numpy.bincount(self.cells)
-        means = numpy.bincount(self.cells, self.scores) / counts
+        means = numpy.bincount(self.cells, self._without_seeds) / counts
         at = [tuple(map(int, self.levels[self.cells == cell][0])) for cell in range(number)]
         order = sorted(range(number), key=lambda cell: (-means[cell], at[cell]))
         within = self._between_cells
@@ -308,6 +308,20 @@ class Design:
             )
             for cell in order
         ]
+
+    @cached_property
+    def is_balanced(self) -> bool:
+        """Whether every cell has a run of every seed."""
+        return len(self.scores) == (self.cells.max() + 1) * len(set(self.seeds))
+
+    @cached_property
+    def _without_seeds(self) -> Array:
+        """The scores without what a seed adds to all of its runs: not every cell may have it."""
+        if not self.seeds_are_blocks:
+            return self.scores
+        solution = numpy.linalg.lstsq(numpy.hstack(self.saturated), self.scores, rcond=1e-9)[0]
+        of_seed = self.blocks[0] @ solution[: self.blocks[0].shape[1]]
+        return self.scores - of_seed + of_seed.mean()
 
     @cached_property
     def _between_cells(self) -> Error | None:

@@ -24,8 +24,10 @@ def next_commands(
     """Up to three commands, to be pasted where compare.py was called with such arguments."""
     first = [run for run in runs if run.seed == runs[0].seed]
     augmented = [r for r in first if run_folder.read_summary(r.folder)["attention"] == "aa"]
-    commands = [["evaluate.py", *(_shown(run.folder) for run in first)]]
-    commands += [["visualize.py", _shown(run.folder)] for run in augmented[:1]]
+    # What is kept with a network does not say where its images are.
+    where = [word for word in overrides if word.startswith("data.root=")]
+    commands = [["evaluate.py", *(_shown(run.folder) for run in first), *where]]
+    commands += [["visualize.py", _shown(run.folder), *where] for run in augmented[:1]]
     seeds = list(dict.fromkeys(run.seed for run in runs))
     if len(seeds) < ENOUGH_SEEDS:
         more = seeds + [s for s in range(max(seeds) + ENOUGH_SEEDS) if s not in seeds]

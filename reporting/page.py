@@ -9,7 +9,7 @@ from typing import Any
 from reporting import differences, figures, paper, sections, sweep_section, text
 from reporting.analysis import CARDS, Analysis
 from reporting.paired import Comparison, Difference
-from reporting.parts import Card, Picture
+from reporting.parts import Card
 from reporting.runs import Run, Variant, conditions
 from reporting.sections import CONDITIONS, PROVENANCE
 from reporting.text import DASH, commit, count, interval, p_in_words, short, shortened, signed
@@ -33,18 +33,18 @@ SECTIONS = (
 def contents(analysis: Analysis) -> dict[str, Any]:
     """Everything that the templates show."""
     sweep = analysis.main_sweep
-    sections = [made for section in SECTIONS if (made := section(analysis)) is not None]
+    shown_sections = [made for section in SECTIONS if (made := section(analysis)) is not None]
     shown = cards(analysis.nearest) if sweep is None or analysis.nearest else []
     settings = sweep_section.section(analysis.sweeps)
     if settings is not None:
-        sections.insert(SETTINGS_AT if sweep is None else 0, settings)
+        shown_sections.insert(SETTINGS_AT if sweep is None else 0, settings)
     return {
         "title": "Does attention help?" if sweep is None else sweep_section.title(sweep),
         "summary": summary_line(analysis),
         "cards": [*(sweep_section.cards(sweep) if sweep else []), *shown],
-        "forest": _forest(analysis),
+        "forest": sections.forest(analysis),
         "caveats": caveats(analysis),
-        "sections": sections,
+        "sections": shown_sections,
     }
 
 
@@ -148,7 +148,7 @@ def _card_of_many(comparisons: list[Comparison]) -> Card:
     )
 
 
-# ---- Caveats and the picture beside the cards ---------------------------------------------------
+# ---- Caveats ---------------------------------------------------
 
 
 def caveats(analysis: Analysis) -> list[str]:
@@ -181,18 +181,3 @@ def _began_saturated(variant: Variant) -> bool:
     """Whether attention began on an unnormalized stream with weights too large for it."""
     start = (variant.settings.get("attention.init"), variant.settings.get("attention.qk_norm"))
     return start == ("kaiming", False) and variant.settings.get("model.block") != "preact"
-
-
-def _forest(analysis: Analysis) -> Picture | None:
-    drawn, every = analysis.forest, [c for c in analysis.nearest if c.top1.n]
-    if not drawn:
-        return None
-    caption = (
-        "Top-1 of the last epoch minus that of the plain network with the same seed: each pair "
-        "(circle), their mean (diamond) and its 95 % interval (bar; none for a single pair)."
-    )
-    if len(drawn) < len(every):
-        half = len(drawn) // 2
-        caption += f" Of {len(every)} variants, the {half} highest and the {half} lowest."
-    figure = figures.differences(drawn, is_cut=len(drawn) < len(every))
-    return Picture("differences", "Differences from the plain baseline", figure, caption)

@@ -176,7 +176,13 @@ def _run_folders(folders: list[Path], excluded: list[Excluded]) -> Iterator[Path
             raise ValueError(
                 f"{folder} is not a folder" if folder.exists() else f"there is no {folder}"
             )
-        for path, subfolders, files in os.walk(folder, onerror=note):
+        seen = set()
+        for path, subfolders, files in os.walk(folder, onerror=note, followlinks=True):
+            place = os.path.realpath(path)
+            if place in seen:  # by another link, or by one that leads back up
+                subfolders.clear()
+                continue
+            seen.add(place)
             if run_folder.is_run([*subfolders, *files]) or run_folder.NO_RUN in files:
                 yield Path(path)
 

@@ -26,8 +26,24 @@ TITLES = {
 # What the curves of a group of columns show.
 CAPTIONS = {
     "train": "Mean of each epoch's steps",
-    "attention": "After each epoch, as a share of the maximum (1 is uniform, 0 looks at one place)",
+    "attention": "After each epoch, as a share of the maximum (1: uniform, 0: one-hot)",
 }
+
+
+def forest(analysis: Analysis) -> Picture | None:
+    """The differences from the nearest baselines, of many variants those at both ends."""
+    drawn, every = analysis.forest, [c for c in analysis.nearest if c.top1.n]
+    if not drawn:
+        return None
+    caption = (
+        "Top-1 of the last epoch minus that of the plain network with the same seed: each pair "
+        "(circle), their mean (diamond) and its 95 % interval (bar; none for a single pair)."
+    )
+    if len(drawn) < len(every):
+        half = len(drawn) // 2
+        caption += f" Of {len(every)} variants, the {half} highest and the {half} lowest."
+    figure = figures.differences(drawn, is_cut=len(drawn) < len(every))
+    return Picture("differences", "Differences from the plain baseline", figure, caption)
 
 
 def scores_section(analysis: Analysis) -> Section:

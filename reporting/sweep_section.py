@@ -155,6 +155,10 @@ def _ranking(sweep: Sweep) -> list[Table]:
         f"{_head(sweep)}The settings by their mean top-1. Those that are not told apart cannot be "
         "ruled out as the best one at the level of 5 %, for all of them together."
     )
+    if not sweep.design.is_balanced:
+        caption += (
+            " Not all have the same seeds, so the seeds' own differences are taken out first."
+        )
     return tables(rows, texts=2, caption=caption)
 
 

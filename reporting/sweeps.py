@@ -156,6 +156,8 @@ def find_sweeps(variants: list[Variant], excluded: list[Excluded]) -> list[Sweep
             and recipe_of(one.settings) == recipe
             and (levels := _levels(one.settings, factors)) is not None
         }
+        finished = {_levels(variant.settings, factors) for variant in members}
+        missing = {levels: why for levels, why in missing.items() if levels not in finished}
         label = shortened(name, 4) if len(group) > 1 else ""
         found.append(Sweep(label, members, factors, missing))
     return found

@@ -23,7 +23,10 @@ def options(parser: argparse.ArgumentParser) -> None:
     count = number(int, at_least=1)
     parser.add_argument("--epochs", type=count, default=4, help="of the plain network (default: 4)")
     parser.add_argument(
-        "--epochs-after", type=count, default=12, help="from there on (default: 12)"
+        "--epochs-after",
+        type=count,
+        default=12,
+        help="further epochs, with and without attention (default: 12)",
     )
     parser.add_argument("--seed", type=number(int, at_least=0), default=0)
     parser.add_argument("--train-size", type=count, default=10_000, help="training images")

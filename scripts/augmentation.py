@@ -93,6 +93,10 @@ def main(args: argparse.Namespace) -> None:
     augmentations = {word: make(cfg.augmentation) for word, cfg in settings.items()}
     cfg = next(iter(settings.values()))
     dataset = make(cfg.data)
+    if len(dataset.train) < COLUMNS:
+        raise ValueError(
+            f"{dataset.name} has {len(dataset.train)} training images; {COLUMNS} are drawn"
+        )
     left = {word: augmented(dataset, how, cfg.seed) for word, how in augmentations.items()}
     right = operations(augmented(dataset, Augmentation(), cfg.seed)[0])
     write_files({args.out: figures.as_png(draw(left, right))})

@@ -16,6 +16,9 @@ from typing import Any, NoReturn
 from reporting.text import printable
 from training import console
 
+# Of wandb; train.py and compare.py take the same.
+PROJECT = os.environ.get("WANDB_PROJECT", "aaconv")
+
 AddOptions = Callable[[argparse.ArgumentParser], None]
 
 
@@ -36,7 +39,7 @@ def start(file: str, add_options: AddOptions) -> NoReturn:
 def command(
     add_options: AddOptions, *, code: int = 2, errors: tuple[type[Exception], ...] = ()
 ) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[], None]]:
-    """Make of ``main(args)`` a function that reads the command line.
+    """Wrap ``main(args)`` in a function that parses the command line.
 
     The help is the module's docstring. ValueError, OSError, Hydra's errors and ``errors`` are one
     line on stderr and end the process with ``code``, a wrong option with 2, and Ctrl-C with 130, or
@@ -99,9 +102,15 @@ def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], An
 
 
 def paths_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """The words that are no settings NAME=VALUE, or are files of such a name, and the settings."""
-    # Not Path.exists, which raises an error where a setting is longer than a file's name may be.
-    paths = [word for word in words if "=" not in word or os.path.exists(word)]
+    """The words that are paths, also where their names have ``=``, and the settings NAME=VALUE."""
+
+    def is_path(word: str) -> bool:
+        # No name of a setting has a slash. Not Path.exists, which raises an error where a setting
+        # is longer than a file's name may be.
+        name, equals, _ = word.partition("=")
+        return not equals or "/" in name or os.path.exists(os.path.expanduser(word))
+
+    paths = [word for word in words if is_path(word)]
     return paths, [word for word in words if word not in paths]
 
 

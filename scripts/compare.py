@@ -8,16 +8,16 @@ Each --vary stands for all combinations of its values, which are written as for 
 add up. What comes after ``--`` goes to every run; by default that is experiment=lookup, and it
 names the comparison's folder below outputs/compare/. The same command again skips the runs that are
 finished and continues the others from their last checkpoint, whatever stopped them. A run that
-diverged has a result, too: it is not run again, and the others are. Several compare.py may work on
+diverged is not repeated; the others go on. Several compare.py may work on
 one comparison: each takes the runs that no other process is training. A table at the end says what
 became of each run.
 
 On a machine that is lent for half an hour, ``--max-minutes 28`` leaves two for the report: the run
 in progress stops with a checkpoint when they are over, and the same command continues next time.
 
-Exit codes: 0 all is well, also when the time is over; 1 a run failed; 2 a mistake in the settings;
-130 Ctrl-C, 143 SIGTERM, 129 a closed terminal, of compare.py or of the run in progress (which may
-also end with 138, SIGUSR1).
+Exit codes: 0 all is well, also when the time is over; 1 a run failed or diverged; 2 a mistake in
+the settings; 130 Ctrl-C, 143 SIGTERM, 129 a closed terminal, of compare.py or of the run in
+progress (which may also end with 138, SIGUSR1).
 """
 
 import argparse
@@ -45,13 +45,16 @@ def options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=number(int, at_least=0),
         default=[0],
-        help="a run of each variant (default: 0)",
+        help="seeds; each variant is trained once per seed (default: 0)",
     )
     parser.add_argument(
         "--out", type=Path, default=ROOT / "outputs", metavar="FOLDER", help="default: outputs/"
     )
     parser.add_argument(
-        "--max-minutes", type=number(float, above=0), metavar="M", help="for all runs together"
+        "--max-minutes",
+        type=number(float, above=0),
+        metavar="M",
+        help="time limit for all runs together",
     )
     parser.add_argument(
         "overrides",

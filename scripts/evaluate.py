@@ -37,6 +37,7 @@ if __name__ == "__main__":
     start(__file__, options)
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -50,7 +51,7 @@ from reporting.text import DASH, csv_cell, printable, shortened
 from training import console
 from training.device import choose_device, choose_dtype, to_device
 from training.files import csv_text, write_texts
-from training.scores import Calibration, ClassScore, Confusion, evaluate
+from training.scores import NOT_FINITE, Calibration, ClassScore, Confusion, evaluate
 from training.trained import check_not_trained_on, compose_settings, load_data
 
 # What may be set here; all else is the network's own.
@@ -99,6 +100,8 @@ def evaluate_file(path: str, overrides: list[str]) -> Evaluation:
     started = time.perf_counter()
     scores, per_class = evaluate(model, batches, autocast, [calibration.add, confusion.add])
     seconds = time.perf_counter() - started
+    if not math.isfinite(scores["loss"]):
+        raise ValueError(f"{path}: {NOT_FINITE}")
     return Evaluation(
         path=path,
         data=f"{dataset.name} {dataset.evaluated_on}",
@@ -137,7 +140,8 @@ def worst_classes(evaluation: Evaluation) -> list[str]:
         mistake = f"{most} ({100 * others[most] / score.images:.2f} %)" if most else ""
         lines.append([name, f"{score.images}", f"{score.recall:.2f}", precision, mistake])
     absent = [name for name in names if name not in seen]
-    absent_line = f"{len(absent)} of {len(names)} classes have no image: {shortened(absent, 20)}"
+    verb = "has" if len(absent) == 1 else "have"
+    absent_line = f"{len(absent)} of {len(names)} classes {verb} no images: {shortened(absent, 20)}"
     return text.table(lines, "lrrrl") + ([absent_line] if absent else [])
 
 
@@ -145,7 +149,10 @@ def written(evaluations: list[Evaluation], out: Path) -> dict[Path, str]:
     """The files of --out: evaluation.json, and those of each network, by its number."""
     from reporting import figures  # which needs matplotlib
 
-    texts = {out / "evaluation.json": json.dumps(list(map(as_json, evaluations)), indent=1) + "\n"}
+    texts = {
+        out / "evaluation.json": json.dumps([*map(as_json, evaluations)], indent=1, allow_nan=False)
+        + "\n"
+    }
     for number, one in enumerate(evaluations, start=1):
         end = "" if len(evaluations) == 1 else f"-{number}"
         names = list(one.classes)

@@ -19,7 +19,8 @@ if __name__ == "__main__":
 
 from scripts.command import check_out, command, start
 
-FILES = {"onnx": "network.onnx", "torch": "network.pt2"}
+# The first one needs no package beyond torch.
+FILES = {"torch": "network.pt2", "onnx": "network.onnx"}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where to write (default: beside the network)"
     )
-    parser.add_argument("--formats", nargs="+", choices=sorted(FILES), default=sorted(FILES))
+    parser.add_argument(
+        "--formats", nargs="+", choices=FILES, default=[*FILES], help="default: both"
+    )
 
 
 if __name__ == "__main__":
@@ -147,7 +150,7 @@ def export(trained: models.Trained, kind: str, out: Path) -> str:
 
 @command(options, code=1, errors=(RuntimeError,))
 def main(args: argparse.Namespace) -> None:
-    network = Path(args.network)
+    network = Path(args.network).expanduser()
     out = args.out or (network if network.is_dir() else network.parent)
     logging.disable(logging.WARNING)  # of the exporters
     warnings.filterwarnings("ignore")

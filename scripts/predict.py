@@ -1,4 +1,4 @@
-"""Say what a trained network sees in pictures.
+"""Classify images with a trained network.
 
     python scripts/predict.py outputs/train/RUN picture.jpg folder/
     python scripts/predict.py weights.safetensors folder/ --json > predictions.json
@@ -25,9 +25,15 @@ from scripts.command import command, number, start
 def options(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
-    parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="pictures, folders of them")
     parser.add_argument(
-        "--top", type=number(int, at_least=1), default=5, metavar="N", help="classes of each (5)"
+        "pictures", nargs="+", metavar="PICTURE", help="image files, or folders of them"
+    )
+    parser.add_argument(
+        "--top",
+        type=number(int, at_least=1),
+        default=5,
+        metavar="N",
+        help="classes to print per image (default: 5)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     form = parser.add_mutually_exclusive_group()
@@ -38,7 +44,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     start(__file__, options)
 
-import csv
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -55,6 +60,8 @@ from data.pictures import read_picture, white_of
 from reporting.text import csv_cell, printable
 from training import console
 from training.device import choose_device
+from training.files import csv_text
+from training.scores import NOT_FINITE
 
 BATCH_SIZE = 100
 # From this many pictures on there is a progress bar.
@@ -121,9 +128,7 @@ def _probabilities(trained: models.Trained, pixels: Tensor) -> Tensor:
     batches = evaluation_batches(images, BATCH_SIZE, (*mean,), (*std,))  # type: ignore[arg-type]
     probabilities = torch.cat([trained.network(x).softmax(dim=1).cpu() for x, _ in batches])
     if not probabilities.isfinite().all():
-        raise ValueError(
-            "the network's outputs are not finite: its weights are damaged or diverged"
-        )
+        raise ValueError(NOT_FINITE)
     return probabilities
 
 
@@ -156,13 +161,14 @@ def as_json(predictions: list[Prediction]) -> str:
     return json.dumps(rows, indent=1, ensure_ascii=False)
 
 
-def print_csv(predictions: list[Prediction]) -> None:
+def as_csv(predictions: list[Prediction]) -> str:
     """A row for each class of each picture; what a spreadsheet would compute begins with '."""
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["file", "rank", "class", "probability"])
-    for one in predictions:
-        for rank, (name, probability) in enumerate(one.classes, start=1):
-            writer.writerow([csv_cell(one.file), rank, csv_cell(name), probability])
+    rows = [
+        [csv_cell(one.file), rank, csv_cell(name), probability]
+        for one in predictions
+        for rank, (name, probability) in enumerate(one.classes, start=1)
+    ]
+    return csv_text([["file", "rank", "class", "probability"], *rows])
 
 
 @command(options, errors=(RuntimeError,))
@@ -177,7 +183,7 @@ def main(args: argparse.Namespace) -> None:
     if args.json:
         print(as_json(predictions))
     elif args.csv:
-        print_csv(predictions)
+        print(as_csv(predictions), end="")
     elif predictions:
         print(as_table(predictions))
     faults = [one for one in done if isinstance(one, str)]

@@ -18,7 +18,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import command, start
+from scripts.command import PROJECT, command, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +32,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", metavar="NAME", help="cifar100, cifar10, ...; default: that of most runs"
     )
-    parser.add_argument("--wandb", action="store_true", help="also to the dashboard")
-    parser.add_argument("--project", default="aaconv", help="there (default: aaconv)")
-    parser.add_argument("--entity", help="user or team there (default: that of the account)")
+    parser.add_argument("--wandb", action="store_true", help="also post it to wandb")
+    parser.add_argument("--project", default=PROJECT, help=f"wandb project (default: {PROJECT})")
+    parser.add_argument("--entity", help="wandb user or team (default: the account's)")
     parser.add_argument(
         "--mode",
         choices=("auto", "online", "offline"),

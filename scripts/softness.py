@@ -35,7 +35,7 @@ def options(parser: argparse.ArgumentParser) -> None:
         type=number(int, at_least=2, at_most=MAX_IMAGES),
         default=IMAGES,
         metavar="N",
-        help="default: 128",
+        help="number of images (default: 128)",
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
 

@@ -26,10 +26,24 @@ def options(parser: argparse.ArgumentParser) -> None:
     """The command line."""
     parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
     parser.add_argument(
-        "settings", nargs="*", default=[], metavar="data.NAME=VALUE", help="of the data"
+        "settings",
+        nargs="*",
+        default=[],
+        metavar="data.NAME=VALUE",
+        help="settings of the data set",
     )
-    parser.add_argument("--images", nargs="+", metavar="N|FILE", help="default: three, spread")
-    parser.add_argument("--queries", nargs="+", metavar="ROW,COLUMN", help="default: the sharpest")
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        metavar="N|FILE",
+        help="image numbers or files (default: three, evenly spaced)",
+    )
+    parser.add_argument(
+        "--queries",
+        nargs="+",
+        metavar="ROW,COLUMN",
+        help="pixels to look from (default: where attention is sharpest)",
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: attention/ of the run")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
 

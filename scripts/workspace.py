@@ -13,19 +13,24 @@ pip install -c constraints.txt -e '.[app,workspace]'.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import command, start
+from scripts.command import PROJECT, command, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument("--project", default="aaconv", help="of the dashboard (default: aaconv)")
-    parser.add_argument("--entity", help="user or team there (default: that of the account)")
+    parser.add_argument("--project", default=PROJECT, help=f"wandb project (default: {PROJECT})")
+    parser.add_argument(
+        "--entity",
+        default=os.environ.get("WANDB_ENTITY"),
+        help="user or team (default: the account's)",
+    )
     parser.add_argument("--data", metavar="NAME", help="runs on cifar100, ...; default: all")
     parser.add_argument("--save", action="store_true", help="post it; prints its address")
     parser.add_argument("--replace", metavar="URL", help="with --save: the view to replace")
@@ -37,7 +42,6 @@ def options(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     start(__file__, options)
 
-import os
 
 import torch
 
@@ -92,4 +96,4 @@ def main(args: argparse.Namespace) -> None:
         else:
             print(with_timeout(TIMEOUT, lambda: workspace.save(made, args.replace)))
     except Exception as error:  # wandb's are of many types
-        console.stop("workspace.py", f"not saved: {one_line(error)}", 1)
+        console.stop("workspace.py", f"{'not saved: ' if args.save else ''}{one_line(error)}", 1)

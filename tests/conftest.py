@@ -17,7 +17,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import train
-from configs.schema import register
 from training import launch
 from training.compose import compose_config
 
@@ -29,7 +28,6 @@ from helpers import TINY
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Whichever test composes settings first.
-register()
 
 # Networks this small run no faster on two threads, and the suite runs in two processes.
 torch.set_num_threads(1)

@@ -203,8 +203,9 @@ def test_with_enough_seeds_or_without_attention_other_commands_are_named(tmp_pat
         (runs, ["evaluate.py plain/seed=0", "export.py plain/seed=0"]),
         (runs[1:], ["evaluate.py plain/seed=1", "compare.py --seeds 1 2 0", "export.py plain/"]),
     ):
-        lines = next_commands(some, [["attention=none"]], ["epochs=3"], ROOT / "outputs")
+        lines = next_commands(some, [["attention=none"]], ["data.root=D"], ROOT / "outputs")
         assert len(lines) == len(expected)
+        assert ("data.root=D" in lines[0]) and lines[0].index("data.root=D") > len("evaluate.py")
         for line, words in zip(lines, expected, strict=True):
             assert f"scripts/{words}" in line
 

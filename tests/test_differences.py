@@ -226,7 +226,7 @@ def test_on_two_machines_no_times_are_compared(folder):
 
 def test_classes_are_corrected_for_their_number(folder):
     section = differences.classes_section(analysis_of(folder))
-    assert "corrected by Holm for the 7 classes" in section.text[0]
+    assert "corrected by Holm for 7 classes" in section.text[0]
     _, table = section.folded
     assert table.head[3] == "p (Holm)"
     (aa,) = (c for c in comparisons(folder) if c.variant.attention == "aa")

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image, ImageOps
 from test_saved import describe, save
@@ -168,7 +169,7 @@ def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(
     go(monkeypatch, path, f"data.root='{fog}'", "--out", tmp_path / "out")
     (got,) = record(tmp_path / "out")
     assert (got["data"], got["images"]) == ("fog test", 7)
-    assert "1 of 3 classes have no image: bee" in capsys.readouterr().out.splitlines()
+    assert "1 of 3 classes has no images: bee" in capsys.readouterr().out.splitlines()
     assert got["per_class_top1"]["bee"] is None
     assert got["classes"]["bee"]["recall"] is None
     assert [got["classes"][name]["images"] for name in PETS] == [2, 0, 5]
@@ -339,7 +340,7 @@ def test_the_worst_classes_come_first():
         ["d", "1", "0.00", DASH, "a", "(100.00", "%)"],
         ["c", "5", "20.00", "50.00", "e", "(40.00", "%)"],
         ["a", "4", "75.00", "60.00", "b", "(25.00", "%)"],
-        ["1", "of", "5", "classes", "have", "no", "image:", "b"],
+        ["1", "of", "5", "classes", "has", "no", "images:", "b"],
     ]
 
 
@@ -386,11 +387,24 @@ def test_a_bin_is_whole_however_its_images_came():
     assert calibration.expected_error() == pytest.approx((0.2 + 0.3 + 0.1) / 3)
 
 
+def test_outputs_that_are_not_finite_are_no_score(folder, monkeypatch, tmp_path, capsys):
+    file = folder / "plain=1" / "weights.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    huge = {name: t * 1e30 if t.dim() == 4 else t for name, t in tensors.items()}
+    safetensors.torch.save_file(huge, file)
+    with pytest.raises(SystemExit):
+        go(monkeypatch, folder / "plain=1", "--out", tmp_path / "out")
+    assert "plain=1: the network's outputs are not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 # ---- One line -----------------------------------------------------------------------------------
 
 WRONG = [
     (["nowhere"], "there is no nowhere"),
-    (["runs=nowhere/x"], "no network given; there is no runs=nowhere/x"),
+    (["runs=nowhere/x"], "there is no runs=nowhere/x"),
+    (["{run}", "runs/a=1/seed=0"], "there is no runs/a=1/seed=0"),
+    (["data.val_size=0"], "no network given; there is no data.val_size=0"),
     (["{run}", "epochs=3"], "epochs: not a setting here; choose from data, device, precision"),
     (["{run}", "attention=none"], "attention: not a setting here"),
     (["{run}", "+data.color=1"], "+data.color: not a setting here"),

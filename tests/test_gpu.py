@@ -131,5 +131,5 @@ def test_layer_compiles(backend):
 @pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
 def test_a_whole_run(run, precision):
     summary = run("device=cuda", f"precision={precision}", folder=precision)
-    assert summary["hardware"] == torch.cuda.get_device_name()
-    assert summary["train_loss"] < 3
+    assert summary["segments"][0]["hardware"] == torch.cuda.get_device_name()
+    assert summary["train/loss"] < 3

@@ -12,11 +12,10 @@ import torch
 from hydra.utils import instantiate
 
 import train
-from aaconv import attention_maps
+from aaconv import AugmentedConv, attention_maps
 from data import Dataset, evaluation_batches
 from data.dataset import Images
-from models import augmented_layers
-from models.views import AttentionView, sharpest
+from models import augmented_layers, views
 from training import attention_picture, media
 from training.settings import build_model
 from training.tracking import CHARTS, chart_table
@@ -149,7 +148,8 @@ def test_pictures_show_the_weights_of_every_augmented_block(network):
         side = layer.shape[0]
         for number, maps in enumerate(attention_maps(layer, inputs[name])):
             mean = maps.mean(1)  # over the queries
-            best = maps[:, sharpest(maps)]
+            entropy = -torch.special.xlogy(maps, maps).sum(-1).mean(0)
+            best = maps[:, entropy.argmin()]
             for head in range(8):
                 for row, weights in ((2 * number, best[head]), (2 * number + 1, mean[head])):
                     y, x = divmod(int(weights.argmax()), side)
@@ -194,14 +194,22 @@ def test_a_plain_network_has_no_entropy(network):
     assert media.attention_entropy(*network("attention=none")) == {}
 
 
-def test_the_marked_query_is_the_sharpest_one():
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+def test_the_marked_query_is_the_sharpest_one(monkeypatch, at_once):
     weights = torch.full((2, 4, 4), 0.25)
     weights[:, 2] = torch.tensor([0.0, 1.0, 0.0, 0.0])
     weights[0, 3] = torch.tensor([0.0, 0.0, 1.0, 0.0])  # of one head alone
-    assert sharpest(weights) == 2
-    pixels = torch.zeros(1, 6, 6, 3, dtype=torch.uint8)
     maps = weights.unflatten(-1, (2, 2))
-    view = AttentionView(None, [(1, 0)], maps[:, 2:3], maps.mean(dim=1))
+    monkeypatch.setattr(views, "QUERIES", at_once)
+    monkeypatch.setattr(
+        views, "attention_maps", lambda layer, x, queries: weights[None, :, queries]
+    )
+    pixels = torch.zeros(1, 6, 6, 3, dtype=torch.uint8)
+    layer = AugmentedConv(3, 4, 3, 2, 2, 2)
+    view = views._view(layer, torch.zeros(1, 3, 2, 2), None, torch.zeros(1, 3, 6, 6))
+    assert view.queries == [(1, 0)]
+    assert torch.equal(view.weights, maps[:, 2:3])
+    torch.testing.assert_close(view.mean, maps.mean(dim=1))
     drawn = attention_picture.attention_picture(pixels, [view])
     assert drawn.rows == [(0, (1, 0)), (0, None)]
     assert drawn.heads == 2

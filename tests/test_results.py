@@ -50,7 +50,7 @@ def test_the_page_has_the_tables_of_the_report(sections, section):
 
 
 def test_the_page_says_how_many_classes_differ(sections):
-    (told,) = re.findall(r"corrected by Holm for the .*?\.", sections["Classes"])
+    (told,) = re.findall(r"corrected by Holm for .*?\.", sections["Classes"])
     assert told in unwrapped("docs/results.md")
 
 

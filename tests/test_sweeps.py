@@ -189,6 +189,19 @@ def test_made_up_grids_are_answered_as_often_as_said(name):
     assert float(row["in set"]) >= 0.93
 
 
+def test_a_seed_that_some_cells_lack_rules_none_of_them_out():
+    """Where a sweep is still running: seed 1, a point higher, is through in five of nine cells."""
+    draw = numpy.random.default_rng(0)
+    cells = [(a, b) for a in range(3) for b in range(3)]
+    runs = [(cell, seed) for seed in (0, 1) for cell in (cells if seed == 0 else cells[:5])]
+    levels, seeds = numpy.array([c for c, _ in runs]), numpy.array([s for _, s in runs])
+    found = Design(levels, seeds, 60 + seeds + draw.normal(0, 0.1, len(runs)))
+    assert not found.is_balanced
+    assert all(cell.is_candidate for cell in found.ranked())
+    best = found.ranked()[0]
+    assert best.mean == pytest.approx(60 + 5 / 14, abs=0.5)
+
+
 def test_an_interval_excludes_zero_where_p_is_small_and_nowhere_else():
     for number in range(40):
         draw = random.Random(number)

@@ -4,6 +4,8 @@ import itertools
 import json
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -89,7 +91,7 @@ def recorded(settings, run, tmp_path):
         mode="offline",
     )
     kept = {"config": set(), "history": set(), "summary": set(), "data": set()}
-    command = [str(ROOT / ".venv/bin/wandb"), "leet", "inspect", "--json"]
+    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json"]
     for folder in (tmp_path / "wandb").glob("offline-run-*"):
         said = subprocess.run([*command, folder], capture_output=True, text=True, check=True)
         for record in map(json.loads, said.stdout.splitlines()):

@@ -24,7 +24,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.schema import register
 from training import console, sweep, words
 from training.compose import CONFIGS
 from training.errors import explain, is_for_the_user, shortened
@@ -38,8 +37,6 @@ from training.world import world
 # that a launcher starts find the user's value under the other name.
 _USERS = "AACONV_FULL_ERROR"
 FULL_ERROR = os.environ.get(_USERS, os.environ.get("HYDRA_FULL_ERROR")) == "1"
-
-register()
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")

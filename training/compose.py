@@ -9,7 +9,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from configs.schema import register
+import configs.schema  # noqa: F401 (which registers the settings with Hydra)
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -20,7 +20,6 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     Raises:
         HydraException, OmegaConfBaseException: there are no such settings.
     """
-    register()
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose("config", list(overrides))
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from training.distributed import all_reduce_sum
 
+NOT_FINITE = "the network's outputs are not finite: its weights are damaged or diverged"
+
 
 def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     """How many of the labels (B,) are among the k highest of the logits (B, classes).
