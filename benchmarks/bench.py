@@ -6,7 +6,7 @@
 
 attention, every backend by itself; layer, the layer against other ways to compute it; step, a
 training step of the networks of configs/; augment, one of torchvision's networks; batches, what
-augmentation costs beside a step; tracking, what watching a run costs; images, batches from the
+augmentation costs beside a step; images, batches from the
 cache of decoded images; kernels, what the compiler makes of the GPU kernels. Options take several
 values, and each combination is a case. NAME.json and NAME.md are written after every case, so that
 a benchmark that is stopped leaves what it has. Times are medians (minimum to maximum) of
@@ -29,7 +29,7 @@ from aaconv import text
 from benchmarks import timing
 from training.device import choose_device
 
-NAMES = ("attention", "layer", "step", "augment", "batches", "tracking", "images", "kernels")
+NAMES = ("attention", "layer", "step", "augment", "batches", "images", "kernels")
 OUT = Path(__file__).resolve().parent.parent / "outputs" / "bench"
 
 

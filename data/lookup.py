@@ -77,13 +77,9 @@ def make_lookup(
 
     No 25x25 window (a ResNet-8's receptive field) holds a pixel of the cue and a pixel of a shape.
     A network that adds up what such windows show can therefore only compute
-    argmax_s [a_s(cue color) + D_s(shapes, colors, slots)]. How accurate that can be, as
-    ``python -m benchmarks.lookup_bound`` computes it (guessing one of the shapes shown gives 20 %):
-
-    - at most 64.2 %, proven for any a and D;
-    - 55.8 % is reached with a D that sees all the shapes at once;
-    - 48 % is the best found, by fitting from 12 random starts and scoring on all 1,881,600 scenes,
-      where every shape contributes on its own, D_s = sum_i d_s(shape_i, color_i).
+    argmax_s [a_s(cue color) + D_s(shapes, colors, slots)], which is right in at most 64.2 %, proven
+    for any a and D (``python -m benchmarks.lookup_bound``); guessing one of the shapes shown gives
+    20 %.
 
     With ``distance`` d the cue is a stripe instead, two pixels wide and as high as the image, and
     the five shapes fill a column along the right side in random order. Between the two are d

@@ -19,7 +19,7 @@ DIFFERENCE = ["difference", "95 % low", "95 % high", "p"]
 COLUMNS = ["variant", "n", "mean top-1 %", "sd", *DIFFERENCE, "parameters", "GFLOPs"]
 # Of the table of attention's settings; the difference is that of the value from the baseline.
 SETTINGS = ["recipe", "setting", "value", "baseline", *DIFFERENCE]
-BEST = ["recipe", "rank", "settings", "n", "mean top-1 %", "not told apart from the best"]
+BEST = ["recipe", "rank", "settings", "n", "mean top-1 %", "not distinguishable from the best"]
 
 
 def post(

@@ -50,7 +50,7 @@ def differences_section(analysis: Analysis) -> Section | None:
             *_named(
                 analysis.among_others,
                 ("n", "top-1", "95 % interval", "p", "p (Holm)"),
-                "All differences between the networks but attention's from plain; in the last "
+                "All pairwise differences but attention minus plain; in the last "
                 f"column p is corrected for the {len(analysis.among_others)} of them, the "
                 "intervals are not.",
             ),
@@ -91,7 +91,7 @@ def _unpaired(analysis: Analysis) -> list[Table]:
     if not deviations:
         return []
     caption = (
-        "Without pairs: means over all seeds, top-1 in percentage points, the loss (cross-entropy) "
+        "Unpaired: means over all seeds, top-1 in percentage points, the loss (cross-entropy) "
         "in nats. Intervals and p are from t-tests with one standard deviation for all networks "
         f"({', '.join(deviations)}, {text.count(error.df, 'degree')} of freedom); p is corrected "
         "for the number of rows. This finds more than pairs do if runs with the same seed are no "

@@ -164,8 +164,8 @@ def caveats(analysis: Analysis) -> list[str]:
     if saturated:
         found.append(
             f"The attention of {shortened(saturated)} began nearly one-hot (attention.init=kaiming "
-            "without attention.qk_norm, as in all runs before there was a choice), which it has to "
-            "unlearn first: `scripts/softness.py` measures it."
+            "without attention.qk_norm, as in all runs before there was a choice), which slows "
+            "early training: `scripts/softness.py` measures it."
         )
     for condition, differently in CONDITIONS.items():
         values = conditions(analysis.runs, condition)

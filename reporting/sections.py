@@ -235,6 +235,6 @@ def excluded_section(analysis: Analysis) -> Section | None:
     rows = [{"kind": e.kind, "reason": e.why, "folder": str(e.folder)} for e in excluded]
     return Section(
         "Excluded",
-        [f"These folders are in none of the numbers above: {words}."],
+        [f"These folders are excluded from all numbers above: {words}."],
         tables(rows, texts=3),
     )

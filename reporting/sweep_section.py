@@ -45,10 +45,10 @@ def _best_card(sweep: Sweep) -> Card:
         details.insert(0, f"95 % interval {reach}, which allows for having picked the highest")
     others = [sweep.words(cell.levels) for cell in ranking[1:] if cell.is_candidate]
     if len(others) == len(ranking) - 1:
-        details.append("no other setting can be told from it")
+        details.append("no other setting is distinguishable from it")
     elif others:
         details.append(
-            f"not told apart from it: {count(len(others), 'other')} ({'; '.join(others[:3])}"
+            f"not distinguishable from it: {count(len(others), 'other')} ({'; '.join(others[:3])}"
         )
         details[-1] += "; ...)" if len(others) > 3 else ")"
     else:
@@ -114,7 +114,7 @@ def section(sweeps: list[Sweep]) -> Section | None:
     keys = {key for sweep in sweeps for factor in sweep.factors for key in factor.keys}
     sized = not keys.isdisjoint(SIZES[:2])
     shown = [words] if sized else []
-    return Section("Settings against each other", shown, made, pictures(sweeps), notes)
+    return Section("Comparison of settings", shown, made, pictures(sweeps), notes)
 
 
 def pictures(sweeps: list[Sweep]) -> list[Picture]:
@@ -141,9 +141,9 @@ def _ranking(sweep: Sweep) -> list[Table]:
                 "settings": sweep.words(cell.levels),
                 "top-1 %": text.mean_and_sd(variant.by_seed("top1").values()),
                 "n": str(cell.n),
-                "against the best": "best"
+                "vs. best": "best"
                 if rank == 1
-                else "not told apart"
+                else "not distinguishable"
                 if cell.is_candidate
                 else "lower",
                 "parameters": f"{variant.first['parameters']:,}",
@@ -152,8 +152,8 @@ def _ranking(sweep: Sweep) -> list[Table]:
             }
         )
     caption = (
-        f"{_head(sweep)}The settings by their mean top-1. Those that are not told apart cannot be "
-        "ruled out as the best one at the level of 5 %, for all of them together."
+        f"{_head(sweep)}The settings by their mean top-1. Those that are not distinguishable "
+        "cannot be ruled out as the best one at the level of 5 %, for all of them together."
     )
     if not sweep.design.is_balanced:
         caption += (

@@ -223,11 +223,6 @@ def test_fused_without_triton(monkeypatch):
         assert unavailable_reason(other, cuda, torch.float16) is None
 
 
-def test_backends_are_named_once():
-    assert BACKENDS == ("auto", "reference", "sdpa", "tiled", "native", "fused")
-    assert tuple(backends.MODULES) == BACKENDS[1:]
-
-
 @pytest.mark.parametrize("name", BACKENDS[1:])
 def test_every_backend_has_the_same_two_functions(name):
     for function in ("attend", "unavailable_reason"):

@@ -16,7 +16,6 @@ from benchmarks import (
     networks,
     step,
     timing,
-    tracking,
 )
 from data import Augmentation
 from models import augmented_layers
@@ -185,30 +184,6 @@ def test_every_round_runs_all_steps_and_the_first_one_is_not_counted():
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios():
     assert timing.ratio([2.0, 30.0, 4.0], [1.0, 10.0, 1.0]) == 3.0
-
-
-@pytest.mark.slow
-def test_bench_tracking_times_every_part(monkeypatch, tmp_path):
-    tiny = ["model=resnet8", "model.widths=[4,8,8]", "model.stem=4", "batch_size=32"]
-    words = ("--device", "cpu", "--rounds", 2, "--overrides", *tiny)
-    rows, page = go(monkeypatch, tmp_path, "tracking", *words)
-    assert {row["part"] for row in rows} == {
-        "step", "norm", "correct", "pictures", "tables", "row"
-    }  # fmt: skip
-    assert all(len(row["ms"]) == 2 and row["overrides"] == tiny for row in rows)
-    assert "| pictures |" in page
-
-
-def test_bench_tracking_says_what_a_part_is_of_the_whole():
-    names = ("norm", "correct", "pictures", "tables", "row")
-    times = {"step": [200.0, 100.0, 300.0]} | {key: [2.0] for key in names}
-    # 500 steps of 0.2 s: an epoch of 100 s
-    step_row, norm, _, pictures, tables, row = map(tracking.cells, tracking.shares(times, 100))
-    assert step_row["ms"] == "200.000 (100.000 to 300.000)"
-    assert (norm["%"], norm["of"]) == ("1.0000", "a step")
-    assert (pictures["%"], pictures["of"]) == ("0.0002", "30 epochs, three times")
-    assert (tables["%"], tables["of"]) == ("0.0007", "30 epochs, once")
-    assert (row["%"], row["of"]) == ("0.0020", "an epoch")
 
 
 def test_bench_attention(monkeypatch, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Files and checkpoints that outlive kills, full disks and damage."""
 
-import json
 import logging
 import os
 import resource
@@ -14,7 +13,7 @@ from torch import nn
 from models import Description
 from models.fields import FORMAT
 from training import checkpoint, files
-from training.files import write_csv, write_json, write_whole
+from training.files import write_whole
 from training.progress import Progress
 
 DESCRIPTION = Description(
@@ -101,13 +100,6 @@ def test_what_is_in_the_place_of_a_half_written_file_is_not_written_to(tmp_path)
     with pytest.raises(OSError, match=r"file cannot be written \(Is a directory\)"):
         write_whole(path, lambda file: file.write(b"new"))
     assert path.read_bytes() == b"whole"
-
-
-def test_csv_and_json(tmp_path):
-    write_csv(tmp_path / "a.csv", [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}])
-    assert (tmp_path / "a.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"
-    write_json(tmp_path / "a.json", {"a": [1, 2.5]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"a": [1, 2.5]}
 
 
 def test_the_last_two_are_kept(tmp_path):

@@ -19,7 +19,6 @@ from scripts import compare
 from training import comparison, launch, outcome, run_folder
 from training.comparison import PlannedRun
 from training.run_folder import RunFolder, claimed
-from training.variants import folder_name
 
 from app import App, run_app
 from folders import make_run
@@ -59,15 +58,6 @@ def test_runs_go_seed_after_seed_and_know_their_length(tmp_path):
     ]
     assert runs[0].folder == folder / "attention=none,epochs=3" / "seed=4"
     assert list(tmp_path.iterdir()) == []
-
-
-def test_folders_of_different_words_differ():
-    plain = ["experiment=lookup", "model.widths=[4,8,8]"]
-    assert folder_name(plain) == "experiment=lookup,model.widths=[4,8,8]"
-    odd = [["a={b:1}"], ["a={b;1}"], ["a/b=1"], ["a-b=1"], ["a" * 400], ["a" * 401]]
-    names = [folder_name(words) for words in odd]
-    assert len(set(names)) == len(odd)
-    assert all(len(name) < 200 and "/" not in name for name in names)
 
 
 @pytest.mark.parametrize(
@@ -205,7 +195,7 @@ def test_with_enough_seeds_or_without_attention_other_commands_are_named(tmp_pat
     ):
         lines = next_commands(some, [["attention=none"]], ["data.root=D"], ROOT / "outputs")
         assert len(lines) == len(expected)
-        assert ("data.root=D" in lines[0]) and lines[0].index("data.root=D") > len("evaluate.py")
+        assert " data.root=D  # classes" in lines[0]
         for line, words in zip(lines, expected, strict=True):
             assert f"scripts/{words}" in line
 
@@ -262,20 +252,6 @@ def test_the_time_of_all_runs_is_shared_out(tmp_path, pretend, monkeypatch, caps
     assert "4 runs: 2 done, 1 stopped, 1 not started; the same command trains what is miss" in out
     assert "report of experiment=lookup" in out
     assert "next:" not in out
-
-
-def test_no_run_starts_when_the_time_is_over(tmp_path, pretend, monkeypatch, capsys):
-    clock = [0.0]
-    monkeypatch.setattr(compare.time, "monotonic", lambda: clock[0])
-
-    def act(folder):
-        clock[0] += 61
-        return finish(folder)
-
-    calls = pretend(act)
-    assert compare.compare([["attention=none,aa"]], [0], TINY, tmp_path, max_minutes=1) == 0
-    assert len(calls) == 1
-    assert "2 runs: 1 done, 1 not started; the same command" in told(capsys)[0]
 
 
 def test_without_a_finished_run_there_is_no_report(tmp_path, pretend, capsys):

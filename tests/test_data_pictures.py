@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import textwrap
-import threading
 import zlib
 
 import numpy as np
@@ -339,22 +338,6 @@ def test_a_class_of_damaged_images_alone_is_refused(root):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="none of 3 images can be read"):
         load(root, skip_damaged=True)
-
-
-def test_a_pipe_is_never_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "pipe.png")
-    said = []
-
-    def read():
-        try:
-            read_picture(tmp_path / "pipe.png", SIZE)
-        except ValueError as error:
-            said.append(str(error))
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    thread.join(60)
-    assert said == ["it is not a regular file"]
 
 
 # ---- Memory -------------------------------------------------------------------------------------

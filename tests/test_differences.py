@@ -76,7 +76,7 @@ def test_the_other_differences_of_table_1(folder):
 
 def test_differences_without_pairs_by_hand(folder):
     make_run(folder / "more", 71.3, 7, "se", epochs=10)  # a seed that no other network has
-    rows = table(folder, "Without pairs").rows
+    rows = table(folder, "Unpaired").rows
     scores = {**TOP1, "se": [*TOP1["se"], 71.3]}
     squares = sum(statistics.pvariance(of) * len(of) for of in scores.values())
     sd, expected = (squares / 9) ** 0.5, {}  # 13 runs of four networks
@@ -90,14 +90,14 @@ def test_differences_without_pairs_by_hand(folder):
         assert row[:2] == [f"{name} {MINUS} plain", f"{len(scores[name.lower()])} and 3"]
         assert row[2] == f"{signed(mean)} ({signed(mean - half)} to {signed(mean + half)})"
         assert row[3] == p_value(p)
-    assert f"({sd:.2f} points, " in table(folder, "Without pairs").caption
+    assert f"({sd:.2f} points, " in table(folder, "Unpaired").caption
 
 
 def test_without_a_second_seed_there_is_no_deviation(tmp_path):
     for kind in ("none", "aa"):
         make_run(tmp_path / kind, TOP1[kind][0], 0, kind, epochs=10)
     section = differences.differences_section(analysis_of(tmp_path))
-    assert not [t for t in section.tables if "Without pairs" in t.caption]
+    assert not [t for t in section.tables if "Unpaired" in t.caption]
 
 
 def test_another_recipe_makes_no_family_of_differences(folder):

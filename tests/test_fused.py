@@ -275,14 +275,6 @@ def test_each_input_alone_has_its_gradient(index):
     torch.testing.assert_close(got, expected)
 
 
-def test_second_derivatives_are_refused():
-    tensors = on_device(inputs((1, 3), 1, 2, 2), torch.float32)
-    (gradient,) = torch.autograd.grad(by_kernels(*tensors).sum(), tensors[0], create_graph=True)
-    words = "backend='fused' cannot be differentiated twice; use backend='reference'"
-    with pytest.raises(NotImplementedError, match=words):
-        gradient.sum().backward()
-
-
 # torch 2.14's own opcheck reads .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow

@@ -91,7 +91,7 @@ def test_a_run_is_neither_finished_nor_continued_on_other_images(run, root, tmp_
         shutil.rmtree(root)
         change(shutil.copytree(unchanged, root))
         for where in ("finished", "stopped"):
-            line = rf"{where}/last\.pt is from a run on other images that are called mine, too; "
+            line = rf"{where}/last\.pt is of a run on different images that are also called mine; "
             try:
                 with pytest.raises(ValueError, match=line):
                     run("resume=auto", base=words(root), folder=where)

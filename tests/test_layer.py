@@ -253,16 +253,6 @@ def test_auto_is_sdpa_in_a_compiled_layer():
     assert "scaled_dot_product_attention" in graphs[0]
 
 
-@pytest.mark.parametrize("backend", ["auto", slow("reference"), slow("sdpa")])
-def test_export(backend):
-    layer = build(backend=backend)
-    x = image(2, 5, 3, 5)
-    batch = torch.export.Dim("batch", min=2)
-    program = torch.export.export(layer, (x,), dynamic_shapes=({0: batch},))
-    other = image(7, 5, 3, 5)
-    torch.testing.assert_close(program.module()(other), layer(other))
-
-
 @pytest.mark.parametrize(("stride", "size"), [(1, (3, 5)), (2, (5, 9))])
 def test_qkv_kernel_size_reads_the_neighborhood(stride, size):
     layer = build(qkv_kernel_size=3, out_channels=4, stride=stride)
@@ -429,11 +419,6 @@ def test_tables_of_other_queries_are_not_loaded():
     del state["key_rel_h"]
     with pytest.raises(RuntimeError, match="key_rel_h"):
         build().load_state_dict(state)
-
-
-def test_without_relative_positions_any_map_will_do():
-    x = image(2, 5, 5, 3)
-    torch.testing.assert_close(build(relative=False)(x), build(relative=False, shape=0)(x))
 
 
 def encode_by_hand(x, absolute):

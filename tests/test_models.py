@@ -24,7 +24,7 @@ from models import (
     receptive_field,
 )
 from models.alternet import AlterBlock
-from models.attention import GatherExcite, Place, SideConv, SqueezeExcite
+from models.attention import Place, SideConv
 from models.blocks import Shortcut
 from training.settings import build_model
 
@@ -400,26 +400,6 @@ def test_the_table_shows_what_was_resolved():
     assert layer_table(layer_facts(tiny())) == []
 
 
-def test_flops_do_not_depend_on_the_backend():
-    counts = {
-        count_flops(tiny(aa(backend=backend)), (11, 13))
-        for backend in ("auto", "reference", "sdpa")
-    }
-    assert len(counts) == 1
-
-
-def test_shortcuts_without_parameters():
-    x = torch.arange(2 * 3 * 5 * 4, dtype=torch.float64).reshape(2, 3, 5, 4)
-    averaged = Shortcut(3, 7, 2, "pad")(x)
-    assert averaged.shape == (2, 7, 3, 2)
-    assert averaged[1, 2, 0, 1] == x[1, 2, :2, 2:].mean()
-    assert averaged[1, 2, 2, 0] == x[1, 2, 4:, :2].mean()
-    assert averaged[:, 3:].abs().max() == 0
-    dropped = Shortcut(3, 7, 2, "subsample")(x)
-    assert dropped[1, 2, 1, 1] == x[1, 2, 2, 2]
-    assert dropped.shape == (2, 7, 3, 2)
-
-
 def test_projection_is_a_strided_convolution_that_also_trains_in_channels_last():
     torch.manual_seed(0)
     shortcut = Shortcut(3, 7, 2, "projection")
@@ -432,19 +412,6 @@ def test_projection_is_a_strided_convolution_that_also_trains_in_channels_last()
     out.sum().backward()
     expected = x.detach()[:, :, ::2, ::2].sum((0, 2, 3)).expand(7, 3)
     assert torch.equal(shortcut.conv.weight.grad[:, :, 0, 0], expected)
-
-
-def test_squeeze_excite_and_gather_excite_by_their_formulas():
-    torch.manual_seed(0)
-    x = torch.randn(2, 6, 3, 5)
-    gate = torch.stack([torch.stack([c.mean().sigmoid() for c in image]) for image in x])
-    torch.testing.assert_close(GatherExcite()(x), x * gate[:, :, None, None])
-    layer = SqueezeExcite(6, 2)
-    w1, w2 = layer.squeeze.weight[:, :, 0, 0], layer.excite.weight[:, :, 0, 0]
-    assert w1.shape == (3, 6)
-    for n in range(2):
-        gate = (w2 @ (w1 @ x[n].flatten(1).mean(1)).clamp(min=0)).sigmoid()
-        torch.testing.assert_close(layer(x)[n], x[n] * gate[:, None, None])
 
 
 @pytest.mark.parametrize("init", ["torch", "glorot", "kaiming"])
@@ -490,21 +457,6 @@ def test_parameters_and_flops_of_controls(kind, parameters, multiply_adds):
     assert count_parameters(control) - count_parameters(plain) == parameters
     flops = count_flops(control, (11, 13)) - count_flops(plain, (11, 13))
     assert flops == 2 * multiply_adds
-
-
-def test_a_global_mean_is_attention_with_equal_weights():
-    """Queries of zeros see all positions alike; what is left is values, mean and W^O."""
-    torch.manual_seed(0)
-    place = Place(stage=1, block=1, blocks=1, stride=2, size=(3, 4))
-    layer = aa(dk=4, stages=[1]).first_convolution(5, 9, place).double()
-    control = GlobalMean(dv=4, Nh=2, stages=[1]).first_convolution(5, 9, place).double()
-    with torch.no_grad():
-        layer.qkv_conv.weight[:4] = 0
-        control.conv_out.weight.copy_(layer.conv_out.weight)
-        mixed = layer.attn_out.weight[:, :, 0, 0] @ layer.qkv_conv.weight[8:, :, 0, 0]
-        control.side_conv.weight.copy_(mixed[:, :, None, None])
-    x = torch.randn(2, 5, 5, 7, dtype=torch.float64)
-    torch.testing.assert_close(control(x), layer(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -410,11 +410,6 @@ def test_a_control_of_the_papers_network_has_no_row_in_its_table(tmp_path):
     assert row.endswith(4 * f"| {text.DASH} " + "|")
 
 
-def test_the_papers_numbers():
-    assert [paper.TABLE1[k].top1 for k in ("none", "ge", "se", "aa")] == [80.3, 79.8, 81.0, 81.6]
-    assert all(one.sure in paper.SURE for one in paper.RECIPE)
-
-
 @pytest.mark.slow
 def test_our_numbers_in_the_notes_on_the_paper():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

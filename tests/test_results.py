@@ -288,7 +288,7 @@ def test_the_report_of_the_sweep_says_what_the_page_does(tmp_path):
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     page = unwrapped("docs/results.md")
     (best, cell) = re.search(r"Best of 27 settings: ([\d.]+ %).*?\*\* (dk.*?)\.", text).groups()
-    (others,) = re.findall(r"not told apart from it: (\d+) others", text)
+    (others,) = re.findall(r"not distinguishable from it: (\d+) others", text)
     assert f"{cell} with {best}, {others} of the other 26 cannot be told apart" in page
     (effect, bounds) = re.search(rf"\| dv \| 32 {MINUS} 8 \| (.*?) \| (.*?) \|", text).groups()
     assert f"dv 32 {MINUS} 8 is {effect} ({bounds})" in page

@@ -37,14 +37,6 @@ SMALL = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def interrupts():
-    """Heed SIGINT, which a script's background job, the tests being one, ignores."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.fixture
 def run(run):
     """The tiny runs of the other tests, made yet smaller."""

@@ -708,20 +708,6 @@ def test_names_of_any_overrides_fit_a_file_system(tmp_path):
         assert name not in ("", ".", "..")
 
 
-def test_many_ordinary_overrides(tmp_path, monkeypatch):
-    """Case 7: their names are longer than the name of a folder can be."""
-    words = [*TINY, "epochs=1", "optim.weight_decay=0.0001", "schedule.warmup=0.1", "ema=0.9"]
-    words += ["label_smoothing=0.1", "grad_clip=1.0", "schedule.start=0.2", "schedule.end=0.01"]
-    words += ["augmentation.crop_pad=2", "augmentation.flip=true", "augmentation.cutout=4"]
-    words += ["precision=fp32"]
-    assert len(",".join(words)) > 255
-    monkeypatch.chdir(tmp_path)
-    for other in ("optim.betas=[0.9,0.99]", "optim.betas=[0.8,0.99]"):
-        monkeypatch.setattr(sys, "argv", ["train.py", *words, other])
-        cli.run()
-    assert len({p.parent.parent for p in tmp_path.rglob("summary.json")}) == 2
-
-
 @pytest.mark.slow
 def test_a_sweep_that_is_refused_leaves_the_record_of_the_one_before(monkeypatch, tmp_path, capsys):
     (tmp_path / "lookup").mkdir()

@@ -189,7 +189,9 @@ def test_a_finished_run_on_other_images_is_not_taken_for_the_jobs(sweeps, tmp_pa
     jobs, count = table(said)
     assert (said.code, said.steps) == (1, 0)
     assert count.startswith("2 jobs: 2 failed")
-    assert all("is from a run on other images that are called my images" in jobs[n] for n in (0, 1))
+    assert all(
+        "is of a run on different images that are also called my images" in jobs[n] for n in (0, 1)
+    )
     assert table(sweeps(*words, "overwrite=true"))[1] == "2 jobs: 2 done"
 
 

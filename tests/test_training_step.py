@@ -2,7 +2,6 @@
 
 import copy
 import math
-from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -175,33 +174,6 @@ def test_a_seed_draws_a_network_of_its_own(built):
     assert not torch.equal(first, other)
 
 
-@pytest.mark.parametrize("decay", [0.5, slow(0.96875)])
-def test_averaged_weights_are_the_average_of_those_after_each_step(built, decay):
-    """The first step's are copied, running statistics are averaged as weights are."""
-    cfg, state = built(f"ema={decay}", "optim.lr=0.05")
-    history = []
-    state.optimizer.register_step_post_hook(
-        lambda *_: history.append({k: v.double() for k, v in state.model.state_dict().items()})
-    )
-    for images, labels in state.batches.epoch(0):
-        train.take_step(cfg, state, images, labels)
-    assert len(history) == 3
-    expected = history[0]
-    for after in history[1:]:
-        expected = {k: decay * v + (1 - decay) * after[k] for k, v in expected.items()}
-        for name in expected:  # the counts of batches are whole numbers
-            if name.endswith("num_batches_tracked"):
-                expected[name] = expected[name].trunc()
-    state_of_average = state.ema_model.state_dict()
-    assert state_of_average.pop("n_averaged") == 3
-    assert state_of_average.keys() == {f"module.{name}" for name in expected}
-    for name, value in expected.items():
-        average = state_of_average[f"module.{name}"].double()
-        torch.testing.assert_close(average, value, rtol=1e-5, atol=1e-7, msg=name)
-        if not name.endswith("num_batches_tracked"):
-            assert (average - history[-1][name]).abs().max() > 1e-5, name
-
-
 # The norm that gradients are clipped to, as a part of theirs: more leaves them as they are.
 @pytest.mark.parametrize("part", [0.25, 4.0])
 @pytest.mark.parametrize("scale", [slow(2.0**3), 2.0**16])
@@ -244,12 +216,6 @@ def test_gradients_in_fp16_that_overflow_cost_the_step_and_lower_the_scale(built
 def test_only_fp16_scales_the_loss(built):
     scaled = {p: built(f"precision={p}")[1].scaler.is_enabled() for p in ("fp32", "bf16", "fp16")}
     assert scaled == {"fp32": False, "bf16": False, "fp16": True}
-
-
-def test_a_step_leaves_no_gradient_to_the_next(built):
-    cfg, state = built(*PLAIN_SGD)
-    train.take_step(cfg, state, *first_batch(state))
-    assert all(weight.grad is None for weight in state.model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -329,23 +295,6 @@ def test_a_gradient_that_overflows_is_in_no_mean():
     }
     only = EpochState.begin(1).after_step(figures(1.0, 0.5, math.inf), 0.1)
     assert only.training_metrics()["train/grad_norm"] == 0.0
-
-
-def test_the_rate_that_is_written_is_the_last_one_used(run, tmp_path, monkeypatch):
-    used, build = [], train.build_state
-
-    def watched(*arguments):
-        state = build(*arguments)
-        state.optimizer.register_step_pre_hook(
-            lambda optimizer, *_: used.append(optimizer.param_groups[0]["lr"])
-        )
-        return state
-
-    monkeypatch.setattr(train, "build_state", watched)
-    run()
-    assert len(used) == 6
-    assert all(a != b for a, b in pairwise(used))  # it changes at every step
-    assert [float(row["train/lr"]) for row in rows(tmp_path / "run")] == [used[2], used[5]]
 
 
 @pytest.mark.parametrize(("log_every", "taken"), [(1, 2), slow(3, 3), slow(4, 4), (99, 6)])

@@ -132,9 +132,9 @@ def _check_images(comparison: Path, data: dict[str, dict[str, Any]]) -> None:
             digests[key] = images.current_digest(data[key])
         if digests.get(key) not in (None, digest):
             raise ValueError(
-                f"{folder} is from a run on other images that are called {config['data']['name']}, "
-                f"too; another data.name= keeps them apart, or remove {comparison} to train its "
-                "runs again"
+                f"{folder} is of a run on different images that are also called "
+                f"{config['data']['name']}; another data.name= keeps them apart, or remove "
+                f"{comparison} to train its runs again"
             )
 
 

@@ -55,8 +55,9 @@ def _check_device(name: str, device: torch.device) -> None:
         known = "auto or cpu" if here is None else f"auto, cpu or {here.type}"
         raise ValueError(f"device={name} is not available here; use {known}")
     if (device.index or 0) >= torch.accelerator.device_count():
+        number = torch.accelerator.device_count()
         raise ValueError(
-            f"device={name}, but the number of GPUs here is {torch.accelerator.device_count()}"
+            f"device={name} does not exist; this machine has {number} of its kind, numbered from 0"
         )
 
 

@@ -38,6 +38,6 @@ def differ(digest: str | None, config: Mapping[str, Any]) -> bool:
 def other_images(path: Path, name: str) -> str:
     """One line on the run in ``path``, which is of other images that have this name, too."""
     return (
-        f"{path} is from a run on other images that are called {name}, too; another name= or "
+        f"{path} is of a run on different images that are also called {name}; another name= or "
         "data.name= keeps them apart, overwrite=true with resume=auto trains it again"
     )

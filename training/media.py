@@ -25,7 +25,7 @@ ATTENTION_IMAGES = 3
 ENTROPY_IMAGES = 16
 # Images in the table of predictions.
 PREDICTIONS = 32
-# Classes whose confusion is told, and how many others for each.
+# Classes listed in the confusion table, and how many others for each.
 WORST_CLASSES = 10
 CONFUSED_WITH = 3
 # Classes that a confusion matrix on the dashboard has room for.

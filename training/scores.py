@@ -107,7 +107,7 @@ class Calibration:
 
 
 class ClassScore(NamedTuple):
-    """How a class fares; shares in percent.
+    """One class's scores; shares in percent.
 
     Attributes:
         images: how many are of the class.

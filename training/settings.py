@@ -99,7 +99,7 @@ def _check_class_weights(value: Any) -> None:
     numbers = isinstance(value, ListConfig) and all(map(is_number, value))
     if not (value is None or value == BALANCED or numbers):
         raise ValueError(
-            f"class_weights={value} must be null, {BALANCED}, or a list, a number for each class"
+            f"class_weights={value} must be null, {BALANCED}, or a list with one number per class"
         )
 
 

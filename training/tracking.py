@@ -500,7 +500,7 @@ def _start(mode: str, record: str, **arguments: Any) -> Any | None:
             run = _init(attempt, **arguments)
             break
         except ModuleNotFoundError:
-            fault = "it is not installed (pip install wandb), or set tracking=csv"
+            fault = "not installed (pip install wandb, or set tracking=csv)"
             break
         except (Exception, SystemExit) as error:
             fault = first_line(error)

@@ -42,7 +42,7 @@ def fault(words: list[str]) -> str | None:
         if not equals or not key or not (CONFIGS / key).is_dir():
             continue
         if word.startswith("+"):
-            return f"{word}: {key} is a group that is there already; write {word.lstrip('+')}"
+            return f"{word}: {key} is already in the defaults; write {word.lstrip('+')}"
         if value.startswith("[") and key != "experiment":  # which may be several at once
             options = value.strip("[ ]")
             return f"{word}: a run has one option of {key}; -m {key}={options} is a run of each"
