@@ -121,6 +121,25 @@ def test_without_it_each_normalizes_its_part_and_the_first_ones_statistics_count
         torch.testing.assert_close(a, b)
 
 
+def slow_or_wrong_files(rank, port):
+    """Reading them takes longer than the others are patient otherwise, or fails in each process."""
+    become(rank, port)
+    distributed.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=2)
+    with distributed.process_group():
+        assert distributed.broadcast_from_main(lambda: time.sleep(4) or rank) == 0
+        with (
+            pytest.raises(ValueError, match="no images"),
+            distributed.errors_in_all(),
+            distributed.local_main_first(),
+        ):
+            raise ValueError("no images")
+
+
+@pytest.mark.slow
+def test_files_may_take_long_and_what_is_wrong_with_them_is_an_error_in_all_processes():
+    spawn(slow_or_wrong_files)
+
+
 def slow_compiler(rank, port):
     """A process that compiles for longer than the others are patient otherwise."""
     become(rank, port)
