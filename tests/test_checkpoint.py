@@ -13,7 +13,7 @@ from torch import nn
 from models import Description
 from models.fields import FORMAT
 from training import checkpoint, files
-from training.files import write_whole
+from training.files import write_files
 from training.progress import Progress
 
 DESCRIPTION = Description(
@@ -74,10 +74,10 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
         raise OSError("no space left")
 
     with pytest.raises(OSError, match=r"file cannot be written \(no space left\)"):
-        write_whole(path, half)
+        write_files({path: half})
     assert path.read_bytes() == b"before"
     assert list(tmp_path.iterdir()) == [path]
-    write_whole(path, lambda file: file.write(b"after"))
+    write_files({path: b"after"})
     assert path.read_bytes() == b"after"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -92,13 +92,13 @@ def test_what_is_in_the_place_of_a_half_written_file_is_not_written_to(tmp_path)
         lambda: partial.write_bytes(b"half"),
     ):
         there()
-        write_whole(path, lambda file: file.write(b"whole"))
+        write_files({path: b"whole"})
         assert path.read_bytes() == b"whole"
         assert other.read_text() == "mine"
         assert not partial.exists()
     partial.mkdir()
     with pytest.raises(OSError, match=r"file cannot be written \(Is a directory\)"):
-        write_whole(path, lambda file: file.write(b"new"))
+        write_files({path: b"new"})
     assert path.read_bytes() == b"whole"
 
 

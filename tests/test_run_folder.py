@@ -536,7 +536,7 @@ def test_what_the_program_is(monkeypatch, capsys, option):
     assert text.startswith("Train a ResNet for CIFAR whose convolutions are plain, attention-augm")
     commands = [line.split() for line in text.splitlines() if line.startswith("  python train.py")]
     assert len(commands) == 3
-    assert "\n  attention   aa ge mean none pointwise removed se\n" in text
+    assert "\n  attention     aa ge mean none pointwise removed se\n" in text
     assert "schema" not in text
     assert "epochs: 200" in text
 

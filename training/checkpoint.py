@@ -15,7 +15,7 @@ from models.weight_files import check_tensors, named_tensors, read_torch
 from training import images, progress, run_folder
 from training.console import first_line
 from training.device import precision_name
-from training.files import write_whole
+from training.files import write_files
 from training.launch import shell_override
 from training.records import Checkpoint
 from training.run_folder import LAST, PREVIOUS
@@ -38,7 +38,7 @@ def save(
     """Write the folder's checkpoint: all states of ``stateful``, and the rest.
 
     ``description`` is that of `models.Description`, by which `models.load` rebuilds the network.
-    The one that was there becomes ``previous.pt``. See `training.files.write_whole` for what
+    The one that was there becomes ``previous.pt``. See `training.files.write_files` for what
     stays after a kill or on a full disk.
 
     Raises:
@@ -47,7 +47,7 @@ def save(
     state: dict[str, Any] = {"format": FORMAT}
     state |= {name: part.state_dict() for name, part in stateful.items()}
     state |= {"config": config, "description": description} | progress
-    write_whole(folder / LAST, lambda file: _write(state, file), before=folder / PREVIOUS)
+    write_files({folder / LAST: lambda file: _write(state, file)}, before=folder / PREVIOUS)
 
 
 def _write(state: dict[str, Any], file: IO[bytes]) -> None:

@@ -13,32 +13,8 @@ from pathlib import Path
 from typing import IO, Any
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any], before: Path | None = None) -> None:
-    """Call ``write`` with an open file that then replaces ``path`` in one move.
-
-    Whatever ``write`` raises leaves ``path`` as it was. With ``before`` the file that was at
-    ``path`` is kept there; a kill between the two moves leaves that one alone, whole.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written; the message names ``path``.
-    """
-    partial = _partial(path)
-    try:
-        _stage(partial, write)
-        if before is not None and path.exists():
-            os.replace(path, before)
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        with suppress(IsADirectoryError):
-            partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(f"{path} cannot be written ({error.strerror or error})") from error
-        raise
-
-
 def write_text(path: Path, text: str) -> None:
-    """``text`` as a file; see `write_whole`."""
+    """``text`` as a file; see `write_files`."""
     write_texts({path: text})
 
 
@@ -48,11 +24,18 @@ def write_texts(texts: Mapping[Path, str]) -> None:
     write_files({path: t.encode(errors="surrogateescape") for path, t in texts.items()})
 
 
-def write_files(files: Mapping[Path, bytes]) -> None:
-    """Several files, all of them staged before the first one is replaced.
+def write_files(
+    files: Mapping[Path, bytes | Callable[[IO[bytes]], Any]], before: Path | None = None
+) -> None:
+    """Several files, all of them staged before the first one is replaced, each in one move.
 
     Folders that are not there are made. A disk that fills up meanwhile leaves every file as it was,
-    and no folder that was not there.
+    and no folder that was not there; so does whatever else is raised.
+
+    Args:
+        files: the contents, or a function that writes them to an open file.
+        before: where to keep what was there instead of a single file. A kill between the two moves
+            leaves that one alone, whole.
 
     Raises:
         OSError: the disk is full or a folder cannot be written; the message names the file.
@@ -66,8 +49,10 @@ def write_files(files: Mapping[Path, bytes]) -> None:
                 folder.mkdir(exist_ok=True)  # another process may have been quicker
                 made.append(folder)
             staged.append(_partial(path))
-            _stage(staged[-1], lambda file, content=content: file.write(content))  # type: ignore[misc]
+            _stage(staged[-1], content)
         for path in files:
+            if before is not None and path.exists():
+                os.replace(path, before)
             os.replace(_partial(path), path)
         for folder in {path.parent for path in files}:
             _sync_folder(folder)
@@ -81,15 +66,6 @@ def write_files(files: Mapping[Path, bytes]) -> None:
         if isinstance(error, OSError):
             raise OSError(f"{path} cannot be written ({error.strerror or error})") from error
         raise
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """``rows`` as CSV, the first one's keys as header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
@@ -108,11 +84,14 @@ def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
-def _stage(partial: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def _stage(partial: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
     # What is there was left by a kill, or is a link to another file or a pipe, which would wait.
     partial.unlink(missing_ok=True)
     with partial.open("xb") as file:
-        write(file)
+        if isinstance(content, bytes):
+            file.write(content)
+        else:
+            content(file)
         file.flush()
         os.fsync(file.fileno())
 

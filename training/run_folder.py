@@ -53,7 +53,7 @@ from models.saved import (
     tensors_as_bytes,
 )
 from training import console
-from training.files import write_csv, write_json, write_text, write_whole
+from training.files import csv_text, write_files, write_json, write_text
 from training.records import Failure, NoRun, Summary, check_summary, row_type
 
 METRICS = "metrics.csv"
@@ -139,7 +139,9 @@ class RunFolder:
         for row in rows:
             parse(row_type(tuple(row)), row, f"{self.path / METRICS}")
         if rows:
-            write_csv(self.path / METRICS, rows)
+            head = list(rows[0])  # by name: a resumed run may have them in another order
+            table = [head, *([row[name] for name in head] for row in rows)]
+            write_text(self.path / METRICS, csv_text(table))
         else:
             (self.path / METRICS).unlink(missing_ok=True)
 
@@ -149,7 +151,7 @@ class RunFolder:
         """Write the file ``name`` and config.json, which `models.load` reads."""
         weights = tensors_as_bytes(model.state_dict())
         write_text(self.path / DESCRIPTION, description_as_text(description))
-        write_whole(self.path / name, lambda file: file.write(weights))
+        write_files({self.path / name: weights})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, which makes the run a finished one."""
