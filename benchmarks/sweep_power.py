@@ -1,4 +1,4 @@
-"""Power and coverage of the report's analysis of sweeps, on made-up grids whose truth is known.
+"""Power and coverage of the report's analysis of sweeps, on synthetic grids whose truth is known.
 
     python -m benchmarks.sweep_power [--repeats 200]
 
@@ -56,7 +56,7 @@ def simulate(
     effect: float = 1.0,
     values: int = 3,
 ) -> tuple[Design, Array]:
-    """A made-up grid, and the true accuracy of each of its runs."""
+    """A synthetic grid, and the true accuracy of each of its runs."""
     heads = 3 if values == 3 else 1
     grid = list(itertools.product(range(values), range(values), range(heads)))
     levels = numpy.array([cell for cell in grid for _ in range(seeds)])
