@@ -257,17 +257,12 @@ def _used_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
                 )
             owner[parameter] = module
         for name, value in vars(module).items():
-            if name in ("_modules", "_parameters", "_buffers"):
+            if name == "_modules" or not isinstance(value, list | tuple | set | dict):
                 continue
-            held = value.values() if isinstance(value, Mapping) else value
-            for item in held if isinstance(held, Iterable) and _is_container(value) else ():
+            for item in value.values() if isinstance(value, dict) else value:
                 if isinstance(item, nn.Module):
                     elsewhere[item] = f"also in {name}, a {type(value).__name__} of its network"
     return elsewhere
-
-
-def _is_container(value: Any) -> bool:
-    return isinstance(value, list | tuple | set | dict)
 
 
 def _map_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[Size, Size]]]:
