@@ -136,8 +136,8 @@ class AugmentedConvConfig(ReplacingConfig):
     dk: int | float = setting(
         "Key channels of an augmented convolution: a number of channels (an int such as 20, "
         "divisible by attention.Nh) or a fraction of its output channels, above 0 and at most 2 "
-        "(a float such as 0.2, the paper's kappa). So 1 is a single channel, and 1.0 as many as "
-        "the block puts out."
+        "(a float such as 0.2, the paper's kappa). 1.0 is as many as the block puts out; 1 and 2, "
+        "easily meant as fractions, are refused."
     )
     min_dkh: int = setting(
         "Minimum key channels per head, at least 1, where attention.dk is a fraction."
