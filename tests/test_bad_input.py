@@ -207,7 +207,10 @@ SETTINGS = [
         "schedule.warmup=1.0 must be at least 0 and below",
     ),
     ("label_smoothing=1", "label_smoothing=1.0 must be at least 0 and below 1"),
-    ("class_weights=equal", "class_weights=equal must be null, balanced, or a list, a number for"),
+    (
+        "class_weights=equal",
+        "class_weights=equal must be null, balanced, or a list with one number",
+    ),
     ("class_weights={a:1}", "class_weights={'a': 1} must be null, balanced, or a list"),
     ("class_weights=[1,x]", "class_weights=[1, 'x'] must be null, balanced, or a list"),
     ("class_weights=[1,0]", "class_weights=[1, 0] must be above 0"),

@@ -30,8 +30,8 @@ def test_both_formats_give_the_networks_numbers_at_any_size(tmp_path, monkeypatc
     go(monkeypatch, folder)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
-        str(folder / "network.onnx"),
         str(folder / "network.pt2"),
+        str(folder / "network.onnx"),
     ]
     loaded = models.load(folder)
     extra = {"config.json": ""}

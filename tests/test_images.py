@@ -124,9 +124,7 @@ def test_a_run_that_diverged_did_so_on_its_images(run, root, tmp_path):
         run("optim.lr=1e30", "resume=auto", base=words(root))
     kept = failure.read_text()
     replace_all(root)
-    with pytest.raises(
-        ValueError, match=r"failed\.json is from a run on other images .* mine, too; "
-    ):
+    with pytest.raises(ValueError, match=r"failed\.json is of a run on different images .* mine; "):
         run("optim.lr=1e30", "resume=auto", base=words(root))
     assert failure.read_text() == kept
     failure.write_text(json.dumps({**json.loads(kept), "data_digest": None}))
@@ -205,7 +203,7 @@ def test_a_comparison_is_not_finished_by_runs_on_other_images(root, tmp_path):
         made(run.folder, known, seed=run.seed, data=settings)
     assert not any(run.missing for run in planned()[1])
     write(root / "train" / "ant" / "0.png", seed=500)
-    with pytest.raises(ValueError, match=r"0 is from a run on other images.* another data\.nam"):
+    with pytest.raises(ValueError, match=r"0 is of a run on different images.* another data\.nam"):
         planned()
     assert len(planned("data.val_size=3")[1]) == 2  # a comparison of its own
     shutil.rmtree(first.folder)
@@ -217,7 +215,7 @@ def test_a_comparison_is_not_finished_by_runs_on_other_images(root, tmp_path):
     cfg = compose_config(["data=folder", f"data.root='{root}'", "data.name=mine", "data.size=8"])
     (first.folder / ".hydra").mkdir()
     (first.folder / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
-    with pytest.raises(ValueError, match=r"0 is from a run on other images.* called mine, too"):
+    with pytest.raises(ValueError, match=r"0 is of a run on different images.* also called mine"):
         planned()
 
 

@@ -673,9 +673,9 @@ def test_another_precision_is_refused_with_the_override_that_continues(
             run("resume=auto", folder=folder.name, base=base)
     assert everything_below(folder) == before
     pasted = str(told.value).removesuffix(" continues it").split("; ")[1]
-    override, where = shlex.split(pasted)  # as a shell reads it
+    override, where, resume = shlex.split(pasted)  # as a shell reads it
     assert override == f"precision={word}"
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, override, where, "resume=auto"])
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, override, where, resume])
     cli.run()
     assert run_folder.read_summary(folder)["epochs"] == 2
 

@@ -269,7 +269,7 @@ def test_without_the_package_a_run_is_tracked_in_its_folder_alone(tmp_path, monk
             tracker.log({"step": 1})
         assert tracker.id is None
         (warning,) = warnings(caplog)
-        assert "not installed (pip install wandb), or set tracking=csv" in warning
+        assert "not installed (pip install wandb, or set tracking=csv)" in warning
         caplog.clear()
 
 

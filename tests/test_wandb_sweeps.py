@@ -128,8 +128,8 @@ def test_a_value_arrives_as_it_was_meant(name, value, expected):
         (
             "grad_clip",
             None,
-            "grad_clip: Value 'None' of type 'str' could not be converted to Float; no "
-            "value is written null",
+            "grad_clip: Value 'None' of type 'str' could not be converted to Float; "
+            "write null for no value",
         ),
         ("name", "a,b", "Ambiguous value for argument 'name=a,b'"),
         ("name", "a=b", "for Hydra and for the shell: \"name='a=b'\""),
