@@ -293,3 +293,28 @@ def test_the_report_of_the_sweep_says_what_the_page_does(tmp_path):
     (effect, bounds) = re.search(rf"\| dv \| 32 {MINUS} 8 \| (.*?) \| (.*?) \|", text).groups()
     assert f"dv 32 {MINUS} 8 is {effect} ({bounds})" in page
     assert "1 of 9 differences significant" in text
+
+
+# ---- Start and rate -----------------------------------------------------------------------------
+
+
+def test_the_page_has_the_rows_of_start_and_rate():
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    folders = sorted((ROOT / "results" / "start-rate").glob("*/seed=0"))
+    assert f"**Under way: {len(folders)} of the first 17 runs.**" in page
+    for folder in folders:
+        config = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["config"]
+        own = config["attention"]
+        start = {"kaiming": "former (kaiming)", "torch": "its own"}[own["init"]]
+        start = "normalized q and k" if own["qk_norm"] else start
+        with (folder / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 5
+        entropies = [float(row["attention/entropy"]) for row in rows]
+        assert entropies == sorted(entropies) or own["init"] != "kaiming"  # that one softens
+        sharpest = [float(row["attention/lowest_entropy"]) for row in (rows[0], rows[-1])]
+        last = rows[-1]
+        cells = [f"{config['optim']['lr']:g}", f"{float(last['val/top1']):.2f}"]
+        cells += [f"{float(last[name]):.3f}" for name in ("val/loss", "train/loss")]
+        cells += [", ".join(f"{value:.2f}" for value in of) for of in (entropies, sharpest)]
+        assert f"| {start} | {' | '.join(cells)} |" in page
