@@ -146,7 +146,7 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
     if _is_exported():
         return "sdpa"
     if q.device.type == "cuda" and relative and not trial.any_failed:
-        return "sdpa" if _why_not_fused(q.device, q.dtype) else "fused"
+        return "sdpa" if unavailable_reason("fused", q.device, q.dtype) else "fused"
     if q.device.type != "cpu":
         return "sdpa"
     if unavailable_reason("native", q.device, q.dtype) is None:
@@ -155,14 +155,6 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
     if not relative or torch.compiler.is_compiling():
         return "sdpa"
     return "tiled" if q.shape[2] * q.shape[3] > 64 else "reference"
-
-
-def _why_not_fused(device: torch.device, dtype: torch.dtype) -> str | None:
-    return unavailable_reason("fused", device, dtype)
-
-
-# A compiler calls it and does not look into it, as with torch.compiler.assume_constant_result.
-_why_not_fused._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _is_empty(q: Tensor) -> bool:

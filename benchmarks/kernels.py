@@ -18,6 +18,7 @@ import re
 import statistics
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,9 +135,14 @@ def exponentials(code: list[str]) -> int:
     return sum(instruction.startswith("MUFU.EX2") for instruction in code)
 
 
+def kinds(code: list[str]) -> collections.Counter[str]:
+    """How many there are of each kind of instruction."""
+    return collections.Counter(re.split(r"[ .]", instruction)[0] for instruction in code)
+
+
 def spills(code: list[str]) -> int:
     """How many of the instructions load or store a register that did not fit."""
-    return sum(re.split(r"[ .]", instruction)[0] in ("LDL", "STL") for instruction in code)
+    return kinds(code)["LDL"] + kinds(code)["STL"]
 
 
 def describe(compiled: Any, options: dict[str, Any], capability: int) -> dict[str, Any]:
@@ -146,7 +152,6 @@ def describe(compiled: Any, options: dict[str, Any], capability: int) -> dict[st
     warps = options["num_warps"]
     logits = options["BM"] * options["R"] * options["BW"] / (32 * warps)
     counted = loop or code
-    counts = collections.Counter(re.split(r"[ .]", instruction)[0] for instruction in counted)
     limits = LIMITS[capability]
     # Registers are given to warps in blocks of 256.
     per_warp = -(-registers * 32 // 256) * 256
@@ -166,7 +171,7 @@ def describe(compiled: Any, options: dict[str, Any], capability: int) -> dict[st
         "warps": blocks * warps,
         "instructions": len(counted) / logits,
         "exponentials": exponentials(counted) / logits,
-        "most": {name: round(n / logits, 2) for name, n in counts.most_common(8)},
+        "most": {name: round(n / logits, 2) for name, n in kinds(counted).most_common(8)},
     }
 
 
@@ -183,7 +188,7 @@ def sizes(shape: str) -> tuple[int, int, int, int, int]:
 
 
 def inputs(shape: str, dtype: torch.dtype, batch: int = 8, device: str = "cpu") -> list[Tensor]:
-    """Queries, keys, values and a gradient as training in channels_last has them, and tables."""
+    """Queries, keys and values as training in channels_last has them, tables, and a gradient."""
     H, W, dkh, dvh, Nh = sizes(shape)
     dk, dv = dkh * Nh, dvh * Nh
 
@@ -196,7 +201,26 @@ def inputs(shape: str, dtype: torch.dtype, batch: int = 8, device: str = "cpu") 
 
     qkv = channels_last(2 * dk + dv).split((dk, dk, dv), dim=1)
     tables = [torch.randn(2 * n - 1, dkh, dtype=dtype, device=device) for n in (H, W)]
-    return [*map(heads, qkv), heads(channels_last(dv)), *tables]
+    return [*map(heads, qkv), *tables, heads(channels_last(dv))]
+
+
+def passes(
+    shape: str, dtype: torch.dtype, batch: int = 8, device: str = "cpu"
+) -> dict[str, Callable[[], object]]:
+    """Forward, backward and ordered backward, of which a forward pass has been run."""
+    *given, grad = inputs(shape, dtype, batch, device)
+    saved = [grad, *given, *fused_ops._attend(*given)]
+
+    def backward(ordered: bool) -> None:
+        torch.use_deterministic_algorithms(ordered)
+        fused_ops._attend_backward(*saved)
+        torch.use_deterministic_algorithms(False)
+
+    return {
+        "attend": lambda: fused_ops._attend(*given),
+        "gradients": lambda: backward(False),
+        "gradients, ordered": lambda: backward(True),
+    }
 
 
 def count(shape: str, dtype: torch.dtype, capability: int) -> list[dict[str, Any]]:
@@ -216,35 +240,14 @@ def count(shape: str, dtype: torch.dtype, capability: int) -> list[dict[str, Any
     driver.set_active(Driver(capability))
     JITFunction.run = compile_only
     try:
-        q, k, v, grad, *tables = inputs(shape, dtype)
-        out, lse = fused_ops._attend(q, k, v, *tables)
-        for ordered in (False, True):
-            torch.use_deterministic_algorithms(ordered)
-            fused_ops._attend_backward(grad, q, k, v, *tables, out, lse)
+        steps = passes(shape, dtype)
+        steps["gradients"]()
+        steps["gradients, ordered"]()
     finally:
         JITFunction.run = launch
         if torch.cuda.is_available():
             driver.reset_active()
-        torch.use_deterministic_algorithms(False)
     return rows
-
-
-def time(shape: str, dtype: torch.dtype, batch: int, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of forward, backward and ordered backward on the GPU."""
-    q, k, v, grad, *tables = inputs(shape, dtype, batch, "cuda")
-    out, lse = fused_ops._attend(q, k, v, *tables)
-
-    def backward(ordered: bool) -> None:
-        torch.use_deterministic_algorithms(ordered)
-        fused_ops._attend_backward(grad, q, k, v, *tables, out, lse)
-        torch.use_deterministic_algorithms(False)
-
-    steps = {
-        "attend": lambda: fused_ops._attend(q, k, v, *tables),
-        "gradients": lambda: backward(False),
-        "gradients, ordered": lambda: backward(True),
-    }
-    return timing.rounds(steps, torch.device("cuda"), rounds)
 
 
 def measure(case: dict[str, Any], device: torch.device, rounds: int) -> list[dict[str, Any]]:
@@ -262,7 +265,7 @@ def measure(case: dict[str, Any], device: torch.device, rounds: int) -> list[dic
         if divmod(case["capability"], 10) != torch.cuda.get_device_capability():
             return []
         # Timed first: the compiler is told of another GPU then, though of the same kind.
-        times = time(shape, dtype, batch, rounds)
+        times = timing.rounds(passes(shape, dtype, batch, "cuda"), torch.device("cuda"), rounds)
     rows = [case | row for row in count(shape, dtype, case["capability"])]
     for row in rows:
         if row["kernel"] in times:

@@ -95,6 +95,46 @@ def direction_of(out):
     return (7 * torch.arange(out.numel()) % 17 - 8).reshape(out.shape).to(out) / 8
 
 
+def laid_out(tensors, layout):
+    """Attention's inputs as the layer splits them from one tensor, or as views with gaps."""
+    q, k, v, *tables = (t.detach() for t in tensors)
+    if layout == "every other":
+        views = [
+            t.repeat_interleave(2, -1).repeat_interleave(2, 2)[:, :, ::2, :, ::2] for t in (q, k, v)
+        ]
+    else:
+        parts = [t.permute(0, 1, 4, 2, 3).flatten(1, 2) for t in (q, k, v)]
+        together = torch.cat(parts, dim=1).contiguous(memory_format=getattr(torch, layout))
+        parts = together.split([part.shape[1] for part in parts], dim=1)
+        views = [t.unflatten(1, (q.shape[1], -1)).permute(0, 1, 3, 4, 2) for t in parts]
+    assert not any(t.is_contiguous() for t in views)
+    assert all(map(torch.equal, views, (q, k, v)))
+    return [t.requires_grad_() for t in (*views, *tables)]
+
+
+def gradient_of_one(function, tensors, index):
+    """The gradient of one of ``tensors``: where no other has any, and where all have."""
+    expected = with_gradients(function, tensors)[index + 1]
+    alone = [t.detach() for t in tensors]
+    alone[index].requires_grad_()
+    out = function(*alone)
+    (got,) = torch.autograd.grad(out, alone[index], direction_of(out))
+    return got, expected
+
+
+def check_operations(backend, given):
+    """torch's own check of the operations of a backend, for q, k, v and both tables or none."""
+    given = [*given, None, None][:5]
+    forward, backward = (
+        getattr(torch.ops.aaconv, f"{backend}_{name}").default
+        for name in ("attend", "attend_backward")
+    )
+    torch.library.opcheck(forward, given)
+    given = [t if t is None else t.detach() for t in given]
+    out, lse = forward(*given)
+    torch.library.opcheck(backward, (torch.ones_like(out), *given, out, lse))
+
+
 def rounding_errors(tensors, inner=torch.float32, saved=None):
     """How far `with_gradients` of attention may be from the truth, before its results are rounded.
 

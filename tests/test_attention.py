@@ -279,11 +279,11 @@ assert "triton" not in sys.modules
 
 def test_the_package_is_installed_whole():
     tomllib = pytest.importorskip("tomllib")  # Python 3.11
-    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
-        "packages"
-    ]
-    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "aaconv").rglob("*.py")}
-    assert {".".join(folder.parts) for folder in folders} == set(packages)
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folder = ROOT / "aaconv"
+    folders = {path.parent.relative_to(ROOT) for path in folder.rglob("*.py")}
+    assert {".".join(path.parts) for path in folders} == set(settings["packages"])
+    assert native_build.SOURCE.relative_to(folder).as_posix() in settings["package-data"]["aaconv"]
 
 
 def test_the_source_distribution_has_its_tests(tmp_path):

@@ -17,9 +17,11 @@ import reference
 from helpers import (
     ROOT,
     assert_rounded,
-    direction_of,
+    check_operations,
+    gradient_of_one,
     inputs,
     inputs_like,
+    laid_out,
     rounding_errors,
     slow,
     with_gradients,
@@ -228,27 +230,11 @@ def bfloat16_product(self, a, b, d, *_):
     return interpreter.TensorHandle(factors[0] @ factors[1] + d.data, d.dtype.scalar)
 
 
-@pytest.mark.parametrize("layout", [slow("contiguous"), "channels_last", slow("every other")])
+@pytest.mark.parametrize(
+    "layout", [slow("contiguous_format"), "channels_last", slow("every other")]
+)
 def test_strides_are_as_they_come(layout):
-    """Heads and channels as the layer splits them from one tensor, and a view with gaps."""
-    tensors = on_device(inputs((3, 5), 2, 6, 4), torch.float32)
-    if layout == "every other":
-        views = [
-            t.repeat_interleave(2, -1).repeat_interleave(2, 2)[:, :, ::2, :, ::2]
-            for t in tensors[:3]
-        ]
-    else:
-        parts = [t.permute(0, 1, 4, 2, 3).flatten(1, 2) for t in tensors[:3]]
-        format = getattr(torch, layout + "_format", None) or getattr(torch, layout)
-        together = torch.cat(parts, dim=1).contiguous(memory_format=format)
-        views = [
-            t.unflatten(1, (2, -1)).permute(0, 1, 3, 4, 2) for t in together.split((12, 12, 8), 1)
-        ]
-    assert not any(t.is_contiguous() for t in views)
-    for a, b in zip(views, tensors, strict=False):
-        assert torch.equal(a, b)
-    views = [*(t.detach() for t in views), *tensors[3:]]
-    check([t.requires_grad_() for t in views])
+    check(laid_out(on_device(inputs((3, 5), 2, 6, 4), torch.float32), layout))
 
 
 @pytest.mark.slow
@@ -267,24 +253,15 @@ def test_a_gradient_that_is_one_number_everywhere():
 @pytest.mark.parametrize("index", [0, slow(1), slow(2), 3, slow(4)])
 def test_each_input_alone_has_its_gradient(index):
     low = on_device(inputs((3, 5), 2, 6, 4), torch.float32)
-    expected = with_gradients(by_kernels, low)[index + 1]
-    alone = [t.detach() for t in low]
-    alone[index].requires_grad_()
-    out = by_kernels(*alone)
-    (got,) = torch.autograd.grad(out, alone[index], direction_of(out))
-    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(*gradient_of_one(by_kernels, low, index))
 
 
 # torch 2.14's own opcheck reads .grad of tensors that are no leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow
-def test_the_operations_pass_opcheck():
-    tensors = on_device(inputs((3, 2), 2, 6, 4), torch.float32)
-    for given in (tensors, [*tensors[:3], None, None]):
-        torch.library.opcheck(fused_ops._attend, given)
-        given = [t if t is None else t.detach() for t in given]
-        out, lse = fused_ops._attend(*given)
-        torch.library.opcheck(fused_ops._attend_backward, (torch.ones_like(out), *given, out, lse))
+@pytest.mark.parametrize("count", [3, 5])
+def test_the_operations_pass_opcheck(count):
+    check_operations("fused", on_device(inputs((3, 2), 2, 6, 4), torch.float32)[:count])
 
 
 @pytest.mark.slow

@@ -36,11 +36,16 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+# As in `native`: a compiler calls the function and does not look into it.
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
     """`aaconv.attention_2d` in one kernel. It cannot be differentiated twice."""
-    from aaconv.backends.fused_ops import fused_attention
+    import aaconv.backends.fused_ops  # noqa: F401 (defines the operation)
 
     with without_autocast(q.device.type):
-        if rel_h is None or rel_w is None:
-            return fused_attention(q, k, v, None, None)
-        return fused_attention(q, k, v, rel_h.to(q.dtype), rel_w.to(q.dtype))
+        # All of one dtype, which the kernels can multiply.
+        tables = (table if table is None else table.to(q.dtype) for table in (rel_h, rel_w))
+        out, _ = torch.ops.aaconv.fused_attend(q, k, v, *tables)
+        return out.to(v.dtype)

@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from aaconv.backends import fused_kernels as kernels
-from aaconv.backends.derivatives import differentiate_by, refuse_second, save
+from aaconv.backends.operations import Table, define, empty_gradients, empty_outputs
 
 LOG2E = math.log2(math.e)
 
@@ -29,27 +29,13 @@ MIN_COLUMNS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) 
 PROGRAMS = 4
 
 
-def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
-) -> Tensor:
-    """`aaconv.attention_2d`; all of one dtype, which the kernels can multiply."""
-    return _attend(q, k, v, rel_h, rel_w)[0].to(v.dtype)
-
-
-@torch.library.custom_op("aaconv::attend", mutates_args=())
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """The output in float32, and log2 of the sum of 2^logits of each query, (B, N, H, W).
-
-    From a rounded output the inner products with its gradient would be wrong for the backward pass:
-    where one key has nearly all the weight, the gradients of the logits are small differences.
-    """
-    out, lse = _empty_outputs(q, k, v, rel_h, rel_w)
+def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Table, rel_w: Table) -> tuple[Tensor, Tensor]:
+    out, lse = empty_outputs(_empty_like, q, v)
     sizes = _sizes("attend", q, v, relative=rel_h is not None)
     work = _tiles(q, sizes)
     programs = min(work, _programs(q.device))
-    maps = [_flat(t) for t in (q, k, v, out)]
+    # (B, N, HW, channels); a copy only of maps of odd strides.
+    maps = [t.flatten(2, 3) for t in (q, k, v, out)]
     given = (*maps[:3], *_tables(q, rel_h, rel_w), _scratch(q, programs, sizes, 2), maps[3], lse)
     for all_keys in (False, True):
         sizes["ALL"] = all_keys
@@ -57,29 +43,17 @@ def _attend(
     return out, lse
 
 
-@_attend.register_fake
-def _empty_outputs(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return _empty_like(v, torch.float32), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.custom_op("aaconv::attend_backward", mutates_args=())
 def _attend_backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
+    rel_h: Table,
+    rel_w: Table,
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and of the tables, empty ones without tables.
-
-    Five tensors and no list of them, which torch could not batch.
-    """
-    gradients = _empty_gradients(grad, q, k, v, rel_h, rel_w, out, lse)
+    gradients = empty_gradients(_empty_like, q, k, v, rel_h, rel_w)
     relative = rel_h is not None
     sizes = _sizes("gradients", q, v, relative=relative)
     atomic = not torch.are_deterministic_algorithms_enabled()
@@ -89,7 +63,7 @@ def _attend_backward(
     dk, dv = (t.new_zeros(t.shape, dtype=torch.float32) for t in (k, v))
     offsets = sizes["HP"] + sizes["WP"] if relative else 0
     dtables = q.new_zeros(programs, offsets, sizes["BD"], dtype=torch.float32)
-    maps = [_flat(t) for t in (grad, q, k, v, out, gradients[0])]
+    maps = [t.flatten(2, 3) for t in (grad, q, k, v, out, gradients[0])]
     _launch(
         "gradients",
         programs,
@@ -117,28 +91,6 @@ def _attend_backward(
     return gradients
 
 
-@_attend_backward.register_fake
-def _empty_gradients(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rel_h: Tensor | None,
-    rel_w: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    tables = (
-        q.new_empty(0, q.shape[-1]) if table is None else torch.empty_like(table)
-        for table in (rel_h, rel_w)
-    )
-    return (*map(_empty_like, (q, k, v)), *tables)  # type: ignore[return-value]
-
-
-_attend.register_autograd(differentiate_by(_attend_backward), setup_context=save)
-_attend_backward.register_autograd(refuse_second("fused"))
-
-
 def _launch(name: str, programs: int, sizes: dict[str, Any], q: Tensor, *others: object) -> None:
     """Launch a kernel; ValueError where the GPU has not enough of something for its channels."""
     try:
@@ -159,11 +111,6 @@ def _empty_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _flat(t: Tensor) -> Tensor:
-    """(B, N, H, W, channels) to (B, N, HW, channels); a copy only of maps of odd strides."""
-    return t.flatten(2, 3)
-
-
 def _strides(t: Tensor) -> tuple[object, ...]:
     """The strides, then the largest power of two up to 16 that divides all but the last of them.
 
@@ -176,7 +123,7 @@ def _strides(t: Tensor) -> tuple[object, ...]:
     return (*t.stride()[:2], *map(tl.constexpr, constants))
 
 
-def _tables(q: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> tuple[Tensor, Tensor]:
+def _tables(q: Tensor, rel_h: Table, rel_w: Table) -> tuple[Tensor, Tensor]:
     if rel_h is None or rel_w is None:
         return q, q  # never read
     return rel_h.contiguous(), rel_w.contiguous()
@@ -268,3 +215,6 @@ def _precision() -> str:
     # Reading the older setting raises once the newer one (torch 2.9) has been used.
     newer = getattr(matmul, "fp32_precision", None)
     return "tf32" if (matmul.allow_tf32 if newer is None else newer == "tf32") else "ieee"
+
+
+define("fused", ("CPU", "CUDA"), _attend, _attend_backward, _empty_like)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aaconv.backends import native_build
-from aaconv.backends.derivatives import differentiate_by, refuse_second, save
+from aaconv.backends.operations import Table, define, empty_outputs
 from aaconv.backends.precision import without_autocast
 
 # Numbered as in the kernel.
@@ -28,17 +28,13 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"needs the CPU, not the device {device}"
     if dtype not in DTYPES:
         return f"needs float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
-    return _obstacle()
-
-
-def _obstacle() -> str | None:
     found = native_build.load()
     return str(found) if isinstance(found, native_build.UnavailableError) else None
 
 
 # What torch.compiler.assume_constant_result does: a compiler calls the function and does not look
 # into it. That one would import the compiler, and with it triton, for everybody.
-_obstacle._dynamo_marked_constant = True  # type: ignore[attr-defined]
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
@@ -48,33 +44,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor 
         return out.to(v.dtype)
 
 
-Table = Tensor | None
-
-# Not by torch.library.custom_op, which imports the compiler, and with it triton, at the first call.
-_FORWARD, _BACKWARD = "aaconv::native_attend", "aaconv::native_attend_backward"
-_GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? rel_h, Tensor? rel_w"
-torch.library.define(_FORWARD, f"({_GIVEN}) -> (Tensor out, Tensor lse)")
-# Five tensors and no list of them, which torch could not batch.
-_GRADIENTS = "(Tensor dq, Tensor dk, Tensor dv, Tensor drel_h, Tensor drel_w)"
-torch.library.define(_BACKWARD, f"(Tensor grad, {_GIVEN}, Tensor out, Tensor lse) -> {_GRADIENTS}")
-
-
-@torch.library.impl(_FORWARD, "CPU")
 def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Table, rel_w: Table) -> tuple[Tensor, Tensor]:
-    """The output, in float32, and of each query the logarithm of the sum of its weights."""
-    out, lse = _empty_outputs(q, k, v, rel_h, rel_w)
+    out, lse = empty_outputs(_empty_like, q, v)
     _call("aaconv_attend", (q, k, v), (rel_h, rel_w), (out, lse))
     return out, lse
 
 
-@torch.library.register_fake(_FORWARD)
-def _empty_outputs(
-    q: Tensor, k: Tensor, v: Tensor, rel_h: Table, rel_w: Table
-) -> tuple[Tensor, Tensor]:
-    return _empty_like(v), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-@torch.library.impl(_BACKWARD, "CPU")
 def _attend_backward(
     grad: Tensor,
     q: Tensor,
@@ -85,7 +60,6 @@ def _attend_backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, ...]:
-    """Gradients of q, k, v and of the tables, empty ones without tables, in float32."""
     # As `_attend` has made them; a compiler may have moved them.
     out, lse = out.permute(0, 1, 4, 2, 3).contiguous(), lse.contiguous()
     maps = [_empty_like(t) for t in (q, k, v)]
@@ -99,36 +73,10 @@ def _attend_backward(
     return (*maps, *(table.sum(0).T.contiguous() for table in tables))
 
 
-@torch.library.register_fake(_BACKWARD)
-def _empty_gradients(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rel_h: Table,
-    rel_w: Table,
-    out: Tensor,
-    lse: Tensor,
-) -> tuple[Tensor, ...]:
-    tables = [
-        q.new_empty(0 if table is None else len(table), q.shape[-1], dtype=torch.float32)
-        for table in (rel_h, rel_w)
-    ]
-    return (*(_empty_like(t) for t in (q, k, v)), *tables)
-
-
-torch.library.register_autograd(
-    _FORWARD,
-    differentiate_by(torch.ops.aaconv.native_attend_backward),
-    setup_context=save,
-)
-torch.library.register_autograd(_BACKWARD, refuse_second("native"))
-
-
-def _empty_like(t: Tensor) -> Tensor:
-    """(B, N, H, W, channels), float32, the channels before the positions in memory."""
+def _empty_like(t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, N, H, W, channels), the channels before the positions in memory."""
     B, N, H, W, channels = t.shape
-    return t.new_empty(B, N, channels, H, W, dtype=torch.float32).permute(0, 1, 3, 4, 2)
+    return t.new_empty(B, N, channels, H, W, dtype=dtype).permute(0, 1, 3, 4, 2)
 
 
 def _call(
@@ -148,3 +96,6 @@ def _call(
     getattr(library, function)(
         (ctypes.c_void_p * len(addresses))(*addresses), (ctypes.c_long * len(numbers))(*numbers)
     )
+
+
+define("native", ("CPU",), _attend, _attend_backward, _empty_like)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aaconv.backends.derivatives import refuse_second
+from aaconv.backends.operations import refuse_second
 from aaconv.backends.precision import in_float32, without_autocast
 
 # Bytes of the logits of one tile: small enough for the cache together with their gradients, large
