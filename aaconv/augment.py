@@ -5,8 +5,8 @@ import math
 import numbers
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from aaconv.checks import MAX_SIZE, whole
 from aaconv.maps import augmented_layers
 from aaconv.modules import AugmentedConv, check_init
 from aaconv.ratios import channels, check_amount
-from aaconv.text import table
+from aaconv.text import one_line, table
 
 # The paper pools 28x28 maps and no smaller ones (section 4.2).
 POOLED_ABOVE = 400
@@ -134,10 +134,10 @@ def augment_(
     names = _convolution_names(model)
     sizes = _map_sizes(model, example_input)
     elsewhere = _used_elsewhere(model)
-    rows = []
-    for convolution, own in names.items():
-        row = _plan(convolution, own, sizes.get(own[0], []), options, elsewhere.get(convolution))
-        rows.append(row)
+    rows = [
+        _plan(convolution, own, sizes.get(own[0], []), options, elsewhere.get(convolution))
+        for convolution, own in names.items()
+    ]
     if not any(row.layer for row in rows):
         raise ValueError(f"nothing to augment: {_reasons(rows)}")
     for row, own in zip(rows, names.values(), strict=True):
@@ -145,13 +145,9 @@ def augment_(
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, row.layer)
     if not isinstance(getattr(model, "no_weight_decay", None), partial):  # augmented before
-        inherited = getattr(model, "no_weight_decay", _nothing)
+        inherited = getattr(model, "no_weight_decay", set)
         model.no_weight_decay = partial(_no_weight_decay, model, inherited)  # type: ignore[assignment]
     return Report(rows)
-
-
-def _nothing() -> set[str]:
-    return set()
 
 
 def _no_weight_decay(model: nn.Module, inherited: Callable[[], Iterable[str]]) -> set[str]:
@@ -162,6 +158,11 @@ def _no_weight_decay(model: nn.Module, inherited: Callable[[], Iterable[str]]) -
         for table in layer.no_weight_decay()
     }
     return set(inherited()) | tables
+
+
+def papers_pool(size: Size) -> int:
+    """``pool`` as the paper has it on a map of this size."""
+    return 2 if size[0] * size[1] > POOLED_ABOVE else 1
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,7 @@ class _Options:
 
     def pool_of(self, size: Size) -> int:
         """``pool`` for a map of this size."""
-        if self.pool is not None:
-            return self.pool
-        return 2 if size[0] * size[1] > POOLED_ABOVE else 1
+        return papers_pool(size) if self.pool is None else self.pool
 
 
 # ---- The model ----------------------------------------------------------------------------------
@@ -226,23 +225,20 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(f"{where} is a TorchScript program, whose modules cannot be replaced")
     if isinstance(model, nn.Conv2d):
         raise ValueError("model is itself a convolution; make an AugmentedConv instead")
-    if not callable(getattr(model, "no_weight_decay", _nothing)):
+    if not callable(getattr(model, "no_weight_decay", set)):
         raise ValueError("model.no_weight_decay must be a method, as timm's optimizers call it")
 
 
 def _convolution_names(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
     """The names of each convolution: more than one where it stands at several places."""
+    modules = list(model.named_modules(remove_duplicate=False))
+    augmented = [name for name, module in modules if isinstance(module, AugmentedConv)]
+    inside = tuple(f"{name}." if name else "" for name in augmented)
     names: dict[nn.Conv2d, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        inside = any(isinstance(outer, AugmentedConv) for outer in _outer_modules(model, name))
-        if isinstance(module, nn.Conv2d) and not inside:
+    for name, module in modules:
+        if isinstance(module, nn.Conv2d) and not name.startswith(inside):
             names.setdefault(module, []).append(name)
     return names
-
-
-def _outer_modules(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    parts = name.split(".")
-    return (model.get_submodule(".".join(parts[:count])) for count in range(len(parts)))
 
 
 def _used_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
@@ -277,7 +273,7 @@ def _map_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[Siz
     args, kwargs = call_arguments(example_input)
     sizes: dict[str, list[tuple[Size, Size]]] = {}
 
-    def note(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+    def note(name: str, _: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor) -> None:
         x = args[0] if args else kwargs["input"]
         call = (_size(x), _size(output))
         if call not in sizes.setdefault(name, []):
@@ -300,12 +296,7 @@ def _map_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[Siz
                 module._forward_hooks.clear()
                 module._forward_pre_hooks.clear()
                 if isinstance(module, nn.Conv2d):
-                    module.register_forward_hook(
-                        lambda _module, args, kwargs, output, name=name: note(
-                            name, args, kwargs, output
-                        ),
-                        with_kwargs=True,
-                    )
+                    module.register_forward_hook(partial(note, name), with_kwargs=True)
             args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
             shadow(*args, **kwargs)
     except Exception as error:  # of the model's own code, of any type
@@ -314,7 +305,7 @@ def _map_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[Siz
             raise ValueError(
                 "model's forward pass depends on the values of the data, not on their shapes "
                 "alone, so that its map sizes are unknown; augment the part that computes "
-                f"features, such as a detector's backbone ({' '.join(str(error).split())})"
+                f"features, such as a detector's backbone ({one_line(error)})"
             ) from error
         raise ValueError(
             f"model cannot be called with example_input: {_in_one_line(error)}"
@@ -354,29 +345,23 @@ def _plan(
     Raises:
         ValueError: ``filter_fn`` chooses it, and it cannot be replaced.
     """
-    outputs = list(dict.fromkeys(output for _, output in calls))
-    size = outputs[0] if len(outputs) == 1 else None
+    size = calls[0][1] if len({output for _, output in calls}) == 1 else None
     row = Row(names[0], convolution.out_channels, size, None)
     chooses = options.filter_fn
     if chooses is not None and not any(chooses(convolution, name) for name in names):
-        return _without(row, "not chosen by filter_fn")
+        return replace(row, skip_reason="not chosen by filter_fn")
     skip_reason = _obstacle(convolution, calls) or elsewhere
-    if not skip_reason and chooses is None:
+    if skip_reason is None:
         assert size is not None
-        skip_reason = _unsuitable(convolution, size, options)
-    if not skip_reason:
-        assert size is not None
-        made = _augmented(convolution, size, options)
-        if isinstance(made, AugmentedConv):
-            return Row(row.name, row.out, size, made)
-        skip_reason = made
+        try:
+            if chooses is None:
+                _check_suitable(convolution, size, options)
+            return replace(row, layer=_augmented(convolution, size, options))
+        except ValueError as error:
+            skip_reason = str(error)
     if chooses is not None:
         raise ValueError(f"filter_fn chooses {row.name}, which cannot be augmented: {skip_reason}")
-    return _without(row, skip_reason)
-
-
-def _without(row: Row, skip_reason: str) -> Row:
-    return Row(row.name, row.out, row.map, None, skip_reason)
+    return replace(row, skip_reason=skip_reason)
 
 
 def _obstacle(convolution: nn.Conv2d, calls: list[tuple[Size, Size]]) -> str | None:
@@ -414,64 +399,61 @@ def _has_hooks(convolution: nn.Conv2d) -> bool:
     return any(hooks)
 
 
-def _unsuitable(convolution: nn.Conv2d, size: Size, options: _Options) -> str | None:
-    """Why the convolution is not replaced where nobody asks for it, or None."""
+def _check_suitable(convolution: nn.Conv2d, size: Size, options: _Options) -> None:
+    """Raise ValueError for a convolution that is not replaced where nobody asks for it."""
     height, width = convolution.kernel_size
+    positions = size[0] * size[1]
     if height == width == 1:
-        return "kernel 1x1"
+        raise ValueError("kernel 1x1")
     if height % 2 == 0 or width % 2 == 0:
-        return f"even kernel {height}x{width}"
-    if size[0] * size[1] > options.max_positions:
-        return f"{size[0] * size[1]} positions, more than max_positions={options.max_positions}"
+        raise ValueError(f"even kernel {height}x{width}")
+    if positions > options.max_positions:
+        raise ValueError(f"{positions} positions, more than max_positions={options.max_positions}")
     if max(size) <= options.pool_of(size):
-        return "single position: nothing to attend to"
-    return None
+        raise ValueError("single position: nothing to attend to")
 
 
-def _augmented(convolution: nn.Conv2d, size: Size, options: _Options) -> AugmentedConv | str:
-    """The layer that takes the place of ``convolution``, or why there can be none."""
+def _augmented(convolution: nn.Conv2d, size: Size, options: _Options) -> AugmentedConv:
+    """The layer that takes the place of ``convolution``.
+
+    Raises:
+        ValueError: there can be none.
+    """
     out = convolution.out_channels
     dk = channels(options.dk, out, options.Nh, options.min_dkh)
     dv = channels(options.dv, out, options.Nh)
     if isinstance(options.dv, float) and options.dv < 1 and dv >= out:
-        return f"Nh={options.Nh} heads would take all of its {out} channels"
-    try:
-        layer = AugmentedConv(
-            convolution.in_channels,
-            out,
-            convolution.kernel_size,  # type: ignore[arg-type]
-            dk,
-            dv,
-            options.Nh,
-            size,
-            options.relative,
-            convolution.stride,  # type: ignore[arg-type]
-            padding=convolution.padding,  # type: ignore[arg-type]
-            dilation=convolution.dilation,  # type: ignore[arg-type]
-            bias=convolution.bias is not None,
-            pool=options.pool_of(size),
-            init=options.init,
-            qk_norm=options.qk_norm,
-            device=convolution.weight.device,
-            dtype=convolution.weight.dtype,
-        )
-    except ValueError as error:
-        return str(error)
-    _take_over(layer, convolution, keep_weights=options.keep_weights)
-    return layer
-
-
-def _take_over(layer: AugmentedConv, convolution: nn.Conv2d, *, keep_weights: bool) -> None:
+        raise ValueError(f"Nh={options.Nh} heads would take all of its {out} channels")
+    layer = AugmentedConv(
+        convolution.in_channels,
+        out,
+        convolution.kernel_size,  # type: ignore[arg-type]
+        dk,
+        dv,
+        options.Nh,
+        size,
+        options.relative,
+        convolution.stride,  # type: ignore[arg-type]
+        padding=convolution.padding,  # type: ignore[arg-type]
+        dilation=convolution.dilation,  # type: ignore[arg-type]
+        bias=convolution.bias is not None,
+        pool=options.pool_of(size),
+        init=options.init,
+        qk_norm=options.qk_norm,
+        device=convolution.weight.device,
+        dtype=convolution.weight.dtype,
+    )
     layer.train(convolution.training)
     kept = layer.conv_out
     if kept is None:
-        return
+        return layer
     for name, old in convolution.named_parameters():
         new = kept.get_parameter(name)
-        if keep_weights:
+        if options.keep_weights:
             with torch.no_grad():
                 new.copy_(old[: kept.out_channels])
         new.requires_grad_(old.requires_grad)
+    return layer
 
 
 def _reasons(rows: Sequence[Row]) -> str:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aaconv.augment import POOLED_ABOVE
+from aaconv.augment import papers_pool
 from aaconv.maps import augmented_layers
 from models.alternet import AlterBlock
 from models.attention import Attention, NoAttention, Place
@@ -35,8 +35,8 @@ class ResNet(nn.Module):
         widths: channels of each stage, before a bottleneck's fourfold expansion.
         stem: output channels of the first convolution, which is 3x3.
         strided_stem: whether it is 7x7 instead, and a 3x3 max pooling follows, each of stride 2, as
-            for ImageNet (He et al., CVPR 2016). Attention on maps of more than `POOLED_ABOVE`
-            positions is pooled by 2 then (Bello et al., section 4.2).
+            for ImageNet (He et al., CVPR 2016). Attention is pooled then as
+            `papers_pool` says (Bello et al., section 4.2).
         shortcut: ``projection``, ``pad`` or ``subsample``, see `models.blocks.Shortcut`.
         num_classes: number of logits.
         image_size: (H, W) of the images, which sizes the relative tables of `AA`.
@@ -118,8 +118,7 @@ class ResNet(nn.Module):
             for number in range(depth):
                 stride = 2 if index > 0 and number == 0 else 1
                 size = (-(-size[0] // stride), -(-size[1] // stride))
-                is_pooled = strided_stem and size[0] * size[1] > POOLED_ABOVE
-                pool = 2 if is_pooled else 1
+                pool = papers_pool(size) if strided_stem else 1
                 place = Place(index + 1, number + 1, depth, stride, size, pool)
                 dropped = drop_path * (sum(depths[:index]) + number + 1) / sum(depths)
                 blocks.append(
