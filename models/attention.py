@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from aaconv import AugmentedConv
+from aaconv.encodings import ABSOLUTE
 from aaconv.functional import check_backend_name, check_dropout
 from aaconv.modules import check_init
 from aaconv.ratios import channels, check_amount
 
-POSITIONS = ("relative", "none", "sine", "coord")
+POSITIONS = ("relative", *ABSOLUTE)
 BLOCKS = ("all", "unstrided", "last")
 
 
@@ -162,17 +163,13 @@ class Replacing(Attention):
         return channels(self.dv, out_channels, self.Nh)
 
     def first_convolution(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
-        if place.stage not in self.stages or not self._has_block(place):
+        chosen = {"all": True, "unstrided": place.stride == 1, "last": place.block == place.blocks}
+        if place.stage not in self.stages or not chosen[self.blocks]:
             return super().first_convolution(in_channels, out_channels, place)
         try:
             return self.replaced(in_channels, out_channels, place)
         except ValueError as error:
             raise ValueError(f"attention in stage {place.stage}: {error}") from error
-
-    def _has_block(self, place: Place) -> bool:
-        if self.blocks == "last":
-            return place.block == place.blocks
-        return self.blocks == "all" or place.stride == 1
 
     def replaced(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
         """The first convolution of a block that is chosen.
@@ -271,22 +268,20 @@ class Pointwise(Replacing):
 
     name: ClassVar[str] = "pointwise"
     label: ClassVar[str] = "1x1"
+    mean: ClassVar[bool] = False
 
     def replaced(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
         dv = self.dv_of(out_channels)
-        return SideConv(in_channels, out_channels, dv, place.stride, mean=False)
+        return SideConv(in_channels, out_channels, dv, place.stride, mean=self.mean)
 
 
 @dataclass(frozen=True, kw_only=True)
-class GlobalMean(Replacing):
+class GlobalMean(Pointwise):
     """Control: attention whose weights are all equal gives the dv channels."""
 
     name: ClassVar[str] = "mean"
     label: ClassVar[str] = "mean"
-
-    def replaced(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
-        dv = self.dv_of(out_channels)
-        return SideConv(in_channels, out_channels, dv, place.stride, mean=True)
+    mean: ClassVar[bool] = True
 
 
 # By name, in the order of the paper's Table 1 and after them the controls.
