@@ -15,7 +15,7 @@ def whole(name: str, value: Any, most: float = MAX_COUNT) -> int:
     Raises:
         ValueError: it is no whole number, or above ``most``; the message names it.
     """
-    if isinstance(value, bool) or not _is_index(value):
+    if not _is_index(value):
         raise ValueError(f"{name}={value!r} must be an int")
     if operator.index(value) > most:
         raise ValueError(f"{name}={value!r} must be at most {most}")

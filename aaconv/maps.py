@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from aaconv.modules import AugmentedConv
 
@@ -78,15 +79,15 @@ def layer_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """
     inputs: dict[str, Tensor] = {}
 
-    def keep(name: str, layer: AugmentedConv) -> RemovableHandle:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            x = (args[0] if args else kwargs["x"]).detach()
-            own = next(layer.parameters()).dtype
-            inputs[name] = (x if x.dim() == 4 else x[None]).to(own)
+    def keep(name: str, layer: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
+        x = (args[0] if args else kwargs["x"]).detach()
+        own = next(layer.parameters()).dtype
+        inputs[name] = (x if x.dim() == 4 else x[None]).to(own)
 
-        return layer.register_forward_pre_hook(hook, with_kwargs=True)
-
-    handles = [keep(name, layer) for name, layer in augmented_layers(model).items()]
+    handles = [
+        layer.register_forward_pre_hook(partial(keep, name), with_kwargs=True)
+        for name, layer in augmented_layers(model).items()
+    ]
     try:
         yield inputs
     finally:

@@ -285,7 +285,11 @@ class AugmentedConv(nn.Module):
             return _as_leaf(self, x)
         if x.dim() == 3:
             return self.forward(x[None])[0]
-        self._check_input(x)
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"x must be (B, {self.in_channels}, H, W) or ({self.in_channels}, H, W), with "
+                f"in_channels={self.in_channels}; got {tuple(x.shape)}"
+            )
         branches = []
         if self.conv_out is not None:
             branches.append(self.conv_out(x))
@@ -301,13 +305,6 @@ class AugmentedConv(nn.Module):
                 "use an odd kernel_size with padding = dilation * (kernel_size - 1) / 2"
             )
         return torch.cat(branches, dim=1)
-
-    def _check_input(self, x: Tensor) -> None:
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"x must be (B, {self.in_channels}, H, W) or ({self.in_channels}, H, W), with "
-                f"in_channels={self.in_channels}; got {tuple(x.shape)}"
-            )
 
     def queries_keys_values(
         self, x: Tensor

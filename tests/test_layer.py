@@ -187,8 +187,9 @@ def test_autocast(dtype, backend):
 
 
 @pytest.mark.parametrize("backend", usable(torch.float64))
-def test_channels_last_in_channels_last_out(backend):
-    layer = build(backend=backend)
+@pytest.mark.parametrize("pool", [1, 2])
+def test_channels_last_in_channels_last_out(backend, pool):
+    layer = build(backend=backend, pool=pool)
     x = image(2, 5, 3, 5)
     out = layer(x.to(memory_format=torch.channels_last))
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -330,6 +331,12 @@ def test_even_kernel_where_the_sizes_agree():
         ({"padding": 0}, "padding=0 with kernel_size=3.*use padding=1"),
         ({"padding": 2}, "padding=2 with kernel_size=3"),
         ({"padding": -1}, "padding=-1"),
+        ({"padding": "valid"}, "padding='valid' must be an int, a pair of ints, or 'same'"),
+        ({"padding": "same", "stride": 2}, r"padding='same' needs stride=1, not \(2, 2\)"),
+        ({"padding": 1.0}, "padding=1.0 must be an int or a pair"),
+        ({"padding": "same", "kernel_size": 0}, "kernel_size=0, .* must be at least 1"),
+        ({"padding": "same", "dilation": 0}, "dilation=0 must be at least 1"),
+        ({"pool": 0}, "pool=0 must be at least 1"),
         ({"kernel_size": 2}, "kernel_size=2.*odd kernel_size"),
         ({"kernel_size": (3, 3, 3)}, r"kernel_size=\(3, 3, 3\) must be an int or a pair"),
         ({"stride": 0}, "stride=0"),

@@ -1,12 +1,11 @@
-"""The weights of attention, against loops over pairs of positions."""
-
-import math
+"""The weights of attention, against the formula pair by pair."""
 
 import pytest
 import torch
 
 from aaconv import AugmentedConv, attention_maps
 
+import reference
 from helpers import slow
 
 
@@ -17,36 +16,12 @@ def layer_of(size, *, dk=6, dv=4, Nh=2, in_channels=5, stride=1, dtype=torch.flo
 
 
 @torch.no_grad()
-def weights_by_loops(layer, x, stride):
-    """Query by query and key by key, with the layer's own parameters."""
-    x = x[:, :, ::stride, ::stride]
-    B, _, H, W = x.shape
-    weight, bias = layer.qkv_conv.weight[:, :, 0, 0], layer.qkv_conv.bias
-    dkh = layer.dk // layer.Nh
-    out = torch.zeros(B, layer.Nh, H * W, H * W, dtype=x.dtype)
-    for b in range(B):
-        for head in range(layer.Nh):
-            rows = slice(head * dkh, (head + 1) * dkh)
-            for query in range(H * W):
-                iy, ix = divmod(query, W)
-                q = weight[rows] @ x[b, :, iy, ix] + bias[rows]
-                if layer.qk_norm:
-                    q = q / (q.square().mean() + 1e-6).sqrt()
-                logits = []
-                for key in range(H * W):
-                    jy, jx = divmod(key, W)
-                    of_keys = slice(layer.dk + rows.start, layer.dk + rows.stop)
-                    k = weight[of_keys] @ x[b, :, jy, jx] + bias[of_keys]
-                    if layer.qk_norm:
-                        k = k / (k.square().mean() + 1e-6).sqrt()
-                    if layer.relative:
-                        k = k + layer.key_rel_h[jy - iy + H - 1] + layer.key_rel_w[jx - ix + W - 1]
-                    logits.append(float(q @ k) / math.sqrt(dkh))
-                largest = max(logits)
-                powers = [math.exp(logit - largest) for logit in logits]
-                share = [p / sum(powers) for p in powers]
-                out[b, head, query] = torch.tensor(share, dtype=x.dtype)
-    return out
+def weights_by_pairs(layer, x):
+    """The output for values that are 1 at one position each."""
+    q, k, _, *tables = layer.queries_keys_values(x)
+    B, N, H, W, _ = q.shape
+    values = torch.eye(H * W, dtype=x.dtype).view(H, W, H * W).expand(B, N, H, W, H * W)
+    return reference.attention(q, k, values, *tables).flatten(2, 3)
 
 
 @pytest.mark.parametrize("relative", [True, False])
@@ -57,7 +32,7 @@ def test_equals_the_formula(size, stride, relative):
     maps = attention_maps(layer, x)
     positions = size[0] * size[1]
     assert maps.shape == (2, 2, positions, positions)
-    torch.testing.assert_close(maps, weights_by_loops(layer, x, stride), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(maps, weights_by_pairs(layer, x), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(maps.sum(-1), torch.ones(2, 2, positions, dtype=torch.float64))
 
 

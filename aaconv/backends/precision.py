@@ -27,19 +27,12 @@ def in_float32(attend: Attend) -> Attend:
     """
 
     @wraps(attend)
-    def wrapped(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        rel_h: Tensor | None,
-        rel_w: Tensor | None,
-        *options: float,
-    ) -> Tensor:
+    def wrapped(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | float | None) -> Tensor:
         dtype = torch.promote_types(v.dtype, torch.float32)
         # Autocast would compute products of float32 tensors in half precision.
         with without_autocast(q.device.type):
-            tables = (table if table is None else table.to(dtype) for table in (rel_h, rel_w))
-            out = attend(q.to(dtype), k.to(dtype), v.to(dtype), *tables, *options)
+            given = [t.to(dtype) if isinstance(t, Tensor) else t for t in (q, k, v, *others)]
+            out = attend(*given)
         return out.to(v.dtype)
 
     return wrapped
