@@ -39,24 +39,18 @@ class PadAndReshape(AugmentedConv):
     """The layer as public implementations compute it, relative logits by reshaping."""
 
     def _attend(self, x: Tensor) -> Tensor:
-        assert self.qkv_conv is not None
         assert self.attn_out is not None
-        assert self.key_rel_h is not None
-        assert self.key_rel_w is not None
-        down, right = self.subsample
-        qkv = self.qkv_conv(x[:, :, ::down, ::right])
-        B, _, H, W = qkv.shape
-        q, k, v = qkv.split((self.dk, self.dk, self.dv), dim=1)
-        q = q * (self.dk // self.Nh) ** -0.5
-        q, k, v = (t.reshape(B, self.Nh, -1, H, W) for t in (q, k, v))
-        logits = torch.matmul(q.flatten(3).transpose(2, 3), k.flatten(3))
-        q = q.permute(0, 1, 3, 4, 2)
-        col_bias = _relative(q, self.key_rel_w)  # (B, N, H, W, W): by key column
-        row_bias = _relative(q.transpose(2, 3), self.key_rel_h).transpose(2, 3)
+        q, k, v, rel_h, rel_w = self.queries_keys_values(x)
+        assert rel_h is not None
+        assert rel_w is not None
+        q = q * q.shape[-1] ** -0.5
+        col_bias = _relative(q, rel_w)  # (B, N, H, W, W): by key column
+        row_bias = _relative(q.transpose(2, 3), rel_h).transpose(2, 3)
         relative = row_bias[..., None] + col_bias[..., None, :]
-        weights = torch.softmax(logits + relative.reshape(B, self.Nh, H * W, H * W), dim=-1)
-        out = torch.matmul(weights, v.flatten(3).transpose(2, 3))
-        return self.attn_out(out.transpose(2, 3).reshape(B, self.dv, H, W))
+        logits = torch.matmul(q.flatten(2, 3), k.flatten(2, 3).mT)
+        weights = torch.softmax(logits + relative.reshape(logits.shape), dim=-1)
+        out = torch.matmul(weights, v.flatten(2, 3)).unflatten(2, q.shape[2:4])
+        return self.attn_out(out.permute(0, 1, 4, 2, 3).flatten(1, 2))
 
 
 def _relative(q: Tensor, table: Tensor) -> Tensor:

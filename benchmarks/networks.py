@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import timing
-from models import count_flops
+from models import count_flops, count_parameters
 from training.device import choose_dtype, compiled, to_device
 
 Case = dict[str, Any]
@@ -68,7 +68,7 @@ def measure(build: Build, case: Case, device: torch.device, count: int) -> list[
         row["time_ratio"] = timing.ratio(row["step_ms"], rows[0]["step_ms"])
         row["peak_mib"] = timing.peak(make_step, row, device)
         row["memory_ratio"] = row["peak_mib"] / rows[0]["peak_mib"]
-        row["parameters"] = sum(p.numel() for p in network.parameters())
+        row["parameters"] = count_parameters(network)
         row["flops"] = count_flops(network, (case["size"], case["size"]))
         # The backward pass has two products for each product of the forward pass.
         seconds = statistics.median(row["step_ms"]) / 1e3

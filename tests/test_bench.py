@@ -33,6 +33,10 @@ def go(monkeypatch, out, name, *arguments):
     return record["rows"], (out / f"{name}.md").read_text()
 
 
+LAYER = {"size": 3, "batch": 2, "dtype": "float32", "channels": 12, "dk": 6, "dv": 4, "Nh": 2}
+LAYER["channels_last"] = "no"
+
+
 def test_pad_and_reshape_is_the_same_layer():
     theirs, ours = (
         layer.build(method, 7, 12, dk=6, dv=4, Nh=2).double()
@@ -68,8 +72,7 @@ def test_bench_layer(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_layers_are_timed_in_the_memory_format_asked_for(channels_last):
-    case = {"size": 3, "batch": 2, "dtype": "float32", "channels": 12, "dk": 6, "dv": 4, "Nh": 2}
-    case |= {"channels_last": "yes" if channels_last else "no", "method": "sdpa"}
+    case = LAYER | {"channels_last": "yes" if channels_last else "no", "method": "sdpa"}
     x, network = layer.prepare(case, torch.device("cpu"))
     out, x_grad, *_ = layer.run(network, x, torch.float32, backward=True)()
     for tensor in (x, out, x_grad):
@@ -79,13 +82,11 @@ def test_layers_are_timed_in_the_memory_format_asked_for(channels_last):
 def test_a_method_that_does_not_fit_is_listed_without_times(monkeypatch):
     monkeypatch.setattr(timing, "peak", lambda *_: 1.0)
     monkeypatch.setattr(layer, "fits", lambda case, _: case["method"] != "pad and reshape")
-    case = {"size": 3, "batch": 1, "dtype": "float32", "channels": 12, "dk": 6, "dv": 4, "Nh": 2}
-    case["channels_last"] = "no"
-    rows = layer.measure(case, torch.device("cpu"), 1)
+    rows = layer.measure(LAYER, torch.device("cpu"), 1)
     lines = bench.table([layer.cells(row) for row in rows])
     assert any("| pad and reshape | does not fit into memory |" in line for line in lines)
     assert all("time_ratio" not in row for row in rows)
-    huge = case | {"size": 512, "batch": 64, "Nh": 8}
+    huge = LAYER | {"size": 512, "batch": 64, "Nh": 8}
     monkeypatch.undo()
     assert not layer.fits(huge | {"method": "reference"}, torch.device("cpu"))
     assert layer.fits(huge | {"method": "tiled"}, torch.device("cpu"))
@@ -93,8 +94,8 @@ def test_a_method_that_does_not_fit_is_listed_without_times(monkeypatch):
 
 @pytest.mark.slow
 def test_peak_memory_of_a_pass_covers_its_logits():
-    case = {"size": 16, "batch": 8, "dtype": "float32", "channels": 8, "dk": 8, "dv": 8, "Nh": 8}
-    case |= {"channels_last": "no", "method": "reference"}
+    case = LAYER | {"size": 16, "batch": 8, "channels": 8, "dk": 8, "dv": 8, "Nh": 8}
+    case["method"] = "reference"
     logits = 8 * 8 * 16**4 * 4 / 2**20  # 16 MiB
     assert timing.peak(layer.whole_pass, case, torch.device("cpu")) > 2 * logits
 
