@@ -2,6 +2,7 @@
 
 import csv
 import os
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from aaconv import BACKENDS
 from aaconv.functional import unavailable_reason
+from training import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -39,12 +41,48 @@ def rows(folder):
         return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
 
 
-def await_(condition, what, seconds=240):
-    """Wait until ``condition()`` is true; an end to waiting, not a claim about speed."""
+def everything_below(folder):
+    """All paths below a folder, with the contents of those that are files."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+def await_(condition, what, process=None, seconds=240):
+    """Wait until ``condition()`` is true, while ``process``, if any, runs.
+
+    There is an end to waiting, which is no claim about speed.
+    """
     end = time.monotonic() + seconds
     while not condition():
+        assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < end, f"waited in vain for {what}"
-        time.sleep(0.1)
+        time.sleep(0.05)
+
+
+def call(main, *words):
+    """Run ``main`` of a command in this process, with these words as its command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program_of(main), *map(str, words)])
+        return main()
+
+
+def refused(captured, main, *words, code=2):
+    """The one line with which a command refuses these words; ``captured`` is capsys or capfd."""
+    with pytest.raises(SystemExit) as stopped:
+        call(main, *words)
+    assert stopped.value.code == code
+    line = captured.readouterr().err
+    check_line(line, program_of(main))
+    return line
+
+
+def check_line(text, program="train.py"):
+    assert text.startswith(f"{program}: "), text
+    assert text.count("\n") == 1, text
+    assert "Traceback" not in text
+
+
+def program_of(main):
+    return "train.py" if main is cli.run else f"{main.__module__.rpartition('.')[2]}.py"
 
 
 def machine_lacks(what):

@@ -1,6 +1,5 @@
 """scripts/augmentation.py: the picture has what batches have."""
 
-import sys
 from itertools import islice
 
 import pytest
@@ -11,6 +10,8 @@ from benchmarks.batches import ALL
 from data import make_lookup
 from data.policies import OPERATIONS
 from scripts import augmentation
+
+from helpers import call, refused
 
 LOOKUP = ["data=lookup", "data.train_size=9", "data.test_size=1"]
 
@@ -25,8 +26,7 @@ def test_the_picture_of_all_augmentations(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(augmentation, "draw", drawing)
     out = tmp_path / "all.png"
-    monkeypatch.setattr(sys, "argv", ["augmentation.py", "--out", str(out), *LOOKUP])
-    augmentation.main()
+    call(augmentation.main, "--out", out, *LOOKUP)
     assert capsys.readouterr().out == f"written: {out}\n"
     assert imread(out).ndim == 3
     ((left, right),) = drawn
@@ -53,9 +53,5 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     monkeypatch, tmp_path, capsys, words, message
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["augmentation.py", *LOOKUP, *words])
-    with pytest.raises(SystemExit) as stopped:
-        augmentation.main()
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    assert message in refused(capsys, augmentation.main, *LOOKUP, *words)
     assert not list(tmp_path.iterdir())

@@ -7,20 +7,19 @@ and the scripts, in processes of their own.
 import os
 import pickle
 import shlex
-import sys
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
 import train
 from training import cli, launch
+from training.compose import compose_config
 
 from app import run_app
-from helpers import CONFIGS, ROOT, TINY, slow
+from helpers import ROOT, TINY, call, check_line, everything_below, refused, slow
 
 
 @pytest.fixture
@@ -41,30 +40,15 @@ def stops(monkeypatch, tmp_path, capfd):
 
     monkeypatch.setattr(train, "take_step", counted)
 
-    def call(*words):
+    def go(*words):
         before = everything_below(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["train.py", *words])
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(SystemExit) as stopped:
-            cli.run()
+        line = refused(capfd, cli.run, *words)
         assert steps == []
-        assert stopped.value.code == 2
-        said = capfd.readouterr()
-        check_line(said.err)
         assert everything_below(tmp_path) == before
-        return said.err
+        return line
 
-    return call
-
-
-def check_line(text, script="train.py"):
-    assert text.startswith(f"{script}: ")
-    assert text.count("\n") == 1
-    assert "Traceback" not in text
-
-
-def everything_below(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+    return go
 
 
 # Behind the settings of a tiny run: the words, and what the line must have of them and of the cure.
@@ -299,8 +283,7 @@ def test_what_is_printed_to_be_pasted_is_read_as_it_was_meant(value):
     (word,) = shlex.split(launch.shell_override("resume", value))
     override = OverridesParser.create().parse_override(word)
     assert override.value() == value
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        assert compose("config", [word]).resume == value
+    assert compose_config([word]).resume == value
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -325,14 +308,8 @@ def test_a_wrong_value_in_a_sweep_leaves_nothing(stops, words, line):
         ("attention=none,ae", "Could not find 'attention/ae'"),
     ],
 )
-def test_a_sweep_of_which_one_does_not_compose_runs_none(monkeypatch, tmp_path, capfd, words, line):
-    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *TINY, words, f"out_dir={tmp_path}"])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run()
-    assert stopped.value.code == 2
-    said = capfd.readouterr().err
-    check_line(said)
-    assert line in said
+def test_a_sweep_of_which_one_does_not_compose_runs_none(tmp_path, capfd, words, line):
+    assert line in refused(capfd, cli.run, "-m", *TINY, words, f"out_dir={tmp_path}")
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
@@ -357,10 +334,7 @@ def test_a_folder_that_cannot_be(stops, tmp_path, words, line):
 
 def test_the_folder_one_stands_in_is_not_removed(monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "hydra.run.dir=.", "epochs=0"])
-    with pytest.raises(SystemExit):
-        cli.run()
-    check_line(capfd.readouterr().err)
+    refused(capfd, cli.run, *TINY, "hydra.run.dir=.", "epochs=0")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -434,9 +408,8 @@ def test_a_mistake_of_the_program_is_not_dressed_up(monkeypatch, tmp_path):
         raise RuntimeError("a bug")
 
     monkeypatch.setattr("training.assemble.build_model", build)
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"out_dir={tmp_path}"])
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.run()
+        call(cli.run, *TINY, f"out_dir={tmp_path}")
 
 
 # ---- processes of their own ---------------------------------------------------------------------
@@ -474,12 +447,3 @@ def test_no_traceback_in_a_process_that_a_launcher_starts(tmp_path):
     done = process("train.py", *TINY, "epochs=0", cwd=tmp_path, **environment)
     assert done.returncode == 2
     check_line(done.stderr)
-
-
-def script(main, *words):
-    """The code and the line with which a script's ``main`` ends."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [main.__module__ + ".py", *map(str, words)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-    return stopped.value.code

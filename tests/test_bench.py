@@ -1,7 +1,6 @@
 """The benchmarks: what they time is the same computation, and every figure is there."""
 
 import json
-import sys
 from dataclasses import fields
 
 import pytest
@@ -21,12 +20,13 @@ from data import Augmentation
 from models import augmented_layers
 from training.compose import CONFIGS
 
+from helpers import call
+
 
 def go(monkeypatch, out, name, *arguments):
     """Run a benchmark; returns its rows and its page."""
     words = [name, *map(str, arguments), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
-    bench.main()
+    call(bench.main, *words)
     record = json.loads((out / f"{name}.json").read_text())
     assert {"hardware", "versions", "commit", "rounds"} <= record.keys()
     assert record["command"] == " ".join(["python", "-m", "benchmarks.bench", *words])
@@ -122,8 +122,7 @@ def test_all_combinations_of_the_options_are_cases(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(step, "measure", lambda case, *_: seen.append(case) or [])
     words = ("--model", "a", "b", "--batch", 2, 3, "--out", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["bench.py", "step", *map(str, words)])
-    bench.main()
+    call(bench.main, "step", *words)
     assert [(case["model"], case["batch"]) for case in seen] == [
         ("a", 2), ("a", 3), ("b", 2), ("b", 3)
     ]  # fmt: skip
@@ -138,10 +137,9 @@ def test_all_combinations_of_the_options_are_cases(monkeypatch, tmp_path):
         (["step", "--precision", "int8"], "invalid choice: 'int8'"),
     ],
 )
-def test_mistakes_end_with_one_line(monkeypatch, capsys, tmp_path, words, message):
-    monkeypatch.setattr(sys, "argv", ["bench.py", *words, "--out", str(tmp_path)])
+def test_mistakes_end_with_one_line(capsys, tmp_path, words, message):
     with pytest.raises(SystemExit) as stopped:
-        bench.main()
+        call(bench.main, *words, "--out", tmp_path)
     line = stopped.value.code
     assert message in (line if isinstance(line, str) else capsys.readouterr().err.splitlines()[-1])
     assert not list(tmp_path.iterdir())

@@ -1,7 +1,6 @@
 """The command line: what it makes of wrong input, where runs go, and the two scripts."""
 
 import json
-import sys
 
 import pytest
 
@@ -10,28 +9,18 @@ from training import cli
 from training.settings import check
 
 from app import run_app
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, call, refused
 
 
-@pytest.fixture
-def command(monkeypatch, tmp_path):
-    """A function that runs train.py's command line in this process."""
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["train.py", *words, f"out_dir={tmp_path}"])
-        cli.run()
-
-    return call
-
-
-def test_a_run_that_diverges_leaves_word_of_it_until_it_is_run_again(command, tmp_path, capsys):
+def test_a_run_that_diverges_leaves_word_of_it_until_it_is_run_again(tmp_path, capsys):
+    words = [*TINY, f"out_dir={tmp_path}", f"run_dir='{tmp_path / 'r'}'"]
     with pytest.raises(SystemExit) as stopped:
-        command(*TINY, "optim.lr=1e30", "run_dir='" + str(tmp_path / "r'"))
+        call(cli.run, *words, "optim.lr=1e30")
     assert stopped.value.code == 2
     assert "the loss is not finite in epoch 1" in capsys.readouterr().err
     written = json.loads((tmp_path / "r" / "failed.json").read_text())
     assert "not finite in epoch 1" in written["error"]
-    command(*TINY, "epochs=1", "run_dir='" + str(tmp_path / "r'"))
+    call(cli.run, *words, "epochs=1")
     assert not (tmp_path / "r" / "failed.json").exists()
     assert (tmp_path / "r" / "summary.json").exists()
 
@@ -41,9 +30,8 @@ def test_a_run_has_a_folder_of_its_own_however_out_dir_is_written(monkeypatch, t
     (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path / "x" if out.startswith("..") else tmp_path)
     monkeypatch.setattr(train, "train", lambda cfg, folder: folders.append(folder) or SCORES)
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"out_dir={out}", "seed=3"])
     folders = []
-    cli.run()
+    call(cli.run, *TINY, f"out_dir={out}", "seed=3")
     (folder,) = folders
     assert folder.name == "seed=3"
     assert folder.parent.parent == tmp_path / "out" / ("deep" if "deep" in out else "") / "lookup"
@@ -52,21 +40,20 @@ def test_a_run_has_a_folder_of_its_own_however_out_dir_is_written(monkeypatch, t
 SCORES = {"evaluated_on": "test", "test/top1": 1.0}
 
 
-def test_an_interrupted_start_says_so(command, monkeypatch, capsys):
+def test_an_interrupted_start_says_so(tmp_path, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train", interrupted)
-    with pytest.raises(SystemExit) as stopped:
-        command(*TINY)
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err == ("train.py: interrupted before training began\n")
+    line = refused(capsys, cli.run, *TINY, f"out_dir={tmp_path}", code=130)
+    assert line == "train.py: interrupted before training began\n"
 
 
 @pytest.mark.slow
-def test_a_sweep_makes_a_folder_for_each_variant_and_seed(command, tmp_path):
+def test_a_sweep_makes_a_folder_for_each_variant_and_seed(tmp_path):
     small = [w for w in TINY if "epochs" not in w]
-    command("-m", *small, "epochs=1", "attention=none,aa", "seed=0,1")
+    words = ["epochs=1", "attention=none,aa", "seed=0,1", f"out_dir={tmp_path}"]
+    call(cli.run, "-m", *small, *words)
     folders = sorted(p.parent for p in tmp_path.rglob("summary.json"))
     assert [p.name for p in folders] == ["seed=0", "seed=1"] * 2
     aa, none = sorted({p.parent.name for p in folders})

@@ -16,7 +16,7 @@ import yaml
 from training.variants import shortened
 
 from app import App, run_app
-from helpers import CLOCK, ROOT, TINY
+from helpers import CLOCK, ROOT, TINY, await_
 from wandb_server import ServerProcess
 
 pytestmark = pytest.mark.slow
@@ -68,13 +68,6 @@ def train(start):
         return process.returncode, out
 
     return go
-
-
-def wait_for(condition):
-    end = time.monotonic() + GUARD
-    while not condition():
-        assert time.monotonic() < end, "it does not come"
-        time.sleep(0.05)
 
 
 def rows_on_disk(folder):
@@ -240,7 +233,7 @@ def test_after_a_kill_and_resume_the_history_is_that_of_the_folder(start, train,
         (lambda: server.runs and len(history(server.only[1])) > 2, 1),
     ):
         process = start(*words, WANDB__FILE_STREAM_TRANSMIT_INTERVAL=str(interval))
-        wait_for(killed)
+        await_(killed, "the time to kill it")
         process.kill()
         process.communicate()
     assert server.only[1]["exitcode"] is None
@@ -295,7 +288,7 @@ def test_a_server_that_dies_costs_one_warning_and_no_row(server, tmp_path):
         text=True,
     )
     try:
-        wait_for(lambda: rows_on_disk(tmp_path) >= 2)
+        await_(lambda: rows_on_disk(tmp_path) >= 2, "two epochs")
         server.kill()
         out, err = process.communicate(timeout=GUARD)
     finally:
@@ -334,7 +327,7 @@ def test_the_state_of_a_run_without_a_result(
     extra = {"diverges": ["optim.lr=1e30"], "time": ["max_minutes=0.001"]}.get(how, ["epochs=200"])
     process = start(*LONG, *extra)
     if isinstance(how, signal.Signals):
-        wait_for(lambda: rows_on_disk(tmp_path))
+        await_(lambda: rows_on_disk(tmp_path), "an epoch")
         process.send_signal(how)
     process.communicate(timeout=GUARD)
     assert process.returncode == code
@@ -345,7 +338,7 @@ def test_the_state_of_a_run_without_a_result(
     assert "train.log" in dict(run["files"])
     if how == signal.SIGTERM:  # and once it is continued, that is over
         start(*LONG, *extra, "resume=auto", WANDB__FILE_STREAM_TRANSMIT_INTERVAL="1")
-        wait_for(lambda: server.only[1]["summary"].get("outcome") != "stopped")
+        await_(lambda: server.only[1]["summary"].get("outcome") != "stopped", "its end")
         assert server.only[1]["summary"]["outcome"] == ""
 
 
@@ -398,7 +391,7 @@ def test_a_sweep_by_an_agent_of_which_one_run_fails_and_one_is_stopped(agent, se
         {"attention": "aa", "attention.dk": 1.0, "attention.Nh": 2, "epochs": 3000},
         {"attention": "none", "epochs": 1},  # the first one again
     )
-    wait_for(lambda: any("run=run2" in str(p) for p in tmp_path.rglob("metrics.csv")))
+    await_(lambda: [*tmp_path.rglob("run=run2/**/metrics.csv")], "an epoch of the third run")
     (server.folder / "stop").write_text("run2")
     said, _ = process.communicate(timeout=GUARD)
     assert process.returncode == 0, said
@@ -443,7 +436,7 @@ def test_an_agent_goes_on_after_runs_that_diverge_and_a_preempted_run_comes_back
     """wandb's agent would end after three failures in its first minute: these are none."""
     diverging = {"attention": "none", "epochs": 1, "optim.lr": 1e30}
     process = agent(diverging, diverging, diverging, {"attention": "none", "epochs": 12})
-    wait_for(lambda: any("run=run3" in str(p) for p in tmp_path.rglob("metrics.csv")))
+    await_(lambda: [*tmp_path.rglob("run=run3/**/metrics.csv")], "an epoch of the fourth run")
     os.kill(of_agent(process), signal.SIGUSR1)
     said, _ = process.communicate(timeout=GUARD)
     assert process.returncode == 0, said

@@ -22,6 +22,8 @@ from data import cifar, load_cifar
 from data.cifar import SOURCES, Source
 from data.vision import datasets
 
+from helpers import everything_below
+
 SIZES = {"data_batch_1": 7, "data_batch_2": 6, "test_batch": 5}
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
@@ -128,13 +130,6 @@ def raised(kind: type[Exception], *args, **kwargs) -> str:
     return message
 
 
-def everything_below(folder: Path) -> dict[str, bytes | None]:
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in folder.rglob("*")
-    }
-
-
 def test_reads_every_image_with_its_label(present, files):
     dataset = load_cifar("cifar10", str(present))
     for split, names in (
@@ -235,7 +230,7 @@ def test_download_that_breaks_off_leaves_what_was_there(server, tmp_path, there_
     message = raised(FileNotFoundError, "cifar10", str(root))
     assert "the download failed" in message
     assert server["gets"] > 0
-    expected = {"root": None, "root/mine": b"kept"} if there_before else {}
+    expected = {root: None, root / "mine": b"kept"} if there_before else {}
     assert everything_below(tmp_path) == expected
 
 
@@ -278,15 +273,15 @@ def test_download_that_is_interrupted_leaves_the_files_of_others(
 
     interrupted(root, meanwhile)
     left = everything_below(root)
-    assert left.pop(theirs) == b"theirs"
-    assert left in ({}, {FOLDER: None})
+    assert left.pop(root / theirs) == b"theirs"
+    assert left in ({}, {root / FOLDER: None})
 
 
 @pytest.mark.parametrize("root", ["empty", "empty/new", "empty/new/root"])
 def test_a_folder_that_was_empty_before_is_left(files, tmp_path, interrupted, root):
     (tmp_path / "empty").mkdir()
     interrupted(tmp_path / root)
-    assert everything_below(tmp_path) == {"empty": None}
+    assert everything_below(tmp_path) == {tmp_path / "empty": None}
 
 
 @pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
@@ -369,7 +364,7 @@ def test_a_root_that_cannot_be_written_is_named(files, tmp_path):
     root = tmp_path / "file" / "below"
     message = raised(FileNotFoundError, "cifar10", str(root))
     assert f"data.root={root} cannot be written" in message
-    assert everything_below(tmp_path) == {"file": b""}
+    assert everything_below(tmp_path) == {tmp_path / "file": b""}
 
 
 def test_a_root_without_permission_is_named(present, monkeypatch):

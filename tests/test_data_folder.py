@@ -21,6 +21,7 @@ from training import cli, run_folder
 from training.settings import check
 from training.trained import compose_settings, load_data
 
+from helpers import call, refused
 from image_folders import CLASSES, load, write, write_folder
 
 
@@ -422,9 +423,7 @@ def test_runs_on_two_folders_have_two_folders(monkeypatch, tmp_path):
     places = []
     monkeypatch.setattr(train, "train", lambda cfg, place: places.append(place) or scores)
     for words in ("data.root=a", "data.root=x/b", "data.root=a data.name=c", "data.root=a seed=1"):
-        argv = ["train.py", "data=folder", f"out_dir='{tmp_path}'", *words.split()]
-        monkeypatch.setattr("sys.argv", argv)
-        cli.run()
+        call(cli.run, "data=folder", f"out_dir='{tmp_path}'", *words.split())
     names = [str(place.relative_to(tmp_path / "train")) for place in places]
     assert names == [
         "data=folder,data.name=a/seed=0",
@@ -446,15 +445,11 @@ def test_comparisons_on_two_folders_have_two_folders(tmp_path):
     assert len(runs) == 2
 
 
-@pytest.mark.parametrize("program", ["train", "compare"])
-def test_a_missing_root_is_asked_for(monkeypatch, capsys, tmp_path, program):
-    words = {
-        "train": ["data=folder", f"out_dir='{tmp_path}'"],
-        "compare": ["--", "data=folder"],
-    }
-    monkeypatch.setattr("sys.argv", [f"{program}.py", *words[program]])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run() if program == "train" else compare.main()
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == f"{program}.py: data.root has no value; give data.root=...\n"
+@pytest.mark.parametrize(
+    ("main", "words"), [(cli.run, ["out_dir=."]), (compare.main, ["--"])], ids=["train", "compare"]
+)
+def test_a_missing_root_is_asked_for(monkeypatch, capsys, tmp_path, main, words):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, main, *words, "data=folder")
+    assert line.endswith(".py: data.root has no value; give data.root=...\n")
     assert not list(tmp_path.iterdir())

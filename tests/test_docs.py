@@ -9,7 +9,7 @@ from torch import nn
 from data import vision
 from scripts import augment_example
 
-from helpers import ROOT
+from helpers import ROOT, call
 
 assert vision.datasets  # torchvision can be imported from now on
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -86,9 +86,8 @@ def test_the_example_of_training_on(monkeypatch, capsys):
     monkeypatch.setattr(
         augment_example, "accuracy", lambda network, data: seen.append(network) or 7
     )
-    words = ["--epochs", "1", "--epochs-after", "1", "--train-size", "64"]
-    monkeypatch.setattr("sys.argv", ["augment_example.py", *words])
-    augment_example.main()
+    words = ["--epochs", 1, "--epochs-after", 1, "--train-size", 64]
+    call(augment_example.main, *words)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         "plain, 1 epochs",

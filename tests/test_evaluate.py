@@ -21,7 +21,7 @@ from training import trained
 from training.scores import Calibration, ClassScore, Confusion
 
 from app import run_app
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, call, refused
 from image_folders import write
 
 LOOKUP = make_lookup(train_size=32, test_size=16)
@@ -57,11 +57,6 @@ def folder(tmp_path):
     return tmp_path / "runs"
 
 
-def go(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, words)])
-    evaluate.main()
-
-
 def record(out):
     return json.loads((out / "evaluation.json").read_text())
 
@@ -86,9 +81,9 @@ def test_equals_the_summary_to_the_last_digit(tmp_path):
         assert list(got["per_class_top1"]) == summary["class_names"]
 
 
-def test_several_at_once_are_a_table(folder, monkeypatch, tmp_path, capsys):
+def test_several_at_once_are_a_table(folder, tmp_path, capsys):
     out = tmp_path / "out"
-    go(monkeypatch, folder / "plain=1", folder / "aa=1", "eval_batch_size=7", "--out", out)
+    call(evaluate.main, folder / "plain=1", folder / "aa=1", "eval_batch_size=7", "--out", out)
     lines = capsys.readouterr().out.splitlines()
     plain, augmented = record(out)
     network = models.load(folder / "aa=1").network
@@ -109,13 +104,13 @@ def test_several_at_once_are_a_table(folder, monkeypatch, tmp_path, capsys):
     assert "<svg" in (out / "confusion-2.svg").read_text()
 
 
-def test_settings_are_used(folder, monkeypatch, tmp_path):
+def test_settings_are_used(folder, tmp_path):
     """Other images of the same classes, another precision, other batches."""
     run, results = folder / "plain=1", []
     for number, words in enumerate(
         [[], ["data.val_size=0"], ["data=lookup", "data.test_size=33"], ["precision=bf16"]]
     ):
-        go(monkeypatch, run, *words, "--out", tmp_path / str(number))
+        call(evaluate.main, run, *words, "--out", tmp_path / str(number))
         results += record(tmp_path / str(number))
     assert [one["images"] for one in results] == [12, 16, 33, 12]
     assert [one["data"] for one in results][2] == "lookup test"
@@ -157,16 +152,14 @@ def network_of(root, folder, val_size):
     return save(folder, models.Description(**{**description.model_dump(), **changes}))
 
 
-def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(
-    pets, tmp_path, monkeypatch, capsys
-):
+def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(pets, tmp_path, capsys):
     """What another corruption of CIFAR-10-C is; nothing else of a run's own folder is read."""
     path = network_of(pets, tmp_path / "net", 0)
     fog = tmp_path / "pets-c" / "fog"
     for name, images in (("cat", 5), ("ant", 2)):
         for image in range(images):
             write(fog / name / f"{image}.png", seed=500 + 10 * images + image)
-    go(monkeypatch, path, f"data.root='{fog}'", "--out", tmp_path / "out")
+    call(evaluate.main, path, f"data.root='{fog}'", "--out", tmp_path / "out")
     (got,) = record(tmp_path / "out")
     assert (got["data"], got["images"]) == ("fog test", 7)
     assert "1 of 3 classes has no images: bee" in capsys.readouterr().out.splitlines()
@@ -180,10 +173,10 @@ def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(
     assert [sum(counts[name]) for name in PETS] == [2, 0, 5]
     right = sum(counts[name][number] for number, name in enumerate(PETS))
     assert got["scores"]["top1"] == pytest.approx(100 * right / 7)
-    go(monkeypatch, path, "data=folder", f"data.root='{fog}'", "--out", tmp_path / "again")
+    call(evaluate.main, path, "data=folder", f"data.root='{fog}'", "--out", tmp_path / "again")
     assert record(tmp_path / "again")[0]["scores"] == got["scores"]  # of the network's size
     shutil.rmtree(pets / "train")  # a folder's val/ alone is evaluated on
-    go(monkeypatch, path, f"data.root='{pets}'")
+    call(evaluate.main, path, f"data.root='{pets}'")
     assert "pets val" in capsys.readouterr().out
 
 
@@ -207,23 +200,18 @@ def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(
     ],
 )
 def test_images_that_may_have_been_trained_on_are_refused(
-    pets, tmp_path, monkeypatch, capsys, val_size, place, words, line
+    pets, tmp_path, capsys, val_size, place, words, line
 ):
     path = network_of(pets, tmp_path / "net", val_size)
     shutil.copytree(pets, tmp_path / "more")
     write(tmp_path / "more" / "train" / "ant" / "new.png", seed=7)
     write(tmp_path / "strange" / "cow" / "0.png")
     shutil.copytree(pets / "train", tmp_path / "train only" / "train")
-    with pytest.raises(SystemExit):
-        go(monkeypatch, path, f"data.root='{tmp_path / place}'", *words)
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
+    said = refused(capsys, evaluate.main, path, f"data.root='{tmp_path / place}'", *words, code=1)
     assert re.search(line, said), said
 
 
-def test_a_part_of_the_training_images_is_known_by_its_pixels(
-    pets, tmp_path, monkeypatch, caplog, capsys
-):
+def test_a_part_of_the_training_images_is_known_by_its_pixels(pets, tmp_path, caplog, capsys):
     """Under other names, in another format, of a folder whose place the run's settings have."""
     path, out = network_of(pets, tmp_path / "net", 4), tmp_path / "out"
     dataset = load_folder(str(pets), "pets", 8, 4)
@@ -236,40 +224,35 @@ def test_a_part_of_the_training_images_is_known_by_its_pixels(
     write(copies / "ant" / "new.png", seed=999)
     words = ["data=folder", f"data.root='{copies}'", "--out", out]
 
-    go(monkeypatch, path, *words)  # of the weights alone nothing more is known
+    call(evaluate.main, path, *words)  # of the weights alone nothing more is known
     line = "net: not compared with the images that it was trained on: "
     assert f"{line}{copies} has others" in caplog.text
     caplog.clear()
     (tmp_path / "net" / ".hydra").mkdir()
     settings = tmp_path / "net" / ".hydra" / "config.yaml"
     settings.write_text(json.dumps({"data": {"root": str(pets)}}))
-    with pytest.raises(SystemExit):
-        go(monkeypatch, path, *words)
-    said = capsys.readouterr().err
+    said = refused(capsys, evaluate.main, path, *words, code=1)
     assert "14 of 19 images of data.root=" in said
-    assert said.count("\n") == 1
     for file in copies.rglob("*.bmp"):
         with Image.open(file) as image:
             fitted = ImageOps.fit(image.convert("RGB"), (8, 8), method=Image.Resampling.BICUBIC)
         if tuple(np.array(fitted).flatten().tolist()) not in held_out:
             file.unlink()
-    go(monkeypatch, path, *words)  # what the run has held out, and a new one
+    call(evaluate.main, path, *words)  # what the run has held out, and a new one
     assert record(out)[0]["images"] == 5
     assert "not compared" not in caplog.text
     write(pets / "train" / "ant" / "0.png", seed=77)
     trained._own_images.cache_clear()  # another process
-    go(monkeypatch, path, *words)
+    call(evaluate.main, path, *words)
     assert f"{line}{pets} has others" in caplog.text
     shutil.rmtree(pets)
     caplog.clear()
     trained._own_images.cache_clear()
-    go(monkeypatch, path, *words)
+    call(evaluate.main, path, *words)
     assert f"{line}the location of pets is unknown" in caplog.text
 
 
-def test_training_images_that_were_written_to_files_are_known(
-    folder, tmp_path, monkeypatch, caplog, capsys
-):
+def test_training_images_that_were_written_to_files_are_known(folder, tmp_path, caplog, capsys):
     for number, (pixels, label) in enumerate(
         zip(LOOKUP.train.pixels[:5], LOOKUP.train.labels[:5].tolist(), strict=True)
     ):
@@ -277,26 +260,22 @@ def test_training_images_that_were_written_to_files_are_known(
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.numpy()).save(file)
     words = [folder / "aa=1", "data=folder", f"data.root='{tmp_path / 'files'}'"]
-    with pytest.raises(SystemExit):
-        go(monkeypatch, *words)
-    assert "5 of 5 images of data.root=" in capsys.readouterr().err
-    go(monkeypatch, *words, "data.size=33")
+    assert "5 of 5 images of data.root=" in refused(capsys, evaluate.main, *words, code=1)
+    call(evaluate.main, *words, "data.size=33")
     assert "not compared with the images that it was trained on: those are 32x32" in caplog.text
 
 
-def test_an_image_on_which_the_run_was_evaluated_is_scored_as_the_run_has_done(
-    pets, tmp_path, monkeypatch
-):
+def test_an_image_on_which_the_run_was_evaluated_is_scored_as_the_run_has_done(pets, tmp_path):
     shutil.copy(pets / "train" / "ant" / "0.png", pets / "val" / "ant" / "again.png")
     path = network_of(pets, tmp_path / "net", 0)
-    go(monkeypatch, path, f"data.root='{pets}'", "--out", tmp_path / "out")
+    call(evaluate.main, path, f"data.root='{pets}'", "--out", tmp_path / "out")
     assert record(tmp_path / "out")[0]["images"] == 4
 
 
 @pytest.mark.parametrize(("words", "images"), [([], 4), (["data.val_size=0"], 3)], ids=str)
-def test_held_out_images_are_the_runs_own(pets, tmp_path, monkeypatch, words, images):
+def test_held_out_images_are_the_runs_own(pets, tmp_path, words, images):
     path = network_of(pets, tmp_path / "net", 4)
-    go(monkeypatch, path, f"data.root='{pets}'", *words, "--out", tmp_path / "out")
+    call(evaluate.main, path, f"data.root='{pets}'", *words, "--out", tmp_path / "out")
     (got,) = record(tmp_path / "out")
     assert (got["data"], got["images"]) == ("pets val", images)
 
@@ -387,14 +366,14 @@ def test_a_bin_is_whole_however_its_images_came():
     assert calibration.expected_error() == pytest.approx((0.2 + 0.3 + 0.1) / 3)
 
 
-def test_outputs_that_are_not_finite_are_no_score(folder, monkeypatch, tmp_path, capsys):
+def test_outputs_that_are_not_finite_are_no_score(folder, tmp_path, capsys):
     file = folder / "plain=1" / "weights.safetensors"
     tensors = safetensors.torch.load_file(file)
     huge = {name: t * 1e30 if t.dim() == 4 else t for name, t in tensors.items()}
     safetensors.torch.save_file(huge, file)
-    with pytest.raises(SystemExit):
-        go(monkeypatch, folder / "plain=1", "--out", tmp_path / "out")
-    assert "plain=1: the network's outputs are not finite" in capsys.readouterr().err
+    words = [folder / "plain=1", "--out", tmp_path / "out"]
+    line = refused(capsys, evaluate.main, *words, code=1)
+    assert "plain=1: the network's outputs are not finite" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -402,7 +381,7 @@ def test_outputs_that_are_not_finite_are_no_score(folder, monkeypatch, tmp_path,
 
 WRONG = [
     (["nowhere"], "there is no nowhere"),
-    (["runs=nowhere/x"], "there is no runs=nowhere/x"),
+    (["runs=nowhere/x"], "no network given; there is no runs=nowhere/x"),
     (["{run}", "runs/a=1/seed=0"], "there is no runs/a=1/seed=0"),
     (["data.val_size=0"], "no network given; there is no data.val_size=0"),
     (["{run}", "epochs=3"], "epochs: not a setting here; choose from data, device, precision"),
@@ -444,13 +423,10 @@ def test_what_is_wrong_is_said_in_one_line(folder, monkeypatch, tmp_path, capsys
     names["page"].write_text("")
     before = sorted(path for path in tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        go(monkeypatch, *[word.format(**names) for word in words])
-    assert stopped.value.code in (1, 2)
-    said = capsys.readouterr()
-    assert said.err.count("\n") == 1
-    assert said.err.startswith("evaluate.py: ")
+    words = [word.format(**names) for word in words]
+    code = 2 if line.startswith("no network given") else 1
+    said = refused(capsys, evaluate.main, *words, code=code)
     pattern = line.replace("{run}", re.escape(str(names["run"])))
     pattern = pattern.replace("{other}", re.escape(str(names["other"])))
-    assert re.search(pattern.replace("+data", r"\+data"), said.err), said.err
+    assert re.search(pattern.replace("+data", r"\+data"), said), said
     assert sorted(path for path in tmp_path.rglob("*")) == before

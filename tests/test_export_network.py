@@ -10,24 +10,25 @@ import models
 from models import NoAttention
 from scripts import export
 
+from helpers import call, refused
+
+
+@pytest.fixture(autouse=True)
+def logging_goes_on(monkeypatch):
+    monkeypatch.setattr(export.logging, "disable", lambda level: None)
+
 
 @pytest.fixture
 def network(tmp_path):
     return save(tmp_path / "network", describe(NoAttention()))
 
 
-def go(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["export.py", *map(str, words)])
-    monkeypatch.setattr(export.logging, "disable", lambda level: None)
-    export.main()
-
-
 @pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore")
-def test_both_formats_give_the_networks_numbers_at_any_size(tmp_path, monkeypatch, capsys):
+def test_both_formats_give_the_networks_numbers_at_any_size(tmp_path, capsys):
     runtime = pytest.importorskip("onnxruntime")
     folder = save(tmp_path / "network", describe())  # with attention
-    go(monkeypatch, folder)
+    call(export.main, folder)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines] == [
         str(folder / "network.pt2"),
@@ -54,11 +55,8 @@ def test_other_numbers_are_not_written(network, tmp_path, monkeypatch, capsys):
         return b"content", lambda x: trained.network(x) * (1 + 1e-3 * (x.shape[3] > 20))
 
     monkeypatch.setattr(export, "FORMATS", {"torch": off_by_a_little})
-    monkeypatch.setattr("sys.argv", ["export.py", str(network)])
-    with pytest.raises(SystemExit) as stopped:
-        go(monkeypatch, network, "--formats", "torch", "--out", tmp_path / "out")
-    assert stopped.value.code == 1
-    line = capsys.readouterr().err
+    words = [network, "--formats", "torch", "--out", tmp_path / "out"]
+    line = refused(capsys, export.main, *words, code=1)
     assert "network.pt2 is not written: its logits are off by 0.001 of the largest" in line
     assert not (tmp_path / "out").exists()
 
@@ -80,14 +78,10 @@ def test_logits_that_are_all_zero_are_compared_too(network):
         (["{network}", "--formats", "tflite"], "tflite", 2),
     ],
 )
-def test_mistakes_are_one_line(network, monkeypatch, capsys, words, line, code):
+def test_mistakes_are_one_line(network, capsys, words, line, code):
     before = sorted(network.iterdir())
-    with pytest.raises(SystemExit) as stopped:
-        go(monkeypatch, *[word.format(network=network) for word in words])
-    assert stopped.value.code == code
-    said = capsys.readouterr().err
-    assert line in said.splitlines()[-1]
-    assert code == 2 or said.count("\n") == 1
+    words = [word.format(network=network) for word in words]
+    assert line in refused(capsys, export.main, *words, code=code)
     assert sorted(network.iterdir()) == before
 
 
@@ -96,7 +90,5 @@ def test_a_library_that_is_missing_is_named(network, monkeypatch, capsys):
         raise ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime")
 
     monkeypatch.setattr(export, "FORMATS", {"onnx": missing})
-    with pytest.raises(SystemExit):
-        go(monkeypatch, network, "--formats", "onnx")
-    line = capsys.readouterr().err
+    line = refused(capsys, export.main, network, "--formats", "onnx")
     assert line.startswith("export.py: onnxruntime is not installed: pip install -c constraints")

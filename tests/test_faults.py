@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 
 import fault_test
 from fault_test import differences
+from helpers import await_
 
 # Four steps in two epochs: most of it is start-up.
 BRIEF = [*fault_test.SMALL, "data.train_size=32", "data.test_size=16", "epochs=2"]
@@ -64,10 +64,8 @@ def test_a_kill_leaves_nothing_alive_of_what_was_started():
     fault_test.kill(run)
     run.stdout.close()
     assert run.returncode == -9
-    until = time.monotonic() + 240
-    while child.exists() and "State:\tZ" not in (child / "status").read_text():
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    status = child / "status"
+    await_(lambda: not child.exists() or "State:\tZ" in status.read_text(), "the child's end")
 
 
 def test_a_run_that_fails_by_itself_is_no_result(tmp_path, monkeypatch):

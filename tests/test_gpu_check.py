@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import sys
 import time
 
 import pytest
@@ -11,7 +10,7 @@ from benchmarks import bench, gpu
 from benchmarks.gpu import Step
 from training.compose import compose_config
 
-from helpers import ROOT
+from helpers import ROOT, call
 
 
 def python(name, code, minutes=1.0):
@@ -24,9 +23,7 @@ def check(monkeypatch, tmp_path):
 
     def go(steps, minutes=1.0):
         monkeypatch.setattr(gpu, "plan", lambda fused_failed: steps)
-        words = ["--rehearse", "--minutes", str(minutes), "--out", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", ["gpu.py", *words])
-        code = gpu.main()
+        code = call(gpu.main, "--rehearse", "--minutes", minutes, "--out", tmp_path)
         file = tmp_path / "record.json"
         return code, json.loads(file.read_text())["steps"] if file.exists() else {}
 
@@ -96,9 +93,8 @@ def test_without_time_nothing_begins(check, tmp_path, monkeypatch):
 )
 def test_mistakes_are_one_line(words, message, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *words, "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
-        gpu.main()
+        call(gpu.main, *words, "--out", tmp_path)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())

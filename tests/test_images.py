@@ -15,7 +15,7 @@ from training.comparison import plan
 from training.compose import compose_config
 
 from folders import make_run
-from helpers import rows
+from helpers import everything_below, rows
 from image_folders import write, write_folder
 
 RUN = ["data.size=8", "augmentation.crop_pad=2", "batch_size=4", "epochs=1", "model=resnet8"]
@@ -76,15 +76,12 @@ SAME = {
 }
 
 
-def files(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_a_run_is_neither_finished_nor_continued_on_other_images(run, root, tmp_path):
     run(base=words(root), folder="finished")
     with pytest.raises(SystemExit):
         run("max_minutes=1e-9", base=words(root), folder="stopped")
-    before = files(tmp_path / "finished") | files(tmp_path / "stopped")
+    folders = [tmp_path / "finished", tmp_path / "stopped"]
+    before = [everything_below(folder) for folder in folders]
     unchanged = shutil.copytree(root, tmp_path / "unchanged")
     taken = []
     for name, change in CHANGES.items():
@@ -98,7 +95,7 @@ def test_a_run_is_neither_finished_nor_continued_on_other_images(run, root, tmp_
             except pytest.fail.Exception:
                 taken.append((name, where))
     assert taken == []
-    assert files(tmp_path / "finished") | files(tmp_path / "stopped") == before
+    assert [everything_below(folder) for folder in folders] == before
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -261,11 +258,11 @@ def test_results_of_other_images_are_not_published_together(tmp_path):
     made(tmp_path / "out" / "0", "a", seed=0)
     made(tmp_path / "out" / "1", None, seed=1)
     publish(tmp_path / "out", tmp_path / "kept")
-    published = files(tmp_path / "kept")
+    published = everything_below(tmp_path / "kept")
     made(tmp_path / "new" / "2", "b", seed=2)
     with pytest.raises(ValueError, match=r"other images that are called mine val, too.*of its own"):
         publish(tmp_path / "new", tmp_path / "kept")
-    assert files(tmp_path / "kept") == published
+    assert everything_below(tmp_path / "kept") == published
     made(tmp_path / "out" / "2", "b", seed=2)
     with pytest.raises(ValueError, match=r"not a as of 1 run; publish"):
         publish(tmp_path / "out", tmp_path / "other")

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import nn
 
 from aaconv import AugmentedConv
@@ -26,6 +25,7 @@ from models import (
 from models.alternet import AlterBlock
 from models.attention import Place, SideConv
 from models.blocks import Shortcut
+from training.compose import compose_config
 from training.settings import build_model
 
 import reference
@@ -165,8 +165,7 @@ PAPER_RESNET_50 = aa(dk=0.2, dv=0.1, Nh=8, min_dkh=20, stages=[2, 3, 4])
     [(NoAttention(), 25_557_032, 8.18), (PAPER_RESNET_50, 25_781_872, 8.36)],
 )
 def test_resnet_50_for_images_of_224x224(attention, parameters, gflops):
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        arguments = compose("config", ["model=resnet50_224", "attention=none"]).model
+    arguments = compose_config(["model=resnet50_224", "attention=none"]).model
     names = ("block", "depths", "widths", "stem", "shortcut", "strided_stem")
     with torch.device("meta"):
         network = ResNet(

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ import torch
 from training import run_folder, stopping
 
 from app import App
-from helpers import ROOT, TINY, rows
+from helpers import ROOT, TINY, await_, rows
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 NEVER_ENDING = ["epochs=10000", "data.train_size=64"]
@@ -58,14 +57,6 @@ def train(*words, processes):
         started.append(process)
     said = "".join(process.communicate(timeout=GUARD)[0] for process in started)
     return [process.returncode for process in started], said
-
-
-def after_an_epoch(folder, process):
-    deadline = time.monotonic() + GUARD
-    while not (folder / "metrics.csv").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def children(process):
@@ -139,7 +130,7 @@ def test_normalized_apart_the_curve_is_another(runs):
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes by Linux's /proc")
 def test_a_dead_process_ends_the_other_with_a_message(tmp_path):
     process = start_run(tmp_path / "dead", *NEVER_ENDING)
-    after_an_epoch(tmp_path / "dead", process)
+    await_((tmp_path / "dead" / "metrics.csv").exists, "an epoch", process)
     os.kill(int(children(process)[1]), signal.SIGKILL)
     said = process.communicate(timeout=GUARD)[0]
     assert process.returncode != 0
@@ -162,7 +153,7 @@ def test_an_error_is_told_before_torchrun_ends_the_process():
 def test_a_terminals_interrupt_which_torchrun_repeats_is_saved_once(tmp_path):
     folder = tmp_path / "signalled"
     process = start_run(folder, *NEVER_ENDING)
-    after_an_epoch(folder, process)
+    await_((folder / "metrics.csv").exists, "an epoch", process)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=GUARD)[0]
     assert said.count("stopped (SIGINT) after epoch") == 1

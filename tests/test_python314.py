@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import inspect
-import sys
 import textwrap
 
 import pytest
 from hydra._internal.utils import get_args_parser
 
 from training import cli
+
+from helpers import call
 
 CONTAINER = argparse._ActionsContainer
 
@@ -50,8 +51,7 @@ def test_hydras_parser_cannot_be_made_without_help():
 @pytest.mark.parametrize(
     ("option", "text"), [("--cfg=job", "epochs: 200"), ("--hydra-help", "Install or Uninstall")]
 )
-def test_the_command_works(monkeypatch, capsys, option, text):
-    monkeypatch.setattr(sys, "argv", ["train.py", option])
+def test_the_command_works(capsys, option, text):
     with contextlib.suppress(SystemExit):  # which Hydra raises after its help
-        cli.run()
+        call(cli.run, option)
     assert text in capsys.readouterr().out

@@ -1,20 +1,19 @@
 """The report: which runs are counted, how they belong together, and what is concluded."""
 
 import math
-import sys
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from scipy import stats
 
 from models import augmented_layers, count_flops, count_parameters
 from reporting import page, paired, paper, render, runs, text
 from scripts import report as report_command
+from training.compose import compose_config
 from training.settings import build_model
 
 from folders import analysis_of, failed, make_run, segment, variants_of
-from helpers import CONFIGS
+from helpers import call, refused
 
 pytestmark = pytest.mark.usefixtures("sketches")
 
@@ -138,16 +137,12 @@ def test_without_runs_it_says_so_and_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_writes_both_files_and_says_where(tmp_path, monkeypatch, capsys):
+def test_the_command_writes_both_files_and_says_where(tmp_path, capsys):
     make_run(tmp_path / "a")
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
-    report_command.main()
+    call(report_command.main, tmp_path)
     assert f"written: {tmp_path / 'report.html'}" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path / "x")])
-    with pytest.raises(SystemExit) as stopped:
-        report_command.main()
-    assert stopped.value.code == 1
-    assert capsys.readouterr().err == f"report.py: there is no {tmp_path / 'x'}\n"
+    line = refused(capsys, report_command.main, tmp_path / "x", code=1)
+    assert line == f"report.py: there is no {tmp_path / 'x'}\n"
 
 
 # ---- What belongs together ----------------------------------------------------------------------
@@ -412,8 +407,7 @@ def test_a_control_of_the_papers_network_has_no_row_in_its_table(tmp_path):
 
 @pytest.mark.slow
 def test_our_numbers_in_the_notes_on_the_paper():
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", ["experiment=table1", "attention=aa"])
+    cfg = compose_config(["experiment=table1", "attention=aa"])
     with torch.device("meta"):
         model = build_model(cfg, num_classes=100, image_size=(32, 32))
     parameters = count_parameters(model)

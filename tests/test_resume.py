@@ -21,7 +21,7 @@ from training.device import set_deterministic
 from training.run_folder import RunFolder
 
 from fault_test import differences
-from helpers import TINY, rows, slow
+from helpers import TINY, call, refused, rows, slow
 
 # Over before the first step: a process is older.
 AT_ONCE = "max_minutes=1e-9"
@@ -423,7 +423,6 @@ def test_a_full_disk_ends_a_run_with_one_line(run, tmp_path, monkeypatch, capsys
     """The second time that a file is written, or the first time of the summary."""
     run(folder="whole")
     words = [*SMALL, f"out_dir={tmp_path}", f"run_dir='{tmp_path / 'parts'}'"]
-    monkeypatch.setattr(sys, "argv", ["train.py", *words])
     fsync, seen = os.fsync, []
 
     def full(handle):
@@ -435,13 +434,9 @@ def test_a_full_disk_ends_a_run_with_one_line(run, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(os, "fsync", full)
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        cli.run()
+    line = refused(capsys, cli.run, *words)
     monkeypatch.undo()
-    assert stopped.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith(f"train.py: {tmp_path / 'parts' / name} cannot be written (No space")
-    assert told.count("\n") == 1
+    assert line.startswith(f"train.py: {tmp_path / 'parts' / name} cannot be written (No space")
     kept = state(tmp_path / "parts")
     assert len(kept["rows"]) == (1 if name == "last.pt" else 2)
     assert not (tmp_path / "parts" / "summary.json").exists()
@@ -496,12 +491,9 @@ def test_a_run_that_replaces_another_leaves_nothing_of_it(run, tmp_path):
 @pytest.mark.slow
 def test_a_signal_ends_a_sweep(monkeypatch, tmp_path):
     small = [w for w in SMALL if "epochs" not in w]
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", "-m", *small, "epochs=1", "seed=0,1,2", f"out_dir={tmp_path}"]
-    )
     signalled(monkeypatch, signal.SIGTERM, 10)  # in the second run
     with pytest.raises(SystemExit) as stopped:
-        cli.run()
+        call(cli.run, "-m", *small, "epochs=1", "seed=0,1,2", f"out_dir={tmp_path}")
     assert stopped.value.code == 143
     folders = sorted(p.name for p in tmp_path.rglob("seed=*"))
     assert folders == ["seed=0", "seed=1"]
@@ -509,11 +501,8 @@ def test_a_signal_ends_a_sweep(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_end_of_the_time_ends_a_sweep(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", "-m", *SMALL, AT_ONCE, "seed=0,1,2", f"out_dir={tmp_path}"]
-    )
-    cli.run()  # with exit code 0
+def test_the_end_of_the_time_ends_a_sweep(tmp_path, capsys):
+    call(cli.run, "-m", *SMALL, AT_ONCE, "seed=0,1,2", f"out_dir={tmp_path}")  # with exit code 0
     assert [p.name for p in tmp_path.rglob("seed=*")] == ["seed=0"]
     assert "1 stopped, 2 not started" in capsys.readouterr().out
 

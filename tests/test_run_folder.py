@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,9 @@ from training.run_folder import HeldError, claimed, holder
 from training.variants import folder_name
 
 from app import App, run_app
-from helpers import ROOT, TINY, rows, slow
+from helpers import ROOT, TINY, await_, call, everything_below, refused, rows, slow
 
 LONG = ["epochs=10000", "data.train_size=64"]
-
-
-def everything_below(folder):
-    return {p: p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 def without_the_clock(folder):
@@ -70,14 +65,6 @@ def none_is_left():
 def tiny(folder, *words):
     """Words for a tiny run in ``folder``."""
     return [*TINY, "device=cpu", f"out_dir={folder.parent}", f"run_dir={folder}", *words]
-
-
-def wait_for(path, process):
-    deadline = time.monotonic() + 240  # a guard against hanging
-    while not path.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # ---- The claim ----------------------------------------------------------------------------------
@@ -293,7 +280,7 @@ def test_refused_commands_leave_a_running_one_alone(tmp_path):
     """Case 1: whatever is wrong with the second command, the first one's folder stays."""
     folder = tmp_path / "run"
     first = start(*tiny(folder, *LONG))
-    wait_for(folder / "metrics.csv", first)
+    await_((folder / "metrics.csv").exists, "an epoch", first)
     before = without_the_clock(tmp_path)
     assert folder / ".hydra" / "config.yaml" in before
     for words in (["device=cuda:99"], ["overwrite=true"], ["resume=auto"]):
@@ -316,16 +303,13 @@ def test_refused_commands_leave_a_running_one_alone(tmp_path):
 def test_of_two_at_once_one_trains(tmp_path):
     """Case 2."""
     both = [start(*tiny(tmp_path / "run", "resume=auto", *LONG)) for _ in range(2)]
-    deadline = time.monotonic() + 240  # a guard against hanging
-    while all(process.poll() is None for process in both):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    await_(lambda: any(process.poll() is not None for process in both), "the end of one")
     refused, training = sorted(both, key=lambda process: process.poll() is None)
     _, err = refused.communicate(timeout=240)
     assert refused.returncode == 2
     assert f"is in use by process {training.pid} on" in err
     assert err.count("\n") == 1
-    wait_for(tmp_path / "run" / "metrics.csv", training)
+    await_((tmp_path / "run" / "metrics.csv").exists, "an epoch", training)
     training.send_signal(signal.SIGTERM)
     training.communicate(timeout=240)
     assert training.returncode == 143
@@ -355,12 +339,7 @@ def test_ranks_that_torchrun_did_not_set(monkeypatch, capsys, environment, words
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=words):
         distributed.world()
-    with pytest.raises(SystemExit) as stopped:
-        cli.run()
-    assert stopped.value.code == 2
-    line = capsys.readouterr().err
-    assert line.startswith("train.py: ")
-    assert line.count("\n") == 1
+    refused(capsys, cli.run)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +385,7 @@ def test_ctrl_c_saves_whoever_reads_what_is_printed(tmp_path, streams):
     else:
         prefix = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
     process = start(*tiny(folder, *LONG), prefix=prefix, **options)
-    wait_for(folder / "last.pt", process)
+    await_((folder / "last.pt").exists, "an epoch", process)
     process.send_signal(signal.SIGINT)
     assert process.wait(240) == 130
     saved = torch.load(folder / "last.pt", weights_only=True)
@@ -430,7 +409,7 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path):
     folder = tmp_path / "run"
     ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
     process = start(*tiny(folder, "epochs=30"), prefix=ignoring)
-    wait_for(folder / "metrics.csv", process)
+    await_((folder / "metrics.csv").exists, "an epoch", process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0
@@ -524,10 +503,9 @@ def test_a_symlink_to_the_program_finds_its_settings(tmp_path):
 
 
 @pytest.mark.parametrize("option", ["--version", "--help"])
-def test_what_the_program_is(monkeypatch, capsys, option):
-    monkeypatch.setattr(sys, "argv", ["train.py", option])
+def test_what_the_program_is(capsys, option):
     with pytest.raises(SystemExit) as stopped:
-        cli.run()
+        call(cli.run, option)
     assert stopped.value.code == 0
     text = capsys.readouterr().out
     if option == "--version":
@@ -675,8 +653,7 @@ def test_another_precision_is_refused_with_the_override_that_continues(
     pasted = str(told.value).removesuffix(" continues it").split("; ")[1]
     override, where, resume = shlex.split(pasted)  # as a shell reads it
     assert override == f"precision={word}"
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, override, where, resume])
-    cli.run()
+    call(cli.run, *TINY, override, where, resume)
     assert run_folder.read_summary(folder)["epochs"] == 2
 
 
@@ -709,13 +686,12 @@ def test_names_of_any_overrides_fit_a_file_system(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_refused_leaves_the_record_of_the_one_before(monkeypatch, tmp_path, capsys):
+def test_a_sweep_that_is_refused_leaves_the_record_of_the_one_before(tmp_path):
     (tmp_path / "lookup").mkdir()
     (tmp_path / "lookup" / "multirun.yaml").write_text("of the one before")
     before = everything_below(tmp_path)
     for words in (["seed=0,abc"], ["epochs=0,-1"]):
-        monkeypatch.setattr(sys, "argv", ["train.py", "-m", *TINY, *words, f"out_dir={tmp_path}"])
         with pytest.raises(SystemExit) as stopped:
-            cli.run()
+            call(cli.run, "-m", *TINY, *words, f"out_dir={tmp_path}")
         assert stopped.value.code == 2
         assert everything_below(tmp_path) == before

@@ -6,7 +6,6 @@ The page is compared with the schema's classes and with the YAML files.
 import dataclasses
 import enum
 import shutil
-import sys
 
 import pytest
 
@@ -14,7 +13,7 @@ from configs import schema
 from configs.setting import Range
 from scripts import settings
 
-from helpers import CONFIGS
+from helpers import CONFIGS, call
 
 # Fields that are groups of settings, which the page has sections for.
 GROUPS_OF_CONFIG = ("model", "attention", "data", "optim", "schedule", "wandb", "tracking")
@@ -50,16 +49,15 @@ def command(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(settings, "CONFIGS", tmp_path / "configs")
     monkeypatch.setattr(settings, "PAGE", tmp_path / "settings.md")
 
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["settings.py", *words])
+    def go(*words):
         try:
-            settings.main()
+            call(settings.main, *words)
         except SystemExit as stopped:
             line = capsys.readouterr().err.rstrip("\n")
             return line if stopped.code == 1 else f"code {stopped.code}"
         return None
 
-    return call
+    return go
 
 
 def replace(path, old, new):

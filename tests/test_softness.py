@@ -1,7 +1,6 @@
 """scripts/softness.py: what it says of networks and runs, and what it refuses."""
 
 import re
-import sys
 
 import pytest
 import torch
@@ -12,23 +11,14 @@ from aaconv import attention_stats
 from data import evaluation_batches, make_lookup
 from scripts import softness
 
-from helpers import TINY
+from helpers import TINY, call, refused
 
 SETTINGS = [*TINY, "attention=aa"]
 
 
-def printed(monkeypatch, capsys, *words):
-    monkeypatch.setattr(sys, "argv", ["softness.py", *map(str, words)])
-    softness.main()
+def printed(capsys, *words):
+    call(softness.main, *words)
     return capsys.readouterr().out
-
-
-def refused(monkeypatch, capsys, *words):
-    with pytest.raises(SystemExit) as stopped:
-        printed(monkeypatch, capsys, *words)
-    assert stopped.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
 
 
 def numbers(text, name):
@@ -36,21 +26,21 @@ def numbers(text, name):
     return re.findall(rf"^{name} .*?([\d.]+) +([\d.e-]+) +([\d.e-]+)$", text, re.MULTILINE)
 
 
-def test_a_network_by_its_settings(monkeypatch, capsys):
-    text = printed(monkeypatch, capsys, *SETTINGS, "--images", 32)
+def test_a_network_by_its_settings(capsys):
+    text = printed(capsys, *SETTINGS, "--images", 32)
     soft = numbers(text, "stages.1.0.conv1")
     assert len(soft) == 1
     assert text.startswith("at the start (init=torch, qk_norm=false, seed=0)\n")
     assert "after training" not in text
     former = ["attention.init=kaiming", "attention.qk_norm=false", "seed=7"]
-    text = printed(monkeypatch, capsys, *SETTINGS, *former, "--images", 32)
+    text = printed(capsys, *SETTINGS, *former, "--images", 32)
     assert text.startswith("at the start (init=kaiming, qk_norm=false, seed=7)\n")
     assert numbers(text, "stages.1.0.conv1") != soft
 
 
-def test_a_run_at_its_start_and_after_training(run, tmp_path, monkeypatch, capsys):
+def test_a_run_at_its_start_and_after_training(run, tmp_path, capsys):
     run("attention=aa", "seed=3", "epochs=2")
-    text = printed(monkeypatch, capsys, tmp_path / "run", "--images", 40)
+    text = printed(capsys, tmp_path / "run", "--images", 40)
     start, end = numbers(text, "stages.2.0.conv1")
     assert start != end
     trained = models.load(tmp_path / "run")
@@ -70,12 +60,10 @@ def test_a_run_at_its_start_and_after_training(run, tmp_path, monkeypatch, capsy
     assert own / float(plain[1]) == pytest.approx(float(plain[2]), rel=0.02)
 
 
-def test_a_run_that_began_with_other_weights_has_no_start_of_its_own(
-    run, tmp_path, monkeypatch, capsys
-):
+def test_a_run_that_began_with_other_weights_has_no_start_of_its_own(run, tmp_path, capsys):
     run("attention=none", folder="first")
     run("attention=aa", f"init_from={tmp_path / 'first'}", folder="second")
-    text = printed(monkeypatch, capsys, tmp_path / "second")
+    text = printed(capsys, tmp_path / "second")
     assert text.startswith("it began with the weights of ")
     assert "at the start" not in text
     assert len(numbers(text, "stages.2.0.conv1")) == 1
@@ -96,5 +84,5 @@ def test_a_run_that_began_with_other_weights_has_no_start_of_its_own(
         ),
     ],
 )
-def test_mistakes_are_one_line(monkeypatch, capsys, words, line):
-    assert refused(monkeypatch, capsys, *words).startswith(line)
+def test_mistakes_are_one_line(capsys, words, line):
+    assert refused(capsys, softness.main, *words).startswith(line)

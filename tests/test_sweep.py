@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +14,7 @@ from training.assemble import build_model
 from training.stopping import Stop
 
 from folders import failed, make_run
-from helpers import TINY
+from helpers import TINY, call
 from image_folders import write, write_folder
 
 ONE_EPOCH = [*(w for w in TINY if "epochs" not in w), "epochs=1", "attention=none"]
@@ -38,18 +37,17 @@ def sweeps(monkeypatch, tmp_path, capfd):
 
     monkeypatch.setattr(train, "take_step", counted)
 
-    def call(*words):
+    def go(*words):
         steps.clear()
-        monkeypatch.setattr(sys, "argv", ["train.py", "-m", *words, f"out_dir={tmp_path}"])
         code = 0
         try:
-            cli.run()
+            call(cli.run, "-m", *words, f"out_dir={tmp_path}")
         except SystemExit as stopped:
             code = stopped.code
         said = capfd.readouterr()
         return SimpleNamespace(code=code, out=said.out, err=said.err, steps=len(steps))
 
-    return call
+    return go
 
 
 def table(said):
@@ -306,32 +304,26 @@ def test_a_run_of_an_agent_has_a_folder_by_its_ids(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     for run_id, words in (("r1", []), ("r2", []), ("r1", ["seed=5"])):
         monkeypatch.setenv("WANDB_RUN_ID", run_id)
-        monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *words, f"out_dir={tmp_path}"])
-        cli.run()
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"hydra.run.dir={tmp_path / 'x'}"])
-    cli.run()
+        call(cli.run, *TINY, *words, f"out_dir={tmp_path}")
+    call(cli.run, *TINY, f"hydra.run.dir={tmp_path / 'x'}")
     top = tmp_path / "lookup" / "sweep=s1"
     assert folders == [top / "run=r1", top / "run=r2", top / "run=r1", tmp_path / "x"]
     monkeypatch.delenv("WANDB_SWEEP_ID")  # WANDB_RUN_ID alone names no folder
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, f"out_dir={tmp_path}"])
-    cli.run()
+    call(cli.run, *TINY, f"out_dir={tmp_path}")
     assert folders[-1].name == "seed=0"
 
 
 def test_a_run_of_an_agent_that_is_refused_leaves_its_reason(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     monkeypatch.setenv("WANDB_RUN_ID", "r1")
-    monkeypatch.setattr(
-        sys, "argv", ["train.py", *TINY, "attention.dk=7", f"out_dir={tmp_path / 'out'}"]
-    )
+    words = [*TINY, "attention.dk=7"]
     with pytest.raises(SystemExit):
-        cli.run()
+        call(cli.run, *words, f"out_dir={tmp_path / 'out'}")
     _, (refused,) = runs.read([tmp_path])
     assert (refused.kind, refused.folder.name) == ("refused", "run=r1")
     assert "dk=7 must be divisible by Nh=4" in refused.why
     assert refused.settings["attention.dk"] == 7
     monkeypatch.delenv("WANDB_SWEEP_ID")  # nobody's sweep: the line on the screen is enough
-    monkeypatch.setattr(sys, "argv", [*sys.argv[:-1], f"out_dir={tmp_path / 'alone'}"])
     with pytest.raises(SystemExit):
-        cli.run()
+        call(cli.run, *words, f"out_dir={tmp_path / 'alone'}")
     assert not [path for path in (tmp_path / "alone").rglob("*") if path.is_file()]

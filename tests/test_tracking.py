@@ -19,7 +19,7 @@ from training import cli, dashboard, launch, tracking, variants
 from training.progress import EpochState, Progress
 
 from app import run_app
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, call
 
 DONE = ("update", {"outcome": "done", "reason": ""})
 # Seconds after which what hangs is let go: no warning then says that it was given up.
@@ -427,9 +427,7 @@ def test_an_id_of_the_environment_reaches_no_job_of_a_sweep(monkeypatch, tmp_pat
     monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, env, **__: processes.append(env))
     launch.start([], tmp_path, tmp_path)
     assert processes[0].keys().isdisjoint(names)
-    words = ["train.py", "-m", *TINY, "seed=0,1", f"out_dir={tmp_path}"]
-    monkeypatch.setattr(sys, "argv", words)
-    cli.run()
+    call(cli.run, "-m", *TINY, "seed=0,1", f"out_dir={tmp_path}")
     assert seen == [set(), set()]
 
 

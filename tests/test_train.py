@@ -12,6 +12,7 @@ import models
 import train
 from training import cli, dashboard, summary
 from training.assemble import build_model
+from training.compose import compose_config
 
 from helpers import CONFIGS, TINY, rows, slow
 
@@ -198,9 +199,7 @@ def test_learns_a_batch_by_heart(run):
 def base(tmp_path_factory):
     """The rows of a tiny run without further settings."""
     folder = tmp_path_factory.mktemp("base")
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        cfg = compose("config", [*TINY, f"out_dir={folder}"])
-    train.train(cfg, folder / "run")
+    train.train(compose_config([*TINY, f"out_dir={folder}"]), folder / "run")
     return rows(folder / "run")
 
 

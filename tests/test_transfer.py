@@ -13,7 +13,7 @@ from models.saved import describe_attention
 from training import cli, run_folder
 from training.variants import public_settings, result_settings
 
-from helpers import rows
+from helpers import call, rows
 
 SIZE = (9, 7)
 NETWORK = {
@@ -288,11 +288,6 @@ def test_a_mistake_in_freeze_is_found_before_anything_is_done(run, tmp_path):
 # ---- More epochs --------------------------------------------------------------------------------
 
 
-def go(monkeypatch, tmp_path, *words):
-    monkeypatch.setattr("sys.argv", ["train.py", *words, f"out_dir='{tmp_path}'"])
-    cli.run()
-
-
 TINY = [
     "experiment=lookup",
     "data.train_size=32",
@@ -306,16 +301,17 @@ TINY = [
 ]
 
 
-def test_more_epochs_are_never_silently_a_new_run(monkeypatch, tmp_path, capsys):
-    go(monkeypatch, tmp_path, *TINY, "epochs=1")
+def test_more_epochs_are_never_silently_a_new_run(tmp_path, capsys):
+    words = [*TINY, f"out_dir='{tmp_path}'"]
+    call(cli.run, *words, "epochs=1")
     capsys.readouterr()
-    go(monkeypatch, tmp_path, *TINY, "epochs=2", "resume=auto")
+    call(cli.run, *words, "epochs=2", "resume=auto")
     said = capsys.readouterr().out
     assert "nothing to continue in" in said
     (line,) = (one for one in said.splitlines() if "is the same run with epochs=1" in one)
     assert "a new schedule of the learning rate over 2 epochs" in line
     word = line.partition("; ")[2].partition(" begins with its")[0].strip('"')
-    go(monkeypatch, tmp_path, *TINY, "epochs=2", word)  # as printed
+    call(cli.run, *words, "epochs=2", word)  # as printed
     (summary,) = tmp_path.glob("lookup/*init_from*/seed=0/summary.json")
     assert json.loads(summary.read_text())["segments"][0]["init_from"]["data"] == "lookup"
 

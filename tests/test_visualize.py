@@ -19,6 +19,8 @@ from reporting.sections import attention_section
 from scripts import visualize
 from training import attention_picture
 
+from helpers import call, refused
+
 AA = models.AA(dk=0.5, dv=0.25, Nh=2, min_dkh=2, position="relative", stages=[2, 3])
 BLOCKS = ["stages.1.0.conv1", "stages.2.0.conv1"]
 
@@ -33,11 +35,6 @@ def folder(tmp_path):
     write(tmp_path / "photo.jpg", size=(50, 31))
     (tmp_path / "broken.png").write_bytes((tmp_path / "photo.jpg").read_bytes()[:300])
     return tmp_path / "runs"
-
-
-def go(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["visualize.py", *map(str, words)])
-    visualize.main()
 
 
 # ---- Weights ------------------------------------------------------------------------------------
@@ -129,8 +126,8 @@ def test_a_name_on_the_dashboard_has_escapes_for_letters_that_the_font_lacks():
 # ---- The command --------------------------------------------------------------------------------
 
 
-def test_each_block_becomes_a_png_and_an_svg(folder, monkeypatch, capsys):
-    go(monkeypatch, folder / "aa=1")
+def test_each_block_becomes_a_png_and_an_svg(folder, capsys):
+    call(visualize.main, folder / "aa=1")
     out = folder / "aa=1" / "attention"
     names = {f"attention-{block}.{kind}" for block in BLOCKS for kind in ("png", "svg")}
     assert {path.name for path in out.iterdir()} == names
@@ -149,7 +146,7 @@ def drawn(folder, monkeypatch, out, *words):
     monkeypatch.setattr(
         attention, "attention_picture", lambda *given: sizes.append(draw(*given)) or sizes[-1]
     )
-    go(monkeypatch, folder / "aa=1", *words, "--out", out)
+    call(visualize.main, folder / "aa=1", *words, "--out", out)
     monkeypatch.undo()
     assert sizes[0].heads == 2
     return (out / f"attention-{BLOCKS[0]}.svg").read_text(), len(sizes[0].rows)
@@ -180,10 +177,10 @@ def test_the_images_are_those_of_their_numbers(folder):
     assert titles == [f"7: {names[0]}", f"2: {names[1]}"]
 
 
-def test_files_need_no_data(folder, monkeypatch, tmp_path):
+def test_files_need_no_data(folder, tmp_path):
     """Nor a square image: the network is of 16x20."""
     out = tmp_path / "out"
-    go(monkeypatch, folder / "own", "--images", tmp_path / "photo.jpg", "--out", out)
+    call(visualize.main, folder / "own", "--images", tmp_path / "photo.jpg", "--out", out)
     assert len(list(out.iterdir())) == 4
 
 
@@ -227,11 +224,7 @@ def test_what_is_wrong_is_said_in_one_line(folder, monkeypatch, tmp_path, capsys
     places |= {"photo": tmp_path / "photo.jpg", "broken": tmp_path / "broken.png"}
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        go(monkeypatch, *[word.format(**places) for word in words])
-    assert stopped.value.code == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
+    said = refused(capsys, visualize.main, *[word.format(**places) for word in words])
     assert re.search(line.replace("{runs}", re.escape(str(folder))), said), said
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -242,9 +235,8 @@ def test_a_full_disk_leaves_nothing(folder, monkeypatch, tmp_path, capsys):
 
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr("training.files.os.fsync", full)
-    with pytest.raises(SystemExit):
-        go(monkeypatch, folder / "aa=1", "--out", tmp_path / "deep" / "er")
-    assert "cannot be written (No space left on device)" in capsys.readouterr().err
+    line = refused(capsys, visualize.main, folder / "aa=1", "--out", tmp_path / "deep" / "er")
+    assert "cannot be written (No space left on device)" in line
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
 import train
 from reporting import dashboard, workspace
 from reporting.analysis import analyze
 from scripts.workspace import augmented_blocks
+from training.compose import compose_config
 from training.tracking import CHARTS
 
 from app import run_app
 from folders import make_run
-from helpers import CONFIGS, ROOT, TINY
+from helpers import ROOT, TINY
 from wandb_server import ServerProcess
 
 BLOCKS = ["stages.1.0.conv1", "stages.2.0.conv1"]  # of TINY's network
@@ -157,8 +157,7 @@ def test_runs_on_other_data_are_left_out_when_asked_for():
 def test_the_blocks_are_those_of_the_network():
     assert augmented_blocks(TINY) == BLOCKS
     assert augmented_blocks(["attention=none"]) == []
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        depths = compose("config", ["model=resnet20"]).model.depths
+    depths = compose_config(["model=resnet20"]).model.depths
     names = augmented_blocks(["model=resnet20", "attention.stages=[3]", "attention.min_dkh=1"])
     assert len(names) == depths[2]
 
