@@ -79,7 +79,7 @@ def _media(analysis: Analysis) -> dict[str, Media]:
     media: dict[str, Media] = {
         "compare/table": Table(COLUMNS, _rows(analysis)),
         "compare/curves": _picture(
-            figures.over_epochs(analysis.variants, "top1", f"{on} top-1 (%)"),
+            figures.curves(analysis.variants, "top1", f"{on} top-1 (%)"),
             "mean over the seeds, with a band from the lowest to the highest",
         ),
     }
@@ -103,7 +103,8 @@ def _rows(analysis: Analysis) -> list[list[Any]]:
     for variant in analysis.variants:
         scores = list(variant.by_seed("top1").values())
         sd = statistics.stdev(scores) if len(scores) > 1 else None
-        difference = _numbers(found.get(variant, Difference({})))
+        top1 = found.get(variant, Difference({}))
+        difference = [top1.mean, top1.low, top1.high, top1.p]
         cost = [int(variant.first["parameters"]), variant.first["flops"] / 1e9]
         rows.append([variant.label, len(scores), variant.mean("top1"), sd, *difference, *cost])
     return rows
@@ -123,10 +124,6 @@ def _ranking(sweep: Sweep) -> list[list[Any]]:
         [sweep.recipe, rank, sweep.words(cell.levels), cell.n, cell.mean, cell.is_candidate]
         for rank, cell in enumerate(sweep.ranking, start=1)
     ]
-
-
-def _numbers(found: Difference) -> list[float | None]:
-    return [found.mean, found.low, found.high, found.p]
 
 
 def _picture(figure: figures.Figure, caption: str) -> Picture:

@@ -7,8 +7,8 @@ import re
 import statistics
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -53,11 +53,8 @@ MOST_CLASSES, NUMBERED_CLASSES = 100, 20
 LABEL = 40
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """The report's style for what is drawn or written; here used as a decorator."""
-    with matplotlib.rc_context(STYLE):
-        yield
+# For what is drawn or written; here used as a decorator.
+style = partial(matplotlib.rc_context, STYLE)
 
 
 def as_svg(figure: Figure) -> str:
@@ -208,54 +205,46 @@ def _width(figure: Figure, legend: Legend) -> float:
 # ---- Curves of several variants -----------------------------------------------------------------
 
 
-def _epochs(run: Run) -> list[float]:
-    return run.each_epoch("epoch")
-
-
-def _minutes(run: Run) -> list[float]:
-    return [s / 60 for s in itertools.accumulate(run.each_epoch("perf/epoch_seconds"))]
-
-
-def over_epochs(variants: list[Variant], column: str, label: str) -> Figure:
+def curves(variants: list[Variant], column: str, label: str, *, over_time: bool = False) -> Figure:
     """A column of metrics.csv over the epochs: mean of the seeds, a band from lowest to highest.
 
-    Of the variants whose runs have it; the others keep their colors.
+    Or over the minutes that training and evaluation have taken, mean of the seeds. Of the variants
+    whose runs have the column; the others keep their colors.
     """
     seeds = {
         variant: [run.each_epoch(column) for run in variant.runs]
         for variant in variants
         if all(run.has(column) for run in variant.runs)
     }
-    return _curves(variants, seeds, _epochs, "epoch", label)
-
-
-def over_time(variants: list[Variant], column: str, label: str) -> Figure:
-    """The same over the minutes that training and evaluation have taken, mean of the seeds."""
-    seeds = {variant: [run.each_epoch(column) for run in variant.runs] for variant in variants}
-    return _curves(variants, seeds, _minutes, "training time (minutes)", label)
+    return _curves(variants, seeds, label, over_time=over_time)
 
 
 def gain_over_epochs(variants: list[Variant], gains: dict[Variant, list[list[float]]]) -> Figure:
     """The gain over plain, for each seed and epoch; colors as in the pictures of all variants."""
-    return _curves(variants, gains, _epochs, "epoch", "top-1 minus plain (points)", zero=True)
+    return _curves(variants, gains, "top-1 minus plain (points)", zero=True)
+
+
+def _minutes(run: Run) -> list[float]:
+    return [s / 60 for s in itertools.accumulate(run.each_epoch("perf/epoch_seconds"))]
 
 
 @style()
 def _curves(
     variants: list[Variant],
     seeds: dict[Variant, list[list[float]]],
-    along: Callable[[Run], list[float]],
-    x_label: str,
-    y_label: str,
+    label: str,
+    *,
+    over_time: bool = False,
     zero: bool = False,
 ) -> Figure:
-    """For each variant of ``seeds`` the mean of its curves, over the mean of their x ``along``."""
+    """For each variant of ``seeds`` the mean of its curves, over the epochs or their mean time."""
     figure, panel = one_panel()
     if zero:
         panel.axhline(0, color=PLAIN, linewidth=1.2, linestyle="--")
     chosen = {variant: color for variant, color in colors(variants).items() if variant in seeds}
     for variant in _gray_first(chosen):
-        x = [statistics.fmean(at) for at in zip(*map(along, variant.runs), strict=True)]
+        along = [_minutes(run) if over_time else run.each_epoch("epoch") for run in variant.runs]
+        x = [statistics.fmean(at) for at in zip(*along, strict=True)]
         values, color = list(zip(*seeds[variant], strict=True)), chosen[variant]
         gray = color == OTHERS
         panel.plot(
@@ -270,8 +259,8 @@ def _curves(
         if not gray:
             low, high = [min(v) for v in values], [max(v) for v in values]
             panel.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-    panel.set(xlabel=x_label, ylabel=y_label)
-    if x_label == "epoch":
+    panel.set(xlabel="training time (minutes)" if over_time else "epoch", ylabel=label)
+    if not over_time:
         panel.xaxis.get_major_locator().set_params(integer=True)
     add_legend(figure, panel, chosen)
     return figure

@@ -15,11 +15,6 @@ class Table:
     texts: int = 1
     caption: str = ""
 
-    @property
-    def long(self) -> bool:
-        """Whether it would push what follows out of sight."""
-        return len(self.rows) > 40
-
 
 def tables(rows: list[dict[str, str]], texts: int = 1, caption: str = "") -> list[Table]:
     """A table of cells by their columns' headings, the same in all rows; none without rows."""

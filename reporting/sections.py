@@ -82,7 +82,7 @@ def scores_section(analysis: Analysis) -> Section:
 
 def curves_section(analysis: Analysis) -> Section:
     """Loss, accuracy and the gain over the plain baseline by epoch."""
-    top1 = figures.over_epochs(analysis.variants, "top1", "top-1 accuracy (%)")
+    top1 = figures.curves(analysis.variants, "top1", "top-1 accuracy (%)")
     pictures = [Picture("top1", "Accuracy", top1, "Top-1 accuracy after each epoch.")]
     if analysis.gains:
         gain = figures.gain_over_epochs(analysis.variants, analysis.gains)
@@ -94,7 +94,7 @@ def curves_section(analysis: Analysis) -> Section:
         shown = any(all(run.has(column) for run in v.runs) for v in analysis.variants)
         if group in CAPTIONS and name != "lr" and shown:
             title = TITLES.get(column, f"training {name}")
-            curve = figures.over_epochs(analysis.variants, column, title)
+            curve = figures.curves(analysis.variants, column, title)
             caption = f"{CAPTIONS[group]}: {title}."
             pictures.append(Picture(f"{group}-{name}", title.capitalize(), curve, caption))
     words = "Lines are means over seeds; bands span the lowest to the highest seed."
@@ -123,7 +123,7 @@ def cost_section(analysis: Analysis) -> Section:
         Picture(
             "time",
             "Accuracy against time",
-            figures.over_time(analysis.variants, "top1", "top-1 accuracy (%)"),
+            figures.curves(analysis.variants, "top1", "top-1 accuracy (%)", over_time=True),
             "Top-1 against the time spent on training and evaluation, mean over seeds.",
         ),
         Picture(
