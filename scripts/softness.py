@@ -78,20 +78,16 @@ def stats_of(network: nn.Module, images: Tensor, labels: Tensor) -> AttentionSta
     return attention_stats(network, images, lambda logits: F.cross_entropy(logits, labels))
 
 
-def new_network(network: Network, seed: int) -> models.ResNet:
-    """A network of these arguments as a run of this seed begins with it."""
-    torch.manual_seed(seed)
-    return models.build(network)
-
-
 def at_start(network: Network, seed: int, images: Tensor, labels: Tensor) -> list[str]:
     """The lines on a network that is new, and on the plain one beside it."""
     attention = network["attention"]
     if "init" not in attention:
         raise ValueError(f"attention={attention['name']} has no attention to look at")
-    own = stats_of(new_network(network, seed), images, labels)
-    plain_network = network | {"attention": {"name": "none"}}
-    plain = stats_of(new_network(plain_network, seed), images, labels)
+    found = []
+    for arguments in (network, network | {"attention": {"name": "none"}}):
+        torch.manual_seed(seed)  # as a run of this seed begins
+        found.append(stats_of(models.build(arguments), images, labels))
+    own, plain = found
     assert own.gradient is not None
     assert plain.gradient is not None
     return [

@@ -27,8 +27,6 @@ from helpers import TINY
 # processes that they start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Whichever test composes settings first.
-
 # Networks this small run no faster on two threads, and the suite runs in two processes.
 torch.set_num_threads(1)
 
@@ -85,6 +83,14 @@ def run(settings, tmp_path):
         return train.train(settings(*overrides, base=base), run_dir)
 
     return go
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """A list that has an item for each step of training from here on."""
+    taken, step = [], train.take_step
+    monkeypatch.setattr(train, "take_step", lambda *given: taken.append(1) or step(*given))
+    return taken
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from hydra._internal.hydra import Hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
-import train
 from training import cli, launch
 from training.compose import compose_config
 
@@ -23,7 +22,7 @@ from helpers import ROOT, TINY, call, check_line, everything_below, refused, slo
 
 
 @pytest.fixture
-def stops(monkeypatch, tmp_path, capfd):
+def stops(monkeypatch, tmp_path, capfd, steps):
     """A function that runs train.py on wrong words and returns its one line.
 
     It finds the exit code to be 2, no step taken, and ``tmp_path`` as it was before.
@@ -31,14 +30,6 @@ def stops(monkeypatch, tmp_path, capfd):
 
     # Where runs go; Hydra makes it, and what is not a run's own is left alone.
     (tmp_path / "outputs").mkdir()
-
-    steps, step = [], train.take_step
-
-    def counted(*arguments):
-        steps.append(1)
-        return step(*arguments)
-
-    monkeypatch.setattr(train, "take_step", counted)
 
     def go(*words):
         before = everything_below(tmp_path)

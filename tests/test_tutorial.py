@@ -36,12 +36,7 @@ def clone(tmp_path_factory):
     """The project as it is here, made smaller."""
     place = tmp_path_factory.mktemp("clone")
     command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
-    listed = subprocess.run(
-        command,
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-    )
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
     for name in filter(None, listed.stdout.decode().split("\0")):
         if (ROOT / name).is_file() and not name.startswith(("results/", "tests/")):
             (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -55,17 +50,11 @@ def clone(tmp_path_factory):
     return place
 
 
-def blocks():
-    page = (ROOT / "docs" / "tutorial.md").read_text()
-    return [(kind, text) for kind, text in BLOCK.findall(page)]
-
-
 def run(words, clone):
     options = {"cwd": clone, "env": os.environ | {"WANDB_MODE": "disabled"}, "timeout": 900}
     # The time counts from the start of the process, which a fork has behind it.
     if any("max_minutes" in word for word in words):
-        command = [sys.executable, *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
     else:
         done = run_app(words, **options)
     assert done.returncode == 0, f"{words}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
@@ -83,7 +72,8 @@ def as_a_shell_reads(command, clone):
 @pytest.mark.long
 def test_every_command_does_what_the_page_says(clone):
     outputs = {}
-    for kind, text in blocks():
+    blocks = BLOCK.findall((ROOT / "docs" / "tutorial.md").read_text())
+    for kind, text in blocks:
         if kind == "python":
             outputs[text] = run(["-c", text], clone)
             continue
@@ -93,7 +83,7 @@ def test_every_command_does_what_the_page_says(clone):
             assert python == PYTHON
             outputs[line] = run(words, clone)
     first = outputs["make compare"]
-    (three,) = (text for kind, text in blocks() if "scripts/evaluate.py outputs/compare" in text)
+    (three,) = (text for kind, text in blocks if "scripts/evaluate.py outputs/compare" in text)
     said = [line.partition("  #")[0].strip() for line in first.partition("next:\n")[2].splitlines()]
     shown = [line.replace(sys.executable, PYTHON) for line in said]
     # By default compare.py varies and sets what it names at its end.
