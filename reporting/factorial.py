@@ -12,7 +12,7 @@ of all (Hothorn, Bretz and Westfall, 2008, single step): an interval excludes ze
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from typing import Any
@@ -35,7 +35,7 @@ class Error:
     """The mean square that effects are held against, its degrees of freedom, and what it is of."""
 
     mean_square: float
-    df: float
+    df: int
     basis: str  # "seeds" or "interactions"
 
 
@@ -73,9 +73,9 @@ class Cell:
     levels: tuple[int, ...]
     mean: float
     n: int
+    is_candidate: bool  # for the best: not told apart from it
     low: float | None = None  # of the best alone; allow for its having been picked
     high: float | None = None
-    is_candidate: bool = True  # for the best: not told apart from it
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +112,10 @@ class Design:
         return numpy.eye(number.max() + 1)[number.reshape(-1)]
 
     @cached_property
-    def blocks(self) -> list[Array]:
+    def blocks(self) -> Array:
         """The term of the seeds, or of the mean alone."""
         constant = numpy.zeros_like(self.seeds)
-        return [self.terms(self.seeds if self.seeds_are_blocks else constant)]
+        return self.terms(self.seeds if self.seeds_are_blocks else constant)
 
     @cached_property
     def mains(self) -> list[Array]:
@@ -135,18 +135,23 @@ class Design:
             for a, b in combinations(whole, 2)
         }
 
-    def fit(self, terms: list[Array]) -> tuple[float, int]:
-        """Residual sum of squares of the least-squares fit, and the rank of its model."""
+    def fit(self, terms: list[Array]) -> tuple[Array, Array, int]:
+        """Least squares: the coefficients, what they leave of the scores, the model's rank."""
         matrix = numpy.hstack(terms)
         solution, _, rank, _ = numpy.linalg.lstsq(matrix, self.scores, rcond=1e-9)
-        return float(((self.scores - matrix @ solution) ** 2).sum()), int(rank)
+        return solution, self.scores - matrix @ solution, int(rank)
 
-    def explained(self, base: list[Array], more: list[Array]) -> tuple[float, int]:
-        """Sum of squares and degrees of freedom that ``more`` terms explain beyond ``base``."""
-        if not more:
-            return 0.0, 0
-        (before, rank), (after, full) = self.fit(base), self.fit([*base, *more])
-        return max(0.0, before - after), full - rank
+    def explained(self, base: list[Array], more: list[Array]) -> Error | None:
+        """The mean square that ``more`` terms explain beyond ``base``; None where it is nothing."""
+        (_, before, rank), (_, after, full) = self.fit(base), self.fit([*base, *more])
+        squares, df = float((before**2).sum()) - float((after**2).sum()), full - rank
+        return Error(max(0.0, squares) / df, df, "seeds") if df else None
+
+    def left_by(self, terms: list[Array], basis: str) -> Error | None:
+        """The mean square that the terms leave; None where they fit every score."""
+        _, left, rank = self.fit(terms)
+        df = len(self.scores) - rank
+        return Error(float((left**2).sum()) / df, df, basis) if df else None
 
     @cached_property
     def by_seed(self) -> list[Array]:
@@ -159,26 +164,21 @@ class Design:
     @cached_property
     def saturated(self) -> list[Array]:
         """A mean for each cell and for each block."""
-        return [*self.blocks, self.terms(self.cells)]
+        return [self.blocks, self.terms(self.cells)]
 
     @cached_property
-    def residual(self) -> tuple[float, int]:
-        """Sum of squares and degrees of freedom within the cells, and within blocks if there are
-        any."""
-        left, rank = self.fit(self.saturated)
-        return left, len(self.scores) - rank
+    def residual(self) -> Error | None:
+        """Within the cells, and within blocks if there are any."""
+        return self.left_by(self.saturated, "seeds")
 
     @cached_property
     def error(self) -> Error | None:
         """Of the main effects."""
-        if self.seeds_are_blocks and len(set(self.seeds)) > 1:
-            squares, df = self.explained(self.saturated, self.by_seed)
-            if df:
-                return Error(squares / df, df, "seeds")
-        elif self.residual[1]:
-            squares, df = self.residual
-            return Error(squares / df, df, "seeds")
-        return self._from_interactions([*self.mains, *self.pairs.values()], self.mains)
+        if self.seeds_are_blocks:
+            found = self.explained(self.saturated, self.by_seed)  # None of a single seed
+        else:
+            found = self.residual
+        return found or self._from_interactions([*self.mains, *self.pairs.values()], self.mains)
 
     @cached_property
     def interaction_error(self) -> Error | None:
@@ -187,21 +187,15 @@ class Design:
             more = [
                 self.terms(self.seeds, self.levels[:, a], self.levels[:, b]) for a, b in self.pairs
             ]
-            squares, df = self.explained([*self.saturated, *self.by_seed], more)
-            return Error(squares / df, df, "seeds") if df else None
-        if self.residual[1]:
-            return self.error
-        return self._from_interactions([*self.mains, *self.pairs.values()])
+            return self.explained([*self.saturated, *self.by_seed], more)
+        return self.residual or self._from_interactions([*self.mains, *self.pairs.values()])
 
     def _from_interactions(self, *models: list[Array]) -> Error | None:
         """What the first of the ``models`` leaves that is smaller than that of all cells."""
-        if len(self.factors) > 1:
-            for model in models:
-                left, rank = self.fit([*self.blocks, *model])
-                if rank < len(self.scores):
-                    df = len(self.scores) - rank
-                    return Error(left / df, df, "interactions")
-        return None
+        if len(self.factors) == 1:
+            return None
+        left = (self.left_by([self.blocks, *model], "interactions") for model in models)
+        return next(filter(None, left), None)
 
     # ---- Effects --------------------------------------------------------------------------------
 
@@ -210,27 +204,26 @@ class Design:
 
         By least squares with additive factors and seeds; what the runs cannot tell is left out.
         """
-        matrix = numpy.hstack([*self.blocks, *self.mains])
+        matrix = numpy.hstack([self.blocks, *self.mains])
         inverse = numpy.linalg.pinv(matrix.T @ matrix, rcond=1e-9)
         solution = inverse @ matrix.T @ self.scores
         seen = inverse @ matrix.T @ matrix
-        first, found, contrasts = self.blocks[0].shape[1], [], []
+        first, found = self.blocks.shape[1], []
         for factor, term in zip(self.factors, self.mains, strict=True):
             for levels, weights in self._contrasts(factor):
                 contrast = numpy.zeros(matrix.shape[1])
                 contrast[first : first + term.shape[1]] = weights
                 if numpy.allclose(contrast @ seen, contrast, atol=1e-6):
-                    found.append((factor, levels))
-                    contrasts.append(contrast)
+                    found.append((factor, levels, contrast))
             first += term.shape[1]
         if not found:
             return []
-        family = numpy.stack(contrasts)
+        family = numpy.stack([contrast for *_, contrast in found])
         means = family @ solution
         bounds = simultaneous(means, family @ inverse @ family.T, self.error)
         return [
             Effect(factor, levels, float(mean), *bound)
-            for (factor, levels), mean, bound in zip(found, means, bounds, strict=True)
+            for (factor, levels, _), mean, bound in zip(found, means, bounds, strict=True)
         ]
 
     def _contrasts(self, factor: int) -> Iterator[tuple[tuple[int, int], Array]]:
@@ -250,27 +243,22 @@ class Design:
 
     def interactions(self) -> list[Interaction]:
         """Each pair of factors, against the model of all the other pairs."""
-        additive = numpy.hstack([*self.blocks, *self.mains])
-        solution = numpy.linalg.lstsq(additive, self.scores, rcond=1e-9)[0]
-        left = self.scores - additive @ solution
+        _, left, _ = self.fit([self.blocks, *self.mains])
+        error = self.interaction_error
         found = []
         for (a, b), term in self.pairs.items():
+            others = [one for pair, one in self.pairs.items() if pair != (a, b)]
+            explained = self.explained([self.blocks, *self.mains, *others], [term])
+            if explained is None:
+                continue
             departures = (term.T @ left) / term.sum(0)
             most = int(numpy.abs(departures).argmax())
             at = self.levels[int(term[:, most].argmax())]
-            levels = (int(at[a]), int(at[b]))
-            others = [one for pair, one in self.pairs.items() if pair != (a, b)]
-            squares, df = self.explained([*self.blocks, *self.mains, *others], [term])
-            if not df:
-                continue
-            interaction = Interaction((a, b), float(departures[most]), levels)
-            error = self.interaction_error
+            one = Interaction((a, b), float(departures[most]), (int(at[a]), int(at[b])))
             if error is not None and error.mean_square > 1e-18:
-                f = squares / df / error.mean_square
-                p = float(stats.f.sf(f, df, error.df))
-                both = (df, int(error.df))
-                interaction = Interaction((a, b), float(departures[most]), levels, f, both, p)
-            found.append(interaction)
+                f, df = explained.mean_square / error.mean_square, (explained.df, error.df)
+                one = replace(one, f=f, df=df, p=float(stats.f.sf(f, *df)))
+            found.append(one)
         return found
 
     # ---- The best -------------------------------------------------------------------------------
@@ -282,32 +270,23 @@ class Design:
         highest. Both are of the accuracy over seeds; with one seed, or without an error, there is
         no interval, and without an error every cell is a candidate.
         """
-        number = int(self.cells.max()) + 1
         counts = numpy.bincount(self.cells)
         means = numpy.bincount(self.cells, self._without_seeds) / counts
-        at = [tuple(map(int, self.levels[self.cells == cell][0])) for cell in range(number)]
-        order = sorted(range(number), key=lambda cell: (-means[cell], at[cell]))
-        within = self._between_cells
-        behind, low, high = numpy.zeros(number), None, None
-        reach = numpy.inf
-        best = order[0]
-        if number > 1 and within is not None and within.mean_square > 1e-18:
+        order = numpy.argsort(-means, kind="stable")
+        best, within = order[0], self.residual or self.error
+        is_candidate, low, high = numpy.ones(len(counts), bool), None, None
+        if len(counts) > 1 and within is not None and within.mean_square > 1e-18:
             spread = numpy.sqrt(within.mean_square * (1 / counts + 1 / counts[best]))
-            behind = (means[best] - means) / spread
             reach = self._dunnett(counts, best, within.df)
+            is_candidate = (means[best] - means) / spread <= reach
             if within.basis == "seeds":
                 low, high = self._interval(means, counts, best, within)
-        return [
-            Cell(
-                at[cell],
-                float(means[cell]),
-                int(counts[cell]),
-                low if cell == best else None,
-                high if cell == best else None,
-                bool(cell == best or behind[cell] <= reach),
-            )
+        at = numpy.unique(self.levels, axis=0).tolist()
+        cells = [
+            Cell(tuple(at[cell]), float(means[cell]), int(counts[cell]), bool(is_candidate[cell]))
             for cell in order
         ]
+        return [replace(cells[0], low=low, high=high), *cells[1:]]
 
     @cached_property
     def is_balanced(self) -> bool:
@@ -319,15 +298,9 @@ class Design:
         """The scores without what a seed adds to all of its runs: not every cell may have it."""
         if not self.seeds_are_blocks:
             return self.scores
-        solution = numpy.linalg.lstsq(numpy.hstack(self.saturated), self.scores, rcond=1e-9)[0]
-        of_seed = self.blocks[0] @ solution[: self.blocks[0].shape[1]]
+        solution, _, _ = self.fit(self.saturated)
+        of_seed = self.blocks @ solution[: self.blocks.shape[1]]
         return self.scores - of_seed + of_seed.mean()
-
-    @cached_property
-    def _between_cells(self) -> Error | None:
-        """Of differences between two cells."""
-        squares, df = self.residual
-        return Error(squares / df, df, "seeds") if df else self.error
 
     def _dunnett(self, counts: Array, best: int, df: float) -> float:
         """The largest t of all cells' distances from one of them that is not above the level."""
@@ -342,14 +315,14 @@ class Design:
         self, means: Array, counts: Array, best: int, within: Error
     ) -> tuple[float, float]:
         """Of the accuracy of the ``best`` cell over seeds, which all cells have in common."""
-        variance, df = within.mean_square, within.df
-        if self.seeds_are_blocks:
-            squares, seeds = self.explained([self.terms(self.cells)], self.blocks)
-            of_seed, share = squares / max(1, seeds), 1 / len(means)
-            parts = (share * of_seed, (1 - share) * within.mean_square)
+        variance, df = within.mean_square, float(within.df)
+        of_seed = self.explained([self.terms(self.cells)], [self.blocks])
+        if of_seed is not None:
+            share = 1 / len(means)
+            parts = (share * of_seed.mean_square, (1 - share) * within.mean_square)
             variance = sum(parts)
             # Satterthwaite's, for the sum of two mean squares.
-            df = variance**2 / (parts[0] ** 2 / max(1, seeds) + parts[1] ** 2 / within.df)
+            df = variance**2 / (parts[0] ** 2 / of_seed.df + parts[1] ** 2 / within.df)
         error = float(numpy.sqrt(variance / counts[best]))
         normal, scale = _draws(len(means), df)
         picked = float(numpy.quantile(normal.max(axis=1) / scale, LEVEL))
@@ -386,6 +359,6 @@ def simultaneous(
 def _draws(columns: int, df: float) -> tuple[Array, Array]:
     """Normal draws (draws, columns) and estimated over true deviations, always the same ones."""
     generator = numpy.random.default_rng(0)
-    draws = min(DRAWS, max(5_000, 5_000_000 // max(1, columns)))
+    draws = min(DRAWS, max(5_000, 5_000_000 // columns))
     scale = numpy.sqrt(generator.chisquare(df, draws) / df)
     return generator.standard_normal((draws, columns)), scale
