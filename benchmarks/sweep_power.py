@@ -6,10 +6,10 @@ Grids of dk, dv and Nh with three values each, true effects of 0.5 to 2 points b
 and the highest, and noise of 0.4 points: balanced with two seeds, with 10 % of the runs missing,
 with effects that differ by seed, with an interaction of dk and dv, with one seed, and 300 runs.
 For each, `found` is the share of true effects whose p is below 0.05, `coverage` the share of
-repeats in which all intervals of the family hold the truth together, `one by one` the share of
-single intervals that do, `width` their median width in points, `best` the share of repeats in
-which the interval of the best setting holds its true accuracy, and `in set` the share in which
-the truly best setting is among those that cannot be told from the best one.
+repeats in which all intervals of the family hold the truth together, `width` their median width in
+points, `best` the share of repeats in which the interval of the best setting holds its true
+accuracy, and `in set` the share in which the truly best setting is among those that cannot be told
+from the best one.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def simulate(
 def measure(settings: dict[str, float], repeats: int) -> dict[str, str]:
     """The row of a grid."""
     draw = numpy.random.default_rng(1)
-    found, covers, singly, widths, best, in_set = [], [], [], [], [], []
+    found, covers, widths, best, in_set = [], [], [], [], []
     for _ in range(repeats):
         design, top1 = simulate(draw, **settings)  # type: ignore[arg-type]
         effects, holds = design.effects(), []
@@ -84,7 +84,6 @@ def measure(settings: dict[str, float], repeats: int) -> dict[str, str]:
             if abs(true.mean) > 0.4:
                 found.append(effect.p is not None and effect.p < 0.05)
         covers.append(all(holds))
-        singly += holds
         cells = design.ranked()
         accuracy = {tuple(row): value for row, value in zip(design.levels, top1, strict=True)}
         first = cells[0]
@@ -99,7 +98,6 @@ def measure(settings: dict[str, float], repeats: int) -> dict[str, str]:
     return {
         "found": share(found),
         "coverage": share(covers),
-        "one by one": share(singly),
         "width": f"{numpy.median(widths):.2f}" if widths else "-",
         "best": share(best),
         "in set": share(in_set),
