@@ -8,8 +8,8 @@ there would have given, not what a shorter schedule would.
 
 import json
 import statistics
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from models.fields import is_finite
 from reporting.paired import Comparison, Difference, paired
@@ -93,14 +93,8 @@ def _step_ms(variant: Variant) -> float | None:
     file = folder.parent / STEP_TIMES
     if not file.is_file():
         return None
-    return _read(file).get(folder.name)
-
-
-def _read(file: Path) -> dict[str, float]:
-    try:
-        times = json.loads(file.read_text(encoding="utf-8"))["ms"]
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        times: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["ms"]
         if all(is_finite(value) and value > 0 for value in times.values()):
-            return dict(times)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        pass
+            return times.get(folder.name)
     raise ValueError(f"{file} is damaged: expected an object ms of milliseconds above 0 by folder")

@@ -4,11 +4,11 @@ import json
 import os
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from models import ATTENTIONS
 from models.fields import UnreadableError
@@ -16,6 +16,9 @@ from reporting.text import as_text, count, natural, rounded, short, single_line
 from training import outcome, run_folder
 from training.records import SCORES, Summary
 from training.variants import images_key, variant_settings
+
+Item = TypeVar("Item")
+Key = TypeVar("Key")
 
 # The settings that are named first where several would tell two variants apart.
 NAMED_FIRST = ("epochs", "batch_size", "optim.lr", "optim.weight_decay", "data.val_size")
@@ -118,7 +121,7 @@ class Variant:
         return self.runs[0].settings
 
     def setting(self, key: str) -> str:
-        return as_text(self.settings[key]) if key in self.settings else NOT_SET
+        return in_words(self.settings, key)
 
     def by_seed(self, name: str) -> dict[int, float]:
         """A score of the last epoch, or another number of the summary, by seed."""
@@ -127,6 +130,11 @@ class Variant:
     def mean(self, name: str) -> float:
         """The mean of `by_seed`."""
         return statistics.fmean(self.by_seed(name).values())
+
+
+def in_words(settings: Mapping[str, Any], key: str) -> str:
+    """The value of one of a run's settings, or that it has none."""
+    return as_text(settings[key]) if key in settings else NOT_SET
 
 
 def conditions(runs: list[Run], name: str) -> list[str]:
@@ -148,16 +156,10 @@ def read(folders: list[Path]) -> tuple[list[Run], list[Excluded]]:
     Raises:
         ValueError: a folder does not exist, or there is no run in any; the message names it.
     """
-    runs: list[Run] = []
     excluded: list[Excluded] = []
-    # The same folder may be given twice, or by two names.
-    found = {path.resolve(): path for path in _run_folders(folders, excluded)}
-    for path in sorted(found.values()):
-        result = _read_run(path)
-        if isinstance(result, Run):
-            runs.append(result)
-        else:
-            excluded.append(result)
+    results = [_read_run(path) for path in sorted(_run_folders(folders, excluded))]
+    runs = [result for result in results if isinstance(result, Run)]
+    excluded += [result for result in results if isinstance(result, Excluded)]
     if not runs and not excluded:
         raise ValueError(
             f"no run in {', '.join(map(str, folders))}: no folder there has a metrics.csv, a "
@@ -171,15 +173,15 @@ def _run_folders(folders: list[Path], excluded: list[Excluded]) -> Iterator[Path
         why = f"the folder cannot be read ({error.strerror})"
         excluded.append(Excluded(Path(error.filename), "unreadable", why))
 
+    seen = set()
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(
                 f"{folder} is not a folder" if folder.exists() else f"there is no {folder}"
             )
-        seen = set()
         for path, subfolders, files in os.walk(folder, onerror=note, followlinks=True):
             place = os.path.realpath(path)
-            if place in seen:  # by another link, or by one that leads back up
+            if place in seen:  # by another name, or by a link that leads back up
                 subfolders.clear()
                 continue
             seen.add(place)
@@ -209,6 +211,14 @@ def _read_run(folder: Path) -> Run | Excluded:
 # ---- Grouping -----------------------------------------------------------------------------------
 
 
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """The items of each key, keys in the order in which they come up."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
 def select_data(runs: list[Run], wanted: str | None) -> tuple[str, list[Run], list[Excluded]]:
     """The data set of most runs, or the ``wanted`` one; its runs, and the others.
 
@@ -236,9 +246,7 @@ def select_images(runs: list[Run]) -> tuple[list[Run], list[Excluded]]:
     Runs of older code, which do not say which images they are of, go with those that do, unless
     these are of several.
     """
-    alike: dict[tuple[str, str], list[Run]] = {}
-    for run in runs:
-        alike.setdefault((run.data, images_key(run.summary["config"])), []).append(run)
+    alike = grouped(runs, lambda run: (run.data, images_key(run.summary["config"])))
     others = []
     for (data, _), same in alike.items():
         counts = Counter(run.data_digest for run in same if run.data_digest != UNKNOWN)
@@ -285,9 +293,7 @@ def group_by_variant(runs: list[Run]) -> tuple[list[Variant], list[Excluded]]:
 def _labeled(groups: list[list[Run]]) -> list[Variant]:
     unnamed = [Variant("", runs) for runs in groups]
     several_models = len({variant.model for variant in unnamed}) > 1
-    alike: dict[tuple[str, str], list[Variant]] = {}
-    for variant in unnamed:
-        alike.setdefault((variant.model, variant.attention), []).append(variant)
+    alike = grouped(unnamed, lambda variant: (variant.model, variant.attention))
     variants = []
     for (model, attention), members in alike.items():
         words = [model] if several_models else []
@@ -296,7 +302,8 @@ def _labeled(groups: list[list[Run]]) -> list[Variant]:
         shown = {key: rounded(variant.setting(key) for variant in members) for key in keys}
         for variant in members:
             settings = [f"{short(key)}={shown[key][variant.setting(key)]}" for key in keys]
-            variants.append(Variant(single_line(" ".join([*words, *settings])), variant.runs))
+            label = single_line(" ".join([*words, *settings]))
+            variants.append(replace(variant, label=label))
     return variants
 
 
