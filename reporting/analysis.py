@@ -8,13 +8,12 @@ from typing import Any
 from reporting.equal_cost import EqualCost, at_equal_cost
 from reporting.figures import ROWS
 from reporting.paired import Comparison, Deviation, Difference, corrected, pooled, unpaired
-from reporting.runs import Excluded, Run, Variant, group_by_variant, read, select_data
+from reporting.runs import Excluded, Run, Variant, group_by_variant, grouped, read, select_data
 from reporting.sweeps import Sweep, find_sweeps
 
 # Comparisons that get a card at the head of the page; of more, the first card counts them.
 CARDS = 3
-# Differences of top-1 by what they are called.
-Named = list[tuple[str, Difference]]
+Differences = dict[Comparison, Difference]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,13 +49,10 @@ class Analysis:
     @cached_property
     def nearest(self) -> list[Comparison]:
         """For each variant the comparison with its nearest baseline."""
-        first: dict[Variant, Comparison] = {}
-        for comparison in self.comparisons:
-            first.setdefault(comparison.variant, comparison)
-        return list(first.values())
+        return [same[0] for same in grouped(self.comparisons, lambda c: c.variant).values()]
 
     @cached_property
-    def among_others(self) -> Named:
+    def among_others(self) -> Differences:
         """All differences between networks of one recipe but attention's from plain, corrected.
 
         Those of the networks without augmented convolutions from plain, then attention's from each
@@ -66,12 +62,12 @@ class Analysis:
         by_kind = {c.variant.attention: c for c in self.nearest if not c.differing}
         baselines = {c.baseline for c in self.nearest}
         if "aa" not in by_kind or len(by_kind) < len(self.nearest) or len(baselines) > 1:
-            return []
+            return {}
         augmented = by_kind.pop("aa").variant
         family = [*by_kind.values(), *(Comparison(augmented, c.variant) for c in by_kind.values())]
-        return _corrected([(comparison.name, comparison.top1) for comparison in family])
+        return corrected({comparison: comparison.top1 for comparison in family})
 
-    def unpaired(self, score: str) -> tuple[Deviation, Named] | None:
+    def unpaired(self, score: str) -> tuple[Deviation, Differences] | None:
         """`nearest` by means over all seeds, corrected, and the deviation that all variants share.
 
         None where no variant has two seeds.
@@ -79,17 +75,17 @@ class Analysis:
         error = pooled([variant.by_seed(score).values() for variant in self.variants])
         if error is None:
             return None
-        found = []
+        found = {}
         for c in self.nearest:
             ours, theirs = (v.by_seed(score).values() for v in (c.variant, c.baseline))
-            found.append((c.name, unpaired(ours, theirs, error)))
-        return error, _corrected(found)
+            found[c] = unpaired(ours, theirs, error)
+        return error, corrected(found)
 
     @cached_property
-    def in_training(self) -> Named:
+    def in_training(self) -> Differences:
         """The differences of `nearest` on the training images, as augmented in the last epoch."""
-        found = [(c.name, c.difference(lambda run: run.last("train/top1"))) for c in self.nearest]
-        return [(name, difference) for name, difference in found if difference.n]
+        found = {c: c.difference(lambda run: run.last("train/top1")) for c in self.nearest}
+        return {c: difference for c, difference in found.items() if difference.n}
 
     @cached_property
     def gains(self) -> dict[Variant, list[list[float]]]:
@@ -108,14 +104,14 @@ class Analysis:
         return gains
 
     @cached_property
-    def classes(self) -> tuple[Comparison, Named] | None:
+    def classes(self) -> tuple[Comparison, dict[str, Difference]] | None:
         """The first augmented variant that shares seeds with plain; its differences by class.
 
         They have ascending means and are corrected for their number.
         """
         for comparison in self.nearest:
             if comparison.variant.attention == "aa" and (found := _by_class(comparison)):
-                return comparison, _corrected(found)
+                return comparison, corrected(found)
         return None
 
     @cached_property
@@ -146,8 +142,8 @@ class Analysis:
         """The largest sweep, where it is what the runs were made for: the page begins with it."""
         if not self.sweeps:
             return None
-        largest = max(self.sweeps, key=lambda sweep: len(sweep.variants))
-        return largest if len(largest.variants) > CARDS or not self.nearest else None
+        largest = max(self.sweeps, key=lambda sweep: len(sweep.by_levels))
+        return largest if len(largest.by_levels) > CARDS or not self.nearest else None
 
 
 def analyze(folders: list[Path], data: str | None = None) -> Analysis:
@@ -171,12 +167,7 @@ def _subject(variant: Variant) -> dict[str, Any]:
     return {k: v for k, v in variant.settings.items() if k.startswith(("model.", "data."))}
 
 
-def _corrected(family: Named) -> Named:
-    differences = corrected([difference for _, difference in family])
-    return [(name, found) for (name, _), found in zip(family, differences, strict=True)]
-
-
-def _by_class(comparison: Comparison) -> Named:
+def _by_class(comparison: Comparison) -> dict[str, Difference]:
     """Of the classes that both have scores of; of runs with other classes there are none."""
     names = comparison.variant.first["class_names"]
 
@@ -184,8 +175,6 @@ def _by_class(comparison: Comparison) -> Named:
         same = run.summary["class_names"] == names
         return run.summary["per_class_top1"][number] if same else None
 
-    found = [
-        (name, comparison.difference(partial(top1, number))) for number, name in enumerate(names)
-    ]
+    found = [(name, comparison.difference(partial(top1, at))) for at, name in enumerate(names)]
     shared = [(name, difference) for name, difference in found if difference.n]
-    return sorted(shared, key=lambda row: (row[1].mean or 0.0, row[0]))
+    return dict(sorted(shared, key=lambda row: (row[1].mean or 0.0, row[0])))

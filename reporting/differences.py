@@ -1,7 +1,7 @@
 """The report's sections on differences: from plain, at equal cost, by class."""
 
 from reporting import figures, text
-from reporting.analysis import Analysis, Named
+from reporting.analysis import Analysis, Differences
 from reporting.paired import LEVEL, Difference, minimum_detectable_difference
 from reporting.parts import Picture, Section, Table, tables
 from reporting.text import DASH, interval, p_value, signed
@@ -33,7 +33,7 @@ def differences_section(analysis: Analysis) -> Section | None:
         row = {"variant": comparison.name}
         row["other settings that differ"] = comparison.differing_in_words or "none"
         row |= cells(comparison.top1, *headings)
-        top5 = comparison.top5
+        top5 = comparison.difference(lambda run: run.last("top5"))
         known = f"{signed(top5.mean)} ({interval(top5.low, top5.high)})"
         row["top-5 (interval)"] = known if top5.n else DASH
         rows.append(row)
@@ -47,14 +47,14 @@ def differences_section(analysis: Analysis) -> Section | None:
         [
             *tables(rows, texts=2),
             *_unpaired(analysis),
-            *_named(
+            *_table(
                 analysis.among_others,
                 ("n", "top-1", "95 % interval", "p", "p (Holm)"),
                 "All pairwise differences but attention minus plain; in the last "
                 f"column p is corrected for the {len(analysis.among_others)} of them, the "
                 "intervals are not.",
             ),
-            *_named(
+            *_table(
                 analysis.in_training,
                 ("n", "top-1", "95 % interval", "by seed"),
                 "The same on the training images, as they were augmented in the last epoch: a "
@@ -66,9 +66,9 @@ def differences_section(analysis: Analysis) -> Section | None:
     )
 
 
-def _named(found: Named, headings: tuple[str, ...], caption: str) -> list[Table]:
-    """The table of named differences, unless there are none."""
-    rows = [{"difference": name, **cells(difference, *headings)} for name, difference in found]
+def _table(found: Differences, headings: tuple[str, ...], caption: str) -> list[Table]:
+    """The table of these differences, unless there are none."""
+    rows = [{"difference": c.name, **cells(one, *headings)} for c, one in found.items()]
     return tables(rows, caption=caption)
 
 
@@ -84,7 +84,7 @@ def _unpaired(analysis: Analysis) -> list[Table]:
             continue
         error, differences = found
         deviations.append(f"{error.sd:.{digits}f} {unit}")
-        for row, (_, one) in zip(rows, differences, strict=True):
+        for row, one in zip(rows, differences.values(), strict=True):
             bounds = interval(one.low, one.high, digits)
             row[f"{name} (95 % interval)"] = f"{signed(one.mean, digits)} ({bounds})"
             row[f"p of {name} (Holm)"] = p_value(one.p_holm)
@@ -103,11 +103,13 @@ def _unpaired(analysis: Analysis) -> list[Table]:
 def _power(analysis: Analysis) -> list[Table]:
     """What the designs could have found."""
     rows = []
-    for name, found in ((c.name, c.top1) for c in analysis.nearest):
+    for comparison in analysis.nearest:
+        found = comparison.top1
         if found.sd is not None and found.low is not None:
             least = minimum_detectable_difference(found.n, found.sd)
-            row = {"difference": name, "n": str(found.n), "sd of the pairs": f"{found.sd:.2f}"}
-            rows.append({**row, "minimum detectable": f"{least:.2f}"})
+            row = {"difference": comparison.name, "n": str(found.n)}
+            row |= {"sd of the pairs": f"{found.sd:.2f}", "minimum detectable": f"{least:.2f}"}
+            rows.append(row)
     caption = (
         "What this many pairs can find: the true difference of top-1 that the test finds in four "
         "of five cases, if pairs differ as much as they do here."
@@ -155,7 +157,7 @@ def classes_section(analysis: Analysis) -> Section | None:
         f"{text.count(n, 'pair')} of seeds. With few test images per class and many classes, "
         "some differ a lot by chance alone."
     )
-    p_values = [difference.p_holm for _, difference in found if difference.p_holm is not None]
+    p_values = [one.p_holm for one in found.values() if one.p_holm is not None]
     if p_values:
         number = sum(p < 1 - LEVEL for p in p_values)
         words += (
@@ -165,7 +167,7 @@ def classes_section(analysis: Analysis) -> Section | None:
     picture = Picture(
         "classes",
         "Differences by class",
-        figures.by_class(found, "AA minus plain, top-1 (percentage points)"),
+        figures.by_class(list(found.items()), "AA minus plain, top-1 (percentage points)"),
         f"Mean difference of {ends}" + ("; dots are the pairs." if n > 1 else "."),
     )
     rows = [
@@ -175,7 +177,7 @@ def classes_section(analysis: Analysis) -> Section | None:
             "by pair": ", ".join(map(signed, difference.by_seed.values())),
             **cells(difference, "p (Holm)"),
         }
-        for name, difference in reversed(found)
+        for name, difference in reversed(found.items())
     ]
     (every,) = tables(rows)
     folded = (f"all {len(rows)} classes", every)

@@ -4,12 +4,15 @@ import statistics
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy
 from scipy import optimize, stats
 
 from reporting.runs import Run, Variant, differing_settings
 from reporting.text import MINUS
+
+Of = TypeVar("Of")
 
 LEVEL = 0.95
 QUANTILES = 10_000
@@ -118,10 +121,6 @@ class Comparison:
     def top1(self) -> Difference:
         return self.difference(lambda run: run.last("top1"))
 
-    @cached_property
-    def top5(self) -> Difference:
-        return self.difference(lambda run: run.last("top5"))
-
     def difference(self, score: Callable[[Run], float | None]) -> Difference:
         """The differences of the runs' ``score``; runs where it is None are left out."""
         ours, theirs = (
@@ -131,10 +130,13 @@ class Comparison:
         return paired(ours, theirs)
 
 
-def corrected(family: list[Difference]) -> list[Difference]:
+def corrected(family: dict[Of, Difference]) -> dict[Of, Difference]:
     """The same differences with `Difference.p_holm`."""
-    p_values = holm_bonferroni([found.p for found in family])
-    return [replace(found, p_holm=p) for found, p in zip(family, p_values, strict=True)]
+    p_values = holm_bonferroni([found.p for found in family.values()])
+    return {
+        of: replace(found, p_holm=p)
+        for (of, found), p in zip(family.items(), p_values, strict=True)
+    }
 
 
 def holm_bonferroni(p_values: list[float | None]) -> list[float | None]:

@@ -3,10 +3,10 @@
 import itertools
 
 from reporting import figures, text
-from reporting.factorial import Effect
+from reporting.factorial import Effect, Error
 from reporting.paired import holm_bonferroni
 from reporting.parts import Card, Picture, Section, Table, tables
-from reporting.sweeps import SIZES, Sweep, is_significant
+from reporting.sweeps import Levels, Sweep, is_significant
 from reporting.text import DASH, MINUS, count, interval, p_value, shortened, signed
 
 # More panels of a heatmap cannot be read.
@@ -24,17 +24,11 @@ def title(sweep: Sweep) -> str:
 
 def cards(sweep: Sweep) -> list[Card]:
     """The best settings, and the largest effect of a single one."""
-    made = [_best_card(sweep)]
-    if sweep.effects:
-        made.append(_effect_card(sweep))
-    return made
+    of = f" ({sweep.recipe})" if sweep.recipe else ""
+    return [_best_card(sweep, of), *([_effect_card(sweep, of)] if sweep.effects else [])]
 
 
-def _of(sweep: Sweep) -> str:
-    return f" ({sweep.recipe})" if sweep.recipe else ""
-
-
-def _best_card(sweep: Sweep) -> Card:
+def _best_card(sweep: Sweep, of: str) -> Card:
     ranking = sweep.ranking
     best = ranking[0]
     first = sweep.by_levels[best.levels].first
@@ -47,15 +41,14 @@ def _best_card(sweep: Sweep) -> Card:
     if len(others) == len(ranking) - 1:
         details.append("no other setting is distinguishable from it")
     elif others:
-        details.append(
-            f"not distinguishable from it: {count(len(others), 'other')} ({'; '.join(others[:3])}"
-        )
-        details[-1] += "; ...)" if len(others) > 3 else ")"
+        more = "; ..." if len(others) > 3 else ""
+        words = f"{count(len(others), 'other')} ({'; '.join(others[:3])}{more})"
+        details.append(f"not distinguishable from it: {words}")
     else:
         details.append("every other setting is lower")
     details.append(f"{first['parameters']:,} parameters, {text.gflops(first['flops'])} GFLOPs")
     return Card(
-        f"Best of {len(ranking)} settings{_of(sweep)}",
+        f"Best of {len(ranking)} settings{of}",
         f"{best.mean:.2f} %",
         "top-1 accuracy",
         f"{sweep.words(best.levels)}.",
@@ -63,7 +56,7 @@ def _best_card(sweep: Sweep) -> Card:
     )
 
 
-def _effect_card(sweep: Sweep) -> Card:
+def _effect_card(sweep: Sweep, of: str) -> Card:
     effect = sweep.effects[0]
     name, higher, lower = _words(sweep, effect)
     clear = sum(map(is_significant, sweep.effects))
@@ -81,7 +74,7 @@ def _effect_card(sweep: Sweep) -> Card:
     if error is not None and error.basis == "interactions":
         details.append("one seed: interactions of the settings stand for the error")
     return Card(
-        f"The largest effect of one setting{_of(sweep)}",
+        f"The largest effect of one setting{of}",
         signed(effect.mean),
         f"percentage points of top-1, {name} {higher} vs. {lower}",
         verdict,
@@ -107,14 +100,14 @@ def section(sweeps: list[Sweep]) -> Section | None:
         if sweep.missing:
             cells = (f"{sweep.words(at)} ({why})" for at, why in sorted(sweep.missing.items()))
             notes.append(f"{_head(sweep)}Without a finished run: {shortened(cells, 6)}.")
-    words = (
-        "dk and dv are numbers of channels or, written with a decimal point, fractions of the "
-        "block's output channels."
-    )
+    words = []
     keys = {key for sweep in sweeps for factor in sweep.factors for key in factor.keys}
-    sized = not keys.isdisjoint(SIZES[:2])
-    shown = [words] if sized else []
-    return Section("Comparison of settings", shown, made, pictures(sweeps), notes)
+    if not keys.isdisjoint(("attention.dk", "attention.dv")):
+        words.append(
+            "dk and dv are numbers of channels or, written with a decimal point, fractions of the "
+            "block's output channels."
+        )
+    return Section("Comparison of settings", words, made, pictures(sweeps), notes)
 
 
 def pictures(sweeps: list[Sweep]) -> list[Picture]:
@@ -175,29 +168,21 @@ def _effects(sweep: Sweep) -> list[Table]:
                 "p": p_value(effect.p),
             }
         )
-    together = ""
-    if len(rows) > 1 and sweep.design.error is not None:
+    design, together = sweep.design, ""
+    if len(rows) > 1 and design.error is not None:
         together = f"Interval and p are corrected for all {len(rows)} rows together. "
+    seeds = " and the seeds" if design.seeds_are_blocks and len(set(design.seeds)) > 1 else ""
     caption = (
         f"{_head(sweep)}What one setting does, in points of top-1, by least squares over all "
-        f"values of the others{_blocks(sweep)}; the largest first. {together}{_basis(sweep)}"
+        f"values of the others{seeds}; the largest first. {together}{_basis(design.error)}"
     )
-    return tables(rows, texts=2, caption=caption.strip())
+    return tables(rows, texts=2, caption=caption)
 
 
-def _blocks(sweep: Sweep) -> str:
-    return " and the seeds" if sweep.design.seeds_are_blocks and _seeds(sweep) > 1 else ""
-
-
-def _seeds(sweep: Sweep) -> int:
-    return len(set(sweep.design.seeds))
-
-
-def _basis(sweep: Sweep) -> str:
-    error = sweep.design.error
+def _basis(error: Error | None) -> str:
     if error is None:
         return "Without several seeds there is no error that they could be held against."
-    sd = f"{error.mean_square**0.5:.2f} points with {count(int(error.df), 'degree')} of freedom"
+    sd = f"{error.mean_square**0.5:.2f} points with {count(error.df, 'degree')} of freedom"
     if error.basis == "interactions":
         return (
             "There is one seed of each: what the settings' effects leave, their interactions, "
@@ -208,7 +193,7 @@ def _basis(sweep: Sweep) -> str:
 
 
 def _interactions(sweep: Sweep) -> list[Table]:
-    found = sweep.interactions
+    found = sweep.design.interactions()
     rows = []
     for one, p in zip(found, holm_bonferroni([one.p for one in found]), strict=True):
         pair = [sweep.factors[factor] for factor in one.factors]
@@ -240,25 +225,21 @@ def _heatmap(sweep: Sweep, number: int) -> Picture | None:
     combined = list(itertools.product(*(range(len(factor.levels)) for factor in others)))
     if len(combined) > PANELS or max(len(rows.levels), len(columns.levels)) > VALUES:
         return None
-    cells_in_all = len(combined) * len(rows.levels) * len(columns.levels)
-    if 2 * len(sweep.by_levels.keys() | sweep.missing.keys()) < cells_in_all:
+    shown: dict[Levels, tuple[float, int] | str] = {**sweep.missing}
+    for levels, variant in sweep.by_levels.items():
+        shown[levels] = (variant.mean("top1"), len(variant.runs))
+    if 2 * len(shown) < len(combined) * len(rows.levels) * len(columns.levels):
         return None  # no grid
-    panels: dict[str, dict[tuple[int, int], tuple[float, int] | str]] = {}
+    panels = {}
     for rest in combined:
         named = zip(others, rest, strict=True)
-        cells: dict[tuple[int, int], tuple[float, int] | str] = {}
-        for levels, why in sweep.missing.items():
-            if levels[2:] == rest:
-                cells[levels[0], levels[1]] = why
-        for levels, variant in sweep.by_levels.items():
-            if levels[2:] == rest:
-                cells[levels[0], levels[1]] = (variant.mean("top1"), len(variant.runs))
-        panels[", ".join(factor.words(level) for factor, level in named)] = cells
+        title = ", ".join(factor.words(level) for factor, level in named)
+        panels[title] = {(at[0], at[1]): cell for at, cell in shown.items() if at[2:] == rest}
     values = [(f.name, [f.value(level) for level in range(len(f.levels))]) for f in (rows, columns)]
     caption = f"{_head(sweep)}Mean top-1 (%) of the last epoch over n seeds."
-    name = f"sweep{number}"
     figure = figures.heatmaps(panels, *values)
-    return Picture(name, "Top-1 over settings", figure, caption, wide=len(panels) > 1)
+    wide = len(panels) > 1
+    return Picture(f"sweep{number}", "Top-1 over settings", figure, caption, wide)
 
 
 def _over_settings(sweep: Sweep, number: int) -> Picture | None:

@@ -4,6 +4,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,10 +13,12 @@ import numpy
 
 from models.fields import is_finite
 from reporting.factorial import ALL_PAIRS, LEVEL, Cell, Design, Effect, Interaction
-from reporting.runs import Excluded, Variant, differing_settings
+from reporting.runs import Excluded, Variant, differing_settings, grouped, in_words
 from reporting.text import as_text, natural, rounded, short, shortened
 
 SIZES = ("attention.dk", "attention.dv", "attention.Nh")
+# A cell: of each factor the level.
+Levels = tuple[int, ...]
 # Values that stand for leaving something out; others are compared with them.
 ABSENT = ("none", "null", "false")
 
@@ -71,24 +74,14 @@ class Sweep:
 
     Attributes:
         recipe: what it differs in from the report's other sweeps; empty where there is one.
-        variants: in the order of ``design``'s levels.
+        by_levels: the variants, by the levels of the factors.
         missing: the words for cells that have no finished run, by their levels.
     """
 
     recipe: str
-    variants: list[Variant]
     factors: list[Factor]
-    missing: dict[tuple[int, ...], str]
-
-    def levels(self, variant: Variant) -> tuple[int, ...]:
-        return tuple(
-            factor.levels.index(tuple(variant.setting(key) for key in factor.keys))
-            for factor in self.factors
-        )
-
-    @cached_property
-    def by_levels(self) -> dict[tuple[int, ...], Variant]:
-        return {self.levels(variant): variant for variant in self.variants}
+    by_levels: dict[Levels, Variant]
+    missing: dict[Levels, str]
 
     @cached_property
     def design(self) -> Design:
@@ -112,15 +105,11 @@ class Sweep:
         return sorted(self.design.effects(), key=lambda effect: -abs(effect.mean))
 
     @cached_property
-    def interactions(self) -> list[Interaction]:
-        return self.design.interactions()
-
-    @cached_property
     def ranking(self) -> list[Cell]:
         """The settings by top-1, the best first."""
         return self.design.ranked()
 
-    def words(self, levels: tuple[int, ...]) -> str:
+    def words(self, levels: Levels) -> str:
         """The settings of a cell: `dk 0.5, dv 0.125, Nh 4`."""
         named = zip(self.factors, levels, strict=True)
         return ", ".join(factor.words(level) for factor, level in named)
@@ -137,65 +126,55 @@ def find_sweeps(variants: list[Variant], excluded: list[Excluded]) -> list[Sweep
     Where every run has a recipe of its own, as a search over the learning rate draws them, network,
     data and epochs alone are the recipe, and all that differs is a factor.
     """
-    group, recipe_of = _group(variants, _recipe), _recipe
-    if not group:
-        group, recipe_of = _group(variants, _subject), _subject
-    differing = differing_settings([members[0] for members in group.values()])
+    is_kept = _is_of_recipe
+    if not (groups := _groups(variants, is_kept)):
+        is_kept = _is_of_subject
+        groups = _groups(variants, is_kept)
+    differing = differing_settings([members[0] for members in groups.values()])
     differing = [key for key in differing if not key.startswith(("attention.", "model."))]
-    kinds = {members[0].attention for members in group.values()}
+    kinds = {members[0].attention for members in groups.values()}
     found = []
-    for recipe, members in group.items():
+    for recipe, members in groups.items():
         first = members[0]
         name = [first.model, *([first.attention] if len(kinds) > 1 else [])]
         name += [f"{short(key)}={first.setting(key)}" for key in differing]
         factors = _factors(members)
-        missing = {
-            levels: one.kind
-            for one in excluded
-            if one.settings is not None
-            and recipe_of(one.settings) == recipe
-            and (levels := _levels(one.settings, factors)) is not None
-        }
-        finished = {_levels(variant.settings, factors) for variant in members}
-        missing = {levels: why for levels, why in missing.items() if levels not in finished}
-        label = shortened(name, 4) if len(group) > 1 else ""
-        found.append(Sweep(label, members, factors, missing))
+        by_levels = {_levels(variant.settings, factors): variant for variant in members}
+        missing = {}
+        for one in excluded:
+            if one.settings is not None and _recipe(one.settings, is_kept) == recipe:
+                with suppress(ValueError):  # a value that no finished run has
+                    missing[_levels(one.settings, factors)] = one.kind
+        missing = {levels: why for levels, why in missing.items() if levels not in by_levels}
+        label = shortened(name, 4) if len(groups) > 1 else ""
+        found.append(Sweep(label, factors, by_levels, missing))
     return found
 
 
-def _group(
-    variants: list[Variant], recipe: Callable[[dict[str, Any]], str]
-) -> dict[str, list[Variant]]:
+def _groups(variants: list[Variant], is_kept: Callable[[str], bool]) -> dict[str, list[Variant]]:
     """The variants of each recipe that has several."""
-    groups: dict[str, list[Variant]] = defaultdict(list)
-    for variant in variants:
-        groups[recipe(variant.settings)].append(variant)
+    groups = grouped(variants, lambda variant: _recipe(variant.settings, is_kept))
     return {recipe: members for recipe, members in groups.items() if len(members) > 1}
 
 
-def _subject(settings: dict[str, Any]) -> str:
-    kept = ("model.", "data.", "epochs", "attention._target_")
-    return str(sorted((k, as_text(v)) for k, v in settings.items() if k.startswith(kept)))
+def _recipe(settings: dict[str, Any], is_kept: Callable[[str], bool]) -> str:
+    return str(sorted((key, as_text(value)) for key, value in settings.items() if is_kept(key)))
 
 
-def _recipe(settings: dict[str, Any]) -> str:
-    kept = {
-        key: as_text(value)
-        for key, value in settings.items()
-        if not key.startswith("attention.") or key == "attention._target_"
-    }
-    return str(sorted(kept.items()))
+def _is_of_recipe(key: str) -> bool:
+    return not key.startswith("attention.") or key == "attention._target_"
 
 
-def _levels(settings: dict[str, Any], factors: list[Factor]) -> tuple[int, ...] | None:
-    """The levels of a run that has no result, if all are among those of the others."""
-    levels = []
-    for factor in factors:
-        value = tuple(as_text(settings.get(key)) for key in factor.keys)
-        if value not in factor.levels:
-            return None
-        levels.append(factor.levels.index(value))
-    return tuple(levels)
+def _is_of_subject(key: str) -> bool:
+    return key.startswith(("model.", "data.", "epochs", "attention._target_"))
+
+
+def _levels(settings: dict[str, Any], factors: list[Factor]) -> Levels:
+    """The levels of a run of these settings; ValueError if one is not among those of a factor."""
+    return tuple(
+        factor.levels.index(tuple(in_words(settings, key) for key in factor.keys))
+        for factor in factors
+    )
 
 
 def _factors(variants: list[Variant]) -> list[Factor]:

@@ -42,8 +42,17 @@ def table(folder, word):
     return one
 
 
-def comparisons(folder):
-    return analysis_of(folder).nearest
+def from_plain(folder, attention):
+    """The comparison of such a network with plain."""
+    (found,) = (c for c in analysis_of(folder).nearest if c.variant.attention == attention)
+    return found
+
+
+def change(folder, attention, seed, **values):
+    """Other values in the summary of a run, "__" for a slash."""
+    file = folder / f"attention={attention}" / f"seed={seed}" / "summary.json"
+    changed = {key.replace("__", "/"): value for key, value in values.items()}
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
 
 
 def test_holm_by_hand():
@@ -67,10 +76,11 @@ def test_the_detectable_difference_is_found_four_times_in_five(n, sd):
 def test_the_other_differences_of_table_1(folder):
     others = analysis_of(folder).among_others
     pairs = [("GE", "plain"), ("SE", "plain"), ("AA", "GE"), ("AA", "SE")]
-    assert [name for name, _ in others] == [f"{a} \N{MINUS SIGN} {b}" for a, b in pairs]
-    assert others[3][1].by_seed == pytest.approx({0: -0.6, 1: 0.3, 2: -0.8})
+    assert [c.name for c in others] == [f"{a} {MINUS} {b}" for a, b in pairs]
+    differences = list(others.values())
+    assert differences[3].by_seed == pytest.approx({0: -0.6, 1: 0.3, 2: -0.8})
     rows = table(folder, "corrected for the 4 of them").rows
-    expected = holm_bonferroni([found.p for _, found in others])
+    expected = holm_bonferroni([found.p for found in differences])
     assert [float(row[5]) for row in rows] == pytest.approx(expected, rel=0.1)
 
 
@@ -102,13 +112,13 @@ def test_without_a_second_seed_there_is_no_deviation(tmp_path):
 
 def test_another_recipe_makes_no_family_of_differences(folder):
     make_run(folder / "more", 75.0, 0, "se", epochs=10, optim__lr=0.3)
-    assert analysis_of(folder).among_others == []
+    assert analysis_of(folder).among_others == {}
 
 
 def test_the_power_is_told(folder):
-    sd = comparisons(folder)[2].top1.sd
+    sd = from_plain(folder, "aa").top1.sd
     assert table(folder, "four of five cases").rows[2] == [
-        "AA \N{MINUS SIGN} plain",
+        f"AA {MINUS} plain",
         "3",
         f"{sd:.2f}",
         f"{minimum_detectable_difference(3, sd):.2f}",
@@ -125,27 +135,19 @@ def test_every_variant_of_a_sweep_has_its_rows(tmp_path):
         assert len(table(tmp_path, word).rows) == 5
 
 
-def trained(folder, attention, seed, top1):
-    """Make this the accuracy on the training images in the summary of a run."""
-    file = folder / f"attention={attention}" / f"seed={seed}" / "summary.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"train/top1": top1}))
-
-
 def test_the_difference_in_training_is_told(folder):
     for attention, scores in (("none", [75.0, 77.5, 76.0]), ("aa", [74.0, 75.5, 76.5])):
         for seed, top1 in enumerate(scores):
-            trained(folder, attention, seed, top1)
+            change(folder, attention, seed, train__top1=top1)
     rows = table(folder, "training images").rows
-    assert [row[0] for row in rows] == [
-        f"{label} \N{MINUS SIGN} plain" for label in ("GE", "SE", "AA")
-    ]
+    assert [row[0] for row in rows] == [f"{kind} {MINUS} plain" for kind in ("GE", "SE", "AA")]
     interval = stats.ttest_1samp([-1.0, -2.0, 0.5], 0).confidence_interval(0.95)
     low, high = (f"{abs(value):.2f}" for value in interval)
     assert rows[2][1:] == [
         "3",
-        "\N{MINUS SIGN}0.83",
-        f"\N{MINUS SIGN}{low} to +{high}",
-        "0: \N{MINUS SIGN}1.00, 1: \N{MINUS SIGN}2.00, 2: +0.50",
+        f"{MINUS}0.83",
+        f"{MINUS}{low} to +{high}",
+        f"0: {MINUS}1.00, 1: {MINUS}2.00, 2: +0.50",
     ]
 
 
@@ -173,7 +175,7 @@ def test_of_a_single_pair_there_is_no_interval(tmp_path):
 
 
 def test_at_equal_cost_the_slower_curve_is_read_earlier(folder):
-    (aa,) = (c for c in comparisons(folder) if c.variant.attention == "aa")
+    aa = from_plain(folder, "aa")
     time, flops = at_equal_cost(aa)
     # 12 and 15 seconds an epoch: 120 seconds are 8 epochs of attention's.
     assert (time.cost, time.epochs) == ("training time of the runs", (8, 10))
@@ -188,7 +190,7 @@ def test_at_equal_cost_the_slower_curve_is_read_earlier(folder):
 def test_times_that_were_measured_apart_are_taken(folder):
     times = {"ms": {"attention=none": 400.0, "attention=aa": 800.0, "attention=se": 400.0}}
     (folder / STEP_TIMES).write_text(json.dumps(times))
-    found = {c.variant.attention: at_equal_cost(c) for c in comparisons(folder)}
+    found = {kind: at_equal_cost(from_plain(folder, kind)) for kind in ("aa", "se", "ge")}
     assert [one.cost for one in found["aa"]] == ["training time, measured apart", "FLOPs"]
     assert found["aa"][0].epochs == (5, 10)
     assert found["se"] == []  # as fast as plain: nothing else to say
@@ -203,10 +205,9 @@ def test_times_that_were_measured_apart_are_taken(folder):
 def test_a_trifle_more_is_as_much(folder):
     for attention, flops in (("none", 100_000), ("se", 100_050)):
         for seed in range(3):
-            file = folder / f"attention={attention}" / f"seed={seed}" / "summary.json"
-            file.write_text(json.dumps(json.loads(file.read_text()) | {"flops": flops}))
-    (se,) = (c for c in comparisons(folder) if c.variant.attention == "se")
-    assert [one.cost for one in at_equal_cost(se)] == ["training time of the runs"]
+            change(folder, attention, seed, flops=flops)
+    found = at_equal_cost(from_plain(folder, "se"))
+    assert [one.cost for one in found] == ["training time of the runs"]
 
 
 @pytest.mark.parametrize(
@@ -220,7 +221,7 @@ def test_damaged_times_are_named(folder, text):
 
 def test_on_two_machines_no_times_are_compared(folder):
     make_run(folder / "x" / "seed=7", 70, 7, "aa", epochs=10, facts={"hardware": "Other"})
-    (aa,) = (c for c in comparisons(folder) if c.variant.attention == "aa")
+    aa = from_plain(folder, "aa")
     assert [one.cost for one in at_equal_cost(aa)] == ["FLOPs"]
 
 
@@ -229,7 +230,7 @@ def test_classes_are_corrected_for_their_number(folder):
     assert "corrected by Holm for 7 classes" in section.text[0]
     _, table = section.folded
     assert table.head[3] == "p (Holm)"
-    (aa,) = (c for c in comparisons(folder) if c.variant.attention == "aa")
+    aa = from_plain(folder, "aa")
     names = aa.variant.first["class_names"]
     raw = []
     for number in range(len(names)):
