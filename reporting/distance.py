@@ -1,7 +1,6 @@
 """Runs of the lookup data set over the distance between cue and shapes: curves, table, picture."""
 
 import statistics
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import models
 from aaconv import text
 from models import ATTENTIONS
 from reporting import figures
-from reporting.runs import Excluded, Run, Variant, differing_settings, group_by_variant
+from reporting.runs import Excluded, Run, Variant, differing_settings, group_by_variant, grouped
 from reporting.text import MINUS, by_seed, count, shortened, single_line
 
 DISTANCE = "data.distance"
@@ -55,36 +54,26 @@ def curves(runs: list[Run]) -> tuple[list[Curve], list[Excluded]]:
     excluded += [
         Excluded(r.folder, "of another data set", f"{r.data}, no distance") for r in others
     ]
-    networks: dict[str, list[Variant]] = defaultdict(list)
-    lines: dict[tuple[str, str], list[Variant]] = defaultdict(list)
-    for variant in variants:
-        networks[variant.model].append(variant)
-        lines[variant.model, variant.attention].append(variant)
-    for model, members in networks.items():
-        differing = differing_settings(members)
-        _check_alike(model, [key for key in differing if not key.startswith("attention.")])
+    for model, members in grouped(variants, lambda variant: variant.model).items():
+        _check_alike(model, members, (DISTANCE, "attention."))
+    found = []
+    lines = grouped(variants, lambda variant: (variant.model, variant.attention))
     for (model, attention), members in lines.items():
-        _check_alike(f"{model} {ATTENTIONS[attention].label}", differing_settings(members))
-    found = [_curve(*key, members) for key, members in lines.items()]
-    order = list(ATTENTIONS)
-    found.sort(key=lambda c: (c.receptive_field, c.model, order.index(c.attention)))
+        _check_alike(f"{model} {ATTENTIONS[attention].label}", members, (DISTANCE,))
+        top1 = {int(variant.settings[DISTANCE]): variant.by_seed("top1") for variant in members}
+        field = _receptive_field(members[0].runs[0])
+        found.append(Curve(model, attention, field, dict(sorted(top1.items()))))
+    found.sort(key=lambda curve: curve.receptive_field)  # else they are in the order of Table 1
     return found, excluded
 
 
-def _check_alike(name: str, differing: list[str]) -> None:
-    differing = [key for key in differing if key != DISTANCE]
+def _check_alike(name: str, variants: list[Variant], but: tuple[str, ...]) -> None:
+    differing = [key for key in differing_settings(variants) if not key.startswith(but)]
     if differing:
         raise ValueError(
             f"runs of {single_line(name)} differ in {shortened(differing)}, which no curve may "
             "mix; give the folders of one kind of runs"
         )
-
-
-def _curve(model: str, attention: str, variants: list[Variant]) -> Curve:
-    top1 = {int(v.settings[DISTANCE]): v.by_seed("top1") for v in variants}
-    return Curve(
-        model, attention, _receptive_field(variants[0].runs[0]), dict(sorted(top1.items()))
-    )
 
 
 def _receptive_field(run: Run) -> int:
