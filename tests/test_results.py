@@ -1,7 +1,5 @@
 """results/: the pages' numbers are those of the raw rows, by the command that the pages name."""
 
-import csv
-import json
 import re
 import statistics
 
@@ -9,9 +7,11 @@ import pytest
 import scipy.stats
 
 from reporting.analysis import analyze
+from reporting.paired import holm_bonferroni
 from reporting.render import report
 from reporting.runs import conditions, group_by_variant, read
 from reporting.text import MINUS, interval, p_value, signed
+from training.run_folder import read_metrics
 
 from helpers import ROOT
 
@@ -96,48 +96,25 @@ def test_every_run_is_of_the_planned_commit_and_recipe():
 def last_epochs(folder, column):
     """The last epoch's values of a column by the variant's folder and the seed, of the raw rows."""
     values = {}
-    for path in sorted((ROOT / "results" / folder).glob("*/seed=*/metrics.csv")):
-        with path.open() as file:
-            *_, last = csv.DictReader(file)
-        seed = int(path.parent.name.partition("=")[2])
-        values.setdefault(path.parent.parent.name, {})[seed] = float(last[column])
+    for path in sorted((ROOT / "results" / folder).glob("*/seed=*")):
+        seed = int(path.name.partition("=")[2])
+        values.setdefault(path.parent.name, {})[seed] = read_metrics(path)[-1][column]
     return values
-
-
-def by_attention(column):
-    """Those of cpu20 by the kind of attention."""
-    found = last_epochs("cpu20", column)
-    return {kind.partition("=")[2]: seeds for kind, seeds in found.items()}
-
-
-def unpaired(values, kind):
-    """Mean difference from plain and its 95 % interval, by one pooled standard deviation."""
-    squares = sum(
-        sum((x - statistics.mean(group.values())) ** 2 for x in group.values())
-        for group in values.values()
-    )
-    freedom = sum(len(group) - 1 for group in values.values())
-    sd = (squares / freedom) ** 0.5
-    ours, plain = values[kind].values(), values["none"].values()
-    mean = statistics.mean(ours) - statistics.mean(plain)
-    # The 97.5 % quantile of t with 12 degrees of freedom, from a table.
-    assert freedom == 12
-    half = 2.1788 * sd * (1 / len(ours) + 1 / len(plain)) ** 0.5
-    return sd, mean, mean - half, mean + half
 
 
 def test_the_page_has_the_unpaired_differences():
     page = unwrapped("docs/results.md")
-    sd, mean, low, high = unpaired(by_attention("test/top1"), "aa")
-    assert f"({sd:.2f} points, 12 degrees of freedom)" in page
-    assert f"{signed(mean)} points ({signed(low)} to {signed(high)})" in page
-    losses = by_attention("test/loss")
-    for kind, name in (("aa", "attention"), ("se", "SE"), ("ge", "GE")):
-        sd, mean, low, high = unpaired(losses, kind)
-        assert f"standard deviation is {sd:.3f} nats" in page
-        words = f"{name} {MINUS} plain"
-        assert words in page
-        assert f"{signed(mean, 3)} ({signed(low, 3)} to {signed(high, 3)}" in page
+    analysis = analyze([ROOT / "results" / "cpu20"])
+    error, found = analysis.unpaired("top1")
+    assert f"({error.sd:.2f} points, {error.df} degrees of freedom)" in page
+    (one,) = (one for c, one in found.items() if c.variant.attention == "aa")
+    assert f"{signed(one.mean)} points ({interval(one.low, one.high)})" in page
+    error, found = analysis.unpaired("loss")
+    assert f"standard deviation is {error.sd:.3f} nats" in page
+    names = {"aa": "attention", "se": "SE", "ge": "GE"}
+    for comparison, one in found.items():
+        assert f"{names[comparison.variant.attention]} {MINUS} plain" in page
+        assert f"{signed(one.mean, 3)} ({interval(one.low, one.high, 3)}" in page
 
 
 def test_the_page_says_when_attention_falls_back():
@@ -146,8 +123,7 @@ def test_the_page_says_when_attention_falls_back():
         curves = []
         for kind in ("aa", "none"):
             folder = ROOT / "results" / "cpu20" / f"attention={kind}" / f"seed={seed}"
-            with (folder / "metrics.csv").open() as file:
-                curves.append([float(row["train/top1"]) for row in csv.DictReader(file)])
+            curves.append([row["train/top1"] for row in read_metrics(folder)])
         gaps.append([a - b for a, b in zip(*curves, strict=True)])
     means = [-statistics.mean(of_epoch) for of_epoch in zip(*gaps, strict=True)]
     middle = means[2:9]
@@ -160,17 +136,13 @@ def test_the_page_says_when_attention_falls_back():
 
 def test_the_page_has_the_rows_of_the_four_recipes():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    paths = sorted((ROOT / "results" / "recipes15").glob("*/seed=0/metrics.csv"))
+    paths = sorted((ROOT / "results" / "recipes15").glob("*/seed=0"))
     assert len(paths) == 4
     for path in paths:
-        with path.open() as file:
-            *_, last = csv.DictReader(file)
-        assert last["epoch"] == "15"
-        shown = (
-            f"{float(last['val/top1']):.2f}",
-            *(f"{float(last[f'{k}/loss']):.3f}" for k in ("val", "train")),
-        )
-        assert f"| {' | '.join(shown)} |" in page
+        last = read_metrics(path)[-1]
+        assert last["epoch"] == 15
+        shown = f"{last['val/top1']:.2f} | {last['val/loss']:.3f} | {last['train/loss']:.3f}"
+        assert f"| {shown} |" in page
 
 
 def test_the_page_has_the_rows_of_the_pilot():
@@ -205,15 +177,12 @@ CONTRASTS = (f"dk, 64 {MINUS} 16", f"dv, 32 {MINUS} 8", f"Nh, 8 {MINUS} 2")
 
 def heads8(column):
     """The last epoch's value of each run, by its dk, dv and Nh."""
-    found = {}
-    for path in sorted((ROOT / "results" / "heads8").glob("*/seed=0")):
-        config = json.loads((path / "summary.json").read_text(encoding="utf-8"))["config"]
-        with (path / "metrics.csv").open() as file:
-            *_, last = csv.DictReader(file)
-        assert last["epoch"] == "4"
-        found[tuple(config["attention"][name] for name in HEADS8)] = float(last[column])
-    assert len(found) == 27
-    return found
+    runs, _ = read([ROOT / "results" / "heads8"])
+    assert [len(run.rows) for run in runs] == [4] * 27
+    return {
+        tuple(run.summary["config"]["attention"][name] for name in HEADS8): run.rows[-1][column]
+        for run in runs
+    }
 
 
 def main_effects(values):
@@ -238,15 +207,11 @@ def main_effects(values):
         *_, high = of_level.values()
         low, *_ = of_level.values()
         effects.append(high - low)
-    p = [2 * scipy.stats.t.sf(abs(effect) / unit, 20) for effect in effects]
-    order, corrected, so_far = sorted(range(3), key=lambda i: p[i]), {}, 0.0
-    for rank, index in enumerate(order):
-        so_far = max(so_far, min(1.0, p[index] * (3 - rank)))
-        corrected[index] = so_far
+    p = holm_bonferroni([2 * scipy.stats.t.sf(abs(e) / unit, 20) for e in effects])
     # 2.086 is the 97.5 % quantile of t with 20 degrees of freedom, from a table.
     return sd, [
-        (effect, effect - 2.086 * unit, effect + 2.086 * unit, corrected[index])
-        for index, effect in enumerate(effects)
+        (effect, effect - 2.086 * unit, effect + 2.086 * unit, corrected)
+        for effect, corrected in zip(effects, p, strict=True)
     ]
 
 
@@ -300,25 +265,23 @@ def test_the_report_of_the_sweep_says_what_the_page_does(tmp_path):
 
 def test_the_page_has_the_rows_of_start_and_rate():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    folders = sorted((ROOT / "results" / "start-rate").glob("*/seed=0"))
-    assert f"**Under way: {len(folders)} of the first 17 runs.**" in page
-    for folder in folders:
-        config = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["config"]
+    runs, _ = read([ROOT / "results" / "start-rate"])
+    assert f"**Under way: {len(runs)} of the first 17 runs.**" in page
+    for run in runs:
+        config, rows = run.summary["config"], run.rows
         own = config["attention"]
         start = {"kaiming": "former (kaiming)", "torch": "its own"}[own["init"]]
         start = "normalized q and k" if own["qk_norm"] else start
-        with (folder / "metrics.csv").open() as file:
-            rows = list(csv.DictReader(file))
         assert len(rows) == 5
-        entropies = [float(row["attention/entropy"]) for row in rows]
+        entropies = [row["attention/entropy"] for row in rows]
         if own["init"] == "kaiming":  # softens
             assert entropies == sorted(entropies)
         elif not own["qk_norm"]:  # sharpens
             assert entropies[0] == max(entropies)
             assert min(entropies[2:]) > 0.84
-        sharpest = [float(row["attention/lowest_entropy"]) for row in (rows[0], rows[-1])]
+        sharpest = [row["attention/lowest_entropy"] for row in (rows[0], rows[-1])]
         last = rows[-1]
-        cells = [f"{config['optim']['lr']:g}", f"{float(last['val/top1']):.2f}"]
-        cells += [f"{float(last[name]):.3f}" for name in ("val/loss", "train/loss")]
+        cells = [f"{config['optim']['lr']:g}", f"{last['val/top1']:.2f}"]
+        cells += [f"{last[name]:.3f}" for name in ("val/loss", "train/loss")]
         cells += [", ".join(f"{value:.2f}" for value in of) for of in (entropies, sharpest)]
         assert f"| {start} | {' | '.join(cells)} |" in page

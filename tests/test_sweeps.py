@@ -42,6 +42,15 @@ def grid(shape, seeds, draw, slopes=(1.0, 0.5, 0.2), missing=0.0):
     return runs
 
 
+def apart(groups):
+    """Runs of one factor that share no seed: the scores of each of its levels."""
+    return {
+        ((level,), 10 * level + k): score
+        for level, group in enumerate(groups)
+        for k, score in enumerate(group)
+    }
+
+
 def left_by(runs, terms, steps=4000):
     """Residual sum of squares of additive terms, by fitting one after the other until it stays.
 
@@ -136,14 +145,9 @@ def test_all_pairs_of_one_setting_are_tukeys():
     """Seeds of their own for each run: an ordinary analysis of variance."""
     draw = random.Random(2)
     groups = [[60 + 0.4 * level + draw.gauss(0, 0.5) for _ in range(4)] for level in range(4)]
-    runs = {
-        ((level,), 10 * level + k): score
-        for level, group in enumerate(groups)
-        for k, score in enumerate(group)
-    }
     expected = stats.tukey_hsd(*groups)
     bounds = expected.confidence_interval(0.95)
-    for effect in design(runs).effects():
+    for effect in design(apart(groups)).effects():
         at = effect.levels
         assert effect.p == pytest.approx(expected.pvalue[at], abs=0.01)
         assert effect.low == pytest.approx(bounds.low[at], abs=0.03)
@@ -155,12 +159,7 @@ def test_what_cannot_be_told_from_the_best_is_dunnetts():
     undecided = 0
     for _ in range(20):
         groups = [[60 + 0.3 * level + draw.gauss(0, 0.4) for _ in range(4)] for level in range(5)]
-        runs = {
-            ((level,), 10 * level + k): score
-            for level, group in enumerate(groups)
-            for k, score in enumerate(group)
-        }
-        first, *others = design(runs).ranked()
+        first, *others = design(apart(groups)).ranked()
         best = groups[first.levels[0]]
         test = stats.dunnett(
             *(groups[cell.levels[0]] for cell in others), control=best, alternative="less"
@@ -465,12 +464,8 @@ def test_the_dashboard_has_the_same_as_numbers(tmp_path):
     sweep = sweep_of(tmp_path)
     (row,) = dashboard._effects(sweep)
     seen = dict(zip(dashboard.SETTINGS, row, strict=True))
-    assert [seen[key] for key in ("recipe", "setting", "value", "baseline")] == [
-        "",
-        "dk",
-        "16",
-        "8",
-    ]
+    words = [seen[key] for key in ("recipe", "setting", "value", "baseline")]
+    assert words == ["", "dk", "16", "8"]
     test = stats.ttest_1samp([1.0, 1.1, 1.2], 0)
     low, high = test.confidence_interval(0.95)
     numbers = [seen[key] for key in ("difference", "95 % low", "95 % high", "p")]
