@@ -2,7 +2,8 @@
 
 from reporting import figures, text
 from reporting.analysis import Analysis, Differences
-from reporting.paired import LEVEL, Difference, minimum_detectable_difference
+from reporting.factorial import LEVEL
+from reporting.paired import Difference, minimum_detectable_difference
 from reporting.parts import Picture, Section, Table, tables
 from reporting.text import DASH, interval, p_value, signed
 

@@ -26,21 +26,13 @@ NEARLY = 0.01
 
 @dataclass(frozen=True)
 class EqualCost:
-    """A comparison at equal cost.
-
-    Attributes:
-        comparison: which one.
-        cost: what is equal, in words.
-        ratio: what an epoch of the variant costs, over what one of the baseline does.
-        epochs: after which the variant and the baseline are read.
-        top1: the differences by then.
-    """
+    """A comparison at equal cost."""
 
     comparison: Comparison
-    cost: str
-    ratio: float
-    epochs: tuple[int, int]
-    top1: Difference
+    cost: str  # what is equal, in words
+    ratio: float  # what an epoch of the variant costs, over what one of the baseline does
+    epochs: tuple[int, int]  # after which the variant and the baseline are read
+    top1: Difference  # by then
 
 
 def at_equal_cost(comparison: Comparison) -> list[EqualCost]:

@@ -9,12 +9,12 @@ from typing import TypeVar
 import numpy
 from scipy import optimize, stats
 
+from reporting.factorial import LEVEL
 from reporting.runs import Run, Variant, differing_settings
 from reporting.text import MINUS
 
 Of = TypeVar("Of")
 
-LEVEL = 0.95
 QUANTILES = 10_000
 
 
