@@ -8,9 +8,9 @@ file: weights are read as tensors, and the description as plain values.
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, cast
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import AfterValidator, BaseModel, Field, model_validator, with_config
@@ -31,7 +31,7 @@ from models.fields import (
     read_json,
     shortened,
 )
-from models.foreign import find_foreign
+from models.foreign import ForeignWeights, find_foreign
 from models.resnet import ResNet
 from models.weight_files import check_tensors, named_tensors, read_safetensors, read_torch
 
@@ -181,58 +181,53 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Trained:
         ValueError: there is no such file, it is damaged, or its weights and its description do not
             fit; one line that names the file and what does not fit.
     """
-    return rebuild(read(path), device)
+    found = load_weights(path)
+    if isinstance(found, ForeignWeights):
+        raise UnreadableError(
+            f"{found.file} holds weights of a ResNet of torchvision's or timm's; train.py begins "
+            "with them by init_from=..., and the network that it trains can be used here"
+        )
+    return replace(found, network=found.network.to(device))
 
 
-class Saved(NamedTuple):
-    """What a file of weights holds, as it is, before anything of it is known to be right.
-
-    Attributes:
-        file: where the tensors are from.
-        tensors: them by their names, or whatever is there instead.
-        description: what `Description` holds; None where there is none.
-        described_in: where it is from.
-    """
-
-    file: Path
-    tensors: Any
-    description: Any
-    described_in: Path
-
-
-def read(path: str | Path) -> Saved:
-    """What `load` would make a network of.
+def load_weights(path: str | Path) -> Trained | ForeignWeights:
+    """What `load` makes of a file, on the CPU, or the weights of a published network in it.
 
     Raises:
-        UnreadableError: there is no such file, or it is damaged.
+        UnreadableError: see `load`.
     """
-    file = _file(Path(path).expanduser())
+    file = described_in = _file(Path(path).expanduser())
+    description = None
     if file.suffix == ".safetensors":
-        beside = file.with_name(DESCRIPTION)
-        description = read_json(beside) if beside.exists() else None
-        return Saved(file, read_safetensors(file), description, beside)
-    state = read_torch(file)
-    if not isinstance(state, dict) or "description" not in state or "model" not in state:
-        return Saved(file, state, None, file)
-    tensors = state["model"]
-    if "ema_model" in state:
-        averaged = named_tensors(state["ema_model"], f"{file}: ema_model")
-        prefix = "module."
-        tensors = {k.removeprefix(prefix): v for k, v in averaged.items() if k.startswith(prefix)}
-    return Saved(file, tensors, state["description"], file)
+        described_in = file.with_name(DESCRIPTION)
+        description = read_json(described_in) if described_in.exists() else None
+        tensors: Any = read_safetensors(file)
+    else:
+        tensors = read_torch(file)
+        if isinstance(tensors, dict) and tensors.keys() >= {"description", "model"}:
+            description, tensors = tensors["description"], _evaluated_weights(tensors, file)
+    foreign = find_foreign(tensors, file)
+    if foreign is not None:
+        return foreign
+    if description is None and described_in != file:
+        raise UnreadableError(f"{described_in}, which describes {file.name}, is missing")
+    if description is None:
+        raise UnreadableError(
+            f"{file} does not say what network it is of: it is not a checkpoint of train.py, or "
+            "an older version wrote it"
+        )
+    described = parse(Description, description, f"{described_in}")
+    tensors = named_tensors(tensors, f"{file}: model")
+    return Trained(_with_weights(described, described_in, tensors, file).eval(), described)
 
 
-def rebuild(saved: Saved, device: torch.device | str = "cpu") -> Trained:
-    """The trained network of what `read` has found; see `load`.
-
-    Raises:
-        UnreadableError: there is no description, it is damaged, or it and the weights do not fit.
-    """
-    if saved.description is None:
-        raise UnreadableError(_not_described(saved))
-    description = parse(Description, saved.description, f"{saved.described_in}")
-    network = _with_weights(description, saved)
-    return Trained(network.to(device).eval(), description)
+def _evaluated_weights(state: dict[str, Any], file: Path) -> Any:
+    """Of a checkpoint the averaged weights, where there are some."""
+    if "ema_model" not in state:
+        return state["model"]
+    averaged = named_tensors(state["ema_model"], f"{file}: ema_model")
+    prefix = "module."
+    return {k.removeprefix(prefix): v for k, v in averaged.items() if k.startswith(prefix)}
 
 
 def _file(path: Path) -> Path:
@@ -248,38 +243,25 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _not_described(saved: Saved) -> str:
-    if find_foreign(saved.tensors, saved.file) is not None:
-        return (
-            f"{saved.file} holds weights of a ResNet of torchvision's or timm's; train.py begins "
-            "with them by init_from=..., and the network that it trains can be used here"
-        )
-    if saved.described_in != saved.file:
-        return f"{saved.described_in}, which describes {saved.file.name}, is missing"
-    return (
-        f"{saved.file} does not say what network it is of: it is not a checkpoint of train.py, or "
-        "an older version wrote it"
-    )
-
-
-def _with_weights(description: Description, saved: Saved) -> ResNet:
-    """The network that is described, with the tensors of ``saved``.
+def _with_weights(
+    description: Description, described_in: Path, tensors: dict[str, Tensor], file: Path
+) -> ResNet:
+    """The network that is described, with ``tensors``, which ``file`` holds.
 
     Raises:
         UnreadableError: they do not fit, or no network is described.
     """
     depths = description.network["depths"]
-    tensors = named_tensors(saved.tensors, f"{saved.file}: model")
     try:
         if sum(depths) > len(tensors):
             raise ValueError(f"depths={depths} are more blocks than there are weights")
         with torch.device("meta"):  # nothing is allocated before all is known to fit
             network = build(description.network)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        line = f"{saved.described_in} describes no network: {one_line(error)}"
+        line = f"{described_in} describes no network: {one_line(error)}"
         raise UnreadableError(line) from error
-    of_network = f"the network of {saved.described_in}"
-    check_tensors(tensors, network.state_dict(), f"{saved.file}", of_network)
+    of_network = f"the network of {described_in}"
+    check_tensors(tensors, network.state_dict(), f"{file}", of_network)
     # In memory of their own, aligned as torch does it, and not in channels_last as a checkpoint's
     # may be: the same weights then round in the same way.
     own_memory = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}

@@ -2,16 +2,15 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import nn
 
 from data import Dataset
 from models import ForeignWeights, Trained, transfer
-from models.foreign import find_foreign
-from models.saved import read, rebuild, tensors_as_bytes
+from models.saved import load_weights, tensors_as_bytes
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +32,7 @@ def load_initial(cfg: DictConfig) -> Trained | ForeignWeights | None:
             _warn_of_frozen(cfg.freeze, "without init_from")
         return None
     try:
-        saved = read(path)
-        foreign = find_foreign(saved.tensors, saved.file)
-        return rebuild(saved) if foreign is None else foreign
+        return load_weights(path)
     except ValueError as error:
         raise ValueError(f"init_from={path}: {error}; {TAKEN}") from error
 
@@ -74,19 +71,9 @@ def init_provenance(initial: Trained | ForeignWeights | None) -> dict[str, Any]:
     if initial is None:
         return {}
     if isinstance(initial, ForeignWeights):
-        weights = _digest(initial.tensors)
-        return {"init_from": {"data": "unknown", "commit": "unknown", "weights": weights}}
-    description = initial.description
-    weights = _digest(initial.network.state_dict())
-    return {
-        "init_from": {
-            "data": description.data,
-            "data_digest": description.data_digest,
-            "commit": description.commit,
-            "weights": weights,
-        }
-    }
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    return hashlib.blake2b(tensors_as_bytes(tensors), digest_size=8).hexdigest()
+        origin, tensors = {"data": "unknown", "commit": "unknown"}, initial.tensors
+    else:
+        origin = initial.description.model_dump(include={"data", "data_digest", "commit"})
+        tensors = initial.network.state_dict()
+    weights = hashlib.blake2b(tensors_as_bytes(tensors), digest_size=8).hexdigest()
+    return {"init_from": {**origin, "weights": weights}}
