@@ -83,16 +83,22 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     """
     # ---- What is asked for, and where to begin: anew, or at the checkpoint `resumed` -----------
     config, world = resolve(cfg), distributed.world()
-    device, dtype = requirements(cfg, config, world)
+    with distributed.errors_in_all():  # one machine may have fewer GPUs than another
+        check(cfg, world.size)
+        device = choose_device(cfg.device, world)
+        dtype = choose_dtype(config["precision"], device)
+        if "backend" in cfg.attention:
+            check_backend(cfg.attention.backend, device, dtype)
     with ExitStack() as stack:
         with distributed.errors_in_all():  # the main process alone writes
             folder = stack.enter_context(run_folder.claimed(run_dir)) if world.is_main else None
         resumed, saved, replaced = distributed.broadcast_from_main(
-            lambda: checkpoint.begin(cfg.resume, run_dir, config, cfg.overwrite)
+            lambda: checkpoint.begin(run_dir, config)
         )
         if resumed is not None:
-            if checkpoint.is_finished(run_dir, resumed, saved, cfg):
-                return checkpoint.finished_before(run_dir)
+            before = checkpoint.finished_before(run_dir, resumed, saved, config)
+            if before is not None:
+                return before
             checkpoint.check_precision(saved, dtype_name(dtype), config["precision"], run_dir)
         with distributed.errors_in_all():
             initial = load_initial(cfg) if resumed is None else None
@@ -101,7 +107,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         with distributed.errors_in_all(), distributed.local_main_first():  # it may download
             dataset = make(cfg.data).to(device)
         state = build_state(cfg, dataset, world, device, dtype, initial)
-        progress = checkpoint.continue_run(state, resumed, saved, cfg.resume, run_dir, config)
+        progress = checkpoint.continue_run(state, resumed, saved, run_dir, config)
         facts = describe_training(cfg, state)
         if len(progress.rows) < cfg.epochs:
             here = provenance.of_segment(device, facts["precision"], world.size)
@@ -120,7 +126,9 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             if action is Action.CONTINUE:  # all its steps are taken
                 action = finish_epoch(cfg, state, progress, stop)
             if action is not Action.CONTINUE:
-                checkpoint.save_progress(folder, state, config, progress)
+                if folder is not None:
+                    checkpoint.save(folder.path, state, config, progress)
+                    folder.keep()
                 stop.saved()
             if len(progress.rows) > epoch:
                 report_epoch(cfg, state, progress, folder, tracker)
@@ -136,19 +144,6 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 
     stop.leave(finished)
     return {"format": run_folder.FORMAT, **summary}
-
-
-def requirements(
-    cfg: DictConfig, config: dict[str, Any], world: distributed.World
-) -> tuple[torch.device, torch.dtype]:
-    """Device and precision of the run; ValueError, in all processes alike, for what cannot be."""
-    with distributed.errors_in_all():  # one machine may have fewer GPUs than another
-        check(cfg, world.size)
-        device = choose_device(cfg.device, world)
-        dtype = choose_dtype(config["precision"], device)
-        if "backend" in cfg.attention:
-            check_backend(cfg.attention.backend, device, dtype)
-    return device, dtype
 
 
 def train_epoch(

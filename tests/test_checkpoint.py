@@ -5,39 +5,17 @@ import os
 import resource
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_saved import describe
 from torch import nn
 
-from models import Description
-from models.fields import FORMAT
 from training import checkpoint, files
 from training.files import write_files
 from training.progress import Progress
 
-DESCRIPTION = Description(
-    format=FORMAT,
-    network={
-        "block": "basic",
-        "depths": [1],
-        "widths": [8],
-        "stem": 8,
-        "shortcut": "pad",
-        "num_classes": 3,
-        "image_size": [8, 8],
-        "attention": {"name": "none"},
-    },
-    class_names=["a", "b", "c"],
-    mean=[0.5, 0.4, 0.3],
-    std=[0.2, 0.2, 0.1],
-    data="mine",
-    data_digest="a",
-    settings={},
-    precision="float32",
-    version="1",
-    commit="unknown",
-).model_dump()
 CONFIG = {"seed": 1, "wandb": {"mode": "offline"}, "data": {"root": "a", "val_size": 0}}
 
 
@@ -48,15 +26,13 @@ def model(size=20):
     return made
 
 
-def at_step(number):
+def save(folder, number, size=20):
+    """A checkpoint after so many steps."""
+    parts = {"model": model(size)}
+    state = SimpleNamespace(stateful=lambda: parts, description=describe())
     progress = Progress.begin(9)
     progress.epoch_state = replace(progress.epoch_state, step=number)
-    return progress.state_dict()
-
-
-def save(folder, number, config=CONFIG):
-    kept = {"config": config, "description": DESCRIPTION, "progress": at_step(number)}
-    checkpoint.save(folder, {"model": model()}, **kept)
+    checkpoint.save(folder, state, CONFIG, progress)
 
 
 def read(folder, config=CONFIG):
@@ -201,10 +177,7 @@ def damage_code(path):
     torch.save(nn.Linear(2, 2), path)
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [damage_truncated, damage_empty, damage_one_bit, damage_code],
-)
+@pytest.mark.parametrize("damage", [damage_truncated, damage_empty, damage_one_bit, damage_code])
 def test_a_damaged_one_is_reported_and_the_one_before_is_used(tmp_path, caplog, damage):
     for number in (1, 2):
         save(tmp_path, number)
@@ -243,6 +216,19 @@ def test_states_of_other_code(tmp_path):
         checkpoint.restore(state, {"ema_model": nn.Linear(2, 3)}, path)
 
 
+def refusal(folder, damage):
+    """The line that refuses a checkpoint whose content ``damage`` has changed."""
+    save(folder, 1)
+    path = folder / "last.pt"
+    state = torch.load(path, weights_only=True)
+    damage(state)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"last\.pt was written by a different version of") as told:
+        checkpoint.restore(checkpoint.load([path], CONFIG)[1], {"model": model()}, path)
+    assert "\n" not in str(told.value)
+    return str(told.value)
+
+
 KEYS = ["format", "config", "model", "epoch_state", "rows", "per_class_top1", "segments"]
 KEYS += ["epoch_state.step", "epoch_state.totals", "epoch_state.lr"]
 KEYS += ["description", "description.mean", "description.class_names", "description.network"]
@@ -251,19 +237,15 @@ KEYS += ["description", "description.mean", "description.class_names", "descript
 @pytest.mark.parametrize("key", KEYS)
 @pytest.mark.parametrize("value", ["gone", -7.5, "a word", (3,), True], ids=str)
 def test_a_checkpoint_without_a_key_or_with_another_type(tmp_path, key, value):
-    save(tmp_path, 1)
-    path = tmp_path / "last.pt"
-    state = torch.load(path, weights_only=True)
     group, _, name = key.rpartition(".")
-    inside = state[group] if group else state
-    inside[name] = value
-    if value == "gone":
-        del inside[name]
-    torch.save(state, path)
-    with pytest.raises(ValueError, match=r"last\.pt was written by a different version of") as told:
-        load_and_restore(path)
-    assert name in str(told.value) or key in ("model", "config")
-    assert "\n" not in str(told.value)
+
+    def damage(state):
+        inside = state[group] if group else state
+        inside[name] = value
+        if value == "gone":
+            del inside[name]
+
+    assert name in refusal(tmp_path, damage) or key in ("model", "config")
 
 
 @pytest.mark.parametrize(
@@ -279,15 +261,10 @@ def test_a_checkpoint_without_a_key_or_with_another_type(tmp_path, key, value):
     ],
 )
 def test_a_damaged_field_of_the_progress_is_named(tmp_path, key, value, words):
-    save(tmp_path, 1)
-    path = tmp_path / "last.pt"
-    state = torch.load(path, weights_only=True)
-    (state if key in state else state["epoch_state"])[key] = value
-    torch.save(state, path)
-    with pytest.raises(ValueError, match=r"last\.pt was written by a different version of") as told:
-        load_and_restore(path)
-    assert words in str(told.value)
-    assert "\n" not in str(told.value)
+    def damage(state):
+        (state if key in state else state["epoch_state"])[key] = value
+
+    assert words in refusal(tmp_path, damage)
 
 
 def set_(state, value, *keys):
@@ -304,11 +281,7 @@ def set_(state, value, *keys):
             ("model", "weight"),
             "weight has shape (2, 2); this run's network has (3, 2)",
         ),
-        (
-            torch.zeros(3, dtype=torch.int64),
-            ("model", "bias"),
-            "bias is torch.int64; this run's",
-        ),
+        (torch.zeros(3, dtype=torch.int64), ("model", "bias"), "bias is torch.int64; this run's"),
         (None, ("model", "bias"), "model: bias is null, not a tensor"),
         (None, ("model",), "model is null, not tensors by their names"),
         (torch.zeros(5), ("optimizer", "state", 0, "exp_avg"), "optimizer: exp_avg is (5,) of "),
@@ -330,19 +303,13 @@ def test_damaged_states_are_one_line(tmp_path, value, keys, words):
     trained = parts()
     trained["model"](torch.randn(4, 2)).sum().backward()
     trained["optimizer"].step()
-    state = {name: part.state_dict() for name, part in trained.items()}
-    state = deepcopy(state)
+    state = deepcopy({name: part.state_dict() for name, part in trained.items()})
     checkpoint.restore(deepcopy(state), parts(), tmp_path)  # as it is, it fits
     set_(state, value, *keys)
     with pytest.raises(ValueError, match="written by a different version of") as told:
         checkpoint.restore(state, parts(), tmp_path)
     assert words in str(told.value)
     assert "\n" not in str(told.value)
-
-
-def load_and_restore(path):
-    _, state = checkpoint.load([path], CONFIG)
-    checkpoint.restore(state, {"model": model()}, path)
 
 
 @pytest.fixture
@@ -357,8 +324,7 @@ def full_disk():
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, full_disk, size):
     save(tmp_path, 1)
     full_disk(size)
-    kept = {"config": CONFIG, "description": DESCRIPTION, "progress": at_step(2)}
     with pytest.raises(OSError, match=r"last\.pt cannot be written \(File too large\)"):
-        checkpoint.save(tmp_path, {"model": model(400)}, **kept)
+        save(tmp_path, 2, size=400)
     assert [p.name for p in tmp_path.iterdir()] == ["last.pt"]
     assert read(tmp_path) == ("last.pt", 1)

@@ -2,21 +2,21 @@
 
 import glob
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from aaconv.text import one_line
 from models.fields import FORMAT, UnreadableError, is_number, parse, shortened
 from models.weight_files import check_tensors, named_tensors, read_torch
-from training import images, progress, run_folder
-from training.console import first_line
+from training import images, run_folder
 from training.device import precision_name
 from training.files import write_files
 from training.launch import shell_override
+from training.progress import Progress
 from training.records import Checkpoint
 from training.run_folder import LAST, PREVIOUS
 from training.state import RunState
@@ -27,27 +27,19 @@ log = logging.getLogger(__name__)
 OTHER_CODE = "was written by a different version of this code"
 
 
-def save(
-    folder: Path,
-    stateful: dict[str, Any],
-    *,
-    config: dict[str, Any],
-    description: dict[str, Any],
-    progress: dict[str, Any],
-) -> None:
-    """Write the folder's checkpoint: all states of ``stateful``, and the rest.
+def save(folder: Path, state: RunState, config: dict[str, Any], reached: Progress) -> None:
+    """Write the folder's checkpoint; the one that was there becomes ``previous.pt``.
 
-    ``description`` is that of `models.Description`, by which `models.load` rebuilds the network.
-    The one that was there becomes ``previous.pt``. See `training.files.write_files` for what
-    stays after a kill or on a full disk.
+    See `training.files.write_files` for what stays after a kill or on a full disk.
 
     Raises:
         OSError: it cannot be written.
     """
-    state: dict[str, Any] = {"format": FORMAT}
-    state |= {name: part.state_dict() for name, part in stateful.items()}
-    state |= {"config": config, "description": description} | progress
-    write_files({folder / LAST: lambda file: _write(state, file)}, before=folder / PREVIOUS)
+    kept: dict[str, Any] = {"format": FORMAT}
+    kept |= {name: part.state_dict() for name, part in state.stateful().items()}
+    kept |= {"config": config, "description": state.description.model_dump()}
+    kept |= reached.state_dict()
+    write_files({folder / LAST: lambda file: _write(kept, file)}, before=folder / PREVIOUS)
 
 
 def _write(state: dict[str, Any], file: IO[bytes]) -> None:
@@ -80,9 +72,7 @@ def find(resume: str | None, folder: Path) -> list[Path]:
     return found
 
 
-def begin(
-    resume: str | None, folder: Path, config: dict[str, Any], overwrite: bool
-) -> tuple[Path | None, dict[str, Any], list[Path]]:
+def begin(folder: Path, config: dict[str, Any]) -> tuple[Path | None, dict[str, Any], list[Path]]:
     """Where a run in ``folder`` begins: a checkpoint or None, its state, and what it replaces.
 
     What it replaces, of another run or damaged, is to be removed in the order given.
@@ -93,6 +83,7 @@ def begin(
             diverged and would do so again.
         FileNotFoundError: see `find`.
     """
+    resume, overwrite = config["resume"], config["overwrite"]
     found = find(resume, folder)
     if resume == "auto" and (failure := run_folder.read_failure(folder)) is not None:
         if not overwrite and images.differ(failure.get("data_digest"), config):
@@ -143,38 +134,39 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
         try:
             state = read_torch(path)
             break
-        except Exception as error:
-            # torch adds a page of advice to its first line.
-            reason = first_line(error)
+        except UnreadableError as error:
             if path == paths[-1]:
                 names = " and ".join(map(str, paths))
                 raise ValueError(
-                    f"{names}: no readable checkpoint ({reason}); "
+                    f"{names}: no readable checkpoint ({error}); "
                     "overwrite=true without resume starts from scratch"
                 ) from error
-            log.warning("%s is damaged (%s); continuing from %s", path, reason, paths[index + 1])
+            log.warning("%s is damaged (%s); continuing from %s", path, error, paths[index + 1])
     parse(Checkpoint, state, f"{path} {OTHER_CODE}")
-    parse(progress.Progress, state, f"{path} {OTHER_CODE}")
-    here, there = _comparable(config), _comparable(state["config"])
-    differing = [
-        f"{key} ({there.get(key, 'absent')} in the checkpoint, {here.get(key, 'absent')} now)"
-        for key in sorted(here.keys() | there.keys())
-        if here.get(key, "absent") != there.get(key, "absent")
-    ]
-    if here.keys() == there.keys() and {k for k in here if here[k] != there[k]} == {"epochs"}:
+    parse(Progress, state, f"{path} {OTHER_CODE}")
+    differing = _differing(state["config"], config)
+    differing.pop("precision", None)  # what `auto` is here, `check_precision` compares
+    if differing.keys() == {"epochs"}:
+        there, here = differing["epochs"]
         raise ValueError(
-            f"{path} is from a run of {there['epochs']} epochs, and its learning rate is scheduled "
-            f"for them; {shell_override('init_from', path.parent)} with another name= begins a new "
-            f"schedule, of {here['epochs']} epochs, with its weights"
+            f"{path} is from a run of {there} epochs, and its learning rate is scheduled for them; "
+            f"{shell_override('init_from', path.parent)} with another name= begins a new schedule, "
+            f"of {here} epochs, with its weights"
         )
     if differing:
-        raise ValueError(f"{path} is from a run with other settings: {', '.join(differing)}")
+        told = [
+            f"{key} ({there} in the checkpoint, {here} now)"
+            for key, (there, here) in differing.items()
+        ]
+        raise ValueError(f"{path} is from a run with other settings: {', '.join(told)}")
     return path, state
 
 
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    # What `auto` stands for depends on the machine: `check_precision` compares that.
-    return {k: v for k, v in result_settings(config).items() if k != "precision"}
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Of each setting that decides the result and differs, both values."""
+    a, b = result_settings(one), result_settings(other)
+    values = {key: (a.get(key, "absent"), b.get(key, "absent")) for key in sorted(a.keys() | b)}
+    return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
 
 
 def check_precision(state: dict[str, Any], precision: str, asked: str, folder: Path) -> None:
@@ -194,19 +186,18 @@ def check_precision(state: dict[str, Any], precision: str, asked: str, folder: P
 def runs_with_other_epochs(folder: Path, config: dict[str, Any]) -> list[str]:
     """Of each finished run beside ``folder`` that differs in its epochs alone, how to go on."""
     lines = []
-    here = result_settings(config)
     pattern = f"*/{glob.escape(folder.name)}/{run_folder.SUMMARY}"
     for summary in sorted(folder.parent.parent.glob(pattern)):
         try:
-            there = result_settings(run_folder.read_summary(summary.parent)["config"])
+            differing = _differing(run_folder.read_summary(summary.parent)["config"], config)
         except (UnreadableError, OSError):
             continue
-        differing = {k for k in here.keys() | there.keys() if here.get(k) != there.get(k)}
-        if differing == {"epochs"}:
+        if differing.keys() == {"epochs"}:
+            there, here = differing["epochs"]
             lines.append(
-                f"{summary.parent} is the same run with epochs={there['epochs']}; "
+                f"{summary.parent} is the same run with epochs={there}; "
                 f"{shell_override('init_from', summary.parent)} begins with its weights, and a new "
-                f"schedule of the learning rate over {here['epochs']} epochs"
+                f"schedule of the learning rate over {here} epochs"
             )
     return lines
 
@@ -269,19 +260,18 @@ def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
 # ---- A run ---------------------------------------------------------------------------------------
 
 
-def is_finished(run_dir: Path, resumed: Path, saved: dict[str, Any], cfg: DictConfig) -> bool:
-    """Whether ``run_dir`` itself holds the finished run, with its summary."""
-    own = resumed.parent.resolve() == run_dir.resolve()
-    there = (run_dir / run_folder.SUMMARY).exists()
-    return own and there and len(saved["rows"]) == cfg.epochs
-
-
-def finished_before(run_dir: Path) -> dict[str, Any]:
-    """The summary of a run that needs nothing more; it stays as it is.
+def finished_before(
+    run_dir: Path, resumed: Path, saved: dict[str, Any], config: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The summary, which stays as it is, if ``run_dir`` itself holds the finished run; else None.
 
     Raises:
         ValueError: it cannot be read.
     """
+    own = resumed.parent.resolve() == run_dir.resolve()
+    there = (run_dir / run_folder.SUMMARY).exists()
+    if not own or not there or len(saved["rows"]) != config["epochs"]:
+        return None
     try:
         summary = run_folder.read_summary(run_dir)
     except UnreadableError as error:
@@ -294,25 +284,24 @@ def continue_run(
     state: RunState,
     resumed: Path | None,
     saved: dict[str, Any],
-    resume: str | None,
     run_dir: Path,
     config: dict[str, Any],
-) -> progress.Progress:
+) -> Progress:
     """The progress of a new run, or ``state`` and progress as the checkpoint has them.
 
-    What was asked for by ``resume`` and cannot be seen in the result is logged.
+    What ``resume=auto`` has found, or has not, is logged.
 
     Raises:
         ValueError: the checkpoint was written by a different version of this code.
     """
     if resumed is None:
-        if resume == "auto":
+        if config["resume"] == "auto":
             log.info("resume=auto: nothing to continue in %s; the run begins at epoch 1", run_dir)
             for line in runs_with_other_epochs(run_dir, config):
                 log.info("%s", line)
-        return progress.Progress.begin(len(state.batches))
+        return Progress.begin(len(state.batches))
     restore(saved, state.stateful(), resumed)
-    continued = parse(progress.Progress, saved, f"{resumed}")
+    continued = parse(Progress, saved, f"{resumed}")
     if continued.epoch_state.step > len(state.batches) or len(continued.rows) > config["epochs"]:
         raise UnreadableError(
             f"{resumed} {OTHER_CODE}: it is {continued.position}, and there are "
@@ -326,21 +315,3 @@ def continue_run(
         )
     log.info("resumed %s %s", resumed, continued.position)
     return continued
-
-
-def save_progress(
-    folder: run_folder.RunFolder | None,
-    state: RunState,
-    config: dict[str, Any],
-    reached: progress.Progress,
-) -> None:
-    """Write a checkpoint, if this is the main process."""
-    if folder is not None:
-        save(
-            folder.path,
-            state.stateful(),
-            config=config,
-            description=state.description.model_dump(),
-            progress=reached.state_dict(),
-        )
-        folder.keep()
