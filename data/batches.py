@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from data.augmentation import Augmentation, Draws
 from data.dataset import Images, seeded_generator
 from data.sampling import balanced_order
 
-Color = tuple[float, float, float]
+Color = Sequence[float]  # of red, green and blue
 
 
 def check_batch_size(batch_size: int, train_size: int) -> None:

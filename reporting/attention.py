@@ -64,7 +64,7 @@ def blocks(
         ValueError: a pixel that is not in the images.
     """
     mean, std = trained.description.mean, trained.description.std
-    (batch, _), *_ = evaluation_batches(images, len(images), (*mean,), (*std,))  # type: ignore[arg-type]
+    (batch, _), *_ = evaluation_batches(images, len(images), mean, std)
     made = []
     for name, views in attention_views(trained.network, batch, queries).items():
         picture = attention_picture(images.pixels, views)

@@ -49,7 +49,7 @@ from aaconv import text
 from data import evaluation_batches
 from reporting.text import DASH, csv_cell, printable, shortened
 from training import console
-from training.device import choose_device, choose_dtype, to_device
+from training.device import choose_device, choose_dtype, dtype_name, to_device
 from training.files import csv_text, write_texts
 from training.scores import NOT_FINITE, Calibration, ClassScore, Confusion, evaluate
 from training.trained import check_not_trained_on, compose_settings, load_data
@@ -93,7 +93,7 @@ def evaluate_file(path: str, overrides: list[str]) -> Evaluation:
     images = dataset.evaluation.to(device)
     model = to_device(trained.network, device, cfg.channels_last)
     # The network was trained with the mean and the deviation of its own images.
-    mean, std = (tuple(getattr(trained.description, name)) for name in ("mean", "std"))
+    mean, std = trained.description.mean, trained.description.std
     batches = evaluation_batches(images, cfg.eval_batch_size, mean, std)
     calibration, confusion = Calibration(), Confusion(len(trained.class_names))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -113,7 +113,7 @@ def evaluate_file(path: str, overrides: list[str]) -> Evaluation:
         ece=calibration.expected_error(),
         bins=calibration.rows(),
         images_per_s=len(images) / seconds,
-        precision=str(dtype).removeprefix("torch."),
+        precision=dtype_name(dtype),
     )
 
 

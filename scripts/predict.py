@@ -64,8 +64,6 @@ from training.files import csv_text
 from training.scores import NOT_FINITE
 
 BATCH_SIZE = 100
-# From this many pictures on there is a progress bar.
-MANY = 20
 
 
 class Prediction(NamedTuple):
@@ -125,7 +123,7 @@ def _read(file: Path, size: tuple[int, int], white: float | None) -> Tensor | st
 def _probabilities(trained: models.Trained, pixels: Tensor) -> Tensor:
     images = Images(pixels, torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device))
     mean, std = trained.description.mean, trained.description.std
-    batches = evaluation_batches(images, BATCH_SIZE, (*mean,), (*std,))  # type: ignore[arg-type]
+    batches = evaluation_batches(images, BATCH_SIZE, mean, std)
     probabilities = torch.cat([trained.network(x).softmax(dim=1).cpu() for x, _ in batches])
     if not probabilities.isfinite().all():
         raise ValueError(NOT_FINITE)
@@ -177,8 +175,8 @@ def main(args: argparse.Namespace) -> None:
     files = find(args.pictures)
     trained = models.load(args.network, device)
     results = predict(trained, files, args.top, device)
-    hidden = None if len(files) >= MANY else True  # None: where stderr is no terminal
-    done = list(tqdm(results, "pictures", total=len(files), leave=False, disable=hidden))
+    # A bar only on a terminal (None), and only if it takes longer than a second.
+    done = list(tqdm(results, "pictures", len(files), leave=False, disable=None, delay=1))
     predictions = [one for one in done if isinstance(one, Prediction)]
     if args.json:
         print(as_json(predictions))

@@ -68,7 +68,7 @@ def batch_of(
     """Images of the evaluation, spread evenly, and their labels."""
     chosen = spread(len(dataset.evaluation), number)
     images = dataset.evaluation.select(chosen).to(device)
-    (batch, *_) = evaluation_batches(images, len(images), tuple(mean), tuple(std))
+    (batch, *_) = evaluation_batches(images, len(images), mean, std)
     return batch
 
 

@@ -14,7 +14,6 @@ from test_saved import describe, save
 
 import models
 from data import evaluation_batches, load_folder, make_lookup
-from models.fields import FORMAT
 from reporting.text import DASH
 from scripts import evaluate
 from training import trained
@@ -31,19 +30,14 @@ def described(attention, **data):
     """A network for the built-in task as a run would have described it, but not trained."""
     settings = {"train_size": 32, "test_size": 16, "noise": 0.04, "data_seed": 0, **data}
     network = describe(attention).network
-    network |= {"num_classes": LOOKUP.num_classes, "image_size": [32, 32]}
-    return models.Description(
-        format=FORMAT,
-        network=network,
+    return describe(
+        network=network | {"num_classes": LOOKUP.num_classes, "image_size": [32, 32]},
         class_names=list(LOOKUP.class_names),
         mean=list(LOOKUP.mean),
         std=list(LOOKUP.std),
         data="lookup",
         data_digest=LOOKUP.digest,
         settings={"data": settings, "channels_last": True},
-        precision="float32",
-        version="0.1.0",
-        commit="unknown",
     )
 
 
@@ -137,19 +131,18 @@ def pets(tmp_path, monkeypatch):
 
 def network_of(root, folder, val_size):
     dataset = load_folder(str(root), "pets", 8, val_size)
-    description = described(models.NoAttention())
     settings = {"_target_": "data.load_folder", "name": "pets", "size": 8, "val_size": val_size}
     settings |= {"white": None, "skip_damaged": False, "max_pixels": 1000}
-    changes = {
-        "class_names": PETS,
-        "network": description.network | {"num_classes": 3, "image_size": [8, 8]},
-        "mean": list(dataset.mean),
-        "std": list(dataset.std),
-        "data": "pets",
-        "data_digest": dataset.digest,
-        "settings": {"data": settings},
-    }
-    return save(folder, models.Description(**{**description.model_dump(), **changes}))
+    description = describe(
+        class_names=PETS,
+        network=describe(models.NoAttention()).network | {"image_size": [8, 8]},
+        mean=list(dataset.mean),
+        std=list(dataset.std),
+        data="pets",
+        data_digest=dataset.digest,
+        settings={"data": settings},
+    )
+    return save(folder, description)
 
 
 def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(pets, tmp_path, capsys):
@@ -189,12 +182,7 @@ def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(pets, tmp_pat
         (4, "pets/train", ["data.val_size=0"], "has the images that the network was trained on"),
         (4, "more", [], "data.root=.*more has other images than those of"),
         (4, "pets", ["data.size=9"], "data.size=9: .* was trained with data.size=8"),
-        (
-            0,
-            "strange",
-            [],
-            "class 'cow', which the network does not have; the network has 3",
-        ),
+        (0, "strange", [], "class 'cow', which the network does not have; the network has 3"),
         (0, "train only", [], "it has no folder val/, valid/ or test/ to evaluate on"),
         (0, "nowhere", [], "there is no such folder"),
     ],
@@ -242,12 +230,12 @@ def test_a_part_of_the_training_images_is_known_by_its_pixels(pets, tmp_path, ca
     assert record(out)[0]["images"] == 5
     assert "not compared" not in caplog.text
     write(pets / "train" / "ant" / "0.png", seed=77)
-    trained._own_images.cache_clear()  # another process
+    trained._dataset.cache_clear()  # another process
     call(evaluate.main, path, *words)
     assert f"{line}{pets} has others" in caplog.text
     shutil.rmtree(pets)
     caplog.clear()
-    trained._own_images.cache_clear()
+    trained._dataset.cache_clear()
     call(evaluate.main, path, *words)
     assert f"{line}the location of pets is unknown" in caplog.text
 
@@ -348,16 +336,9 @@ def test_a_confidence_just_on_an_edge_is_in_the_bin_below():
     assert [row["images"] for row in calibration.rows()] == [1, 1, 0, 1]
 
 
-def test_too_sure_in_one_bin_does_not_make_up_for_too_unsure_in_another():
-    """Wrong at 0.4 and right at 0.45, in one bin; wrong at 0.9, in the other."""
-    calibration = Calibration(bins=2)
-    confidences = torch.tensor([[0.4, 0.3, 0.3], [0.45, 0.3, 0.25], [0.9, 0.05, 0.05]])
-    calibration.add(confidences.double().log(), torch.tensor([1, 0, 1]))
-    assert calibration.expected_error() == pytest.approx((1 - 0.4 - 0.45 + 0.9) / 3)
-
-
 def test_a_bin_is_whole_however_its_images_came():
-    """Three bins that are off by +0.2, -0.3 and +0.1, each from two batches."""
+    """Three bins that are off by +0.2, -0.3 and +0.1, each from two batches: none makes up for
+    another."""
     calibration = Calibration(bins=4)
     for right in (0, 1):  # one image of each bin is right, and one is not
         sure = torch.tensor([0.3, 0.8, 0.6], dtype=torch.float64)
@@ -414,7 +395,7 @@ WRONG = [
 def test_what_is_wrong_is_said_in_one_line(folder, monkeypatch, tmp_path, capsys, words, line):
     description = models.load(folder / "plain=1").description
     renamed = [f"other {number}" for number in range(8)]
-    other = models.Description(**{**vars(description), "class_names": renamed})
+    other = description.model_copy(update={"class_names": renamed})
     names = {
         "run": folder / "plain=1",
         "page": tmp_path / "page.html",

@@ -13,7 +13,7 @@ from torch import nn
 from training import provenance
 from training.device import choose_device, choose_dtype, peak_memory_mib
 from training.schedule import constant, one_cycle, step, warmup_cosine
-from training.scores import correct_in_top, evaluate
+from training.scores import evaluate
 
 from helpers import ROOT
 
@@ -72,12 +72,6 @@ def test_schedules_of_hardly_any_steps(steps):
 
 
 # ---- scores -------------------------------------------------------------------------------------
-
-
-def test_correct_in_top():
-    logits = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.3, 0.2], [0.3, 0.3001, 0.9]])
-    labels = torch.tensor([2, 1, 2])
-    assert [int(correct_in_top(logits, labels, k)) for k in (1, 2, 3, 5)] == [1, 3, 3, 3]
 
 
 def test_evaluate_counts_every_image_once_and_leaves_no_gradient():

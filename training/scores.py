@@ -12,18 +12,9 @@ from training.distributed import all_reduce_sum
 NOT_FINITE = "the network's outputs are not finite: its weights are damaged or diverged"
 
 
-def correct_in_top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    """How many of the labels (B,) are among the k highest of the logits (B, classes).
-
-    With fewer classes than k every label is.
-    """
-    best = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    return (best == labels[:, None]).sum()
-
-
 @torch.no_grad()
 def evaluate(
-    model: nn.Module | Callable[[Tensor], Tensor],
+    model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     autocast: torch.autocast,
     observers: Sequence[Callable[[Tensor, Tensor], None]] = (),
@@ -34,8 +25,7 @@ def evaluate(
     there are several processes, all call this, each with its shard of the images. ``observers`` are
     called with the logits (B, classes) and the labels (B,) of each batch.
     """
-    if isinstance(model, nn.Module):
-        model.eval()
+    model.eval()
     losses: list[Tensor] = []
     in_top5: list[Tensor] = []
     by_class: list[Tensor] = []  # (2, classes): images that are right, and all images
@@ -46,7 +36,8 @@ def evaluate(
         if logits.device.type == "mps":  # it has no float64
             logits, labels = logits.cpu(), labels.cpu()
         losses.append(F.cross_entropy(logits, labels, reduction="sum").double())
-        in_top5.append(correct_in_top(logits, labels, 5))
+        best5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        in_top5.append((best5 == labels[:, None]).sum())
         for observe in observers:
             observe(logits, labels)
         right = (logits.argmax(dim=1) == labels).double()
@@ -74,19 +65,18 @@ class Calibration:
     """
 
     def __init__(self, bins: int = 15) -> None:
-        self.images = torch.zeros(bins, dtype=torch.float64)
-        self.confidence = torch.zeros(bins, dtype=torch.float64)  # sums
-        self.right = torch.zeros(bins, dtype=torch.float64)
+        # Of each bin the number of images, the sum of their confidences, and how many are right.
+        self.sums = torch.zeros(3, bins, dtype=torch.float64)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: logits (B, classes) and labels (B,)."""
         confidence, predicted = logits.double().cpu().softmax(dim=1).max(dim=1)
         # A confidence on an edge belongs to the bin below it, as in the paper.
-        bins = len(self.images)
+        bins = self.sums.shape[1]
         index = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
-        self.images.index_add_(0, index, torch.ones_like(confidence))
-        self.confidence.index_add_(0, index, confidence)
-        self.right.index_add_(0, index, (predicted == labels.cpu()).double())
+        right = (predicted == labels.cpu()).double()
+        values = torch.stack((torch.ones_like(confidence), confidence, right))
+        self.sums.index_add_(1, index, values)
 
     def rows(self) -> list[dict[str, float | None]]:
         """For each bin its images, mean confidence and accuracy, in [0, 1]; None if it is empty."""
@@ -96,14 +86,13 @@ class Calibration:
                 "confidence": confidence / images if images else None,
                 "accuracy": right / images if images else None,
             }
-            for images, confidence, right in zip(
-                self.images.tolist(), self.confidence.tolist(), self.right.tolist(), strict=True
-            )
+            for images, confidence, right in self.sums.T.tolist()
         ]
 
     def expected_error(self) -> float:
         """The expected calibration error, in [0, 1]."""
-        return float((self.right - self.confidence).abs().sum() / self.images.sum())
+        images, confidence, right = self.sums
+        return float((right - confidence).abs().sum() / images.sum())
 
 
 class ClassScore(NamedTuple):

@@ -5,10 +5,10 @@ import json
 import logging
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 import models
@@ -20,6 +20,7 @@ from training.compose import compose_config, make
 from training.device import precision_name
 from training.errors import explain
 from training.launch import hydra_quote
+from training.settings import resolve
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +44,28 @@ def compose_settings(
             raise ValueError(f"{key}: not a setting here; choose from {there}")
     settings = trained.description.settings
     words = [f"precision={precision_name(trained.description.precision)}"]
+    own = _own_data(trained)
     if "data" not in keys:
-        words += _own_data_words(trained, path, keys)
+        if own.get("_target_") == FolderConfig._target_ and "data.root" not in keys:
+            raise ValueError(
+                f"{path} was trained on the folder {trained.description.data}; give its location "
+                "with data.root=..."
+            )
+        words += _own_data_words(trained)
     elif "data=folder" in overrides:  # whose images are brought to any size
         words.append(f"data.size={list(trained.image_size)}")
-    words += [f"{key}={json.dumps(settings[key])}" for key in ("channels_last",) if key in settings]
+    if "channels_last" in settings:
+        words.append(f"channels_last={json.dumps(settings['channels_last'])}")
     try:
         cfg = compose_config([*words, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"{path}: {explain(error)}") from error
-    own, given = _own_data(trained).get("val_size", 0), cfg.data.get("val_size", 0)
-    if given not in (0, own):
+    held_out, given = own.get("val_size", 0), cfg.data.get("val_size", 0)
+    if given not in (0, held_out):
         raise ValueError(
-            f"data.val_size={given}: {path} was trained with data.val_size={own}, so others may be "
-            f"images that it was trained on; leave it out{', or give 0' if own else ''}"
+            f"data.val_size={given}: {path} was trained with data.val_size={held_out}, so others "
+            "may be images that it was trained on; leave it out"
+            f"{', or give 0' if held_out else ''}"
         )
     return cfg
 
@@ -65,14 +74,10 @@ def _own_data(trained: models.Trained) -> dict[str, Any]:
     return trained.description.settings.get("data") or {}
 
 
-def _own_data_words(trained: models.Trained, path: str, keys: list[str]) -> list[str]:
+def _own_data_words(trained: models.Trained) -> list[str]:
+    """The overrides of the run's own data, but for where they are."""
     own = _own_data(trained)
     folder = own.get("_target_") == FolderConfig._target_
-    if folder and "data.root" not in keys:
-        raise ValueError(
-            f"{path} was trained on the folder {trained.description.data}; give its location with "
-            "data.root=..."
-        )
     words = [f"data={'folder' if folder else trained.description.data}"]
     # What is called cifar10 is chosen by the option above; a folder is called as it is now.
     return words + [
@@ -94,13 +99,13 @@ def load_data(cfg: DictConfig, trained: models.Trained, path: str) -> Evaluation
             those that the network was trained on.
     """
     class_names = tuple(trained.class_names)
-    settings = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
-    assert isinstance(settings, dict)
+    settings = resolve(cfg.data)
     if settings["_target_"] == FolderConfig._target_ and not settings["val_size"]:
-        arguments = {str(k): v for k, v in settings.items() if k not in ("_target_", "val_size")}
+        arguments = {k: v for k, v in settings.items() if k not in ("_target_", "val_size")}
+        trained_on = trained.description.mean, trained.description.std
         try:
             return load_evaluation_folder(
-                class_names=class_names, trained_on=_color(trained.description), **arguments
+                class_names=class_names, trained_on=trained_on, **arguments
             )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -116,7 +121,7 @@ def load_data(cfg: DictConfig, trained: models.Trained, path: str) -> Evaluation
 
 
 def _check_held_out(
-    settings: dict[Any, Any], dataset: Dataset, trained: models.Trained, path: str
+    settings: dict[str, Any], dataset: Dataset, trained: models.Trained, path: str
 ) -> None:
     """Raise ValueError unless the run has held out the same images as ``dataset``."""
     remedy = (
@@ -137,20 +142,7 @@ def _check_held_out(
         )
 
 
-def _color(description: models.Description) -> tuple[list[float], list[float]]:
-    return description.mean, description.std
-
-
 # ---- Training images under another name ---------------------------------------------------------
-
-
-class _OwnImages(NamedTuple):
-    """What a run may be of: its data set's digest, and the digests of its images."""
-
-    data_digest: str
-    size: tuple[int, int]
-    trained_on: frozenset[bytes]
-    evaluated_on: frozenset[bytes]
 
 
 def check_not_trained_on(
@@ -166,16 +158,16 @@ def check_not_trained_on(
         images: what `load_data` has made of ``cfg``; of other data sets than a folder it takes none
             that were trained on.
     """
-    if cfg.data["_target_"] != FolderConfig._target_ or cfg.data.val_size:
+    if not images.files:  # which those of a folder alone have
         return
     try:
-        own = _find_own_images(trained, path, cfg.data.root, images.image_size)
+        own = _find_own_dataset(trained, path, cfg.data.root, images.image_size)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         log.warning(
             "%s: not compared with the images that it was trained on: %s", path, explain(error)
         )
         return
-    training_images = own.trained_on - own.evaluated_on
+    training_images = {*_pixel_digests(own.train)} - {*_pixel_digests(own.evaluation)}
     digests = zip(images.files, _pixel_digests(images.evaluation), strict=True)
     seen = [file for file, one in digests if one in training_images]
     if seen:
@@ -185,9 +177,9 @@ def check_not_trained_on(
         )
 
 
-def _find_own_images(
+def _find_own_dataset(
     trained: models.Trained, path: str, given_root: str, size: tuple[int, int]
-) -> _OwnImages:
+) -> Dataset:
     """The run's images, those of a folder brought to ``size``; of other data sets as they are.
 
     They are looked for where the settings beside ``path`` say, and in the folder ``given_root``.
@@ -195,7 +187,7 @@ def _find_own_images(
     Raises:
         ValueError, OSError, HydraException, OmegaConfBaseException: they cannot be had.
     """
-    described, words = trained.description, _own_data_words(trained, path, ["data.root"])
+    described, words = trained.description, _own_data_words(trained)
     recorded = root = _recorded_root(path)
     if _own_data(trained).get("_target_") == FolderConfig._target_:
         words.append(f"data.size={list(size)}")
@@ -206,15 +198,15 @@ def _find_own_images(
         words += ["data.download=false"] if "download" in there else []
         recorded = root = root if "root" in there else None
     try:
-        own = _own_images((*words, *([] if root is None else [f"data.root={hydra_quote(root)}"])))
+        own = _dataset((*words, *([] if root is None else [f"data.root={hydra_quote(root)}"])))
     except (ValueError, OSError, HydraException) as error:
         if root == recorded:
             raise
         raise ValueError(f"the location of {described.data} is unknown") from error
-    if own.data_digest != described.data_digest:
+    if own.digest != described.data_digest:
         raise ValueError(f"{root or described.data} has others")
-    if own.size != size:
-        raise ValueError(f"those are {own.size[0]}x{own.size[1]}")
+    if own.image_size != size:
+        raise ValueError("those are {}x{}".format(*own.image_size))
     return own
 
 
@@ -228,15 +220,9 @@ def _recorded_root(path: str) -> str | None:
 
 
 @lru_cache(maxsize=1)  # the networks of a comparison are of one set
-def _own_images(words: tuple[str, ...]) -> _OwnImages:
+def _dataset(words: tuple[str, ...]) -> Dataset:
     dataset: Dataset = make(compose_config(words).data)
-    trained_on, evaluated_on = map(_pixel_digests, (dataset.train, dataset.evaluation))
-    return _OwnImages(
-        dataset.digest,
-        dataset.image_size,
-        frozenset(trained_on),
-        frozenset(evaluated_on),
-    )
+    return dataset
 
 
 def _pixel_digests(images: Images) -> list[bytes]:
