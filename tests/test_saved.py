@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
@@ -157,20 +156,12 @@ def set_weight(name, value):
     return change_weights(lambda tensors: tensors[name].view(-1)[0].fill_(value))
 
 
-def replaced(make):
-    """Something else at the place of a file."""
+def pipe(name):
+    def damage(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
 
-    def damaging(name, *words):
-        def damage(folder):
-            (folder / name).unlink()
-            make(folder / name, *words)
-
-        return damage
-
-    return damaging
-
-
-pipe, link, folder = replaced(os.mkfifo), replaced(Path.symlink_to), replaced(os.mkdir)
+    return damage
 
 
 def set_description(**values):
@@ -188,38 +179,25 @@ def set_network(**values):
 DAMAGE = {
     "cut short": (cut("weights.safetensors", 1000), "weights.safetensors is damaged: "),
     "empty": (cut("weights.safetensors", 0), "weights.safetensors is damaged: "),
-    "text": (text("weights.safetensors", "no weights"), "weights.safetensors is damaged: "),
     "no description": (lambda f: (f / "config.json").unlink(), "config.json, which describes"),
     "description cut": (cut("config.json", 50), "config.json is damaged: "),
-    "description empty": (text("config.json", ""), "config.json is damaged: "),
     "a list": (text("config.json", "[1]"), r"config.json: it is \[1\]; input should be "),
     "deep": (text("config.json", "[" * 100_000), "config.json is damaged: "),
     "other format": (set_description(format=9), "format is 9; this version reads format 3"),
     "no format": (without("format"), "config.json: format is missing"),
-    "format 2": (set_description(format=2), "format is 2; this version reads format 3"),
-    "no mean": (without("mean"), "config.json: mean is missing"),
     "mean": (set_description(mean=[1, 1]), r"mean is \[1, 1\]; list should have at least 3"),
     "std": (set_description(std=[1, 0, 1]), r"std\[1\] is 0; input should be greater than 0.0"),
-    "names": (
-        set_description(class_names="abc"),
-        'class_names is "abc"; input should be a',
-    ),
     "fewer names": (
         change_description(lambda d: d["class_names"].pop()),
         "2 class_names for network.num_classes=3",
     ),
-    "no network": (without("network"), "network is missing"),
     "network": (set_description(network=3), "network is 3; input should be a valid dictionary"),
     "block": (set_network(block="dense"), "describes no network: block=dense must be"),
     "unknown": (set_network(color=1), "describes no network: .*color"),
     "depths": (set_network(depths=[1, 10**12, 1]), "are more blocks than there are weights"),
-    "depths text": (set_network(depths="abc"), 'network.depths is "abc"; input should be a valid'),
     "widths": (set_network(widths=[4, 8, 16]), r"has shape \(.*\); the network of .* has \("),
     "huge": (set_network(widths=[4, 8, 2**40]), "describes no network|, and .* by "),
-    "size": (
-        set_network(image_size=[16, 16]),
-        r"key_rel_w has shape \(19, 2\); .* has \(15, 2\)",
-    ),
+    "size": (set_network(image_size=[16, 16]), r"key_rel_w has shape \(19, 2\); .* has \(15, 2\)"),
     "attention": (set_network(attention={"name": "exec"}), "attention=exec is not one of none, ge"),
     "no name": (set_network(attention={}), "describes no network: 'name'"),
     "setting": (set_network(attention={"name": "se", "code": "x"}), "describes no network: .*code"),
@@ -236,20 +214,11 @@ DAMAGE = {
         r"head.bias has shape \(4,\); the network of .* has \(3,\)",
     ),
     "nan": (set_weight("head.weight", float("nan")), "head.weight has values that are not finite"),
-    "inf": (
-        set_weight("bn_in.running_mean", -float("inf")),
-        "running_mean has values that are not",
-    ),
     "variance": (set_weight("bn_in.running_var", -1.0), "running_var has variances below 0"),
-    "half": (
-        change_weights(lambda t: t.update({"head.bias": torch.zeros(3, dtype=torch.float16)})),
-        "head.bias is torch.float16; the network of",
-    ),
     "whole": (
         change_weights(lambda t: t.update({"head.bias": torch.zeros(3, dtype=torch.int32)})),
         "head.bias is torch.int32; the network of .* has torch.float32",
     ),
-    "settings": (set_description(settings=None), "settings is null; input should be a valid dict"),
     "settings of the data": (
         set_description(settings={"data": None}),
         "settings.data is null, not the settings of a data set",
@@ -259,15 +228,9 @@ DAMAGE = {
         "settings.data.white is NaN, not a finite number",
     ),
     "plain images": (set_network(image_size=[10**5, 10**5]), r"image_size\[0\] is 100000; input"),
-    "no images": (set_network(image_size=[16, 0]), r"image_size\[1\] is 0; input should be gre"),
     "mean of nothing": (set_description(mean=[0.5, 1e30, 0.5]), r"mean\[1\] is 1e\+30; input"),
     "a pipe": (pipe("weights.safetensors"), "has no weights.safetensors and no last.pt"),
     "described by a pipe": (pipe("config.json"), "config.json is not a file"),
-    "described by a device": (
-        link("config.json", "/dev/zero"),
-        "config.json is not a file",
-    ),
-    "described by a folder": (folder("config.json"), "config.json is not a file"),
 }
 
 
@@ -301,15 +264,9 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (
-            {"model": {}},
-            "does not say what network it is of: it is not a checkpoint of train",
-        ),
+        ({"model": {}}, "does not say what network it is of: it is not a checkpoint of train"),
         ([1, 2], "does not say what network it is of"),
-        (
-            {"model": {}, "description": Evil()},
-            "holds print, which only its own code can read",
-        ),
+        ({"model": {}, "description": Evil()}, "holds print, which only its own code can read"),
     ],
 )
 def test_a_checkpoint_that_does_not_explain_itself_is_refused(tmp_path, content, words, capsys):
@@ -356,6 +313,9 @@ def test_damaged_fields_of_a_checkpoint_are_named(tmp_path, change, words):
     assert "\n" not in str(raised.value)
 
 
+OTHERS = [None, [], {}, -1, 0, 1.5, True, 2**62, 1e300, float("nan"), "x", [[]], {"": 0}]
+
+
 def test_whatever_a_field_of_the_description_is_the_network_works_or_is_refused(tmp_path):
     """Each value of config.json by each of these: no error but ValueError, and no NaN."""
     write(tmp_path)
@@ -364,32 +324,13 @@ def test_whatever_a_field_of_the_description_is_the_network_works_or_is_refused(
 
     def places(value, *keys):
         yield keys
-        for key, inner in (
-            value.items()
-            if isinstance(value, dict)
-            else enumerate(value)
-            if isinstance(value, list)
-            else ()
-        ):
+        inside = dict(enumerate(value)) if isinstance(value, list) else value
+        for key, inner in inside.items() if isinstance(inside, dict) else ():
             yield from places(inner, *keys, key)
 
     refused = 0
     for keys in list(places(original))[1:]:
-        for other in (
-            None,
-            [],
-            {},
-            -1,
-            0,
-            1.5,
-            True,
-            2**62,
-            1e300,
-            float("nan"),
-            "x",
-            [[]],
-            {"": 0},
-        ):
+        for other in OTHERS:
             values = deepcopy(original)
             inside = values
             for key in keys[:-1]:
