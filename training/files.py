@@ -45,9 +45,7 @@ def write_files(
     path = None
     try:
         for path, content in files.items():
-            for folder in reversed([f for f in path.parents if not f.exists()]):
-                folder.mkdir(exist_ok=True)  # another process may have been quicker
-                made.append(folder)
+            make_folder(path.parent, made)
             staged.append(_partial(path))
             _stage(staged[-1], content)
         for path in files:
@@ -66,6 +64,22 @@ def write_files(
         if isinstance(error, OSError):
             raise OSError(f"{path} cannot be written ({error.strerror or error})") from error
         raise
+
+
+def make_folder(path: Path, made: list[Path]) -> None:
+    """Make the folder ``path`` and those that it lies in; what was not there is added to ``made``.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    for folder in reversed([f for f in (path, *path.parents) if not f.is_dir()]):
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another process has been quicker
+            if not folder.is_dir():
+                raise
+        else:
+            made.append(folder)
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:

@@ -34,13 +34,12 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 import yaml  # type: ignore[import-untyped]
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from aaconv.text import one_line
@@ -53,7 +52,7 @@ from models.saved import (
     tensors_as_bytes,
 )
 from training import console
-from training.files import csv_text, write_files, write_json, write_text
+from training.files import csv_text, make_folder, write_files, write_json, write_text
 from training.records import Failure, NoRun, Summary, check_summary, row_type
 
 METRICS = "metrics.csv"
@@ -69,6 +68,7 @@ LOCK = ".lock"
 SOFT_LOCK = ".lock-soft"
 HOLDER = ".holder"
 
+Record = TypeVar("Record")
 
 # What a file system without locks answers. 524 is Linux's ENOTSUPP, which NFS hands on.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, 524)
@@ -113,7 +113,7 @@ class RunFolder:
         self._data_digest = data_digest
         for path in (*replaced, self.path / FAILURE, self.path / NO_RUN):
             path.unlink(missing_ok=True)
-        self._make_folder(self.path / HYDRA)
+        make_folder(self.path / HYDRA, self._made)
         self._write_new(self.path / HYDRA / "config.yaml", OmegaConf.to_yaml(cfg))
         if HydraConfig.initialized():
             hydra = HydraConfig.get()
@@ -167,20 +167,6 @@ class RunFolder:
         write_json(self.path / FAILURE, failure)
         self.keep()
 
-    def _make_folder(self, path: Path) -> None:
-        missing = []
-        while not path.is_dir():
-            missing.append(path)
-            path = path.parent
-        for folder in reversed(missing):
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                if not folder.is_dir():
-                    raise
-            else:
-                self._made.append(folder)
-
     def _write_new(self, path: Path, text: str) -> None:
         if not path.exists():
             self._made.append(path)
@@ -188,7 +174,7 @@ class RunFolder:
 
     def _acquire(self) -> filelock.BaseFileLock:
         while True:
-            self._make_folder(self.path)
+            make_folder(self.path, self._made)
             try:
                 # A second, because `holder` takes the lock for a moment, too.
                 lock = _lock(self.path, timeout=1)
@@ -364,7 +350,7 @@ def read_summary(folder: Path) -> Summary:
         UnreadableError: it is damaged or of another format.
     """
     path = folder / SUMMARY
-    return check_summary(_read_json(path), f"{path}")
+    return check_summary(_with_format(read_json(path)), f"{path}")
 
 
 def read_result(folder: Path) -> tuple[Summary, list[dict[str, float]]]:
@@ -446,12 +432,7 @@ def read_failure(folder: Path) -> Failure | None:
     Raises:
         UnreadableError: failed.json is damaged or of another format.
     """
-    path = folder / FAILURE
-    try:
-        failure: Failure = parse(Failure, _read_json(path), f"{path}")
-    except FileNotFoundError:
-        return None
-    return failure
+    return _read_record(folder / FAILURE, Failure)
 
 
 def read_no_run(folder: Path) -> NoRun | None:
@@ -460,11 +441,19 @@ def read_no_run(folder: Path) -> NoRun | None:
     Raises:
         UnreadableError: it is damaged or of another format.
     """
-    path = folder / NO_RUN
+    return _read_record(folder / NO_RUN, NoRun)
+
+
+def _read_record(path: Path, kind: type[Record]) -> Record | None:
     try:
-        return parse(NoRun, _read_json(path), f"{path}")
+        return parse(kind, _with_format(read_json(path)), f"{path}")
     except FileNotFoundError:
         return None
+
+
+def _with_format(value: Any) -> Any:
+    """The value of a JSON file; those of format 1 do not say theirs."""
+    return {"format": 1, **value} if isinstance(value, dict) else value
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
@@ -475,15 +464,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
             return None  # Hydra writes none, and a few lines of them expand to any size
         cfg = OmegaConf.create(text)
         found = OmegaConf.to_container(cfg, resolve=True)
-    # What is damaged may raise anything of YAML's and OmegaConf's.
-    except (
-        OSError,
-        ValueError,
-        AttributeError,
-        RecursionError,
-        OmegaConfBaseException,
-        yaml.YAMLError,
-    ):
+    except Exception:  # what is damaged may raise anything of YAML's and OmegaConf's
         return None
     return found if isinstance(found, dict) else None  # type: ignore[return-value]
 
@@ -497,9 +478,3 @@ def scores_line(summary: Mapping[str, Any]) -> str:
 def top1(summary: Mapping[str, Any]) -> float:
     """A finished run's top-1 accuracy in percent."""
     return float(summary[f"{summary['evaluated_on']}/top1"])
-
-
-def _read_json(path: Path) -> Any:
-    value = read_json(path)
-    # Files of format 1 do not say theirs.
-    return {"format": 1, **value} if isinstance(value, dict) else value
