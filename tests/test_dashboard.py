@@ -108,6 +108,11 @@ def assert_whole(run, folder, but=()):
     assert len({b - a for a, b in zip([0, *readings], readings, strict=False)}) == 1
 
 
+def call_wandb(server, *words):
+    command = [WANDB, *words]
+    subprocess.run(command, env=server.environment, check=True, timeout=GUARD, capture_output=True)
+
+
 def config(run):
     return {k: v["value"] for k, v in run["config"].items() if k != "_wandb"}
 
@@ -256,13 +261,7 @@ def test_a_run_that_was_kept_offline_and_resumed_is_uploaded_whole(train, server
     folders = sorted((tmp_path / "out" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert server.runs == {}
-    subprocess.run(
-        [WANDB, "sync", *map(str, folders)],
-        env=server.environment,
-        check=True,
-        timeout=GUARD,
-        capture_output=True,
-    )
+    call_wandb(server, "sync", *map(str, folders))
     assert_whole(server.only[1], tmp_path / "out")
 
 
@@ -301,13 +300,7 @@ def test_a_server_that_dies_costs_one_warning_and_no_row(server, tmp_path):
     assert command.startswith("wandb sync --no-skip-online ")
     assert len(server.only[1]["history"]) < 12
     server.start()
-    subprocess.run(
-        [WANDB, *command.split()[1:]],
-        env=server.environment,
-        check=True,
-        timeout=GUARD,
-        capture_output=True,
-    )
+    call_wandb(server, *command.split()[1:])
     assert_whole(server.only[1], tmp_path / "out")
 
 
