@@ -48,7 +48,7 @@ def attention_views(
         batch: images (B, 3, H, W), normalized as it was trained.
         queries: pixels (row, column) of the image; a layer's queries are the positions that cover
             them. By default the one position of each layer and image whose attention is the
-            sharpest, see `sharpest`.
+            sharpest, of the lowest entropy.
 
     Raises:
         ValueError: a pixel that no image of the batch has.

@@ -1,6 +1,5 @@
 """What attention looks at, as pictures: for the report, and for scripts/visualize.py."""
 
-from dataclasses import dataclass
 from typing import Any
 
 from hydra.errors import HydraException
@@ -8,12 +7,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 import models
 from configs.schema import OPTIONS
-from data import Dataset, EvaluationSet, Images, evaluation_batches
-from models.views import attention_views
-from reporting import figures
+from data import Dataset, EvaluationSet, Images
 from reporting.runs import Run, Variant
 from training import run_folder
-from training.attention_picture import AttentionPicture, attention_picture, layer_line
+from training.attention_picture import AttentionPicture, attention_pictures
 from training.compose import make
 from training.errors import explain
 from training.media import ATTENTION_IMAGES, spread
@@ -22,69 +19,10 @@ from training.media import ATTENTION_IMAGES, spread
 KNOWN = {kind._target_ for group, _, kind in OPTIONS if group == "data"}
 
 
-@dataclass(frozen=True)
-class Block:
-    """One augmented layer on several images.
+def of_report(variants: list[Variant]) -> tuple[Run, dict[str, AttentionPicture], str] | None:
+    """What one run with attention looks at, by its layers, and what was not possible.
 
-    Attributes:
-        name: of the layer.
-        words: its map size, dk, dv and Nh.
-        picture: see `training.attention_picture`.
-        titles: what each row of the picture is called.
-    """
-
-    name: str
-    words: str
-    picture: AttentionPicture
-    titles: list[str]
-
-    def figure(self) -> figures.Figure:
-        """The picture with its titles."""
-        columns = ["image", *(f"head {number + 1}" for number in range(self.picture.heads))]
-        title = f"{self.name} ({self.words})"
-        return figures.attention(title, self.picture.image, self.titles, columns)
-
-
-def blocks(
-    trained: models.Trained,
-    images: Images,
-    titles: list[str],
-    queries: list[tuple[int, int]] | None = None,
-) -> list[Block]:
-    """A block for each augmented layer; none for a plain network.
-
-    Args:
-        trained: the network.
-        images: what it looks at, on its device.
-        titles: what each image is called.
-        queries: pixels (row, column) from whose place is looked; by default the position of each
-            layer and image whose attention is the sharpest.
-
-    Raises:
-        ValueError: a pixel that is not in the images.
-    """
-    mean, std = trained.description.mean, trained.description.std
-    (batch, _), *_ = evaluation_batches(images, len(images), mean, std)
-    made = []
-    for name, views in attention_views(trained.network, batch, queries).items():
-        picture = attention_picture(images.pixels, views)
-        rows = [
-            "mean over positions"
-            if query is None
-            else f"{titles[image]}\nfrom {query[0]},{query[1]}"
-            for image, query in picture.rows
-        ]
-        made.append(Block(name, layer_line(views[0]), picture, rows))
-    return made
-
-
-# ---- For the report -----------------------------------------------------------------------------
-
-
-def of_report(variants: list[Variant]) -> tuple[Run, list[Block], str] | None:
-    """The blocks of one run with attention whose weights are there, and what was not possible.
-
-    Of each of its stages the last block. None where no such run has its weights.
+    Of each of its stages the last layer. None where no such run has its weights.
     """
     runs = (run for variant in variants if variant.attention == "aa" for run in variant.runs)
     run = next((run for run in runs if (run.folder / run_folder.WEIGHTS).is_file()), None)
@@ -93,11 +31,12 @@ def of_report(variants: list[Variant]) -> tuple[Run, list[Block], str] | None:
     try:
         trained = models.load(run.folder)
         images, titles = chosen(_dataset(run, trained), ATTENTION_IMAGES)
-        made = blocks(trained, images, titles)
+        about = trained.description
+        made = attention_pictures(trained.network, images, titles, about.mean, about.std)
     except (ValueError, TypeError, OSError, HydraException, OmegaConfBaseException) as error:
-        return run, [], f"The attention of {run.folder.name} is not shown: {explain(error)}."
-    last = {block.name.rpartition(".conv")[0].rpartition(".")[0]: block for block in made}
-    return run, list(last.values()), ""
+        return run, {}, f"The attention of {run.folder.name} is not shown: {explain(error)}."
+    last = {layer.rpartition(".conv")[0].rpartition(".")[0]: layer for layer in made}
+    return run, {layer: made[layer] for layer in last.values()}, ""
 
 
 def _dataset(run: Run, trained: models.Trained) -> Dataset:

@@ -9,7 +9,7 @@ import unicodedata
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib import font_manager
@@ -23,6 +23,9 @@ from reporting.paired import Comparison, Difference
 from reporting.runs import Run, Variant
 from reporting.text import single_line
 from training.scores import most_mistaken
+
+if TYPE_CHECKING:  # to import it takes a while
+    from training.attention_picture import AttentionPicture
 
 STYLE = {
     "font.size": 10,
@@ -130,21 +133,22 @@ def one_panel(width: float = 5.2, height: float = 3.5) -> tuple[Figure, Any]:
 
 
 @style()
-def attention(title: str, image: Any, rows: list[str], columns: list[str]) -> Figure:
-    """A PIL image of equal tiles, as many rows and columns of them as there are names."""
-    names = ["\n".join(fit_label(line) for line in row.split("\n")) for row in rows]
-    beside = 0.08 * max(len(line) for name in names for line in name.split("\n")) + 0.4
+def attention(layer: str, picture: "AttentionPicture") -> Figure:
+    """The tiles of the layer of this name, with the names of their rows and columns."""
+    image, columns = picture.image, picture.columns
+    rows = ["\n".join(fit_label(line) for line in row.split("\n")) for row in picture.rows]
+    beside = 0.08 * max(len(line) for row in rows for line in row.split("\n")) + 0.4
     figure, panel = one_panel(image.width / 107 + beside, image.height / 107 + 0.6)
     panel.imshow(image, interpolation="none")
     panel.grid(visible=False)
     panel.spines[:].set_visible(False)
-    panel.set_title(single_line(title), fontsize=10, loc="center")
+    panel.set_title(single_line(f"{layer} ({picture.words})"), fontsize=10, loc="center")
     panel.xaxis.tick_top()
     panel.tick_params(length=0, labelsize=8)
     middles = [(number + 0.5) / len(columns) * image.width for number in range(len(columns))]
     panel.set_xticks(middles, columns)
     middles = [(number + 0.5) / len(rows) * image.height for number in range(len(rows))]
-    panel.set_yticks(middles, names)
+    panel.set_yticks(middles, rows)
     return figure
 
 

@@ -146,18 +146,18 @@ def attention_section(analysis: Analysis) -> Section | None:
     shown = attention.of_report(analysis.variants)
     if shown is None:
         return None
-    run, blocks, why_not = shown
+    run, layers, why_not = shown
     label = next(variant.label for variant in analysis.variants if run in variant.runs)
     pictures = [
         Picture(
             f"attention{number}",
-            f"Block {block.name}",
-            block.figure(),
-            f"Attention of {block.name} ({block.words}): the image with one position (frame), and "
+            f"Block {name}",
+            figures.attention(name, picture),
+            f"Attention of {name} ({picture.words}): the image with one position (frame), and "
             "the weights of each head from there (brightest: the largest); below, their mean over "
             "all positions.",
         )
-        for number, block in enumerate(blocks, start=1)
+        for number, (name, picture) in enumerate(layers.items(), start=1)
     ]
     words = (
         f"{label}, seed {run.seed}, on images of the evaluation. Of each image and block the "
@@ -165,7 +165,7 @@ def attention_section(analysis: Analysis) -> Section | None:
     )
     return Section(
         "What attention looks at",
-        [words] if blocks else [],
+        [words] if layers else [],
         pictures=pictures,
         notes=[why_not] if why_not else [],
     )

@@ -62,6 +62,7 @@ from data import Images
 from data.pictures import read_picture, white_of
 from reporting import attention, figures
 from reporting.text import printable
+from training.attention_picture import attention_pictures
 from training.device import choose_device
 from training.files import write_files
 from training.media import ATTENTION_IMAGES
@@ -98,31 +99,24 @@ def gather(
     if words is not None and not numbers and overrides:
         raise ValueError(f"{overrides[0]}: none of the --images is from the data set")
     white = white_of(trained.description.settings)
-    files = {
-        word: _picture(word, trained.image_size, white)
+    found = {
+        word: (_picture(word, trained.image_size, white), Path(word).name)
         for word in words or ()
         if word not in numbers
     }
-    if words is not None and not numbers:
-        labels = torch.zeros(len(words), dtype=torch.int64)
-        return Images(torch.stack([files[w] for w in words]), labels), [Path(w).name for w in words]
-    dataset = load_data(compose_settings(trained, path, overrides, ()), trained, path)
-    if dataset.image_size != trained.image_size:
-        sizes = ["x".join(map(str, size)) for size in (dataset.image_size, trained.image_size)]
-        raise ValueError(
-            f"the images of {dataset.name} are {sizes[0]}, and {path} takes {sizes[1]}"
-        )
-    if words is None:
-        return attention.chosen(dataset, ATTENTION_IMAGES)
-    found, classes = attention.by_index(dataset, [int(number) for number in numbers])
-    of_data = iter(zip(found.pixels, classes, numbers, strict=True))
-    rows = []
-    for word in words:
-        if word in files:
-            rows.append((files[word], Path(word).name))
-        else:
-            pixels, label, number = next(of_data)
-            rows.append((pixels, f"{number}: {label}"))
+    if words is None or numbers:
+        dataset = load_data(compose_settings(trained, path, overrides, ()), trained, path)
+        if dataset.image_size != trained.image_size:
+            sizes = ["x".join(map(str, size)) for size in (dataset.image_size, trained.image_size)]
+            raise ValueError(
+                f"the images of {dataset.name} are {sizes[0]}, and {path} takes {sizes[1]}"
+            )
+        if words is None:
+            return attention.chosen(dataset, ATTENTION_IMAGES)
+        images, classes = attention.by_index(dataset, [int(number) for number in numbers])
+        for number, pixels, label in zip(numbers, images.pixels, classes, strict=True):
+            found[number] = pixels, f"{number}: {label}"
+    rows = [found[word] for word in words]
     labels = torch.zeros(len(rows), dtype=torch.int64)
     return Images(torch.stack([pixels for pixels, _ in rows]), labels), [name for _, name in rows]
 
@@ -134,16 +128,6 @@ def _picture(word: str, size: tuple[int, int], white: float | None) -> torch.Ten
         return read_picture(Path(word), size, white)
     except (ValueError, OSError) as error:
         raise ValueError(f"{word}: {one_line(error)}") from error
-
-
-def draw(blocks: list[attention.Block], out: Path) -> dict[Path, bytes]:
-    """The files of all blocks and their contents."""
-    files = {}
-    for block in blocks:
-        picture = block.figure()
-        files[out / f"attention-{block.name}.svg"] = figures.as_svg(picture).encode()
-        files[out / f"attention-{block.name}.png"] = figures.as_png(picture)
-    return files
 
 
 def visualize(
@@ -174,8 +158,13 @@ def visualize(
         name = trained.description.network["attention"]["name"]
         raise ValueError(f"{path} has no attention to look at (attention={name})")
     found, titles = gather(trained, path, images, overrides)
-    blocks = attention.blocks(trained, found.to(device), titles, points)
-    files = draw(blocks, out)
+    about, files = trained.description, {}
+    for name, picture in attention_pictures(
+        trained.network, found.to(device), titles, about.mean, about.std, points
+    ).items():
+        figure = figures.attention(name, picture)
+        files[out / f"attention-{name}.svg"] = figures.as_svg(figure).encode()
+        files[out / f"attention-{name}.png"] = figures.as_png(figure)
     write_files(files)
     return list(files)
 

@@ -53,15 +53,14 @@ def test_tables_count_what_a_network_takes_images_for():
     labels = [0, 0, 1, 1, 1, 1, 2, 2, 2]
     guesses = [0, 0, 0, 2, 2, 1, 1, 1, 3]
     seen = media.final_media(Guess(4), dataset_of(labels, guesses, 4), 4, PLAIN)
-    assert seen["media/classes"].table.rows == [["c0", 100.0, 2], ["c1", 25.0, 4], ["c2", 0.0, 3]]
-    matrix = {(row[0], row[1]): row[2] for row in seen["media/confusion_matrix"].table.rows}
+    assert seen["media/classes"].rows == [["c0", 100.0, 2], ["c1", 25.0, 4], ["c2", 0.0, 3]]
+    matrix = {(row[0], row[1]): row[2] for row in seen["media/confusion_matrix"].rows}
     assert len(matrix) == 16
     for a, b in matrix:
         pairs = zip(labels, guesses, strict=True)
         assert matrix[a, b] == sum((f"c{x}", f"c{y}") == (a, b) for x, y in pairs)
-    for name in ("media/classes", "media/confusion_matrix"):
-        assert seen[name].preset is CHARTS[name]
-        assert set(seen[name].preset.fields.values()) <= set(seen[name].table.columns)
+    for name, chart in CHARTS.items():
+        assert set(chart.fields.values()) <= set(seen[name].columns)
     assert seen["media/confusion"].rows == [
         ["c2", 0.0, "c1", 66.67],
         ["c2", 0.0, "c3", 33.33],
@@ -82,11 +81,11 @@ def test_of_many_classes_the_matrix_has_those_with_the_most_mistakes():
     labels = [n for n in range(40) for _ in range(2)]
     guesses = [n if n < 10 or n % 2 else n - 1 for n in labels]  # 10 to 39 mistaken or mistaken for
     seen = media.final_media(Guess(40), dataset_of(labels, guesses, 40), 16, PLAIN)
-    rows = seen["media/confusion_matrix"].table.rows
+    rows = seen["media/confusion_matrix"].rows
     assert len(rows) == media.MATRIX_CLASSES**2
     assert {"c12", "c38"} <= {row[0] for row in rows} == {row[1] for row in rows}
     assert "c3" not in {row[0] for row in rows}
-    assert len(seen["media/classes"].table.rows) == 40
+    assert len(seen["media/classes"].rows) == 40
 
 
 @pytest.mark.parametrize(("number", "shown"), [(1, 1), (32, 32), (33, 32), (100, 32)])
@@ -210,9 +209,10 @@ def test_the_marked_query_is_the_sharpest_one(monkeypatch, at_once):
     assert view.queries == [(1, 0)]
     assert torch.equal(view.weights, maps[:, 2:3])
     torch.testing.assert_close(view.mean, maps.mean(dim=1))
-    drawn = attention_picture.attention_picture(pixels, [view])
-    assert drawn.rows == [(0, (1, 0)), (0, None)]
-    assert drawn.heads == 2
+    drawn = attention_picture.draw(pixels, ["name"], [view])
+    assert drawn.rows == ["name\nfrom 1,0", "mean over\npositions"]
+    assert drawn.columns == ["image", "head 1", "head 2"]
+    assert drawn.words == "2x2, dk=2, dv=2, Nh=2"
     tile = attention_picture.enlarged(pixels[0]).width
     assert drawn.image.getpixel((1, tile // 2 + 1)) == attention_picture.MARK
     assert drawn.image.getpixel((0, tile // 2 + 1)) == attention_picture.EDGE

@@ -455,9 +455,7 @@ def test_the_dashboard_goes_on_in_the_same_run(run, monkeypatch):
     @contextmanager
     def track(mode, *, run_id, **rest):
         asked.append(run_id)
-        tracker = tracking.Tracker(None, run_id, "metrics.csv")
-        monkeypatch.setattr(tracking.Tracker, "id", "abc")
-        yield tracker
+        yield tracking.Tracker(None, "abc", "metrics.csv")
 
     monkeypatch.setattr("training.dashboard.track", track)
     for _ in range(4):

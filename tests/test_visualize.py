@@ -115,10 +115,11 @@ def test_a_tile_has_most_color_where_the_weight_is_largest():
 
 
 def test_a_name_on_the_dashboard_has_escapes_for_letters_that_the_font_lacks():
-    picture = attention_picture.AttentionPicture(
-        Image.new("RGB", (60, 60)), [(0, None), (1, (2, 3))], 1
-    )
-    drawn = [attention_picture.labeled(picture, ["a", name]) for name in ("猫x", r"\u732bx", "狗x")]
+    tiles, drawn = Image.new("RGB", (60, 60)), []
+    for name in ("猫x", r"\u732bx", "狗x"):
+        rows = ["a\nfrom 0,0", f"{name}\nfrom 2,3"]
+        picture = attention_picture.AttentionPicture("", tiles, rows, ["image", "head 1"])
+        drawn.append(attention_picture.labeled(picture))
     assert drawn[0].tobytes() == drawn[1].tobytes()
     assert drawn[0].tobytes() != drawn[2].tobytes()
 
@@ -141,15 +142,15 @@ def test_each_block_becomes_a_png_and_an_svg(folder, capsys):
 
 def drawn(folder, monkeypatch, out, *words):
     """The picture of the first block, and how many rows of tiles it has."""
-    sizes = []
-    draw = attention.attention_picture
+    pictures = []
+    draw = attention_picture.draw
     monkeypatch.setattr(
-        attention, "attention_picture", lambda *given: sizes.append(draw(*given)) or sizes[-1]
+        attention_picture, "draw", lambda *given: pictures.append(draw(*given)) or pictures[-1]
     )
     call(visualize.main, folder / "aa=1", *words, "--out", out)
     monkeypatch.undo()
-    assert sizes[0].heads == 2
-    return (out / f"attention-{BLOCKS[0]}.svg").read_text(), len(sizes[0].rows)
+    assert len(pictures[0].columns) == 3
+    return (out / f"attention-{BLOCKS[0]}.svg").read_text(), len(pictures[0].rows)
 
 
 def test_images_queries_and_settings_are_used(folder, monkeypatch, tmp_path):

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.views import AttentionView
+from data import Images, evaluation_batches
+from models.views import AttentionView, attention_views
 
 # The longer side of a tile in pixels, about, and the color of attention.
 TILE = 128
@@ -23,46 +24,67 @@ PAPER, INK = (255, 255, 255), (30, 30, 30)
 
 @dataclass(frozen=True)
 class AttentionPicture:
-    """The attention of one layer on several images, a tile for each head.
+    """The attention of one layer on several images: rows and columns of tiles.
 
     Attributes:
+        words: the layer's map size, dk, dv and Nh.
         image: the tiles.
-        rows: what each row shows: the number of its image, from 0 on, and the query's
-            (row, column), or None for the mean over all queries.
-        heads: the number of tiles beside the image.
+        rows: what each row shows: the name of an image and the query's row and column, or the mean
+            over all queries.
+        columns: the image, and each head.
     """
 
+    words: str
     image: Image.Image
-    rows: list[tuple[int, tuple[int, int] | None]]
-    heads: int
+    rows: list[str]
+    columns: list[str]
 
 
-def attention_picture(images: Tensor, views: Sequence[AttentionView]) -> AttentionPicture:
+def attention_pictures(
+    model: nn.Module,
+    images: Images,
+    names: Sequence[str],
+    mean: Sequence[float],
+    std: Sequence[float],
+    queries: Sequence[tuple[int, int]] | None = None,
+) -> dict[str, AttentionPicture]:
+    """A picture for each augmented layer of ``model``, by its name; none for a plain network.
+
+    Args:
+        model: the network.
+        images: what it looks at, on its device.
+        names: what each image is called.
+        mean, std: by which the network gets them normalized.
+        queries: see `models.views.attention_views`, as for what is raised.
+    """
+    (batch, _), *_ = evaluation_batches(images, len(images), (*mean,), (*std,))  # type: ignore[arg-type]
+    layers = attention_views(model, batch, queries)
+    return {layer: draw(images.pixels, names, views) for layer, views in layers.items()}
+
+
+def draw(images: Tensor, names: Sequence[str], views: Sequence[AttentionView]) -> AttentionPicture:
     """Draw the ``views`` of one layer, each on its image of (B, H, W, 3), values 0 to 255.
 
     A row for each query has the image with the query's position marked, and beside it what each
     head sees from there. Below them is a row of the mean over all queries, where a view has it. The
     position of a tile with the most color has its largest weight.
     """
-    rows: list[list[Image.Image]] = []
-    labels: list[tuple[int, tuple[int, int] | None]] = []
-    for number, (pixels, view) in enumerate(zip(images, views, strict=True)):
+    tiles: list[list[Image.Image]] = []
+    rows: list[str] = []
+    for pixels, name, view in zip(images, names, views, strict=True):
         image = enlarged(pixels)
         for index, query in enumerate(view.queries):
             heads = [tile(image, weights[index]) for weights in view.weights]
-            rows.append([marked(image, query, view.size), *heads])
-            labels.append((number, query))
+            tiles.append([marked(image, query, view.size), *heads])
+            rows.append(f"{name}\nfrom {query[0]},{query[1]}")
         if view.mean is not None:
-            rows.append([image, *(tile(image, weights) for weights in view.mean)])
-            labels.append((number, None))
-    return AttentionPicture(_grid(rows), labels, views[0].weights.shape[0])
-
-
-def layer_line(view: AttentionView) -> str:
-    """Map size, dk, dv and Nh of a view's layer."""
-    height, width = view.size
-    layer = view.layer
-    return f"{height}x{width}, dk={layer.dk}, dv={layer.dv}, Nh={layer.Nh}"
+            tiles.append([image, *(tile(image, weights) for weights in view.mean)])
+            rows.append("mean over\npositions")
+    height, width = views[0].size
+    layer = views[0].layer
+    words = f"{height}x{width}, dk={layer.dk}, dv={layer.dv}, Nh={layer.Nh}"
+    columns = ["image", *(f"head {number}" for number in range(1, layer.Nh + 1))]
+    return AttentionPicture(words, _grid(tiles), rows, columns)
 
 
 def enlarged(pixels: Tensor) -> Image.Image:
@@ -101,29 +123,18 @@ def marked(image: Image.Image, query: tuple[int, int], size: tuple[int, int]) ->
     return framed
 
 
-def labeled(picture: AttentionPicture, images: Sequence[str]) -> Image.Image:
-    """The picture with its heads named above and its rows at the left.
-
-    Args:
-        picture: the tiles.
-        images: what each image is called.
-    """
+def labeled(picture: AttentionPicture) -> Image.Image:
+    """The tiles with their columns named above and their rows at the left."""
     font = ImageFont.load_default(size=14)
-    rows = [
-        "mean over\npositions"
-        if query is None
-        else f"{_with_letters_of(font, images[number])}\nfrom {query[0]},{query[1]}"
-        for number, query in picture.rows
-    ]
-    columns = ["image", *(f"head {number}" for number in range(1, picture.heads + 1))]
+    rows = [_with_letters_of(font, row) for row in picture.rows]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin = max(round(ruler.multiline_textbbox((0, 0), row, font)[2]) for row in rows) + 2 * GAP
     page = Image.new("RGB", (margin + picture.image.width, HEADER + picture.image.height), PAPER)
     page.paste(picture.image, (margin, HEADER))
     draw = ImageDraw.Draw(page)
-    width = (picture.image.width + GAP) / len(columns)
+    width = (picture.image.width + GAP) / len(picture.columns)
     height = (picture.image.height + GAP) / len(rows)
-    for number, text in enumerate(columns):
+    for number, text in enumerate(picture.columns):
         middle = margin + (number + 0.5) * width - GAP / 2
         draw.text((middle, HEADER / 2), text, INK, font, anchor="mm")
     for number, text in enumerate(rows):
@@ -135,7 +146,8 @@ def labeled(picture: AttentionPicture, images: Sequence[str]) -> Image.Image:
 def _with_letters_of(font: Any, text: str) -> str:
     """``text`` with escapes for what the font would draw as a box."""
     box = bytes(font.getmask("\U0010ffff"))
-    return "".join(c if bytes(font.getmask(c)) != box else ascii(c)[1:-1] for c in text)
+    letters = (c if c == "\n" or bytes(font.getmask(c)) != box else ascii(c)[1:-1] for c in text)
+    return "".join(letters)
 
 
 def _grid(rows: Sequence[Sequence[Image.Image]]) -> Image.Image:

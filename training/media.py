@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from aaconv import attention_stats
 from data import Dataset, evaluation_batches
 from models import augmented_layers
-from models.views import attention_views, eval_mode
-from training.attention_picture import attention_picture, labeled, layer_line
+from models.views import eval_mode
+from training import attention_picture
 from training.scores import most_mistaken
-from training.tracking import CHARTS, Chart, Media, Picture, Table
+from training.tracking import Media, Picture, Table
 
 # Images whose attention is drawn: on the dashboard, in the report, and by visualize.py.
 ATTENTION_IMAGES = 3
@@ -43,19 +43,18 @@ def attention_pictures(model: nn.Module, dataset: Dataset) -> dict[str, list[Pic
     One picture for each block, see `training.attention_picture`; computed in float32. Empty for a
     plain network.
     """
-    indices = spread(len(dataset.evaluation), ATTENTION_IMAGES)
-    images = dataset.evaluation.select(indices)
-    (batch, labels), *_ = evaluation_batches(images, len(images), dataset.mean, dataset.std)
-    names = [dataset.class_names[label] for label in labels.tolist()]
+    images = dataset.evaluation.select(spread(len(dataset.evaluation), ATTENTION_IMAGES))
+    names = [dataset.class_names[label] for label in images.labels.tolist()]
+    drawn = attention_picture.attention_pictures(model, images, names, dataset.mean, dataset.std)
     return {
         f"media/attention/{layer}": [
             Picture(
-                labeled(attention_picture(images.pixels, views), names),
-                f"{layer}, {layer_line(views[0])}. Of each image from the marked position, whose "
+                attention_picture.labeled(picture),
+                f"{layer}, {picture.words}. Of each image from the marked position, whose "
                 "attention is the sharpest, and the mean over all positions",
             )
         ]
-        for layer, views in attention_views(model, batch).items()
+        for layer, picture in drawn.items()
     }
 
 
@@ -84,9 +83,10 @@ def final_media(
     """What a trained network makes of the evaluation's images, in one pass over them.
 
     ``media/predictions``: fixed images with truth, prediction and confidence (the softmax of the
-    prediction). ``media/classes``: top-1 accuracy of each class in percent, a chart.
-    ``media/confusion_matrix``: the classes with the most mistakes, a chart. ``media/confusion``:
-    what the classes with the lowest accuracy are taken for, in percent of their images.
+    prediction). ``media/classes``: top-1 accuracy of each class in percent.
+    ``media/confusion_matrix``: the classes with the most mistakes. ``media/confusion``: what the
+    classes with the lowest accuracy are taken for, in percent of their images. For the charts see
+    `training.tracking.CHARTS`.
     """
     logits = _all_logits(model, dataset, batch_size, autocast)
     labels = dataset.evaluation.labels.cpu()
@@ -94,14 +94,11 @@ def final_media(
     classes = dataset.num_classes
     counts = torch.bincount(labels * classes + predicted, minlength=classes * classes)
     confusion = counts.view(classes, classes)  # rows: truth
-    drawn = {
-        "media/classes": _classes(dataset.class_names, confusion),
-        "media/confusion_matrix": _matrix(dataset.class_names, confusion.tolist()),
-    }
     return {
         "media/predictions": _predictions(dataset, logits, labels, predicted),
+        "media/classes": _classes(dataset.class_names, confusion),
+        "media/confusion_matrix": _matrix(dataset.class_names, confusion.tolist()),
         "media/confusion": _confusion(dataset.class_names, confusion),
-        **{name: Chart(table, CHARTS[name]) for name, table in drawn.items()},
     }
 
 

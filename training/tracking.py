@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -102,16 +103,9 @@ class Preset(NamedTuple):
     title: str
 
 
-class Chart(NamedTuple):
-    """A table and the chart that draws it."""
+Media = Picture | list[Picture] | Table
 
-    table: Table
-    preset: Preset
-
-
-Media = Picture | list[Picture] | Table | Chart
-
-# Charts of a finished run, by the names under which it has them.
+# The tables of a finished run that are drawn, by the names under which it has the charts.
 CHARTS = {
     "media/classes": Preset(
         "wandb/bar/v0",
@@ -152,16 +146,10 @@ class Tracker:
     def __init__(self, run: Any | None, run_id: str | None, record: str) -> None:
         self._run = run
         self._record = record
-        self._id = run.id if run is not None else run_id
         self._exit_code = FINISHED
-
-    @property
-    def id(self) -> str | None:
-        """The run's id, by which a resumed run continues in the same place.
-
-        It outlives a fault, and a run that could not be tracked keeps the one it was given.
-        """
-        return self._id
+        # By which a resumed run continues in the same place. It outlives a fault, and a run that
+        # could not be tracked keeps the one it was given.
+        self.id: str | None = run.id if run is not None else run_id
 
     @property
     def active(self) -> bool:
@@ -186,18 +174,18 @@ class Tracker:
         self._guarded(LOG_TIMEOUT, lambda run: run.summary.update(values))
 
     def show(self, media: dict[str, Media]) -> None:
-        """What there is to see of the whole run, in its summary: it is of no epoch."""
+        """What there is to see of the whole run, `CHARTS` among it: in its summary, of no epoch."""
 
         def send(run: Any) -> None:
             values = _converted(media)
             panels = {}
-            for name in [name for name, it in media.items() if isinstance(it, Chart)]:
-                chart = values.pop(name)
+            for name, (preset, fields, title) in CHARTS.items():
+                table = values[chart_table(name)] = values.pop(name)
+                chart = _wandb().plot_table(preset, table, fields, {"title": title})
                 chart.set_key(name)
                 panels[name] = chart.spec.config_value
-                values[chart_table(name)] = chart.table
-            if panels:  # which run.log does for a chart, and the summary does not
-                run.config.update({"_wandb": {"visualize": panels}}, allow_val_change=True)
+            # Which run.log does for a chart, and the summary does not.
+            run.config.update({"_wandb": {"visualize": panels}}, allow_val_change=True)
             run.summary.update(values)
 
         self._guarded(CLOSE_TIMEOUT, send)
@@ -245,12 +233,7 @@ class Tracker:
         """The run ends without a result."""
         self._exit_code = FAILED
         diverged = isinstance(error, FloatingPointError)
-        why = first_line(error) or type(error).__name__
-        self._ended("diverged" if diverged else "failed", why)
-
-    def continued(self) -> None:
-        """Take back how the run ended before; wandb's own state says that it is running."""
-        self._ended("", "")
+        self._ended("diverged" if diverged else "failed", first_line(error))
 
     def _ended(self, outcome: str, why: str) -> None:
         """Say in the summary how the run has ended, in the words of `training.outcome`."""
@@ -297,22 +280,16 @@ def _sync(folder: Path) -> str:
 
 
 def _converted(media: dict[str, Media]) -> dict[str, Any]:
-    if not media:
-        return {}
-    wandb = _wandb()
+    return {name: _convert(it) for name, it in media.items()}
 
-    def picture(it: Any) -> Any:
-        return wandb.Image(it.image, caption=it.caption) if isinstance(it, Picture) else it
 
-    def convert(it: Media) -> Any:
-        if isinstance(it, Chart):
-            name, fields, title = it.preset
-            return wandb.plot_table(name, convert(it.table), fields, {"title": title})
-        if isinstance(it, Table):
-            return wandb.Table(it.columns, [[picture(cell) for cell in row] for row in it.rows])
-        return [picture(one) for one in it] if isinstance(it, list) else picture(it)
-
-    return {name: convert(it) for name, it in media.items()}
+def _convert(it: Any) -> Any:
+    """Pictures and tables as wandb's own, and lists of what they hold; all else stays as it is."""
+    if isinstance(it, Picture):
+        return _wandb().Image(it.image, caption=it.caption)
+    if isinstance(it, Table):
+        return _wandb().Table(it.columns, _convert(it.rows))
+    return [_convert(one) for one in it] if isinstance(it, list) else it
 
 
 def _wandb() -> Any:
@@ -364,23 +341,18 @@ def with_timeout(seconds: float, act: Callable[[], Any]) -> Any:
     Raises:
         TimeoutError: it took longer. It then continues in a thread that keeps no process alive.
     """
-    outcome: list[Any] = []
-    failure: list[BaseException] = []
+    outcome: Future[Any] = Future()
 
     def work() -> None:
         try:
-            outcome.append(act())
+            outcome.set_result(act())
         except BaseException as error:
-            failure.append(error)
+            outcome.set_exception(error)
 
-    thread = threading.Thread(target=work, daemon=True, name="wandb within a limit")
-    thread.start()
-    thread.join(seconds)
-    if failure:
-        raise failure[0]
-    if not outcome:
+    threading.Thread(target=work, daemon=True, name="wandb within a limit").start()
+    if not wait([outcome], seconds).done:
         raise TimeoutError(f"no answer within {seconds:g} s")
-    return outcome[0]
+    return outcome.result()
 
 
 def _kill_service() -> None:
@@ -418,48 +390,32 @@ def track(
     mode: str,
     *,
     folder: Path,
-    project: str,
-    entity: str | None,
-    group: str,
-    name: str,
-    job_type: str,
-    tags: Sequence[str],
-    config: dict[str, Any],
     run_id: str | None,
     rows: Sequence[dict[str, Any]] = (),
-    notes: str | None = None,
     record: str = "metrics.csv",
+    **about: Any,
 ) -> Iterator[Tracker]:
     """A `Tracker` of one run, closed at the end of the ``with``.
 
     ``auto`` is what the environment's WANDB_MODE says, else online if credentials are found and
     offline if not; it never asks for any. A server that cannot be reached makes the run an
     offline one. All runs share ``folder``/wandb. ``rows`` are what was logged already, in order;
-    ``record`` names the file that has everything even where the dashboard has not. No
+    ``record`` names the file that has everything even where the dashboard has not; ``about`` is
+    what `wandb.init` takes: group, name, job_type and tags, which are made to fit, and others. No
     fault of wandb's is passed on, not even that it is not installed.
     """
     os.environ.update(QUIET)
     mode = _resolve(mode)
     run = None
     if mode != "disabled":
-        run = _start(
-            mode,
-            record,
-            dir=str(folder),
-            project=project,
-            entity=entity,
-            group=shortened(group, NAME_LENGTH),
-            name=shortened(name, NAME_LENGTH),
-            job_type=shortened(job_type, TAG_LENGTH),
-            tags=list(dict.fromkeys(shortened(tag, TAG_LENGTH) for tag in tags)),
-            notes=notes,
-            config=config,
-            id=run_id,
-            resume="allow" if run_id or os.environ.get("WANDB_RUN_ID") else None,
-        )
+        lengths = {"group": NAME_LENGTH, "name": NAME_LENGTH, "job_type": TAG_LENGTH}
+        about |= {key: shortened(about[key], length) for key, length in lengths.items()}
+        about["tags"] = list(dict.fromkeys(shortened(tag, TAG_LENGTH) for tag in about["tags"]))
+        resume = "allow" if run_id or os.environ.get("WANDB_RUN_ID") else None
+        run = _start(mode, record, dir=str(folder), id=run_id, resume=resume, **about)
     tracker = Tracker(run, run_id, record)
-    if getattr(run, "resumed", False):
-        tracker.continued()
+    if getattr(run, "resumed", False):  # how it ended before is past
+        tracker.summarize({"outcome": "", "reason": ""})
     # A run that was killed may not have sent all it had logged; offline each start of a run is kept
     # apart, and the last one is then whole.
     for row in rows:
