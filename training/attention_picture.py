@@ -57,7 +57,7 @@ def attention_pictures(
         mean, std: by which the network gets them normalized.
         queries: see `models.views.attention_views`, as for what is raised.
     """
-    (batch, _), *_ = evaluation_batches(images, len(images), (*mean,), (*std,))  # type: ignore[arg-type]
+    (batch, _), *_ = evaluation_batches(images, len(images), mean, std)
     layers = attention_views(model, batch, queries)
     return {layer: draw(images.pixels, names, views) for layer, views in layers.items()}
 
