@@ -1,7 +1,6 @@
 """What all commands share: safe streams and Ctrl-C, help, and errors in one line."""
 
 import argparse
-import errno
 import functools
 import importlib
 import os
@@ -37,13 +36,13 @@ def start(file: str, add_options: AddOptions) -> NoReturn:
 
 
 def command(
-    add_options: AddOptions, *, code: int = 2, errors: tuple[type[Exception], ...] = ()
+    add_options: AddOptions, *, errors: tuple[type[Exception], ...] = ()
 ) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[], None]]:
     """Wrap ``main(args)`` in a function that parses the command line.
 
-    The help is the module's docstring. ValueError, OSError, Hydra's errors and ``errors`` are one
-    line on stderr and end the process with ``code``, a wrong option with 2, and Ctrl-C with 130, or
-    the code that a KeyboardInterrupt has as its argument.
+    The help is the module's docstring. A wrong option, an error of which
+    `training.errors.is_for_the_user`, and ``errors`` are one line on stderr and end the process
+    with code 2; Ctrl-C ends it with 130, or with the argument that a KeyboardInterrupt has.
     """
 
     def decorate(main: Callable[[argparse.Namespace], None]) -> Callable[[], None]:
@@ -57,9 +56,12 @@ def command(
             except KeyboardInterrupt as stopped:
                 console.stop(program, "interrupted", *(stopped.args or (130,)))
             except Exception as error:
-                if not isinstance(error, (*_expected(), *errors)):
+                # Hydra, which it imports, takes a while that help and a wrong option need not.
+                from training.errors import explain, is_for_the_user
+
+                if not (is_for_the_user(error) or isinstance(error, errors)):
                     raise
-                console.stop(program, printable(_explain(error)), code)
+                console.stop(program, printable(explain(error)))
 
         return call
 
@@ -122,20 +124,3 @@ def check_out(folder: Path) -> None:
     with suppress(FileNotFoundError):
         if not S_ISDIR(os.stat(folder).st_mode):
             raise ValueError(f"--out {folder} is not a folder")
-
-
-def _expected() -> tuple[type[Exception], ...]:
-    # Imported when it is needed: `start` prepares the streams before anything is that is slow.
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    return ValueError, OSError, HydraException, OmegaConfBaseException
-
-
-def _explain(error: Exception) -> str:
-    from training.errors import explain
-
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        name = str(error.filename)
-        return f"{error.strerror}: {name[:60]}... has {len(name):,} characters"
-    return explain(error)

@@ -174,7 +174,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
     return {**record, "classes": classes}
 
 
-@command(options, code=1, errors=(RuntimeError,))
+@command(options, errors=(RuntimeError,))
 def main(args: argparse.Namespace) -> None:
     paths, overrides = paths_and_overrides(args.words)
     if not paths:

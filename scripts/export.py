@@ -148,7 +148,7 @@ def export(trained: models.Trained, kind: str, out: Path) -> str:
     return f"{path}: {len(content) / 2**20:.1f} MiB, logits within {error:.1g} of the largest"
 
 
-@command(options, code=1, errors=(RuntimeError,))
+@command(options, errors=(RuntimeError,))
 def main(args: argparse.Namespace) -> None:
     network = Path(args.network).expanduser()
     out = args.out or (network if network.is_dir() else network.parent)

@@ -101,6 +101,6 @@ def is_there(path: Path, text: str) -> bool:
     raise ValueError(f"{path} holds other results; publish to another folder, or remove it first")
 
 
-@command(options, code=1)
+@command(options)
 def main(args: argparse.Namespace) -> None:
     print(printable(publish(args.source, args.target)))

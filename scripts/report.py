@@ -53,7 +53,7 @@ from reporting.analysis import analyze
 from reporting.text import printable
 
 
-@command(options, code=1)
+@command(options)
 def main(args: argparse.Namespace) -> None:
     out = args.out or args.runs[0]
     analysis = analyze(args.runs, args.data)

@@ -1,7 +1,7 @@
 """Write docs/settings.md: every setting of train.py with its type, default and meaning.
 
     python scripts/settings.py            # after a change in configs/
-    python scripts/settings.py --check    # exits with 1 and one line if the page is out of date
+    python scripts/settings.py --check    # exits with 2 and one line if the page is out of date
 
 Types, meanings and ranges are those of configs/schema.py; defaults are those of the YAML files,
 before anything that refers to another setting is resolved.
@@ -277,7 +277,7 @@ def page(configs: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-@command(options, code=1)
+@command(options)
 def main(args: argparse.Namespace) -> None:
     text = page(CONFIGS)
     if not args.check:

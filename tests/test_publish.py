@@ -101,6 +101,6 @@ def test_folders_that_overlap_are_refused(tmp_path, target):
 
 def test_the_command_names_what_is_wrong(tmp_path):
     done = run_app(["scripts/publish.py", tmp_path / "nowhere", tmp_path / "kept"], cwd=ROOT)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"publish.py: there is no {tmp_path / 'nowhere'}\n"
     assert not (tmp_path / "kept").exists()

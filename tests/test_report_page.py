@@ -302,5 +302,5 @@ def test_a_full_disk_leaves_the_report_that_was_there(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_an_error_is_utf_8_too(tmp_path):
     done = run_report(tmp_path / "fehlt ß")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.decode() == f"report.py: there is no {tmp_path}/fehlt ß\n"

@@ -54,7 +54,7 @@ def command(monkeypatch, tmp_path, capsys):
             call(settings.main, *words)
         except SystemExit as stopped:
             line = capsys.readouterr().err.rstrip("\n")
-            return line if stopped.code == 1 else f"code {stopped.code}"
+            return line if stopped.code == 2 else f"code {stopped.code}"
         return None
 
     return go

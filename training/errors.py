@@ -48,7 +48,8 @@ def explain(error: BaseException) -> str:
     """The error in one line: the value, and what to change where that is known."""
     cause = error.__cause__
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"{_first_part(error)}; shorten that path, of a run's folder by name= or out_dir="
+        name = str(error.filename)
+        return f"{error.strerror}: {name[:60]}... has {len(name):,} characters; give a shorter one"
     if _lacks_memory(error):
         return (
             f"not enough memory ({_first_part(error)}); a smaller batch_size, eval_batch_size, "
