@@ -68,13 +68,6 @@ def augmented_blocks(overrides: list[str]) -> list[str]:
     return list(augmented_layers(model))
 
 
-def default_entity() -> str:
-    """The account's own user or team."""
-    import wandb
-
-    return str(wandb.Api(timeout=TIMEOUT).default_entity)
-
-
 @command(options)
 def main(args: argparse.Namespace) -> None:
     if args.replace and not args.save:
@@ -89,7 +82,11 @@ def main(args: argparse.Namespace) -> None:
     if args.save and not has_credentials():
         console.stop("workspace.py", "no account to save it with; run `wandb login` first")
     try:
-        entity = args.entity or (with_timeout(TIMEOUT, default_entity) if args.save else "")
+        entity = args.entity or ""
+        if args.save and not entity:
+            import wandb
+
+            entity = str(with_timeout(TIMEOUT, lambda: wandb.Api(timeout=TIMEOUT).default_entity))
         made = workspace.build(args.project, entity, blocks, args.data)
         if not args.save:
             print(workspace.as_json(made))

@@ -18,10 +18,10 @@ from reporting.next_steps import next_commands
 from scripts import compare
 from training import comparison, launch, outcome, run_folder
 from training.comparison import PlannedRun
-from training.run_folder import RunFolder, claimed
+from training.run_folder import claimed
 
 from app import App, run_app
-from folders import make_run
+from folders import failed, make_run
 from helpers import ROOT, TINY, await_, refused, slow
 
 SHORT = [word for word in TINY if "epochs" not in word]
@@ -99,7 +99,6 @@ def pretend(monkeypatch):
         calls = []
 
         def start(words, folder, *_, **__):
-            folder.mkdir(parents=True, exist_ok=True)
             limits = [float(w.partition("=")[2]) for w in words if w.startswith("max_minutes=")]
             calls.append((f"{folder.parent.name} {folder.name}", *limits))
             code = act(folder)
@@ -114,8 +113,7 @@ def pretend(monkeypatch):
 
 
 def finish(folder):
-    write_rows(folder, epochs=2)
-    write_summary(folder, epochs=2)
+    make_run(folder, epochs=2)
     return 0
 
 
@@ -123,21 +121,6 @@ def told(capsys):
     """What is printed on stdout so far, each row of the table with single blanks, and on stderr."""
     printed = capsys.readouterr()
     return "\n".join(" ".join(line.split()) for line in printed.out.splitlines()), printed.err
-
-
-def write_summary(folder, epochs=1):
-    """As much of it as its reader asks for."""
-    made = json.loads((make_run(folder / "made", epochs=epochs) / "summary.json").read_text())
-    RunFolder(folder).write_summary(made)
-
-
-def write_rows(folder, epochs, seconds=1.0):
-    folder.mkdir(parents=True, exist_ok=True)
-    rest = {"train/loss": 1.0, "train/top1": 1, "train/lr": 0.1}
-    rest |= {"test/loss": 1, "test/top1": 1, "test/top5": 1}
-    RunFolder(folder).write_metrics(
-        [{"epoch": e, **rest, "perf/epoch_seconds": seconds} for e in range(1, epochs + 1)]
-    )
 
 
 @pytest.mark.slow
@@ -293,7 +276,7 @@ def test_a_finished_run_whose_folder_is_held_is_finished(tmp_path, pretend, caps
 
 @pytest.mark.parametrize("code", [130, 138, 143])
 def test_a_run_that_a_signal_stops_stops_the_comparison(tmp_path, pretend, capsys, code):
-    calls = pretend(lambda folder: write_rows(folder, 1) or code)
+    calls = pretend(lambda folder: make_run(folder, epochs=1, finished=False) and code)
     assert compare.compare([["attention=none,aa"]], [0], TINY, tmp_path) == code
     assert len(calls) == 1
     out, _ = told(capsys)
@@ -313,17 +296,15 @@ def test_time_to_go_is_that_of_the_variant(tmp_path):
     _, runs = comparison.plan([["attention=none,aa"]], [0, 1, 2], [*SHORT, "epochs=10"], tmp_path)
     assert comparison.seconds_left(runs) is None
     none, aa = runs[0::2], runs[1::2]
-    write_rows(none[0].folder, 10, seconds=2)
-    write_summary(none[0].folder, 10)
-    # Nothing is known of aa: it takes none's pace. 5 runs of 10 epochs of 2 seconds.
-    assert comparison.seconds_left(runs) == pytest.approx(100)
-    write_rows(aa[0].folder, 4, seconds=5)
-    assert comparison.seconds_left(runs) == pytest.approx(2 * 10 * 2 + 26 * 5)
-    (aa[1].folder).mkdir(parents=True)
-    RunFolder(aa[1].folder).write_failure(FloatingPointError("diverged"))
-    assert comparison.seconds_left(runs) == pytest.approx(2 * 10 * 2 + 16 * 5)
+    make_run(none[0].folder, epochs=10)
+    # Nothing is known of aa: it takes none's pace. 5 runs of 10 epochs of 12 seconds.
+    assert comparison.seconds_left(runs) == pytest.approx(600)
+    make_run(aa[0].folder, attention="aa", epochs=4, finished=False)  # of 15 seconds
+    assert comparison.seconds_left(runs) == pytest.approx(2 * 10 * 12 + 26 * 15)
+    failed(aa[1].folder)
+    assert comparison.seconds_left(runs) == pytest.approx(2 * 10 * 12 + 16 * 15)
     assert comparison.status(runs, runs[1]) == (
-        "[2/6] attention=aa seed=0: after epoch 4 of 10 (1 finished, about 0:02:00 left)"
+        "[2/6] attention=aa seed=0: after epoch 4 of 10 (1 finished, about 0:08:00 left)"
     )
     assert "training (1 finished, about" in comparison.status(runs, runs[2])
 
@@ -349,7 +330,7 @@ sys.exit(2)"""
             return lines[0]
         return lines.pop(0)
 
-    monkeypatch.setattr(compare, "ROOT", tmp_path)
+    monkeypatch.setattr(launch, "TRAIN", tmp_path / "train.py")
     monkeypatch.setattr(compare, "STATUS_EVERY_S", 0)
     monkeypatch.setattr(compare, "status", status)
     run = PlannedRun(("attention=aa", "attention.dk=8"), 3, tmp_path, epochs=5)
@@ -451,7 +432,7 @@ def test_killed_started_again_and_interrupted(tmp_path):
     summary, written = finished.read_bytes(), finished.stat().st_mtime_ns
 
     with started(tmp_path) as process:
-        await_(lambda: len(second.epoch_seconds()) > there + 1, "two epochs more")
+        await_(lambda: len(second.epoch_seconds()) > there + 1, "two more epochs")
         process.send_signal(signal.SIGINT)
         printed = process.communicate(timeout=240)[0].splitlines()
         assert process.returncode == 130

@@ -195,7 +195,7 @@ def test_images_that_may_have_been_trained_on_are_refused(
     write(tmp_path / "more" / "train" / "ant" / "new.png", seed=7)
     write(tmp_path / "strange" / "cow" / "0.png")
     shutil.copytree(pets / "train", tmp_path / "train only" / "train")
-    said = refused(capsys, evaluate.main, path, f"data.root='{tmp_path / place}'", *words, code=1)
+    said = refused(capsys, evaluate.main, path, f"data.root='{tmp_path / place}'", *words)
     assert re.search(line, said), said
 
 
@@ -219,7 +219,7 @@ def test_a_part_of_the_training_images_is_known_by_its_pixels(pets, tmp_path, ca
     (tmp_path / "net" / ".hydra").mkdir()
     settings = tmp_path / "net" / ".hydra" / "config.yaml"
     settings.write_text(json.dumps({"data": {"root": str(pets)}}))
-    said = refused(capsys, evaluate.main, path, *words, code=1)
+    said = refused(capsys, evaluate.main, path, *words)
     assert "14 of 19 images of data.root=" in said
     for file in copies.rglob("*.bmp"):
         with Image.open(file) as image:
@@ -248,7 +248,7 @@ def test_training_images_that_were_written_to_files_are_known(folder, tmp_path, 
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.numpy()).save(file)
     words = [folder / "aa=1", "data=folder", f"data.root='{tmp_path / 'files'}'"]
-    assert "5 of 5 images of data.root=" in refused(capsys, evaluate.main, *words, code=1)
+    assert "5 of 5 images of data.root=" in refused(capsys, evaluate.main, *words)
     call(evaluate.main, *words, "data.size=33")
     assert "not compared with the images that it was trained on: those are 32x32" in caplog.text
 
@@ -353,7 +353,7 @@ def test_outputs_that_are_not_finite_are_no_score(folder, tmp_path, capsys):
     huge = {name: t * 1e30 if t.dim() == 4 else t for name, t in tensors.items()}
     safetensors.torch.save_file(huge, file)
     words = [folder / "plain=1", "--out", tmp_path / "out"]
-    line = refused(capsys, evaluate.main, *words, code=1)
+    line = refused(capsys, evaluate.main, *words)
     assert "plain=1: the network's outputs are not finite" in line
     assert not (tmp_path / "out").exists()
 

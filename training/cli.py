@@ -30,7 +30,7 @@ from training.errors import explain, is_for_the_user, shortened
 from training.files import write_text
 from training.launch import REASON
 from training.tracking import under_agent
-from training.variants import folder_name, name_of_images, naming_words
+from training.variants import folder_name, naming_words
 from training.world import world
 
 # What the user has set HYDRA_FULL_ERROR to, which `run` sets for its own purpose; the processes
@@ -86,16 +86,14 @@ def _stop_at(error: BaseException) -> None:
         return
     if isinstance(error, HydraException | OmegaConfBaseException):
         stop(explain(error))
-    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        stop(explain(error))
     if isinstance(error, OSError):  # Hydra was not able to make a folder
-        stop(f"{explain(error)}; choose a writable folder with out_dir=...")
+        too_long = error.errno == errno.ENAMETOOLONG
+        stop(explain(error) + "; choose a writable folder with out_dir=..." * (not too_long))
     # Hydra's own, before a run began, whatever it is: it names nothing.
     code = _main.__wrapped__.__code__
     own = any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
-    if isinstance(error, ValueError) or (isinstance(error, Exception) and not own):
-        given = shortened(" ".join(sys.argv[1:]))
-        stop(f"{explain(error)} (given: {given})")
+    if isinstance(error, Exception) and not own:
+        stop(f"{explain(error)} (given: {shortened(' '.join(sys.argv[1:]))})")
 
 
 def _check_options() -> None:
@@ -107,7 +105,8 @@ def _check_options() -> None:
     except SystemExit as stopped:
         if not stopped.code:  # --version
             own = importlib.import_module("aaconv").__version__
-            print(f"train.py {own}, {_version('hydra-core')}, {_version('torch')}")
+            hydras, torchs = map(importlib.metadata.version, ("hydra-core", "torch"))
+            print(f"train.py {own}, hydra-core {hydras}, torch {torchs}")
             sys.exit(0)
         fault = stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         stop(f"{fault}; settings are NAME=VALUE, and options such as -m come before them")
@@ -116,10 +115,6 @@ def _check_options() -> None:
     )
     if line is not None:
         stop(line)
-
-
-def _version(package: str) -> str:
-    return f"{package} {importlib.metadata.version(package)}"
 
 
 def job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) -> float:
@@ -160,10 +155,8 @@ def run_dir(cfg: DictConfig) -> Path:
     if sweep_id and run_id and not multirun:
         return folder / folder_name([f"sweep={sweep_id}"]) / f"run={run_id}"
     own_config = hydra.job.config_name not in (None, "config")
-    overrides = [f"config={hydra.job.config_name}"] if own_config else []
-    overrides += sorted(naming_words(hydra.overrides.task))
-    overrides += name_of_images(cfg, hydra.overrides.task)
-    name = folder_name(overrides) if overrides else "default"
+    first = [f"config={hydra.job.config_name}"] if own_config else []
+    name = folder_name([*first, *naming_words(cfg, sorted(hydra.overrides.task))])
     return folder / name / f"seed={cfg.seed}"
 
 

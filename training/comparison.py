@@ -13,7 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from training import images, outcome, run_folder, settings
 from training.compose import compose_config
 from training.outcome import DIVERGED, FAILED, Outcome
-from training.variants import folder_name, images_key, name_of_images, naming_words
+from training.variants import folder_name, images_key, naming_words
 
 # Settings that compare.py gives each run itself, and what to do instead.
 OURS = {
@@ -98,8 +98,7 @@ def plan(
     for override in OverridesParser.create().parse_overrides(words):
         if override.key_or_group in OURS:
             raise ValueError(f"{override.input_line}: {OURS[override.key_or_group]}")
-    naming = naming_words(overrides)
-    naming += name_of_images(compose_config(overrides), naming)
+    name = folder_name(naming_words(compose_config(overrides), overrides))
     lengths, data = {}, {}
     for variant in expand(vary):
         cfg = compose_config([*overrides, *variant, f"seed={max(seeds)}"])
@@ -107,7 +106,7 @@ def plan(
         lengths[variant] = int(cfg.epochs)
         config = settings.resolve(cfg)
         data[images_key(config)] = config
-    comparison = (out_dir / "compare" / (folder_name(naming) if naming else "default")).absolute()
+    comparison = (out_dir / "compare" / name).absolute()
     _check_images(comparison, data)
     runs = [
         PlannedRun(variant, seed, comparison / folder_name(variant) / f"seed={seed}", epochs)

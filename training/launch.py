@@ -41,7 +41,6 @@ def start(
     out_dir: Path,
     *,
     processes: int = 1,
-    train: Path = TRAIN,
     env: Mapping[str, str] | None = None,
     **options: Any,
 ) -> subprocess.Popen[bytes]:
@@ -59,7 +58,7 @@ def start(
         f"run_dir={hydra_quote(run_dir.absolute())}",
     ]
     return subprocess.Popen(
-        [*command, str(train), *overrides, *where],
+        [*command, str(TRAIN), *overrides, *where],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
         env={k: v for k, v in (env or os.environ).items() if k not in WANDB_RUN_VARS},

@@ -36,9 +36,8 @@ def check(cfg: DictConfig, world_size: int = 1) -> None:
     What only the data can tell, such as a batch larger than a folder of images, is found when they
     are read.
     """
-    _check_keys(cfg)
-    _check_class_weights(cfg.class_weights)
-    _check_ranges(cfg)
+    _check_class_weights(OmegaConf.select(cfg, "class_weights"))
+    _check_fields(cfg)
     if cfg.batch_size % (cfg.grad_accum * world_size):
         parts = f"grad_accum={cfg.grad_accum}"
         if world_size > 1:
@@ -54,14 +53,26 @@ def check(cfg: DictConfig, world_size: int = 1) -> None:
     _check_network(cfg)
 
 
-def _check_ranges(node: DictConfig, where: str = "") -> None:
-    """Each value against the range of its field, see `configs.setting`."""
+def _check_fields(node: DictConfig, where: str = "") -> None:
+    """Each setting is one of its option, is there, and is in its range; see `configs.setting`."""
+    # Hydra lets `+key=value` through, which nothing would read, and `~key`; `_target_` is a class
+    # and belongs to the option of a group.
     kind: Any = OmegaConf.get_type(node)
     known = {field.name: field for field in dataclasses.fields(kind)}
     for key in map(str, node):
-        value, field = node[key], known[key]
+        if key not in known:
+            raise ValueError(unknown_setting(where, key, kind))
+    for key, field in known.items():
+        if key not in node:
+            raise ValueError(f"{where}{key} cannot be removed; leave out ~{where}{key}")
+        value = node[key]
+        if key[0] == "_" and value != field.default:
+            raise ValueError(
+                f"{where}{key}={value} cannot be set; choose another option of the group "
+                f"{where.rstrip('.')}"
+            )
         if isinstance(value, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(value)):
-            _check_ranges(value, f"{where}{key}.")
+            _check_fields(value, f"{where}{key}.")
         elif "range" in field.metadata and not field.metadata["range"].allows(value):
             words = field.metadata["range"].words()
             if isinstance(value, float) and not math.isfinite(value):
@@ -71,28 +82,6 @@ def _check_ranges(node: DictConfig, where: str = "") -> None:
             if type(None) in get_args(field.type):
                 words += ", or null"
             raise ValueError(f"{where}{key}={value} must be {words}")
-
-
-def _check_keys(node: DictConfig, where: str = "") -> None:
-    # Hydra lets `+key=value` through, which nothing would read, and `~key`; `_target_` is a class
-    # and belongs to the option of a group.
-    kind = OmegaConf.get_type(node)
-    if dataclasses.is_dataclass(kind):
-        known = {f.name: f for f in dataclasses.fields(kind)}
-        for key in map(str, node):
-            if key not in known:
-                raise ValueError(unknown_setting(where, key, kind))
-        for name, field in known.items():
-            if name not in node:
-                raise ValueError(f"{where}{name} cannot be removed; leave out ~{where}{name}")
-            if name[0] == "_" and node[name] != field.default:
-                raise ValueError(
-                    f"{where}{name}={node[name]} cannot be set; choose another option of the group "
-                    f"{where.rstrip('.')}"
-                )
-    for inner, value in node.items():
-        if isinstance(value, DictConfig):
-            _check_keys(value, f"{where}{inner!s}.")
 
 
 def _check_class_weights(value: Any) -> None:

@@ -74,25 +74,21 @@ def images_key(config: Mapping[str, Any]) -> str:
     return json.dumps({k: v for k, v in settings.items() if k not in OF_PIXELS}, sort_keys=True)
 
 
-def naming_words(words: Iterable[str]) -> list[str]:
-    """Those of these overrides that name a folder: of settings that change a result.
+def naming_words(cfg: DictConfig, words: Iterable[str]) -> list[str]:
+    """Those of the overrides of ``cfg`` that name a folder: of settings that change a result.
+
+    Of a folder of images ``data.name`` is always among them, for `data.root` names no folder of
+    results: of other data sets it only says where a copy is.
 
     Raises:
         HydraException: words that are no overrides.
     """
     overrides = OverridesParser.create().parse_overrides(list(words))
-    return [str(o.input_line) for o in overrides if names_folder(o.key_or_group)]
-
-
-def name_of_images(cfg: DictConfig, given: Iterable[str]) -> list[str]:
-    """The override that tells a folder of images from others, unless it is among those ``given``.
-
-    `data.root` names no folder of results, for of other data sets it only says where a copy is.
-    """
-    told = any(word.startswith("data.name=") for word in given)
-    if told or cfg.data["_target_"] != FolderConfig._target_:
-        return []
-    return [f"data.name={cfg.data.name}"]
+    naming = [str(o.input_line) for o in overrides if names_folder(o.key_or_group)]
+    told = any(word.startswith("data.name=") for word in naming)
+    if not told and cfg.data["_target_"] == FolderConfig._target_:
+        naming.append(f"data.name={cfg.data.name}")
+    return naming
 
 
 def option_name(group: str, settings: dict[str, Any]) -> str:
@@ -166,7 +162,7 @@ def shortened(text: str, length: int) -> str:
 
 def folder_name(words: Iterable[str]) -> str:
     """A folder's name for these overrides, with a digest where it cannot show all of them."""
-    text = ",".join(words)
+    text = ",".join(words) or "default"
     name = re.sub(r"[^\w.,=+\[\]-]+", "-", text).encode()[:150].decode(errors="ignore")
     if name == text and text.strip("."):
         return name
