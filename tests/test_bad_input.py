@@ -1,7 +1,7 @@
 """Wrong command lines, settings and files: each is one line that says what is wrong, and no more.
 
-Most are run in this process, through the same `cli.run(main)` as on the command line; a sample,
-and the scripts, in processes of their own.
+Most are run in this process, through the same `cli.run` as on the command line; a sample in
+processes of their own.
 """
 
 import os
@@ -46,64 +46,42 @@ def stops(monkeypatch, tmp_path, capfd, steps):
 SETTINGS = [
     # types
     ("epochs=ten", "epochs: Value 'ten' of type 'str' could not be converted to Integer"),
-    ("epochs=1.5", "epochs: Value '1.5' of type 'float' could not be converted to Integer"),
-    ("epochs=", "epochs: Value '' of type 'str' could not be converted to Integer"),
     ("batch_size=1e9", "batch_size: Value '1000000000.0' of type 'float' could not be converted"),
-    ("seed=abc", "seed: Value 'abc' of type 'str' could not be converted to Integer"),
     ("optim.lr=fast", "optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
     ("attention.dk=many", "attention.dk: Value 'many' of type 'str' is incompatible"),
     ("attention.stages=all", "attention.stages: Invalid value assigned: str is not a ListConfig"),
     ("model.widths=[4,8,eight]", "model.widths[2]: Value 'eight' of type 'str' could not be"),
     ("precision=fp8", "precision: Invalid value 'fp8', expected one of [auto, fp32, bf16, fp16]"),
-    ("wandb.mode=onlin", "wandb.mode: Invalid value 'onlin', expected one of [auto, online"),
     # keys and groups
     ("epoch=3", "epoch: unknown setting epoch; there are model, attention"),
     ("optim.lrr=1", "optim.lrr: unknown setting lrr; optim=adamw has lr, betas, weight_decay"),
-    ("wandb.mod=offline", "wandb.mod: unknown setting mod; wandb has mode, project"),
-    ("data.image_size=64", "data.image_size: unknown setting image_size; data has train_size"),
     ("attention=se attention.dk=3", "unknown setting dk; attention=se has ratio"),
     ("attention=none attention.dk=3", "unknown setting dk; attention=none has no settings"),
-    (
-        "schedule=warmup_cosine schedule.start=0.1",
-        "unknown setting start; schedule=warmup_cosine has warmup",
-    ),
     (
         "+experiment=mine",
         "+experiment=mine: experiment is already in the defaults; write exp",
     ),
-    ("+model=resnet8", "model is already in the defaults; write model=resnet8"),
     ("++optim=sgd", "optim is already in the defaults; write optim=sgd"),
-    ("data=[1]", "a run has one option of data; -m data=1 is a run of each"),
     ("optim={'lr':-1}", "optim.lr=-1.0 must be above 0"),
     ("optim={'speed':1}", "optim.speed: unknown setting speed; optim=adamw has lr"),
     ("hydra.sweeper.params.nothing=1", "Unexpected type for root: NoneType (given: "),
     ("+hydra.sweeper.params=[1]", "hydra.sweeper.params: Cannot merge DictConfig with List"),
     ("hydra.sweeper.params=text", "hydra.sweeper.params: Cannot assign str to Dict"),
     (f"freeze={'{a:' * 300}1{'}' * 300}", "values or folders are nested too deeply"),
-    ("+nothing=1", "nothing: unknown setting nothing; there are model, attention"),
     ("++optim.momentum=0.9", "optim.momentum: unknown setting momentum; optim=adamw has lr"),
     ("~epochs", "epochs cannot be removed; leave out ~epochs"),
     ("~attention", "attention has no value; give attention=..."),
     ("~nothing", "Could not delete from config. 'nothing' does not exist"),
     ("model=resnet9", "Could not find 'model/resnet9' Available options in 'model': alternet18"),
-    ("attention=sea", "Could not find 'attention/sea' Available options in 'attention': aa ge"),
-    ("data=imagenet", "Could not find 'data/imagenet' Available options in 'data': cifar10"),
-    ("tracking=tensorboard", "Could not find 'tracking/tensorboard'"),
-    ("experiment=tabel1", "Could not find 'experiment/tabel1'"),
     ("model=null", "Config group override must be a string or a list. Got NoneType (given: "),
     ("attention=[aa,se]", "a run has one option of attention; -m attention=aa,se is a run of each"),
     # Hydra's grammar
     ("attention", "attention: settings are NAME=VALUE"),
-    ("epochs:3", "epochs:3: settings are NAME=VALUE"),
     ("resume=a/seed=0", "; quote such text for Hydra and for the shell: \"resume='a/seed=0'\""),
     ("name=a=b", "for Hydra and for the shell: \"name='a=b'\""),
     ("data.root=a(b", "for Hydra and for the shell: \"data.root='a(b'\""),
     ("hydra.run.dir=a=$x", "for Hydra and for the shell: 'hydra.run.dir='"),
     ("epochs=3=4", "epochs=3=4: mismatched input '=' expecting <EOF>\n"),
-    (
-        "grad_clip=None",
-        "grad_clip: Value 'None' of type 'str' could not be converted to Float; write",
-    ),
     ("model.widths=[4,8", "model.widths=[4,8: no viable alternative at input"),
     (
         "attention._target_=os.system",
@@ -118,7 +96,6 @@ SETTINGS = [
     ("-m seed=0,1", "unrecognized arguments: seed=0,1; settings are NAME=VALUE, and options"),
     ("--cfg=jobs", "invalid choice: 'jobs'"),
     ("--config-name=other", "--config-name=other: all settings are in config; leave it out"),
-    ("--config-name=model/resnet8", "is one option of a group; write model=resnet8"),
     ("-cn=experiment/cpu.yaml", "is one option of a group; write experiment=cpu"),
     # depth
     (
@@ -130,19 +107,14 @@ SETTINGS = [
     # sizes
     ("epochs=0", "epochs=0 must be at least 1 and at most 1,000,000"),
     ("epochs=99999999999999999999", "epochs=99999999999999999999 must be at least 1 and at most"),
-    ("batch_size=0", "batch_size=0 must be at least 1"),
     ("batch_size=97", "batch_size=97 does not fit 96 training images; give 1 to 96"),
-    ("grad_accum=0", "grad_accum=0 must be at least 1"),
     ("grad_accum=5", "batch_size=32 must be divisible by grad_accum=5"),
-    ("eval_batch_size=0", "eval_batch_size=0 must be at least 1"),
     ("eval_batch_size=99999999999999999999", "eval_batch_size=99999999999999999999 must be"),
     ("seed=-1", "seed=-1 must be at least 0"),
     ("data.train_size=0", "data.train_size=0 must be at least 1"),
     ("data.train_size=10000000000000", "data.train_size=10000000000000 must be at least 1 and at"),
-    ("data.test_size=-5", "data.test_size=-5 must be at least 1"),
     ("data.val_size=96", "val_size=96 cannot be held out of 96 training images"),
     ("augmentation.crop_pad=32", "crop_pad=32 could crop away a whole image of 32x32; give less"),
-    ("augmentation.crop_pad=-1", "augmentation.crop_pad=-1 must be at least 0"),
     ("augmentation.cutout=33", "cutout=33 is larger than an image of 32x32; give at most 32"),
     ("augmentation.flip=both", "flip=both is unknown; give false, true or alternating"),
     ("augmentation.flip=2", "augmentation.flip: Value '2' of type 'int' is incompatible with type"),
@@ -150,33 +122,19 @@ SETTINGS = [
     ("augmentation.padding=reflect", "padding=reflect needs augmentation.crop_pad above 0"),
     ("augmentation.policy=random", "policy=random is unknown; give null, trivial, rand or auto"),
     ("augmentation.rand_ops=0", "augmentation.rand_ops=0 must be at least 1 and at most 14"),
-    ("augmentation.rand_magnitude=31", "augmentation.rand_magnitude=31 must be at least 0 and at"),
-    ("augmentation.erasing=1.5", "augmentation.erasing=1.5 must be at least 0 and at most 1"),
-    ("augmentation.mixup=-1", "augmentation.mixup=-1.0 must be at least 0"),
     ("augmentation.cutmix=true", "augmentation.cutmix: Value 'True' of type 'bool' could not be"),
     # numbers
     ("optim.lr=0", "optim.lr=0.0 must be above 0"),
     ("optim.lr=nan", "optim.lr=nan must be finite and above 0"),
     ("optim.lr=1e39", "optim.lr=1e+39 must be above 0 and at most 1e+30"),
-    ("optim=sgd optim.lr=1e31", "optim.lr=1e+31 must be above 0 and at most 1e+30"),
     (
         "optim.weight_decay=1e38",
         "optim.weight_decay=1e+38 must be at least 0 and at most 1,000,000",
     ),
     ("grad_clip=3.5e38", "grad_clip=3.5e+38 must be above 0 and at most 1e+30, or null"),
-    ("optim.lr=inf", "optim.lr=inf must be finite and above 0"),
-    (
-        "optim.weight_decay=nan",
-        "optim.weight_decay=nan must be finite and at least 0 and at most 1,000,000",
-    ),
     ("optim.betas=[0.9]", "optim.betas=[0.9] must be 2 numbers, each at least 0 and below 1"),
-    (
-        "optim=sgd optim.momentum=nan",
-        "optim.momentum=nan must be finite and at least 0 and",
-    ),
     ("optim=sgd optim.momentum=0", "optim.nesterov=true needs an optim.momentum above 0"),
     ("schedule.warmup=2", "schedule.warmup=2.0 must be at least 0 and at most 1"),
-    ("schedule.warmup=nan", "schedule.warmup=nan must be finite and at least 0 and at most 1"),
     (
         "schedule=warmup_cosine schedule.warmup=1",
         "schedule.warmup=1.0 must be at least 0 and below",
@@ -190,26 +148,16 @@ SETTINGS = [
     ("class_weights=[1,x]", "class_weights=[1, 'x'] must be null, balanced, or a list"),
     ("class_weights=[1,0]", "class_weights=[1, 0] must be above 0"),
     ("class_weights=[1,2]", "class_weights has 2 numbers for 8 classes"),
-    ("grad_clip=inf", "grad_clip=inf must be finite and above 0, or null"),
-    ("ema=0", "ema=0.0 must be above 0 and below 1, or null"),
     ("ema=nan", "ema=nan must be finite and above 0 and below 1, or null"),
-    ("data.noise=nan", "data.noise=nan must be finite and at least 0 and at most 1"),
-    ("optim.weight_decay=-1", "optim.weight_decay=-1.0 must be at least 0"),
-    ("schedule.warmup=-1", "schedule.warmup=-1.0 must be at least 0 and at most 1"),
-    ("schedule.end=2", "schedule.end=2.0 must be above 0 and at most 1"),
-    ("grad_clip=0", "grad_clip=0.0 must be above 0, or null"),
-    ("ema=1", "ema=1.0 must be above 0 and below 1, or null"),
     # the network and its attention
     ("attention.dk=0", "attention in stage 2: dk=0 must be at least 1"),
     ("attention.dk=7", "attention in stage 2: dk=7 must be divisible by Nh=4"),
     ("attention.dk=nan", "attention.dk=nan is a fraction of the layer's output, which must be"),
     ("attention.dk=16.0", "which must be above 0 and at most 2; write 16 for channels"),
-    ("attention.dk=2.01", "which must be above 0 and at most 2; write 2 for channels"),
     ("attention.dk=1e9", "which must be above 0 and at most 2; write an int such as 16"),
     ("attention.dk=1", "attention.dk=1 means 1 of the channels; write 1.0 for 1 times"),
     ("attention.dk=2", "attention.dk=2 means 2 of the channels; write 2.0 for 2 times"),
     ("attention.dk=1 attention.Nh=1", "attention.dk=1 means 1 of the channels; write 1.0 for 1"),
-    ("attention.dk=2 attention.Nh=2", "attention.dk=2 means 2 of the channels; write 2.0 for 2"),
     ("attention.min_dkh=1000000000", "attention.dk=0.5, attention.min_dkh=1000000000 smaller"),
     ("attention.dk=1000000000000000000", "would have more than 1e+10 parameters; make one of"),
     ("attention.dv=0", "attention.dv=0 leaves nothing of the attention; use attention=none"),
@@ -217,7 +165,6 @@ SETTINGS = [
     ("attention.dv=64", "attention in stage 2: dv=64 must lie between 0 and out_channels=8"),
     ("attention.dv=1", "attention.dv=1 means 1 of the channels; write 1.0 for 1 times"),
     ("attention.dv=1.5", "which must be above 0 and at most 1; write 2 for channels"),
-    ("attention.dv=4.0", "which must be above 0 and at most 1; write 4 for channels"),
     ("attention.Nh=0", "attention.Nh=0 must be at least 1"),
     ("attention.position=absolute", "attention.position=absolute is unknown; choose one of"),
     ("attention.stages=[]", "attention.stages=[] must be some of the network's stages 1 to 3"),
@@ -233,7 +180,6 @@ SETTINGS = [
     ("device=tpu", "device=tpu is not a device; use auto, cpu or cuda"),
     ("device=mps", "device=mps is not available here; use auto or cpu"),
     ("device=cuda:9", "device=cuda:9"),
-    ("device=meta", "device=meta is not available here; use auto or cpu"),
     ("name=", "name= must not be empty: it names a folder"),
     ("run_dir=", "run_dir= must not be empty: it names a folder"),
     ("wandb.mode=offline wandb.project=a/b", "wandb.project=a/b must be a name without /"),
@@ -282,14 +228,9 @@ def test_a_gpu_that_is_not_there(stops):
     assert "device=cuda, but torch finds no GPU here; use device=cpu" in stops(*TINY, "device=cuda")
 
 
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        ("seed=range(0,3", "seed=range(0,3: no viable alternative at input"),
-    ],
-)
-def test_a_wrong_value_in_a_sweep_leaves_nothing(stops, words, line):
-    assert line in stops("-m", *TINY, *words.split())
+def test_a_wrong_value_in_a_sweep_leaves_nothing(stops):
+    line = stops("-m", *TINY, "seed=range(0,3")
+    assert "seed=range(0,3: no viable alternative at input" in line
 
 
 @pytest.mark.parametrize(
@@ -353,15 +294,10 @@ def cifar_folder(root, name="data_batch_1", content=b"no pickle"):
         (None, ["data=cifar100"], "no CIFAR100 in"),
         slow(None, ["data=cifar100", "data.root=missing"], "set data.root=... to the folder that"),
         (None, ["data=cifar100", "data.name=cifar1000"], "data.name=cifar1000 is unknown; choose"),
-        slow(
-            None,
-            ["data=cifar100", "data.val_size=50000"],
-            "data.val_size=50000 must be at least",
-        ),
         slow(None, ["data=cifar100", "data.root=file"], "no CIFAR100 in"),
         (cifar_folder, ["data=cifar10"], "missing or damaged files (data_batch_1, data_batch_2"),
     ],
-    ids=["absent", "no-root", "name", "val_size", "file-as-root", "damaged"],
+    ids=["absent", "no-root", "name", "file-as-root", "damaged"],
 )
 def test_data_that_are_not_there_or_damaged(stops, tmp_path, make, words, line):
     (tmp_path / "file").write_bytes(b"")
@@ -406,16 +342,14 @@ def test_a_mistake_of_the_program_is_not_dressed_up(monkeypatch, tmp_path):
 # ---- processes of their own ---------------------------------------------------------------------
 
 
-def process(script, *words, cwd, **environment):
-    return run_app([ROOT / script, *words], cwd=cwd, env={**os.environ, **environment})
+def process(*words, cwd, **environment):
+    return run_app([ROOT / "train.py", *words], cwd=cwd, env={**os.environ, **environment})
 
 
-@pytest.mark.parametrize(
-    "words",
-    [slow("epochs=0"), slow("model=resnet9"), slow("--epochs=3"), slow("device=cuda:99")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["epochs=0", "model=resnet9", "--epochs=3", "device=cuda:99"])
 def test_the_real_command(tmp_path, words):
-    done = process("train.py", *TINY, *words.split(), cwd=tmp_path)
+    done = process(*TINY, words, cwd=tmp_path)
     assert done.returncode == 2
     check_line(done.stderr)
     assert list(tmp_path.iterdir()) in ([], [tmp_path / "outputs"])
@@ -424,7 +358,7 @@ def test_the_real_command(tmp_path, words):
 
 @pytest.mark.slow
 def test_a_full_traceback_on_request(tmp_path):
-    done = process("train.py", *TINY, "epochs=0", cwd=tmp_path, HYDRA_FULL_ERROR="1")
+    done = process(*TINY, "epochs=0", cwd=tmp_path, HYDRA_FULL_ERROR="1")
     assert done.returncode == 1
     assert "Traceback" in done.stderr
     assert "epochs=0 must be at least 1" in done.stderr
@@ -435,6 +369,6 @@ def test_a_full_traceback_on_request(tmp_path):
 def test_no_traceback_in_a_process_that_a_launcher_starts(tmp_path):
     """It inherits what train.py sets for itself, and what the user had set."""
     environment = {"HYDRA_FULL_ERROR": "1", "AACONV_FULL_ERROR": "0"}
-    done = process("train.py", *TINY, "epochs=0", cwd=tmp_path, **environment)
+    done = process(*TINY, "epochs=0", cwd=tmp_path, **environment)
     assert done.returncode == 2
     check_line(done.stderr)
