@@ -205,19 +205,20 @@ def test_a_sweep_of_which_no_job_can_be_trained(sweeps, tmp_path, words, reasons
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def start_sweep(folder):
+    """Call the callback of a sweep of three jobs."""
+    settings = {
+        "sweep": {"dir": str(folder)},
+        "sweeper": {"_target_": "a.BasicSweeper", "params": {"grad_clip": "1"}},
+        "overrides": {"task": ["epochs=1", "seed=0,1,2"]},
+    }
+    sweep.StartSweep().on_multirun_start(OmegaConf.create({"hydra": settings}))
+
+
 @pytest.fixture
-def started(monkeypatch, tmp_path):
-    """The callback of a sweep of three jobs has been called; a function that notes a job."""
-    config = OmegaConf.create(
-        {
-            "hydra": {
-                "sweep": {"dir": str(tmp_path)},
-                "sweeper": {"_target_": "a.BasicSweeper", "params": {"grad_clip": "1"}},
-                "overrides": {"task": ["epochs=1", "seed=0,1,2"]},
-            }
-        }
-    )
-    sweep.StartSweep().on_multirun_start(config)
+def started(tmp_path):
+    """A sweep of three jobs has begun; a function that notes a job."""
+    start_sweep(tmp_path)
 
     def note(number, outcome="", why=""):
         folder = str(tmp_path / str(number))
@@ -229,21 +230,12 @@ def started(monkeypatch, tmp_path):
 
 def test_what_a_killed_sweep_has_left_is_removed(started, tmp_path):
     """And nothing of one that still runs."""
-    config = OmegaConf.create(
-        {
-            "hydra": {
-                "sweep": {"dir": str(tmp_path)},
-                "sweeper": {"_target_": "another.Sweeper"},
-                "overrides": {"task": []},
-            }
-        }
-    )
     started(0)
     (running,) = tmp_path.glob(".sweep-*")
     killed = tmp_path / ".sweep-killed"
     killed.mkdir()
     (killed / "lock").touch()
-    sweep.StartSweep().on_multirun_start(config)
+    start_sweep(tmp_path)
     assert not killed.exists()
     assert (running / "0.json").exists()
     sweep.end(None)
