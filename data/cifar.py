@@ -11,6 +11,7 @@ import urllib.error
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ from aaconv.text import one_line
 from data.dataset import Dataset, Images, check_val_size, digest_of, hold_out
 
 TRAIN_SIZE = 50_000
-IMAGE_SIZE = 32
 # Limit for each network operation of a download, connecting included, so that a machine without a
 # network says so soon.
 _NETWORK_TIMEOUT_S = 5.0
@@ -28,31 +28,20 @@ _DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
 
 @dataclass(frozen=True)
 class Source:
-    """torchvision's class and folder for a data set; mean and std of all its training pixels.
+    """torchvision's class for a data set; mean and std of all its training pixels.
 
     ``coarse``: whether the labels are CIFAR-100's superclasses, which torchvision does not read.
     """
 
     class_name: str
-    folder: str
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     coarse: bool = False
 
 
 SOURCES = {
-    "cifar10": Source(
-        "CIFAR10",
-        "cifar-10-batches-py",
-        (0.4914, 0.4822, 0.4465),
-        (0.2470, 0.2435, 0.2616),
-    ),
-    "cifar100": Source(
-        "CIFAR100",
-        "cifar-100-python",
-        (0.5071, 0.4865, 0.4409),
-        (0.2673, 0.2564, 0.2762),
-    ),
+    "cifar10": Source("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": Source("CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 SOURCES["cifar100_coarse"] = replace(SOURCES["cifar100"], coarse=True)
 
@@ -79,20 +68,27 @@ def load_cifar(
     Mean and standard deviation are those of all 50,000 training images in either case.
 
     Raises ValueError for an unknown name, a ``val_size`` that does not fit, a ``root`` that cannot
-    be read, and damaged files; FileNotFoundError for a missing data set. A
-    download that fails or is interrupted removes everything it made, and nothing else.
+    be read, and damaged files; FileNotFoundError for a missing data set. A download that fails or
+    is interrupted removes everything it made, and nothing else.
     """
+    # Not imported at the top: torchvision takes seconds to import, and the lookup set needs none
+    # of it.
+    from data.vision import datasets
+
     check_name(name)
     check_val_size(val_size, TRAIN_SIZE)
-
     source, root = SOURCES[name], os.path.abspath(os.path.expanduser(root))
-    whole = _open(source, root, download)
-    train = _images(whole, source)
-    class_names = _coarse_names(whole) if source.coarse else whole.classes
+    kind = getattr(datasets, source.class_name)
+    whole = _open(kind, root, download)
+    train, class_names = _images(whole, source.coarse), whole.classes
+    if source.coarse:
+        class_names = _unpickle(whole, kind.meta["filename"])["coarse_label_names"]
     if val_size:
         train, evaluation = hold_out(train, val_size)
     else:
-        evaluation = _images(_read(source, root, train=False), source)
+        evaluation = _images(kind(root, train=False), source.coarse)
+    # The checksums of the files, which torchvision has found right when it read them.
+    checksums = [md5 for _, md5 in (*kind.train_list, *kind.test_list)]
     return Dataset(
         name=name,
         train=train,
@@ -102,60 +98,30 @@ def load_cifar(
         class_names=tuple(class_names),
         mean=source.mean,
         std=source.std,
-        digest=_digest(whole, name, val_size),
+        digest=digest_of([name, *checksums, str(val_size)]),
     )
 
 
-def _digest(split: Any, name: str, val_size: int) -> str:
-    """By the files' checksums, which torchvision has found right when it read ``split``."""
-    files = [md5 for _, md5 in (*split.train_list, *split.test_list)]
-    return digest_of([name, *files, str(val_size)])
-
-
-def _images(split: Any, source: Source) -> Images:
+def _images(split: Any, coarse: bool) -> Images:
     # The files hold planes, (N, 3, H, W); torchvision returns a transposed view of them.
-    pixels = torch.from_numpy(split.data).contiguous()
-    labels = _coarse_labels(split) if source.coarse else split.targets
+    pixels, labels = torch.from_numpy(split.data).contiguous(), split.targets
+    if coarse:
+        files = split.train_list if split.train else split.test_list
+        labels = [label for file, _ in files for label in _unpickle(split, file)["coarse_labels"]]
     return Images(pixels, torch.tensor(labels))
-
-
-def _coarse_labels(split: Any) -> list[int]:
-    """The superclasses of the images of ``split``, in its order."""
-    labels: list[int] = []
-    for file, _ in split.train_list if split.train else split.test_list:
-        labels += _unpickle(split, file)["coarse_labels"]
-    return labels
-
-
-def _coarse_names(split: Any) -> list[str]:
-    names: list[str] = _unpickle(split, split.meta["filename"])["coarse_label_names"]
-    return names
 
 
 def _unpickle(split: Any, file: str) -> dict[str, Any]:
     """A file of ``split``, whose checksum torchvision has found right when it read it."""
-    path = os.path.join(split.root, split.base_folder, file)
-    with open(path, "rb") as opened:
+    with open(os.path.join(split.root, split.base_folder, file), "rb") as opened:
         content: dict[str, Any] = pickle.load(opened, encoding="latin1")
     return content
 
 
-def _torchvision_class(source: Source) -> Any:
-    # Not imported at the top: torchvision takes seconds to import, and the lookup set needs none
-    # of it.
-    from data.vision import datasets
-
-    return getattr(datasets, source.class_name)
-
-
-def _read(source: Source, root: str, train: bool, download: bool = False) -> Any:
-    return _torchvision_class(source)(root, train=train, download=download)
-
-
-def _open(source: Source, root: str, download: bool) -> Any:
+def _open(kind: Any, root: str, download: bool) -> Any:
     """The training split, downloaded first if files of the data set are missing or damaged."""
     try:
-        return _read(source, root, train=True)
+        return kind(root, train=True)
     except RuntimeError:
         # What torchvision raises for files that are missing or fail their checksum.
         pass
@@ -164,100 +130,72 @@ def _open(source: Source, root: str, download: bool) -> Any:
             f"data.root={root} cannot be read ({_short(error)}); set data.root=... to another copy"
         ) from error
     if not download:
-        raise _unusable(source, root, "data.download is off")
-    _download(source, root)
-    return _read(source, root, train=True)
+        raise _unusable(kind, root, "data.download is off")
+    _download(kind, root)
+    return kind(root, train=True)
 
 
-def _download(source: Source, root: str) -> None:
-    """Downloads into a temporary folder in ``root``, then moves out of it what ``root`` lacks."""
+def _download(kind: Any, root: str) -> None:
+    """Downloads into a temporary folder, then moves out of it what ``root`` lacks.
+
+    That folder is in ``root`` or in the first of its parents that is there.
+    """
+    places = [Path(root), *Path(root).parents]
+    place = next((path for path in places if os.path.lexists(path)), root)
     what = f"data.root={root} cannot be written"
     try:
-        with (
-            _ensure_folder(root),
-            tempfile.TemporaryDirectory(
-                dir=root, prefix="download-", ignore_cleanup_errors=True
-            ) as staging,
-        ):
+        with tempfile.TemporaryDirectory(
+            dir=place, prefix="download-", ignore_cleanup_errors=True
+        ) as staging:
             what = "the download failed"
-            _fetch(source, root, staging)
-            _move(source, staging, root)
+            _fetch(kind, root, staging)
+            _move(kind, staging, root)
     except _DOWNLOAD_ERRORS as error:
-        raise _unusable(source, root, f"{what} ({_short(error)})") from error
+        raise _unusable(kind, root, f"{what} ({_short(error)})") from error
 
 
-def _fetch(source: Source, root: str, staging: str) -> None:
+def _fetch(kind: Any, root: str, staging: str) -> None:
     """Puts the whole data set into ``staging``, from an intact archive in ``root`` if there is."""
     from data.vision import datasets
 
-    kind = _torchvision_class(source)
     archive = os.path.join(root, kind.filename)
     if datasets.utils.check_integrity(archive, kind.tgz_md5):
         datasets.utils.extract_archive(archive, staging)
     with _network_timeout(_NETWORK_TIMEOUT_S):
-        _read(source, staging, train=True, download=True)  # only checks what was extracted
+        kind(staging, train=True, download=True)  # only checks what was extracted
 
 
-def _move(source: Source, staging: str, root: str) -> None:
-    """Moves the data set's folder, or only the files that ``root`` lacks, and the archive."""
-    new, target = (os.path.join(folder, source.folder) for folder in (staging, root))
-    with suppress(OSError):  # the folder exists: only damaged files are replaced
-        os.rename(new, target)
-    for file in _damaged(source, root):
-        os.replace(os.path.join(new, file), os.path.join(target, file))
-    archive = _torchvision_class(source).filename
+def _move(kind: Any, staging: str, root: str) -> None:
+    """Moves the archive and the data set's files that ``root`` lacks."""
+    new, target = (os.path.join(folder, kind.base_folder) for folder in (staging, root))
+    os.makedirs(target, exist_ok=True)
     with suppress(OSError):  # there may be none, and the data set is complete without it
-        os.replace(os.path.join(staging, archive), os.path.join(root, archive))
+        os.replace(os.path.join(staging, kind.filename), os.path.join(root, kind.filename))
+    for file in _damaged(kind, root):
+        os.replace(os.path.join(new, file), os.path.join(target, file))
 
 
-@contextmanager
-def _ensure_folder(path: str) -> Iterator[None]:
-    """Makes ``path`` and its parents; on failure removes those it made, unless they are in use."""
-    made: list[str] = []
-    try:
-        for folder in reversed(list(_absent_folders(path))):
-            with suppress(FileExistsError):  # another process was quicker, so it is not ours
-                os.mkdir(folder)
-                made.append(folder)
-        yield
-    except BaseException:
-        for folder in reversed(made):
-            with suppress(OSError):  # it holds files of somebody else
-                os.rmdir(folder)
-        raise
-
-
-def _absent_folders(path: str) -> Iterator[str]:
-    """``path`` and those of its parents that do not exist, the deepest first."""
-    while not os.path.lexists(path):
-        yield path
-        if path == os.path.dirname(path):  # the root of a drive that is not there
-            return
-        path = os.path.dirname(path)
-
-
-def _unusable(source: Source, root: str, failure: str) -> Exception:
-    folder = os.path.join(root, source.folder)
+def _unusable(kind: Any, root: str, failure: str) -> Exception:
+    folder = os.path.join(root, kind.base_folder)
     if not os.path.isdir(folder):
         return FileNotFoundError(
-            f"no {source.class_name} in {folder}, and {failure}; "
-            f"set data.root=... to the folder that holds {source.folder}, or put it there"
+            f"no {kind.__name__} in {folder}, and {failure}; "
+            f"set data.root=... to the folder that holds {kind.base_folder}, or put it there"
         )
-    damaged = ", ".join(_damaged(source, root))
+    damaged = ", ".join(_damaged(kind, root))
     return ValueError(
-        f"{source.class_name} in {folder} has missing or damaged files ({damaged}), and {failure}; "
+        f"{kind.__name__} in {folder} has missing or damaged files ({damaged}), and {failure}; "
         f"delete that folder to download it again, or set data.root=... to another copy"
     )
 
 
-def _damaged(source: Source, root: str) -> Iterator[str]:
+def _damaged(kind: Any, root: str) -> Iterator[str]:
     """The files of the data set that are missing or fail their checksum."""
     from data.vision import datasets
 
-    kind = _torchvision_class(source)
     class_names = (kind.meta["filename"], kind.meta["md5"])
     for file, md5 in [*kind.train_list, *kind.test_list, class_names]:
-        if not datasets.utils.check_integrity(os.path.join(root, source.folder, file), md5):
+        if not datasets.utils.check_integrity(os.path.join(root, kind.base_folder, file), md5):
             yield file
 
 
