@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import struct
@@ -18,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,35 +43,20 @@ def load(key: str, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]] | Non
     None where there are none, or they are damaged. The tensor may be written to, in this process
     alone; the pages of it that are not in use take no memory.
     """
-    # RuntimeError: there is no home folder. The others: facts of another program's.
-    with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError):
+    # RuntimeError: there is no home folder. The others: the file is damaged or another program's.
+    with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError, struct.error):
         path = _path(key)
-        if not path.is_file():  # to open a named pipe would wait forever
-            return None
-        with path.open("rb") as file:
-            facts = _read_facts(file)
-            if facts is not None:
+        if path.is_file():  # to open a named pipe would wait forever
+            content = np.memmap(path, np.uint8, "c")
+            length, expected = _TAIL.unpack(content[-_TAIL.size :].tobytes())
+            checked, crc = content.data[:-4], 0
+            for start in range(0, len(checked), _PART):
+                crc = zlib.crc32(checked[start : start + _PART], crc)
+            if crc == expected:
+                facts = json.loads(content[: -_TAIL.size][-length:].tobytes())
                 shape = (facts["images"], *size, 3)
-                return torch.from_numpy(np.memmap(file, np.uint8, "c", shape=shape)), facts
+                return torch.from_numpy(content[: math.prod(shape)].reshape(shape)), facts
     return None
-
-
-def _read_facts(file: BinaryIO) -> dict[str, Any] | None:
-    whole = os.fstat(file.fileno()).st_size
-    if whole < _TAIL.size:
-        return None
-    crc, left, end = 0, whole - 4, b""
-    while left:
-        part = file.read(min(left, _PART))
-        if not part:
-            return None
-        crc, left, end = zlib.crc32(part, crc), left - len(part), (end + part)[-_TAIL.size :]
-    length, expected = _TAIL.unpack(end[-8:] + file.read(4))
-    if crc != expected or length > whole - _TAIL.size:
-        return None
-    file.seek(whole - _TAIL.size - length)
-    facts: dict[str, Any] = json.loads(file.read(length))
-    return facts
 
 
 def store(
