@@ -16,11 +16,11 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -34,7 +34,6 @@ from data.layout import (
     find_evaluation_images,
     find_images,
     in_words,
-    links_in_words,
     some,
 )
 from data.pictures import (
@@ -93,11 +92,10 @@ class Facts:
 
 @dataclass
 class Split:
-    """The images of some files, those files that were taken, and the bytes' digest of each."""
+    """The images of some files, of each that was taken the bytes' digest, and what was not."""
 
     pixels: Tensor
-    files: list[ImageFile]
-    digests: list[bytes]
+    taken: list[tuple[ImageFile, bytes]]
     facts: Facts
     left_out: list[str]
 
@@ -146,9 +144,12 @@ def load_folder(
     _check_classes(train, found)
     of_training = [train.facts, evaluation.facts] if val_size else [train.facts]
     mean, std = _mean_and_std(of_training, settings.size[0] * settings.size[1])
-    notes = _notes(name, found, train, evaluation)
-    for level, note in notes:
-        log.log(level, "%s", note)
+    what_was_found = _what_was_found(name, found, train, evaluation)
+    log.info("%s", what_was_found)
+    warnings = _faults_and_links(name, found, train, evaluation)
+    warnings += _taken_twice(name, train, evaluation)
+    for note in warnings:
+        log.warning("%s", note)
     return Dataset(
         name=name,
         train=_labelled(train),
@@ -159,7 +160,7 @@ def load_folder(
         mean=mean,
         std=std,
         digest=digest_of(_parts(found, train, evaluation)),
-        notes=tuple(note for _, note in notes),
+        notes=(what_was_found, *warnings),
     )
 
 
@@ -181,8 +182,11 @@ def folder_digest(
     """
     found = _find(Path(root).expanduser().absolute(), val_size)
     settings = _decode_settings(size, white, max_pixels)
-    read = partial(_read, settings=settings, skip_damaged=True) if skip_damaged else _not_decoded
-    return digest_of(_parts(found, read(found.train), read(found.evaluation)))
+    splits = [
+        _read(files, settings, skip_damaged, decoded=False)
+        for files in (found.train, found.evaluation)
+    ]
+    return digest_of(_parts(found, *splits))
 
 
 def _find(folder: Path, val_size: int) -> Layout:
@@ -229,14 +233,14 @@ def load_evaluation_folder(
         raise ValueError(f"data.root={root} has the images that the network was trained on")
     if found.passed_over:
         log.warning("%s: %s", name, _passed_over(found))
-    for level, note in _faults_and_links(name, found, [evaluation]):
-        log.log(level, "%s", note)
+    for note in _faults_and_links(name, found, evaluation):
+        log.warning("%s", note)
     return EvaluationSet(
         name,
         _labelled(evaluation),
         found.evaluated_on,
         tuple(class_names),
-        tuple(str(file.path) for file in evaluation.files),
+        tuple(str(file.path) for file, _ in evaluation.taken),
     )
 
 
@@ -267,14 +271,14 @@ def height_and_width(size: Any) -> tuple[int, int]:
 
 
 def _labelled(split: Split) -> Images:
-    return Images(split.pixels, torch.tensor([file.label for file in split.files]))
+    return Images(split.pixels, torch.tensor([file.label for file, _ in split.taken]))
 
 
 def _parts(found: Layout, *splits: Split) -> Iterator[str | bytes]:
     yield from found.classes
     for split in splits:
-        yield f"{len(split.files)}"
-        for file, digest in zip(split.files, split.digests, strict=True):
+        yield f"{len(split.taken)}"
+        for file, digest in split.taken:
             yield from (file.name, f"{file.label}", digest)
 
 
@@ -299,46 +303,44 @@ def _check_brightness(folder: Path, white: float | None, facts: list[Facts]) -> 
 
 
 def _check_classes(train: Split, found: Layout) -> None:
-    empty = set(range(len(found.classes))) - {file.label for file in train.files}
+    empty = set(range(len(found.classes))) - {file.label for file, _ in train.taken}
     if empty:
         raise ValueError(f"no image of the class {found.classes[min(empty)]} is left to train on")
 
 
-def _notes(name: str, found: Layout, train: Split, evaluation: Split) -> list[tuple[int, str]]:
-    """Lines on what was found, each with the level at which it is logged."""
-    line = f"{name}: {len(train.files)} images to train on, {len(evaluation.files)} to evaluate on"
-    if found.passed_over:
-        line += f", {_passed_over(found)}"
-    notes = [(logging.INFO, line), *_faults_and_links(name, found, [train, evaluation])]
-    trained_on = dict(zip(train.digests, train.files, strict=True))
+def _what_was_found(name: str, found: Layout, train: Split, evaluation: Split) -> str:
+    line = f"{name}: {len(train.taken)} images to train on, {len(evaluation.taken)} to evaluate on"
+    return f"{line}, {_passed_over(found)}" if found.passed_over else line
+
+
+def _taken_twice(name: str, train: Split, evaluation: Split) -> list[str]:
+    trained_on = {digest: file for file, digest in train.taken}
     twice = [
         f"{file.path} is {trained_on[digest].path}"
-        for file, digest in zip(evaluation.files, evaluation.digests, strict=True)
+        for file, digest in evaluation.taken
         if digest in trained_on
     ]
-    if twice:
-        notes.append(
-            (
-                logging.WARNING,
-                f"{name}: {len(twice)} of {len(evaluation.files)} images to evaluate on are among "
-                f"those to train on: {some(twice, '; ')}",
-            )
-        )
-    return notes
+    if not twice:
+        return []
+    return [
+        f"{name}: {len(twice)} of {len(evaluation.taken)} images to evaluate on are among those to "
+        f"train on: {some(twice, '; ')}"
+    ]
 
 
 def _passed_over(found: Layout) -> str:
     return f"{found.passed_over.total()} other files passed over ({in_words(found.passed_over)})"
 
 
-def _faults_and_links(name: str, found: Layout, splits: list[Split]) -> list[tuple[int, str]]:
+def _faults_and_links(name: str, found: Layout, *splits: Split) -> list[str]:
     notes = []
     left_out = [line for split in splits for line in split.left_out]
     if left_out:
         notes.append(f"{name}: {len(left_out)} files left out: {some(left_out, '; ')}")
     if found.links:
-        notes.append(f"{name}: {links_in_words(found.links)}")
-    return [(logging.WARNING, note) for note in notes]
+        links = some(sorted(map(str, found.links)))
+        notes.append(f"{name}: links to folders that are not followed: {links}")
+    return notes
 
 
 def _mean_and_std(facts: list[Facts], area: int) -> tuple[Any, Any]:
@@ -356,36 +358,24 @@ def _mean_and_std(facts: list[Facts], area: int) -> tuple[Any, Any]:
 # ---- Reading ------------------------------------------------------------------------------------
 
 
-def _read(files: list[ImageFile], settings: DecodeSettings, skip_damaged: bool) -> Split:
+def _read(
+    files: list[ImageFile], settings: DecodeSettings, skip_damaged: bool, decoded: bool = True
+) -> Split:
+    """The images of ``files``, or if they need not be ``decoded`` perhaps only their digests."""
     digests = list(_in_threads(_digest_or_fault, files, "files", 1000))
-    key = _key(digests, settings)
-    kept = image_cache.load(key, settings.size)
-    if kept is not None and kept[1].keys() == asdict(Facts()).keys():
-        pixels, facts = kept[0], Facts(**kept[1])
-        _check_faults(facts, files, skip_damaged)
+    if decoded or skip_damaged:  # which files are left out is not known before
+        pixels, facts = _pixels_and_facts(files, digests, settings, skip_damaged)
     else:
-        pixels, facts = _decode_all(files, digests, settings, key, skip_damaged)
-    bad = dict(facts.faults)
-    pairs = enumerate(zip(files, digests, strict=True))
-    good = [(file, digest) for index, (file, digest) in pairs if index not in bad]
-    return Split(
-        pixels,
-        [file for file, _ in good],
-        [digest for _, digest in good if isinstance(digest, bytes)],
-        facts,
-        [f"{files[index].path}: {fault}" for index, fault in bad.items()],
-    )
-
-
-def _not_decoded(files: list[ImageFile]) -> Split:
-    """All of ``files`` with their digests, and no pixels."""
-    digests = list(_in_threads(_digest_or_fault, files, "files", 1000))
-    faults = [(index, one) for index, one in enumerate(digests) if isinstance(one, str)]
-    facts = Facts(len(files), faults=faults)
-    _check_faults(facts, files, skip_damaged=False)
-    return Split(
-        torch.empty(0), files, [one for one in digests if isinstance(one, bytes)], facts, []
-    )
+        faults = [(index, one) for index, one in enumerate(digests) if isinstance(one, str)]
+        pixels, facts = torch.empty(0), Facts(len(files), faults=faults)
+    left_out = _check_faults(facts, files, skip_damaged)
+    bad = {index for index, _ in facts.faults}
+    taken = [
+        (file, digest)
+        for index, (file, digest) in enumerate(zip(files, digests, strict=True))
+        if isinstance(digest, bytes) and index not in bad
+    ]
+    return Split(pixels, taken, facts, left_out)
 
 
 def _digest_or_fault(file: ImageFile) -> bytes | str:
@@ -402,33 +392,32 @@ def _hash(content: bytes) -> bytes:
 
 def _key(digests: list[bytes | str], settings: DecodeSettings) -> str:
     """By all that decides the pixels."""
-    from PIL import __version__
-
-    digest = hashlib.blake2b(f"{FORMAT} {__version__} {settings}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{FORMAT} {PIL.__version__} {settings}".encode(), digest_size=16)
     for one in digests:
         digest.update(one if isinstance(one, bytes) else b"unreadable")
     return digest.hexdigest()
 
 
-def _decode_all(
+def _pixels_and_facts(
     files: list[ImageFile],
     digests: list[bytes | str],
     settings: DecodeSettings,
-    key: str,
     skip_damaged: bool,
 ) -> tuple[Tensor, Facts]:
     """The images from the cache, where they are put first, or in memory if that has no room."""
-    shape = (len(files), *settings.size, 3)
-    facts = Facts()
+    key, shape, facts = _key(digests, settings), (len(files), *settings.size, 3), Facts()
 
     def checked() -> dict[str, Any]:
         _check_faults(facts, files, skip_damaged)
         return asdict(facts)
 
+    kept = image_cache.load(key, settings.size)
+    if kept is not None and kept[1].keys() == asdict(facts).keys():
+        return kept[0], Facts(**kept[1])
     formats()  # loads Pillow's plugins, before several threads need them
     with reading(settings.max_pixels):
         blocks = _blocks(files, digests, settings, facts)
-        if image_cache.store(key, blocks, checked, int(np.prod(shape))):
+        if image_cache.store(key, blocks, checked, math.prod(shape)):
             kept = image_cache.load(key, settings.size)
             if kept is not None:
                 return kept[0], facts
@@ -436,7 +425,6 @@ def _decode_all(
         pixels = np.empty(shape, np.uint8)
         for block in _blocks(files, digests, settings, facts):
             pixels[facts.images - len(block) : facts.images] = block
-    _check_faults(facts, files, skip_damaged)
     return torch.from_numpy(pixels[: facts.images]), facts
 
 
@@ -501,7 +489,8 @@ def _in_threads(
         pool.shutdown(cancel_futures=True)
 
 
-def _check_faults(facts: Facts, files: list[ImageFile], skip_damaged: bool) -> None:
+def _check_faults(facts: Facts, files: list[ImageFile], skip_damaged: bool) -> list[str]:
+    """A line for each file that is left out; raises ValueError if none may be, or all are."""
     faults = [f"{files[index].path}: {fault}" for index, fault in facts.faults]
     if faults and not skip_damaged:
         raise ValueError(
@@ -510,3 +499,4 @@ def _check_faults(facts: Facts, files: list[ImageFile], skip_damaged: bool) -> N
         )
     if not facts.images:
         raise ValueError(f"none of {len(files)} images can be read: {some(faults, '; ')}")
+    return faults

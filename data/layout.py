@@ -143,8 +143,6 @@ def find_evaluation_images(root: Path, classes: Sequence[str]) -> Layout:
 
 
 def _split(root: Path, names: tuple[str, ...]) -> Path | None:
-    if not root.is_dir():
-        return None
     folders = [path for path in _subfolders(root) if not _holds(path, root)]
     there = {path.name.lower(): path for path in sorted(folders, reverse=True)}
     return next((there[name] for name in names if name in there), None)
@@ -207,19 +205,20 @@ def _images_of(split: Path, folders: dict[str, list[Path]], found: Layout) -> li
     images = []
     for name, places in sorted(folders.items()):
         before = found.passed_over.copy()
-        inside = [
-            ImageFile(path, _normal(path.relative_to(split).as_posix()), labels[name])
-            for place in places
-            for path in _walk(place, found)
-        ]
-        if not inside:
+        paths = [path for place in places for path in _walk(place, found)]
+        if not paths:
             others = in_words(found.passed_over - before)
             raise ValueError(
                 f"{places[0]} has no image{others and f', but other files ({others})'}; add images "
                 "or delete it"
             )
+        inside = [_image(path, split, labels[name]) for path in paths]
         images += sorted(inside, key=lambda image: image.name.split("/"))
     return images
+
+
+def _image(path: Path, split: Path, label: int) -> ImageFile:
+    return ImageFile(path, _normal(path.relative_to(split).as_posix()), label)
 
 
 def _walk(folder: Path, found: Layout) -> list[Path]:
@@ -256,20 +255,20 @@ def _evaluation_images(split: Path, owner: str, found: Layout) -> list[ImageFile
         images = _annotated(split, owner, found)
     else:
         folders = _class_folders(split, found)
-        strange = sorted(folders.keys() - set(found.classes))
-        if strange:
-            raise _strange_class(split, strange[0], owner, found)
+        _check_known(folders, split, owner, found)
         images = _images_of(split, folders, found)
     if not images:
         raise ValueError(f"{split} has no folder of a class with images in it")
     return images
 
 
-def _strange_class(split: Path, name: str, owner: str, found: Layout) -> ValueError:
-    return ValueError(
-        f"{split} has the class {name!r}, which {owner} does not have; {owner} has "
-        f"{len(found.classes)} classes"
-    )
+def _check_known(names: Iterable[str], split: Path, owner: str, found: Layout) -> None:
+    strange = sorted(set(names) - set(found.classes))
+    if strange:
+        raise ValueError(
+            f"{split} has the class {strange[0]!r}, which {owner} does not have; {owner} has "
+            f"{len(found.classes)} classes"
+        )
 
 
 def _annotated(split: Path, owner: str, found: Layout) -> list[ImageFile]:
@@ -290,16 +289,10 @@ def _annotated(split: Path, owner: str, found: Layout) -> list[ImageFile]:
     ):
         if names:
             raise ValueError(f"{text} {some(sorted(names))}")
-    for name in sorted(set(classes.values()) - set(found.classes)):
-        raise _strange_class(split, name, owner, found)
+    _check_known(classes.values(), split, owner, found)
     labels = {name: label for label, name in enumerate(found.classes)}
-    return sorted(
-        (
-            ImageFile(path, _normal(path.relative_to(split).as_posix()), labels[classes[name]])
-            for name, path in images.items()
-        ),
-        key=lambda image: (image.label, image.name),
-    )
+    found_images = [_image(path, split, labels[classes[name]]) for name, path in images.items()]
+    return sorted(found_images, key=lambda image: (image.label, image.name))
 
 
 def in_words(counts: Counter[str]) -> str:
@@ -319,8 +312,3 @@ def some(lines: list[str], separator: str = ", ") -> str:
 def shown(text: str) -> str:
     """``text`` with escapes for what cannot be printed, such as line breaks in a file's name."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def links_in_words(links: list[Path]) -> str:
-    """One line that names links which are not followed."""
-    return f"links to folders that are not followed: {some(sorted(map(str, links)))}"

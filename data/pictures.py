@@ -9,13 +9,14 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from aaconv.text import one_line
@@ -99,20 +100,16 @@ def check_white(white: Any) -> None:
         raise ValueError(f"data.white={white} must be a number from {WHITES[0]} to {WHITES[1]}")
 
 
-@lru_cache(maxsize=1)
+@cache
 def formats() -> tuple[str, ...]:
     """The formats that are read, by Pillow's names for them."""
-    from PIL import Image
-
     Image.init()
     return tuple(name for name in Image.OPEN if name not in _NO_FORMATS)
 
 
-@lru_cache(maxsize=1)
+@cache
 def endings() -> frozenset[str]:
     """The endings of the names of image files, in lower case and with their dot."""
-    from PIL import Image
-
     known = formats()
     registered = Image.registered_extensions().items()
     return frozenset(ending.lower() for ending, name in registered if name in known)
@@ -121,8 +118,6 @@ def endings() -> frozenset[str]:
 @contextmanager
 def reading(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
     """Pillow's limit and warnings as `decode` wants them; they are the whole process's."""
-    from PIL import Image
-
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -149,8 +144,6 @@ def decode(content: bytes, size: tuple[int, int], white: float | None = None) ->
             numbers are negative, not finite or above ``white``; floating-point numbers without
             ``white``; one line.
     """
-    from PIL import Image, UnidentifiedImageError
-
     try:
         with Image.open(BytesIO(content), formats=formats()) as picture:
             deep_color = _has_deep_color(picture)
@@ -175,8 +168,6 @@ class _NumbersError(ValueError):
 
 
 def _decode(picture: Any, size: tuple[int, int], white: float | None, deep_color: bool) -> Decoded:
-    from PIL import Image, ImageOps
-
     # ImageOps.exif_transpose also writes the other EXIF data again, which fails for damaged ones.
     picture.load()  # which turns a TIFF, and takes its orientation away
     orientation = picture.getexif().get(0x0112)
@@ -206,8 +197,6 @@ def _has_deep_color(picture: Any) -> bool:
 
 def _scaled(picture: Any, white: float | None) -> tuple[Any, float]:
     """A gray image of 8 bits from one of more, and the largest number in it."""
-    from PIL import Image
-
     numbers = np.asarray(picture)
     lowest, largest = float(numbers.min()), float(numbers.max())
     if not np.isfinite([lowest, largest]).all():
@@ -227,8 +216,6 @@ def _scaled(picture: Any, white: float | None) -> tuple[Any, float]:
 
 
 def _as_rgb(picture: Any) -> Any:
-    from PIL import Image
-
     if "A" in picture.getbands() or "transparency" in picture.info:
         opaque = picture.convert("RGBA")
         white = Image.new("RGBA", opaque.size, "white")
