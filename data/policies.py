@@ -134,22 +134,6 @@ def _warp(pixels: Tensor, *matrix: Tensor | float) -> Tensor:
     return picked.mul_(inside[..., None])
 
 
-def _shear_x(pixels: Tensor, magnitudes: Tensor) -> Tensor:
-    return _warp(pixels, 1, magnitudes, 0, 0, 1, 0)
-
-
-def _shear_y(pixels: Tensor, magnitudes: Tensor) -> Tensor:
-    return _warp(pixels, 1, 0, 0, magnitudes, 1, 0)
-
-
-def _translate_x(pixels: Tensor, magnitudes: Tensor) -> Tensor:
-    return _warp(pixels, 1, 0, -magnitudes.trunc(), 0, 1, 0)
-
-
-def _translate_y(pixels: Tensor, magnitudes: Tensor) -> Tensor:
-    return _warp(pixels, 1, 0, 0, 0, 1, -magnitudes.trunc())
-
-
 def _rotate(pixels: Tensor, magnitudes: Tensor) -> Tensor:
     """Around the center, counterclockwise; magnitudes in degrees."""
     y, x = pixels.shape[1] / 2, pixels.shape[2] / 2
@@ -170,14 +154,6 @@ def _gray(pixels: Tensor) -> Tensor:
     """Luma (B, H, W, 1) by ITU-R 601, int32."""
     red, green, blue = pixels.int().split(1, dim=-1)
     return (red * 19595 + green * 38470 + blue * 7471 + 2**15) >> 16
-
-
-def _brightness(pixels: Tensor, magnitudes: Tensor) -> Tensor:
-    return _blend(pixels, 0, magnitudes)
-
-
-def _color(pixels: Tensor, magnitudes: Tensor) -> Tensor:
-    return _blend(pixels, _gray(pixels).float(), magnitudes)
 
 
 def _contrast(pixels: Tensor, magnitudes: Tensor) -> Tensor:
@@ -226,27 +202,23 @@ def _equalize(pixels: Tensor, _: Tensor) -> Tensor:
     return functional.equalize(pixels.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def _invert(pixels: Tensor, _: Tensor) -> Tensor:
-    return 255 - pixels
-
-
 # Each takes pixels (B, H, W, 3) uint8 and their magnitudes (B,), on the CPU.
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Identity": lambda pixels, _: pixels,
-    "ShearX": _shear_x,
-    "ShearY": _shear_y,
-    "TranslateX": _translate_x,
-    "TranslateY": _translate_y,
+    "ShearX": lambda pixels, by: _warp(pixels, 1, by, 0, 0, 1, 0),
+    "ShearY": lambda pixels, by: _warp(pixels, 1, 0, 0, by, 1, 0),
+    "TranslateX": lambda pixels, by: _warp(pixels, 1, 0, -by.trunc(), 0, 1, 0),
+    "TranslateY": lambda pixels, by: _warp(pixels, 1, 0, 0, 0, 1, -by.trunc()),
     "Rotate": _rotate,
-    "Brightness": _brightness,
-    "Color": _color,
+    "Brightness": lambda pixels, by: _blend(pixels, 0, by),
+    "Color": lambda pixels, by: _blend(pixels, _gray(pixels).float(), by),
     "Contrast": _contrast,
     "Sharpness": _sharpness,
     "Posterize": _posterize,
     "Solarize": _solarize,
     "AutoContrast": _autocontrast,
     "Equalize": _equalize,
-    "Invert": _invert,
+    "Invert": lambda pixels, _: 255 - pixels,
 }
 CHOSEN_AT_RANDOM = len(OPERATIONS) - 1  # all but inverting, which AutoAugment alone has
 SIGNED = {
