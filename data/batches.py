@@ -10,7 +10,6 @@ from torch import Tensor
 from data import mixing
 from data.augmentation import Augmentation, Draws
 from data.dataset import Images, seeded_generator
-from data.sampling import balanced_order
 
 Color = Sequence[float]  # of red, green and blue
 
@@ -41,7 +40,7 @@ class Batches:
     micro-batch by micro-batch, so that this holds for each of them.
 
     An epoch has each image once, or where it is ``balanced`` each class equally often, see
-    `data.sampling.balanced_order`, from a generator of its own.
+    `balanced_order`, from a generator of its own.
 
     Raises ValueError if ``batch_size`` is below 1, above the number of images or not divisible by
     world_size * micro_batches, or if the augmentation does not fit the images or lacks
@@ -119,6 +118,25 @@ class Batches:
         if self.augmentation.mixes:
             return mixing.mix(images, labels, draws, self.num_classes)
         return images, labels
+
+
+def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices (N,) of as many images as there are ``labels``, (N,), each class equally often.
+
+    Where N is no multiple of the number of classes that have images, some chosen at random are
+    drawn once more. No image of a class is drawn a second time before all have been drawn.
+    """
+    classes = labels.unique()
+    quotas = torch.full((len(classes),), len(labels) // len(classes))
+    quotas[torch.randperm(len(classes), generator=generator)[: len(labels) % len(classes)]] += 1
+    drawn = []
+    for label, quota in zip(classes, quotas.tolist(), strict=True):
+        members = (labels == label).nonzero().flatten()
+        rounds = -(-quota // len(members))
+        orders = [torch.randperm(len(members), generator=generator) for _ in range(rounds)]
+        drawn.append(members[torch.cat(orders)[:quota]] if orders else members[:0])
+    order = torch.cat(drawn)
+    return order[torch.randperm(len(order), generator=generator)]
 
 
 def evaluation_batches(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data import Augmentation, Batches, Images
-from data.sampling import balanced_order
+from data.batches import balanced_order
 from training.loss import class_weights, cross_entropy, relative_weights
 
 from helpers import rows
