@@ -6,19 +6,19 @@ epoch draws is drawn before its first batch; its time is shared out among the ep
 """
 
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
 
 import torch
 from hydra.utils import instantiate
 from torch import Tensor
 
 from benchmarks import networks, step, timing
+from benchmarks.networks import Case
 from data import Batches, Images
 from training.compose import compose_config
 
 __all__ = ["OPTIONS", "TOGETHER", "cells", "measure"]
 
-Case = dict[str, Any]
 ALL = ["none", "standard", "padding=reflect", "flip=alternating", "cutout", "erasing=1"]
 ALL += ["trivial", "rand", "auto", "mixup=1", "cutmix=1"]
 OPTIONS = {
@@ -69,14 +69,11 @@ def measure(case: Case, device: torch.device, count: int) -> list[Case]:
     network = case | {"attention": "none", "channels_last": "yes", "compile": "no"}
     steps: dict[str, timing.Step] = {STEP: networks.training_step(step.build, network, device)}
     draws: dict[str, timing.Step] = {}
+    size = (case["size"], case["size"])
     for name in case["augmentation"]:
         batches = make_batches(case, name, device)
-        size = (case["size"], case["size"])
-
-        def draw(augmentation=batches.augmentation, size=size):  # type: ignore[no-untyped-def]
-            return augmentation.draw(case["images"], size, 0, 0)
-
-        steps[name], draws[name] = endless(batches).__next__, draw
+        steps[name] = endless(batches).__next__
+        draws[name] = partial(batches.augmentation.draw, case["images"], size, 0, 0)
     made = timing.rounds(steps, device, count)
     drawn = timing.rounds(draws, device, count)
     rows = []
