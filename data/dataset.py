@@ -201,10 +201,8 @@ def hold_out(train: Images, size: int) -> tuple[Images, Images]:
     """Splits off ``size`` random images: the rest and the split, both in their original order.
 
     Which images are held out depends only on ``len(train)`` and ``size``, so that runs with
-    different seeds are evaluated on the same images. Raises ValueError if ``size`` is negative or
-    leaves nothing to train on.
+    different seeds are evaluated on the same images. ``size`` fits: see `check_val_size`.
     """
-    check_val_size(size, len(train))
     order = torch.randperm(len(train), generator=seeded_generator("hold-out"))
     order = order.to(train.labels.device)
     held_out, rest = order[:size].sort().values, order[size:].sort().values

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data import Augmentation, Dataset, Images
-from data.dataset import hold_out, seeded_generator
+from data.dataset import check_val_size, hold_out, seeded_generator
 
 
 def numbered_images(number: int) -> Images:
@@ -141,9 +141,9 @@ def test_the_images_held_out_stay_the_same_from_version_to_version():
 
 
 @pytest.mark.parametrize("size", [-1, 101, 102])
-def test_hold_out_refuses_a_size_that_does_not_fit(size):
+def test_a_size_that_cannot_be_held_out_is_refused(size):
     with pytest.raises(ValueError, match=f"val_size={size} "):
-        hold_out(numbered_images(101), size)
+        check_val_size(size, 101)
 
 
 @pytest.mark.parametrize(
