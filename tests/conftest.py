@@ -22,6 +22,7 @@ from training.compose import compose_config
 
 import app
 from helpers import TINY
+from image_folders import write_folder
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and with them all the
 # processes that they start and interrupt.
@@ -91,6 +92,12 @@ def steps(monkeypatch):
     taken, step = [], train.take_step
     monkeypatch.setattr(train, "take_step", lambda *given: taken.append(1) or step(*given))
     return taken
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A folder of images as `image_folders.load` reads it."""
+    return write_folder(tmp_path, monkeypatch)
 
 
 @pytest.fixture

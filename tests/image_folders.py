@@ -6,6 +6,9 @@ from PIL import Image
 from data import load_folder
 
 CLASSES = ["ant", "Bee", "c d", "Käfer"]
+# Settings of a run on them.
+RUN = ["data.size=8", "augmentation.crop_pad=2", "batch_size=4", "epochs=1", "model=resnet8"]
+RUN += ["tracking=csv", "precision=fp32", "model.stem=4", "model.widths=[4,8,8]"]
 
 
 def write(path, size=(9, 7), seed=0, mode="RGB"):

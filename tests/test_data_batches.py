@@ -161,29 +161,6 @@ def test_incomplete_last_batch_is_dropped_and_no_image_comes_twice():
     assert len(batches(batch_size=29)) == 1
 
 
-def test_every_option_changes_what_it_names_and_leaves_the_rest():
-    plain, order = whole_epoch(batches())
-    cropped = to_pixels(whole_epoch(batches(Augmentation(crop_pad=2)))[0])
-    flipped, flip_order = whole_epoch(batches(Augmentation(flip=True)))
-    cut, cut_order = whole_epoch(batches(Augmentation(cutout=4)))
-    assert order.tolist() == flip_order.tolist() == cut_order.tolist()
-
-    assert (cropped.round() == 0).any()
-    assert not (to_pixels(plain).round() == 0).any()
-
-    mirrored = [torch.equal(f, p.flip(2)) for f, p in zip(flipped, plain, strict=True)]
-    same = [torch.equal(f, p) for f, p in zip(flipped, plain, strict=True)]
-    assert all(m != s for m, s in zip(mirrored, same, strict=True))
-    assert any(mirrored)
-    assert any(same)
-
-    changed = (cut != plain).any(1)
-    assert (cut[changed[:, None].expand_as(cut)] == 0).all()
-    sizes = changed.flatten(1).sum(1)
-    assert sizes.max() == 16
-    assert sizes.min() >= 4
-
-
 def test_turning_one_augmentation_on_keeps_the_draws_of_the_others():
     alone = [
         Augmentation(crop_pad=2),
@@ -322,29 +299,21 @@ def test_the_images_themselves_stay_as_they_are():
     assert torch.equal(images.pixels, before)
 
 
-def test_the_shards_of_several_ranks_make_up_the_batches_of_one():
-    whole = list(batches(EVERYTHING, 6).epoch(2))
-    shards = [list(batches(EVERYTHING, 6, shard=(rank, 3)).epoch(2)) for rank in range(3)]
-    assert len(whole) == 4
-    for batch, *shares in zip(whole, *shards, strict=True):
-        for expected, got in zip(batch, zip(*shares, strict=True), strict=True):
-            assert torch.equal(expected, torch.cat(got))
-    with pytest.raises(ValueError, match=r"batch_size=5 must be divisible by .* = 3 \* 1"):
-        batches(batch_size=5, shard=(0, 3))
-    with pytest.raises(ValueError, match=r"batch_size=9 must be divisible by .* = 3 \* 2"):
-        batches(batch_size=9, shard=(0, 3), micro_batches=2)
-
-
-def test_each_micro_batch_is_sharded_by_itself():
-    whole = list(batches(EVERYTHING, 12).epoch(1))
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_the_shards_of_several_ranks_make_up_the_micro_batches_of_one(micro_batches):
+    whole = list(batches(EVERYTHING, 12).epoch(2))
     shards = [
-        list(batches(EVERYTHING, 12, shard=(rank, 3), micro_batches=2).epoch(1))
+        list(batches(EVERYTHING, 12, shard=(rank, 3), micro_batches=micro_batches).epoch(2))
         for rank in range(3)
     ]
+    assert len(whole) == 2
     for batch, *shares in zip(whole, *shards, strict=True):
         for expected, got in zip(batch, zip(*shares, strict=True), strict=True):
-            for number, micro_batch in enumerate(expected.chunk(2)):
-                assert torch.equal(micro_batch, torch.cat([x.chunk(2)[number] for x in got]))
+            for number, micro_batch in enumerate(expected.chunk(micro_batches)):
+                parts = [x.chunk(micro_batches)[number] for x in got]
+                assert torch.equal(micro_batch, torch.cat(parts))
+    with pytest.raises(ValueError, match=rf"batch_size=9 .* = 2 \* {micro_batches}$"):
+        batches(batch_size=9, shard=(0, 2), micro_batches=micro_batches)
 
 
 def test_shards_of_a_set_have_each_image_once():

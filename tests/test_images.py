@@ -16,15 +16,7 @@ from training.compose import compose_config
 
 from folders import make_run
 from helpers import everything_below, rows
-from image_folders import write, write_folder
-
-RUN = ["data.size=8", "augmentation.crop_pad=2", "batch_size=4", "epochs=1", "model=resnet8"]
-RUN += ["tracking=csv", "precision=fp32", "model.stem=4", "model.widths=[4,8,8]"]
-
-
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    return write_folder(tmp_path, monkeypatch)
+from image_folders import RUN, write
 
 
 def words(root):
