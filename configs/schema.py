@@ -412,8 +412,10 @@ class AdamWConfig:
 
 
 @dataclass
-class WarmupCosineConfig:
-    _target_: str = "training.schedule.warmup_cosine"
+class ScheduleConfig:
+    """What every schedule has."""
+
+    _target_: str = MISSING
     _partial_: bool = True
     warmup: float = setting(
         "Fraction of all steps in which the learning rate rises.", at_least=0, below=1
@@ -421,28 +423,27 @@ class WarmupCosineConfig:
 
 
 @dataclass
-class OneCycleConfig:
+class WarmupCosineConfig(ScheduleConfig):
+    _target_: str = "training.schedule.warmup_cosine"
+
+
+@dataclass
+class OneCycleConfig(ScheduleConfig):
     _target_: str = "training.schedule.one_cycle"
-    _partial_: bool = True
     warmup: float = setting(
         "Fraction of all steps in which the learning rate rises.", at_least=0, at_most=1
     )
     start: float = setting(
-        "Learning rate of the first step as a fraction of optim.lr.",
-        above=0,
-        at_most=1,
+        "Learning rate of the first step as a fraction of optim.lr.", above=0, at_most=1
     )
     end: float = setting(
-        "Learning rate of the last step as a fraction of optim.lr.",
-        above=0,
-        at_most=1,
+        "Learning rate of the last step as a fraction of optim.lr.", above=0, at_most=1
     )
 
 
 @dataclass
-class StepConfig:
+class StepConfig(ScheduleConfig):
     _target_: str = "training.schedule.step"
-    _partial_: bool = True
     milestones: list[float] = setting(
         "Fractions of all steps after each of which the learning rate is multiplied by "
         "schedule.factor.",
@@ -452,18 +453,11 @@ class StepConfig:
     factor: float = setting(
         "What it is multiplied by at each of schedule.milestones.", above=0, at_most=1
     )
-    warmup: float = setting(
-        "Fraction of all steps in which the learning rate rises.", at_least=0, below=1
-    )
 
 
 @dataclass
-class ConstantConfig:
+class ConstantConfig(ScheduleConfig):
     _target_: str = "training.schedule.constant"
-    _partial_: bool = True
-    warmup: float = setting(
-        "Fraction of all steps in which the learning rate rises.", at_least=0, below=1
-    )
 
 
 @dataclass
@@ -693,8 +687,6 @@ SETTINGS = [
 BEFORE = {name: own.metadata["before"] for name, own in SETTINGS}
 # Those that change nothing in a result; see `setting`.
 NO_EFFECT = frozenset(name for name, own in SETTINGS if not own.metadata["decides_result"])
-# No folder is named by these: the seed has a level of its own, tracking is a group of them.
-NAMES_NO_FOLDER = NO_EFFECT | {"seed", "tracking"}
 
 
 def decides_result(name: str) -> bool:
@@ -712,8 +704,11 @@ def is_as_before(name: str, value: Any) -> bool:
 
 
 def names_folder(name: str) -> bool:
-    """Whether an override of this name, a group or a setting, is part of a run's folder's name."""
-    return name not in NAMES_NO_FOLDER and not name.startswith("hydra.")
+    """Whether an override of this name, a group or a setting, is part of a run's folder's name.
+
+    The seed has a level of its own, and the options of tracking set nothing that has an effect.
+    """
+    return name not in (*NO_EFFECT, "seed", "tracking") and not name.startswith("hydra.")
 
 
 def unknown_setting(where: str, key: str, kind: Any) -> str:
@@ -738,12 +733,12 @@ def is_text(key: str) -> bool:
 
 
 def _option_groups() -> str:
-    groups = sorted(path for path in Path(__file__).parent.iterdir() if any(path.glob("*.yaml")))
-    lines = []
-    for group in groups:
-        options = " ".join(sorted(path.stem for path in group.glob("*.yaml")))
-        lines.append(textwrap.fill(f"{group.name:<14}{options}", 90, subsequent_indent=" " * 14))
-    return textwrap.indent("\n".join(lines), "  ")
+    lines: dict[str, str] = {}
+    for path in sorted(Path(__file__).parent.glob("*/*.yaml")):
+        group = path.parent.name
+        lines[group] = f"{lines.get(group, f'  {group:<13}')} {path.stem}"
+    indent = " " * 16
+    return "\n".join(textwrap.fill(line, 92, subsequent_indent=indent) for line in lines.values())
 
 
 def _register() -> None:
