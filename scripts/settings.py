@@ -26,8 +26,9 @@ if __name__ == "__main__":
     start(__file__, options)
 
 import dataclasses
+import itertools
+import json
 import re
-from dataclasses import Field
 from enum import Enum
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -35,12 +36,11 @@ from omegaconf import OmegaConf
 
 from aaconv.text import markdown_table
 from configs.schema import NO_EFFECT, OPTIONS, Config, fields_below
+from training.compose import CONFIGS
 from training.files import write_text
 from training.variants import flatten
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs"
-PAGE = ROOT / "docs" / "settings.md"
+PAGE = CONFIGS.parent / "docs" / "settings.md"
 COMMAND = "python scripts/settings.py"
 
 INTRO = f"""# Settings
@@ -56,18 +56,15 @@ INTRO = f"""# Settings
 result: they do not name a run's folder, and a run can be continued with other values.
 """
 
-# What each group is, in the order of the page; a group's settings begin with the names after it.
+# What each group is, in the order of the page.
 GROUPS = {
-    "model": (("model",), "The network: the residual network that all comparisons share."),
-    "attention": (("attention",), "What the network's blocks have in addition to convolutions."),
-    "data": (("data",), "The images it is trained and evaluated on."),
-    "augmentation": (("augmentation",), "Random changes to the training images."),
-    "optim": (("optim",), "The optimizer."),
-    "schedule": (("schedule",), "The learning rate over the steps of a run."),
-    "tracking": (
-        ("wandb", "tracking"),
-        "The dashboard. `metrics.csv` and `summary.json` are always written.",
-    ),
+    "model": "The network: the residual network that all comparisons share.",
+    "attention": "What the network's blocks have in addition to convolutions.",
+    "data": "The images it is trained and evaluated on.",
+    "augmentation": "Random changes to the training images.",
+    "optim": "The optimizer.",
+    "schedule": "The learning rate over the steps of a run.",
+    "tracking": "The dashboard. `metrics.csv` and `summary.json` are always written.",
 }
 
 
@@ -78,8 +75,14 @@ class Row(NamedTuple):
     type: str
     meaning: str
 
+    @property
+    def group(self) -> str:
+        """The group whose options have it, if any does."""
+        first = self.name.partition(".")[0]
+        return "tracking" if first == "wandb" else first
 
-def rows_of(kind: Any, prefix: str) -> list[Row]:
+
+def rows_of(kind: Any, prefix: str = "") -> list[Row]:
     """The settings of a config class under their dotted names, those inside it included."""
     return [
         Row(name, type_in_words(field.type), meaning(name, field))
@@ -101,7 +104,7 @@ def type_in_words(kind: Any) -> str:
     return f"list of {words[0]}" if get_origin(kind) is list else " or ".join(words)
 
 
-def meaning(name: str, field: Field[Any]) -> str:
+def meaning(name: str, field: dataclasses.Field[Any]) -> str:
     """A setting's help, its range, and whether it changes a result."""
     words = [field.metadata["help"]]
     allowed = field.metadata["range"].words()
@@ -112,128 +115,85 @@ def meaning(name: str, field: Field[Any]) -> str:
     return " ".join(words)
 
 
-def read_yaml(path: Path) -> tuple[list[Any], dict[str, Any]]:
-    """The defaults list of a YAML file, and its own values under dotted keys, not resolved."""
-    content = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(content, dict)
-    defaults = content.pop("defaults", [])
-    return defaults, flatten({str(key): value for key, value in content.items()})
+def load(path: Path, prefix: str = "") -> dict[str, Any]:
+    """The values of a YAML file and of those beside it that it builds on; none is resolved.
+
+    ``prefix`` begins the dotted names of all.
+    """
+    content: Any = OmegaConf.to_container(OmegaConf.load(path))
+    values: dict[str, Any] = {}
+    for entry in content.pop("defaults", []):
+        base = path.parent / f"{entry}.yaml"
+        if base.is_file():
+            values |= load(base, prefix)
+    return values | flatten(content, prefix)
 
 
-def load_values(path: Path) -> dict[str, Any]:
-    """The values of a YAML file, those of files in the same folder that it builds on included."""
-    defaults, values = read_yaml(path)
-    inherited: dict[str, Any] = {}
-    for entry in defaults:
-        if isinstance(entry, str) and (path.parent / f"{entry}.yaml").is_file():
-            inherited |= load_values(path.parent / f"{entry}.yaml")
-    return inherited | values
+def option_files(group: str) -> list[Path]:
+    """The YAML files of a group's options, resnet8 before resnet20."""
+
+    def key(path: Path) -> list[Any]:
+        return [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", path.stem)]
+
+    return sorted((CONFIGS / group).glob("*.yaml"), key=key)
 
 
-def schema_name(path: Path) -> str | None:
-    """NAME of the ``/schema/GROUP/NAME@_here_`` that the file of an option builds on, if any."""
-    for entry in read_yaml(path)[0]:
-        if isinstance(entry, str) and entry.startswith("/schema/"):
-            return entry.removesuffix("@_here_").rpartition("/")[2]
-    return None
+def read_option(path: Path) -> dict[Row, str]:
+    """The settings of the option that this file is of, with their defaults."""
+    group = path.parent.name
+    schema = re.search(r"/schema/(\w+)/(\w+)@_here_", path.read_text(encoding="utf-8"))
+    if schema:
+        classes = {(there, name): kind for there, name, kind in OPTIONS}
+        rows = rows_of(classes[schema[1], schema[2]], f"{group}.")
+    else:  # it has the types of the fields of Config
+        rows = [row for row in rows_of(Config) if row.group == group]
+    # The files of tracking are for the whole configuration and have full names.
+    values = load(path, "" if group == "tracking" else f"{group}.")
+    return {row: in_yaml(values[row.name]) for row in rows}
 
 
 def head_comment(path: Path) -> str:
     """The comment at the top of a YAML file, up to an empty line, a list or a command in it."""
-    words: list[str] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("# @package"):
-            continue
-        if not line.startswith("# ") or line.startswith("#  "):
-            break
-        words.append(line.removeprefix("# "))
-    return " ".join(words)
+    text = path.read_text(encoding="utf-8").removeprefix("# @package _global_\n")
+    lines = itertools.takewhile(re.compile("# (?! )").match, text.splitlines())
+    return " ".join(line.removeprefix("# ") for line in lines)
 
 
 def in_yaml(value: Any) -> str:
-    """A value as one writes it on the command line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{', '.join(map(in_yaml, value))}]"
-    return str(value)
+    """A value as one writes it on the command line, as code."""
+    return code(value if isinstance(value, str) else json.dumps(value))
 
 
-def section(configs: Path, group: str) -> str:
+def section(group: str) -> str:
     """A group: its options, with the defaults that differ between them, and its settings."""
-    _, text = GROUPS[group]
-    own, values = read_options(configs, group)
-    default_option = chosen_option(configs, group)
-    options_of: dict[Row, list[str]] = {}
-    for option, fields in own.items():
-        for field in fields:
-            options_of.setdefault(field, []).append(option)
-    defaults = {
-        field: {in_yaml(values[option][field.name]) for option in options}
-        for field, options in options_of.items()
-    }
-    differing = [field for field in options_of if len(defaults[field]) > 1]
-    options_table = table(
-        ["option", "", *(code(field.name) for field in differing)],
+    own = {path: read_option(path) for path in option_files(group)}
+    rows = list(dict.fromkeys(itertools.chain(*own.values())))
+    having = {row: [path for path in own if row in own[path]] for row in rows}
+    defaults = {row: {own[path][row] for path in having[row]} for row in rows}
+    differing = [row for row in rows if len(defaults[row]) > 1]
+    options = [
+        [code(path.stem), head_comment(path), *(own[path].get(row, "") for row in differing)]
+        for path in own
+    ]
+    config = (CONFIGS / "config.yaml").read_text(encoding="utf-8")
+    (chosen,) = re.findall(rf"^  - {group}: (\w+)", config, re.MULTILINE)
+    parts = [
+        f"## {group}",
+        f"{GROUPS[group]} The default is `{group}={chosen}`.",
+        table(["option", "", *(code(row.name) for row in differing)], options),
+    ]
+    settings = [
         [
-            [
-                code(option),
-                head_comment(configs / group / f"{option}.yaml"),
-                *(code(in_yaml(values[option][f.name])) if f in fields else "" for f in differing),
-            ]
-            for option, fields in own.items()
-        ],
-    )
-    parts = [f"## {group}", f"{text} The default is `{group}={default_option}`.", options_table]
-    if options_of:
-        rows = [
-            [
-                code(field.name),
-                "" if len(options) == len(own) else ", ".join(map(code, options)),
-                field.type,
-                "see above" if field in differing else code(*defaults[field]),
-                field.meaning,
-            ]
-            for field, options in options_of.items()
+            code(row.name),
+            "" if len(having[row]) == len(own) else ", ".join(code(p.stem) for p in having[row]),
+            row.type,
+            "see above" if row in differing else "".join(defaults[row]),
+            row.meaning,
         ]
-        parts.append(table(["setting", "only with", "type", "default", "meaning"], rows))
+        for row in rows
+    ]
+    parts.append(table(["setting", "only with", "type", "default", "meaning"], settings))
     return "\n\n".join(parts)
-
-
-def read_options(
-    configs: Path, group: str
-) -> tuple[dict[str, list[Row]], dict[str, dict[str, Any]]]:
-    """Of each option of a group its settings, and their default values by name."""
-    prefixes, _ = GROUPS[group]
-    classes = {name: node for g, name, node in OPTIONS if g == group}
-    of_config = {field.name: field.type for field in dataclasses.fields(Config)}
-    fields: dict[str, list[Row]] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for path in sorted((configs / group).glob("*.yaml"), key=natural):
-        loaded = load_values(path)
-        name = schema_name(path)
-        fields[path.stem] = []
-        for prefix in prefixes:
-            # Without a schema of its own it has that of the field of Config.
-            kind = of_config[prefix] if name is None else classes[name]
-            fields[path.stem] += rows_of(kind, f"{prefix}.")
-        # A file for the whole configuration has the prefix already.
-        values[path.stem] = {
-            f.name: loaded[f.name] if f.name in loaded else loaded[f.name.partition(".")[2]]
-            for f in fields[path.stem]
-        }
-    return fields, values
-
-
-def natural(path: Path) -> list[Any]:
-    """A key that sorts resnet8 before resnet20."""
-    return [int(w) if w.isdigit() else w for w in re.split(r"(\d+)", path.stem)]
-
-
-def chosen_option(configs: Path, group: str) -> str:
-    """What config.yaml chooses of a group."""
-    defaults, _ = read_yaml(configs / "config.yaml")
-    return next(str(e[group]) for e in defaults if isinstance(e, dict) and group in e)
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -245,24 +205,20 @@ def code(text: str) -> str:
     return f"`{text}`"
 
 
-def run_section(configs: Path) -> str:
+def run_section() -> str:
     """The settings that belong to no group."""
-    values = load_values(configs / "config.yaml")
-    grouped = {prefix for prefixes, _ in GROUPS.values() for prefix in prefixes}
+    values = load(CONFIGS / "config.yaml")
     rows = [
-        [code(row.name), row.type, code(in_yaml(values[row.name])), row.meaning]
-        for row in rows_of(Config, "")
-        if row.name.partition(".")[0] not in grouped
+        [code(row.name), row.type, in_yaml(values[row.name]), row.meaning]
+        for row in rows_of(Config)
+        if row.group not in GROUPS
     ]
     text = "Settings of the run itself."
     return f"## run\n\n{text}\n\n{table(['setting', 'type', 'default', 'meaning'], rows)}"
 
 
-def experiment_section(configs: Path) -> str:
-    rows = [
-        [code(path.stem), head_comment(path)]
-        for path in sorted((configs / "experiment").glob("*.yaml"), key=natural)
-    ]
+def experiment_section() -> str:
+    rows = [[code(path.stem), head_comment(path)] for path in option_files("experiment")]
     text = (
         "Whole recipes, which set several of the above at once; none by default. Each file in "
         "configs/experiment/ begins with its command, the hardware and the expected result."
@@ -270,17 +226,16 @@ def experiment_section(configs: Path) -> str:
     return f"## experiment\n\n{text}\n\n{table(['option', ''], rows)}"
 
 
-def page(configs: Path) -> str:
-    """The text of docs/settings.md for the schema and the YAML files in ``configs``."""
-    sections = [section(configs, group) for group in GROUPS]
-    parts = [INTRO.strip(), run_section(configs), *sections, experiment_section(configs)]
+def page() -> str:
+    """The text of docs/settings.md for the schema and the YAML files in `CONFIGS`."""
+    parts = [INTRO.strip(), run_section(), *map(section, GROUPS), experiment_section()]
     return "\n\n".join(parts) + "\n"
 
 
 @command(options)
 def main(args: argparse.Namespace) -> None:
-    text = page(CONFIGS)
+    text = page()
     if not args.check:
         write_text(PAGE, text)
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
+    elif PAGE.read_text(encoding="utf-8") != text:
         raise ValueError(f"{PAGE.name} is out of date; run {COMMAND}")
