@@ -87,8 +87,8 @@ def _stop_at(error: BaseException) -> None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         stop(explain(error))
     if isinstance(error, OSError):  # Hydra was not able to make a folder
-        too_long = error.errno == errno.ENAMETOOLONG
-        stop(explain(error) + "; choose a writable folder with out_dir=..." * (not too_long))
+        remedy = "; choose a writable folder with out_dir=..."
+        stop(explain(error) + ("" if error.errno == errno.ENAMETOOLONG else remedy))
     # Hydra's own, before a run began, whatever it is: it names nothing.
     code = _main.__wrapped__.__code__
     own = any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
