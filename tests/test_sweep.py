@@ -222,7 +222,7 @@ def started(tmp_path):
 
     def note(number, outcome="", why=""):
         folder = str(tmp_path / str(number))
-        sweep.Record(number, ["epochs=1", f"seed={number}"], folder).write(outcome, why)
+        sweep.Record(number, f"seed={number}", folder).write(outcome, why)
 
     yield note
     sweep.end(None)

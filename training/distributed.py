@@ -93,24 +93,27 @@ def _store() -> dist.Store:
     return cast(dist.Store, store)
 
 
-def await_main() -> None:
-    """Return in the other processes after the main one has come here too.
+def await_main(word: str = "") -> str:
+    """Return in the other processes after the main one has come here too: what that one says.
 
     torchrun ends all processes as soon as one has ended with an error; the main one, which has
-    files to write and tables to print, is to be the first.
+    files to write and tables to print, is to be the first. If it does not come it says nothing.
     """
     here = world()
     if here.size == 1:
-        return
+        return word
     key = f"aaconv-main-{next(_meetings)}"
     if here.is_main:
-        _store().set(key, "")
-        return
+        _store().set(key, word)
+        return word
     end = time.monotonic() + TIMEOUT_AT_THE_END.total_seconds()
     with suppress(dist.DistError):  # the main process is gone, and with it the store
         # In short steps, between which Python sees to signals.
-        while not _store().check([key]) and time.monotonic() < end:
+        while time.monotonic() < end:
+            if _store().check([key]):
+                return _store().get(key).decode()
             time.sleep(0.05)
+    return ""
 
 
 def _patient_group() -> Any:

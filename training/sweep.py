@@ -15,9 +15,9 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -43,19 +43,22 @@ RECORDS = "AACONV_SWEEP"
 # The names of the settings that are the same in all jobs, for the same processes.
 FIXED = "AACONV_SWEEP_FIXED"
 PREFIX, LOCK = ".sweep-", "lock"
+# What Hydra writes of a sweep.
+DESCRIPTION = "multirun.yaml"
 
 
 @dataclass
 class Record:
-    """A job: its number, its overrides, its run's folder, and what became of it and why.
+    """A job: its number, what tells it from others, its run's folder, what became of it and why.
 
-    ``outcome`` is one of `training.outcome.ALL`, or empty while it is trained. ``config`` has its
-    settings where it has no result.
+    ``label`` has its overrides but for those that all jobs have. ``outcome`` is one of
+    `training.outcome.ALL`, or empty while it is trained. ``config`` has its settings where it has
+    no result.
     """
 
     number: int
-    words: list[str]
-    folder: str
+    label: str = ""
+    folder: str = ""
     outcome: str = ""
     why: str = ""
     config: dict[str, Any] | None = None
@@ -63,33 +66,27 @@ class Record:
     def write(self, kind: str, why: str) -> None:
         """Note what became of the job, where other processes of the sweep find it."""
         self.outcome, self.why = kind, why
-        if _started:
-            _started[-1].outcomes[self.number] = kind
         if world().is_main and RECORDS in os.environ:
             write_json(Path(os.environ[RECORDS]) / f"{self.number}.json", asdict(self))
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """A sweep that this process has started.
+class Sweep(NamedTuple):
+    """A sweep that this process has started, and as the main one keeps the records of.
 
     Attributes:
         jobs: their number, if known.
-        records: their folder, in the main process, and ``lock`` its lock.
-        description: the file that Hydra writes, in the main process.
-        before: what it held, if it was there.
-        outcomes: of the jobs that were trained in this process, by their numbers.
+        records: their folder, below the sweep's, and ``lock`` its lock.
+        before: what `DESCRIPTION`, which is beside it, held before, if it was there.
     """
 
     jobs: int | None
-    records: Path | None
-    lock: "BaseFileLock | None"
-    description: Path | None
+    records: Path
+    lock: "BaseFileLock"
     before: bytes | None
-    outcomes: dict[int, str] = field(default_factory=dict)
 
 
-_started: list[Sweep] = []
+# Of this process: None in those that are not the main one.
+_started: list[Sweep | None] = []
 
 
 class StartSweep(Callback):
@@ -102,16 +99,17 @@ class StartSweep(Callback):
         overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
         fixed = {o.get_key_element() for o in overrides if not o.is_sweep_override()}
         os.environ[FIXED] = " ".join(sorted(fixed))
-        records = lock = description = None
-        if world().is_main:
-            folder = Path(config.hydra.sweep.dir).absolute()
-            folder.mkdir(parents=True, exist_ok=True)
-            records, lock = _make_records(folder)
-            os.environ[RECORDS] = str(records)
-            description = folder / "multirun.yaml"
-        before = description.read_bytes() if description and description.exists() else None
         jobs = _number_of_jobs(config, overrides)
-        _started.append(Sweep(jobs, records, lock, description, before))
+        if not world().is_main:
+            _started.append(None)
+            return
+        folder = Path(config.hydra.sweep.dir).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        description = folder / DESCRIPTION
+        before = description.read_bytes() if description.exists() else None
+        records, lock = _make_records(folder)
+        os.environ[RECORDS] = str(records)
+        _started.append(Sweep(jobs, records, lock, before))
 
 
 def _make_records(parent: Path) -> tuple[Path, "BaseFileLock"]:
@@ -163,7 +161,9 @@ def run_job(
     from training.distributed import broadcast_from_main, process_group
 
     hydra = HydraConfig.get()
-    record = Record(int(hydra.job.num), list(hydra.overrides.task), "")
+    fixed = fixed_settings()
+    words = (word for word in hydra.overrides.task if word.partition("=")[0] not in fixed)
+    record = Record(int(hydra.job.num), " ".join(words))
     _print_head(record)
     try:
         folder = run_dir(cfg)
@@ -185,7 +185,7 @@ def run_job(
     except SystemExit as stopped:
         record.write(*_from_folder(folder, None))
         # Where each job has a process of its own, the time is over for that one alone.
-        if stopped.code or _in_this_process(hydra):
+        if stopped.code or "basic_launcher" in hydra.launcher._target_:
             raise
         return NO_SCORE
     except ConnectionError as error:
@@ -241,11 +241,6 @@ def _settings(cfg: DictConfig) -> dict[str, Any] | None:
     return None
 
 
-def _in_this_process(hydra: Any) -> bool:
-    """Whether Hydra trains one job of the sweep after the other, in this process."""
-    return "basic_launcher" in hydra.launcher._target_
-
-
 def fixed_settings() -> set[str]:
     """The settings of the sweep's command that are the same in all its jobs; outside of one none.
 
@@ -256,20 +251,13 @@ def fixed_settings() -> set[str]:
 
 def _print_head(record: Record) -> None:
     """Say which job begins; where others are trained meanwhile, each line will say whose it is."""
-    if _started and world().is_main:
-        jobs = _started[-1].jobs
-        of = "" if jobs is None else f" of {jobs}"
-        print(f"\njob #{record.number}{of}: {_label(record)}", flush=True)
+    if _started and (sweep := _started[-1]) is not None:
+        of = "" if sweep.jobs is None else f" of {sweep.jobs}"
+        print(f"\njob #{record.number}{of}: {record.label}", flush=True)
     elif RECORDS in os.environ:  # in a process of the launcher's
-        print(f"job #{record.number}: {_label(record)}", flush=True)
+        print(f"job #{record.number}: {record.label}", flush=True)
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logging.Formatter(f"job #{record.number}: %(message)s"))
-
-
-def _label(record: Record) -> str:
-    """The job's overrides but for those that all jobs have."""
-    fixed = fixed_settings()
-    return " ".join(word for word in record.words if word.partition("=")[0] not in fixed)
 
 
 # ---- The end ------------------------------------------------------------------------------------
@@ -284,37 +272,28 @@ def end(error: BaseException | None) -> int | None:
     """
     if not _started:
         return None
-    from training import outcome
     from training.distributed import await_main
 
-    sweep = _started[-1]
-    if sweep.records is None:
-        await_main()
-        ended = None
-        if sweep.outcomes or not isinstance(error, Exception):
-            ended = outcome.exit_code(set(sweep.outcomes.values()), error)
-    else:
-        ended = _end_in_main(sweep, sweep.records, error)
-        await_main()
-    _started.pop()
+    sweep = _started.pop()
+    code = None if sweep is None else _end_in_main(sweep, error)
     os.environ.pop(FIXED, None)
-    return ended
+    told = await_main("" if code is None else f"{code}")
+    return int(told) if told else None
 
 
-def _end_in_main(sweep: Sweep, folder: Path, error: BaseException | None) -> int | None:
+def _end_in_main(sweep: Sweep, error: BaseException | None) -> int | None:
     from training import outcome
 
     os.environ.pop(RECORDS, None)
-    records = [Record(**json.loads(path.read_text())) for path in folder.glob("*.json")]
-    if sweep.lock is not None:
-        sweep.lock.release()
-    shutil.rmtree(folder, ignore_errors=True)
+    records = [Record(**json.loads(path.read_text())) for path in sweep.records.glob("*.json")]
+    sweep.lock.release()
+    shutil.rmtree(sweep.records, ignore_errors=True)
     refused = all(record.outcome == outcome.REFUSED for record in records)
-    if refused and sweep.description is not None:  # nothing has been done: Hydra's file tells of it
-        if sweep.before is None:
-            sweep.description.unlink(missing_ok=True)
-        else:
-            sweep.description.write_bytes(sweep.before)
+    if refused:  # nothing has been done: Hydra's file tells of it
+        description = sweep.records.with_name(DESCRIPTION)
+        description.unlink(missing_ok=True)
+        if sweep.before is not None:
+            description.write_bytes(sweep.before)
     if isinstance(error, Exception) and not records:
         return None
     for record in records:
@@ -325,10 +304,10 @@ def _end_in_main(sweep: Sweep, folder: Path, error: BaseException | None) -> int
             _keep_reason(Path(record.folder), record.outcome, record.why, record.config)
     started = {record.number for record in records}
     missing = set(range(sweep.jobs or 0)) - started
-    records += [Record(number, [], "", outcome.NOT_STARTED) for number in missing]
+    records += [Record(number, outcome=outcome.NOT_STARTED) for number in missing]
     records.sort(key=lambda record: record.number)
     if records:
-        rows = [(f"#{r.number:<4} {_label(r)}", outcome.Outcome(r.outcome, r.why)) for r in records]
+        rows = [(f"#{r.number:<4} {r.label}", outcome.Outcome(r.outcome, r.why)) for r in records]
         lines = outcome.table(rows, "job", "the same command with resume=auto")
         print("", *lines, sep="\n", flush=True)
     return outcome.exit_code({record.outcome for record in records}, error)
