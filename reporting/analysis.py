@@ -93,13 +93,11 @@ class Analysis:
         gains = {}
         for comparison in self.nearest:
             if comparison.top1.n and "epochs" not in comparison.differing:
-                ours, theirs = (
-                    {run.seed: run.each_epoch("top1") for run in variant.runs}
-                    for variant in (comparison.variant, comparison.baseline)
-                )
+                theirs = {run.seed: run.each_epoch("top1") for run in comparison.baseline.runs}
                 gains[comparison.variant] = [
-                    [a - b for a, b in zip(ours[seed], theirs[seed], strict=True)]
-                    for seed in comparison.top1.by_seed
+                    [a - b for a, b in zip(run.each_epoch("top1"), theirs[run.seed], strict=True)]
+                    for run in comparison.variant.runs
+                    if run.seed in theirs
                 ]
         return gains
 

@@ -114,7 +114,7 @@ def _effects(sweep: Sweep) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for effect in sweep.effects:
         factor = sweep.factors[effect.factor]
-        words = [sweep.recipe, factor.name, *map(factor.value, effect.levels)]
+        words = [sweep.recipe, factor.name, *(factor.values[level] for level in effect.levels)]
         rows.append([*words, effect.mean, effect.low, effect.high, effect.p])
     return rows
 

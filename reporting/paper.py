@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from reporting import text
 from reporting.analysis import Analysis
 from reporting.parts import Section, tables
-from reporting.runs import NOT_SET, Variant
+from reporting.runs import NOT_SET, Variant, grouped
 from reporting.text import DASH, short_name, signed
 
 NETWORK = "Wide-ResNet-28-10"
@@ -95,14 +95,10 @@ def printed(data: str, variant: Variant) -> Row | None:
 
 def cells(row: Row | None) -> dict[str, str]:
     """The numbers of the paper's row, or dashes."""
-    if row is None:
-        return dict.fromkeys(("parameters", "GFLOPs", "top-1 %", "top-5 %"), DASH)
-    return {
-        "parameters": f"{row.parameters} M",
-        "GFLOPs": str(row.gflops),
-        "top-1 %": str(row.top1),
-        "top-5 %": str(row.top5),
-    }
+    numbers = [DASH] * 4
+    if row is not None:
+        numbers = [f"{row.parameters} M", str(row.gflops), str(row.top1), str(row.top5)]
+    return dict(zip(("parameters", "GFLOPs", "top-1 %", "top-5 %"), numbers, strict=True))
 
 
 def paper_section(analysis: Analysis) -> Section:
@@ -126,8 +122,8 @@ def paper_section(analysis: Analysis) -> Section:
             "are not comparable with its scores, which are:"
         )
         made = tables([{"the paper's network": r.name, **cells(r)} for r in TABLE1.values()])
-    one_of_each = {v.attention: v for v in analysis.variants[::-1]}.values()
-    recipe = _recipe(matched or sorted(one_of_each, key=analysis.variants.index))
+    one_of_each = [same[0] for same in grouped(analysis.variants, lambda v: v.attention).values()]
+    recipe = _recipe(matched or one_of_each)
     made += tables(recipe, texts=5, caption="Settings that differ from the paper's.")
     if not recipe:
         notes.append("The recipe is the paper's, as far as that is known.")

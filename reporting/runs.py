@@ -293,11 +293,11 @@ def group_by_variant(runs: list[Run]) -> tuple[list[Variant], list[Excluded]]:
 def _labeled(groups: list[list[Run]]) -> list[Variant]:
     unnamed = [Variant("", runs) for runs in groups]
     several_models = len({variant.model for variant in unnamed}) > 1
-    alike = grouped(unnamed, lambda variant: (variant.model, variant.attention))
     variants = []
-    for (model, attention), members in alike.items():
-        words = [model] if several_models else []
-        words.append(ATTENTIONS[attention].label)
+    for members in grouped(unnamed, lambda variant: (variant.model, variant.attention)).values():
+        first = members[0]
+        words = [first.model] if several_models else []
+        words.append(ATTENTIONS[first.attention].label)
         keys = distinguishing(members)
         shown = {key: rounded(variant.setting(key) for variant in members) for key in keys}
         for variant in members:

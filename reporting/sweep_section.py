@@ -87,7 +87,7 @@ def _words(sweep: Sweep, effect: Effect) -> tuple[str, str, str]:
     factor = sweep.factors[effect.factor]
     trend = " (trend)" if factor.numbers else ""
     high, low = effect.levels
-    return f"{factor.name}{trend}", factor.value(high), factor.value(low)
+    return f"{factor.name}{trend}", factor.values[high], factor.values[low]
 
 
 def section(sweeps: list[Sweep]) -> Section | None:
@@ -235,7 +235,7 @@ def _heatmap(sweep: Sweep, number: int) -> Picture | None:
         named = zip(others, rest, strict=True)
         title = ", ".join(factor.words(level) for factor, level in named)
         panels[title] = {(at[0], at[1]): cell for at, cell in shown.items() if at[2:] == rest}
-    values = [(f.name, [f.value(level) for level in range(len(f.levels))]) for f in (rows, columns)]
+    values = [(factor.name, factor.values) for factor in (rows, columns)]
     caption = f"{_head(sweep)}Mean top-1 (%) of the last epoch over n seeds."
     figure = figures.heatmaps(panels, *values)
     wide = len(panels) > 1
@@ -246,12 +246,11 @@ def _over_settings(sweep: Sweep, number: int) -> Picture | None:
     """Top-1 over each setting, where one has so many values that it has a trend."""
     if not any(factor.numbers for factor in sweep.factors):
         return None
-    scores = {levels: variant.mean("top1") for levels, variant in sweep.by_levels.items()}
     panels = {
         factor.name: (
-            [factor.value(level) for level in range(len(factor.levels))],
+            factor.values,
             bool(factor.numbers),
-            [(levels[place], top1) for levels, top1 in scores.items()],
+            [(levels[place], variant.mean("top1")) for levels, variant in sweep.by_levels.items()],
         )
         for place, factor in enumerate(sweep.factors)
     }

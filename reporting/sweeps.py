@@ -59,8 +59,10 @@ class Factor:
             for level in self.levels
         ]
 
-    def value(self, level: int) -> str:
-        return ", ".join(self._shown[level])
+    @property
+    def values(self) -> list[str]:
+        """The levels as they are shown."""
+        return [", ".join(values) for values in self._shown]
 
     def words(self, level: int) -> str:
         """`dk 0.5`, or `dk 0.5, dv 0.25` where these differ together."""
@@ -70,18 +72,12 @@ class Factor:
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """The variants of one kind of attention and one recipe, which differ in attention's settings.
+    """Variants of one kind of attention and one recipe, which differ in attention's settings."""
 
-    Attributes:
-        recipe: what it differs in from the report's other sweeps; empty where there is one.
-        by_levels: the variants, by the levels of the factors.
-        missing: the words for cells that have no finished run, by their levels.
-    """
-
-    recipe: str
+    recipe: str  # what it differs in from the report's other sweeps; empty where there is one
     factors: list[Factor]
     by_levels: dict[Levels, Variant]
-    missing: dict[Levels, str]
+    missing: dict[Levels, str]  # why a cell has no finished run, in words
 
     @cached_property
     def design(self) -> Design:
