@@ -40,9 +40,9 @@ def start(server, tmp_path):
     """A function that starts train.py; what is still running at the end is killed."""
     processes = []
 
-    def go(*words, **environment):
+    def go(*words, program=(ROOT / "train.py",), **environment):
         process = App(
-            [ROOT / "train.py", *words, f"out_dir={tmp_path / 'out'}"],
+            [*program, *words, f"out_dir={tmp_path / 'out'}"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -277,21 +277,11 @@ cli.run()
 """
 
 
-def test_a_server_that_dies_costs_one_warning_and_no_row(server, tmp_path):
-    words = [*LONG, f"out_dir={tmp_path / 'out'}"]
-    process = App(
-        ["-c", IMPATIENT.format(root=str(ROOT)), *words],
-        env=server.environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        await_(lambda: rows_on_disk(tmp_path) >= 2, "two epochs")
-        server.kill()
-        out, err = process.communicate(timeout=GUARD)
-    finally:
-        process.kill()
+def test_a_server_that_dies_costs_one_warning_and_no_row(start, server, tmp_path):
+    process = start(*LONG, program=("-c", IMPATIENT.format(root=str(ROOT))))
+    await_(lambda: rows_on_disk(tmp_path) >= 2, "two epochs")
+    server.kill()
+    out, err = process.communicate(timeout=GUARD)
     assert (process.returncode, err) == (0, "")
     assert len(table(tmp_path / "out")) == 12
     lines = [line for line in out.splitlines() if line.startswith("wandb")]

@@ -120,6 +120,18 @@ def network(settings):
     return make
 
 
+def inputs_of_blocks(model, dataset, number):
+    """What each augmented block gets of so many images, evenly spread, by its name."""
+    inputs = {}
+    for name, layer in augmented_layers(model.eval()).items():
+        layer.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
+    chosen = [n * len(dataset.evaluation) // number for n in range(number)]
+    images = Images(dataset.evaluation.pixels[chosen], dataset.evaluation.labels[chosen])
+    ((batch, _),) = evaluation_batches(images, number, dataset.mean, dataset.std)
+    model(batch)
+    return inputs
+
+
 def test_pictures_show_the_weights_of_every_augmented_block(network):
     model, dataset = network("attention.Nh=8", "attention.dv=8", "attention.dk=8")
     drawn = media.attention_pictures(model, dataset)
@@ -128,13 +140,7 @@ def test_pictures_show_the_weights_of_every_augmented_block(network):
     tile, step = attention_picture.TILE, attention_picture.TILE + attention_picture.GAP
 
     # The weights once more, from the block's own input.
-    inputs = {}
-    for name, layer in augmented_layers(model.eval()).items():
-        layer.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
-    chosen = [0, len(dataset.evaluation) // 3, 2 * len(dataset.evaluation) // 3]
-    images = Images(dataset.evaluation.pixels[chosen], dataset.evaluation.labels[chosen])
-    ((batch, _),) = evaluation_batches(images, 3, dataset.mean, dataset.std)
-    model(batch)
+    inputs = inputs_of_blocks(model, dataset, 3)
     for name, layer in augmented_layers(model).items():
         (picture,) = drawn[f"media/attention/{name}"]
         header = attention_picture.HEADER
@@ -161,21 +167,8 @@ def test_pictures_show_the_weights_of_every_augmented_block(network):
 
 def test_the_entropy_of_attention_by_loops(network):
     model, dataset = network("attention.qk_norm=true")
-    model.train()
-    before = copy.deepcopy(model.state_dict())
     found = media.attention_entropy(model, dataset)
-    assert model.training
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-    inputs = {}
-    for name, layer in augmented_layers(model.eval()).items():
-        layer.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
-    number = len(dataset.evaluation)
-    chosen = [n * number // 16 for n in range(16)]
-    ((batch, _),) = evaluation_batches(
-        dataset.evaluation.select(chosen), 16, dataset.mean, dataset.std
-    )
-    model(batch)
+    inputs = inputs_of_blocks(model, dataset, 16)
     shares = []
     for name, layer in augmented_layers(model).items():
         maps = attention_maps(layer, inputs[name]).double()
@@ -189,8 +182,9 @@ def test_the_entropy_of_attention_by_loops(network):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_plain_network_has_no_entropy(network):
-    assert media.attention_entropy(*network("attention=none")) == {}
+def test_a_plain_network_has_no_attention(network):
+    plain = network("attention=none")
+    assert media.attention_entropy(*plain) == media.attention_pictures(*plain) == {}
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 100])
@@ -221,10 +215,6 @@ def test_the_marked_query_is_the_sharpest_one(monkeypatch, at_once):
     assert drawn.image.getpixel((1, below + tile // 2 + 1)) == (0, 0, 0)  # no query, no mark
 
 
-def test_a_plain_network_has_no_pictures_of_attention(network):
-    assert media.attention_pictures(*network("attention=none")) == {}
-
-
 def test_the_network_and_the_random_generators_are_left_as_they_were(network):
     model, dataset = network()
     model.train()
@@ -232,6 +222,7 @@ def test_the_network_and_the_random_generators_are_left_as_they_were(network):
     modes = [module.training for module in model.modules()]
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     media.attention_pictures(model, dataset)
+    media.attention_entropy(model, dataset)
     media.final_media(model, dataset, 16, PLAIN)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), rng)

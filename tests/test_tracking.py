@@ -136,15 +136,6 @@ def test_auto_listens_to_the_environment(
     assert ("WANDB_MODE=offlien is none of online, offline, disabled" in caplog.text) == warns
 
 
-def test_a_server_that_does_not_answer_makes_the_run_an_offline_one(wandb, tmp_path, caplog):
-    run = FakeRun()
-    seen = wandb(credentials=True, runs={"online": OSError("timed out"), "offline": run})
-    with start("auto", tmp_path) as tracker:
-        assert tracker.id == "abc"
-    assert seen == ["online", "offline"]
-    assert "timed out; keeping the run on disk instead" in caplog.text
-
-
 def warnings(caplog):
     return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 

@@ -96,9 +96,8 @@ def pictures(
     cfg: DictConfig, state: RunState, progress: Progress, tracker: Tracker
 ) -> dict[str, Any]:
     """Attention after the epoch that is finished, where the dashboard is to have it."""
-    if not (tracker.active and cfg.tracking.media):
-        return {}
-    if len(progress.rows) not in media.media_epochs(cfg.epochs):
+    shown = tracker.active and cfg.tracking.media
+    if not shown or len(progress.rows) not in media.media_epochs(cfg.epochs):
         return {}
     return {**media.attention_pictures(state.evaluated_model, state.dataset)}
 

@@ -16,7 +16,7 @@ from data import Dataset, evaluation_batches
 from models import augmented_layers
 from models.views import eval_mode
 from training import attention_picture
-from training.scores import most_mistaken
+from training.scores import ClassScore, Confusion, most_mistaken
 from training.tracking import Media, Picture, Table
 
 # Images whose attention is drawn: on the dashboard, in the report, and by visualize.py.
@@ -90,15 +90,14 @@ def final_media(
     """
     logits = _all_logits(model, dataset, batch_size, autocast)
     labels = dataset.evaluation.labels.cpu()
-    predicted = logits.argmax(dim=1)
-    classes = dataset.num_classes
-    counts = torch.bincount(labels * classes + predicted, minlength=classes * classes)
-    confusion = counts.view(classes, classes)  # rows: truth
+    confusion = Confusion(dataset.num_classes)
+    confusion.add(logits, labels)
+    names, counts, scores = dataset.class_names, confusion.counts.tolist(), confusion.by_class()
     return {
-        "media/predictions": _predictions(dataset, logits, labels, predicted),
-        "media/classes": _classes(dataset.class_names, confusion),
-        "media/confusion_matrix": _matrix(dataset.class_names, confusion.tolist()),
-        "media/confusion": _confusion(dataset.class_names, confusion),
+        "media/predictions": _predictions(dataset, logits, labels),
+        "media/classes": _classes(names, scores),
+        "media/confusion_matrix": _matrix(names, counts),
+        "media/confusion": _confusion(names, counts, scores),
     }
 
 
@@ -121,8 +120,8 @@ def spread(number: int, wanted: int) -> list[int]:
     return [index * number // wanted for index in range(wanted)]
 
 
-def _predictions(dataset: Dataset, logits: Tensor, labels: Tensor, predicted: Tensor) -> Table:
-    names = dataset.class_names
+def _predictions(dataset: Dataset, logits: Tensor, labels: Tensor) -> Table:
+    names, predicted = dataset.class_names, logits.argmax(dim=1)
     confidence = logits.softmax(dim=1).amax(dim=1)
     rows = []
     for index in spread(len(labels), PREDICTIONS):
@@ -135,36 +134,27 @@ def _predictions(dataset: Dataset, logits: Tensor, labels: Tensor, predicted: Te
     return Table(["image", "truth", "prediction", "confidence %", "correct"], rows)
 
 
-def _shares(confusion: Tensor) -> Tensor:
-    """Percent of each row's images; 0 for a class without any."""
-    return 100 * confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-def _classes(names: Sequence[str], confusion: Tensor) -> Table:
-    shares, seen = _shares(confusion), confusion.sum(dim=1)
+def _classes(names: Sequence[str], scores: list[ClassScore]) -> Table:
     rows = [
-        [name, round(float(shares[index, index]), 2), int(seen[index])]
-        for index, name in enumerate(names)
-        if seen[index]
+        [name, round(score.recall, 2), score.images]
+        for name, score in zip(names, scores, strict=True)
+        if score.recall is not None
     ]
     return Table(["class", "top-1 %", "images"], rows)
 
 
-def _matrix(names: Sequence[str], confusion: list[list[int]]) -> Table:
-    chosen = most_mistaken(confusion, MATRIX_CLASSES)
-    rows = [[names[row], names[col], confusion[row][col]] for row in chosen for col in chosen]
+def _matrix(names: Sequence[str], counts: list[list[int]]) -> Table:
+    chosen = most_mistaken(counts, MATRIX_CLASSES)
+    rows = [[names[row], names[col], counts[row][col]] for row in chosen for col in chosen]
     return Table(["class", "predicted as", "images"], rows)
 
 
-def _confusion(names: Sequence[str], confusion: Tensor) -> Table:
-    shares, seen = _shares(confusion), confusion.sum(dim=1).tolist()
-    worst = sorted((i for i in range(len(names)) if seen[i]), key=lambda i: float(shares[i, i]))
+def _confusion(names: Sequence[str], counts: list[list[int]], scores: list[ClassScore]) -> Table:
+    recalls = {n: score.recall for n, score in enumerate(scores) if score.recall is not None}
     rows = []
-    for index in worst[:WORST_CLASSES]:
-        others = shares[index].clone()
-        others[index] = 0
-        for other in others.argsort(descending=True, stable=True)[:CONFUSED_WITH].tolist():
-            if others[other] > 0:
-                own, share = (round(float(shares[index, i]), 2) for i in (index, other))
-                rows.append([names[index], own, names[other], share])
+    for index in sorted(recalls, key=recalls.__getitem__)[:WORST_CLASSES]:
+        mistakes = {n: count for n, count in enumerate(counts[index]) if count and n != index}
+        for other in sorted(mistakes, key=lambda n: -mistakes[n])[:CONFUSED_WITH]:
+            share = 100 * mistakes[other] / scores[index].images
+            rows.append([names[index], round(recalls[index], 2), names[other], round(share, 2)])
     return Table(["class", "top-1 %", "predicted as", "of its images %"], rows)
