@@ -8,7 +8,8 @@ the first epoch::
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,11 +93,9 @@ def attention_stats(
     args, kwargs = call_arguments(example_input)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     gradients: dict[str, Tensor] = {}
-    # Normalization updates these copies of its statistics, not the model's own.
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    with layer_inputs(model) as inputs:
+    with _buffers_kept(model), layer_inputs(model) as inputs:
         with torch.set_grad_enabled(loss is not None):
-            output = torch.func.functional_call(model, buffers, args, kwargs)
+            output = model(*args, **kwargs)
             if loss is not None and parameters:
                 found = torch.autograd.grad(
                     loss(output), list(parameters.values()), allow_unused=True
@@ -138,3 +137,21 @@ def _total_norm(gradients: list[Tensor]) -> float:
 
 def _norm(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put the buffers of ``model``, the statistics of its normalization, back at the end."""
+    before = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffers, name, buffer, value in before:
+                buffers[name] = buffer  # the forward pass may have put another one there
+                buffer.copy_(value)

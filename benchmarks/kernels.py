@@ -207,7 +207,10 @@ def inputs(shape: str, dtype: torch.dtype, batch: int = 8, device: str = "cpu") 
 def passes(
     shape: str, dtype: torch.dtype, batch: int = 8, device: str = "cpu"
 ) -> dict[str, Callable[[], object]]:
-    """Forward, backward and ordered backward, of which a forward pass has been run."""
+    """Forward, backward and ordered backward pass, as functions.
+
+    A forward pass is run here: the backward ones take its results.
+    """
     *given, grad = inputs(shape, dtype, batch, device)
     saved = [grad, *given, *fused_ops._attend(*given)]
 

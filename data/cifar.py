@@ -166,13 +166,15 @@ def _fetch(kind: Any, root: str, staging: str) -> None:
 
 
 def _move(kind: Any, staging: str, root: str) -> None:
-    """Moves the archive and the data set's files that ``root`` lacks."""
+    """Moves the data set's folder at once, or only the files that ``root`` lacks; the archive."""
     new, target = (os.path.join(folder, kind.base_folder) for folder in (staging, root))
-    os.makedirs(target, exist_ok=True)
-    with suppress(OSError):  # there may be none, and the data set is complete without it
-        os.replace(os.path.join(staging, kind.filename), os.path.join(root, kind.filename))
+    os.makedirs(root, exist_ok=True)
+    with suppress(OSError):  # the folder exists: only damaged files are replaced
+        os.rename(new, target)
     for file in _damaged(kind, root):
         os.replace(os.path.join(new, file), os.path.join(target, file))
+    with suppress(OSError):  # there may be none, and the data set is complete without it
+        os.replace(os.path.join(staging, kind.filename), os.path.join(root, kind.filename))
 
 
 def _unusable(kind: Any, root: str, failure: str) -> Exception:

@@ -92,7 +92,12 @@ class Facts:
 
 @dataclass
 class Split:
-    """The images of some files, of each that was taken the bytes' digest, and what was not."""
+    """The images of some files.
+
+    Attributes:
+        taken: each file that has an image, with the digest of its bytes.
+        left_out: a line for each other file.
+    """
 
     pixels: Tensor
     taken: list[tuple[ImageFile, bytes]]

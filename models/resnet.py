@@ -35,8 +35,8 @@ class ResNet(nn.Module):
         widths: channels of each stage, before a bottleneck's fourfold expansion.
         stem: output channels of the first convolution, which is 3x3.
         strided_stem: whether it is 7x7 instead, and a 3x3 max pooling follows, each of stride 2, as
-            for ImageNet (He et al., CVPR 2016). Attention is pooled then as
-            `papers_pool` says (Bello et al., section 4.2).
+            for ImageNet (He et al., CVPR 2016). Attention is then pooled as
+            `aaconv.augment.papers_pool` says (Bello et al., section 4.2).
         shortcut: ``projection``, ``pad`` or ``subsample``, see `models.blocks.Shortcut`.
         num_classes: number of logits.
         image_size: (H, W) of the images, which sizes the relative tables of `AA`.

@@ -19,7 +19,7 @@ from scripts.command import command, start
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 2 if stale")
 
 
 if __name__ == "__main__":
@@ -237,5 +237,5 @@ def main(args: argparse.Namespace) -> None:
     text = page()
     if not args.check:
         write_text(PAGE, text)
-    elif PAGE.read_text(encoding="utf-8") != text:
+    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != text:
         raise ValueError(f"{PAGE.name} is out of date; run {COMMAND}")

@@ -40,6 +40,20 @@ def server_of_commands():
 
 
 @pytest.fixture(autouse=True)
+def hang_guard():
+    """A test that waits forever, as one that opens a named pipe does, fails after half an hour."""
+
+    def hang(*_):
+        pytest.fail("still waiting after half an hour")
+
+    before = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(1800)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
 def own_wandb_process(monkeypatch):
     """Processes that a test starts do not share a wandb process that an earlier test has left."""
     monkeypatch.delenv("WANDB_SERVICE", raising=False)

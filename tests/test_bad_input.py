@@ -148,6 +148,8 @@ SETTINGS = [
     ("class_weights=[1,x]", "class_weights=[1, 'x'] must be null, balanced, or a list"),
     ("class_weights=[1,0]", "class_weights=[1, 0] must be above 0"),
     ("class_weights=[1,2]", "class_weights has 2 numbers for 8 classes"),
+    ("grad_clip=0", "grad_clip=0.0 must be above 0, or null"),
+    ("ema=1", "ema=1.0 must be above 0 and below 1, or null"),
     ("ema=nan", "ema=nan must be finite and above 0 and below 1, or null"),
     # the network and its attention
     ("attention.dk=0", "attention in stage 2: dk=0 must be at least 1"),
@@ -253,7 +255,7 @@ def test_a_sweep_of_which_one_does_not_compose_runs_none(tmp_path, capfd, words,
     [
         (["out_dir=file"], "File exists: 'file'; choose a writable folder"),
         slow(["out_dir=file/below"], "Not a directory: 'file/below'; choose a writable folder"),
-        slow(["run_dir=file"], "File exists: "),
+        slow(["run_dir=file"], "Not a directory: "),
         slow(["out_dir="], "out_dir= must not be empty: it names a folder"),
         (["out_dir=null"], "out_dir: field 'out_dir' is not Optional"),
     ],

@@ -230,12 +230,12 @@ def test_a_part_of_the_training_images_is_known_by_its_pixels(pets, tmp_path, ca
     assert record(out)[0]["images"] == 5
     assert "not compared" not in caplog.text
     write(pets / "train" / "ant" / "0.png", seed=77)
-    trained._dataset.cache_clear()  # another process
+    trained._own_images.cache_clear()  # another process
     call(evaluate.main, path, *words)
     assert f"{line}{pets} has others" in caplog.text
     shutil.rmtree(pets)
     caplog.clear()
-    trained._dataset.cache_clear()
+    trained._own_images.cache_clear()
     call(evaluate.main, path, *words)
     assert f"{line}the location of pets is unknown" in caplog.text
 

@@ -203,7 +203,7 @@ def test_the_marked_query_is_the_sharpest_one(monkeypatch, at_once):
     assert view.queries == [(1, 0)]
     assert torch.equal(view.weights, maps[:, 2:3])
     torch.testing.assert_close(view.mean, maps.mean(dim=1))
-    drawn = attention_picture.draw(pixels, ["name"], [view])
+    drawn = attention_picture.draw_layer(pixels, ["name"], [view])
     assert drawn.rows == ["name\nfrom 1,0", "mean over\npositions"]
     assert drawn.columns == ["image", "head 1", "head 2"]
     assert drawn.words == "2x2, dk=2, dv=2, Nh=2"

@@ -165,7 +165,9 @@ def test_table_and_csv_say_the_same(network, tmp_path, monkeypatch, capsys):
     Image.fromarray(pixels()).save(folder / "ä.png")
     (folder / ".hidden").write_text("no picture")
     assert go(monkeypatch, network, tmp_path / "Bilder für später", "--top", "2") == 0
-    (line,) = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    (line,) = printed.out.splitlines()
+    assert printed.err == ""  # no progress bar, for it is no terminal
     assert go(monkeypatch, network, tmp_path / "Bilder für später", "--csv", "--top", "9") == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert len(rows) == 3  # of nine asked for: there are no more classes

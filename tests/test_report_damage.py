@@ -148,10 +148,15 @@ def test_every_damaged_key_of_a_summary_is_named(tmp_path):
     }
 
 
-def test_no_damage_of_a_summary_ends_the_report(tmp_path):
+@pytest.mark.parametrize(
+    "names",
+    [["missing"], pytest.param([*DAMAGES], marks=pytest.mark.thorough)],
+    ids=["missing", "all"],
+)
+def test_no_damage_of_a_summary_ends_the_report(tmp_path, names):
     """All at once; those that are runs still, on pages of their data sets."""
     healthy(tmp_path)
-    folders = [folder for *_, folder in all_damages(tmp_path, ["missing"])]
+    folders = [folder for *_, folder in all_damages(tmp_path, names)]
     found, excluded = runs.read([tmp_path])
     assert len(found) + len(excluded) == len(folders) + 3
     for data in {run.data for run in found}:

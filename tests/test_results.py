@@ -112,6 +112,7 @@ def test_the_page_has_the_unpaired_differences():
     error, found = analysis.unpaired("loss")
     assert f"standard deviation is {error.sd:.3f} nats" in page
     names = {"aa": "attention", "se": "SE", "ge": "GE"}
+    assert {comparison.variant.attention for comparison in found} == names.keys()
     for comparison, one in found.items():
         assert f"{names[comparison.variant.attention]} {MINUS} plain" in page
         assert f"{signed(one.mean, 3)} ({interval(one.low, one.high, 3)}" in page
@@ -265,7 +266,8 @@ def test_the_report_of_the_sweep_says_what_the_page_does(tmp_path):
 
 def test_the_page_has_the_rows_of_start_and_rate():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    runs, _ = read([ROOT / "results" / "start-rate"])
+    runs, excluded = read([ROOT / "results" / "start-rate"])
+    assert excluded == []
     assert f"**Under way: {len(runs)} of the first 17 runs.**" in page
     for run in runs:
         config, rows = run.summary["config"], run.rows

@@ -92,7 +92,7 @@ def test_a_claim_of_a_thread_is_one(tmp_path):
         with pytest.raises(HeldError), claimed(tmp_path):
             pass
 
-    with claimed(tmp_path), ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, claimed(tmp_path):
         pool.submit(second).result(120)
 
 

@@ -63,6 +63,8 @@ def test_a_change_of_the_settings_makes_the_page_stale(command, tmp_path):
     said = command("--check")
     assert said == "settings.py: settings.md is out of date; run python scripts/settings.py"
     assert (tmp_path / "settings.md").read_bytes() == before
+    (tmp_path / "settings.md").unlink()
+    assert command("--check") == said
     assert command() is None
     assert (tmp_path / "settings.md").read_bytes() != before
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import aaconv.stats
 from aaconv import AugmentedConv, attention_maps, attention_stats, augment_
@@ -31,9 +32,21 @@ class Net(nn.Module):
         return self.second(torch.relu(self.norm(self.first(x)))).mean(dim=(1, 2, 3)) * scale
 
 
-def build():
+class CheckpointedNet(Net):
+    """Its normalization has two names, and is computed once more in the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.same = self.norm
+
+    def forward(self, x):
+        x = checkpoint(self.norm, self.first(x), use_reentrant=False)
+        return self.second(torch.relu(self.same(x))).mean(dim=(1, 2, 3))
+
+
+def build(network=Net):
     torch.manual_seed(0)
-    return Net().double()
+    return network().double()
 
 
 X = torch.randn(2, 3, 5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
@@ -86,8 +99,9 @@ def test_gradients_are_those_of_the_loss():
     )
 
 
-def test_the_model_is_left_as_it_was():
-    model, twin = build(), build()
+@pytest.mark.parametrize("network", [Net, CheckpointedNet])
+def test_the_model_is_left_as_it_was(network):
+    model, twin = build(network), build(network)
     attention_stats(model, {"x": X}, torch.sum)
     assert all(p.grad is None for p in model.parameters())
     for name, tensor in model.state_dict().items():

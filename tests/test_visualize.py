@@ -143,7 +143,7 @@ def test_each_block_becomes_a_png_and_an_svg(folder, capsys):
 def drawn(folder, monkeypatch, out, *words):
     """The picture of the first block, and how many rows of tiles it has."""
     pictures = []
-    draw = attention_picture.draw
+    draw = attention_picture.draw_layer
     monkeypatch.setattr(
         attention_picture, "draw", lambda *given: pictures.append(draw(*given)) or pictures[-1]
     )

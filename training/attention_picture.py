@@ -55,14 +55,19 @@ def attention_pictures(
         images: what it looks at, on its device.
         names: what each image is called.
         mean, std: by which the network gets them normalized.
-        queries: see `models.views.attention_views`, as for what is raised.
+        queries: pixels (row, column), see `models.views.attention_views`.
+
+    Raises:
+        ValueError: a pixel that is not in the images.
     """
     (batch, _), *_ = evaluation_batches(images, len(images), mean, std)
     layers = attention_views(model, batch, queries)
-    return {layer: draw(images.pixels, names, views) for layer, views in layers.items()}
+    return {layer: draw_layer(images.pixels, names, views) for layer, views in layers.items()}
 
 
-def draw(images: Tensor, names: Sequence[str], views: Sequence[AttentionView]) -> AttentionPicture:
+def draw_layer(
+    images: Tensor, names: Sequence[str], views: Sequence[AttentionView]
+) -> AttentionPicture:
     """Draw the ``views`` of one layer, each on its image of (B, H, W, 3), values 0 to 255.
 
     A row for each query has the image with the query's position marked, and beside it what each

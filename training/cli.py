@@ -105,8 +105,8 @@ def _check_options() -> None:
     except SystemExit as stopped:
         if not stopped.code:  # --version
             own = importlib.import_module("aaconv").__version__
-            hydras, torchs = map(importlib.metadata.version, ("hydra-core", "torch"))
-            print(f"train.py {own}, hydra-core {hydras}, torch {torchs}")
+            hydra_version, torch_version = map(importlib.metadata.version, ("hydra-core", "torch"))
+            print(f"train.py {own}, hydra-core {hydra_version}, torch {torch_version}")
             sys.exit(0)
         fault = stderr.getvalue().strip().splitlines()[-1].partition("error: ")[2]
         stop(f"{fault}; settings are NAME=VALUE, and options such as -m come before them")

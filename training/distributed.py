@@ -93,11 +93,11 @@ def _store() -> dist.Store:
     return cast(dist.Store, store)
 
 
-def await_main(word: str = "") -> str:
-    """Return in the other processes after the main one has come here too: what that one says.
+def await_main(word: str = "") -> str | None:
+    """Wait in the other processes until the main one has come here too; return its ``word``.
 
     torchrun ends all processes as soon as one has ended with an error; the main one, which has
-    files to write and tables to print, is to be the first. If it does not come it says nothing.
+    files to write and tables to print, is to be the first. None if it does not come.
     """
     here = world()
     if here.size == 1:
@@ -113,7 +113,7 @@ def await_main(word: str = "") -> str:
             if _store().check([key]):
                 return _store().get(key).decode()
             time.sleep(0.05)
-    return ""
+    return None
 
 
 def _patient_group() -> Any:

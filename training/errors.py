@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
@@ -48,7 +49,9 @@ def explain(error: BaseException) -> str:
     """The error in one line: the value, and what to change where that is known."""
     cause = error.__cause__
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        name = str(error.filename)
+        path = str(error.filename)
+        longest = max(Path(path).parts, key=len)
+        name = longest if len(longest) > 255 else path
         return f"{error.strerror}: {name[:60]}... has {len(name):,} characters; give a shorter one"
     if _lacks_memory(error):
         return (

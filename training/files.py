@@ -4,6 +4,7 @@ Text is UTF-8, whatever the locale says.
 """
 
 import csv
+import errno
 import io
 import json
 import os
@@ -77,7 +78,8 @@ def make_folder(path: Path, made: list[Path]) -> None:
             folder.mkdir()
         except FileExistsError:  # another process has been quicker
             if not folder.is_dir():
-                raise
+                code = errno.ENOTDIR
+                raise NotADirectoryError(code, os.strerror(code), str(folder)) from None
         else:
             made.append(folder)
 

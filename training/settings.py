@@ -54,7 +54,7 @@ def check(cfg: DictConfig, world_size: int = 1) -> None:
 
 
 def _check_fields(node: DictConfig, where: str = "") -> None:
-    """Each setting is one of its option, is there, and is in its range; see `configs.setting`."""
+    """Each setting belongs to its option, is there, and is in its range; see `configs.setting`."""
     # Hydra lets `+key=value` through, which nothing would read, and `~key`; `_target_` is a class
     # and belongs to the option of a group.
     kind: Any = OmegaConf.get_type(node)

@@ -71,7 +71,7 @@ class Record:
 
 
 class Sweep(NamedTuple):
-    """A sweep that this process has started, and as the main one keeps the records of.
+    """A sweep that this process, the main one, has started and keeps the records of.
 
     Attributes:
         jobs: their number, if known.
@@ -85,7 +85,7 @@ class Sweep(NamedTuple):
     before: bytes | None
 
 
-# Of this process: None in those that are not the main one.
+# The sweeps that this process has started; None for each where it is not the main one.
 _started: list[Sweep | None] = []
 
 
@@ -278,6 +278,8 @@ def end(error: BaseException | None) -> int | None:
     code = None if sweep is None else _end_in_main(sweep, error)
     os.environ.pop(FIXED, None)
     told = await_main("" if code is None else f"{code}")
+    if told is None and error is None:
+        return 1  # the main process is gone
     return int(told) if told else None
 
 

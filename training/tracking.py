@@ -174,7 +174,7 @@ class Tracker:
         self._guarded(LOG_TIMEOUT, lambda run: run.summary.update(values))
 
     def show(self, media: dict[str, Media]) -> None:
-        """What there is to see of the whole run, `CHARTS` among it: in its summary, of no epoch."""
+        """Put what there is to see of the whole run, all of `CHARTS` too, into its summary."""
 
         def send(run: Any) -> None:
             values = _converted(media)
@@ -390,29 +390,40 @@ def track(
     mode: str,
     *,
     folder: Path,
+    group: str,
+    name: str,
+    job_type: str,
+    tags: Sequence[str],
     run_id: str | None,
     rows: Sequence[dict[str, Any]] = (),
     record: str = "metrics.csv",
-    **about: Any,
+    **others: Any,
 ) -> Iterator[Tracker]:
     """A `Tracker` of one run, closed at the end of the ``with``.
 
     ``auto`` is what the environment's WANDB_MODE says, else online if credentials are found and
     offline if not; it never asks for any. A server that cannot be reached makes the run an
     offline one. All runs share ``folder``/wandb. ``rows`` are what was logged already, in order;
-    ``record`` names the file that has everything even where the dashboard has not; ``about`` is
-    what `wandb.init` takes: group, name, job_type and tags, which are made to fit, and others. No
-    fault of wandb's is passed on, not even that it is not installed.
+    ``record`` names the file that has everything even where the dashboard has not. The rest is for
+    `wandb.init`; group, name, job_type, and tags are made to fit. No fault of wandb's is passed on,
+    not even that it is not installed.
     """
     os.environ.update(QUIET)
     mode = _resolve(mode)
     run = None
     if mode != "disabled":
-        lengths = {"group": NAME_LENGTH, "name": NAME_LENGTH, "job_type": TAG_LENGTH}
-        about |= {key: shortened(about[key], length) for key, length in lengths.items()}
-        about["tags"] = list(dict.fromkeys(shortened(tag, TAG_LENGTH) for tag in about["tags"]))
-        resume = "allow" if run_id or os.environ.get("WANDB_RUN_ID") else None
-        run = _start(mode, record, dir=str(folder), id=run_id, resume=resume, **about)
+        run = _start(
+            mode,
+            record,
+            dir=str(folder),
+            group=shortened(group, NAME_LENGTH),
+            name=shortened(name, NAME_LENGTH),
+            job_type=shortened(job_type, TAG_LENGTH),
+            tags=list(dict.fromkeys(shortened(tag, TAG_LENGTH) for tag in tags)),
+            id=run_id,
+            resume="allow" if run_id or os.environ.get("WANDB_RUN_ID") else None,
+            **others,
+        )
     tracker = Tracker(run, run_id, record)
     if getattr(run, "resumed", False):  # how it ended before is past
         tracker.summarize({"outcome": "", "reason": ""})

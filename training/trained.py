@@ -161,15 +161,14 @@ def check_not_trained_on(
     if not images.files:  # which those of a folder alone have
         return
     try:
-        own = _find_own_dataset(trained, path, cfg.data.root, images.image_size)
+        own = _find_own_images(trained, path, cfg.data.root, images.image_size)
     except (ValueError, OSError, HydraException, OmegaConfBaseException) as error:
         log.warning(
             "%s: not compared with the images that it was trained on: %s", path, explain(error)
         )
         return
-    training_images = {*_pixel_digests(own.train)} - {*_pixel_digests(own.evaluation)}
     digests = zip(images.files, _pixel_digests(images.evaluation), strict=True)
-    seen = [file for file, one in digests if one in training_images]
+    seen = [file for file, one in digests if one in own]
     if seen:
         raise ValueError(
             f"{path}: {len(seen)} of {len(images.files)} images of data.root={cfg.data.root} are "
@@ -177,10 +176,12 @@ def check_not_trained_on(
         )
 
 
-def _find_own_dataset(
+def _find_own_images(
     trained: models.Trained, path: str, given_root: str, size: tuple[int, int]
-) -> Dataset:
-    """The run's images, those of a folder brought to ``size``; of other data sets as they are.
+) -> frozenset[bytes]:
+    """Digests of the images that the run was trained on and not evaluated on.
+
+    Those of a folder are brought to ``size``; those of other data sets are as they are.
 
     They are looked for where the settings beside ``path`` say, and in the folder ``given_root``.
 
@@ -198,15 +199,16 @@ def _find_own_dataset(
         words += ["data.download=false"] if "download" in there else []
         recorded = root = root if "root" in there else None
     try:
-        own = _dataset((*words, *([] if root is None else [f"data.root={hydra_quote(root)}"])))
+        where = [] if root is None else [f"data.root={hydra_quote(root)}"]
+        digest, own_size, own = _own_images((*words, *where))
     except (ValueError, OSError, HydraException) as error:
         if root == recorded:
             raise
         raise ValueError(f"the location of {described.data} is unknown") from error
-    if own.digest != described.data_digest:
+    if digest != described.data_digest:
         raise ValueError(f"{root or described.data} has others")
-    if own.image_size != size:
-        raise ValueError("those are {}x{}".format(*own.image_size))
+    if own_size != size:
+        raise ValueError(f"those are {own_size[0]}x{own_size[1]}")
     return own
 
 
@@ -220,9 +222,11 @@ def _recorded_root(path: str) -> str | None:
 
 
 @lru_cache(maxsize=1)  # the networks of a comparison are of one set
-def _dataset(words: tuple[str, ...]) -> Dataset:
+def _own_images(words: tuple[str, ...]) -> tuple[str, tuple[int, int], frozenset[bytes]]:
+    """A data set's digest, its images' size, and digests of those that are trained on alone."""
     dataset: Dataset = make(compose_config(words).data)
-    return dataset
+    trained_on, evaluated_on = map(_pixel_digests, (dataset.train, dataset.evaluation))
+    return dataset.digest, dataset.image_size, frozenset(trained_on) - frozenset(evaluated_on)
 
 
 def _pixel_digests(images: Images) -> list[bytes]:

@@ -31,7 +31,8 @@ def define(
         attend: q, k, v and both tables to what `empty_outputs` describes.
         attend_backward: the output's gradient, what ``attend`` was given, and what it has returned,
             to what `empty_gradients` describes.
-        empty_like: memory for a tensor of maps, in float32 if that is its second argument.
+        empty_like: uninitialized memory for maps like its argument, of the dtype given second; by
+            default of that in which ``attend_backward`` returns gradients.
     """
     forward, backward = f"aaconv::{backend}_attend", f"aaconv::{backend}_attend_backward"
     torch.library.define(forward, f"({_GIVEN}) -> (Tensor out, Tensor lse)")
@@ -72,7 +73,7 @@ def empty_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """For the gradients of q, k, v and the tables, of no rows without tables."""
     maps = [empty_like(t) for t in given[:3]]
-    rows = [0 if table is None else len(table) for table in given[3:]]
+    rows = [0 if table is None else table.shape[0] for table in given[3:]]
     tables = [maps[0].new_empty(count, maps[0].shape[-1]) for count in rows]
     return (*maps, *tables)  # type: ignore[return-value]
 
