@@ -270,20 +270,29 @@ def test_the_page_has_the_rows_of_start_and_rate():
     assert excluded == []
     assert f"**Under way: {len(runs)} of the first 17 runs.**" in page
     for run in runs:
-        config, rows = run.summary["config"], run.rows
-        own = config["attention"]
-        start = {"kaiming": "former (kaiming)", "torch": "its own"}[own["init"]]
-        start = "normalized q and k" if own["qk_norm"] else start
-        assert len(rows) == 5
-        entropies = [row["attention/entropy"] for row in rows]
-        if own["init"] == "kaiming":  # softens
-            assert entropies == sorted(entropies)
-        else:  # sharpens, and stays
-            assert entropies[0] == max(entropies)
-            assert all(0.83 <= round(value, 2) <= 0.87 for value in entropies[2:])
-        sharpest = [row["attention/lowest_entropy"] for row in (rows[0], rows[-1])]
-        last = rows[-1]
-        cells = [f"{config['optim']['lr']:g}", f"{last['val/top1']:.2f}"]
-        cells += [f"{last[name]:.3f}" for name in ("val/loss", "train/loss")]
-        cells += [", ".join(f"{value:.2f}" for value in of) for of in (entropies, sharpest)]
-        assert f"| {start} | {' | '.join(cells)} |" in page
+        assert len(run.rows) == 5
+        config, last = run.summary["config"], run.rows[-1]
+        scores = [f"{last['val/top1']:.2f}"]
+        scores += [f"{last[name]:.3f}" for name in ("val/loss", "train/loss")]
+        if run.summary["attention"] == "none":
+            cells = [config["optim"]["lr"], config["optim"]["weight_decay"]]
+            cells = [f"{value:g}" for value in (*cells, config["label_smoothing"])] + scores
+        else:
+            entropies, sharpest = entropy_by_epoch(run)
+            own = config["attention"]
+            start = {"kaiming": "former (kaiming)", "torch": "its own"}[own["init"]]
+            cells = ["normalized q and k" if own["qk_norm"] else start]
+            cells += [f"{config['optim']['lr']:g}", *scores]
+            cells += [", ".join(f"{value:.2f}" for value in of) for of in (entropies, sharpest)]
+        assert f"| {' | '.join(cells)} |" in page
+
+
+def entropy_by_epoch(run):
+    """Of attention after each epoch, as the page says that it moves; the sharpest layer's ends."""
+    entropies = [row["attention/entropy"] for row in run.rows]
+    if run.summary["config"]["attention"]["init"] == "kaiming":  # softens
+        assert entropies == sorted(entropies)
+    else:  # sharpens, and stays
+        assert entropies[0] == max(entropies)
+        assert all(0.83 <= round(value, 2) <= 0.87 for value in entropies[2:])
+    return entropies, [run.rows[n]["attention/lowest_entropy"] for n in (0, -1)]
