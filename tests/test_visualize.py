@@ -145,7 +145,9 @@ def drawn(folder, monkeypatch, out, *words):
     pictures = []
     draw = attention_picture.draw_layer
     monkeypatch.setattr(
-        attention_picture, "draw", lambda *given: pictures.append(draw(*given)) or pictures[-1]
+        attention_picture,
+        "draw_layer",
+        lambda *given: pictures.append(draw(*given)) or pictures[-1],
     )
     call(visualize.main, folder / "aa=1", *words, "--out", out)
     monkeypatch.undo()
