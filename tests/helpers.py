@@ -65,11 +65,16 @@ def call(main, *words):
         return main()
 
 
-def refused(captured, main, *words, code=2):
-    """The one line with which a command refuses these words; ``captured`` is capsys or capfd."""
+def exit_code(main, *words):
+    """That of a command with these words, which leaves by SystemExit."""
     with pytest.raises(SystemExit) as stopped:
         call(main, *words)
-    assert stopped.value.code == code
+    return stopped.value.code
+
+
+def refused(captured, main, *words, code=2):
+    """The one line with which a command refuses these words; ``captured`` is capsys or capfd."""
+    assert exit_code(main, *words) == code
     line = captured.readouterr().err
     check_line(line, program_of(main))
     return line

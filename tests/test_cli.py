@@ -9,14 +9,12 @@ from training import cli
 from training.settings import check
 
 from app import run_app
-from helpers import ROOT, TINY, call, refused
+from helpers import ROOT, TINY, call, exit_code, refused
 
 
 def test_a_run_that_diverges_leaves_word_of_it_until_it_is_run_again(tmp_path, capsys):
     words = [*TINY, f"out_dir={tmp_path}", f"run_dir='{tmp_path / 'r'}'"]
-    with pytest.raises(SystemExit) as stopped:
-        call(cli.run, *words, "optim.lr=1e30")
-    assert stopped.value.code == 2
+    assert exit_code(cli.run, *words, "optim.lr=1e30") == 2
     assert "the loss is not finite in epoch 1" in capsys.readouterr().err
     written = json.loads((tmp_path / "r" / "failed.json").read_text())
     assert "not finite in epoch 1" in written["error"]

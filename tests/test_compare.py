@@ -301,6 +301,9 @@ def test_time_to_go_is_that_of_the_variant(tmp_path):
     assert comparison.seconds_left(runs) == pytest.approx(600)
     make_run(aa[0].folder, attention="aa", epochs=4, finished=False)  # of 15 seconds
     assert comparison.seconds_left(runs) == pytest.approx(2 * 10 * 12 + 26 * 15)
+    rows = aa[0].folder / "metrics.csv"  # suspended in an epoch, for a day
+    rows.write_text(rows.read_text().replace(",15.0\n", ",86415.0\n", 1))
+    assert comparison.seconds_left(runs) == pytest.approx(2 * 10 * 12 + 26 * 15)
     failed(aa[1].folder)
     assert comparison.seconds_left(runs) == pytest.approx(2 * 10 * 12 + 16 * 15)
     assert comparison.status(runs, runs[1]) == (

@@ -20,6 +20,7 @@ from data import pictures
 from data.pictures import decode, read_picture, reading
 from scripts import predict
 
+from helpers import exit_code
 from image_folders import load, write
 
 SIZE = (6, 8)
@@ -145,7 +146,7 @@ def test_colors_of_16_bits_keep_their_upper_eight_or_are_refused(root, largest):
 
 
 @pytest.mark.parametrize("white", [None, 1.0, 4095])
-def test_a_prediction_divides_by_the_white_of_the_training(tmp_path, monkeypatch, capsys, white):
+def test_a_prediction_divides_by_the_white_of_the_training(tmp_path, capsys, white):
     settings = {"data": {"white": white}} if white else {"data": {}}
     network = save(tmp_path / "network", describe(settings=settings))
     numbers = ramp(white or 65535, np.float32 if white == 1 else np.uint16)
@@ -153,11 +154,8 @@ def test_a_prediction_divides_by_the_white_of_the_training(tmp_path, monkeypatch
     lines = []
     for name, image in (("deep", numbers), ("eight", eight)):
         Image.fromarray(image).save(tmp_path / f"{name}.tif")
-        monkeypatch.setattr("sys.argv", ["predict.py", str(network), f"{tmp_path}/{name}.tif"])
-        monkeypatch.setattr("sys.argv", [*sys.argv, "--json", "--device", "cpu"])
-        with pytest.raises(SystemExit) as stopped:
-            predict.main()
-        assert stopped.value.code == 0
+        words = [network, tmp_path / f"{name}.tif", "--json", "--device", "cpu"]
+        assert exit_code(predict.main, *words) == 0
         (row,) = json.loads(capsys.readouterr().out)
         lines.append({one["class"]: one["probability"] for one in row["predictions"]})
     assert lines[0] == pytest.approx(lines[1], abs=1e-2)

@@ -11,7 +11,7 @@ from scripts.distance import draw
 
 from app import run_app
 from folders import failed, make_run
-from helpers import ROOT, call
+from helpers import ROOT, exit_code
 
 LIMIT = 100 * float(ceiling())
 DEPTHS = {"resnet8": [1, 1, 1], "resnet14": [2, 2, 2]}
@@ -157,10 +157,9 @@ def test_a_network_that_cannot_be_rebuilt_is_named(tmp_path):
 def test_mistakes_are_one_line_and_code_2(tmp_path, monkeypatch, capsys, runs, out, message):
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / "runs")
-    with pytest.raises(SystemExit) as left:
-        call(distance.main, runs, "--out", out)
+    assert exit_code(distance.main, runs, "--out", out) == 2
     printed = capsys.readouterr()
-    assert (left.value.code, printed.out) == (2, "")
+    assert printed.out == ""
     assert printed.err.startswith(f"distance.py: {message}")
     assert printed.err.count("\n") == 1
     assert not (tmp_path / out).exists()

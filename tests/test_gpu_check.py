@@ -10,7 +10,7 @@ from benchmarks import bench, gpu
 from benchmarks.gpu import Step
 from training.compose import compose_config
 
-from helpers import ROOT, call
+from helpers import ROOT, call, exit_code
 
 
 def python(name, code, minutes=1.0):
@@ -93,9 +93,7 @@ def test_without_time_nothing_begins(check, tmp_path, monkeypatch):
 )
 def test_mistakes_are_one_line(words, message, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as stopped:
-        call(gpu.main, *words, "--out", tmp_path)
-    assert stopped.value.code == 2
+    assert exit_code(gpu.main, *words, "--out", tmp_path) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 

@@ -17,6 +17,8 @@ from data import pictures as picture_files
 from data.pictures import read_picture
 from scripts import predict
 
+from helpers import exit_code
+
 SIZE = (16, 20)
 
 
@@ -27,13 +29,6 @@ def network(tmp_path):
 
 def pixels(height=16, width=20, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def go(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["predict.py", *map(str, words)])
-    with pytest.raises(SystemExit) as stopped:
-        predict.main()
-    return stopped.value.code
 
 
 # ---- Reading ------------------------------------------------------------------------------------
@@ -144,7 +139,7 @@ def test_probabilities_are_the_networks(network, tmp_path, monkeypatch, capsys):
         Image.fromarray(pixels(seed=number)).save(tmp_path / f"{number}.png")
     files = [tmp_path / f"{number}.png" for number in (2, 0, 1)]
     monkeypatch.setattr(predict, "BATCH_SIZE", 2)
-    assert go(monkeypatch, network, *files, "--json", "--top", "3", "--device", "cpu") == 0
+    assert exit_code(predict.main, network, *files, "--json", "--top", "3", "--device", "cpu") == 0
     rows = json.loads(capsys.readouterr().out)
     loaded = models.load(network)
     mean, std = (np.array(getattr(loaded.description, name)) for name in ("mean", "std"))
@@ -159,16 +154,17 @@ def test_probabilities_are_the_networks(network, tmp_path, monkeypatch, capsys):
         assert values == sorted(values, reverse=True)
 
 
-def test_table_and_csv_say_the_same(network, tmp_path, monkeypatch, capsys):
+def test_table_and_csv_say_the_same(network, tmp_path, capsys):
     folder = tmp_path / "Bilder für später" / "inner"
     folder.mkdir(parents=True)
     Image.fromarray(pixels()).save(folder / "ä.png")
     (folder / ".hidden").write_text("no picture")
-    assert go(monkeypatch, network, tmp_path / "Bilder für später", "--top", "2") == 0
+    assert exit_code(predict.main, network, tmp_path / "Bilder für später", "--top", "2") == 0
     printed = capsys.readouterr()
     (line,) = printed.out.splitlines()
     assert printed.err == ""  # no progress bar, for it is no terminal
-    assert go(monkeypatch, network, tmp_path / "Bilder für später", "--csv", "--top", "9") == 0
+    words = [network, tmp_path / "Bilder für später", "--csv", "--top", "9"]
+    assert exit_code(predict.main, *words) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert len(rows) == 3  # of nine asked for: there are no more classes
     assert [row["rank"] for row in rows] == ["1", "2", "3"]
@@ -195,9 +191,7 @@ DAMAGED = {
 }
 
 
-def test_files_that_are_no_pictures_are_named_and_the_others_go_on(
-    network, tmp_path, monkeypatch, capsys
-):
+def test_files_that_are_no_pictures_are_named_and_the_others_go_on(network, tmp_path, capsys):
     folder = tmp_path / "pictures"
     folder.mkdir()
     for name, content in DAMAGED.items():
@@ -205,7 +199,7 @@ def test_files_that_are_no_pictures_are_named_and_the_others_go_on(
     Image.fromarray(pixels()).save(folder / "m.png")
     (folder / "z\x1b[31m.png").write_text("")
     (folder / "link.png").symlink_to(tmp_path / "gone")  # leads nowhere: no file
-    assert go(monkeypatch, network, folder, "--json") == 1
+    assert exit_code(predict.main, network, folder, "--json") == 1
     said = capsys.readouterr()
     assert [row["file"] for row in json.loads(said.out)] == [str(folder / "m.png")]
     lines = said.err.splitlines()
@@ -222,7 +216,7 @@ def test_a_file_that_cannot_be_read_is_named(network, tmp_path, monkeypatch, cap
 
     (tmp_path / "a.png").touch()
     monkeypatch.setattr(picture_files, "read_file", denied)
-    assert go(monkeypatch, network, tmp_path / "a.png") == 1
+    assert exit_code(predict.main, network, tmp_path / "a.png") == 1
     assert capsys.readouterr().err.startswith(f"predict.py: {tmp_path / 'a.png'}: [Errno 13] Perm")
 
 
@@ -240,7 +234,7 @@ def test_names_of_classes_hold_no_control_characters_and_no_formula(
 ):
     Image.fromarray(pixels()).save(tmp_path / "@a.png")
     monkeypatch.chdir(tmp_path)
-    assert go(monkeypatch, badly_named, "@a.png", form) == 0
+    assert exit_code(predict.main, badly_named, "@a.png", form) == 0
     out = capsys.readouterr().out
     out.encode()  # no lone surrogate
     assert not {"\x1b", "\x00", "\u202e"} & set(out)
@@ -256,7 +250,7 @@ def test_names_of_classes_hold_no_control_characters_and_no_formula(
         assert all(name in out for name in shown)
 
 
-def test_outputs_that_are_not_finite_are_no_prediction(tmp_path, monkeypatch, capsys):
+def test_outputs_that_are_not_finite_are_no_prediction(tmp_path, capsys):
     description = describe(std=[1e-11, 1e-11, 1e-11])
     large = trained(description)
     for tensor in large.parameters():
@@ -265,7 +259,7 @@ def test_outputs_that_are_not_finite_are_no_prediction(tmp_path, monkeypatch, ca
     folder.mkdir()
     write(folder, description, large)
     Image.fromarray(pixels()).save(tmp_path / "a.png")
-    assert go(monkeypatch, folder, tmp_path / "a.png", "--csv") == 2
+    assert exit_code(predict.main, folder, tmp_path / "a.png", "--csv") == 2
     said = capsys.readouterr()
     assert "the network's outputs are not finite" in said.err
     assert said.out == ""
@@ -295,7 +289,7 @@ def test_mistakes_are_one_line_before_anything_is_printed(
     names["empty"].mkdir()
     os.mkfifo(names["pipe"])
     monkeypatch.chdir(tmp_path)
-    assert go(monkeypatch, *[word.format(**names) for word in words]) == 2
+    assert exit_code(predict.main, *[word.format(**names) for word in words]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1

@@ -21,7 +21,7 @@ from training.device import set_deterministic
 from training.run_folder import RunFolder
 
 from fault_test import differences
-from helpers import TINY, call, refused, rows, slow
+from helpers import TINY, call, exit_code, refused, rows, slow
 
 # Over before the first step: a process is older.
 AT_ONCE = "max_minutes=1e-9"
@@ -476,9 +476,8 @@ def test_a_run_that_replaces_another_leaves_nothing_of_it(run, tmp_path):
 def test_a_signal_ends_a_sweep(monkeypatch, tmp_path):
     small = [w for w in SMALL if "epochs" not in w]
     signalled(monkeypatch, signal.SIGTERM, 10)  # in the second run
-    with pytest.raises(SystemExit) as stopped:
-        call(cli.run, "-m", *small, "epochs=1", "seed=0,1,2", f"out_dir={tmp_path}")
-    assert stopped.value.code == 143
+    words = ["-m", *small, "epochs=1", "seed=0,1,2", f"out_dir={tmp_path}"]
+    assert exit_code(cli.run, *words) == 143
     folders = sorted(p.name for p in tmp_path.rglob("seed=*"))
     assert folders == ["seed=0", "seed=1"]
     assert len(list(tmp_path.rglob("summary.json"))) == 1

@@ -22,7 +22,7 @@ from training.run_folder import HeldError, claimed, holder
 from training.variants import folder_name
 
 from app import App, run_app
-from helpers import ROOT, TINY, await_, call, everything_below, refused, rows, slow
+from helpers import ROOT, TINY, await_, call, everything_below, exit_code, refused, rows, slow
 
 LONG = ["epochs=10000", "data.train_size=64"]
 
@@ -489,9 +489,7 @@ def test_a_symlink_to_the_program_finds_its_settings(tmp_path):
 
 @pytest.mark.parametrize("option", ["--version", "--help"])
 def test_what_the_program_is(capsys, option):
-    with pytest.raises(SystemExit) as stopped:
-        call(cli.run, option)
-    assert stopped.value.code == 0
+    assert exit_code(cli.run, option) == 0
     text = capsys.readouterr().out
     if option == "--version":
         assert text.startswith("train.py 0.1.0, hydra-core 1.3.")

@@ -174,9 +174,10 @@ def numbered(runs: list[PlannedRun], run: PlannedRun) -> str:
 
 
 def seconds_left(runs: list[PlannedRun]) -> float | None:
-    """What the unfinished of ``runs`` will take, at the pace of their variant's epochs so far.
+    """What the unfinished of ``runs`` will take, by the median of their variant's epochs so far.
 
-    A variant without any takes the pace of all the others; None if there is no epoch at all.
+    A variant without any takes the median of all the others; None if there is no epoch at all. By
+    the mean, an epoch in which a run was suspended would count as if they all were.
     """
     epochs = {run: run.epoch_seconds() for run in runs}
     total = 0.0
@@ -185,5 +186,5 @@ def seconds_left(runs: list[PlannedRun]) -> float | None:
         paces = same or [s for other in runs for s in epochs[other]]
         if not paces:
             return None
-        total += (run.epochs - len(epochs[run])) * statistics.fmean(paces)
+        total += (run.epochs - len(epochs[run])) * statistics.median(paces)
     return total
