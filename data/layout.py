@@ -143,9 +143,13 @@ def find_evaluation_images(root: Path, classes: Sequence[str]) -> Layout:
 
 
 def _split(root: Path, names: tuple[str, ...]) -> Path | None:
-    folders = [path for path in _subfolders(root) if not _holds(path, root)]
-    there = {path.name.lower(): path for path in sorted(folders, reverse=True)}
-    return next((there[name] for name in names if name in there), None)
+    """The folder of one of these ``names`` in ``root``; None if there is none."""
+    folders = [path for path in sorted(_subfolders(root)) if path.name.lower() in names]
+    there = {path.resolve(): path for path in folders if not _holds(path, root)}
+    if len(there) > 1:
+        both = " and ".join(f"{path.name}/" for path in there.values())
+        raise ValueError(f"data.root={root}: it has {both}; leave one of them there")
+    return next(iter(there.values()), None)
 
 
 def _holds(path: Path, other: Path) -> bool:
@@ -154,10 +158,11 @@ def _holds(path: Path, other: Path) -> bool:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if not _is_stray(path.name) and path.is_dir()]
+    return [path for path in folder.iterdir() if not is_stray(path.name) and path.is_dir()]
 
 
-def _is_stray(name: str) -> bool:
+def is_stray(name: str) -> bool:
+    """Whether a file or folder of that name is hidden, or what another program put there."""
     return name[0] == "." or name.lower() in _STRAY
 
 
@@ -195,7 +200,7 @@ def _without_loops(split: Path, found: Layout) -> list[Path]:
     found.links += [
         path
         for path in split.iterdir()
-        if path.is_symlink() and not path.exists() and not _is_stray(path.name)
+        if path.is_symlink() and not path.exists() and not is_stray(path.name)
     ]
     return sorted(fine)
 
@@ -226,9 +231,9 @@ def _walk(folder: Path, found: Layout) -> list[Path]:
     images = []
     for where, folders, files in os.walk(folder, onerror=_raise):
         links = [name for name in folders if os.path.islink(os.path.join(where, name))]
-        found.links += [Path(where, name) for name in links if not _is_stray(name)]
-        folders[:] = [name for name in folders if not _is_stray(name) and name not in links]
-        names = [name for name in files if not _is_stray(name)]
+        found.links += [Path(where, name) for name in links if not is_stray(name)]
+        folders[:] = [name for name in folders if not is_stray(name) and name not in links]
+        names = [name for name in files if not is_stray(name)]
         images += [Path(where, name) for name in names if _ending(name) in endings()]
         _count(found, (name for name in names if _ending(name) not in endings()))
     return images
@@ -244,9 +249,7 @@ def _ending(name: str) -> str:
 
 def _count(found: Layout, names: Iterable[str]) -> None:
     found.passed_over.update(
-        _ending(name) or "no ending"
-        for name in names
-        if not _is_stray(name) and name != ANNOTATIONS
+        _ending(name) or "no ending" for name in names if not is_stray(name) and name != ANNOTATIONS
     )
 
 

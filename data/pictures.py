@@ -44,7 +44,8 @@ _TURNS = {
     8: "ROTATE_90",
 }
 # Numbers of 16 bits for each color, which Pillow reads in their upper eight alone.
-_DEEP_COLOR = re.compile(r";16[BLN]")
+# (a PPM that says which number is white, such as 4095, is read by that one).
+_DEEP_COLOR = re.compile(r";16[BLN]|'RGB', 65535")
 
 
 class Decoded(NamedTuple):
@@ -59,16 +60,21 @@ class Decoded(NamedTuple):
     deep_color: bool = False
 
 
-def read_picture(path: Path, size: tuple[int, int], white: float | None = None) -> Tensor:
+def read_picture(
+    path: Path,
+    size: tuple[int, int],
+    white: float | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> Tensor:
     """A picture as (H, W, 3) uint8, RGB, for ``size`` (H, W); see `decode`.
 
     Raises:
-        ValueError: it is no picture, is damaged, has more than `MAX_PIXELS`, or is no regular file;
-            one line.
+        ValueError: it is no picture, is damaged, has more than ``max_pixels``, or is no regular
+            file; one line.
         OSError: it cannot be read.
     """
     content = read_file(path)
-    with reading():
+    with reading(max_pixels):
         return torch.from_numpy(decode(content, size, white).pixels)
 
 
@@ -82,15 +88,18 @@ def read_file(path: Path) -> bytes:
         return file.read()
 
 
-def white_of(settings: Mapping[str, Any]) -> float | None:
-    """``data.white`` among the settings of a trained network; None where there is none.
+def reading_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """How a trained network's settings have `read_picture` read: ``white`` and ``max_pixels``.
 
-    Raises ValueError if it is no number that can be white.
+    Raises ValueError if they are no numbers that these can be.
     """
     data = settings.get("data")
-    white = data.get("white") if isinstance(data, dict) else None
+    data = data if isinstance(data, dict) else {}
+    white, most = data.get("white"), data.get("max_pixels", MAX_PIXELS)
     check_white(white)
-    return white
+    if type(most) is not int or most < 1:
+        raise ValueError(f"data.max_pixels={most} must be a whole number, at least 1")
+    return {"white": white, "max_pixels": most}
 
 
 def check_white(white: Any) -> None:
@@ -156,7 +165,7 @@ def decode(content: bytes, size: tuple[int, int], white: float | None = None) ->
         raise ValueError("it is not an image that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
-        raise ValueError(f"it has more pixels than data.max_pixels, {limit}") from None
+        raise ValueError(f"it has more than {limit} pixels (data.max_pixels)") from None
     except (MemoryError, _NumbersError):
         raise
     except Exception as error:  # what Pillow raises for damaged files is of any type
@@ -212,6 +221,8 @@ def _scaled(picture: Any, white: float | None) -> tuple[Any, float]:
     if largest > white:
         raise _NumbersError(f"it has the number {largest:g}, and white is {white:g} (data.white)")
     levels = numbers * np.float32(255 / white) + np.float32(0.5)
+    if "transparency" in picture.info:  # the number of a PNG that is so
+        levels[numbers == picture.info["transparency"]] = 255
     return Image.fromarray(levels.astype(np.uint8)), largest
 
 

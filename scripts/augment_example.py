@@ -17,6 +17,8 @@ if __name__ == "__main__":
 
 from scripts.command import command, number, start
 
+BATCH_SIZE = 32
+
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command line."""
@@ -29,7 +31,8 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="further epochs, with and without attention (default: 12)",
     )
     parser.add_argument("--seed", type=number(int, at_least=0), default=0)
-    parser.add_argument("--train-size", type=count, default=10_000, help="training images")
+    enough = number(int, at_least=BATCH_SIZE)
+    parser.add_argument("--train-size", type=enough, default=10_000, help="training images")
 
 
 if __name__ == "__main__":
@@ -46,7 +49,6 @@ from data import Augmentation, Batches, Dataset, evaluation_batches, make_lookup
 from models import ResNet
 
 AUGMENTED = "stages.2.0.conv1"
-BATCH_SIZE = 32
 LEARNING_RATE = 2e-3
 
 

@@ -49,6 +49,7 @@ from aaconv import text
 from data import evaluation_batches
 from reporting.text import DASH, csv_cell, printable, shortened
 from training import console
+from training.assemble import try_backends
 from training.device import choose_device, choose_dtype, dtype_name, to_device
 from training.files import csv_text, write_texts
 from training.scores import NOT_FINITE, Calibration, ClassScore, Confusion, evaluate
@@ -97,6 +98,8 @@ def evaluate_file(path: str, overrides: list[str]) -> Evaluation:
     batches = evaluation_batches(images, cfg.eval_batch_size, mean, std)
     calibration, confusion = Calibration(), Confusion(len(trained.class_names))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    # What happens once is no part of the speed.
+    try_backends(model, evaluation_batches(images, 1, mean, std), autocast)
     started = time.perf_counter()
     scores, per_class = evaluate(model, batches, autocast, [calibration.add, confusion.add])
     seconds = time.perf_counter() - started

@@ -56,7 +56,8 @@ import models
 from aaconv import text
 from aaconv.text import one_line
 from data import Images, evaluation_batches
-from data.pictures import read_picture, white_of
+from data.layout import is_stray
+from data.pictures import read_picture, reading_of
 from reporting.text import csv_cell, printable
 from training import console
 from training.device import choose_device
@@ -74,7 +75,7 @@ class Prediction(NamedTuple):
 
 
 def find(words: list[str]) -> list[Path]:
-    """The files that ``words`` name: themselves, and of folders all that are not hidden.
+    """The files that ``words`` name: themselves, and of folders what is not hidden or `is_stray`.
 
     Raises:
         ValueError: there is no such file, or no file in a folder.
@@ -90,7 +91,7 @@ def find(words: list[str]) -> list[Path]:
         if not path.is_dir():  # to open a named pipe would wait forever
             raise ValueError(f"{path} is neither a file nor a folder")
         inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        inside = [f for f in inside if not any(p[0] == "." for p in f.relative_to(path).parts)]
+        inside = [f for f in inside if not any(map(is_stray, f.relative_to(path).parts))]
         if not inside:
             raise ValueError(f"there is no file in {path}")
         files += inside
@@ -101,10 +102,10 @@ def predict(
     trained: models.Trained, files: list[Path], top: int, device: torch.device
 ) -> Iterator[Prediction | str]:
     """For each file its prediction, or in one line why there is none, in their order."""
-    white = white_of(trained.description.settings)
+    reading = reading_of(trained.description.settings)
     for first in range(0, len(files), BATCH_SIZE):
         read: list[Tensor | str] = [
-            _read(file, trained.image_size, white) for file in files[first : first + BATCH_SIZE]
+            _read(file, trained.image_size, reading) for file in files[first : first + BATCH_SIZE]
         ]
         pixels = [picture for picture in read if isinstance(picture, Tensor)]
         rows = iter(_probabilities(trained, torch.stack(pixels).to(device)) if pixels else ())
@@ -112,9 +113,9 @@ def predict(
             yield picture if isinstance(picture, str) else _best(file, next(rows), trained, top)
 
 
-def _read(file: Path, size: tuple[int, int], white: float | None) -> Tensor | str:
+def _read(file: Path, size: tuple[int, int], reading: dict[str, Any]) -> Tensor | str:
     try:
-        return read_picture(file, size, white)
+        return read_picture(file, size, **reading)
     except (ValueError, OSError) as error:
         return f"{file}: {one_line(error)}"
 

@@ -103,10 +103,17 @@ def of_settings(overrides: list[str], number: int, device: torch.device) -> list
     """The lines on a network that is given by settings.
 
     Raises:
-        ValueError, HydraException, OmegaConfBaseException: they are wrong.
+        ValueError, HydraException, OmegaConfBaseException: they are wrong, or would change nothing.
     """
     cfg = compose_config(overrides)
     check(cfg)
+    if cfg.init_from is not None:
+        raise ValueError(
+            f"init_from={cfg.init_from}: settings tell how a network starts by itself; of trained "
+            "weights, give their run"
+        )
+    if any(word.startswith("device=") for word in overrides):
+        raise ValueError("device= is for train.py; use --device here")
     dataset: Dataset = make(cfg.data)
     batch = batch_of(dataset, dataset.mean, dataset.std, number, device)
     network = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)

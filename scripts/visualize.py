@@ -19,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import check_out, command, start
+from scripts.command import check_out, command, paths_and_overrides, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -51,15 +51,15 @@ def options(parser: argparse.ArgumentParser) -> None:
 if __name__ == "__main__":
     start(__file__, options)
 
-import os
 import re
+from typing import Any
 
 import torch
 
 import models
 from aaconv.text import one_line
 from data import Images
-from data.pictures import read_picture, white_of
+from data.pictures import read_picture, reading_of
 from reporting import attention, figures
 from reporting.text import printable
 from training.attention_picture import attention_pictures
@@ -98,9 +98,9 @@ def gather(
     numbers = [word for word in words or () if word.isascii() and word.isdecimal()]
     if words is not None and not numbers and overrides:
         raise ValueError(f"{overrides[0]}: none of the --images is from the data set")
-    white = white_of(trained.description.settings)
+    reading = reading_of(trained.description.settings)
     found = {
-        word: (_picture(word, trained.image_size, white), Path(word).name)
+        word: (_picture(word, trained.image_size, reading), Path(word).name)
         for word in words or ()
         if word not in numbers
     }
@@ -121,11 +121,11 @@ def gather(
     return Images(torch.stack([pixels for pixels, _ in rows]), labels), [name for _, name in rows]
 
 
-def _picture(word: str, size: tuple[int, int], white: float | None) -> torch.Tensor:
+def _picture(word: str, size: tuple[int, int], reading: dict[str, Any]) -> torch.Tensor:
     if not Path(word).exists():
         raise ValueError(f"there is no {word}; an image is a number from 0 on, or a file")
     try:
-        return read_picture(Path(word), size, white)
+        return read_picture(Path(word), size, **reading)
     except (ValueError, OSError) as error:
         raise ValueError(f"{word}: {one_line(error)}") from error
 
@@ -173,14 +173,13 @@ def visualize(
 def main(args: argparse.Namespace) -> None:
     # What has an = stands behind --images or --queries, too, unless a file is called so.
     overrides = list(args.settings)
-    for words in (args.images or [], args.queries or []):
-        overrides += [word for word in words if "=" in word and not os.path.exists(word)]
-    images, queries = (
-        None if words is None else [word for word in words if word not in overrides]
-        for words in (args.images, args.queries)
-    )
-    for name, words in (("--images", images), ("--queries", queries)):
-        if words == []:
-            raise ValueError(f"{name} needs at least one value")
+    given: dict[str, list[str] | None] = {"images": None, "queries": None}
+    for name in given:
+        if (words := getattr(args, name)) is not None:
+            given[name], more = paths_and_overrides(words)
+            overrides += more
+            if not given[name]:
+                raise ValueError(f"--{name} needs at least one value")
+    images, queries = given.values()
     files = visualize(args.network, images, queries, overrides, args.out, args.device)
     print(printable("\n".join(f"written: {file}" for file in files)))

@@ -13,7 +13,7 @@ from scripts import augmentation
 
 from helpers import call, refused
 
-LOOKUP = ["data=lookup", "data.train_size=9", "data.test_size=1"]
+LOOKUP = ["data=lookup", "data.train_size=9", "data.test_size=1", "batch_size=9"]
 
 
 @pytest.mark.slow
@@ -45,7 +45,9 @@ def test_the_picture_of_all_augmentations(monkeypatch, tmp_path, capsys):
     ("words", "message"),
     [
         (["--out", "a.svg"], "--out a.svg: the picture is a PNG file; give a name with .png"),
-        (["--out", "a.png", "--show", "erasing=2"], "erasing=2.0 must be 0 to 1"),
+        (["--out", "a.png", "--show", "erasing=2"], "augmentation.erasing=2.0 must be at least 0"),
+        (["+data.foo=1", "--out", "a.png"], "data.foo: unknown setting foo"),
+        (["epochs=-3", "--out", "a.png"], "epochs=-3 must be at least 1"),
         (["--out", "a.png", "--show", "trivia"], "Could not find 'augmentation/trivia'"),
     ],
 )

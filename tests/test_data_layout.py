@@ -32,6 +32,19 @@ def test_other_names_of_the_validation_folder(root, name):
     assert (dataset.evaluated_on, dataset.digest) == ("val", before.digest)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [("train", "Train"), ("train", "training"), ("val", "valid")]
+)
+def test_two_folders_of_one_split_are_refused(root, first, second):
+    (root / second).symlink_to(root / first)  # which is one folder
+    assert load(root).train
+    (root / second).unlink()
+    (root / second).mkdir()
+    both = f"{min(first, second)}/ and {max(first, second)}/"
+    with pytest.raises(ValueError, match=rf": it has {both}; leave one of them there"):
+        load(root)
+
+
 @pytest.mark.parametrize("name", ["test", "testing", "Testing"])
 def test_a_test_folder_alone_is_evaluated_on_as_test(root, name):
     (root / "val").rename(root / name)

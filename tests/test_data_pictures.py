@@ -97,7 +97,9 @@ def test_a_white_that_is_none_is_refused(root, white):
     with pytest.raises(ValueError, match=line):
         load(root, white=white)
     with pytest.raises(ValueError, match=line):
-        pictures.white_of({"data": {"white": white}})
+        pictures.reading_of({"data": {"white": white}})
+    with pytest.raises(ValueError, match=r"data.max_pixels=.* must be a whole number, at least 1"):
+        pictures.reading_of({"data": {"max_pixels": str(white)}})
 
 
 def test_a_dark_set_of_16_bits_is_taken_where_that_is_meant(root):
@@ -145,6 +147,22 @@ def test_colors_of_16_bits_keep_their_upper_eight_or_are_refused(root, largest):
         load(root, white=4095)
 
 
+@pytest.mark.parametrize("largest", [4095, 65535])
+def test_a_ppm_of_16_bits_is_such_an_image_unless_it_says_what_is_white(root, largest):
+    for path in root.rglob("*.png"):
+        numbers = np.full((*SIZE, 3), 897, dtype=">u2")
+        head = f"P6 {SIZE[1]} {SIZE[0]} {largest}\n".encode()
+        path.with_suffix(".ppm").write_bytes(head + numbers.tobytes())
+        path.unlink()
+    if largest == 65535:
+        with pytest.raises(ValueError, match=r"no number in its color images of 16 bits is above"):
+            load(root)
+        with pytest.raises(ValueError, match="has 16 bits for each color, of which only the upper"):
+            load(root, white=1023)
+    else:
+        assert load(root).train.pixels.unique().tolist() == [round(255 * 897 / 4095)]
+
+
 @pytest.mark.parametrize("white", [None, 1.0, 4095])
 def test_a_prediction_divides_by_the_white_of_the_training(tmp_path, capsys, white):
     settings = {"data": {"white": white}} if white else {"data": {}}
@@ -163,7 +181,7 @@ def test_a_prediction_divides_by_the_white_of_the_training(tmp_path, capsys, whi
 
 @pytest.mark.parametrize("settings", [{}, {"data": None}, {"data": 3}, {"data": {"white": None}}])
 def test_settings_without_a_white(settings):
-    assert pictures.white_of(settings) is None
+    assert pictures.reading_of(settings) == {"white": None, "max_pixels": pictures.MAX_PIXELS}
 
 
 # ---- Photographs --------------------------------------------------------------------------------

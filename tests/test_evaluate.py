@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -96,6 +97,19 @@ def test_several_at_once_are_a_table(folder, tmp_path, capsys):
     }
     assert "<svg" in (out / "reliability-1.svg").read_text()
     assert "<svg" in (out / "confusion-2.svg").read_text()
+
+
+def test_what_happens_once_is_not_timed(folder, tmp_path, monkeypatch):
+    """As the compilation of attention's kernel, which the first image waits for."""
+    seen, events = [], []
+    clock = SimpleNamespace(perf_counter=lambda: events.append(len(seen)) or len(events))
+    monkeypatch.setattr(evaluate, "time", clock)
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: seen.append(1) if isinstance(module, models.ResNet) else None
+    ):
+        call(evaluate.main, folder / "plain=1", "eval_batch_size=6", "--out", tmp_path / "out")
+    assert events == [1, 1 + 2]  # forward passes before the clock starts and ends
+    assert record(tmp_path / "out")[0]["images_per_s"] == 12
 
 
 def test_settings_are_used(folder, tmp_path):

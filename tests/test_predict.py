@@ -68,7 +68,7 @@ def test_all_modes_are_read(tmp_path, mode):
     assert (read.int() - value).abs().max() <= 1
 
 
-@pytest.mark.parametrize("how", ["RGBA", "LA", "P", "RGB"])
+@pytest.mark.parametrize("how", ["RGBA", "LA", "P", "RGB", "I;16"])
 def test_what_is_transparent_is_white(tmp_path, how):
     picture = Image.new("RGBA", SIZE[::-1], (200, 0, 0, 255))
     picture.paste((0, 0, 0, 0), (0, 0, 10, 16))
@@ -77,6 +77,10 @@ def test_what_is_transparent_is_white(tmp_path, how):
         flat = Image.new("RGB", SIZE[::-1], (200, 0, 0))
         flat.paste((1, 2, 3), (0, 0, 10, 16))
         flat.save(path, transparency=(1, 2, 3))
+    elif how == "I;16":
+        deep = np.full(SIZE, 51400, dtype=np.uint16)
+        deep[:, :10] = 3000
+        Image.fromarray(deep).save(path, transparency=3000)
     elif how == "P":
         flat = Image.new("P", SIZE[::-1], 1)
         flat.putpalette([0, 0, 0, 200, 0, 0])
@@ -159,6 +163,8 @@ def test_table_and_csv_say_the_same(network, tmp_path, capsys):
     folder.mkdir(parents=True)
     Image.fromarray(pixels()).save(folder / "ä.png")
     (folder / ".hidden").write_text("no picture")
+    (folder / "@eaDir").mkdir()  # what a NAS keeps of pictures
+    (folder / "@eaDir" / "ä.png").write_text("no picture")
     assert exit_code(predict.main, network, tmp_path / "Bilder für später", "--top", "2") == 0
     printed = capsys.readouterr()
     (line,) = printed.out.splitlines()
@@ -207,7 +213,7 @@ def test_files_that_are_no_pictures_are_named_and_the_others_go_on(network, tmp_
     for name in DAMAGED:
         assert sum(f"predict.py: {folder / name}: it " in line for line in lines) == 1, name
     assert "\x1b" not in said.err
-    assert "more pixels than data.max_pixels, 268,435,456" in said.err
+    assert "more than 268,435,456 pixels (data.max_pixels)" in said.err
 
 
 def test_a_file_that_cannot_be_read_is_named(network, tmp_path, monkeypatch, capsys):
@@ -218,6 +224,15 @@ def test_a_file_that_cannot_be_read_is_named(network, tmp_path, monkeypatch, cap
     monkeypatch.setattr(picture_files, "read_file", denied)
     assert exit_code(predict.main, network, tmp_path / "a.png") == 1
     assert capsys.readouterr().err.startswith(f"predict.py: {tmp_path / 'a.png'}: [Errno 13] Perm")
+
+
+def test_pictures_may_be_as_large_as_those_of_the_training(tmp_path, capsys):
+    Image.fromarray(pixels()).save(tmp_path / "a.png")
+    for most, code in ((320, 0), (319, 1)):
+        about = describe(settings={"data": {"max_pixels": most}})
+        network = save(tmp_path / f"{most}", about)
+        assert exit_code(predict.main, network, tmp_path / "a.png") == code
+    assert "it has more than 319 pixels (data.max_pixels)" in capsys.readouterr().err
 
 
 NAMES = ["=1+1", "a\x1b[31m\x00", "b\u202e\udcff"]

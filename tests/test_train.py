@@ -1,18 +1,21 @@
 """Whole runs in miniature: what a run writes, repeats, resumes, and what each setting changes."""
 
 import json
+from dataclasses import dataclass
 from functools import partial
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import OmegaConf, open_dict
 
 import models
 import train
+from data import Dataset, Images
 from training import cli, dashboard, summary
 from training.assemble import build_model
 from training.compose import compose_config
+from training.settings import check
 
 from helpers import CONFIGS, TINY, rows, slow
 
@@ -45,6 +48,41 @@ def test_what_a_run_writes(run, tmp_path):
     assert segment["versions"]["torch"] == torch.__version__
     assert len(segment["commit"].removesuffix("-dirty")) in (40, len("unknown"))
     assert (segment["first_epoch"], segment["precision"], segment["processes"]) == (1, "float32", 1)
+
+
+def load_noise(number):
+    """A data set in code, of another image size, which holds images out by itself."""
+    draw = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (number, 40, 44, 3), generator=draw, dtype=torch.uint8)
+    images = Images(pixels, torch.arange(number) % 2)
+    held_out = torch.arange(number) < 16
+    return Dataset(
+        name="noise",
+        train=images.select(~held_out),
+        evaluation=images.select(held_out),
+        evaluated_on="val",
+        num_classes=2,
+        class_names=("even", "odd"),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.3, 0.3, 0.3),
+    )
+
+
+@dataclass
+class NoiseConfig:
+    _target_: str = "test_train.load_noise"
+    number: int = 48
+
+
+def test_a_data_set_in_code_need_not_be_like_cifar(settings, tmp_path):
+    cfg = settings("batch_size=32", "augmentation.cutout=36")  # more than an image of CIFAR has
+    with open_dict(cfg):
+        cfg.data = OmegaConf.structured(NoiseConfig)
+    check(cfg)
+    assert train.train(cfg, tmp_path)["data"] == "noise"
+    cfg.batch_size = 33
+    with pytest.raises(ValueError, match="batch_size=33 does not fit 32 training images"):
+        train.train(cfg, tmp_path / "other")
 
 
 def test_what_the_dashboard_is_told(run, monkeypatch):

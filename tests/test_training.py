@@ -5,13 +5,14 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from training import provenance
-from training.device import choose_device, choose_dtype, peak_memory_mib
+from training.device import choose_device, choose_dtype, peak_memory_mib, to_device
 from training.schedule import constant, one_cycle, step, warmup_cosine
 from training.scores import evaluate
 
@@ -110,6 +111,15 @@ def test_auto_on_the_cpu(monkeypatch, units):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("name", "asked"), [("cuda", ["high"]), ("cpu", [])])
+def test_float32_is_tf32_on_a_gpu_in_training_and_evaluation(monkeypatch, name, asked):
+    """In `to_device`, by which both bring a network there; it needs no GPU to be seen."""
+    said = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
+    to_device(SimpleNamespace(to=lambda *_, **__: None), torch.device(name), channels_last=False)
+    assert said == asked
+
+
 def test_peak_memory_is_this_process_own():
     """Started from a process that once held much, one that holds little says little."""
     hoard = torch.ones(2**27)  # 512 MiB

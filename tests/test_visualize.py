@@ -195,6 +195,7 @@ WRONG = [
     (["{run}", "--images", "16"], "there is no image 16; lookup test has the images 0 to 15"),
     (["{run}", "--images", "-1"], "there is no -1; an image is a number from 0 on, or a file"),
     (["{run}", "--images", "nowhere.png"], "there is no nowhere.png; an image is"),
+    (["{run}", "--images", "outputs/a=b/c.jpg"], "there is no outputs/a=b/c.jpg; an image is"),
     (["{run}", "--images", "{broken}"], "broken.png: it is damaged"),
     (["{run}", "--images", "{runs}"], "{runs}: .*"),
     (["{run}", "--images", "²"], "there is no ²"),

@@ -1,10 +1,11 @@
 """Everything that trains, made of a run's settings: network, batches, optimizer, schedule."""
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from data import Batches, Dataset, evaluation_batches
@@ -35,8 +36,6 @@ def build_state(
     """
     torch.manual_seed(cfg.seed)
     set_deterministic(cfg.deterministic)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32, where precision is fp32
     network = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)
     if initial is not None:
         take_weights(network, initial, dataset, cfg.init_from, cfg.freeze)
@@ -58,7 +57,8 @@ def build_state(
     )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if cfg.compile:  # a compiled network tries no backend
-        try_backends(model, dataset, autocast)
+        image = evaluation_batches(dataset.evaluation, 1, dataset.mean, dataset.std)
+        try_backends(model, image, autocast)
     optimizer = make_optimizer(cfg.optim, model)
     ema_model = None
     if cfg.ema is not None:
@@ -94,9 +94,12 @@ def build_state(
     )
 
 
-def try_backends(model: nn.Module, dataset: Dataset, autocast: torch.autocast) -> None:
-    """One image through ``model``, which stays as it is: attention tries its backend."""
-    images, _ = next(iter(evaluation_batches(dataset.evaluation, 1, dataset.mean, dataset.std)))
+def try_backends(
+    model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], autocast: torch.autocast
+) -> None:
+    """The first of ``batches`` through ``model``: attention tries or compiles its backend."""
+    images, _ = next(batches)
+    training = model.training
     with torch.no_grad(), autocast:
         model.eval()(images)
-    model.train()
+    model.train(training)

@@ -125,7 +125,12 @@ def set_deterministic(on: bool) -> None:
 
 
 def to_device(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    """The model on ``device``, its weights in the chosen memory format."""
+    """The model on ``device``, its weights in the chosen memory format.
+
+    From then on a CUDA GPU multiplies float32 as TF32, which is what ``precision=fp32`` means.
+    """
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
     layout = torch.channels_last if channels_last else torch.contiguous_format
     # torch's own annotations leave memory_format out.
     return model.to(device, memory_format=layout)  # type: ignore[call-overload]

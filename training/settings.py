@@ -8,7 +8,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 import models
-from configs.schema import CifarConfig, FolderConfig, unknown_setting
+from configs.schema import CifarConfig, FolderConfig, LookupConfig, unknown_setting
 from configs.setting import MAX_FLOAT
 from data.batches import check_batch_size
 from data.cifar import TRAIN_SIZE, check_name
@@ -100,6 +100,8 @@ def _check_data(cfg: DictConfig) -> None:
     if data["_target_"] == FolderConfig._target_:
         augmentation.check_fits(*height_and_width(resolve(cfg)["data"]["size"]))
         return
+    if data["_target_"] not in (CifarConfig._target_, LookupConfig._target_):
+        return  # of a data set in code all is found once it is made
     augmentation.check_fits(32, 32)
     number = data.get("train_size") or TRAIN_SIZE
     check_val_size(data.val_size, number)
