@@ -288,7 +288,7 @@ def _map_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[Siz
         fake = {id(t): mode.from_tensor(t if t.is_leaf else t.detach()) for t in tensors}
         shadow = copy.deepcopy(model, fake)
     except Exception as error:  # of the model's own code, of any type
-        raise ValueError(f"model cannot be copied: {_in_one_line(error)}") from error
+        raise ValueError(f"model cannot be copied: {_told(error)}") from error
     try:
         with mode, torch.no_grad():
             for name, module in shadow.named_modules():
@@ -307,9 +307,7 @@ def _map_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[Siz
                 "alone, so that its map sizes are unknown; augment the part that computes "
                 f"features, such as a detector's backbone ({one_line(error)})"
             ) from error
-        raise ValueError(
-            f"model cannot be called with example_input: {_in_one_line(error)}"
-        ) from error
+        raise ValueError(f"model cannot be called with example_input: {_told(error)}") from error
     return sizes
 
 
@@ -317,8 +315,8 @@ def _size(x: Tensor) -> Size:
     return int(x.shape[-2]), int(x.shape[-1])
 
 
-def _in_one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def call_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -376,6 +374,9 @@ def _obstacle(convolution: nn.Conv2d, calls: list[tuple[Size, Size]]) -> str | N
         return "has hooks, which would be lost"
     if "forward" in vars(convolution):
         return "has a forward of its own"
+    own = (convolution.weight, convolution.bias)
+    if not all(isinstance(tensor, nn.Parameter) for tensor in own if tensor is not None):
+        return "has a weight or bias that is no parameter"
     if not calls:
         return "never called"
     outputs = dict.fromkeys(output for _, output in calls)
@@ -403,10 +404,14 @@ def _check_suitable(convolution: nn.Conv2d, size: Size, options: _Options) -> No
     """Raise ValueError for a convolution that is not replaced where nobody asks for it."""
     height, width = convolution.kernel_size
     positions = size[0] * size[1]
+    kept = tuple(d * (k - 1) for d, k in zip(convolution.dilation, (height, width), strict=True))
     if height == width == 1:
         raise ValueError("kernel 1x1")
     if height % 2 == 0 or width % 2 == 0:
         raise ValueError(f"even kernel {height}x{width}")
+    if convolution.padding != "same" and tuple(2 * p for p in convolution.padding) != kept:
+        # Of other images than the example attention would have more or fewer positions.
+        raise ValueError(f"padding={convolution.padding} is not half of {kept}")
     if positions > options.max_positions:
         raise ValueError(f"{positions} positions, more than max_positions={options.max_positions}")
     if max(size) <= options.pool_of(size):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from aaconv.backends.precision import without_autocast
 from aaconv.modules import AugmentedConv
 
 
@@ -21,15 +22,16 @@ def attention_maps(layer: AugmentedConv, x: Tensor, queries: Sequence[int] | Non
     Args:
         layer: the layer.
         x: its input, (B, in_channels, H, W).
-        queries: output positions whose weights are wanted, ``row * width + column`` from 0 on; by
-            default all of them, in that order. Only what is wanted is computed.
+        queries: positions whose weights are wanted, ``row * width + column`` from 0 on, of the
+            output or, with pooling, of the pooled map (`AugmentedConv.positions`); by default all,
+            in that order. Only what is wanted is computed.
 
     Returns:
         (B, Nh, queries, positions); each row sums to 1.
 
     Raises:
         ValueError: the layer has no attention (dv=0), ``x`` is not of its shape, or a query is no
-            position of the output.
+            position of the map.
     """
     if layer.dv == 0:
         raise ValueError("layer has no attention: dv=0 is a plain convolution")
@@ -41,12 +43,12 @@ def attention_maps(layer: AugmentedConv, x: Tensor, queries: Sequence[int] | Non
     for query in wanted if queries is not None else ():
         if not 0 <= query < height * width:
             raise ValueError(
-                f"queries has {query}, but the output of {height}x{width} has the positions 0 to "
+                f"queries has {query}, but the map of {height}x{width} has the positions 0 to "
                 f"{height * width - 1}"
             )
     positions = torch.tensor(list(wanted), dtype=torch.int64, device=q.device)
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         q = q.flatten(2, 3)[:, :, positions].to(wide) * q.shape[-1] ** -0.5  # (B, Nh, n, dkh)
         logits = q @ k.flatten(2, 3).to(wide).mT
         if rel_h is not None and rel_w is not None:

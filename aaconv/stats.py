@@ -115,6 +115,8 @@ def attention_stats(
 
 
 def _layer_stats(name: str, layer: AugmentedConv, x: Tensor, gradient: float | None) -> LayerStats:
+    if not len(x):
+        raise ValueError("example_input has no images")
     size = layer.positions(x)
     positions = size[0] * size[1]
     entropy = largest = 0.0

@@ -158,8 +158,9 @@ class AugmentedConvConfig(ReplacingConfig):
         "keeps attention soft however large the features grow; not in the paper."
     )
     backend: str = setting(
-        "Implementation of attention: auto (the fastest measured), reference, sdpa, tiled, "
-        "native or fused; see aaconv.attention_2d. All compute the same, up to rounding."
+        "Implementation of attention: auto (the fastest measured on a CPU; on a CUDA GPU fused, "
+        "after a trial), reference, sdpa, tiled, native or fused; see aaconv.attention_2d. All "
+        "compute the same, up to rounding."
     )
     dropout: float = setting(
         "Probability with which a weight of attention is dropped in training. Above 0 attention is "

@@ -80,6 +80,9 @@ def receptive_field(model: nn.Module) -> int:
     side, step = 1, 1
     strided_stem = isinstance(model, ResNet) and model.strided_stem
     for layer in _convolutions(model):
+        if isinstance(layer, AugmentedConv) and layer.conv_out is None:
+            step *= layer.stride[0]
+            continue
         side += (layer.kernel_size[0] - 1) * layer.dilation[0] * step
         step *= layer.stride[0]
         if strided_stem and layer is model.conv:  # then 3x3 pooling at every other position

@@ -126,6 +126,8 @@ class Trained:
 def build(network: Network) -> ResNet:
     """The network of a description, with new weights.
 
+    Its attention is computed as is best where it is now, whatever ``backend`` it was trained with.
+
     Raises:
         ValueError: there is no such network; see `models.ResNet`.
     """
@@ -134,6 +136,8 @@ def build(network: Network) -> ResNet:
     name = attention.pop("name")
     if name not in ATTENTIONS:
         raise ValueError(f"attention={name} is not one of {', '.join(ATTENTIONS)}")
+    if "backend" in attention:
+        attention["backend"] = "auto"
     return ResNet(**arguments, attention=ATTENTIONS[name](**attention))
 
 

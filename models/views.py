@@ -32,7 +32,7 @@ class AttentionView:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(h, w) of the layer's output."""
+        """(h, w) of the map that is attended to: the layer's output, or smaller by its pooling."""
         return self.weights.shape[2], self.weights.shape[3]
 
 

@@ -93,6 +93,15 @@ def test_the_backend_chooses_how_and_never_what(backend, dtype, scale):
     assert_rounded(got, in_float64(low), rounding_errors(low, inner(backend, dtype)))
 
 
+@pytest.mark.parametrize("backend", ["auto", *usable(torch.float32)])
+def test_values_may_be_of_a_wider_dtype(backend):
+    tensors = inputs((3, 5), 2, 8, 4)
+    mixed = [t if t is tensors[2] else t.float() for t in tensors]
+    out = attention_2d(*mixed, backend=backend)
+    assert out.dtype == torch.float64
+    torch.testing.assert_close(out, attention_2d(*tensors), rtol=0, atol=1e-5)
+
+
 # The interpreter's, where a GPU is silent.
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid")
 @pytest.mark.parametrize("backend", usable(torch.float16))

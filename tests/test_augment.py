@@ -397,6 +397,17 @@ def own_forward():
     return model
 
 
+def frozen_as_a_buffer(name):
+    def make():
+        model = one()
+        value = getattr(model[0], name).detach().clone()
+        delattr(model[0], name)
+        model[0].register_buffer(name, value)
+        return model
+
+    return make
+
+
 class InAList(nn.Module):
     """The order in which it calls its convolutions is in a list that torch knows nothing of."""
 
@@ -427,6 +438,17 @@ def one(**change):
     return nn.Sequential(nn.Conv2d(16, 16, **{"kernel_size": 3, "padding": 1} | change))
 
 
+def test_what_would_fit_at_some_sizes_only_is_left_alone_by_default():
+    """A patch embedding: of 66x66 pixels it makes 16x16 positions, attention would make 17x17."""
+    model = nn.Sequential(nn.Conv2d(3, 64, 7, stride=4, padding=2))
+    with pytest.raises(ValueError, match=r"padding=\(2, 2\) is not half of \(6, 6\)"):
+        augment_(model, torch.zeros(1, 3, 64, 64))
+    same = nn.Sequential(nn.Conv2d(16, 32, 5, padding="same", dilation=2))
+    assert augment_(same, SIXTEEN).augmented == ["0"]
+    augment_(model, torch.zeros(1, 3, 64, 64), filter_fn=lambda module, name: True)
+    assert model(torch.zeros(1, 3, 68, 64)).shape == (1, 64, 17, 16)
+
+
 SIXTEEN = torch.zeros(1, 16, 6, 8)
 LOST = "has hooks, which would be lost"
 CANNOT = [
@@ -445,6 +467,8 @@ CANNOT = [
     (hooked(lambda conv: conv.bias.register_post_accumulate_grad_hook), LOST),
     (hooked(lambda conv: conv.register_state_dict_post_hook), LOST),
     (own_forward, "has a forward of its own"),
+    (frozen_as_a_buffer("weight"), "has a weight or bias that is no parameter"),
+    (frozen_as_a_buffer("bias"), "has a weight or bias that is no parameter"),
     (InAList, "also in order, a list of its network"),
     (tied, "shares its weight with another module"),
     (Shared, "called at several sizes: 6x8, 3x4"),

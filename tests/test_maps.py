@@ -88,7 +88,7 @@ def test_leave_the_layer_as_it_is():
     [
         (layer_of((3, 5), dv=0), (1, 5, 3, 5), None, "layer has no attention: dv=0"),
         (layer_of((3, 5)), (5, 3, 5), None, r"x must be \(B, in_channels, H, W\); got \(5, 3, 5"),
-        (layer_of((3, 5)), (1, 5, 3, 5), [0, 15], "queries has 15, but the output of 3x5 has the"),
+        (layer_of((3, 5)), (1, 5, 3, 5), [0, 15], "queries has 15, but the map of 3x5 has the"),
         (layer_of((3, 5)), (1, 5, 3, 5), [-1], "queries has -1"),
     ],
     ids=["no attention", "no batch", "too far", "negative"],

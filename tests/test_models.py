@@ -278,6 +278,11 @@ def test_the_receptive_field_of_strides_and_dilations():
     assert seen_by_one_position(network, network, (61, 67)) == (21, 21)
 
 
+def test_attention_without_a_convolution_has_its_stride_alone():
+    layers = [nn.Conv2d(3, 8, 3), AugmentedConv(8, 8, 3, 4, 8, 2, stride=2), nn.Conv2d(8, 1, 3)]
+    assert receptive_field(nn.Sequential(*layers)) == 3 + 2 * 2
+
+
 @pytest.mark.parametrize("attention", [SE(4), GE(), aa(dk=4, stages=[1, 2])], ids=str)
 def test_attention_adds_nothing_to_the_receptive_field_of_the_convolutions(attention):
     assert receptive_field(tiny(attention)) == receptive_field(tiny()) == 21

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -82,6 +83,16 @@ def test_the_same_network_comes_back(tmp_path, attention):
     assert not any(module.training for module in loaded.network.modules())
     assert all(p.requires_grad for p in loaded.network.parameters())
     assert torch.equal(models.load(str(tmp_path / "weights.safetensors")).network(x), network(x))
+
+
+@pytest.mark.parametrize("backend", ["fused", "tiled", "native"])
+def test_attention_is_computed_as_is_best_where_the_network_is_loaded(tmp_path, backend):
+    """Where it was trained there may have been a GPU, or a compiler."""
+    write(tmp_path, describe(replace(ATTENTIONS[3], backend="sdpa")))
+    text = (tmp_path / "config.json").read_text().replace('"sdpa"', f'"{backend}"')
+    (tmp_path / "config.json").write_text(text)
+    network = models.load(tmp_path).network
+    assert {layer.backend for layer in models.augmented_layers(network).values()} == {"auto"}
 
 
 @pytest.mark.slow

@@ -167,6 +167,8 @@ def test_networks_without_anything_to_choose():
     single = AugmentedConv(3, 4, 3, 2, 2, 1).double()
     (layer,) = attention_stats(single, X[:, :, :1, :1]).layers
     assert (layer.entropy, layer.largest) == (1, 1)
+    with pytest.raises(ValueError, match=r"^example_input has no images$"):
+        attention_stats(single, X[:0])
     model = build()
     model.unused = AugmentedConv(3, 4, 3, 2, 2, 1).double()
     with pytest.raises(ValueError, match=r"^unused was not reached by the forward pass"):

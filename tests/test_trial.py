@@ -4,6 +4,8 @@ import logging
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from aaconv import attention_2d, backends, functional, trial
 
@@ -126,6 +128,34 @@ def test_an_image_of_the_training_is_left_alone(calls):
         assert not attention_2d(*low((2, 2))).requires_grad
     nothing = [t[:0] if t.dim() == 5 else t for t in tensors]
     assert attention_2d(*nothing).shape[0] == 0
+
+
+def test_the_first_call_may_be_a_checkpointed_one(calls, caplog):
+    """Activation checkpointing hooks into what is saved; the trial is none of it."""
+    tensors = low()
+    out = checkpoint(attention_2d, *tensors, use_reentrant=False)
+    got = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    out = attention_2d(*tensors, backend="reference")
+    expected = torch.autograd.grad(out, tensors, torch.ones_like(out))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    assert list(trial._passed.values()) == [True]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_the_first_call_may_be_without_gradients(calls, caplog, without):
+    with without():
+        attention_2d(*low())
+        attention_2d(*(t.clone() for t in low((2, 3))))  # inference tensors
+    assert list(trial._passed.values()) == [True, True]
+    assert not caplog.records
+
+
+def test_tensors_without_values_are_not_tried(calls):
+    with FakeTensorMode() as mode:
+        attention_2d(*(mode.from_tensor(t.detach()) for t in low()))
+    assert not trial._passed
+    assert "formula" not in calls
 
 
 def test_a_compiled_graph_has_no_trial(calls):

@@ -39,8 +39,9 @@ unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
     """`aaconv.attention_2d` in one kernel. It cannot be differentiated twice."""
+    maps = (t if t.dtype in DTYPES else t.float() for t in (q, k, v))
     with without_autocast(q.device.type):
-        out, _ = torch.ops.aaconv.native_attend(q, k, v, rel_h, rel_w)
+        out, _ = torch.ops.aaconv.native_attend(*maps, rel_h, rel_w)
         return out.to(v.dtype)
 
 
