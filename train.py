@@ -92,14 +92,18 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
     with ExitStack() as stack:
         with distributed.errors_in_all():  # the main process alone writes
             folder = stack.enter_context(run_folder.claimed(run_dir)) if world.is_main else None
+        before = distributed.broadcast_from_main(
+            lambda: checkpoint.finished_before(run_dir, config)
+        )
+        if before is not None:
+            return before
         resumed, saved, replaced = distributed.broadcast_from_main(
             lambda: checkpoint.begin(run_dir, config)
         )
         if resumed is not None:
-            before = checkpoint.finished_before(run_dir, resumed, saved, config)
-            if before is not None:
-                return before
             checkpoint.check_precision(saved, dtype_name(dtype), config["precision"], run_dir)
+            # However it is called now: a run is listed by the settings that it began with.
+            config["precision"] = saved["config"]["precision"]
         with distributed.errors_in_all():
             initial = load_initial(cfg) if resumed is None else None
 
@@ -114,6 +118,9 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             progress.start_segment(here | init_provenance(initial))
         if folder is not None:
             folder.start(cfg, replaced, dataset.digest)
+            if resumed is not None and not checkpoint.is_in(resumed, run_dir):
+                checkpoint.save(folder.path, state, config, progress)  # before what belongs to it
+                folder.keep()
             folder.write_metrics(progress.rows)  # a kill may have left more of them, or fewer
 
         # ---- The epochs, and now and then a checkpoint to continue from ------------------------
@@ -257,7 +264,7 @@ def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Sto
     images = dataset.evaluation.shard(world.rank, world.size)
     batches = evaluation_batches(images, cfg.eval_batch_size, dataset.mean, dataset.std)
     scores, per_class_top1 = evaluate(model, stop.until_signalled(batches), state.autocast)
-    if distributed.any_rank(stop.signal is not None):
+    if stop.any_signal():
         return Action.STOP
     steps = len(state.batches)
     row = {

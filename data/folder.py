@@ -141,7 +141,7 @@ def load_folder(
     if not name:
         raise ValueError("data.name= must not be empty: runs are grouped by it")
     settings = _decode_settings(size, white, max_pixels)
-    folder = Path(root).expanduser().absolute()
+    folder = Path(os.path.expanduser(root)).absolute()
     found = _find(folder, val_size)
     train = _read(found.train, settings, skip_damaged)
     evaluation = _read(found.evaluation, settings, skip_damaged)
@@ -185,7 +185,7 @@ def folder_digest(
     Raises:
         FileNotFoundError, ValueError, OSError: see `load_folder`.
     """
-    found = _find(Path(root).expanduser().absolute(), val_size)
+    found = _find(Path(os.path.expanduser(root)).absolute(), val_size)
     settings = _decode_settings(size, white, max_pixels)
     splits = [
         _read(files, settings, skip_damaged, decoded=False)
@@ -230,7 +230,7 @@ def load_evaluation_folder(
             the deviation of ``trained_on``, that is, are those.
     """
     settings = _decode_settings(size, white, max_pixels)
-    folder = Path(root).expanduser().absolute()
+    folder = Path(os.path.expanduser(root)).absolute()
     found = find_evaluation_images(folder, class_names)
     evaluation = _read(found.evaluation, settings, skip_damaged)
     _check_brightness(folder, white, [evaluation.facts])

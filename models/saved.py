@@ -7,6 +7,7 @@ file: weights are read as tensors, and the description as plain values.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -200,7 +201,7 @@ def load_weights(path: str | Path) -> Trained | ForeignWeights:
     Raises:
         UnreadableError: see `load`.
     """
-    file = described_in = _file(Path(path).expanduser())
+    file = described_in = _file(Path(os.path.expanduser(path)))
     description = None
     if file.suffix == ".safetensors":
         described_in = file.with_name(DESCRIPTION)

@@ -11,6 +11,7 @@ pip install -c constraints.txt -e '.[app,export]'.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def export(trained: models.Trained, kind: str, out: Path) -> str:
 
 @command(options, errors=(RuntimeError,))
 def main(args: argparse.Namespace) -> None:
-    network = Path(args.network).expanduser()
+    network = Path(os.path.expanduser(args.network))
     out = args.out or (network if network.is_dir() else network.parent)
     logging.disable(logging.WARNING)  # of the exporters
     warnings.filterwarnings("ignore")

@@ -13,6 +13,7 @@ setting of the data.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -151,7 +152,7 @@ def visualize(
         raise ValueError(f"{rows} rows, one for each image and query, are more than {MAX_ROWS}")
     device = choose_device(device_name)
     trained = models.load(path, device)
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     out = out or (place if place.is_dir() else place.parent) / "attention"
     check_out(out)
     if not models.augmented_layers(trained.network):

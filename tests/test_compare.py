@@ -44,6 +44,10 @@ def test_combinations_within_an_entry_and_entries_one_after_the_other():
         ("epochs=2",),
         ("epochs=3",),
     ]
+    assert comparison.expand([["schedule=glob(*st*)"]]) == [
+        ("schedule=constant",),
+        ("schedule=step",),
+    ]
 
 
 def test_runs_go_seed_after_seed_and_know_their_length(tmp_path):

@@ -274,7 +274,15 @@ def test_an_image_on_which_the_run_was_evaluated_is_scored_as_the_run_has_done(p
     assert record(tmp_path / "out")[0]["images"] == 4
 
 
-@pytest.mark.parametrize(("words", "images"), [([], 4), (["data.val_size=0"], 3)], ids=str)
+@pytest.mark.parametrize(
+    ("words", "images"),
+    [
+        ([], 4),
+        (["data.val_size=0"], 3),
+        (["data=folder", "data.val_size=4", "data.max_pixels=1000"], 4),
+    ],
+    ids=str,
+)
 def test_held_out_images_are_the_runs_own(pets, tmp_path, words, images):
     path = network_of(pets, tmp_path / "net", 4)
     call(evaluate.main, path, f"data.root='{pets}'", *words, "--out", tmp_path / "out")

@@ -298,6 +298,14 @@ def test_the_time_is_over_after_max_minutes_of_the_process(clock):
     assert stop.why() == "SIGTERM"
 
 
+def test_another_processs_signal_is_this_ones_too(monkeypatch):
+    monkeypatch.setattr(stopping.distributed, "all_reduce_max", lambda own: max(own, 15))
+    with stopping.Stop(None, launched=True) as stop:
+        assert stop.any_signal()
+        assert stop.why() == "SIGTERM"
+        assert not stop.will_resume
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 0), ("SIGINT", 0), ("SIGUSR1", 138)])
 def test_what_the_agent_of_a_sweep_stops_has_not_failed(monkeypatch, name, code):
     """Three failures end the agent; what a queue preempts has failed, and comes back."""

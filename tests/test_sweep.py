@@ -5,6 +5,7 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 import train
@@ -14,7 +15,7 @@ from training.assemble import build_model
 from training.stopping import Stop
 
 from folders import failed, make_run
-from helpers import TINY, call
+from helpers import CONFIGS, TINY, call
 from image_folders import write, write_folder
 
 ONE_EPOCH = [*(w for w in TINY if "epochs" not in w), "epochs=1", "attention=none"]
@@ -192,6 +193,9 @@ def test_a_finished_run_on_other_images_is_not_taken_for_the_jobs(sweeps, tmp_pa
         (["grad_clip=-1,-2"], ["grad_clip=-1.0 must be above 0", "grad_clip=-2.0 must be above 0"]),
         (["optim.lr=inf,nan"], ["optim.lr=inf must be finite", "optim.lr=nan must be finite"]),
         (["augmentation.policy=foo,bar"], ["policy=foo is unknown", "policy=bar is unknown"]),
+        # By Hydra's patterns, and with keys that replace earlier ones.
+        (["schedule=glob(*st*)", "grad_clip=-1"], ["grad_clip=-1.0 must be above 0"] * 2),
+        (["seed=0,1,2", "seed=4,5", "grad_clip=-1,-2", "grad_clip=-3"], ["must be above 0"] * 2),
         (["data=folder", "seed=0,1"], ["data.root has no value; give data.root=..."] * 2),
     ],
 )
@@ -212,7 +216,8 @@ def start_sweep(folder):
         "sweeper": {"_target_": "a.BasicSweeper", "params": {"grad_clip": "1"}},
         "overrides": {"task": ["epochs=1", "seed=0,1,2"]},
     }
-    sweep.StartSweep().on_multirun_start(OmegaConf.create({"hydra": settings}))
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        sweep.StartSweep().on_multirun_start(OmegaConf.create({"hydra": settings}))
 
 
 @pytest.fixture

@@ -15,9 +15,10 @@ from data import Dataset, Images
 from training import cli, dashboard, summary
 from training.assemble import build_model
 from training.compose import compose_config
+from training.device import precision_name
 from training.settings import check
 
-from helpers import CONFIGS, TINY, rows, slow
+from helpers import CONFIGS, TINY, everything_below, rows, slow
 
 
 def test_what_a_run_writes(run, tmp_path):
@@ -150,7 +151,20 @@ def test_resume_from_a_path_and_of_a_finished_run(run, tmp_path):
     assert again["test/top1"] == first["test/top1"]
     assert again["per_class_top1"] == first["per_class_top1"]
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
+    everything = {path.name for path in (tmp_path / "a").iterdir()} - {"previous.pt"}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == everything
     assert run("resume=auto", folder="new")["epochs"] == 2
+
+
+def test_what_resume_has_begun_elsewhere_can_be_continued(run, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit):
+        run("max_minutes=1e-9", folder="a")
+    start = train.start_tracking
+    monkeypatch.setattr(train, "start_tracking", None)
+    with pytest.raises(TypeError, match="not callable"):
+        run(f"resume={tmp_path / 'a'}", folder="b")
+    monkeypatch.setattr(train, "start_tracking", start)
+    assert run("resume=auto", folder="b")["epochs"] == 2
 
 
 @pytest.mark.slow
@@ -165,14 +179,31 @@ def test_resume_from_a_path_does_not_replace_the_run_that_is_there(run, tmp_path
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
 
 
-def test_results_without_checkpoints_are_not_replaced(run, tmp_path):
-    run(folder="a")
-    for name in ("last.pt", "previous.pt"):
-        (tmp_path / "a" / name).unlink()
-    before = (tmp_path / "a" / "summary.json").read_bytes()
+def test_a_finished_run_needs_no_checkpoint(run, tmp_path):
+    summary = run(folder="a")
+    (tmp_path / "a" / "previous.pt").unlink()
+    for change in (lambda last: last.write_bytes(b"damaged"), lambda last: last.unlink()):
+        change(tmp_path / "a" / "last.pt")
+        before = everything_below(tmp_path / "a")
+        assert run("resume=auto", folder="a") == summary
+        assert everything_below(tmp_path / "a") == before
+    with pytest.raises(ValueError, match="a already holds a run; resume=auto continues it"):
+        run(folder="a")
+    (tmp_path / "a" / "summary.json").unlink()
+    before = everything_below(tmp_path / "a")
     with pytest.raises(ValueError, match="a holds a run without a checkpoint to continue from"):
         run("resume=auto", folder="a")
-    assert (tmp_path / "a" / "summary.json").read_bytes() == before
+    assert everything_below(tmp_path / "a") == before
+
+
+def test_a_run_keeps_the_name_of_its_precision(run, tmp_path):
+    """What continues it elsewhere, ``precision=fp32`` in place of ``auto``, makes no variant."""
+    with pytest.raises(SystemExit):
+        run("precision=auto", "max_minutes=1e-9")
+    precision = torch.load(tmp_path / "run" / "last.pt")["segments"][0]["precision"]
+    summary = run(f"precision={precision_name(precision)}", "resume=auto")
+    assert summary["config"]["precision"] == "auto"
+    assert summary == run("precision=auto", "resume=auto") == run("precision=fp32", "resume=auto")
 
 
 @pytest.mark.parametrize("most", [255, 256])

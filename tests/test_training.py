@@ -152,6 +152,16 @@ def test_devices_that_are_not_there(name):
         choose_device(name)
 
 
+@pytest.mark.parametrize(("name", "current"), [("cuda", []), ("cuda:1", [1])])
+def test_the_gpu_that_is_asked_for_is_the_current_one(monkeypatch, name, current):
+    """Whose random numbers `set_seed` begins, and whose memory is told."""
+    made = []
+    monkeypatch.setattr("training.device._check_device", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.append(device.index))
+    assert choose_device(name) == torch.device(name)
+    assert made == current
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_is_found():

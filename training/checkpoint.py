@@ -2,6 +2,7 @@
 
 import glob
 import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -62,7 +63,7 @@ def find(resume: str | None, folder: Path) -> list[Path]:
     """
     if resume is None:
         return []
-    path = folder if resume == "auto" else Path(resume).expanduser()
+    path = folder if resume == "auto" else Path(os.path.expanduser(resume))
     files = [path] if path.is_file() else [path / LAST, path / PREVIOUS]
     found = [file for file in files if file.is_file()]
     if not found and resume != "auto":
@@ -103,7 +104,9 @@ def begin(folder: Path, config: dict[str, Any]) -> tuple[Path | None, dict[str, 
     names = [run_folder.SUMMARY, run_folder.METRICS, run_folder.WEIGHTS]
     names += [run_folder.BEST, run_folder.DESCRIPTION]
     results = [folder / name for name in names]
-    if used is not None and used.parent.resolve() == folder.resolve():
+    if used is not None and is_in(used, folder):
+        if len(state["rows"]) == config["epochs"]:
+            _check_summary(folder)
         # Kept, a damaged one would push the good one out at the next save. The results may be
         # ahead of the good one.
         damaged = found[: found.index(used)]
@@ -150,8 +153,8 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
         there, here = differing["epochs"]
         raise ValueError(
             f"{path} is from a run of {there} epochs, and its learning rate is scheduled for them; "
-            f"{shell_override('init_from', path.parent)} with another name= begins a new schedule, "
-            f"of {here} epochs, with its weights"
+            f"{shell_override('init_from', path.parent)} with another run_dir= or name= begins a "
+            f"new schedule, of {here} epochs, with its weights"
         )
     if differing:
         told = [
@@ -260,23 +263,42 @@ def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
 # ---- A run ---------------------------------------------------------------------------------------
 
 
-def finished_before(
-    run_dir: Path, resumed: Path, saved: dict[str, Any], config: dict[str, Any]
-) -> dict[str, Any] | None:
-    """The summary, which stays as it is, if ``run_dir`` itself holds the finished run; else None.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    own = resumed.parent.resolve() == run_dir.resolve()
-    there = (run_dir / run_folder.SUMMARY).exists()
-    if not own or not there or len(saved["rows"]) != config["epochs"]:
-        return None
+def _check_summary(folder: Path) -> None:
+    """Raise ValueError if ``folder``, whose run has taken all its epochs, has a damaged summary."""
     try:
-        summary = run_folder.read_summary(run_dir)
+        run_folder.read_summary(folder)
+    except FileNotFoundError:
+        return
     except UnreadableError as error:
         raise ValueError(f"{error}; without that file resume=auto writes it again") from error
-    log.info("already finished: %s: %s", run_folder.scores_line(summary), run_dir)
+
+
+def is_in(file: Path, folder: Path) -> bool:
+    """Whether the checkpoint ``file`` is the folder's own."""
+    return file.parent.resolve() == folder.resolve()
+
+
+def finished_before(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The summary, which stays as it is, if ``folder`` holds the finished run; else None.
+
+    Its checkpoints do not matter any more: they may be damaged or deleted.
+
+    Raises:
+        ValueError, OSError: see `training.images.differ`.
+    """
+    resume = config["resume"]
+    own = resume == "auto" or any(is_in(file, folder) for file in find(resume, folder))
+    if not own or (folder / run_folder.FAILURE).exists():
+        return None
+    try:
+        summary = run_folder.read_summary(folder)
+    except (FileNotFoundError, UnreadableError):
+        return None
+    differing = _differing(summary["config"], config)
+    differing.pop("precision", None)  # which may have been called otherwise
+    if differing or images.differ(summary.get("data_digest"), config):
+        return None  # the run itself says so
+    log.info("already finished: %s: %s", run_folder.scores_line(summary), folder)
     return {**summary}
 
 

@@ -144,7 +144,7 @@ def run_dir(cfg: DictConfig) -> Path:
     ``hydra.run.dir=`` and ``hydra.sweep.subdir=`` are taken where a user gives them.
     """
     if cfg.run_dir is not None:
-        return Path(cfg.run_dir).expanduser().absolute()
+        return Path(os.path.expanduser(cfg.run_dir)).absolute()
     hydra = HydraConfig.get()
     own, multirun = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
     out_dir = Path(os.path.abspath(os.path.expanduser(cfg.out_dir)))

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-
 from training import images, outcome, run_folder, settings
-from training.compose import compose_config
+from training.compose import compose_config, parse_overrides
 from training.outcome import DIVERGED, FAILED, Outcome
 from training.variants import folder_name, images_key, naming_words
 
@@ -66,11 +64,10 @@ def expand(vary: list[list[str]]) -> list[tuple[str, ...]]:
     Raises:
         HydraException: words that are no overrides.
     """
-    parser = OverridesParser.create()
     variants: list[tuple[str, ...]] = []
     for words in vary:
         axes = []
-        for override in parser.parse_overrides(words):
+        for override in parse_overrides(words):
             key = override.get_key_element()
             if override.is_sweep_override():
                 axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
@@ -95,7 +92,7 @@ def plan(
         HydraException, OmegaConfBaseException: settings that train.py does not have.
     """
     words = [*itertools.chain(*vary), *overrides]
-    for override in OverridesParser.create().parse_overrides(words):
+    for override in parse_overrides(words):
         if override.key_or_group in OURS:
             raise ValueError(f"{override.input_line}: {OURS[override.key_or_group]}")
     name = folder_name(naming_words(compose_config(overrides), overrides))

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -22,6 +25,18 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     """
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return compose("config", list(overrides))
+
+
+def parse_overrides(words: Sequence[str]) -> list[Override]:
+    """What these words ask for, as on the command line of ``train.py -m``.
+
+    Raises:
+        HydraException: they are no overrides.
+    """
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        # Without a loader ``glob`` would not know the options of a group.
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        return parser.parse_overrides(list(words))
 
 
 def make(settings: DictConfig | Mapping[Any, Any]) -> Any:

@@ -39,7 +39,7 @@ def start_tracking(
     segment = {k: v for k, v in progress.segments[-1].items() if k != "first_epoch"}
     with track(
         config["wandb"]["mode"] if state.world.is_main else "disabled",
-        folder=Path(cfg.out_dir).expanduser(),
+        folder=Path(os.path.expanduser(cfg.out_dir)),
         project=cfg.wandb.project,
         entity=cfg.wandb.entity,
         group=cfg.wandb.group,

@@ -42,6 +42,8 @@ def choose_device(name: str, world: World | None = None) -> torch.device:
         if device.index != world.local_rank:
             raise ValueError(f"device={name} is one GPU for {world.size} processes; use cuda")
         torch.cuda.set_device(device)
+    elif device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # whose random numbers and memory are meant
     return device
 
 

@@ -205,11 +205,6 @@ def all_reduce_max(value: int) -> int:
     return int(greatest)
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether ``flag`` is true in any process; all must call this."""
-    return bool(all_reduce_max(int(flag)))
-
-
 def wrap_ddp(model: nn.Module, device: torch.device) -> Any:
     """``model`` with gradients averaged over the processes, and the main process's buffers."""
     if not dist.is_initialized():

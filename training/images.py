@@ -1,5 +1,6 @@
 """Whether a run is of the images that are there now, as `data.Dataset.digest` tells them apart."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def current_digest(config: Mapping[str, Any]) -> str | None:
     if data.pop("_target_") != FolderConfig._target_:
         return None
     del data["name"]  # which is not of the images
-    return folder_digest(**data) if Path(data["root"]).expanduser().exists() else None
+    return folder_digest(**data) if Path(os.path.expanduser(data["root"])).exists() else None
 
 
 def differ(digest: str | None, config: Mapping[str, Any]) -> bool:

@@ -46,6 +46,8 @@ def check(cfg: DictConfig, world_size: int = 1) -> None:
     for name in ("name", "out_dir", "run_dir"):
         if cfg[name] == "":
             raise ValueError(f"{name}= must not be empty: it names a folder")
+    if cfg.model.name == "":
+        raise ValueError("model.name= must not be empty: results are listed by it")
     _check_project(cfg.wandb.project, cfg.wandb.mode.name)
     if "momentum" in cfg.optim and cfg.optim.nesterov and not cfg.optim.momentum:
         raise ValueError("optim.nesterov=true needs an optim.momentum above 0")

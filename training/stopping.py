@@ -137,10 +137,14 @@ class Stop:
         own = Action.SAVE if save else Action.CONTINUE
         action = Action(distributed.all_reduce_max(own if self.why() is None else Action.STOP))
         if action is Action.STOP:  # perhaps because of a signal or a clock of another process
-            number = distributed.all_reduce_max(self.signal or 0)
-            self.signal = signal.Signals(number) if number else None
-            self._is_over = not number
+            self._is_over = not self.any_signal()
         return action
+
+    def any_signal(self) -> bool:
+        """Whether a signal has come to any of several processes, which then all count as theirs."""
+        number = distributed.all_reduce_max(self.signal or 0)
+        self.signal = signal.Signals(number) if number else None
+        return bool(number)
 
     @property
     def will_resume(self) -> bool:

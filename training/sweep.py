@@ -8,7 +8,6 @@ is made of these records.
 
 import json
 import logging
-import math
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -30,7 +30,6 @@ from training import console
 from training.errors import explain, is_for_the_user
 from training.files import write_json
 from training.tracking import WANDB_RUN_VARS
-from training.variants import result_settings
 from training.world import world
 
 if TYPE_CHECKING:
@@ -93,10 +92,23 @@ class StartSweep(Callback):
     """Makes the folder of the records; ``hydra.callbacks`` in configs/config.yaml names it."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Called before the first job."""
+        """Called before the first job.
+
+        Raises:
+            SystemExit: there is something wrong; of any other exception Hydra would make a warning,
+                and train without records.
+        """
+        try:
+            self._start(config)
+        except Exception as error:
+            if not is_for_the_user(error):
+                traceback.print_exception(error)
+            console.stop("train.py", explain(error))
+
+    def _start(self, config: DictConfig) -> None:
         for name in WANDB_RUN_VARS:
             os.environ.pop(name, None)
-        overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+        overrides = _parse(list(config.hydra.overrides.task))
         fixed = {o.get_key_element() for o in overrides if not o.is_sweep_override()}
         os.environ[FIXED] = " ".join(sorted(fixed))
         jobs = _number_of_jobs(config, overrides)
@@ -129,14 +141,20 @@ def _make_records(parent: Path) -> tuple[Path, "BaseFileLock"]:
     return records, lock
 
 
+def _parse(words: list[str]) -> list[Override]:
+    """Overrides, ``glob`` among them, as the sweeper that Hydra has begun reads them."""
+    return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
+
+
 def _number_of_jobs(config: DictConfig, overrides: list[Override]) -> int | None:
     """All combinations, where Hydra's own sweeper makes them; a search has no such number."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+
     if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
         return None
     words = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    all_of_them = [*OverridesParser.create().parse_overrides(words), *overrides]
-    sizes = [len(list(o.sweep_string_iterator())) for o in all_of_them if o.is_sweep_override()]
-    return math.prod(sizes)
+    (jobs,) = BasicSweeper.split_arguments([*_parse(words), *overrides], None)
+    return len(jobs)
 
 
 # ---- A job --------------------------------------------------------------------------------------
@@ -204,22 +222,17 @@ def run_job(
 
 def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | None:
     """Outcome, reason and score of a job that has a result and would train nothing."""
-    from training import images, outcome, run_folder, settings
+    from training import checkpoint, outcome, run_folder, settings
 
     if cfg.resume != "auto" or cfg.overwrite:
         return None
     (kind, why), result = outcome.read(folder)
     if kind == outcome.DIVERGED:
         return kind, f"{why} (before; overwrite=true trains it again)", NO_SCORE
-    if result is None:
-        return None  # where it is damaged the run itself says so
-    summary, _ = result
-    config = settings.resolve(cfg)
-    if result_settings(summary["config"]) != result_settings(config):
+    if checkpoint.finished_before(folder, settings.resolve(cfg)) is None:
         return None
-    if images.differ(summary.get("data_digest"), config):
-        return None  # the run itself says so
-    return outcome.SKIPPED, f"finished before: {why}", run_folder.top1(summary)
+    assert result is not None
+    return outcome.SKIPPED, f"finished before: {why}", run_folder.top1(result[0])
 
 
 def _no_result(record: Record, kind: str, why: str, cfg: DictConfig) -> float:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 import models
 from configs.schema import FolderConfig
 from data import Dataset, EvaluationSet, Images, load_evaluation_folder
+from data.folder import height_and_width
 from data.layout import some
 from training import run_folder
 from training.compose import compose_config, make
@@ -129,7 +131,10 @@ def _check_held_out(
         "are for evaluation"
     )
     for key, own in _own_data(trained).items():
-        if key != "name" and settings.get(key) != own:
+        same = settings.get(key) == own
+        if key == "size":  # 8 is [8, 8]
+            same = height_and_width(settings.get(key)) == height_and_width(own)
+        if key != "name" and not same:
             raise ValueError(
                 f"data.{key}={settings.get(key)}: {path} was trained with data.{key}={own}; "
                 f"{remedy}"
@@ -192,7 +197,7 @@ def _find_own_images(
     recorded = root = _recorded_root(path)
     if _own_data(trained).get("_target_") == FolderConfig._target_:
         words.append(f"data.size={list(size)}")
-        if root is None or not Path(root).expanduser().exists():
+        if root is None or not Path(os.path.expanduser(root)).exists():
             root = given_root  # where they may be, unless it has test images alone
     else:  # of which not all are downloaded, or have a root
         there = compose_config(words).data
@@ -214,7 +219,7 @@ def _find_own_images(
 
 def _recorded_root(path: str) -> str | None:
     """Where the run whose network is at ``path`` had its images; None if that is not known."""
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     settings = run_folder.read_settings(place if place.is_dir() else place.parent) or {}
     data = settings.get("data")
     root = data.get("root") if isinstance(data, dict) else None
