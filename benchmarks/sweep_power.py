@@ -5,11 +5,11 @@
 Grids of dk, dv and Nh with three values each, true effects of 0.5 to 2 points between the lowest
 and the highest, and noise of 0.4 points: balanced with two seeds, with 10 % of the runs missing,
 with effects that differ by seed, with an interaction of dk and dv, with one seed, and 300 runs.
-For each, `found` is the share of true effects whose p is below 0.05, `coverage` the share of
-repeats in which all intervals of the family hold the truth together, `width` their median width in
-points, `best` the share of repeats in which the interval of the best setting holds its true
-accuracy, and `in set` the share in which the truly best setting is among those that cannot be told
-from the best one.
+For each, `found` is the share of true effects above LARGE whose p is below 0.05, `coverage` the
+share of repeats in which all intervals of the family hold the truth together, `width` their median
+width in points, `best` the share of repeats in which the interval of the best setting holds its
+true accuracy, and `in set` the share in which the truly best setting is among those that cannot be
+told from the best one.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from reporting.factorial import Array, Design
 # Of the three values of dk, dv and Nh, in points.
 TRUE = ((0.0, 1.0, 2.0), (0.0, 0.6, 1.2), (0.0, 0.25, 0.5))
 NOISE = 0.4
+LARGE = 0.4
 GRIDS: dict[str, dict[str, float]] = {
     "balanced, 2 seeds": {},
     "balanced, 3 seeds": {"seeds": 3},
@@ -81,7 +82,7 @@ def measure(settings: dict[str, float], repeats: int) -> dict[str, str]:
             if effect.low is not None and effect.high is not None:
                 holds.append(effect.low <= true.mean <= effect.high)
                 widths.append(effect.high - effect.low)
-            if abs(true.mean) > 0.4:
+            if abs(true.mean) > LARGE:
                 found.append(effect.p is not None and effect.p < 0.05)
         covers.append(all(holds))
         cells = design.ranked()

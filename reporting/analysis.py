@@ -137,10 +137,13 @@ class Analysis:
 
     @cached_property
     def main_sweep(self) -> Sweep | None:
-        """The largest sweep, where it is what the runs were made for: the page begins with it."""
+        """The largest sweep, where it is what the runs were made for: the page begins with it.
+
+        Of equally large ones it is that of the best settings.
+        """
         if not self.sweeps:
             return None
-        largest = max(self.sweeps, key=lambda sweep: len(sweep.by_levels))
+        largest = max(self.sweeps, key=lambda s: (len(s.by_levels), s.ranking[0].mean))
         return largest if len(largest.by_levels) > CARDS or not self.nearest else None
 
 

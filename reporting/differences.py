@@ -51,7 +51,7 @@ def differences_section(analysis: Analysis) -> Section | None:
             *_table(
                 analysis.among_others,
                 ("n", "top-1", "95 % interval", "p", "p (Holm)"),
-                "All pairwise differences but attention minus plain; in the last "
+                "The other networks minus plain, and attention minus each of them; in the last "
                 f"column p is corrected for the {len(analysis.among_others)} of them, the "
                 "intervals are not.",
             ),

@@ -103,6 +103,18 @@ class Design:
         return any(len(set(self.cells[self.seeds == seed])) > 1 for seed in set(self.seeds))
 
     @cached_property
+    def takes_seeds_out(self) -> bool:
+        """Whether each seed has runs in most cells, so that what it adds can be told from luck.
+
+        What a seed adds to the two cells that had come out best, and were trained again, would be
+        measured against their luck.
+        """
+        most = (self.cells.max() + 1) / 2
+        return self.seeds_are_blocks and all(
+            len(set(self.cells[self.seeds == seed])) > most for seed in set(self.seeds)
+        )
+
+    @cached_property
     def factors(self) -> range:
         return range(self.levels.shape[1])
 
@@ -233,8 +245,9 @@ class Design:
         """
         levels = [int(level) for level in numpy.unique(self.levels[:, factor])]
         if factor in self.trends:
-            ends = numpy.ptp(self.trends[factor])
-            yield (levels[-1], levels[0]), numpy.array([ends])
+            trend, of_run = self.trends[factor], self.levels[:, factor]
+            ends = int(of_run[trend.argmax()]), int(of_run[trend.argmin()])
+            yield ends, numpy.array([numpy.ptp(trend)])
             return
         unit = numpy.eye(len(levels))
         for low, high in combinations(range(len(levels)), 2):
@@ -264,7 +277,8 @@ class Design:
     # ---- The best -------------------------------------------------------------------------------
 
     def ranked(self) -> list[Cell]:
-        """All cells by descending mean, as if all had the same seeds; the first with an interval.
+        """All cells by descending mean, as if all had the same seeds where each has run in most of
+        them; the first with an interval.
 
         Its upper end is Student's; the lower one holds for whichever of the cells had come out
         highest. Both are of the accuracy over seeds; with one seed, or without an error, there is
@@ -273,7 +287,8 @@ class Design:
         counts = numpy.bincount(self.cells)
         means = numpy.bincount(self.cells, self._without_seeds) / counts
         order = numpy.argsort(-means, kind="stable")
-        best, within = order[0], self.residual or self.error
+        best = order[0]
+        within = self.left_by(self._of_cells, "seeds") or self.error
         is_candidate, low, high = numpy.ones(len(counts), bool), None, None
         if len(counts) > 1 and within is not None and within.mean_square > 1e-18:
             spread = numpy.sqrt(within.mean_square * (1 / counts + 1 / counts[best]))
@@ -293,10 +308,15 @@ class Design:
         """Whether every cell has a run of every seed."""
         return len(self.scores) == (self.cells.max() + 1) * len(set(self.seeds))
 
+    @property
+    def _of_cells(self) -> list[Array]:
+        """The terms by which cells are ranked."""
+        return self.saturated if self.takes_seeds_out else [self.terms(self.cells)]
+
     @cached_property
     def _without_seeds(self) -> Array:
         """The scores without what a seed adds to all of its runs: not every cell may have it."""
-        if not self.seeds_are_blocks:
+        if not self.takes_seeds_out:
             return self.scores
         solution, _, _ = self.fit(self.saturated)
         of_seed = self.blocks @ solution[: self.blocks.shape[1]]
@@ -316,7 +336,7 @@ class Design:
     ) -> tuple[float, float]:
         """Of the accuracy of the ``best`` cell over seeds, which all cells have in common."""
         variance, df = within.mean_square, float(within.df)
-        of_seed = self.explained([self.terms(self.cells)], [self.blocks])
+        of_seed = self.explained([self.terms(self.cells)], self._of_cells)
         if of_seed is not None:
             share = 1 / len(means)
             parts = (share * of_seed.mean_square, (1 - share) * within.mean_square)

@@ -8,16 +8,11 @@ from typing import Any
 import jinja2
 
 from aaconv.text import markdown_table
-from reporting.analysis import Analysis, analyze
+from reporting.analysis import Analysis
 from reporting.page import contents
 from reporting.parts import Picture, Table
 from reporting.text import markdown, printable, single_line
 from training.files import write_texts
-
-
-def report(folders: list[Path], out: Path, data: str | None = None) -> str:
-    """`write` what `analyze` finds in the run folders."""
-    return write(analyze(folders, data), out)
 
 
 def write(analysis: Analysis, out: Path) -> str:

@@ -61,7 +61,7 @@ def _effect_card(sweep: Sweep, of: str) -> Card:
     name, higher, lower = _words(sweep, effect)
     clear = sum(map(is_significant, sweep.effects))
     if effect.p is None:
-        verdict = "Without several seeds this may be chance."
+        verdict = "Without an error to hold it against, this may be chance."
     elif is_significant(effect):
         verdict = f"{name} {higher if effect.mean > 0 else lower} is better."
     else:
@@ -72,7 +72,7 @@ def _effect_card(sweep: Sweep, of: str) -> Card:
         details.insert(0, f"95 % interval {reach}, of all differences together")
     error = sweep.design.error
     if error is not None and error.basis == "interactions":
-        details.append("one seed: interactions of the settings stand for the error")
+        details.append("too few repeated seeds: interactions of the settings stand for the error")
     return Card(
         f"The largest effect of one setting{of}",
         signed(effect.mean),
@@ -148,7 +148,7 @@ def _ranking(sweep: Sweep) -> list[Table]:
         f"{_head(sweep)}The settings by their mean top-1. Those that are not distinguishable "
         "cannot be ruled out as the best one at the level of 5 %, for all of them together."
     )
-    if not sweep.design.is_balanced:
+    if sweep.design.takes_seeds_out and not sweep.design.is_balanced:
         caption += (
             " Not all have the same seeds, so the seeds' own differences are taken out first."
         )
@@ -169,7 +169,7 @@ def _effects(sweep: Sweep) -> list[Table]:
             }
         )
     design, together = sweep.design, ""
-    if len(rows) > 1 and design.error is not None:
+    if len(rows) > 1 and any(effect.p is not None for effect in sweep.effects):
         together = f"Interval and p are corrected for all {len(rows)} rows together. "
     seeds = " and the seeds" if design.seeds_are_blocks and len(set(design.seeds)) > 1 else ""
     caption = (
@@ -185,7 +185,7 @@ def _basis(error: Error | None) -> str:
     sd = f"{error.mean_square**0.5:.2f} points with {count(error.df, 'degree')} of freedom"
     if error.basis == "interactions":
         return (
-            "There is one seed of each: what the settings' effects leave, their interactions, "
+            "Too few seeds are repeated: what the settings' effects leave, their interactions, "
             f"stands for the error (standard deviation {sd}), which is larger where these are "
             "real, and knows nothing of other seeds."
         )

@@ -38,8 +38,12 @@ class Factor:
         """
         if len(self.levels) <= ALL_PAIRS or len(self.keys) > 1:
             return []
+        values = [value for (value,) in self.levels]
+        fractions = ["." in value for value in values]
+        if self.keys[0] in SIZES and any(fractions) and not all(fractions):
+            return []  # channels and shares of them
         try:
-            numbers = [float(value) for (value,) in self.levels]
+            numbers = list(map(float, values))
         except ValueError:
             return []
         if min(numbers) > 0 and max(numbers) > 10 * min(numbers):

@@ -3,10 +3,11 @@
     python scripts/publish.py outputs/compare/NAME results/NAME
 
 Of each run below the first folder metrics.csv and summary.json go to the same place below the
-second, or failed.json where it diverged: all that scripts/report.py reads. Settings that do not
-decide a result, among them folders of this machine and names of an account, are left out. Can be
-run again as more runs finish. Results that are there with other numbers are never replaced, and
-none are added that are of other images of the same name.
+second, or where it diverged failed.json and .hydra/config.yaml: all that scripts/report.py reads of
+them. Settings that do not decide a result, among them folders of this machine and names of an
+account, are left out; so are jobs without a run, and step_times.json. Can be run again as more runs
+finish. Results that are there with other numbers are never replaced, and none are added that are of
+other images of the same name.
 """
 
 import argparse
@@ -30,10 +31,12 @@ if __name__ == "__main__":
 
 import json
 
+from omegaconf import OmegaConf
+
 from reporting.runs import read, select_images
 from reporting.text import count, printable
 from training.files import write_texts
-from training.run_folder import FAILURE, METRICS, SUMMARY
+from training.run_folder import FAILURE, HYDRA, METRICS, SUMMARY, read_settings
 from training.variants import public_settings
 
 
@@ -46,6 +49,10 @@ def result_files(folder: Path) -> dict[str, str]:
         summary["config"] = public_settings(summary["config"])
         summary.pop("notes", None)  # which name files
         texts[SUMMARY] = json.dumps(summary, indent=1) + "\n"
+    elif FAILURE in texts and (settings := read_settings(folder)) is not None:
+        texts[f"{HYDRA}/config.yaml"] = OmegaConf.to_yaml(
+            OmegaConf.create(public_settings(settings))
+        )
     return texts
 
 
@@ -69,13 +76,15 @@ def publish(source: Path, target: Path) -> str:
         )
     diverged = [e.folder for e in excluded if e.kind == "diverged"]
     left = [e for e in excluded if e.kind != "diverged"]
-    texts: dict[Path, str] = {}
+    new: dict[Path, str] = {}
+    added = 0
     for folder in sorted([*(run.folder for run in runs), *diverged]):
         place = target / folder.relative_to(source)
-        texts |= {place / name: text for name, text in result_files(folder).items()}
-    new = {path: text for path, text in texts.items() if not is_there(path, text)}
+        texts = {place / name: text for name, text in result_files(folder).items()}
+        absent = {path: text for path, text in texts.items() if not is_there(path, text)}
+        new |= absent
+        added += bool(absent)
     write_texts(new)
-    added = len({path.parent for path in new})
     there = len(runs) + len(diverged) - added
     lines = [f"{target}: {count(added, 'run')} added, {count(there, 'run')} already there"]
     lines += [f"left out, {e.kind}: {e.folder} ({e.why})" for e in left]

@@ -7,7 +7,8 @@ import random
 
 from models import ATTENTIONS
 from reporting import runs
-from reporting.analysis import Analysis
+from reporting.analysis import Analysis, analyze
+from reporting.render import write
 
 CLASSES = ["apple", "aquarium_fish", "bear", "maple_tree", "pickup_truck", "<rocket>", "sea"]
 TARGETS = {name: kind.__name__ for name, kind in ATTENTIONS.items()}
@@ -184,3 +185,8 @@ def nasty_runs(root):
         )
     make_run(root / "other", model__name=whole, facts={"model": "_x_"})
     failed(root / "failed <b>|`*_x_*`\n[a](b)", whole)
+
+
+def report(folders, out, data=None):
+    """Write the report of these folders to ``out``; returns its head for a terminal."""
+    return write(analyze(folders, data), out)

@@ -4,10 +4,9 @@ import shutil
 
 import pytest
 
-from reporting import render
 from reporting.text import single_line
 
-from folders import NASTY, make_run, nasty_runs
+from folders import NASTY, make_run, nasty_runs, report
 from helpers import machine_lacks
 
 pytestmark = pytest.mark.thorough
@@ -52,7 +51,7 @@ def written(tmp_path_factory):
         for dk in (0.2, 0.4):
             make_run(root / f"aa{dk}/seed={seed}", aa - dk, seed, "aa", epochs=5, attention__dk=dk)
     make_run(root / f"a-name-without-a-space-{'x' * 90}", 1.0, 5, finished=False)
-    render.report([root], root / "out")
+    report([root], root / "out")
     return root / "out"
 
 
@@ -160,7 +159,7 @@ def test_tables_have_the_summaries_numbers(opened):
 
 def test_names_are_shown_and_not_acted_on(browser, tmp_path):
     nasty_runs(tmp_path / "runs")
-    render.report([tmp_path / "runs"], tmp_path / "out")
+    report([tmp_path / "runs"], tmp_path / "out")
     browser.get((tmp_path / "out" / "report.html").as_uri())  # an alert would be an error
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert (

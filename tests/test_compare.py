@@ -44,6 +44,11 @@ def test_combinations_within_an_entry_and_entries_one_after_the_other():
         ("epochs=2",),
         ("epochs=3",),
     ]
+    # As Hydra names the folders of a sweep: to add a value trains no finished run again.
+    words = ["attention.qk_norm=false", "optim.lr=1e-3", "~freeze", "+attention.x='a b'"]
+    kept = ("attention.qk_norm=False", "optim.lr=0.001", "~freeze", "+attention.x='a b'")
+    assert comparison.expand([words]) == [kept]
+    assert comparison.expand([["attention.qk_norm=false,true"]])[0] == kept[:1]
     assert comparison.expand([["schedule=glob(*st*)"]]) == [
         ("schedule=constant",),
         ("schedule=step",),

@@ -9,12 +9,12 @@ from omegaconf import OmegaConf
 
 from data import folder, folder_digest, load_folder
 from models.fields import FORMAT
-from reporting import render, runs
+from reporting import runs
 from scripts.publish import publish
 from training.comparison import plan
 from training.compose import compose_config
 
-from folders import make_run
+from folders import make_run, report
 from helpers import everything_below, rows
 from image_folders import RUN, write
 
@@ -271,4 +271,4 @@ def test_results_of_other_images_are_not_published_together(tmp_path):
 )
 def test_a_report_says_where_the_validation_images_are_from(tmp_path, val_size, said):
     made(tmp_path / "0", "a", data={"val_size": val_size})
-    assert said in render.report([tmp_path], tmp_path / "out")
+    assert said in report([tmp_path], tmp_path / "out")

@@ -22,6 +22,9 @@ def make(folder):
     make_run(folder / "none" / "seed=1", seed=1, finished=False)
     (folder / "none" / "seed=2").mkdir()
     (folder / "none" / "seed=2" / "failed.json").write_text('{"format": 3, "error": "loss is NaN"}')
+    settings = "optim: {lr: 9.0}\nwandb: {entity: somebody}\n"
+    (folder / "none" / "seed=2" / ".hydra").mkdir()
+    (folder / "none" / "seed=2" / ".hydra" / "config.yaml").write_text(settings)
 
 
 def files(folder):
@@ -40,6 +43,7 @@ def test_what_the_report_reads_is_published_and_nothing_else(tmp_path):
             *(f"aa/seed={s}/{name}" for s in (0, 1) for name in ("metrics.csv", "summary.json")),
             *(f"none/seed=0/{name}" for name in ("metrics.csv", "summary.json")),
             "none/seed=2/failed.json",
+            "none/seed=2/.hydra/config.yaml",
         ]
     )
     assert "4 runs added" in said
@@ -49,6 +53,9 @@ def test_what_the_report_reads_is_published_and_nothing_else(tmp_path):
     assert [run.settings for run in after] == [run.settings for run in before]
     assert [run.rows for run in after] == [run.rows for run in before]
     assert [e.kind for e in excluded_after] == ["diverged"]
+    (diverged,) = (e for e in excluded_before if e.kind == "diverged")
+    assert excluded_after[0].settings == diverged.settings
+    assert b"somebody" not in b"".join(files(tmp_path / "kept").values())
     assert sorted(e.kind for e in excluded_before) == ["diverged", "unfinished"]
 
 

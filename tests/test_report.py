@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from models import augmented_layers, count_flops, count_parameters
-from reporting import page, paired, paper, render, runs, text
+from reporting import page, paired, paper, runs, text
 from scripts import report as report_command
 from training.compose import compose_config
 from training.settings import build_model
 
-from folders import analysis_of, failed, make_run, segment, variants_of
+from folders import analysis_of, failed, make_run, report, segment, variants_of
 from helpers import call, refused
 
 pytestmark = pytest.mark.usefixtures("sketches")
@@ -33,7 +33,7 @@ def test_mean_and_deviation_over_the_seeds(tmp_path):
     for seed, top1 in enumerate((70.0, 74.0, 75.0)):
         make_run(tmp_path / f"aa/seed={seed}", top1, seed, "aa")
     make_run(tmp_path / "none/seed=0", 20.0)
-    written = render.report([tmp_path], tmp_path / "out")
+    written = report([tmp_path], tmp_path / "out")
     # mean 73, deviations -3, 1, 2: variance 14 / 2
     row = (
         "| AA | 3 | 73.00 ± 2.65 | 93.00 ± 2.65 | 2,700,000 | 1.11 | 0: 70.00, 1: 74.00, 2: 75.00 |"
@@ -89,7 +89,7 @@ def test_what_is_no_result_is_listed_and_in_no_number(tmp_path):
         "l": ("unreadable", "summary.json: format is 1; this version reads format 3"),
         "seed=1": ("duplicate", f"seed 1 of the same settings is in {tmp_path / 'f'}"),
     }
-    render.report([tmp_path], tmp_path / "out")
+    report([tmp_path], tmp_path / "out")
     for name in ("report.md", "report.html"):
         written = (tmp_path / "out" / name).read_text(encoding="utf-8")
         assert all(str(tmp_path / folder) in written for folder in "abcdeghijkl")
@@ -110,31 +110,31 @@ def test_the_data_set_can_be_chosen(tmp_path):
     make_run(tmp_path / "a", 70.0, 0)
     make_run(tmp_path / "b", 71.0, 1)
     make_run(tmp_path / "c", 90.0, 0, data__name="cifar10")
-    assert "| plain | 2 |" in render.report([tmp_path], tmp_path / "o")
-    assert "90.00" in render.report([tmp_path], tmp_path / "o", "cifar10")
+    assert "| plain | 2 |" in report([tmp_path], tmp_path / "o")
+    assert "90.00" in report([tmp_path], tmp_path / "o", "cifar10")
     with pytest.raises(ValueError, match="--data svhn: no finished run uses it; there are cifar1"):
-        render.report([tmp_path], tmp_path / "o", "svhn")
+        report([tmp_path], tmp_path / "o", "svhn")
 
 
 def test_validation_scores_are_reported_as_such(tmp_path):
     make_run(tmp_path / "a", 70.0, evaluated_on="val", data__val_size=9)
     make_run(tmp_path / "b", 72.0, attention="aa", evaluated_on="val", data__val_size=9)
-    head = render.report([tmp_path], tmp_path / "out")
+    head = report([tmp_path], tmp_path / "out")
     assert "2 finished runs of 2 variants on CIFAR-100, evaluated on the validation set" in head
     assert "AA vs. plain: +2.00" in head
 
 
 def test_without_runs_it_says_so_and_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"^there is no .*nowhere$"):
-        render.report([tmp_path / "nowhere"], tmp_path)
+        report([tmp_path / "nowhere"], tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file is not a folder"):
-        render.report([tmp_path / "file"], tmp_path)
+        report([tmp_path / "file"], tmp_path)
     with pytest.raises(ValueError, match=r"no folder there has a metrics\.csv"):
-        render.report([tmp_path], tmp_path)
+        report([tmp_path], tmp_path)
     make_run(tmp_path / "a", 1.0, finished=False)
     with pytest.raises(ValueError, match=r"no finished run in .*a unfinished \(3 epochs\)"):
-        render.report([tmp_path], tmp_path / "out")
+        report([tmp_path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -202,7 +202,7 @@ def test_runs_behind_links_are_found_and_none_is_counted_twice(tmp_path):
 def test_mixed_commits_and_hardware_are_noted(tmp_path):
     make_run(tmp_path / "a", seed=0)
     make_run(tmp_path / "b", seed=1, facts={"commit": "f" * 40 + "-dirty", "hardware": "A CPU"})
-    head = render.report([tmp_path], tmp_path / "out")
+    head = report([tmp_path], tmp_path / "out")
     assert (
         "Caveat: The runs of plain were trained at different commits (0123456789, "
         "ffffffffff-dirty); see “Where the numbers come from”." in head
@@ -217,7 +217,7 @@ def test_mixed_commits_and_hardware_are_noted(tmp_path):
 def test_variants_of_different_commits_are_noted(tmp_path):
     make_run(tmp_path / "p")
     make_run(tmp_path / "a", attention="aa", facts={"commit": "f" * 40})
-    head = render.report([tmp_path], tmp_path / "out")
+    head = report([tmp_path], tmp_path / "out")
     assert "The variants were trained at different commits (0123456789, ffffffffff)" in head
     assert "The runs of" not in head
 
@@ -227,7 +227,7 @@ def test_a_continued_run_names_all_that_it_was_trained_on(tmp_path):
     make_run(tmp_path / "p")
     make_run(tmp_path / "a", attention="aa", facts={"segments": [segment(), other]})
     make_run(tmp_path / "b", seed=1, facts={"segments": [segment(), segment(3)]})
-    head = render.report([tmp_path], tmp_path / "out")
+    head = report([tmp_path], tmp_path / "out")
     for differently in (
         "at different commits (0123456789, ffffffffff)",
         "on different hardware (A CPU, Some GPU)",
@@ -290,7 +290,7 @@ def test_unequal_recipes_are_said(tmp_path):
     for seed in (0, 1):
         make_run(tmp_path / f"p{seed}", 70.0 + seed, seed, batch_size=1024)
         make_run(tmp_path / f"a{seed}", 72.0 + 3 * seed, seed, "aa")
-    written = render.report([tmp_path], tmp_path / "out")
+    written = report([tmp_path], tmp_path / "out")
     assert (
         "Caveat: AA and plain were not trained with the same settings: batch_size 256 vs. 1024."
         in written
@@ -338,7 +338,7 @@ def test_the_papers_rows_are_shown_with_ours(tmp_path):
     ours = {"model": "wrn28_10", "parameters": 36_278_324, "flops": 10_430_000_000}
     make_run(tmp_path / "p", 81.0, facts=ours, model__name="wrn28_10")
     make_run(tmp_path / "a", 80.0, attention="aa", facts=ours, model__name="wrn28_10")
-    written = render.report([tmp_path], tmp_path / "out")
+    written = report([tmp_path], tmp_path / "out")
     assert "| 81.00 | 36.3 M | 10.4 | 80.3 | 95.0 |" in written
     assert "| 80.00 | 36.2 M | 10.9 | 81.6 | 95.2 |" in written
     whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
@@ -355,7 +355,7 @@ def test_the_papers_rows_are_shown_with_ours(tmp_path):
 
 def test_other_networks_are_not_held_against_the_papers_scores(tmp_path):
     make_run(tmp_path / "p", 81.0)
-    render.report([tmp_path], tmp_path / "out")
+    report([tmp_path], tmp_path / "out")
     whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "None of these runs is a Wide-ResNet-28-10 evaluated" in whole
     assert "81.00 / 80.3" not in whole
@@ -373,7 +373,7 @@ def test_other_networks_are_not_held_against_the_papers_scores(tmp_path):
 def test_attention_that_began_nearly_one_hot_is_told(tmp_path, settings, told):
     make_run(tmp_path / "p", 60.0, attention="none")
     make_run(tmp_path / "a", 59.0, attention="aa", **settings)
-    render.report([tmp_path], tmp_path / "out")
+    report([tmp_path], tmp_path / "out")
     whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert ("The attention of AA began nearly one-hot" in whole) is told
 
@@ -391,7 +391,7 @@ def test_a_control_of_the_papers_network_has_no_row_in_its_table(tmp_path):
             facts={"model": "wrn28_10"},
             model__name="wrn28_10",
         )
-    render.report([tmp_path], tmp_path / "out")
+    report([tmp_path], tmp_path / "out")
     whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     row, *_ = [line for line in whole.splitlines() if line.startswith("| removed | 1 | ")]
     assert row.endswith(4 * f"| {text.DASH} " + "|")

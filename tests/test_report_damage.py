@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from reporting import page, render, runs
+from reporting import page, runs
 from reporting.analysis import Analysis
 from training.run_folder import RunFolder, UnreadableError
 
-from folders import failed, make_run, segment
+from folders import failed, make_run, report, segment
 
 pytestmark = pytest.mark.usefixtures("sketches")
 
@@ -160,7 +160,7 @@ def test_no_damage_of_a_summary_ends_the_report(tmp_path, names):
     found, excluded = runs.read([tmp_path])
     assert len(found) + len(excluded) == len(folders) + 3
     for data in {run.data for run in found}:
-        render.report([tmp_path], tmp_path / "out", data)
+        report([tmp_path], tmp_path / "out", data)
     assert len(found) > 20
 
 

@@ -9,9 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 from matplotlib.text import Text
 
-from reporting import figures, page, render
+from reporting import figures, page
 
-from folders import analysis_of, make_run
+from folders import analysis_of, make_run, report
 
 pytestmark = pytest.mark.usefixtures("sketches")
 
@@ -45,7 +45,7 @@ def drawn(monkeypatch):
 
     def draw(folder):
         panels.clear()
-        render.report([folder], folder / "out")
+        report([folder], folder / "out")
         return panels
 
     return draw
@@ -176,7 +176,7 @@ def test_the_card_shows_the_scores_that_it_compares(tmp_path):
 def test_costs_and_shared_settings_in_the_tables(tmp_path):
     make_run(tmp_path / "p", 70.0)
     make_run(tmp_path / "a", 71.0, attention="aa", batch_size=128)
-    render.report([tmp_path], tmp_path / "out")
+    report([tmp_path], tmp_path / "out")
     whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     assert "| plain | 1 | 0.60 | 0.776 | 70.00 |" in whole  # 3 epochs of 12 seconds
     assert "| AA | 1 | 0.75 | 1.11 | 71.00 |" in whole

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from reporting import figures, page, render, sweep_section, text
+from reporting import figures, page, sweep_section, text
 from reporting.differences import classes_section
 
-from folders import NASTY, analysis_of, make_run, nasty_runs, variants_of
+from folders import NASTY, analysis_of, make_run, nasty_runs, report, variants_of
 from helpers import ROOT, everything_below
 
 pytestmark = pytest.mark.usefixtures("sketches")
@@ -59,7 +59,7 @@ def sweep(root):
 
 def test_the_page_needs_nothing_but_itself(tmp_path, pictures):
     sweep(tmp_path)
-    render.report([tmp_path], tmp_path / "out")
+    report([tmp_path], tmp_path / "out")
     written = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     found = Page(written)
     assert found.open == []
@@ -85,7 +85,7 @@ def test_the_page_needs_nothing_but_itself(tmp_path, pictures):
 def test_the_same_runs_give_the_same_bytes(tmp_path, pictures):
     sweep(tmp_path / "runs")
     for name in "ab":
-        render.report([tmp_path / "runs"], tmp_path / name)
+        report([tmp_path / "runs"], tmp_path / name)
     first, second = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in "ab")
     assert first == second
 
@@ -141,7 +141,7 @@ def test_classes_are_compared_by_pair(tmp_path):
 @pytest.mark.parametrize("attention", ["none", "aa"])
 def test_one_run_alone_has_a_page(tmp_path, pictures, attention):
     make_run(tmp_path / "a", 70.0, 0, attention, epochs=1)
-    written = render.report([tmp_path], tmp_path / "out")
+    written = report([tmp_path], tmp_path / "out")
     assert "There are no finished runs of both a plain network and one with attention." in written
 
 
@@ -161,7 +161,7 @@ def test_two_hundred_runs(tmp_path, pictures):
             )  # fmt: skip
     make_run(tmp_path / "x/0", 1.0, 3, finished=False)
     make_run(tmp_path / "x/1", 1.0, 0, data__name="cifar10")
-    written = render.report([tmp_path], tmp_path / "out")
+    written = report([tmp_path], tmp_path / "out")
     assert "198 finished runs of 66 variants" in written
     assert "2 folders excluded" in written
     assert len(re.findall(r"^\| \d+ \| dk ", written, re.MULTILINE)) == 64
@@ -217,7 +217,7 @@ def test_bytes_of_another_locale_are_read_as_utf_8():
 
 def test_names_are_text_in_both_files(tmp_path, pictures):
     nasty_runs(tmp_path / "runs")
-    console = render.report([tmp_path / "runs"], tmp_path / "out")
+    console = report([tmp_path / "runs"], tmp_path / "out")
     assert "\x1b" not in console
     console.encode()
     written = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -282,7 +282,7 @@ def test_utf_8_whatever_the_locale_says(tmp_path):
 
 def test_a_full_disk_leaves_the_report_that_was_there(tmp_path, monkeypatch):
     make_run(tmp_path / "p", 70.0)
-    render.report([tmp_path], tmp_path / "out")
+    report([tmp_path], tmp_path / "out")
     before = everything_below(tmp_path / "out")
     make_run(tmp_path / "a", 71.0, attention="aa")
     written = len(before) + 2  # with the pictures of a comparison
@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_the_report_that_was_there(tmp_path, monkeypatch):
 
         monkeypatch.setattr(os, "fsync", fsync)
         with pytest.raises(OSError, match=r"cannot be written \(No space left on device\)"):
-            render.report([tmp_path], tmp_path / "out")
+            report([tmp_path], tmp_path / "out")
         assert everything_below(tmp_path / "out") == before
 
 

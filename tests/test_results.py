@@ -8,11 +8,11 @@ import scipy.stats
 
 from reporting.analysis import analyze
 from reporting.paired import holm_bonferroni
-from reporting.render import report
 from reporting.runs import conditions, group_by_variant, read
 from reporting.text import MINUS, interval, p_value, signed
 from training.run_folder import read_metrics
 
+from folders import report
 from helpers import ROOT
 
 SHOWN = ("Scores", "Differences from the plain baseline", "At equal cost")

@@ -14,7 +14,7 @@ from reporting.analysis import Analysis, analyze
 from reporting.factorial import Design
 from reporting.runs import Excluded
 from reporting.sweep_section import section
-from reporting.sweeps import find_sweeps
+from reporting.sweeps import Factor, find_sweeps
 from reporting.text import rounded
 from training import run_folder
 
@@ -183,6 +183,43 @@ def test_a_seed_that_some_cells_lack_rules_none_of_them_out():
     assert all(cell.is_candidate for cell in found.ranked())
     best = found.ranked()[0]
     assert best.mean == pytest.approx(60 + 5 / 14, abs=0.5)
+
+
+def test_seeds_that_only_some_cells_have_are_not_taken_out():
+    """Of a search, each of whose cells has a seed of its own, and of a winner trained again."""
+    drawn = {((cell,), min(2, cell // 5)): 60 + 0.1 * (7 * cell % 11) for cell in range(13)}
+    assert [cell.mean for cell in design(drawn).ranked()] == sorted(drawn.values(), reverse=True)
+    scores = {((cell,), 0): 60 + 0.1 * cell for cell in range(6)}
+    again = {((5,), seed): score for seed, score in ((1, 59.9), (2, 60.1))}
+    ranking = design(scores | again).ranked()
+    means = {cell.levels: cell.mean for cell in ranking}
+    assert means[5,] == pytest.approx((60.5 + 59.9 + 60.1) / 3)
+    assert ranking[0].levels == (4,)
+    assert all(cell.is_candidate for cell in ranking if cell.mean > 60.1)
+
+
+def test_a_trend_is_between_the_values_where_its_line_ends():
+    """Levels are in the order of what they came to, as dk of at least so many channels for Nh."""
+    levels = numpy.arange(8)[:, None]
+    line = numpy.array([0.1, 0.0, 0.3, 0.2, 0.6, 1.0, 0.9, 0.8])
+    (effect,) = Design(levels, numpy.zeros(8, int), 60 + 2 * line, {0: line}).effects()
+    assert (effect.levels, effect.mean) == ((5, 1), pytest.approx(2))
+
+
+def test_channels_and_fractions_are_on_no_common_line():
+    values = ["8", "16", "32", "48", "0.25", "0.5", "1.0"]
+    assert Factor(("attention.dk",), [(value,) for value in values]).numbers == []
+    assert len(Factor(("attention.dk",), [(f"{n}",) for n in range(7)]).numbers) == 7
+    mixed = ["1", "0.5", "0.1", "0.2", "0.3", "0.4", "2"]  # elsewhere 1 is 1.0
+    assert len(Factor(("optim.lr",), [(value,) for value in mixed]).numbers) == 7
+
+
+def test_of_equally_large_sweeps_the_best_comes_first(tmp_path):
+    for lr, top1 in ((0.1, 60), (0.2, 70)):
+        for number, Nh in enumerate((2, 4, 8)):
+            folder = tmp_path / f"{lr}-{Nh}"
+            make_run(folder, top1 + number, 0, "aa", attention__Nh=Nh, optim__lr=lr)
+    assert analyze([tmp_path]).main_sweep.recipe == "wrn16_4, lr=0.2"
 
 
 def test_an_interval_excludes_zero_where_p_is_small_and_nowhere_else():

@@ -72,7 +72,9 @@ def expand(vary: list[list[str]]) -> list[tuple[str, ...]]:
             if override.is_sweep_override():
                 axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
             else:
-                axes.append([str(override.input_line)])
+                # As the value of a sweep would be written: false is False, 1e-3 is 0.001.
+                written = f"{key}={override.get_value_element_as_str()}"
+                axes.append([str(override.input_line) if override.is_delete() else written])
         variants += itertools.product(*axes)
     return list(dict.fromkeys(variants))
 
