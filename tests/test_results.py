@@ -287,6 +287,35 @@ def test_the_page_has_the_rows_of_start_and_rate():
         assert f"| {' | '.join(cells)} |" in page
 
 
+def test_the_page_has_the_plain_network_beside_them():
+    """At the rates of both: by how much the former start and the new ones are above plain."""
+    top1 = {}
+    for run in read([ROOT / "results" / "start-rate"])[0]:
+        config = run.summary["config"]
+        own = config["attention"]
+        if (config["optim"]["weight_decay"], config["label_smoothing"]) == (5e-4, 0.1):
+            start = (own.get("init"), own.get("qk_norm"))
+            top1[config["optim"]["lr"], start] = run.rows[-1]["val/top1"]
+    plain = [top1[rate, (None, None)] for rate in (0.05, 0.1)]
+    page = unwrapped("docs/results.md")
+    assert f"the plain network gets {plain[0]:.2f} and {plain[1]:.2f} % at the rates" in page
+    new = [
+        top1[rate, ("torch", norm)] - of_plain
+        for rate, of_plain in zip((0.05, 0.1), plain, strict=True)
+        for norm in (False, True)
+    ]
+    assert f"between {-min(new):.1f} points below it and {max(new):.1f} above" in page
+    former = [
+        of_plain - top1[rate, ("kaiming", False)]
+        for rate, of_plain in zip((0.05, 0.1), plain, strict=True)
+    ]
+    assert f"with its former start {former[0]:.1f} and {former[1]:.1f} below" in page
+    pilot = last_epochs("start-pilot", "val/top1")
+    means = {name: statistics.mean(seeds.values()) for name, seeds in pilot.items()}
+    ahead = sorted(means["attention=none"] - m for name, m in means.items() if "torch" in name)
+    assert f"is {ahead[0]:.1f} and {ahead[1]:.1f} points ahead of the new starts" in page
+
+
 def entropy_by_epoch(run):
     """Of attention after each epoch, as the page says that it moves; the sharpest layer's ends."""
     entropies = [row["attention/entropy"] for row in run.rows]
