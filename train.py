@@ -103,7 +103,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         if resumed is not None:
             checkpoint.check_precision(saved, dtype_name(dtype), config["precision"], run_dir)
             # However it is called now: a run is listed by the settings that it began with.
-            config["precision"] = saved["config"]["precision"]
+            cfg.precision = config["precision"] = saved["config"]["precision"]
         with distributed.errors_in_all():
             initial = load_initial(cfg) if resumed is None else None
 

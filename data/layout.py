@@ -78,7 +78,9 @@ def find_images(root: Path, hold_out: bool) -> Layout:
         raise FileNotFoundError(f"data.root={root}: there is no such folder")
     found = Layout()
     training = _split(root, TRAIN)
-    evaluation = _split(root, VALIDATION) or _split(root, TEST)
+    evaluation = None
+    if training is None or not hold_out:
+        evaluation = _split(root, VALIDATION) or _split(root, TEST)
     if training is None:
         number = len(_subfolders(root))
         if evaluation is not None or number < 2:

@@ -43,8 +43,8 @@ _TURNS = {
     7: "TRANSVERSE",
     8: "ROTATE_90",
 }
-# Numbers of 16 bits for each color, which Pillow reads in their upper eight alone.
-# (a PPM that says which number is white, such as 4095, is read by that one).
+# Numbers of 16 bits for each color, which Pillow reads in their upper eight alone. A PPM says which
+# number is white; one with another than this, such as 4095, is read by that.
 _DEEP_COLOR = re.compile(r";16[BLN]|'RGB', 65535")
 
 

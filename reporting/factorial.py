@@ -104,15 +104,22 @@ class Design:
 
     @cached_property
     def takes_seeds_out(self) -> bool:
-        """Whether each seed has runs in most cells, so that what it adds can be told from luck.
+        """Whether what each seed adds is taken out of its runs before the cells are ranked.
 
-        What a seed adds to the two cells that had come out best, and were trained again, would be
-        measured against their luck.
+        With every seed in every cell that changes no order. Elsewhere the seeds have to be seen to
+        differ (F-test at 5 %), by runs that connect them all. In cells that had come out best, and
+        were trained again, their luck would be taken for what the first seed adds; and where each
+        run of a search has a seed of its own, nothing is known of what it adds.
         """
-        most = (self.cells.max() + 1) / 2
-        return self.seeds_are_blocks and all(
-            len(set(self.cells[self.seeds == seed])) > most for seed in set(self.seeds)
-        )
+        if not self.seeds_are_blocks or self.is_balanced:
+            return self.seeds_are_blocks
+        found = self.explained([self.terms(self.cells)], [self.blocks])
+        whole = self.blocks.shape[1] + self.cells.max()
+        if found is None or self.residual is None or self.fit(self.saturated)[2] < whole:
+            return False
+        squares = self.residual.mean_square
+        f = found.mean_square / squares if squares > 1e-18 else numpy.inf
+        return bool(stats.f.sf(f, found.df, self.residual.df) < 1 - LEVEL)
 
     @cached_property
     def factors(self) -> range:
@@ -277,8 +284,7 @@ class Design:
     # ---- The best -------------------------------------------------------------------------------
 
     def ranked(self) -> list[Cell]:
-        """All cells by descending mean, as if all had the same seeds where each has run in most of
-        them; the first with an interval.
+        """All cells by descending mean, the first with an interval; see `takes_seeds_out`.
 
         Its upper end is Student's; the lower one holds for whichever of the cells had come out
         highest. Both are of the accuracy over seeds; with one seed, or without an error, there is

@@ -61,7 +61,7 @@ def _effect_card(sweep: Sweep, of: str) -> Card:
     name, higher, lower = _words(sweep, effect)
     clear = sum(map(is_significant, sweep.effects))
     if effect.p is None:
-        verdict = "Without an error to hold it against, this may be chance."
+        verdict = "There is no error estimate, so this may be chance."
     elif is_significant(effect):
         verdict = f"{name} {higher if effect.mean > 0 else lower} is better."
     else:
@@ -148,9 +148,11 @@ def _ranking(sweep: Sweep) -> list[Table]:
         f"{_head(sweep)}The settings by their mean top-1. Those that are not distinguishable "
         "cannot be ruled out as the best one at the level of 5 %, for all of them together."
     )
-    if sweep.design.takes_seeds_out and not sweep.design.is_balanced:
+    if not sweep.design.is_balanced:
         caption += (
             " Not all have the same seeds, so the seeds' own differences are taken out first."
+            if sweep.design.takes_seeds_out
+            else " Not all have the same seeds, but the seeds are not seen to differ."
         )
     return tables(rows, texts=2, caption=caption)
 

@@ -32,7 +32,8 @@ class Factor:
 
     @cached_property
     def numbers(self) -> list[float]:
-        """Where the levels stand on the line of a trend, from 0 to 1; empty for a few levels.
+        """Where the levels stand on the line of a trend, from 0 to 1; empty for a few levels, and
+        for channels beside fractions of them.
 
         On a logarithmic scale if they span more than a factor of ten.
         """

@@ -38,7 +38,7 @@ from data import Augmentation, Batches, Dataset, policies
 from reporting import figures
 from training.compose import compose_config, make
 from training.files import write_files
-from training.settings import check
+from training.settings import check_fields
 
 COLUMNS = 8
 
@@ -92,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
         raise ValueError(f"--out {args.out}: the picture is a PNG file; give a name with .png")
     settings = {word: compose_config([*args.settings, *overrides(word)]) for word in words}
     for cfg in settings.values():
-        check(cfg)
+        check_fields(cfg)
     augmentations = {word: make(cfg.augmentation) for word, cfg in settings.items()}
     cfg = next(iter(settings.values()))
     dataset = make(cfg.data)

@@ -13,7 +13,7 @@ from scripts import augmentation
 
 from helpers import call, refused
 
-LOOKUP = ["data=lookup", "data.train_size=9", "data.test_size=1", "batch_size=9"]
+LOOKUP = ["data=lookup", "data.train_size=9", "data.test_size=1"]
 
 
 @pytest.mark.slow

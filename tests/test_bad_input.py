@@ -184,7 +184,7 @@ SETTINGS = [
     ("device=cuda:9", "device=cuda:9"),
     ("name=", "name= must not be empty: it names a folder"),
     ("model.name=", "model.name= must not be empty: results are listed by it"),
-    ("resume='~nobody/x'", "resume=~nobody/x: there is no checkpoint"),
+    ("resume='~no-such-user/x'", "resume=~no-such-user/x: there is no checkpoint"),
     ("run_dir=", "run_dir= must not be empty: it names a folder"),
     ("wandb.mode=offline wandb.project=a/b", "wandb.project=a/b must be a name without /"),
     # resuming

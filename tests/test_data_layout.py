@@ -43,6 +43,8 @@ def test_two_folders_of_one_split_are_refused(root, first, second):
     both = f"{min(first, second)}/ and {max(first, second)}/"
     with pytest.raises(ValueError, match=rf": it has {both}; leave one of them there"):
         load(root)
+    if first == "val":  # which is not read
+        assert load(root, val_size=3).train
 
 
 @pytest.mark.parametrize("name", ["test", "testing", "Testing"])

@@ -306,6 +306,18 @@ def test_another_processs_signal_is_this_ones_too(monkeypatch):
         assert not stop.will_resume
 
 
+def test_a_signal_that_comes_while_processes_ask_each_other_is_not_lost(monkeypatch):
+    with stopping.Stop(None) as stop:
+
+        def ask(own):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return own
+
+        monkeypatch.setattr(stopping.distributed, "all_reduce_max", ask)
+        assert not stop.any_signal()
+        assert stop.signal == signal.SIGTERM
+
+
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 0), ("SIGINT", 0), ("SIGUSR1", 138)])
 def test_what_the_agent_of_a_sweep_stops_has_not_failed(monkeypatch, name, code):
     """Three failures end the agent; what a queue preempts has failed, and comes back."""

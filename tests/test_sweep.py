@@ -168,6 +168,14 @@ def test_a_finished_run_of_other_settings_is_not_taken_for_the_jobs(sweeps, tmp_
     assert "done: test top-1" in jobs[1]
 
 
+def test_a_finished_job_needs_its_summary_alone(sweeps, tmp_path):
+    sweeps(*ONE_EPOCH, "seed=0,1")
+    (path, _) = sorted(tmp_path.rglob("metrics.csv"))
+    path.write_text("damaged")
+    said = sweeps(*ONE_EPOCH, "seed=0,1", "resume=auto")
+    assert (said.code, said.steps, table(said)[1]) == (0, 0, "2 jobs: 2 skipped")
+
+
 @pytest.mark.slow
 def test_a_finished_run_on_other_images_is_not_taken_for_the_jobs(sweeps, tmp_path, monkeypatch):
     root = write_folder(tmp_path, monkeypatch)

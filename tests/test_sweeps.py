@@ -198,6 +198,16 @@ def test_seeds_that_only_some_cells_have_are_not_taken_out():
     assert all(cell.is_candidate for cell in ranking if cell.mean > 60.1)
 
 
+def test_seeds_that_are_seen_to_differ_are_taken_out_of_a_grid_that_is_under_way():
+    draw = random.Random(1)
+    scores = {
+        ((cell,), seed): 60 + 0.5 * cell + 3 * (seed == 2) + draw.gauss(0, 0.1)
+        for seed in range(3)
+        for cell in range(4 if seed == 2 else 9)
+    }
+    assert [cell.levels for cell in design(scores).ranked()] == [(n,) for n in range(8, -1, -1)]
+
+
 def test_a_trend_is_between_the_values_where_its_line_ends():
     """Levels are in the order of what they came to, as dk of at least so many channels for Nh."""
     levels = numpy.arange(8)[:, None]

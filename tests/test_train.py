@@ -196,6 +196,17 @@ def test_a_finished_run_needs_no_checkpoint(run, tmp_path):
     assert everything_below(tmp_path / "a") == before
 
 
+def test_a_finished_run_whose_summary_is_damaged_says_how_to_write_it_again(run, steps, tmp_path):
+    summary = run()
+    taken = len(steps)
+    (tmp_path / "run" / "summary.json").write_text("damaged")
+    with pytest.raises(ValueError, match="without that file resume=auto writes it again"):
+        run("resume=auto")
+    (tmp_path / "run" / "summary.json").unlink()
+    assert run("resume=auto") | {"config": summary["config"]} == summary
+    assert len(steps) == taken
+
+
 def test_a_run_keeps_the_name_of_its_precision(run, tmp_path):
     """What continues it elsewhere, ``precision=fp32`` in place of ``auto``, makes no variant."""
     with pytest.raises(SystemExit):

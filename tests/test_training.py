@@ -110,7 +110,6 @@ def test_auto_on_the_cpu(monkeypatch, units):
     assert peak_memory_mib(device) > 10
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "asked"), [("cuda", ["high"]), ("cpu", [])])
 def test_float32_is_tf32_on_a_gpu_in_training_and_evaluation(monkeypatch, name, asked):
     """In `to_device`, by which both bring a network there; it needs no GPU to be seen."""
@@ -120,6 +119,7 @@ def test_float32_is_tf32_on_a_gpu_in_training_and_evaluation(monkeypatch, name, 
     assert said == asked
 
 
+@pytest.mark.slow
 def test_peak_memory_is_this_process_own():
     """Started from a process that once held much, one that holds little says little."""
     hoard = torch.ones(2**27)  # 512 MiB

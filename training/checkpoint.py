@@ -79,9 +79,9 @@ def begin(folder: Path, config: dict[str, Any]) -> tuple[Path | None, dict[str, 
     What it replaces, of another run or damaged, is to be removed in the order given.
 
     Raises:
-        ValueError: see `load`; or the checkpoint is of other images than are there now, or
-            ``folder`` holds a run that is neither resumed nor to be replaced, or one that has
-            diverged and would do so again.
+        ValueError: see `load`; or the checkpoint is of other images than are there now, or the
+            summary of a finished run is damaged; or ``folder`` holds a run that is neither resumed
+            nor to be replaced, or one that has diverged and would do so again.
         FileNotFoundError: see `find`.
     """
     resume, overwrite = config["resume"], config["overwrite"]

@@ -1,6 +1,7 @@
 """Settings without a command line, and what an option of a group makes of its settings."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def parse_overrides(words: Sequence[str]) -> list[Override]:
     Raises:
         HydraException: they are no overrides.
     """
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    begun = GlobalHydra.instance().is_initialized()
+    with nullcontext() if begun else initialize_config_dir(str(CONFIGS), version_base="1.3"):
         # Without a loader ``glob`` would not know the options of a group.
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
         return parser.parse_overrides(list(words))

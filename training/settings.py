@@ -37,7 +37,7 @@ def check(cfg: DictConfig, world_size: int = 1) -> None:
     are read.
     """
     _check_class_weights(OmegaConf.select(cfg, "class_weights"))
-    _check_fields(cfg)
+    check_fields(cfg)
     if cfg.batch_size % (cfg.grad_accum * world_size):
         parts = f"grad_accum={cfg.grad_accum}"
         if world_size > 1:
@@ -55,8 +55,8 @@ def check(cfg: DictConfig, world_size: int = 1) -> None:
     _check_network(cfg)
 
 
-def _check_fields(node: DictConfig, where: str = "") -> None:
-    """Each setting belongs to its option, is there, and is in its range; see `configs.setting`."""
+def check_fields(node: DictConfig, where: str = "") -> None:
+    """Raise ValueError unless each setting belongs to its option, is there, and is in its range."""
     # Hydra lets `+key=value` through, which nothing would read, and `~key`; `_target_` is a class
     # and belongs to the option of a group.
     kind: Any = OmegaConf.get_type(node)
@@ -74,7 +74,7 @@ def _check_fields(node: DictConfig, where: str = "") -> None:
                 f"{where.rstrip('.')}"
             )
         if isinstance(value, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(value)):
-            _check_fields(value, f"{where}{key}.")
+            check_fields(value, f"{where}{key}.")
         elif "range" in field.metadata and not field.metadata["range"].allows(value):
             words = field.metadata["range"].words()
             if isinstance(value, float) and not math.isfinite(value):

@@ -138,12 +138,15 @@ class Stop:
         action = Action(distributed.all_reduce_max(own if self.why() is None else Action.STOP))
         if action is Action.STOP:  # perhaps because of a signal or a clock of another process
             self._is_over = not self.any_signal()
+            if self._is_over:  # one that has come since then has come too late, in all alike
+                self.signal = None
         return action
 
     def any_signal(self) -> bool:
         """Whether a signal has come to any of several processes, which then all count as theirs."""
         number = distributed.all_reduce_max(self.signal or 0)
-        self.signal = signal.Signals(number) if number else None
+        if number:  # without one this process's may have come meanwhile
+            self.signal = signal.Signals(number)
         return bool(number)
 
     @property

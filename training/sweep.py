@@ -18,9 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
@@ -106,10 +104,13 @@ class StartSweep(Callback):
             console.stop("train.py", explain(error))
 
     def _start(self, config: DictConfig) -> None:
+        from training.compose import parse_overrides
+
         for name in WANDB_RUN_VARS:
             os.environ.pop(name, None)
-        overrides = _parse(list(config.hydra.overrides.task))
-        fixed = {o.get_key_element() for o in overrides if not o.is_sweep_override()}
+        overrides = parse_overrides(config.hydra.overrides.task)
+        last = {o.get_key_element(): o for o in overrides}  # which counts
+        fixed = [key for key, override in last.items() if not override.is_sweep_override()]
         os.environ[FIXED] = " ".join(sorted(fixed))
         jobs = _number_of_jobs(config, overrides)
         if not world().is_main:
@@ -141,19 +142,16 @@ def _make_records(parent: Path) -> tuple[Path, "BaseFileLock"]:
     return records, lock
 
 
-def _parse(words: list[str]) -> list[Override]:
-    """Overrides, ``glob`` among them, as the sweeper that Hydra has begun reads them."""
-    return OverridesParser.create(GlobalHydra.instance().config_loader()).parse_overrides(words)
-
-
 def _number_of_jobs(config: DictConfig, overrides: list[Override]) -> int | None:
     """All combinations, where Hydra's own sweeper makes them; a search has no such number."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
+    from training.compose import parse_overrides
+
     if not config.hydra.sweeper._target_.endswith("BasicSweeper"):
         return None
     words = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    (jobs,) = BasicSweeper.split_arguments([*_parse(words), *overrides], None)
+    (jobs,) = BasicSweeper.split_arguments([*parse_overrides(words), *overrides], None)
     return len(jobs)
 
 
@@ -226,13 +224,14 @@ def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | N
 
     if cfg.resume != "auto" or cfg.overwrite:
         return None
-    (kind, why), result = outcome.read(folder)
+    (kind, why), _ = outcome.read(folder)
     if kind == outcome.DIVERGED:
         return kind, f"{why} (before; overwrite=true trains it again)", NO_SCORE
-    if checkpoint.finished_before(folder, settings.resolve(cfg)) is None:
+    summary = checkpoint.finished_before(folder, settings.resolve(cfg))
+    if summary is None:
         return None
-    assert result is not None
-    return outcome.SKIPPED, f"finished before: {why}", run_folder.top1(result[0])
+    scores = run_folder.scores_line(summary)
+    return outcome.SKIPPED, f"finished before: {scores}", run_folder.top1(summary)
 
 
 def _no_result(record: Record, kind: str, why: str, cfg: DictConfig) -> float:
