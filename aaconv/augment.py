@@ -404,14 +404,14 @@ def _check_suitable(convolution: nn.Conv2d, size: Size, options: _Options) -> No
     """Raise ValueError for a convolution that is not replaced where nobody asks for it."""
     height, width = convolution.kernel_size
     positions = size[0] * size[1]
-    kept = tuple(d * (k - 1) for d, k in zip(convolution.dilation, (height, width), strict=True))
+    extent = tuple(d * (k - 1) for d, k in zip(convolution.dilation, (height, width), strict=True))
     if height == width == 1:
         raise ValueError("kernel 1x1")
     if height % 2 == 0 or width % 2 == 0:
         raise ValueError(f"even kernel {height}x{width}")
-    if convolution.padding != "same" and tuple(2 * p for p in convolution.padding) != kept:
+    if convolution.padding != "same" and tuple(2 * p for p in convolution.padding) != extent:
         # Of other images than the example attention would have more or fewer positions.
-        raise ValueError(f"padding={convolution.padding} is not half of {kept}")
+        raise ValueError(f"padding={convolution.padding} is not half of {extent}")
     if positions > options.max_positions:
         raise ValueError(f"{positions} positions, more than max_positions={options.max_positions}")
     if max(size) <= options.pool_of(size):

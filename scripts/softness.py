@@ -114,6 +114,8 @@ def of_settings(overrides: list[str], number: int, device: torch.device) -> list
         )
     if any(word.startswith("device=") for word in overrides):
         raise ValueError("device= is for train.py; use --device here")
+    if any(word.startswith("attention.backend=") for word in overrides):
+        raise ValueError("attention.backend= changes nothing here; leave it out")
     dataset: Dataset = make(cfg.data)
     batch = batch_of(dataset, dataset.mean, dataset.std, number, device)
     network = build_model(cfg, num_classes=dataset.num_classes, image_size=dataset.image_size)

@@ -79,6 +79,7 @@ def test_a_run_that_began_with_other_weights_has_no_start_of_its_own(run, tmp_pa
         ([*SETTINGS, "attention.init=he"], "softness.py: init='he' is unknown; choose one of"),
         ([*SETTINGS, "attention.color=1"], "softness.py: attention.color: unknown setting"),
         ([*SETTINGS, "init_from=x.pt"], "softness.py: init_from=x.pt: settings tell how a network"),
+        ([*SETTINGS, "attention.backend=sdpa"], "softness.py: attention.backend= changes nothing"),
         ([*SETTINGS, "device=cpu"], "softness.py: device= is for train.py; use --device here"),
         (
             [*SETTINGS, "--images", "1"],

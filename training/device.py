@@ -38,11 +38,10 @@ def choose_device(name: str, world: World | None = None) -> torch.device:
     except RuntimeError:
         raise ValueError(f"device={name} is not a device; use auto, cpu or cuda") from None
     _check_device(name, device)
-    if world is not None and world.size > 1 and device.type != "cpu":
-        if device.index != world.local_rank:
-            raise ValueError(f"device={name} is one GPU for {world.size} processes; use cuda")
-        torch.cuda.set_device(device)
-    elif device.type == "cuda" and device.index is not None:
+    own = device.index if world is None or world.size == 1 else world.local_rank
+    if device.type != "cpu" and device.index != own:
+        raise ValueError(f"device={name} is one GPU for several processes; use cuda")
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # whose random numbers and memory are meant
     return device
 
