@@ -157,17 +157,11 @@ def test_the_page_has_the_rows_of_the_pilot():
         losses = [f"{statistics.mean(of[variant].values()):.3f}" for of in (val, train)]
         row = [", ".join(f"{score:.2f}" for score in scores), spread, *losses]
         assert f"| 3 | {' | '.join(row)} |" in page, variant
-    means = {variant: statistics.mean(seeds.values()) for variant, seeds in top1.items()}
-    plain, former, own = (
-        f"{means[name]:.2f} %"
-        for name in (
-            "attention=none",
-            "attention=aa",
-            "attention=aa,attention.init=torch,attention.qk_norm=false",
-        )
+    plain, own = (
+        f"{statistics.mean(top1[name].values()):.2f} %"
+        for name in ("attention=none", "attention=aa,attention.init=torch,attention.qk_norm=false")
     )
-    words = f"plain {plain}, attention {own}, with its former start {former}"
-    assert words in page
+    assert f"at the best rate plain {plain}, attention {own}" in page
 
 
 # ---- The users' sweep of dk, dv and Nh ----------------------------------------------------------
@@ -264,11 +258,119 @@ def test_the_report_of_the_sweep_says_what_the_page_does(tmp_path):
 # ---- Start and rate -----------------------------------------------------------------------------
 
 
+STARTS = {  # the page's names, by `attention.init` and `attention.qk_norm`
+    ("kaiming", False): "former (kaiming)",
+    ("torch", False): "its own",
+    ("torch", True): "normalized q and k",
+}
+
+
+def cells_of_a():
+    """A's runs by their settings and then by their seed; the pilot's are those at a rate of 0.2."""
+    cells = {}
+    for folder in ("start-rate", "start-pilot"):
+        runs, excluded = read([ROOT / "results" / folder])
+        assert excluded == []
+        for run in runs:
+            config = run.summary["config"]
+            own = config["attention"]
+            start = STARTS.get((own.get("init"), own.get("qk_norm")), "plain")
+            place = (f"{own['dv']:g}", own["blocks"]) if start != "plain" else None
+            recipe = (config["optim"]["weight_decay"], config["label_smoothing"])
+            cell = cells.setdefault((start, place, config["optim"]["lr"], *recipe), {})
+            assert config["seed"] not in cell
+            cell[config["seed"]] = run.rows[-1]
+    return cells
+
+
+def contrasts_of_a(column):
+    """The pooled deviation of seeds, its degrees of freedom, and of either new start minus the
+    former one, each of three rates counting a third: the mean, 95 % interval, and p by Holm."""
+    cells = {
+        settings: {seed: row[column] for seed, row in cell.items()}
+        for settings, cell in cells_of_a().items()
+    }
+    freedom = sum(len(cell) - 1 for cell in cells.values())
+    means = {settings: sum(cell.values()) / len(cell) for settings, cell in cells.items()}
+    squares = sum((x - means[s]) ** 2 for s, cell in cells.items() for x in cell.values())
+    sd = (squares / freedom) ** 0.5
+    found = []
+    for start in ("its own", "normalized q and k"):
+        mean, variance = 0, 0
+        for rate, seeds in ((0.05, 1), (0.1, 1), (0.2, 3)):
+            ours, former = (
+                [cells[name, ("0.25", "all"), rate, 5e-4, 0.1][seed] for seed in range(seeds)]
+                for name in (start, "former (kaiming)")
+            )
+            mean += (sum(ours) - sum(former)) / seeds / 3
+            variance += sd**2 * 2 / seeds / 9
+        found.append((mean, variance**0.5))
+    p = holm_bonferroni([2 * scipy.stats.t.sf(abs(m) / unit, freedom) for m, unit in found])
+    edge = scipy.stats.t.ppf(0.975, freedom)
+    return (
+        sd,
+        freedom,
+        [
+            (mean, mean - edge * unit, mean + edge * unit, corrected)
+            for (mean, unit), corrected in zip(found, p, strict=True)
+        ],
+    )
+
+
+def test_the_page_has_the_planned_contrasts_of_starts():
+    page = unwrapped("docs/results.md")
+    sd, freedom, top1 = contrasts_of_a("val/top1")
+    sd_loss, _, losses = contrasts_of_a("val/loss")
+    assert f"{sd:.2f} points and {sd_loss:.3f} nats, {freedom} degrees of freedom" in page
+    for name, one, other in zip(("its own start", "normalized q and k"), top1, losses, strict=True):
+        row = [f"{name} {MINUS} the former start"]
+        for (mean, low, high, p), digits in ((one, 2), (other, 3)):
+            row += [signed(mean, digits), interval(low, high, digits), p_value(p)]
+        assert f"| {' | '.join(row)} |" in page
+    words = [
+        f"{mean:.1f} points ({signed(low, 1)} to {signed(high, 1)})" for mean, low, high, _ in top1
+    ]
+    assert f"gains {words[0]}" in page
+    own, normalized = (
+        f"{mean:.1f} points ({signed(low, 1)} to {signed(high, 1)})" for mean, low, high, _ in top1
+    )
+    assert f"its own start gains {own}, and normalized" in page
+    assert f"normalized queries and keys gain {normalized.replace(' points', '')}" in page
+    assert f"own start gains {own}" in page[: page.index("What has since been learned")]
+    assert f"the new start gains {own}" in unwrapped("README.md")
+    # Two single runs, by t with 8 degrees of freedom, from a table.
+    assert freedom == 8
+    assert f"less than about {2.306 * 2**0.5 * sd:.1f} points" in page
+
+
+def test_the_page_names_the_cells_of_a_that_are_trained_again():
+    """Of the plain network the three best by seed 0; of attention the best of its nine."""
+    first = {settings: cell[0]["val/top1"] for settings, cell in cells_of_a().items()}
+    plain = sorted((score, *s[2:]) for s, score in first.items() if s[0] == "plain")
+    assert len(plain) == 12
+    page = unwrapped("docs/results.md")
+    found = re.search(
+        r"weight decay ([\d.]+) without smoothing \(([\d.]+) %\), ([\d.]+) with smoothing"
+        r" \(([\d.]+) %.*?\), and ([\d.]+) without \(([\d.]+) %\), all at a rate of 0.2",
+        page,
+    )
+    one, one_score, other, other_score, third, third_score = map(float, found.groups())
+    assert [(round(score, 2), *s) for score, *s in plain[:-4:-1]] == [
+        (one_score, 0.2, one, 0),
+        (other_score, 0.2, other, 0.1),
+        (third_score, 0.2, third, 0),
+    ]
+    aa = {s: v for s, v in first.items() if s[0] != "plain" and s[1] == ("0.25", "all")}
+    best = max(aa, key=aa.get)
+    assert len(aa) == 9
+    assert best[::2] == ("its own", 0.2, 0.1)
+    assert f"(its own start at 0.2, with {aa[best]:.2f} %)" in page
+
+
 def test_the_page_has_the_rows_of_start_and_rate():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    runs, excluded = read([ROOT / "results" / "start-rate"])
-    assert excluded == []
-    assert f"**Under way: {len(runs)} of the first 17 runs.**" in page
+    runs, _ = read([ROOT / "results" / "start-rate"])
+    assert len(runs) == 17
     for run in runs:
         assert len(run.rows) == 5
         config, last = run.summary["config"], run.rows[-1]
@@ -280,40 +382,34 @@ def test_the_page_has_the_rows_of_start_and_rate():
         else:
             entropies, sharpest = entropy_by_epoch(run)
             own = config["attention"]
-            start = {"kaiming": "former (kaiming)", "torch": "its own"}[own["init"]]
-            cells = ["normalized q and k" if own["qk_norm"] else start]
-            cells += [f"{config['optim']['lr']:g}", *scores]
+            cells = [STARTS[own["init"], own["qk_norm"]], f"{config['optim']['lr']:g}", *scores]
             cells += [", ".join(f"{value:.2f}" for value in of) for of in (entropies, sharpest)]
         assert f"| {' | '.join(cells)} |" in page
 
 
 def test_the_page_has_the_plain_network_beside_them():
     """At the rates of both: by how much the former start and the new ones are above plain."""
-    top1 = {}
-    for run in read([ROOT / "results" / "start-rate"])[0]:
-        config = run.summary["config"]
-        own = config["attention"]
-        if (config["optim"]["weight_decay"], config["label_smoothing"]) == (5e-4, 0.1):
-            start = (own.get("init"), own.get("qk_norm"))
-            top1[config["optim"]["lr"], start] = run.rows[-1]["val/top1"]
-    plain = [top1[rate, (None, None)] for rate in (0.05, 0.1)]
+    above = {}
+    cells = cells_of_a()
+    for (start, place, rate, *recipe), cell in cells.items():
+        if place == ("0.25", "all"):
+            plain = cells[("plain", None, rate, *recipe)]
+            above[start, rate] = statistics.mean(
+                cell[seed]["val/top1"] - plain[seed]["val/top1"]
+                for seed in range(3 if rate == 0.2 else 1)
+            )
     page = unwrapped("docs/results.md")
+    plain = [cells["plain", None, rate, 5e-4, 0.1][0]["val/top1"] for rate in (0.05, 0.1)]
     assert f"the plain network gets {plain[0]:.2f} and {plain[1]:.2f} % at the rates" in page
-    new = [
-        top1[rate, ("torch", norm)] - of_plain
-        for rate, of_plain in zip((0.05, 0.1), plain, strict=True)
-        for norm in (False, True)
-    ]
-    assert f"between {-min(new):.1f} points below it and {max(new):.1f} above" in page
-    former = [
-        of_plain - top1[rate, ("kaiming", False)]
-        for rate, of_plain in zip((0.05, 0.1), plain, strict=True)
-    ]
-    assert f"with its former start {former[0]:.1f} and {former[1]:.1f} below" in page
-    pilot = last_epochs("start-pilot", "val/top1")
-    means = {name: statistics.mean(seeds.values()) for name, seeds in pilot.items()}
-    ahead = sorted(means["attention=none"] - m for name, m in means.items() if "torch" in name)
-    assert f"is {ahead[0]:.1f} and {ahead[1]:.1f} points ahead of the new starts" in page
+    former, own, new = (
+        {rate: above[start, rate] for rate in (0.05, 0.1, 0.2)} for start in STARTS.values()
+    )
+    single = [of[rate] for of in (own, new) for rate in (0.05, 0.1)]
+    assert f"between {-min(single):.1f} points below it and {max(single):.1f} above" in page
+    assert f"with its former start {-former[0.05]:.1f} and {-former[0.1]:.1f} below" in page
+    assert f"is {-new[0.2]:.1f} and {-own[0.2]:.1f} points ahead of the new starts" in page
+    means = statistics.mean(own.values()), statistics.mean(new.values())
+    assert f"on average {-means[0]:.1f} points below it and {means[1]:.1f} above" in page
 
 
 def entropy_by_epoch(run):
