@@ -1,13 +1,14 @@
 """What the runs of one data set show: read once, and computed once for report and dashboard."""
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from reporting.equal_cost import EqualCost, at_equal_cost
+from reporting.factorial import Error
 from reporting.figures import ROWS
-from reporting.paired import Comparison, Deviation, Difference, corrected, pooled, unpaired
+from reporting.paired import Comparison, Difference, corrected, paired, pooled, unpaired
 from reporting.runs import Excluded, Run, Variant, group_by_variant, grouped, read, select_data
 from reporting.sweeps import Sweep, find_sweeps
 
@@ -67,8 +68,8 @@ class Analysis:
         family = [*by_kind.values(), *(Comparison(augmented, c.variant) for c in by_kind.values())]
         return corrected({comparison: comparison.top1 for comparison in family})
 
-    def unpaired(self, score: str) -> tuple[Deviation, Differences] | None:
-        """`nearest` by means over all seeds, corrected, and the deviation that all variants share.
+    def unpaired(self, score: str) -> tuple[Error, Differences] | None:
+        """`nearest` by means over all seeds, corrected, and the error that all variants share.
 
         None where no variant has two seeds.
         """
@@ -84,7 +85,7 @@ class Analysis:
     @cached_property
     def in_training(self) -> Differences:
         """The differences of `nearest` on the training images, as augmented in the last epoch."""
-        found = {c: c.difference(lambda run: run.last("train/top1")) for c in self.nearest}
+        found = {c: c.difference("train/top1") for c in self.nearest}
         return {c: difference for c, difference in found.items() if difference.n}
 
     @cached_property
@@ -172,10 +173,12 @@ def _by_class(comparison: Comparison) -> dict[str, Difference]:
     """Of the classes that both have scores of; of runs with other classes there are none."""
     names = comparison.variant.first["class_names"]
 
-    def top1(number: int, run: Run) -> float | None:
-        same = run.summary["class_names"] == names
-        return run.summary["per_class_top1"][number] if same else None
+    def by_seed(variant: Variant, number: int) -> dict[int, float]:
+        same = [run for run in variant.runs if run.summary["class_names"] == names]
+        top1 = {run.seed: run.summary["per_class_top1"][number] for run in same}
+        return {seed: value for seed, value in top1.items() if value is not None}
 
-    found = [(name, comparison.difference(partial(top1, at))) for at, name in enumerate(names)]
+    pair = (comparison.variant, comparison.baseline)
+    found = [(name, paired(*(by_seed(v, at) for v in pair))) for at, name in enumerate(names)]
     shared = [(name, difference) for name, difference in found if difference.n]
     return dict(sorted(shared, key=lambda row: (row[1].mean or 0.0, row[0])))

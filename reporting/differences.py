@@ -34,7 +34,7 @@ def differences_section(analysis: Analysis) -> Section | None:
         row = {"variant": comparison.name}
         row["other settings that differ"] = comparison.differing_in_words or "none"
         row |= cells(comparison.top1, *headings)
-        top5 = comparison.difference(lambda run: run.last("top5"))
+        top5 = comparison.difference("top5")
         known = f"{signed(top5.mean)} ({interval(top5.low, top5.high)})"
         row["top-5 (interval)"] = known if top5.n else DASH
         rows.append(row)

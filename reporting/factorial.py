@@ -38,6 +38,10 @@ class Error:
     df: int
     basis: str  # "seeds" or "interactions"
 
+    @property
+    def sd(self) -> float:
+        return self.mean_square**0.5
+
 
 @dataclass(frozen=True)
 class Effect:

@@ -1,7 +1,7 @@
 """Differences by pairs of a seed, or without: interval and test, and how far a test reaches."""
 
 import statistics
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypeVar
@@ -9,8 +9,8 @@ from typing import TypeVar
 import numpy
 from scipy import optimize, stats
 
-from reporting.factorial import LEVEL
-from reporting.runs import Run, Variant, differing_settings
+from reporting.factorial import LEVEL, Error
+from reporting.runs import Variant, differing_settings
 from reporting.text import MINUS
 
 Of = TypeVar("Of")
@@ -68,31 +68,23 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> Difference:
     return Difference(by_seed, mean, sd, low, high, float(test.statistic), float(test.pvalue))
 
 
-@dataclass(frozen=True)
-class Deviation:
-    """How much a score differs from seed to seed, pooled over variants; its degrees of freedom."""
-
-    sd: float
-    df: int
-
-
-def pooled(groups: list[Collection[float]]) -> Deviation | None:
-    """The standard deviation within ``groups``; None without a group of two, or where all agree."""
+def pooled(groups: list[Collection[float]]) -> Error | None:
+    """The mean square within ``groups``; None without a group of two, or where all agree."""
     df = sum(len(group) - 1 for group in groups)
     means = [statistics.fmean(group) for group in groups]
     off = [x - mean for group, mean in zip(groups, means, strict=True) for x in group]
     squares = sum(x * x for x in off)
-    return Deviation((squares / df) ** 0.5, df) if df and squares > 1e-18 else None
+    return Error(squares / df, df, "seeds") if df and squares > 1e-18 else None
 
 
-def unpaired(ours: Collection[float], theirs: Collection[float], error: Deviation) -> Difference:
+def unpaired(ours: Collection[float], theirs: Collection[float], error: Error) -> Difference:
     """The mean of ``ours`` minus that of ``theirs``; two-sided t-test and 95 % interval."""
     mean = statistics.fmean(ours) - statistics.fmean(theirs)
     scale = error.sd * (1 / len(ours) + 1 / len(theirs)) ** 0.5
-    half = float(stats.t.ppf((1 + LEVEL) / 2, error.df)) * scale
+    low, high = map(float, stats.t.interval(LEVEL, error.df, mean, scale))
     t = mean / scale
     p = float(2 * stats.t.sf(abs(t), error.df))
-    return Difference({}, mean, error.sd, mean - half, mean + half, t, p)
+    return Difference({}, mean, error.sd, low, high, t, p)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,15 +111,11 @@ class Comparison:
 
     @cached_property
     def top1(self) -> Difference:
-        return self.difference(lambda run: run.last("top1"))
+        return self.difference("top1")
 
-    def difference(self, score: Callable[[Run], float | None]) -> Difference:
-        """The differences of the runs' ``score``; runs where it is None are left out."""
-        ours, theirs = (
-            {run.seed: value for run in variant.runs if (value := score(run)) is not None}
-            for variant in (self.variant, self.baseline)
-        )
-        return paired(ours, theirs)
+    def difference(self, name: str) -> Difference:
+        """The differences of a score of the last epoch, or of another number of the summary."""
+        return paired(self.variant.by_seed(name), self.baseline.by_seed(name))
 
 
 def corrected(family: dict[Of, Difference]) -> dict[Of, Difference]:

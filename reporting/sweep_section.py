@@ -184,7 +184,7 @@ def _effects(sweep: Sweep) -> list[Table]:
 def _basis(error: Error | None) -> str:
     if error is None:
         return "Without several seeds there is no error that they could be held against."
-    sd = f"{error.mean_square**0.5:.2f} points with {count(error.df, 'degree')} of freedom"
+    sd = f"{error.sd:.2f} points with {count(error.df, 'degree')} of freedom"
     if error.basis == "interactions":
         return (
             "Too few seeds are repeated: what the settings' effects leave, their interactions, "
