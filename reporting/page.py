@@ -12,7 +12,7 @@ from reporting.paired import Comparison, Difference
 from reporting.parts import Card
 from reporting.runs import Run, Variant, conditions
 from reporting.sections import CONDITIONS, PROVENANCE
-from reporting.text import DASH, commit, count, interval, p_in_words, short, shortened, signed
+from reporting.text import DASH, count, interval, p_in_words, short, shortened, signed
 
 # Where the section on attention's settings stands, unless it comes first.
 SETTINGS_AT = 2
@@ -172,8 +172,9 @@ def caveats(analysis: Analysis) -> list[str]:
         if len(values) > 1:
             mixed = [v.label for v in analysis.variants if len(conditions(v.runs, condition)) > 1]
             who = f"The runs of {shortened(mixed)}" if mixed else "The variants"
-            shown = shortened(map(commit, values) if condition == "commit" else values)
-            found.append(f"{who} were trained {differently} ({shown}); see “{PROVENANCE}”.")
+            found.append(
+                f"{who} were trained {differently} ({shortened(values)}); see “{PROVENANCE}”."
+            )
     return found
 
 

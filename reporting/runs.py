@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from models import ATTENTIONS
 from models.fields import UnreadableError
-from reporting.text import as_text, count, natural, rounded, short, single_line
+from reporting.text import as_text, commit, count, natural, rounded, short, single_line
 from training import outcome, run_folder
 from training.records import SCORES, Summary
 from training.variants import images_key, variant_settings
@@ -78,10 +78,14 @@ class Run:
         """Whether there is such a value for each epoch; runs of earlier versions have fewer."""
         return self._key(name) in self.rows[0]
 
-    @property
-    def segments(self) -> list[dict[str, Any]]:
-        """For each start of the run what it ran on, packages by their versions among it."""
-        return [{**segment["versions"], **segment} for segment in self.summary["segments"]]
+    def conditions(self, name: str) -> list[str]:
+        """What is no setting and yet may change a number, as it was after each start of the run.
+
+        ``name`` is commit, hardware, precision, processes, or a package for its version.
+        """
+        segments = [{**segment["versions"], **segment} for segment in self.summary["segments"]]
+        values = [str(segment.get(name, UNKNOWN)) for segment in segments]
+        return [commit(value) for value in values] if name == "commit" else values
 
     def _key(self, name: str) -> str:
         return f"{self.summary['evaluated_on']}/{name}" if name in SCORES else name
@@ -138,11 +142,8 @@ def in_words(settings: Mapping[str, Any], key: str) -> str:
 
 
 def conditions(runs: list[Run], name: str) -> list[str]:
-    """The different values of what is no setting, over all segments of the runs, sorted.
-
-    ``name`` is commit, hardware, precision, processes, or a package for its version.
-    """
-    return sorted({str(segment.get(name, "unknown")) for run in runs for segment in run.segments})
+    """The different values of `Run.conditions`, over all of the runs, sorted."""
+    return sorted({value for run in runs for value in run.conditions(name)})
 
 
 # ---- Reading ------------------------------------------------------------------------------------
@@ -193,19 +194,16 @@ def _read_run(folder: Path) -> Run | Excluded:
     found, result = outcome.read(folder)
     if result is not None:
         return Run(folder, *result)
+    kind, why, config = _EXCLUDED[found.kind], found.why, run_folder.read_settings(folder)
     if found.kind == outcome.NOT_STARTED:
         try:
-            reason = run_folder.read_no_run(folder)
+            if (reason := run_folder.read_no_run(folder)) is not None:
+                kind, why, config = reason["outcome"], reason["why"], reason["config"]
         except UnreadableError as error:
-            return Excluded(folder, "unreadable", str(error).removeprefix(f"{folder}{os.sep}"))
-        if reason is not None:
-            wanted = variant_settings(reason["config"])
-            return Excluded(folder, reason["outcome"], reason["why"], wanted)
-    config = run_folder.read_settings(folder)
+            kind, why = "unreadable", str(error)
     settings = None if config is None else variant_settings(config)
     # The folder is named beside it.
-    why = found.why.removeprefix(f"{folder}{os.sep}")
-    return Excluded(folder, _EXCLUDED[found.kind], why, settings)
+    return Excluded(folder, kind, why.removeprefix(f"{folder}{os.sep}"), settings)
 
 
 # ---- Grouping -----------------------------------------------------------------------------------

@@ -173,20 +173,20 @@ def attention_section(analysis: Analysis) -> Section | None:
 
 def provenance_section(analysis: Analysis) -> Section:
     """Where each variant's runs come from, and the settings that the labels leave out."""
-    variants, number = analysis.variants, len(analysis.runs)
+    variants, runs = analysis.variants, text.count(len(analysis.runs), "run")
     rows = []
     for variant in variants:
         row = {"variant": variant.label, "seeds": ", ".join(str(r.seed) for r in variant.runs)}
         rows.append(row | {name: _values(variant.runs, name) for name in CONDITIONS})
     made = tables(rows, texts=2 + len(CONDITIONS))
-    continued = [run for run in analysis.runs if len(run.segments) > 1]
+    continued = [run for run in analysis.runs if len(run.summary["segments"]) > 1]
     moved = [
         run for run in continued if any(len(conditions([run], name)) > 1 for name in CONDITIONS)
     ]
     notes = []
     if continued:
         notes.append(
-            f"{len(continued)} of {text.count(number, 'run')} "
+            f"{len(continued)} of {runs} "
             f"{'was' if len(continued) == 1 else 'were'} interrupted and continued, "
             f"{len(moved) or 'none'} of them under different conditions."
         )
@@ -195,12 +195,12 @@ def provenance_section(analysis: Analysis) -> Section:
             "variant": variant.label,
             "seed": str(run.seed),
             "from epoch": str(segment["first_epoch"]),
-            **{name: _shown(name, str(segment.get(name, "unknown"))) for name in CONDITIONS},
+            **{name: run.conditions(name)[at] for name in CONDITIONS},
         }
         for variant in variants
         for run in variant.runs
         if run in moved
-        for segment in run.segments
+        for at, segment in enumerate(run.summary["segments"])
     ]
     caption = "Runs that were continued under different conditions, segment by segment."
     made += tables(segments, 3 + len(CONDITIONS), caption)
@@ -209,7 +209,7 @@ def provenance_section(analysis: Analysis) -> Section:
     settings = [[key, variants[0].setting(key)] for key in shared]
     return Section(
         PROVENANCE,
-        [f"Read from the summary.json and metrics.csv of {text.count(number, 'run')}."],
+        [f"Read from the summary.json and metrics.csv of {runs}."],
         made,
         notes=notes,
         folded=("settings that all variants share", Table(["setting", "value"], settings, 2)),
@@ -217,12 +217,8 @@ def provenance_section(analysis: Analysis) -> Section:
 
 
 def _values(runs: list[Run], condition: str) -> str:
-    values = [_shown(condition, value) for value in conditions(runs, condition)]
+    values = conditions(runs, condition)
     return ("mixed: " if len(values) > 1 else "") + ", ".join(values)
-
-
-def _shown(condition: str, value: str) -> str:
-    return text.commit(value) if condition == "commit" else value
 
 
 def excluded_section(analysis: Analysis) -> Section | None:
