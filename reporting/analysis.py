@@ -7,7 +7,6 @@ from typing import Any
 
 from reporting.equal_cost import EqualCost, at_equal_cost
 from reporting.factorial import Error
-from reporting.figures import ROWS
 from reporting.paired import Comparison, Difference, corrected, paired, pooled, unpaired
 from reporting.runs import Excluded, Run, Variant, group_by_variant, grouped, read, select_data
 from reporting.sweeps import Sweep, find_sweeps
@@ -117,19 +116,6 @@ class Analysis:
     def equal_cost(self) -> list[EqualCost]:
         """`nearest` at equal training time and at equal FLOPs."""
         return [equal for comparison in self.nearest for equal in at_equal_cost(comparison)]
-
-    @cached_property
-    def forest(self) -> list[Comparison]:
-        """What the forest plot shows of `nearest`: of many, as many of the highest and the lowest.
-
-        Attention's come first; of many, they descend.
-        """
-        drawn = [comparison for comparison in self.nearest if comparison.top1.n]
-        drawn.sort(key=lambda c: c.variant.attention != "aa")
-        if len(drawn) > ROWS:
-            drawn.sort(key=lambda c: -(c.top1.mean or 0.0))
-            drawn = drawn[: ROWS // 2] + drawn[-(ROWS // 2) :]
-        return drawn
 
     @cached_property
     def sweeps(self) -> list[Sweep]:

@@ -9,7 +9,7 @@ import unicodedata
 import warnings
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
 from matplotlib import font_manager
@@ -22,10 +22,8 @@ from matplotlib.text import Text
 from reporting.paired import Comparison, Difference
 from reporting.runs import Run, Variant
 from reporting.text import single_line
+from training.attention_picture import AttentionPicture
 from training.scores import most_mistaken
-
-if TYPE_CHECKING:  # to import it takes a while
-    from training.attention_picture import AttentionPicture
 
 STYLE = {
     "font.size": 10,
@@ -133,7 +131,7 @@ def one_panel(width: float = 5.2, height: float = 3.5) -> tuple[Figure, Any]:
 
 
 @style()
-def attention(layer: str, picture: "AttentionPicture") -> Figure:
+def attention(layer: str, picture: AttentionPicture) -> Figure:
     """The tiles of the layer of this name, with the names of their rows and columns."""
     image, columns = picture.image, picture.columns
     rows = ["\n".join(fit_label(line) for line in row.split("\n")) for row in picture.rows]
@@ -314,7 +312,7 @@ def _named_rows(panel: Any, names: list[str], margin: float) -> None:
 
 
 @style()
-def differences(comparisons: list[Comparison], is_cut: bool = False) -> Figure:
+def differences(comparisons: list[Comparison], is_cut: bool) -> Figure:
     """Differences in top-1 from the plain baseline: each pair, their mean, its interval.
 
     Where the list ``is_cut``, a line between its two halves stands for what is left out.

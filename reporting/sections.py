@@ -1,10 +1,9 @@
 """The report's sections on the variants: scores, curves, cost, attention, and their origin."""
 
-from reporting import figures, paper, text
+from reporting import attention, figures, paper, text
 from reporting.analysis import Analysis
 from reporting.parts import Picture, Section, Table, tables
 from reporting.runs import KINDS, Run, conditions, differing_settings
-from training.run_folder import WEIGHTS
 
 PROVENANCE = "Where the numbers come from"
 # What is no setting and yet may change a number, and how to say that runs differ in it.
@@ -31,18 +30,25 @@ CAPTIONS = {
 
 
 def forest(analysis: Analysis) -> Picture | None:
-    """The differences from the nearest baselines, of many variants those at both ends."""
-    drawn, every = analysis.forest, [c for c in analysis.nearest if c.top1.n]
+    """The differences from the nearest baselines, attention's first.
+
+    Of many variants as many of the highest and of the lowest, which descend.
+    """
+    drawn = [comparison for comparison in analysis.nearest if comparison.top1.n]
     if not drawn:
         return None
+    drawn.sort(key=lambda c: c.variant.attention != "aa")
     caption = (
         "Top-1 of the last epoch minus that of the plain network with the same seed: each pair "
         "(circle), their mean (diamond) and its 95 % interval (bar; none for a single pair)."
     )
-    if len(drawn) < len(every):
-        half = len(drawn) // 2
-        caption += f" Of {len(every)} variants, the {half} highest and the {half} lowest."
-    figure = figures.differences(drawn, is_cut=len(drawn) < len(every))
+    is_cut = len(drawn) > figures.ROWS
+    if is_cut:
+        half = figures.ROWS // 2
+        caption += f" Of {len(drawn)} variants, the {half} highest and the {half} lowest."
+        drawn.sort(key=lambda c: -(c.top1.mean or 0.0))
+        drawn = drawn[:half] + drawn[-half:]
+    figure = figures.differences(drawn, is_cut)
     return Picture("differences", "Differences from the plain baseline", figure, caption)
 
 
@@ -139,10 +145,6 @@ def cost_section(analysis: Analysis) -> Section:
 
 def attention_section(analysis: Analysis) -> Section | None:
     """Where the attention of one run looks, if its weights and its images are there."""
-    if not any((run.folder / WEIGHTS).is_file() for run in analysis.runs):
-        return None
-    from reporting import attention  # which builds networks and reads images
-
     shown = attention.of_report(analysis.variants)
     if shown is None:
         return None
