@@ -168,7 +168,7 @@ def classes_section(analysis: Analysis) -> Section | None:
     picture = Picture(
         "classes",
         "Differences by class",
-        figures.by_class(list(found.items()), "AA minus plain, top-1 (percentage points)"),
+        figures.by_class(list(found.items())),
         f"Mean difference of {ends}" + ("; dots are the pairs." if n > 1 else "."),
     )
     rows = [

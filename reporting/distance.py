@@ -98,7 +98,7 @@ def table(found: list[Curve]) -> list[str]:
         for distance, scores in curve.top1.items():
             words = [single_line(curve.model), ATTENTIONS[curve.attention].label, str(distance)]
             words += [f"{distance}/{curve.receptive_field} = {curve.ratio(distance):.2f}"]
-            words += [str(len(scores)), f"{sum(scores.values()) / len(scores):.2f}"]
+            words += [str(len(scores)), f"{statistics.fmean(scores.values()):.2f}"]
             lines.append([*words, by_seed(scores, len(seeds) == 1)])
     return text.table(lines, "llrrrrl")
 

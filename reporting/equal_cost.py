@@ -57,7 +57,7 @@ def at_equal_cost(comparison: Comparison) -> list[EqualCost]:
 def _at(cost: str, comparison: Comparison, ours: float, theirs: float) -> EqualCost | None:
     """``ours`` and ``theirs`` are the costs of an epoch; None if one has no epoch in the budget."""
     variants = (comparison.variant, comparison.baseline)
-    planned = [min(len(run.rows) for run in variant.runs) for variant in variants]
+    planned = [variant.first["epochs"] for variant in variants]
     budget = min(planned[0] * ours, planned[1] * theirs)
     epochs = [
         min(number, int(budget / cost_of_epoch + NEARLY))

@@ -21,6 +21,7 @@ from matplotlib.text import Text
 
 from reporting.paired import Comparison, Difference
 from reporting.runs import Run, Variant
+from reporting.sweeps import is_logarithmic
 from reporting.text import single_line
 from training.attention_picture import AttentionPicture
 from training.scores import most_mistaken
@@ -52,6 +53,7 @@ LINES, BEST, ROWS, CLASSES = 8, 4, 12, 12
 MOST_CLASSES, NUMBERED_CLASSES = 100, 20
 # Characters of a label. A longer one would leave no room for the data.
 LABEL = 40
+CENTERED = {"ha": "center", "va": "center"}
 
 
 # For what is drawn or written; here used as a decorator.
@@ -334,8 +336,8 @@ def differences(comparisons: list[Comparison], is_cut: bool) -> Figure:
 
 
 @style()
-def by_class(rows: list[tuple[str, Difference]], label: str) -> Figure:
-    """Differences by class, of ascending mean; of many classes only the two ends are drawn."""
+def by_class(rows: list[tuple[str, Difference]]) -> Figure:
+    """AA minus plain by class, of ascending mean; of many classes only the two ends are drawn."""
     ends = rows if len(rows) <= 2 * CLASSES else rows[:CLASSES] + rows[-CLASSES:]
     figure, panel = one_panel(5.2, 1.0 + 0.21 * len(ends))
     for y, (_, found) in enumerate(ends):
@@ -348,7 +350,7 @@ def by_class(rows: list[tuple[str, Difference]], label: str) -> Figure:
         panel.axhline(CLASSES - 0.5, color="#999", linewidth=0.8, linestyle=":")
     _named_rows(panel, [fit_label(name.replace("_", " ")) for name, _ in ends], margin=0.7)
     panel.tick_params(axis="y", labelsize=8)
-    panel.set_xlabel(label)
+    panel.set_xlabel("AA minus plain, top-1 (percentage points)")
     return figure
 
 
@@ -396,8 +398,7 @@ def heatmaps(
             else:
                 words, size = f"{cell[0]:.2f}\nn={cell[1]}", 9.0
                 color = "white" if cell[0] < (low + high) / 2 else "black"
-            style = {"ha": "center", "va": "center", "fontsize": size, "color": color}
-            panel.text(column, row, words, **style)
+            panel.text(column, row, words, CENTERED, fontsize=size, color=color)
         panel.set_title(fit_label(title))
         panel.set_xticks(range(width), columns[1])
         panel.set_yticks(range(height), rows[1])
@@ -414,15 +415,14 @@ def over_settings(panels: dict[str, tuple[list[str], bool, list[tuple[int, float
     """Top-1 over each setting of a sweep, whose best point is filled.
 
     A panel is a setting's values in order, whether they are numbers on an axis, and the points:
-    the place of the value and top-1. Numbers that span more than a factor of ten have a
-    logarithmic axis.
+    the place of the value and top-1. Numbers have a logarithmic axis where `is_logarithmic`.
     """
     width = 0.6 + 2.7 * len(panels)
     figure = Figure(figsize=(max(5.2, width), 3.0), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for panel, (name, (values, numeric, points)) in zip(axes, panels.items(), strict=True):
         numbers = [float(value) for value in values] if numeric else [*range(len(values))]
-        if numeric and min(numbers) > 0 and max(numbers) > 10 * min(numbers):
+        if numeric and is_logarithmic(numbers):
             panel.set_xscale("log")
             panel.xaxis.set_major_formatter("{x:g}")
             panel.xaxis.set_minor_formatter("")
@@ -448,8 +448,8 @@ def reliability(rows: list[dict[str, float | None]], error: float) -> Figure:
         if row["accuracy"] is None:
             continue
         alpha = 0.35 + 0.65 * shares[number] / max(shares)
-        style = {"color": COLORS[0], "alpha": alpha, "edgecolor": "white"}
-        panel.bar((number + 0.5) * width, row["accuracy"], width, **style)
+        middle = (number + 0.5) * width
+        panel.bar(middle, row["accuracy"], width, color=COLORS[0], alpha=alpha, edgecolor="white")
     panel.plot([0, 1], [0, 1], color=PLAIN, linewidth=1, linestyle="--")
     panel.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
     panel.set(xlabel="confidence (darker: more images)", ylabel="accuracy")
@@ -492,8 +492,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
         for row, column in itertools.product(ticks, ticks):
             if rows[row][column]:
                 color = "white" if shares[row][column] > 35 else "black"
-                place = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
-                panel.text(column, row, str(rows[row][column]), **place)
+                panel.text(column, row, str(rows[row][column]), CENTERED, fontsize=8, color=color)
     step = 1 if few else 5  # lines that lead from a cell to its names
     for edge in range(step, len(chosen), step):
         panel.axhline(edge - 0.5, color="#ccc", linewidth=0.4)

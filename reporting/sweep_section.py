@@ -127,7 +127,6 @@ def _ranking(sweep: Sweep) -> list[Table]:
     rows = []
     for rank, cell in enumerate(sweep.ranking, start=1):
         variant = sweep.by_levels[cell.levels]
-        seconds = variant.by_seed("perf/total_seconds").values()
         rows.append(
             {
                 "rank": str(rank),
@@ -141,7 +140,7 @@ def _ranking(sweep: Sweep) -> list[Table]:
                 else "lower",
                 "parameters": f"{variant.first['parameters']:,}",
                 "GFLOPs": text.gflops(variant.first["flops"]),
-                "minutes": f"{sum(seconds) / len(seconds) / 60:.1f}",
+                "minutes": f"{variant.mean('perf/total_seconds') / 60:.1f}",
             }
         )
     caption = (

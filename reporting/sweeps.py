@@ -35,7 +35,7 @@ class Factor:
         """Where the levels stand on the line of a trend, from 0 to 1; empty for a few levels, and
         for channels beside fractions of them.
 
-        On a logarithmic scale if they span more than a factor of ten.
+        On a logarithmic scale where `is_logarithmic`.
         """
         if len(self.levels) <= ALL_PAIRS or len(self.keys) > 1:
             return []
@@ -47,7 +47,7 @@ class Factor:
             numbers = list(map(float, values))
         except ValueError:
             return []
-        if min(numbers) > 0 and max(numbers) > 10 * min(numbers):
+        if is_logarithmic(numbers):
             numbers = [math.log(number) for number in numbers]
         low, high = min(numbers), max(numbers)
         return [(number - low) / (high - low) for number in numbers] if high > low else []
@@ -114,6 +114,11 @@ class Sweep:
         """The settings of a cell: `dk 0.5, dv 0.125, Nh 4`."""
         named = zip(self.factors, levels, strict=True)
         return ", ".join(factor.words(level) for factor, level in named)
+
+
+def is_logarithmic(numbers: list[float]) -> bool:
+    """Whether they are all positive and span more than a factor of ten."""
+    return min(numbers) > 0 and max(numbers) > 10 * min(numbers)
 
 
 def is_significant(effect: Effect | Interaction) -> bool:
