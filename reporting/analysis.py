@@ -14,6 +14,8 @@ from reporting.sweeps import Sweep, find_sweeps
 # Comparisons that get a card at the head of the page; of more, the first card counts them.
 CARDS = 3
 Differences = dict[Comparison, Difference]
+# A value for each seed and epoch.
+Curves = dict[Variant, list[list[float]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,8 +89,16 @@ class Analysis:
         found = {c: c.difference("train/top1") for c in self.nearest}
         return {c: difference for c, difference in found.items() if difference.n}
 
+    def by_epoch(self, column: str) -> Curves:
+        """A column of metrics.csv, of the variants all of whose runs have it."""
+        return {
+            variant: [run.each_epoch(column) for run in variant.runs]
+            for variant in self.variants
+            if all(run.has(column) for run in variant.runs)
+        }
+
     @cached_property
-    def gains(self) -> dict[Variant, list[list[float]]]:
+    def gains(self) -> Curves:
         """Top-1 minus the nearest baseline's, by seed and epoch, where their epochs are as many."""
         gains = {}
         for comparison in self.nearest:

@@ -79,7 +79,7 @@ def _media(analysis: Analysis) -> dict[str, Media]:
     media: dict[str, Media] = {
         "compare/table": Table(COLUMNS, _rows(analysis)),
         "compare/curves": _picture(
-            figures.curves(analysis.variants, "top1", f"{on} top-1 (%)"),
+            figures.curves(analysis.variants, analysis.by_epoch("top1"), f"{on} top-1 (%)"),
             "mean over the seeds, with a band from the lowest to the highest",
         ),
     }

@@ -209,31 +209,12 @@ def _width(figure: Figure, legend: Legend) -> float:
 # ---- Curves of several variants -----------------------------------------------------------------
 
 
-def curves(variants: list[Variant], column: str, label: str, *, over_time: bool = False) -> Figure:
-    """A column of metrics.csv over the epochs: mean of the seeds, a band from lowest to highest.
-
-    Or over the minutes that training and evaluation have taken, mean of the seeds. Of the variants
-    whose runs have the column; the others keep their colors.
-    """
-    seeds = {
-        variant: [run.each_epoch(column) for run in variant.runs]
-        for variant in variants
-        if all(run.has(column) for run in variant.runs)
-    }
-    return _curves(variants, seeds, label, over_time=over_time)
-
-
-def gain_over_epochs(variants: list[Variant], gains: dict[Variant, list[list[float]]]) -> Figure:
-    """The gain over plain, for each seed and epoch; colors as in the pictures of all variants."""
-    return _curves(variants, gains, "top-1 minus plain (points)", zero=True)
-
-
 def _minutes(run: Run) -> list[float]:
     return [s / 60 for s in itertools.accumulate(run.each_epoch("perf/epoch_seconds"))]
 
 
 @style()
-def _curves(
+def curves(
     variants: list[Variant],
     seeds: dict[Variant, list[list[float]]],
     label: str,
@@ -241,7 +222,11 @@ def _curves(
     over_time: bool = False,
     zero: bool = False,
 ) -> Figure:
-    """For each variant of ``seeds`` the mean of its curves, over the epochs or their mean time."""
+    """Mean of the seeds over the epochs, and a band from the lowest to the highest.
+
+    Or over the minutes that training and evaluation have taken, mean of the seeds. ``seeds`` has a
+    curve for each seed; of the ``variants`` those that are not in it keep their colors.
+    """
     figure, panel = one_panel()
     if zero:
         panel.axhline(0, color=PLAIN, linewidth=1.2, linestyle="--")

@@ -88,19 +88,19 @@ def scores_section(analysis: Analysis) -> Section:
 
 def curves_section(analysis: Analysis) -> Section:
     """Loss, accuracy and the gain over the plain baseline by epoch."""
-    top1 = figures.curves(analysis.variants, "top1", "top-1 accuracy (%)")
+    variants = analysis.variants
+    top1 = figures.curves(variants, analysis.by_epoch("top1"), "top-1 accuracy (%)")
     pictures = [Picture("top1", "Accuracy", top1, "Top-1 accuracy after each epoch.")]
     if analysis.gains:
-        gain = figures.gain_over_epochs(analysis.variants, analysis.gains)
+        gain = figures.curves(variants, analysis.gains, "top-1 minus plain (points)", zero=True)
         caption = "Top-1 minus that of the plain baseline with the same seed, after each epoch."
         pictures.append(Picture("gain", "Gain over plain", gain, caption))
     columns = dict.fromkeys(column for run in analysis.runs for column in run.rows[0])
     for column in columns:
         group, _, name = column.partition("/")
-        shown = any(all(run.has(column) for run in v.runs) for v in analysis.variants)
-        if group in CAPTIONS and name != "lr" and shown:
+        if group in CAPTIONS and name != "lr" and (shown := analysis.by_epoch(column)):
             title = TITLES.get(column, f"training {name}")
-            curve = figures.curves(analysis.variants, column, title)
+            curve = figures.curves(variants, shown, title)
             caption = f"{CAPTIONS[group]}: {title}."
             pictures.append(Picture(f"{group}-{name}", title.capitalize(), curve, caption))
     words = "Lines are means over seeds; bands span the lowest to the highest seed."
@@ -125,11 +125,12 @@ def cost_section(analysis: Analysis) -> Section:
         }
         for variant in analysis.variants
     ]
+    top1 = analysis.by_epoch("top1")
     pictures = [
         Picture(
             "time",
             "Accuracy against time",
-            figures.curves(analysis.variants, "top1", "top-1 accuracy (%)", over_time=True),
+            figures.curves(analysis.variants, top1, "top-1 accuracy (%)", over_time=True),
             "Top-1 against the time spent on training and evaluation, mean over seeds.",
         ),
         Picture(
