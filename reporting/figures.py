@@ -385,8 +385,8 @@ def heatmaps(
                 color = "white" if cell[0] < (low + high) / 2 else "black"
             panel.text(column, row, words, CENTERED, fontsize=size, color=color)
         panel.set_title(fit_label(title))
-        panel.set_xticks(range(width), columns[1])
-        panel.set_yticks(range(height), rows[1])
+        panel.set_xticks(range(width), map(fit_label, columns[1]))
+        panel.set_yticks(range(height), map(fit_label, rows[1]))
     for panel in axes[:, 0]:
         panel.set_ylabel(fit_label(rows[0]))
     for panel in axes[-1]:

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 
 from reporting import figures, page
 
-from folders import analysis_of, make_run, report
+from folders import NASTY, analysis_of, make_run, report
 
 pytestmark = pytest.mark.usefixtures("sketches")
 
@@ -149,6 +149,12 @@ def test_a_heatmap_has_its_cells_where_the_axes_say(tmp_path, drawn):
         assert image[row][place] == top1
         assert ((place, row), f"{top1:.2f}\nn=1") in panel["texts"]
     assert image.mask.tolist() == [[False, False], [False, True]]
+
+
+def test_a_heatmap_of_values_of_any_kind_is_drawn():
+    cells = {(0, column): (70.0 + column, 1) for column in range(2)}
+    figure = figures.heatmaps({"": cells}, ("dk", [" ".join(NASTY)]), ("dv", ["\x00", "\ud800"]))
+    assert b"<svg" in figures._save(figure, format="svg")
 
 
 def test_classes_are_drawn_in_order_with_their_pairs(tmp_path, drawn):
