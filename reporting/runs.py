@@ -1,6 +1,5 @@
 """Run folders as they are on disk: which hold a result, and which results belong together."""
 
-import json
 import os
 import statistics
 from collections import Counter
@@ -134,6 +133,11 @@ class Variant:
     def mean(self, name: str) -> float:
         """The mean of `by_seed`."""
         return statistics.fmean(self.by_seed(name).values())
+
+
+def as_recipe(settings: Mapping[str, Any]) -> str:
+    """A text that is the same for settings whose values are written alike."""
+    return str(sorted((key, as_text(value)) for key, value in settings.items()))
 
 
 def in_words(settings: Mapping[str, Any], key: str) -> str:
@@ -271,12 +275,12 @@ def group_by_variant(runs: list[Run]) -> tuple[list[Variant], list[Excluded]]:
     Those on other images of one name are left out, see `select_images`. The same seed a second time
     is no second sample: the first folder counts.
     """
-    members: dict[str, dict[int, Run]] = {}
+    members: dict[tuple[str, str, str], dict[int, Run]] = {}
     runs, others = select_images(runs)
     duplicates = []
     for run in runs:
-        recipe = [run.summary["model"], run.summary["attention"], run.settings]
-        same = members.setdefault(json.dumps(recipe, sort_keys=True), {})
+        recipe = (run.summary["model"], run.summary["attention"], as_recipe(run.settings))
+        same = members.setdefault(recipe, {})
         if run.seed in same:
             why = f"seed {run.seed} of the same settings is in {same[run.seed].folder}"
             duplicates.append(Excluded(run.folder, "duplicate", why))

@@ -13,8 +13,8 @@ import numpy
 
 from models.fields import is_finite
 from reporting.factorial import ALL_PAIRS, LEVEL, Cell, Design, Effect, Interaction
-from reporting.runs import Excluded, Variant, differing_settings, grouped, in_words
-from reporting.text import as_text, natural, rounded, short, shortened
+from reporting.runs import Excluded, Variant, as_recipe, differing_settings, grouped, in_words
+from reporting.text import natural, rounded, short, shortened
 
 SIZES = ("attention.dk", "attention.dv", "attention.Nh")
 # A cell: of each factor the level.
@@ -164,7 +164,7 @@ def _groups(variants: list[Variant], is_kept: Callable[[str], bool]) -> dict[str
 
 
 def _recipe(settings: dict[str, Any], is_kept: Callable[[str], bool]) -> str:
-    return str(sorted((key, as_text(value)) for key, value in settings.items() if is_kept(key)))
+    return as_recipe({key: value for key, value in settings.items() if is_kept(key)})
 
 
 def _is_of_recipe(key: str) -> bool:

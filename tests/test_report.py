@@ -187,6 +187,14 @@ def test_a_setting_that_is_missing_or_of_another_type_parts_runs(tmp_path):
     }
 
 
+def test_values_that_are_written_alike_are_one_variant(tmp_path):
+    """No label could tell them apart."""
+    for seed, dk in enumerate((None, "null", "null")):
+        make_run(tmp_path / f"{seed}", 70.0, seed, "aa", attention__dk=dk)
+    (variant,) = variants_of(tmp_path)
+    assert len(variant.runs) == 3
+
+
 def test_runs_behind_links_are_found_and_none_is_counted_twice(tmp_path):
     make_run(tmp_path / "elsewhere" / "a", seed=0)
     make_run(tmp_path / "here" / "b", seed=1)
