@@ -248,7 +248,8 @@ def curves(
         if not gray:
             low, high = [min(v) for v in values], [max(v) for v in values]
             panel.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-    panel.set(xlabel="training time (minutes)" if over_time else "epoch", ylabel=label)
+    panel.set(xlabel="training time (minutes)" if over_time else "epoch")
+    panel.set_ylabel(single_line(label))
     if not over_time:
         panel.xaxis.get_major_locator().set_params(integer=True)
     add_legend(figure, panel, chosen)

@@ -1,5 +1,7 @@
 """The report's sections on the variants: scores, curves, cost, attention, and their origin."""
 
+import re
+
 from reporting import attention, figures, paper, text
 from reporting.analysis import Analysis
 from reporting.parts import Picture, Section, Table, tables
@@ -102,7 +104,8 @@ def curves_section(analysis: Analysis) -> Section:
             title = TITLES.get(column, f"training {name}")
             curve = figures.curves(variants, shown, title)
             caption = f"{CAPTIONS[group]}: {title}."
-            pictures.append(Picture(f"{group}-{name}", title.capitalize(), curve, caption))
+            file = re.sub(r"[^\w-]+", "-", column)
+            pictures.append(Picture(file, title.capitalize(), curve, caption))
     words = "Lines are means over seeds; bands span the lowest to the highest seed."
     return Section("Learning curves", [words], pictures=pictures)
 

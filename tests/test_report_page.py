@@ -245,6 +245,17 @@ def test_names_are_text_in_both_files(tmp_path, pictures):
                 of_markdown(cell)
 
 
+def test_a_column_of_any_name_has_its_picture_beside_the_report(tmp_path):
+    folder = make_run(tmp_path / "runs")
+    for file in (folder / "metrics.csv", folder / "summary.json"):
+        content = file.read_text(encoding="utf-8").replace("train/other", "train/x/../../../a b")
+        file.write_text(content, encoding="utf-8")
+    report([folder], tmp_path / "out" / "here")
+    written = sorted(tmp_path.rglob("*.svg"))
+    assert {path.parent for path in written} == {tmp_path / "out" / "here"}
+    assert "train-x-a-b" in [path.stem for path in written]
+
+
 # ---- Where it is written ------------------------------------------------------------------------
 
 
