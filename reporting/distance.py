@@ -14,8 +14,8 @@ from reporting.runs import Excluded, Run, Variant, differing_settings, group_by_
 from reporting.text import MINUS, by_seed, count, shortened, single_line
 
 DISTANCE = "data.distance"
-DOTTED = [(0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
-DASHES: dict[str, Any] = dict(zip(ATTENTIONS, ["--", ":", "-.", "-", *DOTTED], strict=True))
+# Of the kinds of attention, in their order.
+DASHES: list[Any] = ["--", ":", "-.", "-", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def draw(curves: list[Curve], chance: float, ceiling: float) -> figures.Figure:
     figure, panel = figures.one_panel(7.0, 3.8)
     for curve in curves:
         color = figures.COLORS[names.index(curve.model) % len(figures.COLORS)]
+        dashes = DASHES[list(ATTENTIONS).index(curve.attention) % len(DASHES)]
         x = [curve.ratio(distance) for distance in curve.top1]
         seeds = [list(scores.values()) for scores in curve.top1.values()]
         same_n = len({len(values) for values in seeds}) == 1
@@ -124,7 +125,7 @@ def draw(curves: list[Curve], chance: float, ceiling: float) -> figures.Figure:
             [statistics.fmean(values) for values in seeds],
             color=color,
             linewidth=1.7,
-            linestyle=DASHES[curve.attention],
+            linestyle=dashes,
             label=figures.fit_label(curve.label, len(seeds[0]) if same_n else None),
         )
     begins = min(1 - 1 / curve.receptive_field for curve in curves)

@@ -85,7 +85,7 @@ def _step_ms(variant: Variant) -> float | None:
     file = folder.parent / STEP_TIMES
     if not file.is_file():
         return None
-    with suppress(ValueError, KeyError, TypeError, AttributeError):
+    with suppress(ValueError, KeyError, TypeError, AttributeError, RecursionError):
         times: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["ms"]
         if all(is_finite(value) and value > 0 for value in times.values()):
             return times.get(folder.name)

@@ -211,7 +211,9 @@ def test_a_trifle_more_is_as_much(folder):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"ms": 3}', '{"ms": {"a": -1}}', '{"ms": {"a": "x"}}', "\udc00"]
+    "text",
+    ["", "[]", "{}", '{"ms": 3}', '{"ms": {"a": -1}}', '{"ms": {"a": "x"}}', "\udc00", "[" * 10**6],
+    ids=str.__len__,
 )
 def test_damaged_times_are_named(folder, text):
     (folder / STEP_TIMES).write_text(text, errors="surrogatepass")

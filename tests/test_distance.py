@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from benchmarks.lookup_bound import ceiling
+from reporting import distance as reported
 from reporting import figures
 from scripts import distance
 from scripts.distance import draw
@@ -88,6 +89,14 @@ def test_the_picture_has_a_line_for_each_network_and_a_dot_for_each_seed(folder,
     dots = [list(zip(*d.get_data(), strict=True)) for d in panel.lines if d.get_marker() == "."]
     assert len(dots) == 8
     assert dots[0] == [(0.2, 81.0), (0.2, 77.5)]
+
+
+def test_kinds_of_attention_may_be_more_than_dashes(folder, tmp_path, panels, monkeypatch):
+    monkeypatch.setattr(reported, "DASHES", ["-", ":"])
+    draw([folder], tmp_path / "x.svg")
+    (panel,) = panels
+    lines = [line for line in panel.lines if not line.get_label().startswith("_")]
+    assert [line.get_linestyle() for line in lines] == ["-", ":", "-", ":"]
 
 
 def test_chance_and_the_limit_are_drawn_the_limit_heavily_where_it_is_proven(
