@@ -16,6 +16,7 @@ from reporting.text import MINUS
 Of = TypeVar("Of")
 
 QUANTILES = 10_000
+POWER = 0.8
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,8 @@ def holm_bonferroni(p_values: list[float | None]) -> list[float | None]:
     return result
 
 
-def minimum_detectable_difference(n: int, sd: float, power: float = 0.8) -> float:
-    """The mean difference that a paired t-test finds with this ``power``, at the level of 5 %.
+def minimum_detectable_difference(n: int, sd: float) -> float:
+    """The mean difference that a paired t-test at the level of 5 % finds in four of five cases.
 
     ``n`` is the number of pairs, at least 2, and ``sd`` the standard deviation of their
     differences.
@@ -151,7 +152,7 @@ def minimum_detectable_difference(n: int, sd: float, power: float = 0.8) -> floa
 
     def lacking(shift: float) -> float:
         both = stats.norm.cdf(shift - edge * estimated) + stats.norm.cdf(-shift - edge * estimated)
-        return float(both.mean()) - power
+        return float(both.mean()) - POWER
 
     high = 1.0
     while lacking(high) < 0:

@@ -2,7 +2,6 @@
 
 import math
 import statistics
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -188,13 +187,14 @@ def _factors(variants: list[Variant]) -> list[Factor]:
 
     Unless they have many values: then each may have a trend of its own.
     """
-    together: dict[tuple[Any, ...], list[str]] = defaultdict(list)
-    for key in sorted(differing_settings(variants), key=_sizes_first):
+
+    def split(key: str) -> tuple[str | int, ...]:
         values = [variant.setting(key) for variant in variants]
         many = len(set(values)) > ALL_PAIRS
-        together[tuple(values if many else map(values.index, values))].append(key)
+        return tuple(values if many else map(values.index, values))
+
     factors = []
-    for keys in together.values():
+    for keys in grouped(sorted(differing_settings(variants), key=_sizes_first), split).values():
         amounts: dict[tuple[str, ...], Any] = {}
         for variant in variants:
             value = tuple(variant.setting(key) for key in keys)
