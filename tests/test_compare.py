@@ -14,7 +14,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from reporting.next_steps import next_commands
 from scripts import compare
 from training import comparison, launch, outcome, run_folder
 from training.comparison import PlannedRun
@@ -178,7 +177,7 @@ def test_with_enough_seeds_or_without_attention_other_commands_are_named(tmp_pat
         (runs, ["evaluate.py plain/seed=0", "export.py plain/seed=0"]),
         (runs[1:], ["evaluate.py plain/seed=1", "compare.py --seeds 1 2 0", "export.py plain/"]),
     ):
-        lines = next_commands(some, [["attention=none"]], ["data.root=D"], ROOT / "outputs")
+        lines = compare.next_commands(some, [["attention=none"]], ["data.root=D"], ROOT / "outputs")
         assert len(lines) == len(expected)
         assert " data.root=D  # classes" in lines[0]
         for line, words in zip(lines, expected, strict=True):
