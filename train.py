@@ -36,32 +36,18 @@ from data import evaluation_batches
 from data.dataset import seeded_generator
 from models import set_frozen_eval
 from training import checkpoint, distributed, provenance, run_folder
-from training.assemble import build_state
+from training.assemble import RunState, build_state
 from training.compose import make
 from training.dashboard import history, pictures, show, start_tracking
-from training.device import (
-    choose_device,
-    choose_dtype,
-    dtype_name,
-    peak_memory_mib,
-    set_seed,
-)
+from training.device import choose_device, choose_dtype, dtype_name, peak_memory_mib, set_seed
 from training.initial import init_provenance, load_initial
 from training.loss import accuracy, cross_entropy, relative_weights
 from training.media import attention_entropy
 from training.progress import EpochState, Progress
 from training.scores import evaluate
 from training.settings import check, resolve
-from training.state import RunState
 from training.stopping import Action, Stop
-from training.summary import (
-    best,
-    describe_training,
-    epoch_line,
-    raise_if_nonfinite,
-    stop_line,
-    summarize,
-)
+from training.summary import best, describe_training, epoch_line, raise_if_nonfinite, summarize
 from training.tracking import STEP_LOSS, Tracker
 
 log = logging.getLogger("train")
@@ -147,10 +133,11 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             log.info("%s: %s", run_folder.scores_line(summary), run_dir)
         else:
             tracker.stopped(stop.why(), continued=stop.will_resume)
-            log.info("%s: %s", stop_line(stop, progress), run_dir)
+            again = "run the same command with resume=auto to continue"
+            log.info("stopped (%s) %s; %s: %s", stop.why(), progress.position, again, run_dir)
 
     stop.leave(finished)
-    return {"format": run_folder.FORMAT, **summary}
+    return summary
 
 
 def train_epoch(
@@ -317,7 +304,7 @@ def finish_run(
     tracker: Tracker,
 ) -> dict[str, Any]:
     """The finished run's summary; it and the weights go to the folder, and to the dashboard."""
-    summary = summarize(cfg, config, progress, state.dataset, facts)
+    summary = summarize(config, progress, state.dataset, facts)
     if folder is not None:
         folder.write_weights(state.evaluated_model, state.description)
         if state.best_model is not None:

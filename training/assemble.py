@@ -2,23 +2,58 @@
 
 import copy
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import aaconv
 from data import Batches, Dataset, evaluation_batches
-from models import ForeignWeights, Trained, freeze
-from training import distributed
+from models import Description, ForeignWeights, ResNet, Trained, describe, freeze
+from models.fields import FORMAT
+from training import distributed, provenance
 from training.compose import make
-from training.device import compiled, set_deterministic, to_device
+from training.device import compiled, dtype_name, set_deterministic, to_device
 from training.initial import take_weights
 from training.loss import class_weights
 from training.optimizer import make_optimizer
-from training.settings import build_model
-from training.state import RunState
-from training.summary import describe_run
+from training.settings import build_model, resolve
+from training.variants import public_settings
+
+
+class RunState(NamedTuple):
+    """What trains: data, model, optimizer, and where they are."""
+
+    world: distributed.World
+    device: torch.device
+    dtype: torch.dtype
+    dataset: Dataset
+    batches: Batches
+    description: Description
+    model: nn.Module
+    wrapped_model: Any  # the model as training calls it: compiled, DistributedDataParallel
+    ema_model: AveragedModel | None
+    best_model: nn.Module | None  # the evaluated one after the epoch that is the best so far
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    autocast: torch.autocast
+    scaler: torch.amp.GradScaler
+    class_weights: Tensor | None  # (classes,), of the loss
+
+    def stateful(self) -> dict[str, Any]:
+        """The objects whose states a checkpoint keeps."""
+        names = ("model", "optimizer", "schedule", "scaler", "ema_model", "best_model")
+        return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The network whose scores count: the averaged one where there is one."""
+        if self.ema_model is None:
+            return self.model
+        averaged: nn.Module = self.ema_model.module
+        return averaged
 
 
 def build_state(
@@ -91,6 +126,25 @@ def build_state(
         # Only fp16 has too little range for gradients.
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         class_weights=class_weights(cfg.class_weights, dataset.train, dataset.num_classes),
+    )
+
+
+def describe_run(
+    cfg: DictConfig, network: ResNet, dataset: Dataset, dtype: torch.dtype
+) -> Description:
+    """What is kept with the weights, so that the network can be rebuilt from its file alone."""
+    return Description(
+        format=FORMAT,
+        network=describe(network),
+        class_names=list(dataset.class_names),
+        mean=list(dataset.mean),
+        std=list(dataset.std),
+        data=dataset.name,
+        data_digest=dataset.digest,
+        settings=public_settings(resolve(cfg)),
+        precision=dtype_name(dtype),
+        version=aaconv.__version__,
+        commit=provenance.commit(),
     )
 
 

@@ -14,13 +14,13 @@ from aaconv.text import one_line
 from models.fields import FORMAT, UnreadableError, is_number, parse, shortened
 from models.weight_files import check_tensors, named_tensors, read_torch
 from training import images, run_folder
+from training.assemble import RunState
 from training.device import precision_name
 from training.files import write_files
 from training.launch import shell_override
 from training.progress import Progress
 from training.records import Checkpoint
 from training.run_folder import LAST, PREVIOUS
-from training.state import RunState
 from training.variants import result_settings
 
 log = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from training import media, sweep
+from training.assemble import RunState
 from training.progress import Progress
 from training.provenance import uncommitted
 from training.run_folder import DESCRIPTION, LOG, WEIGHTS
-from training.state import RunState
 from training.tracking import STEP_LOSS, Tracker, agent_parameters, dashboard_config, track
 from training.variants import run_name
 

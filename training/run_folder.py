@@ -155,9 +155,8 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         """Write summary.json, which makes the run a finished one."""
-        content = {"format": FORMAT, **summary}
-        check_summary(content, f"{self.path / SUMMARY}")
-        write_json(self.path / SUMMARY, content)
+        check_summary(summary, f"{self.path / SUMMARY}")
+        write_json(self.path / SUMMARY, summary)
 
     def write_failure(self, error: FloatingPointError) -> None:
         """Write failed.json: why the run has no result."""

@@ -4,52 +4,21 @@ import logging
 import math
 from typing import Any
 
-import torch
 from omegaconf import DictConfig
 
-import aaconv
 from data import Dataset
-from models import (
-    Description,
-    ResNet,
-    count_flops,
-    count_parameters,
-    describe,
-    layer_facts,
-    layer_table,
-)
+from models import count_flops, count_parameters, layer_facts, layer_table
 from models.fields import FORMAT
-from training import provenance, stopping
+from training import provenance
+from training.assemble import RunState
 from training.device import dtype_name
 from training.progress import Progress
 from training.records import nonfinite
-from training.settings import resolve
-from training.state import RunState
-from training.variants import public_settings
 
 log = logging.getLogger(__name__)
 
 # Of larger maps one line says what they cost: the largest that the paper attends to.
 MAX_POSITIONS = 32 * 32
-
-
-def describe_run(
-    cfg: DictConfig, network: ResNet, dataset: Dataset, dtype: torch.dtype
-) -> Description:
-    """What is kept with the weights, so that the network can be rebuilt from its file alone."""
-    return Description(
-        format=FORMAT,
-        network=describe(network),
-        class_names=list(dataset.class_names),
-        mean=list(dataset.mean),
-        std=list(dataset.std),
-        data=dataset.name,
-        data_digest=dataset.digest,
-        settings=public_settings(resolve(cfg)),
-        precision=dtype_name(dtype),
-        version=aaconv.__version__,
-        commit=provenance.commit(),
-    )
 
 
 def describe_training(cfg: DictConfig, state: RunState) -> dict[str, Any]:
@@ -93,19 +62,16 @@ def describe_training(cfg: DictConfig, state: RunState) -> dict[str, Any]:
 
 
 def summarize(
-    cfg: DictConfig,
-    config: dict[str, Any],
-    progress: Progress,
-    dataset: Dataset,
-    facts: dict[str, Any],
+    config: dict[str, Any], progress: Progress, dataset: Dataset, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """A `training.records.Summary` of a finished run, but for its format."""
+    """The `training.records.Summary` of a finished run."""
     last = progress.rows[-1]
     return {
+        "format": FORMAT,
         "epochs": len(progress.rows),
-        "seed": cfg.seed,
+        "seed": config["seed"],
         **{key: last[key] for key in last if "/" in key and not key.startswith("perf/")},
-        **(best(progress.rows) if cfg.keep_best else {}),
+        **(best(progress.rows) if config["keep_best"] else {}),
         "perf/total_seconds": sum(row["perf/epoch_seconds"] for row in progress.rows),
         "per_class_top1": progress.per_class_top1,
         "class_names": list(dataset.class_names),
@@ -142,12 +108,4 @@ def epoch_line(row: dict[str, Any], epochs: int, on: str) -> str:
         f"epoch {row['epoch']}/{epochs}: loss {row['train/loss']:.4f}, {on} top-1 "
         f"{row[f'{on}/top1']:.2f}, top-5 {row[f'{on}/top5']:.2f}, lr {row['train/lr']:.3g}, "
         f"{row['perf/images_per_s']:.0f} images/s"
-    )
-
-
-def stop_line(stop: stopping.Stop, progress: Progress) -> str:
-    """Why and where a run has stopped, and how to continue it."""
-    return (
-        f"stopped ({stop.why()}) {progress.position}; run the same command with resume=auto to "
-        "continue"
     )
