@@ -286,11 +286,8 @@ def set_(state, value, *keys):
         (None, ("model",), "model is null, not tensors by their names"),
         (torch.zeros(5), ("optimizer", "state", 0, "exp_avg"), "optimizer: exp_avg is (5,) of "),
         ([1], ("optimizer", "state", 1, "exp_avg_sq"), "optimizer: exp_avg_sq is "),
-        ("fast", ("optimizer", "param_groups", 0, "lr"), 'param_groups[0].lr is "fast", not 0.05'),
-        (None, ("optimizer", "param_groups", 0, "betas"), "param_groups[0].betas is null, not "),
         (None, ("optimizer",), "written by a different version"),
-        ("x", ("schedule", "last_epoch"), 'schedule.last_epoch is "x", not 0'),
-        ([], ("schedule", "_last_lr"), "schedule._last_lr has 0 values, not 1"),
+        (None, ("schedule",), "written by a different version"),
     ],
 )
 def test_damaged_states_are_one_line(tmp_path, value, keys, words):

@@ -233,7 +233,7 @@ def test_a_schedule_that_is_elsewhere_than_its_run_is_refused(run, tmp_path):
     path = tmp_path / "run" / "last.pt"
     whole = torch.load(path, weights_only=True)
     taken = whole["schedule"]["last_epoch"]
-    for step in (-7, taken + 1, 10**9):
+    for step in (-7, taken + 1, 10**9, "x"):
         torch.save(whole | {"schedule": {**whole["schedule"], "last_epoch": step}}, path)
         with pytest.raises(ValueError, match=f"schedule.last_epoch is {step} steps, not {taken}"):
             run("resume=auto")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aaconv.text import one_line
-from models.fields import FORMAT, UnreadableError, is_number, parse, shortened
+from models.fields import FORMAT, UnreadableError, parse
 from models.weight_files import check_tensors, named_tensors, read_torch
 from training import images, run_folder
 from training.assemble import RunState
@@ -223,32 +223,11 @@ def restore(state: dict[str, Any], stateful: dict[str, Any], path: Path) -> None
                 check_tensors(tensors, part.state_dict(), name, "this run's network", finite=False)
                 part.load_state_dict(tensors)
                 continue
-            before = part.state_dict()
             part.load_state_dict(state[name])
-            _check_alike(part.state_dict(), before, name)
             if isinstance(part, torch.optim.Optimizer):
                 _check_shapes(part)
     except Exception as error:  # whatever torch meets in what is damaged
         raise UnreadableError(f"{path} {OTHER_CODE}: {one_line(error)}") from error
-
-
-def _check_alike(value: Any, before: Any, where: str) -> None:
-    """Raise UnreadableError unless ``value`` has the keys and types that a new state has.
-
-    It may have more keys: those of an optimizer that has taken a step, or of another version.
-    """
-    if not isinstance(value, type(before)) and not (is_number(value) and is_number(before)):
-        raise UnreadableError(f"{where} is {shortened(value)}, not {shortened(before)} or the like")
-    if isinstance(before, dict):
-        for key in before:
-            if key not in value:
-                raise UnreadableError(f"{where}.{key} is missing")
-            _check_alike(value[key], before[key], f"{where}.{key}")
-    elif isinstance(before, list | tuple):
-        if len(value) != len(before):
-            raise UnreadableError(f"{where} has {len(value)} values, not {len(before)}")
-        for index, (one, own) in enumerate(zip(value, before, strict=True)):
-            _check_alike(one, own, f"{where}[{index}]")
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
