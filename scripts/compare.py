@@ -173,7 +173,7 @@ def compare(
     before = {run for run in runs if run.outcome.kind == DONE}
     # By it the dashboard shows the runs together; where the user gives another, that one counts.
     group = [] if "WANDB_RUN_GROUP" in os.environ else [comparison.name]
-    grouped = [*(f"wandb.group={launch.hydra_quote(name)}" for name in group), *overrides]
+    grouped = [*(launch.override("wandb.group", name) for name in group), *overrides]
     outcomes: dict[PlannedRun, Outcome] = {}
     stopped = None
     try:

@@ -15,7 +15,7 @@ from omegaconf.errors import (
 )
 
 from configs.schema import is_text, unknown_setting
-from training.launch import hydra_quote, shell_override
+from training.launch import override, shell_override
 
 OUT_OF_MEMORY = (
     "can't allocate memory",
@@ -96,7 +96,7 @@ def _grammar_fault(error: OverrideParseException) -> str:
         return "hydra.searchpath=[DIR] adds a folder with options of yours"
     if not equals:
         return "settings are NAME=VALUE"
-    word = f"{key}={hydra_quote(value)}"
+    word = override(key, value)
     if not value or not is_text(key) or not _parses(word):
         return fault
     return f"{fault}; quote such text for Hydra and for the shell: {shell_override(key, value)}"

@@ -1,5 +1,6 @@
 """Starting train.py in a process of its own, and ending it."""
 
+import json
 import os
 import re
 import shlex
@@ -21,16 +22,25 @@ REASON = "AACONV_REASON"
 SAVE_TIMEOUT_S = 60.0
 
 
-def hydra_quote(value: object) -> str:
-    """For Hydra, which would read the "=" or "," of a folder's name as its own."""
+def override(key: str, value: Any) -> str:
+    """``key=value`` as Hydra reads it: as this value, even where a text has a "=" or a "," in it.
+
+    Args:
+        key: a setting's name.
+        value: a text, a path, or what JSON has a form for.
+    """
+    return f"{key}={_quoted(f'{value}') if isinstance(value, str | Path) else json.dumps(value)}"
+
+
+def _quoted(text: str) -> str:
     # In Hydra's grammar a backslash is itself, except before a quote.
-    text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), str(value))
+    text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
     return f"'{text}'"
 
 
-def shell_override(key: str, value: object) -> str:
-    """``key=value`` as one word of a shell's command line, quoted for Hydra and for the shell."""
-    word = f"{key}={hydra_quote(value)}"
+def shell_override(key: str, value: str | Path) -> str:
+    """`override` as one word of a shell's command line."""
+    word = override(key, value)
     # Double quotes are easier to read than what shlex makes of single ones.
     return f'"{word}"' if not set(word) & set('"$`\\!\n') else shlex.quote(word)
 
@@ -53,10 +63,7 @@ def start(
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    where = [
-        f"out_dir={hydra_quote(out_dir.absolute())}",
-        f"run_dir={hydra_quote(run_dir.absolute())}",
-    ]
+    where = [override("out_dir", out_dir.absolute()), override("run_dir", run_dir.absolute())]
     return subprocess.Popen(
         [*command, str(TRAIN), *overrides, *where],
         stdin=subprocess.DEVNULL,

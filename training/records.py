@@ -53,7 +53,6 @@ SPLITS = ("test", "val")
 SCORES = {"loss": Loss, "top1": Score, "top5": Score}
 
 
-@cache
 def row_type(columns: tuple[str, ...]) -> Any:
     """The type of a row of metrics.csv: a dict of the columns of each run, and of ``columns``."""
     on = next((s for s in SPLITS if any(c.startswith(f"{s}/") for c in columns)), SPLITS[0])

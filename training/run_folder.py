@@ -52,7 +52,7 @@ from models.saved import (
     tensors_as_bytes,
 )
 from training import console
-from training.files import csv_text, make_folder, write_files, write_json, write_text
+from training.files import csv_text, make_folder, write_files, write_json, write_text, write_texts
 from training.records import Failure, NoRun, Summary, check_summary, row_type
 
 METRICS = "metrics.csv"
@@ -114,16 +114,16 @@ class RunFolder:
         for path in (*replaced, self.path / FAILURE, self.path / NO_RUN):
             path.unlink(missing_ok=True)
         make_folder(self.path / HYDRA, self._made)
-        self._write_new(self.path / HYDRA / "config.yaml", OmegaConf.to_yaml(cfg))
+        settings = {"config.yaml": OmegaConf.to_yaml(cfg)}
         if HydraConfig.initialized():
             hydra = HydraConfig.get()
-            self._write_new(self.path / HYDRA / "hydra.yaml", OmegaConf.to_yaml({"hydra": hydra}))
-            words = OmegaConf.to_yaml(hydra.overrides.task)
-            self._write_new(self.path / HYDRA / "overrides.yaml", words)
+            settings["hydra.yaml"] = OmegaConf.to_yaml({"hydra": hydra})
+            settings["overrides.yaml"] = OmegaConf.to_yaml(hydra.overrides.task)
+        texts = {self.path / HYDRA / name: text for name, text in settings.items()}
+        self._made += [path for path in (*texts, self.path / LOG) if not path.exists()]
+        write_texts(texts)
         if (self.path / LOG).is_fifo():  # to open it would wait for somebody who reads
             raise ValueError(f"{self.path / LOG} is not a regular file; delete it")
-        if not (self.path / LOG).exists():
-            self._made.append(self.path / LOG)
         self._log = _LogFile(self.path / LOG)
         self._early.setTarget(self._log)
         self._early.flush()
@@ -165,11 +165,6 @@ class RunFolder:
             failure["data_digest"] = self._data_digest
         write_json(self.path / FAILURE, failure)
         self.keep()
-
-    def _write_new(self, path: Path, text: str) -> None:
-        if not path.exists():
-            self._made.append(path)
-        write_text(path, text)
 
     def _acquire(self) -> filelock.BaseFileLock:
         while True:

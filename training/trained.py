@@ -1,7 +1,6 @@
 """The settings and the images of a run, found again by its trained network alone."""
 
 import hashlib
-import json
 import logging
 import os
 from functools import lru_cache
@@ -21,7 +20,7 @@ from training import run_folder
 from training.compose import compose_config, make
 from training.device import precision_name
 from training.errors import explain
-from training.launch import hydra_quote
+from training.launch import override
 from training.settings import resolve
 
 log = logging.getLogger(__name__)
@@ -55,9 +54,9 @@ def compose_settings(
             )
         words += _own_data_words(trained)
     elif "data=folder" in overrides:  # whose images are brought to any size
-        words.append(f"data.size={list(trained.image_size)}")
+        words.append(override("data.size", trained.image_size))
     if "channels_last" in settings:
-        words.append(f"channels_last={json.dumps(settings['channels_last'])}")
+        words.append(override("channels_last", settings["channels_last"]))
     try:
         cfg = compose_config([*words, *overrides])
     except (HydraException, OmegaConfBaseException) as error:
@@ -80,17 +79,10 @@ def _own_data_words(trained: models.Trained) -> list[str]:
     """The overrides of the run's own data, but for where they are."""
     own = _own_data(trained)
     folder = own.get("_target_") == FolderConfig._target_
-    words = [f"data={'folder' if folder else trained.description.data}"]
-    # What is called cifar10 is chosen by the option above; a folder is called as it is now.
-    return words + [
-        f"data.{key}={_as_word(value)}"
-        for key, value in own.items()
-        if key not in ("_target_", "name")
-    ]
-
-
-def _as_word(value: Any) -> str:
-    return hydra_quote(value) if isinstance(value, str) else json.dumps(value)
+    # What is called cifar10 is chosen by this option; a folder is called as it is now.
+    option = f"data={'folder' if folder else trained.description.data}"
+    named = (key for key in own if key not in ("_target_", "name"))
+    return [option, *(override(f"data.{key}", own[key]) for key in named)]
 
 
 def load_data(cfg: DictConfig, trained: models.Trained, path: str) -> EvaluationSet:
@@ -196,7 +188,7 @@ def _find_own_images(
     described, words = trained.description, _own_data_words(trained)
     recorded = root = _recorded_root(path)
     if _own_data(trained).get("_target_") == FolderConfig._target_:
-        words.append(f"data.size={list(size)}")
+        words.append(override("data.size", size))
         if root is None or not Path(os.path.expanduser(root)).exists():
             root = given_root  # where they may be, unless it has test images alone
     else:  # of which not all are downloaded, or have a root
@@ -204,7 +196,7 @@ def _find_own_images(
         words += ["data.download=false"] if "download" in there else []
         recorded = root = root if "root" in there else None
     try:
-        where = [] if root is None else [f"data.root={hydra_quote(root)}"]
+        where = [] if root is None else [override("data.root", root)]
         digest, own_size, own = _own_images((*words, *where))
     except (ValueError, OSError, HydraException) as error:
         if root == recorded:

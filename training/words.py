@@ -1,7 +1,6 @@
 """The words of train.py's command line, before Hydra reads them."""
 
 import ast
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from training.compose import CONFIGS
-from training.launch import hydra_quote
+from training.launch import override
 
 
 def expand(word: str) -> list[str]:
@@ -32,7 +31,7 @@ def _flat(key: str, value: Any) -> Iterator[str]:
         for name, inner in value.items():
             yield from _flat(f"{key}.{name}", inner)
     else:
-        yield f"{key}={hydra_quote(value) if isinstance(value, str) else json.dumps(value)}"
+        yield override(key, value)
 
 
 def fault(words: list[str]) -> str | None:
