@@ -139,7 +139,7 @@ def train(runs: list[PlannedRun], run: PlannedRun, overrides: list[str], out_dir
     with tempfile.TemporaryDirectory() as folder:
         reason = Path(folder) / "reason"
         env = os.environ | {launch.REASON: str(reason), sweep.FIXED: fixed}
-        process = launch.start(words, run.folder, out_dir, env=env)
+        process = launch.start(words, run.folder, out_dir, env)
         try:
             while process.poll() is None:
                 line = status(runs, run)

@@ -103,14 +103,20 @@ def results(folder: Path) -> dict[str, Any]:
 
 def begin(folder: Path, overrides: list[str], processes: int) -> subprocess.Popen[bytes]:
     """The run of ``folder``, or what is left of it; what it prints goes to ``folder``.txt."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    where = [
+        launch.override("out_dir", folder.parent.absolute()),
+        launch.override("run_dir", folder.absolute()),
+    ]
     with folder.with_suffix(".txt").open("ab") as output:
-        return launch.start(
-            overrides,
-            folder,
-            folder.parent,
-            processes=processes,
+        return subprocess.Popen(
+            [*command, str(launch.TRAIN), *overrides, *where],
+            stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
             # Sums depend on the number of threads, and processes share the cores.
             env={"OMP_NUM_THREADS": "1", **os.environ},
         )

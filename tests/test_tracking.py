@@ -392,7 +392,7 @@ def test_an_id_of_the_environment_reaches_no_job_of_a_sweep(monkeypatch, tmp_pat
     score = {"evaluated_on": "test", "test/top1": 1.0, "test/top5": 2.0}
     monkeypatch.setattr(train, "train", lambda *_: seen.append(names & os.environ.keys()) or score)
     monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, env, **__: processes.append(env))
-    launch.start([], tmp_path, tmp_path)
+    launch.start([], tmp_path, tmp_path, os.environ)
     assert processes[0].keys().isdisjoint(names)
     call(cli.run, "-m", *TINY, "seed=0,1", f"out_dir={tmp_path}")
     assert seen == [set(), set()]

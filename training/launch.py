@@ -1,7 +1,6 @@
 """Starting train.py in a process of its own, and ending it."""
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -46,30 +45,19 @@ def shell_override(key: str, value: str | Path) -> str:
 
 
 def start(
-    overrides: Iterable[str],
-    run_dir: Path,
-    out_dir: Path,
-    *,
-    processes: int = 1,
-    env: Mapping[str, str] | None = None,
-    **options: Any,
+    overrides: Iterable[str], run_dir: Path, out_dir: Path, env: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
-    """train.py with these settings, in the folder ``run_dir``; ``options`` are Popen's.
+    """train.py with these settings, in the folder ``run_dir``.
 
-    With several ``processes`` torchrun starts them. What ``env``, by default this process's
-    environment, says of one run of wandb's is left out. A terminal's Ctrl-C does not reach the run:
-    who has started it passes it on, see `interrupt`.
+    What the environment ``env`` says of one run of wandb's is left out. A terminal's Ctrl-C does
+    not reach the run: who has started it passes it on, see `interrupt`.
     """
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     where = [override("out_dir", out_dir.absolute()), override("run_dir", run_dir.absolute())]
     return subprocess.Popen(
-        [*command, str(TRAIN), *overrides, *where],
+        [sys.executable, str(TRAIN), *overrides, *where],
         stdin=subprocess.DEVNULL,
         start_new_session=True,
-        env={k: v for k, v in (env or os.environ).items() if k not in WANDB_RUN_VARS},
-        **options,
+        env={k: v for k, v in env.items() if k not in WANDB_RUN_VARS},
     )
 
 
