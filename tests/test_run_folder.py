@@ -152,6 +152,14 @@ def test_a_lock_that_fails_leaves_no_folder(tmp_path, flock_fails, number):
     assert everything_below(tmp_path) == {}
 
 
+def test_a_claim_that_cannot_name_its_holder_leaves_no_lock(tmp_path):
+    """As on a full disk."""
+    (tmp_path / ".holder").mkdir()
+    with pytest.raises(OSError, match=r"\.holder cannot be written"), claimed(tmp_path):
+        pass
+    assert everything_below(tmp_path) == {tmp_path / ".holder": None}
+
+
 def test_a_lock_that_cannot_be_let_go_ends_no_run(tmp_path, monkeypatch):
     real = fcntl.flock
 

@@ -92,6 +92,7 @@ class RunFolder:
         self.path = path
         self._made: list[Path] = []  # in the order in which they were made
         self._kept = False
+        self._claim: filelock.BaseFileLock | None = None
         self._data_digest: str | None = None
         self._log: _LogFile | None = None
         # What is logged before the run may write to its folder.
@@ -166,7 +167,7 @@ class RunFolder:
         write_json(self.path / FAILURE, failure)
         self.keep()
 
-    def _acquire(self) -> filelock.BaseFileLock:
+    def _acquire(self) -> None:
         while True:
             make_folder(self.path, self._made)
             try:
@@ -185,10 +186,10 @@ class RunFolder:
             if Path(lock.lock_file).exists():
                 break
             lock.release(force=True)
+        self._claim = lock
         write_text(self.path / HOLDER, json.dumps(_this_process()))
-        return lock
 
-    def _close(self, lock: filelock.BaseFileLock | None) -> None:
+    def _close(self) -> None:
         """End the claim; first remove what was made, where it is not worth keeping."""
         root = logging.getLogger()
         root.removeHandler(self._early)
@@ -200,12 +201,12 @@ class RunFolder:
             if not path.is_dir():
                 with suppress(OSError):
                     path.unlink()
-        if lock is not None:
+        if self._claim is not None:
             for name in (HOLDER, LOCK):
                 with suppress(OSError):  # Windows removes no file that is open
                     (self.path / name).unlink()
             with suppress(OSError):  # a file system that has lost its locks meanwhile
-                lock.release(force=True)
+                self._claim.release(force=True)
         for path in made:
             if path.is_dir():
                 with suppress(OSError):  # others may have put something there meanwhile
@@ -237,16 +238,15 @@ def claimed(path: Path) -> Iterator[RunFolder]:
         OSError: it cannot be made or written.
     """
     folder = RunFolder(path)
-    lock = None
     try:
-        lock = folder._acquire()
+        folder._acquire()
         logging.getLogger().addHandler(folder._early)
         yield folder
     except FloatingPointError as error:
         folder.write_failure(error)
         raise
     finally:
-        folder._close(lock)
+        folder._close()
 
 
 def holder(path: Path) -> str | None:
