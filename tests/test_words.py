@@ -3,6 +3,7 @@
 import pytest
 
 from training.compose import compose_config
+from training.launch import override
 from training.words import expand
 
 
@@ -37,3 +38,11 @@ def test_what_they_become_is_what_they_were():
         [*expand("optim={'lr': 0.05, 'decay': 'weights'}"), *expand("data={'val_size': 7}")]
     )
     assert (cfg.optim.lr, cfg.optim.decay.name, cfg.data.val_size) == (0.05, "weights", 7)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["a=b,c", "a'b", "a\\", "a\\'b", 'a"b', "${b}", "\\${b}", "\\\\${b:c}'", "$b", "\udcff"],
+)
+def test_a_text_reaches_the_settings_as_it_is(value):
+    assert compose_config([override("run_dir", value)]).run_dir == value

@@ -32,8 +32,8 @@ def override(key: str, value: Any) -> str:
 
 
 def _quoted(text: str) -> str:
-    # In Hydra's grammar a backslash is itself, except before a quote.
-    text = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + ("\\'" if m[2] else ""), text)
+    # In Hydra's grammar a backslash is itself, except before a quote and before an interpolation.
+    text = re.sub(r"(\\*)('|\$\{|$)", lambda m: 2 * m[1] + (f"\\{m[2]}" if m[2] else ""), text)
     return f"'{text}'"
 
 
