@@ -173,7 +173,7 @@ def run_job(
         SystemExit: a signal stops the sweep, or the end of the time; or another of several
             processes has died.
     """
-    from training import outcome, run_folder, settings
+    from training import checkpoint, outcome, run_folder, settings
     from training.distributed import broadcast_from_main, process_group
 
     hydra = HydraConfig.get()
@@ -190,13 +190,15 @@ def run_job(
         return _no_result(record, outcome.REFUSED, explain(error), cfg)
     try:
         with process_group(compiles=cfg.compile):
+            config = settings.resolve(cfg)
             # The main process alone looks, and so all of several do the same.
-            found = broadcast_from_main(lambda: _earlier_result(cfg, folder))
-            if found is not None:
-                record.write(*found[:2])
-                return found[2]
-            summary = train(cfg, folder)
-        record.write(outcome.DONE, run_folder.scores_line(summary))
+            before = broadcast_from_main(lambda: checkpoint.finished_before(folder, config))
+            summary = train(cfg, folder) if before is None else before
+        scores = run_folder.scores_line(summary)
+        if before is None:
+            record.write(outcome.DONE, scores)
+        else:
+            record.write(outcome.SKIPPED, f"finished before: {scores}")
         return run_folder.top1(summary)
     except SystemExit as stopped:
         record.write(*_from_folder(folder, None))
@@ -216,22 +218,6 @@ def run_job(
             return _no_result(record, outcome.DIVERGED, why, cfg)
         held = isinstance(error, run_folder.HeldError)
         return _no_result(record, outcome.SKIPPED if held else outcome.FAILED, why, cfg)
-
-
-def _earlier_result(cfg: DictConfig, folder: Path) -> tuple[str, str, float] | None:
-    """Outcome, reason and score of a job that has a result and would train nothing."""
-    from training import checkpoint, outcome, run_folder, settings
-
-    if cfg.resume != "auto" or cfg.overwrite:
-        return None
-    (kind, why), _ = outcome.read(folder)
-    if kind == outcome.DIVERGED:
-        return kind, f"{why} (before; overwrite=true trains it again)", NO_SCORE
-    summary = checkpoint.finished_before(folder, settings.resolve(cfg))
-    if summary is None:
-        return None
-    scores = run_folder.scores_line(summary)
-    return outcome.SKIPPED, f"finished before: {scores}", run_folder.top1(summary)
 
 
 def _no_result(record: Record, kind: str, why: str, cfg: DictConfig) -> float:
