@@ -7,13 +7,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 import models
 from configs.schema import OPTIONS
-from data import Dataset, EvaluationSet, Images
+from data import Dataset
 from reporting.runs import Run, Variant
 from training import run_folder
 from training.attention_picture import AttentionPicture, attention_pictures
 from training.compose import make
 from training.errors import explain
-from training.media import ATTENTION_IMAGES, spread
+from training.media import attention_images
 
 # What makes a data set.
 KNOWN = {kind._target_ for group, _, kind in OPTIONS if group == "data"}
@@ -30,7 +30,7 @@ def of_report(variants: list[Variant]) -> tuple[Run, dict[str, AttentionPicture]
         return None
     try:
         trained = models.load(run.folder)
-        images, titles = chosen(_dataset(run, trained), ATTENTION_IMAGES)
+        images, titles = attention_images(_dataset(run, trained))
         about = trained.description
         made = attention_pictures(trained.network, images, titles, about.mean, about.std)
     except (ValueError, TypeError, OSError, HydraException, OmegaConfBaseException) as error:
@@ -53,24 +53,3 @@ def _dataset(run: Run, trained: models.Trained) -> Dataset:
     if trained.description.data_digest != dataset.digest:
         raise ValueError(f"the images of {dataset.name} have changed since")
     return dataset
-
-
-def chosen(dataset: Dataset | EvaluationSet, number: int) -> tuple[Images, list[str]]:
-    """Images of the evaluation, evenly spread, and their classes."""
-    return by_index(dataset, spread(len(dataset.evaluation), number))
-
-
-def by_index(dataset: Dataset | EvaluationSet, indices: list[int]) -> tuple[Images, list[str]]:
-    """Images of the evaluation by their numbers, from 0 on, and their classes.
-
-    Raises:
-        ValueError: there is no image of that number.
-    """
-    for index in indices:
-        if not 0 <= index < len(dataset.evaluation):
-            raise ValueError(
-                f"there is no image {index}; {dataset.name} {dataset.evaluated_on} has the images "
-                f"0 to {len(dataset.evaluation) - 1}"
-            )
-    images = dataset.evaluation.select(indices)
-    return images, [dataset.class_names[label] for label in images.labels.tolist()]

@@ -61,12 +61,12 @@ import models
 from aaconv.text import one_line
 from data import Images
 from data.pictures import read_picture, reading_of
-from reporting import attention, figures
+from reporting import figures
 from reporting.text import printable
 from training.attention_picture import attention_pictures
 from training.device import choose_device
 from training.files import write_files
-from training.media import ATTENTION_IMAGES
+from training.media import ATTENTION_IMAGES, attention_images
 from training.trained import compose_settings, load_data
 
 # More rows or tiles would be a picture that no program opens.
@@ -113,8 +113,8 @@ def gather(
                 f"the images of {dataset.name} are {sizes[0]}, and {path} takes {sizes[1]}"
             )
         if words is None:
-            return attention.chosen(dataset, ATTENTION_IMAGES)
-        images, classes = attention.by_index(dataset, [int(number) for number in numbers])
+            return attention_images(dataset)
+        images, classes = attention_images(dataset, [int(number) for number in numbers])
         for number, pixels, label in zip(numbers, images.pixels, classes, strict=True):
             found[number] = pixels, f"{number}: {label}"
     rows = [found[word] for word in words]

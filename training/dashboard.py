@@ -99,7 +99,7 @@ def pictures(
     shown = tracker.active and cfg.tracking.media
     if not shown or len(progress.rows) not in media.media_epochs(cfg.epochs):
         return {}
-    return {**media.attention_pictures(state.evaluated_model, state.dataset)}
+    return media.attention_pictures(state.evaluated_model, state.dataset)
 
 
 def show(

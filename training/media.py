@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from aaconv import attention_stats
-from data import Dataset, evaluation_batches
+from data import Dataset, EvaluationSet, Images, evaluation_batches
 from models import augmented_layers
 from models.views import eval_mode
 from training import attention_picture
@@ -37,14 +37,34 @@ def media_epochs(epochs: int) -> frozenset[int]:
     return frozenset((1, (epochs + 1) // 2, epochs))
 
 
+def attention_images(
+    dataset: Dataset | EvaluationSet, indices: list[int] | None = None
+) -> tuple[Images, list[str]]:
+    """Images of the evaluation and their classes: by their numbers, or a few, evenly spread.
+
+    Raises:
+        ValueError: there is no image of that number.
+    """
+    number = len(dataset.evaluation)
+    if indices is None:
+        indices = spread(number, ATTENTION_IMAGES)
+    for index in indices:
+        if not 0 <= index < number:
+            raise ValueError(
+                f"there is no image {index}; {dataset.name} {dataset.evaluated_on} has the images "
+                f"0 to {number - 1}"
+            )
+    images = dataset.evaluation.select(indices)
+    return images, [dataset.class_names[label] for label in images.labels.tolist()]
+
+
 def attention_pictures(model: nn.Module, dataset: Dataset) -> dict[str, list[Picture]]:
     """What each augmented block of ``model`` attends to, on a few fixed images of the evaluation.
 
     One picture for each block, see `training.attention_picture`; computed in float32. Empty for a
     plain network.
     """
-    images = dataset.evaluation.select(spread(len(dataset.evaluation), ATTENTION_IMAGES))
-    names = [dataset.class_names[label] for label in images.labels.tolist()]
+    images, names = attention_images(dataset)
     drawn = attention_picture.attention_pictures(model, images, names, dataset.mean, dataset.std)
     return {
         f"media/attention/{layer}": [
