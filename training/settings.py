@@ -25,9 +25,8 @@ MAX_PARAMETERS = 10**10
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
     """All settings as plain values: interpolations followed, enums by their name."""
-    container = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
-    assert isinstance(container, dict)
-    return {str(key): value for key, value in container.items()}
+    plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
+    return plain
 
 
 def check(cfg: DictConfig, world_size: int = 1) -> None:
