@@ -11,10 +11,10 @@ import io
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -41,8 +41,20 @@ FULL_ERROR = os.environ.get(_USERS, os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def _main(cfg: DictConfig) -> float:
-    """What Hydra calls for each run: a run, or a job of a sweep."""
-    return job(importlib.import_module("train").train, cfg)
+    """Train ``cfg`` in its own folder; the last epoch's top-1 accuracy in percent.
+
+    Hydra calls it. A job of a sweep always returns, see `training.sweep.run_job`.
+    """
+    train = importlib.import_module("train").train
+    from training.distributed import process_group
+    from training.run_folder import top1
+
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return sweep.run_job(train, cfg, run_dir, full_error=FULL_ERROR)
+    with one_line_errors():
+        folder = run_dir(cfg)
+        with sweep.reason_kept(cfg, folder), process_group(compiles=cfg.compile):
+            return top1(train(cfg, folder))
 
 
 def run() -> None:
@@ -115,23 +127,6 @@ def _check_options() -> None:
     )
     if line is not None:
         stop(line)
-
-
-def job(train: Callable[[DictConfig, Path], dict[str, Any]], cfg: DictConfig) -> float:
-    """Train ``cfg`` in its own folder; the last epoch's top-1 accuracy in percent.
-
-    A job of a sweep always returns, see `training.sweep.run_job`.
-    """
-    from training.distributed import process_group
-    from training.run_folder import top1
-
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return sweep.run_job(train, cfg, run_dir, full_error=FULL_ERROR)
-    with one_line_errors():
-        folder = run_dir(cfg)
-        kept = sweep.reason_kept(cfg, folder) if under_agent() else nullcontext()
-        with kept, process_group(compiles=cfg.compile):
-            return top1(train(cfg, folder))
 
 
 def run_dir(cfg: DictConfig) -> Path:

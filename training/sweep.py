@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from training import console
 from training.errors import explain, is_for_the_user
 from training.files import write_json
-from training.tracking import WANDB_RUN_VARS
+from training.tracking import WANDB_RUN_VARS, under_agent
 from training.world import world
 
 if TYPE_CHECKING:
@@ -324,13 +324,14 @@ def _keep_reason(folder: Path, kind: str, why: str, config: dict[str, Any] | Non
 
 @contextmanager
 def reason_kept(cfg: DictConfig, folder: Path) -> Iterator[None]:
-    """Inside a run that an agent of a wandb sweep has started: leave why there is none."""
+    """Inside a run: where an agent of a wandb sweep has started it, leave why there is none."""
     from training import outcome, run_folder
 
     try:
         yield
     except Exception as error:
-        if world().is_main and not isinstance(error, run_folder.HeldError):
+        held = isinstance(error, run_folder.HeldError)
+        if under_agent() and world().is_main and not held:
             kind = outcome.REFUSED if isinstance(error, ValueError) else outcome.FAILED
             _keep_reason(folder, kind, explain(error), _settings(cfg))
         raise
