@@ -657,6 +657,7 @@ def test_names_of_any_overrides_fit_a_file_system(tmp_path):
         "\u00fc" * 300,
         "..",
         "/",
+        "data.name=\udcff",
         "",
     ]
     names = [folder_name([text]) for text in odd]

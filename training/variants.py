@@ -103,10 +103,9 @@ def variant_label(config: dict[str, Any], model: str, attention: str) -> str:
     Network, attention with dk, dv and Nh, and a digest of all `variant_settings`.
     """
     text = json.dumps(variant_settings(config), sort_keys=True)
-    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
     own = config["attention"]
     amounts = [f"{key}={own[key]}" for key in ("dk", "dv", "Nh") if key in own]
-    return " ".join([model, attention, *amounts, digest])
+    return " ".join([model, attention, *amounts, _digest(text)])
 
 
 def run_name(
@@ -154,10 +153,7 @@ def few_digits(value: str) -> str:
 
 def shortened(text: str, length: int) -> str:
     """``text``, with a digest in place of its end where it is longer than ``length``."""
-    if len(text) <= length:
-        return text
-    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=4).hexdigest()
-    return f"{text[: length - 9]}-{digest}"
+    return text if len(text) <= length else f"{text[: length - 9]}-{_digest(text)}"
 
 
 def folder_name(words: Iterable[str]) -> str:
@@ -166,4 +162,9 @@ def folder_name(words: Iterable[str]) -> str:
     name = re.sub(r"[^\w.,=+\[\]-]+", "-", text).encode()[:150].decode(errors="ignore")
     if name == text and text.strip("."):
         return name
-    return f"{name.strip('.')}-{hashlib.blake2b(text.encode(), digest_size=4).hexdigest()}"
+    return f"{name.strip('.')}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    # Names of a user's folders may hold bytes that are no UTF-8.
+    return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=4).hexdigest()
