@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePath
 from typing import Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig
 
 from configs.schema import OPTIONS, FolderConfig, decides_result, is_as_before, names_folder
+from training.compose import parse_overrides
 
 # Hydra's own words in the settings of an option.
 HYDRAS = ("_target_", "_partial_")
@@ -83,7 +83,7 @@ def naming_words(cfg: DictConfig, words: Iterable[str]) -> list[str]:
     Raises:
         HydraException: words that are no overrides.
     """
-    overrides = OverridesParser.create().parse_overrides(list(words))
+    overrides = parse_overrides(list(words))
     naming = [str(o.input_line) for o in overrides if names_folder(o.key_or_group)]
     told = any(word.startswith("data.name=") for word in naming)
     if not told and cfg.data["_target_"] == FolderConfig._target_:
@@ -127,7 +127,7 @@ def run_name(
     pairs = [
         (key, value)
         for key, value in pairs
-        if names_folder(key) and key not in left_out and not key.startswith(("hydra.", "~"))
+        if names_folder(key) and key not in left_out and not key.startswith("~")
     ]
     last = [key.rpartition(".")[2] for key, _ in pairs]
     shown = [
