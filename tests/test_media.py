@@ -75,6 +75,7 @@ def test_tables_count_what_a_network_takes_images_for():
     confidence = 100 * torch.tensor([3.0, 0, 0, 0]).softmax(0)[0].item()
     assert {row[3] for row in rows} == {round(confidence, 2)}
     assert rows[3][0].image.getpixel((0, 0)) == (2, 0, 0)
+    assert {row[0].image.size for row in rows} == {(6 * 12, 8 * 12)}
 
 
 def test_of_many_classes_the_matrix_has_those_with_the_most_mistakes():

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from aaconv import attention_stats
@@ -148,7 +148,8 @@ def _predictions(dataset: Dataset, logits: Tensor, labels: Tensor) -> Table:
         truth, guess = int(labels[index]), int(predicted[index])
         image = Image.fromarray(dataset.evaluation.pixels[index].cpu().numpy())
         # Enlarged, because browsers blur an image of 32 pixels.
-        picture = Picture(image.resize((96, 96), Image.Resampling.NEAREST), names[truth])
+        shown = ImageOps.contain(image, (96, 96), Image.Resampling.NEAREST)
+        picture = Picture(shown, names[truth])
         share = round(100 * float(confidence[index]), 2)
         rows.append([picture, names[truth], names[guess], share, "yes" if truth == guess else "no"])
     return Table(["image", "truth", "prediction", "confidence %", "correct"], rows)
