@@ -123,6 +123,7 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
         "data.val_size=8",
         "attention.dk=1.0",
         "attention.dv=4",
+        "++grad_accum=1",
         "name=" + "n" * 99,
     ]
     code, _ = train(*ONLINE, *words, "wandb.tags=[mine,two words]", "wandb.notes=why not")
@@ -150,6 +151,7 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
         "optim.lr": 0.002,
         "data.val_size": 8,
         "precision": "fp32",  # few runs differ in it: it is there because it was given
+        "grad_accum": 1,
         "model.widths": [4, 8, 8],
         "env.precision": "float32",
         "env.torch": summary["segments"][0]["versions"]["torch"],

@@ -347,6 +347,7 @@ def test_names_that_are_too_long_keep_apart():
         ("model=resnet8 optim.lr=0.1", {"fixed": ["model"]}, "aa lr=0.1 seed=3"),
         ("experiment=cpu ++ema=0.9", {"group": "cpu"}, "aa ema=0.9 seed=3"),
         ("experiment=cpu ++ema=0.9", {"group": "g"}, "aa experiment=cpu ema=0.9 seed=3"),
+        ("++ema=0.9 ++optim.lr=0.1", {"fixed": ["++ema"]}, "aa lr=0.1 seed=3"),
         ("attention.dk=8 model.aa.dk=4", {}, "aa attention.dk=8 model.aa.dk=4 seed=3"),
         ("out_dir=x wandb.group=y hydra.verbose=true tracking=csv", {}, "aa seed=3"),
         ("optim.lr=0.06273819045551 ema=0.9995", {}, "aa lr=0.06274 ema=0.9995 seed=3"),

@@ -36,6 +36,7 @@ def start_tracking(
     """
     tags = cfg.wandb.tags or filter(None, map(str.strip, _environment("TAGS").split(",")))
     words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+    given = [word.lstrip("+").partition("=")[0] for word in words]
     segment = {k: v for k, v in progress.segments[-1].items() if k != "first_epoch"}
     with track(
         config["wandb"]["mode"] if state.world.is_main else "disabled",
@@ -47,7 +48,7 @@ def start_tracking(
         job_type=_environment("JOB_TYPE") or "train",
         tags=[facts["model"], facts["attention"], facts["data"], *tags],
         notes=cfg.wandb.notes,
-        config=dashboard_config(config, facts, segment, [w.partition("=")[0] for w in words]),
+        config=dashboard_config(config, facts, segment, given),
         run_id=progress.wandb_id,
         rows=history(progress, len(state.batches)),
     ) as tracker:

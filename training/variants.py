@@ -120,15 +120,11 @@ def run_name(
         group: of the run; an experiment of the same name is not repeated.
         fixed: the settings that are the same in all runs of its sweep.
     """
-    left_out = {"attention", "model", *fixed}
-    pairs = [word.lstrip("+").partition("=")[::2] for word in words]
-    pairs = [pair for pair in pairs if pair != ("experiment", group)]
-    model = [value for key, value in pairs if key == "model" and key not in fixed]
-    pairs = [
-        (key, value)
-        for key, value in pairs
-        if names_folder(key) and key not in left_out and not key.startswith("~")
-    ]
+    same = {"attention", *(key.lstrip("+") for key in fixed)}
+    pairs = [word.lstrip("+").partition("=")[::2] for word in words if not word.startswith("~")]
+    pairs = [pair for pair in pairs if pair[0] not in same and pair != ("experiment", group)]
+    model = [value for key, value in pairs if key == "model"]
+    pairs = [(key, value) for key, value in pairs if key != "model" and names_folder(key)]
     last = [key.rpartition(".")[2] for key, _ in pairs]
     shown = [
         f"{short if last.count(short) == 1 else key}={few_digits(value)}"
