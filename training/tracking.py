@@ -166,7 +166,7 @@ class Tracker:
         self._guarded(
             LOG_TIMEOUT,
             # Without commit it would be sent with the next row.
-            lambda run: run.log(row | _converted(media or {}), step=row["step"], commit=True),
+            lambda run: run.log(row | _convert(media or {}), step=row["step"], commit=True),
         )
 
     def summarize(self, values: dict[str, Any]) -> None:
@@ -177,7 +177,7 @@ class Tracker:
         """Put what there is to see of the whole run, all of `CHARTS` too, into its summary."""
 
         def send(run: Any) -> None:
-            values = _converted(media)
+            values = _convert(media)
             panels = {}
             for name, (preset, fields, title) in CHARTS.items():
                 table = values[chart_table(name)] = values.pop(name)
@@ -192,7 +192,7 @@ class Tracker:
 
     def post(self, media: dict[str, Media]) -> None:
         """What there is to see of several runs: an entry of its own in the history."""
-        self._guarded(CLOSE_TIMEOUT, lambda run: run.log(_converted(media), commit=True))
+        self._guarded(CLOSE_TIMEOUT, lambda run: run.log(_convert(media), commit=True))
 
     def artifact(self, name: str, kind: str, files: Sequence[Path], facts: dict[str, Any]) -> None:
         """Keep ``files`` with the run, under a name of the kind ``kind``.
@@ -279,16 +279,14 @@ def _sync(folder: Path) -> str:
     return f"`wandb sync {online}{shlex.quote(str(folder))}`"
 
 
-def _converted(media: dict[str, Media]) -> dict[str, Any]:
-    return {name: _convert(it) for name, it in media.items()}
-
-
 def _convert(it: Any) -> Any:
-    """Pictures and tables as wandb's own, and lists of what they hold; all else stays as it is."""
+    """Pictures and tables as wandb's own, also in dicts and lists; all else stays as it is."""
     if isinstance(it, Picture):
         return _wandb().Image(it.image, caption=it.caption)
     if isinstance(it, Table):
         return _wandb().Table(it.columns, _convert(it.rows))
+    if isinstance(it, dict):
+        return {name: _convert(one) for name, one in it.items()}
     return [_convert(one) for one in it] if isinstance(it, list) else it
 
 
