@@ -151,7 +151,7 @@ def train(runs: list[PlannedRun], run: PlannedRun, overrides: list[str], out_dir
         except BaseException:
             launch.interrupt(process)
             raise
-        why = reason.read_text(encoding="utf-8") if reason.exists() else ""
+        why = reason.read_text("utf-8", "surrogateescape") if reason.exists() else ""
     if process.returncode in outcome.STOP_CODES:
         raise KeyboardInterrupt(process.returncode)
     return outcome.of_process(run.outcome, run.folder, process.returncode, why)

@@ -329,7 +329,7 @@ here = pathlib.Path(__file__).parent
 guard = time.monotonic() + 240
 while not (here / "told").exists() and time.monotonic() < guard:
     time.sleep(0.01)
-pathlib.Path(os.environ["AACONV_REASON"]).write_text("the disk is full")
+pathlib.Path(os.environ["AACONV_REASON"]).write_bytes(b"the disk of caf\\xe9 is full")
 sys.exit(2)"""
     )
     lines = ["one", "one", "two"]
@@ -346,7 +346,7 @@ sys.exit(2)"""
     monkeypatch.setattr(compare, "status", status)
     run = PlannedRun(("attention=aa", "attention.dk=8"), 3, tmp_path, epochs=5)
     ended = compare.train([run], run, ["epochs=5", "max_minutes=1.500"], tmp_path / "o")
-    assert ended == (outcome.FAILED, "the disk is full")
+    assert ended == (outcome.FAILED, "the disk of caf\udce9 is full")
     assert capsys.readouterr().out == "one\ntwo\n"
     assert (tmp_path / "words").read_text().splitlines() == [
         "epochs=5",
