@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import stat
 import threading
@@ -33,16 +32,6 @@ _GAP = 3
 # Images of more pixels than this are decoded one at a time, for the sake of memory.
 _LARGE = 2**25
 _one_large = threading.Lock()
-# What an image is turned by for each orientation that EXIF data may have.
-_TURNS = {
-    2: "FLIP_LEFT_RIGHT",
-    3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
-    5: "TRANSPOSE",
-    6: "ROTATE_270",
-    7: "TRANSVERSE",
-    8: "ROTATE_90",
-}
 # Numbers of 16 bits for each color, which Pillow reads in their upper eight alone. A PPM says which
 # number is white; one with another than this, such as 4095, is read by that.
 _DEEP_COLOR = re.compile(r";16[BLN]|'RGB', 65535")
@@ -80,12 +69,9 @@ def read_picture(
 
 def read_file(path: Path) -> bytes:
     """What is in a file; raises ValueError for a pipe or a device, without waiting for either."""
-    # Without O_NONBLOCK to open a pipe waits for somebody who writes into it.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ValueError("it is not a regular file")
-        return file.read()
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a regular file")
+    return path.read_bytes()
 
 
 def reading_of(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,11 +163,11 @@ class _NumbersError(ValueError):
 
 
 def _decode(picture: Any, size: tuple[int, int], white: float | None, deep_color: bool) -> Decoded:
-    # ImageOps.exif_transpose also writes the other EXIF data again, which fails for damaged ones.
     picture.load()  # which turns a TIFF, and takes its orientation away
-    orientation = picture.getexif().get(0x0112)
-    if orientation in _TURNS:
-        picture = picture.transpose(Image.Transpose[_TURNS[orientation]])
+    picture.getexif()  # which is kept, while what would be written again may be damaged
+    for name in ("exif", "Raw profile type exif"):
+        picture.info.pop(name, None)
+    ImageOps.exif_transpose(picture, in_place=True)
     largest = None
     if deep_color:
         if white not in (None, WHITE_OF_16_BITS):
