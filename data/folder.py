@@ -53,7 +53,7 @@ LARGEST = 1024
 # From this many images on there is a progress bar.
 MANY = 500
 # Of what is kept in the cache; another way to read or to scale raises it.
-FORMAT = 3
+FORMAT = 4
 # Bytes of images that are decoded before they are written to the cache.
 BLOCK = 2**24
 # A set of images of 16 bits of which none is this bright has numbers of fewer bits.

@@ -175,10 +175,9 @@ def _decode(picture: Any, size: tuple[int, int], white: float | None, deep_color
                 "it has 16 bits for each color, of which only the upper 8 are read: data.white "
                 "holds for gray images alone; save it with 8 bits for each color"
             )
-        # Of each upper byte the largest number that it may stand for.
-        bands = picture.getextrema()
-        largest = max(high for _, high in (bands if isinstance(bands[0], tuple) else [bands]))
-        largest = largest * 256 + 255
+        # Of each upper byte the largest number that it may stand for; opacity is no color.
+        colors = [picture.getchannel(name) for name in picture.getbands() if name not in "AX"]
+        largest = max(band.getextrema()[1] for band in colors) * 256 + 255
     elif picture.mode == "F" or picture.mode.startswith("I"):
         picture, largest = _scaled(picture, white)
     fitted = ImageOps.fit(_as_rgb(picture), size[::-1], method=Image.Resampling.BICUBIC)

@@ -120,23 +120,28 @@ def test_what_is_refused_is_refused_again_when_it_comes_from_the_cache(root):
             load(root)
 
 
-def deep_color_png(largest):
-    """A PNG (6, 8) of 16 bits for each color, which Pillow itself cannot write."""
+def deep_color_png(*numbers):
+    """A PNG (6, 8) of one color, of 16 bits for each of its 2 (gray) to 4 numbers.
+
+    Pillow itself cannot write it. An even number of them is with opacity.
+    """
 
     def chunk(name, content):
         crc = struct.pack(">I", zlib.crc32(name + content))
         return struct.pack(">I", len(content)) + name + content + crc
 
-    row = b"\0" + struct.pack(">3H", largest, largest, largest) * SIZE[1]
-    head = struct.pack(">IIBBBBB", SIZE[1], SIZE[0], 16, 2, 0, 0, 0)
+    row = b"\0" + struct.pack(f">{len(numbers)}H", *numbers) * SIZE[1]
+    kind = {2: 4, 3: 2, 4: 6}[len(numbers)]
+    head = struct.pack(">IIBBBBB", SIZE[1], SIZE[0], 16, kind, 0, 0, 0)
     body = [chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(row * SIZE[0])), chunk(b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
 @pytest.mark.parametrize("largest", [4095, 65000])
-def test_colors_of_16_bits_keep_their_upper_eight_or_are_refused(root, largest):
+@pytest.mark.parametrize(("colors", "opacity"), [(3, []), (3, [65535]), (1, [65535])])
+def test_colors_of_16_bits_keep_their_upper_eight_or_are_refused(root, largest, opacity, colors):
     for path in root.rglob("*.png"):
-        path.write_bytes(deep_color_png(largest))
+        path.write_bytes(deep_color_png(*[largest] * colors, *opacity))
     if largest == 4095:
         with pytest.raises(ValueError, match=r"no number in its color .* above 4095, and of each"):
             load(root)
