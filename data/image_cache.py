@@ -74,7 +74,8 @@ def store(
     made = None
     try:
         path = _path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # Compiled kernels are kept there, too, which nobody else may change.
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free < size:
             raise OSError(f"{path.parent} has no room for {size / 1e9:.1f} GB")
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix="part-", delete=False) as part:

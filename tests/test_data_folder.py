@@ -258,6 +258,17 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(root, monkeypatch, tm
         assert not list((tmp_path / "cache" / "aaconv").iterdir())
 
 
+def test_the_folder_of_the_cache_is_nobody_elses(root):
+    """Kernels are compiled into it, and taken only where nobody else could have changed them."""
+    before = os.umask(0o002)
+    try:
+        load(root)
+    finally:
+        os.umask(before)
+    for path in (image_cache.cache_folder(), *image_cache.cache_folder().iterdir()):
+        assert not path.stat().st_mode & 0o077
+
+
 def test_ctrl_c_leaves_nothing_in_the_cache(root, monkeypatch, tmp_path):
     def pressed(*_):
         raise KeyboardInterrupt
