@@ -7,9 +7,8 @@ import os
 import pickle
 import socket
 import tempfile
-import urllib.error
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ TRAIN_SIZE = 50_000
 # Limit for each network operation of a download, connecting included, so that a machine without a
 # network says so soon.
 _NETWORK_TIMEOUT_S = 5.0
-_DOWNLOAD_ERRORS = (OSError, RuntimeError, http.client.HTTPException)
 
 
 @dataclass(frozen=True)
@@ -150,7 +148,7 @@ def _download(kind: Any, root: str) -> None:
             what = "the download failed"
             _fetch(kind, root, staging)
             _move(kind, staging, root)
-    except _DOWNLOAD_ERRORS as error:
+    except (OSError, RuntimeError, http.client.HTTPException) as error:
         raise _unusable(kind, root, f"{what} ({_short(error)})") from error
 
 
@@ -161,8 +159,12 @@ def _fetch(kind: Any, root: str, staging: str) -> None:
     archive = os.path.join(root, kind.filename)
     if datasets.utils.check_integrity(archive, kind.tgz_md5):
         datasets.utils.extract_archive(archive, staging)
-    with _network_timeout(_NETWORK_TIMEOUT_S):
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_NETWORK_TIMEOUT_S)
+    try:
         kind(staging, train=True, download=True)  # only checks what was extracted
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _move(kind: Any, staging: str, root: str) -> None:
@@ -201,19 +203,7 @@ def _damaged(kind: Any, root: str) -> Iterator[str]:
             yield file
 
 
-@contextmanager
-def _network_timeout(seconds: float) -> Iterator[None]:
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
 def _short(error: BaseException) -> str:
-    if isinstance(error, urllib.error.URLError) and not isinstance(error, urllib.error.HTTPError):
-        error = error.reason if isinstance(error.reason, BaseException) else error
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return one_line(error)
+    cause = getattr(error, "reason", None)  # of a URLError
+    error = cause if isinstance(cause, OSError) else error
+    return getattr(error, "strerror", None) or one_line(error)
