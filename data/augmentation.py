@@ -179,19 +179,9 @@ def _crop_and_flip(pixels: Tensor, draws: Draws, augmentation: Augmentation) -> 
         rows, columns = _reflect(rows - pad, height), _reflect(columns - pad, width)
     elif pad:
         pixels = F.pad(pixels, (0, 0, pad, pad, pad, pad))
-    return _gather(pixels, rows, columns)
+    return policies.pick(pixels, rows[:, :, None], columns[:, None, :])
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
     """Indices less than ``size`` outside of 0 to size - 1, reflected at the two ends."""
     return size - 1 - (size - 1 - index.abs()).abs()
-
-
-def _gather(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The (B, H, W, C) images whose pixel (b, i, j) is pixel (rows[b, i], columns[b, j]) of b."""
-    number, height, width, channels = pixels.shape
-    image = torch.arange(number, device=pixels.device)[:, None, None]
-    flat = (image * height + rows[:, :, None]) * width + columns[:, None, :]
-    # One flat index takes a quarter of the time that three broadcast ones take.
-    picked = pixels.reshape(-1, channels).index_select(0, flat.flatten())
-    return picked.view(*flat.shape, channels)

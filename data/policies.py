@@ -113,12 +113,25 @@ def _on_device(values: Tensor, pixels: Tensor) -> Tensor:
     return values.to(pixels.device, non_blocking=True)[:, None, None, None]
 
 
+def pick(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """The images whose pixel (b, i, j) is pixel (rows[b, i, j], columns[b, i, j]) of image b.
+
+    Of ``pixels`` (B, H, W, C); rows and columns are broadcast against each other.
+    """
+    number, height, width, channels = pixels.shape
+    image = torch.arange(number, device=pixels.device)[:, None, None]
+    flat = (image * height + rows) * width + columns
+    # One flat index takes a quarter of the time that three broadcast ones take.
+    picked = pixels.reshape(-1, channels).index_select(0, flat.flatten())
+    return picked.view(*flat.shape, channels)
+
+
 def _warp(pixels: Tensor, *matrix: Tensor | float) -> Tensor:
     """Samples whose pixel (x, y) is pixel (a x + b y + c, d x + e y + f), black outside.
 
     The nearest pixel by Pillow's arithmetic: 16 bits each before and after the binary point.
     """
-    _, height, width, channels = pixels.shape
+    _, height, width, _ = pixels.shape
     rows_of_matrix = [torch.as_tensor(value, dtype=torch.float64) for value in matrix]
     a, b, c, d, e, f = torch.broadcast_tensors(*rows_of_matrix)
     from_centers = torch.stack([a, b, c + a / 2 + b / 2, d, e, f + d / 2 + e / 2])
@@ -128,9 +141,7 @@ def _warp(pixels: Tensor, *matrix: Tensor | float) -> Tensor:
     y = torch.arange(height, device=pixels.device, dtype=torch.int32)[:, None]
     columns, rows = (a * x + b * y + c) >> 16, (d * x + e * y + f) >> 16
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-    first = torch.arange(len(pixels), device=pixels.device)[:, None, None] * (height * width)
-    flat = first + rows.clamp_(0, height - 1) * width + columns.clamp_(0, width - 1)
-    picked = pixels.reshape(-1, channels).index_select(0, flat.flatten()).view_as(pixels)
+    picked = pick(pixels, rows.clamp_(0, height - 1), columns.clamp_(0, width - 1))
     return picked.mul_(inside[..., None])
 
 
