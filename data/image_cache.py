@@ -71,31 +71,28 @@ def store(
         facts: called after the last of them; plain values, with ``images``, their number.
         size: bytes of all images: where the disk has no room for them, nothing is begun.
     """
-    made = None
     try:
         path = _path(key)
         # Compiled kernels are kept there, too, which nobody else may change.
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free < size:
             raise OSError(f"{path.parent} has no room for {size / 1e9:.1f} GB")
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix="part-", delete=False) as part:
-            made = Path(part.name)
-            crc = 0
-            for block in blocks:
-                crc = _write(part, block.tobytes(), crc)
-            text = json.dumps(facts()).encode()
-            crc = _write(part, text + struct.pack("<Q", len(text)), crc)
-            part.write(struct.pack("<I", crc))
-        os.replace(made, path)
-        made = None
+        with tempfile.TemporaryDirectory(
+            dir=path.parent, prefix="part-", ignore_cleanup_errors=True
+        ) as staging:
+            part, crc = Path(staging, path.name), 0
+            part.touch(0o600)
+            with part.open("wb") as file:
+                for block in blocks:
+                    crc = _write(file, block.tobytes(), crc)
+                text = json.dumps(facts()).encode()
+                crc = _write(file, text + struct.pack("<Q", len(text)), crc)
+                file.write(struct.pack("<I", crc))
+            os.replace(part, path)
         return True
     except (OSError, RuntimeError) as error:
         log.info("the images are not kept for the next run: %s", error)
         return False
-    finally:
-        if made is not None:
-            with suppress(OSError):
-                made.unlink()
 
 
 def _write(file: Any, content: bytes, crc: int) -> int:
