@@ -7,10 +7,9 @@ two missing schemas are declared here and the import is repeated.
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -34,9 +33,7 @@ def _declare_operators() -> None:
     _declared.append(library)
 
 
-def import_datasets(
-    import_module: Callable[[str], ModuleType] = importlib.import_module,
-) -> ModuleType:
+def import_datasets() -> ModuleType:
     """torchvision.datasets; any error of the import but the known one is passed on."""
     try:
         return import_module("torchvision.datasets")
@@ -56,5 +53,5 @@ datasets = import_datasets()
 
 def import_transforms() -> Any:
     """torchvision.transforms, with v2 in it; it takes a second, which only some runs need."""
-    importlib.import_module("torchvision.transforms.v2")
-    return importlib.import_module("torchvision.transforms")
+    import_module("torchvision.transforms.v2")
+    return import_module("torchvision.transforms")
