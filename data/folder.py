@@ -79,7 +79,7 @@ class Facts:
         images: how many there are.
         total, squares: sums of all pixels and of their squares, for each channel.
         faults: the index of each file that is left out, and why.
-        largest_gray, largest_color: of all numbers of 16 bits, see `data.pictures.Decoded`.
+        largest_gray, largest_color: of all images, see `data.pictures.Decoded`.
     """
 
     images: int = 0
@@ -234,7 +234,8 @@ def load_evaluation_folder(
     found = find_evaluation_images(folder, class_names)
     evaluation = _read(found.evaluation, settings, skip_damaged)
     _check_brightness(folder, white, [evaluation.facts])
-    if is_same_color(_mean_and_std([evaluation.facts], math.prod(settings.size)), trained_on):
+    mean_and_std = _mean_and_std([evaluation.facts], math.prod(settings.size))
+    if np.allclose(mean_and_std, trained_on, rtol=0, atol=1e-9):  # equal but for rounding
         raise ValueError(f"data.root={root} has the images that the network was trained on")
     if found.passed_over:
         log.warning("%s: %s", name, _passed_over(found))
@@ -247,14 +248,6 @@ def load_evaluation_folder(
         tuple(class_names),
         tuple(str(file.path) for file, _ in evaluation.taken),
     )
-
-
-def is_same_color(
-    a: tuple[Sequence[float], Sequence[float]], b: tuple[Sequence[float], Sequence[float]]
-) -> bool:
-    """Whether two (mean, std) of images are those of the same images: equal but for rounding."""
-    pairs = zip([*a[0], *a[1]], [*b[0], *b[1]], strict=True)
-    return all(math.isclose(x, y, abs_tol=1e-9) for x, y in pairs)
 
 
 def _decode_settings(size: Any, white: float | None, max_pixels: int) -> DecodeSettings:
@@ -471,10 +464,8 @@ def _count(facts: Facts, image: Decoded) -> None:
     for channel in range(3):
         facts.total[channel] += int(values[:, channel].sum())
         facts.squares[channel] += int(squares[channel])
-    if image.largest is not None and image.deep_color:
-        facts.largest_color = max(facts.largest_color, image.largest)
-    elif image.largest is not None:
-        facts.largest_gray = max(facts.largest_gray, image.largest)
+    facts.largest_gray = max(facts.largest_gray, image.largest_gray)
+    facts.largest_color = max(facts.largest_color, image.largest_color)
 
 
 def _in_threads(

@@ -40,13 +40,13 @@ _DEEP_COLOR = re.compile(r";16[BLN]|'RGB', 65535")
 class Decoded(NamedTuple):
     """An image as ``pixels`` (H, W, 3) uint8.
 
-    ``largest`` is the largest of its numbers where they have more than 8 bits, else None;
-    ``deep_color`` whether these are of colors, of which only the upper 8 bits are read.
+    The others are the largest of its numbers where they have more than 8 bits, else -1: of a gray
+    image, or of colors, of which only the upper 8 bits are read.
     """
 
     pixels: np.ndarray[Any, np.dtype[np.uint8]]
-    largest: float | None = None
-    deep_color: bool = False
+    largest_gray: float = -1
+    largest_color: float = -1
 
 
 def read_picture(
@@ -141,12 +141,11 @@ def decode(content: bytes, size: tuple[int, int], white: float | None = None) ->
     """
     try:
         with Image.open(BytesIO(content), formats=formats()) as picture:
-            deep_color = _has_deep_color(picture)
             side = _GAP * max(size)
             picture.draft(None, (side, side))
             large = picture.width * picture.height > _LARGE
             with _one_large if large else nullcontext():
-                return _decode(picture, size, white, deep_color)
+                return _decode(picture, size, white)
     except UnidentifiedImageError:
         raise ValueError("it is not an image that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -162,14 +161,17 @@ class _NumbersError(ValueError):
     """The image is whole, and its numbers cannot be taken."""
 
 
-def _decode(picture: Any, size: tuple[int, int], white: float | None, deep_color: bool) -> Decoded:
+def _decode(picture: Any, size: tuple[int, int], white: float | None) -> Decoded:
+    deep_color = any(_DEEP_COLOR.search(str(tile[3])) for tile in picture.tile)
     picture.load()  # which turns a TIFF, and takes its orientation away
     picture.getexif()  # which is kept, while what would be written again may be damaged
     for name in ("exif", "Raw profile type exif"):
         picture.info.pop(name, None)
     ImageOps.exif_transpose(picture, in_place=True)
-    largest = None
-    if deep_color:
+    largest_gray = largest_color = -1.0
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture, largest_gray = _scaled(picture, white)
+    elif deep_color:
         if white not in (None, WHITE_OF_16_BITS):
             raise _NumbersError(
                 "it has 16 bits for each color, of which only the upper 8 are read: data.white "
@@ -177,16 +179,9 @@ def _decode(picture: Any, size: tuple[int, int], white: float | None, deep_color
             )
         # Of each upper byte the largest number that it may stand for; opacity is no color.
         colors = [picture.getchannel(name) for name in picture.getbands() if name not in "AX"]
-        largest = max(band.getextrema()[1] for band in colors) * 256 + 255
-    elif picture.mode == "F" or picture.mode.startswith("I"):
-        picture, largest = _scaled(picture, white)
+        largest_color = max(band.getextrema()[1] for band in colors) * 256 + 255
     fitted = ImageOps.fit(_as_rgb(picture), size[::-1], method=Image.Resampling.BICUBIC)
-    return Decoded(np.array(fitted), largest, deep_color)
-
-
-def _has_deep_color(picture: Any) -> bool:
-    gray = picture.mode == "F" or picture.mode.startswith("I")
-    return not gray and any(_DEEP_COLOR.search(str(tile[3])) for tile in picture.tile)
+    return Decoded(np.array(fitted), largest_gray, largest_color)
 
 
 def _scaled(picture: Any, white: float | None) -> tuple[Any, float]:
