@@ -74,8 +74,6 @@ def find_images(root: Path, hold_out: bool) -> Layout:
             not trained on.
         OSError: a folder cannot be read.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.root={root}: there is no such folder")
     found = Layout()
     training = _split(root, TRAIN)
     evaluation = None
@@ -126,8 +124,6 @@ def find_evaluation_images(root: Path, classes: Sequence[str]) -> Layout:
         ValueError: a class that the network does not know, or one without an image.
         OSError: a folder cannot be read.
     """
-    if not root.is_dir():
-        raise FileNotFoundError(f"data.root={root}: there is no such folder")
     found = Layout(classes=[_normal(name) for name in classes])
     split = _split(root, VALIDATION)
     found.evaluated_on = "val" if split else "test"
@@ -146,6 +142,8 @@ def find_evaluation_images(root: Path, classes: Sequence[str]) -> Layout:
 
 def _split(root: Path, names: tuple[str, ...]) -> Path | None:
     """The folder of one of these ``names`` in ``root``; None if there is none."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"data.root={root}: there is no such folder")
     folders = [path for path in sorted(_subfolders(root)) if path.name.lower() in names]
     there = {path.resolve(): path for path in folders if not _holds(path, root)}
     if len(there) > 1:
@@ -232,9 +230,8 @@ def _walk(folder: Path, found: Layout) -> list[Path]:
     """The image files below ``folder``; other files and links to folders are noted."""
     images = []
     for where, folders, files in os.walk(folder, onerror=_raise):
-        links = [name for name in folders if os.path.islink(os.path.join(where, name))]
-        found.links += [Path(where, name) for name in links if not is_stray(name)]
-        folders[:] = [name for name in folders if not is_stray(name) and name not in links]
+        folders[:] = [name for name in folders if not is_stray(name)]
+        found.links += [Path(where, name) for name in folders if Path(where, name).is_symlink()]
         names = [name for name in files if not is_stray(name)]
         images += [Path(where, name) for name in names if _ending(name) in endings()]
         _count(found, (name for name in names if _ending(name) not in endings()))
@@ -304,7 +301,7 @@ def in_words(counts: Counter[str]) -> str:
     """Counts as ``.txt 18, .md 4``, the most frequent first."""
     most = counts.most_common(NAMED)
     words = [f"{shown(name)} {count}" for name, count in most]
-    rest = counts.total() - sum(count for _, count in most) if len(counts) > NAMED else 0
+    rest = counts.total() - sum(count for _, count in most)
     return ", ".join([*words, f"others {rest}"] if rest else words)
 
 
