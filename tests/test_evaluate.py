@@ -187,6 +187,19 @@ def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(pets, tmp_pat
     assert "pets val" in capsys.readouterr().out
 
 
+def test_a_folder_is_read_by_the_white_of_the_training(tmp_path):
+    data = {"_target_": "data.load_folder", "name": "deep", "size": 8, "val_size": 0}
+    data |= {"white": 30000.0, "skip_damaged": False, "max_pixels": 1000}
+    network = models.load(save(tmp_path / "net", describe(settings={"data": data})))
+    for words in ([], ["data=folder"]):
+        cfg = trained.compose_settings(network, "RUN", [*words, "data.root=x"], ())
+        assert cfg.data.white == 30000
+        cfg = trained.compose_settings(
+            network, "RUN", [*words, "data.root=x", "data.white=4095"], ()
+        )
+        assert cfg.data.white == 4095
+
+
 @pytest.mark.parametrize(
     ("val_size", "place", "words", "line"),
     [

@@ -16,6 +16,7 @@ from configs.schema import FolderConfig
 from data import Dataset, EvaluationSet, Images, load_evaluation_folder
 from data.folder import height_and_width
 from data.layout import some
+from data.pictures import reading_of
 from training import run_folder
 from training.compose import compose_config, make
 from training.device import precision_name
@@ -32,8 +33,9 @@ def compose_settings(
     """The settings of the run that has trained the network of ``path``, and over them others.
 
     ``data`` and its settings may be among them, and those of ``allowed``. A data set that is given
-    begins with its own defaults, a folder with the size of the network's images. What was held out
-    of the training images is the run's own: no other ``data.val_size`` is taken, but for 0.
+    begins with its own defaults, a folder with the size of the network's images and the number that
+    was white in them. What was held out of the training images is the run's own: no other
+    ``data.val_size`` is taken, but for 0.
 
     Raises:
         ValueError: an override is of none of these, or cannot be read; another ``data.val_size``.
@@ -55,6 +57,7 @@ def compose_settings(
         words += _own_data_words(trained)
     elif "data=folder" in overrides:  # whose images are brought to any size
         words.append(override("data.size", trained.image_size))
+        words.append(override("data.white", reading_of(settings)["white"]))
     if "channels_last" in settings:
         words.append(override("channels_last", settings["channels_last"]))
     try:
