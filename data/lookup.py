@@ -103,7 +103,7 @@ def make_lookup(
         name="lookup",
         train=train,
         evaluation=evaluation,
-        evaluated_on="val" if val_size else "test",
+        evaluated_on=split[0],
         num_classes=len(SHAPES),
         class_names=tuple(SHAPES),
         mean=mean,
@@ -143,7 +143,8 @@ def _draw(number: int, noise: float, distance: int | None, generator: torch.Gene
     places = _pixels_of(slots, SHAPE_SIZE)[_distinct(number, len(slots), generator)]
     cued = torch.randint(SHAPES_SHOWN, (number, 1), generator=generator)
     clean = _paint(shapes, colors, places, _pixels_of(cue, CUE_SIZE), colors.gather(1, cued))
-    return Images(_add_noise(clean, noise, generator), shapes.gather(1, cued)[:, 0])
+    noisy = torch.empty(clean.shape).normal_(0.0, 255 * noise, generator=generator).add_(clean)
+    return Images(noisy.round_().clamp_(0, 255).byte(), shapes.gather(1, cued)[:, 0])
 
 
 def _distinct(number: int, kinds: int, generator: torch.Generator) -> Tensor:
@@ -181,13 +182,6 @@ def _pixels_of(corners: Corners, side: int) -> Tensor:
     steps = torch.arange(side)
     square = (steps[:, None] * IMAGE_SIZE + steps).flatten()
     return torch.tensor([row * IMAGE_SIZE + col for row, col in corners])[:, None] + square
-
-
-def _add_noise(clean: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    if noise == 0:
-        return clean
-    values = torch.empty(clean.shape).normal_(0.0, 255 * noise, generator=generator)
-    return values.add_(clean).round_().clamp_(0, 255).byte()
 
 
 def _mean_and_std(pixels: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
