@@ -159,8 +159,8 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
 
 
 def _is_empty(q: Tensor) -> bool:
-    """Whether it is known that there is no image; in a program for export it is not."""
-    return not _is_exported() and q.shape[0] == 0
+    """Whether it is known that there is nothing to attend; in a program for export it is not."""
+    return not _is_exported() and q.numel() == 0
 
 
 def _is_exported() -> bool:

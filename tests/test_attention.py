@@ -132,6 +132,17 @@ def test_only_positions_distinguish_pixels():
     assert (relative - shuffled(attention_2d(q, k, v, rel_h, rel_w))).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("backend", usable(torch.float32))
+@pytest.mark.parametrize("shape", [(0, 2, 3, 5), (2, 2, 0, 5), (2, 2, 3, 0)])
+def test_nothing_to_attend(shape, backend):
+    q, k = torch.randn(2, *shape, 4).unbind()
+    v = torch.randn(*shape, 3, requires_grad=True)
+    out = attention_2d(q, k, v, backend=backend)
+    assert out.shape == (*shape, 3)
+    out.sum().backward()
+    assert v.grad.shape == v.shape
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
