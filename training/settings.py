@@ -121,8 +121,6 @@ def _check_project(project: str, mode: str) -> None:
 
 def _check_network(cfg: DictConfig) -> None:
     attention = cfg.attention
-    if OmegaConf.select(attention, "dv") == 0:
-        raise ValueError("attention.dv=0 leaves nothing of the attention; use attention=none")
     if sum(cfg.model.depths) > MAX_BLOCKS:
         raise ValueError(
             f"model.depths={list(cfg.model.depths)} must not be more than {MAX_BLOCKS} blocks"
