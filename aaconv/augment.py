@@ -165,7 +165,7 @@ def papers_pool(size: Size) -> int:
     return 2 if size[0] * size[1] > POOLED_ABOVE else 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Options:
     """The options of `augment_`, checked."""
 
@@ -182,22 +182,12 @@ class _Options:
     keep_weights: bool
 
     def __post_init__(self) -> None:
-        for name in ("Nh", "min_dkh", "max_positions", "pool"):
-            given = getattr(self, name)
-            if given is None and name == "pool":
-                continue
-            most = math.inf if name == "max_positions" else MAX_SIZE
-            object.__setattr__(self, name, whole(name, given, most))
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={given} must be at least 1")
-        for name in ("dk", "dv"):
-            given = getattr(self, name)
-            if not isinstance(given, numbers.Real) or isinstance(given, bool):
-                raise ValueError(f"{name}={given!r} must be an int or a float")
-            count = isinstance(given, numbers.Integral)
-            amount = whole(name, given, MAX_SIZE) if count else float(given)
-            object.__setattr__(self, name, amount)
-            check_amount(name, amount)
+        self.Nh = whole("Nh", self.Nh, MAX_SIZE, least=1)
+        self.min_dkh = whole("min_dkh", self.min_dkh, MAX_SIZE, least=1)
+        self.max_positions = whole("max_positions", self.max_positions, math.inf, least=1)
+        if self.pool is not None:
+            self.pool = whole("pool", self.pool, MAX_SIZE, least=1)
+        self.dk, self.dv = _amount("dk", self.dk), _amount("dv", self.dv)
         if self.dv == 0:
             raise ValueError(f"dv={self.dv} must be greater than 0, or nothing is augmented")
         check_init(self.init)
@@ -205,6 +195,15 @@ class _Options:
     def pool_of(self, size: Size) -> int:
         """``pool`` for a map of this size."""
         return papers_pool(size) if self.pool is None else self.pool
+
+
+def _amount(name: str, value: Any) -> int | float:
+    """``value``, maybe NumPy's, as an int or a float that can be dk or dv."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise ValueError(f"{name}={value!r} must be an int or a float")
+    amount = whole(name, value, MAX_SIZE) if isinstance(value, numbers.Integral) else float(value)
+    check_amount(name, amount)
+    return amount
 
 
 # ---- The model ----------------------------------------------------------------------------------

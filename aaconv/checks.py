@@ -1,5 +1,6 @@
 """Checks of the arguments of `AugmentedConv`."""
 
+import math
 import operator
 from typing import Any
 
@@ -9,16 +10,18 @@ Size = int | tuple[int, int]
 MAX_SIZE, MAX_COUNT = 2**20, 2**60
 
 
-def whole(name: str, value: Any, most: float = MAX_COUNT) -> int:
+def whole(name: str, value: Any, most: float = MAX_COUNT, least: float = -math.inf) -> int:
     """``value`` as an int; NumPy's integers are taken, floats and truth values are not.
 
     Raises:
-        ValueError: it is no whole number, or above ``most``; the message names it.
+        ValueError: it is no whole number from ``least`` to ``most``; the message names it.
     """
     if not _is_index(value):
         raise ValueError(f"{name}={value!r} must be an int")
     if operator.index(value) > most:
         raise ValueError(f"{name}={value!r} must be at most {most}")
+    if operator.index(value) < least:
+        raise ValueError(f"{name}={value!r} must be at least {least}")
     return operator.index(value)
 
 
@@ -44,11 +47,8 @@ def _is_index(value: Any) -> bool:
     return not isinstance(value, bool)
 
 
-def check_channels(in_channels: int, out_channels: int, dk: int, dv: int, Nh: int) -> None:
+def check_channels(out_channels: int, dk: int, dv: int, Nh: int) -> None:
     """Raise ValueError unless dk and dv can be split over Nh heads of such a layer."""
-    for name, value in (("in_channels", in_channels), ("out_channels", out_channels), ("Nh", Nh)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
     if not 0 <= dv <= out_channels:
         raise ValueError(f"dv={dv} must lie between 0 and out_channels={out_channels}")
     if dk < 1 and dv > 0:

@@ -165,9 +165,9 @@ class AugmentedConv(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_channels = whole("in_channels", in_channels)
-        self.out_channels = whole("out_channels", out_channels)
-        self.dk, self.dv, self.Nh = whole("dk", dk), whole("dv", dv), whole("Nh", Nh)
+        self.in_channels = whole("in_channels", in_channels, least=1)
+        self.out_channels = whole("out_channels", out_channels, least=1)
+        self.dk, self.dv, self.Nh = whole("dk", dk), whole("dv", dv), whole("Nh", Nh, least=1)
         self.kernel_size = pair("kernel_size", kernel_size)
         self.stride = pair("stride", stride)
         self.dilation = pair("dilation", dilation)
@@ -180,7 +180,7 @@ class AugmentedConv(nn.Module):
         qkv_kernel_size = whole("qkv_kernel_size", qkv_kernel_size)
         if not (dtype or torch.get_default_dtype()).is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point type")
-        check_channels(self.in_channels, self.out_channels, self.dk, self.dv, self.Nh)
+        check_channels(self.out_channels, self.dk, self.dv, self.Nh)
         check_convolution(
             self.in_channels, self.out_channels - self.dv, self.groups, qkv_kernel_size
         )
