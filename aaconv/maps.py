@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from aaconv.backends.precision import without_autocast
 from aaconv.modules import AugmentedConv
 
+# Queries whose weights are computed at once, of one image or of several small ones.
+QUERIES = 1024
+
 
 @torch.no_grad()
 def attention_maps(layer: AugmentedConv, x: Tensor, queries: Sequence[int] | None = None) -> Tensor:
@@ -40,7 +43,7 @@ def attention_maps(layer: AugmentedConv, x: Tensor, queries: Sequence[int] | Non
     q, k, _, rel_h, rel_w = layer.queries_keys_values(x)
     height, width = q.shape[2:4]
     wanted = range(height * width) if queries is None else queries
-    for query in wanted if queries is not None else ():
+    for query in wanted:
         if not 0 <= query < height * width:
             raise ValueError(
                 f"queries has {query}, but the map of {height}x{width} has the positions 0 to "
@@ -57,6 +60,18 @@ def attention_maps(layer: AugmentedConv, x: Tensor, queries: Sequence[int] | Non
             logits = logits.unflatten(-1, (height, width)) + by_row + by_column
             logits = logits.flatten(-2)
         return torch.softmax(logits, dim=-1)
+
+
+def attention_map_parts(layer: AugmentedConv, x: Tensor) -> Iterator[Tensor]:
+    """`attention_maps` of all queries in parts, in order: never those of more than QUERIES at once.
+
+    A part is (B, Nh, queries, positions), of some images or of some queries of one image.
+    """
+    height, width = layer.positions(x)
+    positions = height * width
+    for images in x.split(max(1, QUERIES // positions)):
+        for first in range(0, positions, QUERIES):
+            yield attention_maps(layer, images, range(first, min(first + QUERIES, positions)))
 
 
 def _bias(q: Tensor, table: Tensor, at: Tensor, length: int) -> Tensor:

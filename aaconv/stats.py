@@ -15,14 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from aaconv.augment import call_arguments
-from aaconv.maps import attention_maps, augmented_layers, layer_inputs
+from aaconv.maps import attention_map_parts, augmented_layers, layer_inputs
 from aaconv.modules import AugmentedConv
 from aaconv.text import table
-
-# Queries whose weights are computed at once, of one image or of several small ones.
-QUERIES = 1024
 
 
 @dataclass(frozen=True)
@@ -109,9 +107,10 @@ def attention_stats(
                 raise ValueError(f"{name} was not reached by the forward pass of example_input")
             prefix = f"{name}." if name else ""
             own = [g for n, g in gradients.items() if n.startswith(prefix)]
-            gradient = None if loss is None else _total_norm(own)
+            gradient = None if loss is None else float(get_total_norm(own))
             layers.append(_layer_stats(name, layer, inputs[name], gradient))
-    return AttentionStats(layers, None if loss is None else _total_norm(list(gradients.values())))
+    total = None if loss is None else float(get_total_norm(gradients.values()))
+    return AttentionStats(layers, total)
 
 
 def _layer_stats(name: str, layer: AugmentedConv, x: Tensor, gradient: float | None) -> LayerStats:
@@ -121,20 +120,13 @@ def _layer_stats(name: str, layer: AugmentedConv, x: Tensor, gradient: float | N
     positions = size[0] * size[1]
     entropy = largest = 0.0
     rows = 0
-    for images in x.split(max(1, QUERIES // positions)):
-        for first in range(0, positions, QUERIES):
-            queries = range(first, min(first + QUERIES, positions))
-            weights = attention_maps(layer, images, queries)
-            entropy -= float(torch.special.xlogy(weights, weights).sum())
-            largest += float(weights.amax(dim=-1).sum())
-            rows += weights[..., 0].numel()
+    for weights in attention_map_parts(layer, x):
+        entropy -= float(torch.special.xlogy(weights, weights).sum())
+        largest += float(weights.amax(dim=-1).sum())
+        rows += weights[..., 0].numel()
     # A single position has nothing to choose from: its one weight is uniform.
     share = entropy / rows / math.log(positions) if positions > 1 else 1.0
     return LayerStats(name, size, share, largest / rows, gradient)
-
-
-def _total_norm(gradients: list[Tensor]) -> float:
-    return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
 
 
 def _norm(value: float | None) -> str:

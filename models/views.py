@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from aaconv import AugmentedConv, attention_maps
-from aaconv.maps import augmented_layers, layer_inputs
-from aaconv.stats import QUERIES
+from aaconv.maps import attention_map_parts, augmented_layers, layer_inputs
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,7 @@ class AttentionView:
     Attributes:
         layer: the layer.
         queries: output positions, as (row, column).
-        weights: of these queries, (Nh, queries, h, w) on the CPU, float32 or wider; each map adds
-            up to 1.
+        weights: of these queries, (Nh, queries, h, w), float32 on the CPU; each map adds up to 1.
         mean: weights averaged over all queries, (Nh, h, w); None where queries were chosen, because
             only theirs are computed then.
     """
@@ -92,15 +90,12 @@ def _sharpest_and_mean(layer: AugmentedConv, x: Tensor) -> tuple[int, Tensor]:
 
     Of several such queries the first. The weights of all queries are never held at once.
     """
-    height, width = layer.positions(x)
-    number = height * width
     total, entropies = torch.zeros(()), []
-    for first in range(0, number, QUERIES):
-        weights = attention_maps(layer, x, range(first, min(first + QUERIES, number)))[0]
-        weights = weights.float().cpu()
+    for part in attention_map_parts(layer, x):
+        weights = part[0].float().cpu()
         total = total + weights.sum(dim=1)
         entropies.append(-torch.special.xlogy(weights, weights).sum(dim=-1).mean(dim=0))
-    return int(torch.cat(entropies).argmin()), total / number
+    return int(torch.cat(entropies).argmin()), total / total.shape[-1]
 
 
 @contextmanager

@@ -194,10 +194,11 @@ def test_the_marked_query_is_the_sharpest_one(monkeypatch, at_once):
     weights[:, 2] = torch.tensor([0.0, 1.0, 0.0, 0.0])
     weights[0, 3] = torch.tensor([0.0, 0.0, 1.0, 0.0])  # of one head alone
     maps = weights.unflatten(-1, (2, 2))
-    monkeypatch.setattr(views, "QUERIES", at_once)
-    monkeypatch.setattr(
-        views, "attention_maps", lambda layer, x, queries: weights[None, :, queries]
-    )
+    monkeypatch.setattr("aaconv.maps.QUERIES", at_once)
+    for module in ("aaconv.maps", "models.views"):
+        monkeypatch.setattr(
+            f"{module}.attention_maps", lambda layer, x, queries: weights[None, :, queries]
+        )
     pixels = torch.zeros(1, 6, 6, 3, dtype=torch.uint8)
     layer = AugmentedConv(3, 4, 3, 2, 2, 2)
     view = views._view(layer, torch.zeros(1, 3, 2, 2), None, torch.zeros(1, 3, 6, 6))

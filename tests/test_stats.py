@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import aaconv.stats
 from aaconv import AugmentedConv, attention_maps, attention_stats, augment_
 from data import evaluation_batches, load_cifar, make_lookup, vision
 from training.settings import build_model
@@ -78,7 +77,7 @@ def test_entropy_and_largest_weight_by_loops():
 def test_images_that_are_looked_at_together_count_as_much_as_one_by_one(monkeypatch):
     model, x = build().eval(), X.repeat(7, 1, 1, 1) * torch.arange(1, 15)[:, None, None, None]
     together = attention_stats(model, x).layers
-    monkeypatch.setattr(aaconv.stats, "QUERIES", 7)  # less than half an image of 15 positions
+    monkeypatch.setattr("aaconv.maps.QUERIES", 7)  # less than half an image of 15 positions
     one_by_one = attention_stats(model, x).layers
     for a, b in zip(together, one_by_one, strict=True):
         assert (a.entropy, a.largest) == pytest.approx((b.entropy, b.largest), rel=1e-12)
