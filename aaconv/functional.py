@@ -70,7 +70,8 @@ def attention_2d(
     if dropout:
         return reference.attend_with_dropout(q, k, v, rel_h, rel_w, dropout)
     given = (q, k, v) if rel_h is None or rel_w is None else (q, k, v, rel_h, rel_w)
-    if _is_empty(q) or _is_counted():
+    # In a program for export it is not known whether there is anything to attend to.
+    if _is_counted() or (not _is_exported() and q.numel() == 0):
         backend = "reference"
     if is_transformed(*given):
         # No other one has all of their derivatives and batches.
@@ -132,6 +133,11 @@ def unavailable_reason(backend: str, device: torch.device, dtype: torch.dtype) -
     return backends.MODULES[backend].unavailable_reason(device, dtype)
 
 
+# What torch.compiler.assume_constant_result does: a compiler calls the function and does not look
+# into it. That one would import the compiler, and with it triton, for everybody.
+unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def choose_backend(q: Tensor, *, relative: bool) -> str:
     """The backend that ``"auto"`` means for these queries.
 
@@ -156,11 +162,6 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
     if not relative or torch.compiler.is_compiling():
         return "sdpa"
     return "tiled" if q.shape[2] * q.shape[3] > 64 else "reference"
-
-
-def _is_empty(q: Tensor) -> bool:
-    """Whether it is known that there is nothing to attend; in a program for export it is not."""
-    return not _is_exported() and q.numel() == 0
 
 
 def _is_exported() -> bool:

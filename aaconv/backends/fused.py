@@ -36,10 +36,6 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-# As in `native`: a compiler calls the function and does not look into it.
-unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
     """`aaconv.attention_2d` in one kernel. It cannot be differentiated twice."""
     import aaconv.backends.fused_ops  # noqa: F401 (defines the operation)

@@ -32,11 +32,6 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     return str(found) if isinstance(found, native_build.UnavailableError) else None
 
 
-# What torch.compiler.assume_constant_result does: a compiler calls the function and does not look
-# into it. That one would import the compiler, and with it triton, for everybody.
-unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
     """`aaconv.attention_2d` in one kernel. It cannot be differentiated twice."""
     maps = (t if t.dtype in DTYPES else t.float() for t in (q, k, v))

@@ -157,7 +157,7 @@ def _cache_folder() -> Path | None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(base, "aaconv")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder if _is_own(folder) and os.access(folder, os.W_OK) else None
+        return folder if _is_own(folder) else None
     except (OSError, RuntimeError):  # a home that does not exist, or is not known
         return None
 
