@@ -13,19 +13,14 @@ from torch import Tensor
 
 
 def add_sine(x: Tensor) -> Tensor:
-    """``x`` (B, C, H, W) plus sines and cosines of each pixel's row and column.
+    """``x`` (B, C, H, W), C at least 4, plus sines and cosines of each pixel's row and column.
 
     As in the Image Transformer (Parmar et al., ICML 2018): C // 4 wavelengths per axis, from 2 pi
     to 20000 pi pixels in geometric progression. The channels are sines of the row, cosines of the
     row, sines of the column, cosines of the column; nothing is added to the last C % 4 channels.
-
-    Raises:
-        ValueError: ``x`` has fewer than 4 channels.
     """
     channels, H, W = x.shape[1:]
     count = channels // 4
-    if count == 0:
-        raise ValueError(f"sine positions need at least 4 input channels, not {channels}")
     step = math.log(1e4) / max(count - 1, 1)
     rates = torch.exp(-step * torch.arange(count, device=x.device, dtype=torch.float32))
     by_row, by_column = (

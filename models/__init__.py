@@ -6,7 +6,6 @@ from models.attention import (
     ATTENTIONS,
     GE,
     SE,
-    Attention,
     GlobalMean,
     NoAttention,
     Pointwise,
@@ -22,14 +21,13 @@ from models.cost import (
 from models.foreign import ForeignWeights
 from models.resnet import ResNet
 from models.saved import Description, Trained, build, describe, load
-from models.transfer import Transfer, freeze, set_frozen_eval, transfer
+from models.transfer import freeze, set_frozen_eval, transfer
 
 __all__ = [
     "AA",
     "ATTENTIONS",
     "GE",
     "SE",
-    "Attention",
     "Description",
     "ForeignWeights",
     "GlobalMean",
@@ -38,7 +36,6 @@ __all__ = [
     "Removed",
     "ResNet",
     "Trained",
-    "Transfer",
     "augmented_layers",
     "build",
     "count_flops",

@@ -197,7 +197,7 @@ def set_frozen_eval(network: nn.Module, names: Sequence[str]) -> None:
     Batch normalization then keeps its statistics there, which are as much learned as its weights.
     """
     for name in names:
-        _module(network, name).eval()
+        network.get_submodule(name).eval()
 
 
 def _module(network: nn.Module, name: str) -> nn.Module:
