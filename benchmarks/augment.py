@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from aaconv import augment_
-from benchmarks import networks
-from benchmarks.networks import TOGETHER, Case, cells
+from benchmarks import step
+from benchmarks.step import TOGETHER, Case, cells
 from data import vision
 from models import augmented_layers
 
@@ -21,14 +21,14 @@ __all__ = ["CHOICES", "OPTIONS", "TOGETHER", "cells", "measure"]
 assert vision.datasets  # torchvision can be imported from now on
 ATTENTIONS: dict[str, dict[str, Any] | None] = {"plain": None, "pooled": {}, "full": {"pool": 1}}
 OPTIONS = {
+    **step.OPTIONS,
     "model": ["resnet50"],
     "attention": list(ATTENTIONS),
     "batch": [2],
     "size": [224],
-    **networks.OPTIONS,
     "precision": ["fp32"],
 }
-CHOICES = networks.CHOICES | {"attention": tuple(ATTENTIONS)}
+CHOICES = step.CHOICES | {"attention": tuple(ATTENTIONS)}
 
 
 def build(case: Case) -> nn.Module:
@@ -44,4 +44,4 @@ def build(case: Case) -> nn.Module:
     return network
 
 
-measure = partial(networks.measure, build)
+measure = partial(step.compare, build)

@@ -9,15 +9,12 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from hydra.utils import instantiate
 from torch import Tensor
 
-from benchmarks import networks, step, timing
-from benchmarks.networks import Case
+from benchmarks import step, timing
+from benchmarks.step import Case
 from data import Batches, Images
-from training.compose import compose_config
-
-__all__ = ["OPTIONS", "TOGETHER", "cells", "measure"]
+from training.compose import compose_config, make
 
 ALL = ["none", "standard", "padding=reflect", "flip=alternating", "cutout", "erasing=1"]
 ALL += ["trivial", "rand", "auto", "mixup=1", "cutmix=1"]
@@ -50,7 +47,7 @@ def make_batches(case: Case, augmentation: str, device: torch.device) -> Batches
     return Batches(
         Images(pixels, labels).to(device),
         case["batch"],
-        instantiate(compose_config(overrides(augmentation)).augmentation, _convert_="all"),
+        make(compose_config(overrides(augmentation)).augmentation),
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
         seed=0,
@@ -67,7 +64,7 @@ def endless(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
 def measure(case: Case, device: torch.device, count: int) -> list[Case]:
     """A row for each augmentation."""
     network = case | {"attention": "none", "channels_last": "yes", "compile": "no"}
-    steps: dict[str, timing.Step] = {STEP: networks.training_step(step.build, network, device)}
+    steps: dict[str, timing.Step] = {STEP: step.training_step(step.build, network, device)}
     draws: dict[str, timing.Step] = {}
     size = (case["size"], case["size"])
     for name in case["augmentation"]:

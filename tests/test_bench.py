@@ -6,16 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 
-from benchmarks import (
-    attention,
-    augment,
-    batches,
-    bench,
-    layer,
-    networks,
-    step,
-    timing,
-)
+from benchmarks import attention, augment, batches, bench, layer, step, timing
 from data import Augmentation
 from models import augmented_layers
 from training.compose import CONFIGS
@@ -161,7 +152,7 @@ def test_bench_step_takes_its_options(monkeypatch):
         "channels_last": "yes",
         "compile": "yes",
     }
-    take_step = networks.training_step(step.build, case, torch.device("cpu"))
+    take_step = step.training_step(step.build, case, torch.device("cpu"))
     seen = []
     compiled[0].conv.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
     before = compiled[0].conv.weight.detach().clone()
