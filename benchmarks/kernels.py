@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -77,23 +78,13 @@ OPTIONS: dict[str, list[Any]] = {
 CHOICES = {"dtype": tuple(ALL_DTYPES), "capability": tuple(LIMITS)}
 
 
-class Driver:
-    """The part of a GPU's driver that the compiler asks."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_device(self) -> int:
-        """Kernels are kept by device; so each capability is one."""
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        """Nothing is launched."""
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        """What the compiler compiles for."""
-        return GPUTarget("cuda", self.capability, 32)
+def driver_of(capability: int) -> SimpleNamespace:
+    """What the compiler asks of the driver of such a GPU; nothing is launched there."""
+    return SimpleNamespace(
+        get_current_device=lambda: capability,  # kernels are kept by device
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+    )
 
 
 def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int], int]:
@@ -240,7 +231,7 @@ def count(shape: str, dtype: torch.dtype, capability: int) -> list[dict[str, Any
         rows.append({"kernel": name} | describe(compiled, options, capability))
 
     launch = JITFunction.run
-    driver.set_active(Driver(capability))
+    driver.set_active(driver_of(capability))
     JITFunction.run = compile_only
     try:
         steps = passes(shape, dtype)
@@ -276,24 +267,13 @@ def measure(case: dict[str, Any], device: torch.device, rounds: int) -> list[dic
     return rows
 
 
-def issue_ms(row: dict[str, Any]) -> float | None:
+def issue_ms(row: dict[str, Any]) -> float:
     """Milliseconds of the loop's instructions at one of each of four warps in every clock."""
     H, W, _, _, Nh = sizes(row["shape"])
-    clock = _clock_mhz()
-    if clock is None:
-        return None
-    units = torch.cuda.get_device_properties(0).multi_processor_count
-    issued = 4 * 32 * units * clock * 1e3  # instructions of a thread in a millisecond
+    gpu = driver.active.utils.get_device_properties(torch.cuda.current_device())
+    # Instructions of a thread in a millisecond; the clock is in kHz.
+    issued = 4 * 32 * gpu["multiprocessor_count"] * gpu["sm_clock_rate"]
     return float(row["instructions"] * row["measure"] * Nh * (H * W) ** 2 / issued)
-
-
-def _clock_mhz() -> float | None:
-    words = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
-    try:
-        stdout = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-        return float(stdout.splitlines()[0])
-    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
-        return None
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
@@ -309,12 +289,11 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         "shared KiB": f"{row['shared'] / 1024:.0f} of {row['most_shared'] / 1024:.0f}",
         "warps": str(row["warps"]),
         "instructions a logit": f"{row['instructions']:.2f}",
-        **({"ms": timing.spread(row["ms"]), "% for the loop": share(row)} if "ms" in row else {}),
+        **(timed_cells(row) if "ms" in row else {}),
     }
 
 
-def share(row: dict[str, Any]) -> str:
-    """Which part of the time, in percent, the loop's instructions would take alone."""
-    if row["issue_ms"] is None:
-        return "clock unknown"
-    return f"{100 * row['issue_ms'] / statistics.median(row['ms']):.0f}"
+def timed_cells(row: dict[str, Any]) -> dict[str, str]:
+    """The time, and which part of it the loop's instructions would take alone."""
+    share = row["issue_ms"] / statistics.median(row["ms"])
+    return {"ms": timing.spread(row["ms"]), "% for the loop": f"{100 * share:.0f}"}
