@@ -86,21 +86,17 @@ def run(
     layer: nn.Module, x: Tensor, dtype: torch.dtype, backward: bool
 ) -> Callable[[], list[Tensor]]:
     """One pass: the output and, if ``backward``, the gradients of the input and the parameters."""
+    autocast = torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
 
-    def forward() -> Tensor:
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            return layer(x)
-
-    def both() -> list[Tensor]:
-        out = forward()
+    def step() -> list[Tensor]:
+        with torch.set_grad_enabled(backward), autocast:
+            out = layer(x)
+        if not backward:
+            return [out]
         loss = out.float().square().mean()
         return [out.detach(), *torch.autograd.grad(loss, [x, *layer.parameters()])]
 
-    def only_forward() -> list[Tensor]:
-        with torch.no_grad():
-            return [forward()]
-
-    return both if backward else only_forward
+    return step
 
 
 def whole_pass(case: dict[str, Any], device: torch.device) -> Callable[[], list[Tensor]]:
