@@ -28,6 +28,7 @@ from typing import Any
 from aaconv import text
 from benchmarks import timing
 from training.device import choose_device
+from training.files import write_texts
 
 NAMES = ("attention", "layer", "step", "augment", "batches", "images", "kernels")
 OUT = Path(__file__).resolve().parent.parent / "outputs" / "bench"
@@ -112,12 +113,11 @@ def write(
     out: Path, name: str, about: dict[str, Any], rows: list[dict[str, Any]], lines: list[str]
 ) -> str:
     """Write NAME.json and NAME.md to the folder ``out``; returns the Markdown."""
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{name}.json").write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
     head = f"{about['hardware']}; {versions}; commit {about['commit']}; `{about['command']}`"
     page = "\n".join([head, "", *lines]) + "\n"
-    (out / f"{name}.md").write_text(page)
+    record = json.dumps({**about, "rows": rows}, indent=1) + "\n"
+    write_texts({out / f"{name}.json": record, out / f"{name}.md": page})
     return page
 
 
