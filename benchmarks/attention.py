@@ -26,7 +26,7 @@ OPTIONS: dict[str, list[Any]] = {
     "relative": ["yes"],
     "logits": [16e6],
 }
-CHOICES = {"relative": ("yes", "no")}
+CHOICES = {"dtype": ("float16", "bfloat16", "float32", "float64"), "relative": ("yes", "no")}
 # Of all logits in float32, above which a backend that holds them is left out.
 MAX_BYTES = 2**30
 

@@ -26,6 +26,7 @@ OPTIONS = {
     "precision": ["auto"],
     "images": [50_000],
 }
+CHOICES = {"precision": step.CHOICES["precision"]}
 TOGETHER = ("augmentation",)
 STEP = "step"
 

@@ -28,6 +28,7 @@ from typing import Any
 from aaconv import text
 from benchmarks import timing
 from training.device import choose_device
+from training.errors import explain, is_for_the_user
 from training.files import write_texts
 
 NAMES = ("attention", "layer", "step", "augment", "batches", "images", "kernels")
@@ -73,8 +74,10 @@ def main() -> None:
     benchmark, options = parse(sys.argv[1:])
     try:
         print(run(benchmark, options))
-    except ValueError as error:
-        sys.exit(f"bench {options.name}: error: {error}")
+    except Exception as error:
+        if not is_for_the_user(error):
+            raise
+        sys.exit(f"bench {options.name}: error: {explain(error)}")
 
 
 def run(benchmark: ModuleType, options: argparse.Namespace) -> str:

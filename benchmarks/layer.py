@@ -32,7 +32,7 @@ OPTIONS: dict[str, list[Any]] = {
     "Nh": [8],
     "channels_last": ["no"],
 }
-CHOICES = {"channels_last": ("yes", "no")}
+CHOICES = {"dtype": ("float16", "bfloat16", "float32"), "channels_last": ("yes", "no")}
 
 
 class PadAndReshape(AugmentedConv):

@@ -35,8 +35,8 @@ def rounds(steps: Mapping[str, Step], device: torch.device, count: int) -> dict[
 
 def wait(device: torch.device) -> None:
     """Wait until the device has finished its work."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak(make_step: Callable[..., Step], case: object, device: torch.device) -> float:

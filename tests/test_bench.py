@@ -126,6 +126,10 @@ def test_all_combinations_of_the_options_are_cases(monkeypatch, tmp_path):
         (["nothing"], "invalid choice: 'nothing'"),
         (["step", "--device", "gpu"], "device=gpu is not a device"),
         (["step", "--precision", "int8"], "invalid choice: 'int8'"),
+        (["batches", "--precision", "int8"], "invalid choice: 'int8'"),
+        (["layer", "--dtype", "float64"], "invalid choice: 'float64'"),  # which autocast has not
+        (["attention", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["step", "--model", "resnet9"], "Could not find 'model/resnet9'"),
     ],
 )
 def test_mistakes_end_with_one_line(capsys, tmp_path, words, message):
@@ -170,6 +174,15 @@ def test_every_round_runs_all_steps_and_the_first_one_is_not_counted():
     )
     assert order == ["a", "b"] * 4
     assert {k: len(v) for k, v in taken.items()} == {"a": 3, "b": 3}
+
+
+def test_a_step_on_an_accelerator_is_timed_until_it_is_through(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    timing.rounds({"a": lambda: None}, torch.device("mps"), 1)
+    assert waited == [torch.device("mps")] * 4
+    timing.wait(torch.device("cpu"))
+    assert len(waited) == 4
 
 
 def test_a_ratio_is_the_median_of_the_rounds_ratios():
