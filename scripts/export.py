@@ -44,7 +44,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import BytesIO, StringIO
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -91,10 +90,7 @@ def to_onnx(trained: models.Trained) -> tuple[bytes, Run]:
     assert program is not None
     for name in ("class_names", "mean", "std"):
         program.model.metadata_props[name] = json.dumps(getattr(trained.description, name))
-    with TemporaryDirectory() as folder:
-        path = Path(folder, FILES["onnx"])
-        program.save(path)
-        content = path.read_bytes()
+    content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     return content, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0])
 
