@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aaconv import BACKENDS, attention_2d
+from aaconv import attention_2d
+from aaconv.backends import NAMES
 from aaconv.functional import choose_backend, unavailable_reason
 from benchmarks import timing
 
-NAMES = tuple(name for name in BACKENDS if name != "auto")
 OPTIONS: dict[str, list[Any]] = {
     "size": [4, 8, 16, 32],
     "keys": [8, 20],

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aaconv import BACKENDS, AugmentedConv
+from aaconv import AugmentedConv
+from aaconv.backends import NAMES
 from aaconv.functional import unavailable_reason
 from benchmarks import timing
 from training.device import to_device
 
 BASE = "pad and reshape"
-METHODS = ("convolution", BASE, *(b for b in BACKENDS if b != "auto"))
+METHODS = ("convolution", BASE, *NAMES)
 LAYER = ("channels", "dk", "dv", "Nh")
 OPTIONS: dict[str, list[Any]] = {
     "size": [8, 16, 32, 64],
@@ -67,7 +68,7 @@ def build(method: str, size: int, channels: int, dk: int, dv: int, Nh: int) -> n
     if method == "convolution":
         return nn.Conv2d(channels, channels, 3, padding=1)
     kind = PadAndReshape if method == BASE else AugmentedConv
-    backend = method if method in BACKENDS else "auto"
+    backend = method if method in NAMES else "auto"
     torch.manual_seed(0)
     return kind(channels, channels, 3, dk, dv, Nh, size, True, backend=backend)
 
@@ -127,7 +128,7 @@ def fits(case: dict[str, Any], device: torch.device) -> bool:
 def skip_reason(case: dict[str, Any], device: torch.device) -> str | None:
     """Why the method cannot be measured, in words, or None."""
     reason = None
-    if case["method"] in BACKENDS:
+    if case["method"] in NAMES:
         reason = unavailable_reason(case["method"], device, _dtype(case))
     return reason or (None if fits(case, device) else "does not fit into memory")
 

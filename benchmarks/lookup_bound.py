@@ -18,8 +18,6 @@ the cue and a pixel of a shape. Where they do not, the ceiling is the same for e
 ``data.distance``, since shapes and slots are fixed above.
 """
 
-from __future__ import annotations
-
 from fractions import Fraction
 from itertools import product
 from math import comb, factorial
