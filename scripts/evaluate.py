@@ -48,7 +48,6 @@ import models
 from aaconv import text
 from data import evaluation_batches
 from reporting.text import DASH, csv_cell, printable, shortened
-from training import console
 from training.assemble import try_backends
 from training.device import choose_device, choose_dtype, dtype_name, to_device
 from training.files import csv_text, write_texts
@@ -181,7 +180,7 @@ def as_json(evaluation: Evaluation) -> dict[str, Any]:
 def main(args: argparse.Namespace) -> None:
     paths, overrides = paths_and_overrides(args.words)
     if not paths:
-        console.stop("evaluate.py", f"no network given; there is no {overrides[0]}")
+        raise ValueError(f"no network given; there is no {overrides[0]}")
     if args.out is not None:
         check_out(args.out)
     evaluations = [evaluate_file(path, overrides) for path in paths]

@@ -52,7 +52,6 @@ from torch.export import Dim
 import models
 from models.saved import description_as_text
 from reporting.text import printable
-from training import console
 from training.files import write_files
 
 # How far logits may be off, as a part of the largest one.
@@ -158,4 +157,5 @@ def main(args: argparse.Namespace) -> None:
             print(printable(export(trained, kind, out)), flush=True)
     except ModuleNotFoundError as error:
         install = "pip install -c constraints.txt -e '.[app,export]'"
-        console.stop("export.py", f"{error.name} is not installed: {install}, or --formats torch")
+        line = f"{error.name} is not installed: {install}, or --formats torch"
+        raise ValueError(line) from error

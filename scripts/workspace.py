@@ -76,11 +76,11 @@ def main(args: argparse.Namespace) -> None:
         from reporting import workspace
     except ModuleNotFoundError as error:
         install = "pip install -c constraints.txt -e '.[app,workspace]'"
-        console.stop("workspace.py", f"{error.name} is not installed: {install}")
+        raise ValueError(f"{error.name} is not installed: {install}") from error
     blocks = augmented_blocks(args.network)
     os.environ.update(QUIET)
     if args.save and not has_credentials():
-        console.stop("workspace.py", "no account to save it with; run `wandb login` first")
+        raise ValueError("no account to save it with; run `wandb login` first")
     try:
         entity = args.entity or ""
         if args.save and not entity:
