@@ -22,7 +22,6 @@ if __name__ == "__main__":
 
 from scripts.command import command, number, paths_and_overrides, start
 
-IMAGES = 128
 # More would need more memory than the network's own training.
 MAX_IMAGES = 4096
 
@@ -33,7 +32,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--images",
         type=number(int, at_least=2, at_most=MAX_IMAGES),
-        default=IMAGES,
+        default=128,
         metavar="N",
         help="number of images (default: 128)",
     )
@@ -54,10 +53,10 @@ from aaconv import attention_stats
 from aaconv.stats import AttentionStats
 from data import Dataset, EvaluationSet, evaluation_batches
 from models.saved import Network
+from reporting.attention import chosen
 from reporting.text import printable
 from training.compose import compose_config, make
 from training.device import choose_device
-from training.media import spread
 from training.settings import build_model, check
 from training.trained import compose_settings, load_data
 
@@ -66,9 +65,8 @@ def batch_of(
     dataset: Dataset | EvaluationSet, mean: Any, std: Any, number: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Images of the evaluation, spread evenly, and their labels."""
-    chosen = spread(len(dataset.evaluation), number)
-    images = dataset.evaluation.select(chosen).to(device)
-    (batch, *_) = evaluation_batches(images, len(images), mean, std)
+    images, _ = chosen(dataset, number)
+    (batch, *_) = evaluation_batches(images.to(device), len(images), mean, std)
     return batch
 
 
