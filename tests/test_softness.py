@@ -74,6 +74,7 @@ def test_a_run_that_began_with_other_weights_has_no_start_of_its_own(run, tmp_pa
     [
         ([*TINY, "attention=none"], "softness.py: attention=none has no attention to look at"),
         ([*TINY, "attention=mean"], "softness.py: attention=mean has no attention to look at"),
+        (["data=folder"], "softness.py: data.root has no value; give data.root=..."),
         (["missing"], "softness.py: there is no missing"),
         (["a", "b"], "softness.py: b: one network at a time"),
         ([*SETTINGS, "attention.init=he"], "softness.py: init='he' is unknown; choose one of"),

@@ -64,7 +64,8 @@ def check_fields(node: DictConfig, where: str = "") -> None:
         if key not in known:
             raise ValueError(unknown_setting(where, key, kind))
     for key, field in known.items():
-        if key not in node:
+        # What has no value yet is not in it either; to read it says so.
+        if key not in node and not OmegaConf.is_missing(node, key):
             raise ValueError(f"{where}{key} cannot be removed; leave out ~{where}{key}")
         value = node[key]
         if key[0] == "_" and value != field.default:
