@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-from scripts.command import command, number, start
+from scripts.command import check_out, command, number, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -262,5 +262,6 @@ def main(args: argparse.Namespace) -> None:
     handle_signals()
     # What is said of the dashboard, as train.py says it.
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
+    check_out(args.out)
     vary = args.vary or [["attention=none,aa"]]
     sys.exit(compare(vary, args.seeds, args.overrides, args.out, args.max_minutes))

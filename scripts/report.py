@@ -18,7 +18,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scripts.command import PROJECT, command, start
+from scripts.command import PROJECT, check_out, command, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +55,8 @@ from reporting.text import printable
 
 @command(options)
 def main(args: argparse.Namespace) -> None:
+    if args.out is not None:
+        check_out(args.out)
     out = args.out or args.runs[0]
     analysis = analyze(args.runs, args.data)
     print(render.write(analysis, out))

@@ -74,6 +74,16 @@ def test_a_name_that_no_file_can_have_is_one_line(name, place, capsys):
     assert "name=" not in said  # which these commands have not
 
 
+@pytest.mark.parametrize("name", ["compare", "report"])
+def test_a_file_is_no_folder_to_write_to(name, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    main, runs = importlib.import_module(f"scripts.{name}").main, [tmp_path] * (name == "report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("signal.signal", lambda *_: None)
+        said = refused(capsys, main, *runs, "--out", tmp_path / "file")
+    assert said == f"{name}.py: --out {tmp_path / 'file'} is not a folder\n"
+
+
 @pytest.mark.parametrize("place", LONG, ids=["name", "path"])
 def test_a_setting_may_be_longer_than_a_file_name(place):
     assert paths_and_overrides(["run", f"data.root={place}"]) == (["run"], [f"data.root={place}"])
