@@ -21,7 +21,7 @@ from scripts.command import command, start
 
 def options(parser: argparse.ArgumentParser) -> None:
     """The command line."""
-    parser.add_argument("settings", nargs="*", default=[], metavar="NAME=VALUE", help="of train.py")
+    parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="of train.py")
     parser.add_argument("--show", nargs="+", metavar="WORD", help="default: all there are")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
 

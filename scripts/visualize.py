@@ -29,7 +29,6 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "settings",
         nargs="*",
-        default=[],
         metavar="data.NAME=VALUE",
         help="settings of the data set",
     )
