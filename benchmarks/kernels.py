@@ -178,7 +178,7 @@ def sizes(shape: str) -> tuple[int, int, int, int, int]:
     return H, W, dkh, dvh, Nh
 
 
-def inputs(shape: str, dtype: torch.dtype, batch: int = 8, device: str = "cpu") -> list[Tensor]:
+def inputs(shape: str, dtype: torch.dtype, batch: int, device: str) -> list[Tensor]:
     """Queries, keys and values as training in channels_last has them, tables, and a gradient."""
     H, W, dkh, dvh, Nh = sizes(shape)
     dk, dv = dkh * Nh, dvh * Nh
