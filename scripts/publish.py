@@ -65,7 +65,8 @@ def publish(source: Path, target: Path) -> str:
             name; nothing is written then.
         OSError: a file cannot be read or written.
     """
-    if overlap(source, target):
+    a, b = source.resolve(), target.resolve()
+    if a.is_relative_to(b) or b.is_relative_to(a):
         raise ValueError(f"{target} and {source} overlap; publish to another folder")
     runs, excluded = read([source])
     published, _ = read([source, target]) if target.is_dir() else (runs, [])
@@ -89,12 +90,6 @@ def publish(source: Path, target: Path) -> str:
     lines = [f"{target}: {count(added, 'run')} added, {count(there, 'run')} already there"]
     lines += [f"left out, {e.kind}: {e.folder} ({e.why})" for e in left]
     return "\n".join(lines)
-
-
-def overlap(one: Path, other: Path) -> bool:
-    """Whether one of two folders is, or is inside, the other."""
-    a, b = one.resolve(), other.resolve()
-    return a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def is_there(path: Path, text: str) -> bool:
