@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -15,13 +14,14 @@ from torch import nn
 
 import train
 from data import Batches, batches
-from training import checkpoint, cli, stopping, tracking
+from training import checkpoint, cli, stopping
 from training.assemble import build_model
+from training.compose import compose_config
 from training.device import set_deterministic
 from training.run_folder import RunFolder
 
 from fault_test import differences
-from helpers import TINY, call, exit_code, refused, rows, slow
+from helpers import TINY, exit_code, refused, rows, slow
 
 # Over before the first step: a process is older.
 AT_ONCE = "max_minutes=1e-9"
@@ -41,6 +41,13 @@ SMALL = [
 def run(run):
     """The tiny runs of the other tests, made yet smaller."""
     return lambda *overrides, folder="run": run(*overrides, folder=folder, base=SMALL)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of such a run without further settings, and its summary."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train.train(compose_config([*SMALL, f"out_dir={folder}"]), folder)
 
 
 def state(folder):
@@ -86,22 +93,27 @@ KINDS = {
     [k if name == "augmented-clipped" else slow(k) for name, k in KINDS.items()],
     ids=KINDS,
 )
-def test_stopped_after_every_step(run, tmp_path, monkeypatch, overrides):
+def test_stopped_after_every_step(run, tmp_path, monkeypatch, caplog, overrides):
     # The scale would not move within so few steps.
     moving = partial(torch.amp.GradScaler, growth_interval=2)
     monkeypatch.setattr(torch.amp, "GradScaler", moving)
     run(*overrides, folder="whole")
-    # After three steps the time is over before the evaluation, which comes first in the next part.
+    # After three steps the time is over before the evaluation, which comes first in the next part,
+    # and is finished there all the same.
     for place in ((0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)):
         torch.randn(7)  # nothing may depend on what the process has drawn meanwhile
-        with pytest.raises(SystemExit) as stopped:
+        caplog.clear()
+        with pytest.raises(SystemExit) as stopped, caplog.at_level("INFO"):
             run(*overrides, AT_ONCE, "resume=auto", folder="parts")
         assert stopped.value.code == 0
         kept = state(tmp_path / "parts")
         assert (len(kept["rows"]), kept["epoch_state"]["step"]) == place
         assert not (tmp_path / "parts" / "summary.json").exists()
+        (told,) = [m for m in caplog.messages if m.startswith("stopped (max_minutes=1e-09) after ")]
+        assert "; run the same command with resume=auto to continue" in told
     assert len(rows(tmp_path / "parts")) == 1
-    run(*overrides, "resume=auto", folder="parts")
+    # After the last evaluation there is nothing left to stop.
+    run(*overrides, AT_ONCE, "resume=auto", folder="parts")
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
@@ -186,9 +198,8 @@ def test_short_epochs_are_saved_when_the_minutes_are_over(
 
 
 @pytest.mark.parametrize("name", ["write_metrics", slow("write_summary")])
-def test_killed_after_the_checkpoint_of_an_epoch(run, tmp_path, monkeypatch, name):
+def test_killed_after_the_checkpoint_of_an_epoch(run, whole, tmp_path, monkeypatch, name):
     """Before the rows, or the summary, that belong to it are written."""
-    whole = run(folder="whole")
 
     def killed(folder, content):
         if content:  # the rows of a run that begins are none
@@ -200,12 +211,11 @@ def test_killed_after_the_checkpoint_of_an_epoch(run, tmp_path, monkeypatch, nam
     monkeypatch.undo()
     assert len(state(tmp_path / "parts")["rows"]) == (1 if name == "write_metrics" else 2)
     summary = run("resume=auto", folder="parts")
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert_same(whole[0], tmp_path / "parts")
     assert (tmp_path / "parts" / "summary.json").exists()
     assert summary["per_class_top1"] is not None
-    for free in ("perf/total_seconds", "config"):
-        del summary[free], whole[free]
-    assert summary == whole
+    free = {name: whole[1][name] for name in ("perf/total_seconds", "config")}
+    assert summary | free == whole[1]
 
 
 def signalled(monkeypatch, number, at_batch):
@@ -232,11 +242,10 @@ def signalled(monkeypatch, number, at_batch):
     [slow(1, 0, 1), slow(6, 0, 3), slow(7, 0, 3), (8, 0, 3), slow(9, 1, 0), slow(10, 1, 1)],
 )
 def test_signals_finish_the_step_and_save(
-    run, tmp_path, monkeypatch, capfd, at_batch, epochs, step
+    run, whole, tmp_path, monkeypatch, capfd, at_batch, epochs, step
 ):
     number = list(stopping.SIGNALS)[at_batch % 3]
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    run(folder="whole")
     handlers = [signal.getsignal(s) for s in stopping.SIGNALS]
     signalled(monkeypatch, number, at_batch)
     with pytest.raises(SystemExit) as stopped:
@@ -248,7 +257,7 @@ def test_signals_finish_the_step_and_save(
     kept = state(tmp_path / "parts")
     assert (len(kept["rows"]), kept["epoch_state"]["step"]) == (epochs, step)
     run("resume=auto", folder="parts")
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert_same(whole[0], tmp_path / "parts")
 
 
 @pytest.fixture
@@ -365,34 +374,6 @@ def test_slurm_is_asked_to_queue_the_job_again(run, tmp_path, monkeypatch, caplo
     assert warned == (code == 1)
 
 
-@pytest.mark.slow
-def test_the_end_of_the_time_between_epochs(run, tmp_path, monkeypatch, caplog):
-    """Reached during the evaluation, which then is finished all the same."""
-    run(folder="whole")
-    evaluate = train.evaluate
-
-    def lasting(*arguments):
-        monkeypatch.setattr(stopping, "BEGUN", stopping.BEGUN - 3600)
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(stopping, "BEGUN", stopping.time.monotonic())
-    monkeypatch.setattr(train, "evaluate", lasting)
-    with pytest.raises(SystemExit) as stopped, caplog.at_level("INFO"):
-        run("max_minutes=30", folder="parts")
-    assert stopped.value.code == 0
-    assert len(rows(tmp_path / "parts")) == 1
-    (told,) = [r.getMessage() for r in caplog.records if "stopped" in r.getMessage()]
-    assert told.startswith(
-        "stopped (max_minutes=30) after epoch 1; run the same command with resume=auto to continue"
-    )
-    # The last epoch's evaluation: there is nothing left to stop.
-    monkeypatch.setattr(stopping, "BEGUN", stopping.time.monotonic())
-    run("max_minutes=30", "resume=auto", folder="parts")
-    monkeypatch.undo()
-    assert_same(tmp_path / "whole", tmp_path / "parts")
-
-
-@pytest.mark.skipif(not os.path.exists("/proc"), reason="no /proc")
 def test_the_time_counts_from_the_beginning_of_the_process():
     code = "import time; first_line = time.monotonic(); from training import stopping; "
     code += "print(stopping.BEGUN, first_line)"
@@ -421,8 +402,7 @@ def test_an_interrupted_epoch_tells_its_whole_time(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(run, tmp_path, caplog):
-    run(folder="whole")
+def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(run, whole, tmp_path, caplog):
     for _ in range(2):
         with pytest.raises(SystemExit):
             run(AT_ONCE, "resume=auto", folder="parts")
@@ -439,13 +419,12 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(run, tmp_path, ca
         m for m in caplog.messages if m.startswith(f"{last} is damaged")
     ]
     run("resume=auto", folder="parts")
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert_same(whole[0], tmp_path / "parts")
 
 
 @pytest.mark.parametrize("name", ["last.pt", slow("metrics.csv"), slow("summary.json")])
-def test_a_full_disk_ends_a_run_with_one_line(run, tmp_path, monkeypatch, capsys, name):
+def test_a_full_disk_ends_a_run_with_one_line(run, whole, tmp_path, monkeypatch, capsys, name):
     """The second time that a file is written, or the first time of the summary."""
-    run(folder="whole")
     words = [*SMALL, f"out_dir={tmp_path}", f"run_dir='{tmp_path / 'parts'}'"]
     fsync, seen = os.fsync, []
 
@@ -457,7 +436,6 @@ def test_a_full_disk_ends_a_run_with_one_line(run, tmp_path, monkeypatch, capsys
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", full)
-    capsys.readouterr()
     line = refused(capsys, cli.run, *words)
     monkeypatch.undo()
     assert line.startswith(f"train.py: {tmp_path / 'parts' / name} cannot be written (No space")
@@ -465,24 +443,7 @@ def test_a_full_disk_ends_a_run_with_one_line(run, tmp_path, monkeypatch, capsys
     assert len(kept["rows"]) == (1 if name == "last.pt" else 2)
     assert not (tmp_path / "parts" / "summary.json").exists()
     run("resume=auto", folder="parts")
-    assert_same(tmp_path / "whole", tmp_path / "parts")
-
-
-@pytest.mark.slow
-def test_the_dashboard_goes_on_in_the_same_run(run, monkeypatch):
-    asked = []
-
-    @contextmanager
-    def track(mode, *, run_id, **rest):
-        asked.append(run_id)
-        yield tracking.Tracker(None, "abc", "metrics.csv")
-
-    monkeypatch.setattr("training.dashboard.track", track)
-    for _ in range(4):
-        with pytest.raises(SystemExit):
-            run(AT_ONCE, "resume=auto")
-    run("resume=auto")
-    assert asked == [None, "abc", "abc", "abc", "abc"]
+    assert_same(whole[0], tmp_path / "parts")
 
 
 def test_a_run_that_replaces_another_leaves_nothing_of_it(run, tmp_path):
@@ -493,21 +454,15 @@ def test_a_run_that_replaces_another_leaves_nothing_of_it(run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_ends_a_sweep(monkeypatch, tmp_path):
+def test_a_signal_ends_a_sweep(monkeypatch, tmp_path, capsys):
     small = [w for w in SMALL if "epochs" not in w]
     signalled(monkeypatch, signal.SIGTERM, 10)  # in the second run
     words = ["-m", *small, "epochs=1", "seed=0,1,2", f"out_dir={tmp_path}"]
     assert exit_code(cli.run, *words) == 143
+    assert "3 jobs: 1 done, 1 stopped, 1 not started" in capsys.readouterr().out
     folders = sorted(p.name for p in tmp_path.rglob("seed=*"))
     assert folders == ["seed=0", "seed=1"]
     assert len(list(tmp_path.rglob("summary.json"))) == 1
-
-
-@pytest.mark.slow
-def test_the_end_of_the_time_ends_a_sweep(tmp_path, capsys):
-    call(cli.run, "-m", *SMALL, AT_ONCE, "seed=0,1,2", f"out_dir={tmp_path}")  # with exit code 0
-    assert [p.name for p in tmp_path.rglob("seed=*")] == ["seed=0"]
-    assert "1 stopped, 2 not started" in capsys.readouterr().out
 
 
 @pytest.fixture
