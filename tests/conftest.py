@@ -23,6 +23,7 @@ from training.compose import compose_config
 import app
 from helpers import TINY
 from image_folders import write_folder
+from wandb_server import ServerProcess
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, and with them all the
 # processes that they start and interrupt.
@@ -112,6 +113,14 @@ def steps(monkeypatch):
 def root(tmp_path, monkeypatch):
     """A folder of images as `image_folders.load` reads it."""
     return write_folder(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A stand-in for wandb's server."""
+    server = ServerProcess(tmp_path / "server")
+    yield server
+    server.kill()
 
 
 @pytest.fixture

@@ -72,19 +72,6 @@ def test_the_sweep_of_the_readme_can_be_trained(settings, dk, dv, heads):
     check(settings(*words, base=[w for w in TINY if "widths" not in w]))
 
 
-@pytest.mark.slow
-def test_offline_tracking_goes_to_one_folder_in_separate_runs(tmp_path, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    tiny = [w for w in TINY if "tracking" not in w and "epochs" not in w]
-    words = [*tiny, "epochs=1", "seed=0,1", f"out_dir={tmp_path}", "wandb.mode=offline"]
-    done = run_app(["train.py", "-m", *words], cwd=ROOT, check=True)
-    assert done.stdout.count("wandb: offline; `wandb sync") == 2
-    kept = [p for p in (tmp_path / "wandb").iterdir() if p.name.startswith("offline-run-")]
-    assert len({p.name for p in kept}) == 2
-    for folder in kept:
-        assert list(folder.glob("*.wandb"))
-
-
 OWN = {
     "mine.yaml": "defaults: [config, _self_]\nepochs: 1\n",
     "loose.yaml": "epochs: 1\n",

@@ -17,7 +17,6 @@ from training.variants import shortened
 
 from app import App, run_app
 from helpers import CLOCK, ROOT, TINY, await_
-from wandb_server import ServerProcess
 
 pytestmark = pytest.mark.slow
 
@@ -26,13 +25,6 @@ WANDB = str(Path(sys.executable).parent / "wandb")
 ONLINE = [*(w for w in TINY if "epochs" not in w and "tracking" not in w), "wandb.mode=online"]
 # So many steps that a signal comes before the end.
 LONG = [*ONLINE, "attention=none", "data.train_size=640", "epochs=12"]
-
-
-@pytest.fixture
-def server(tmp_path):
-    server = ServerProcess(tmp_path / "server")
-    yield server
-    server.kill()
 
 
 @pytest.fixture
@@ -158,6 +150,7 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
         "network.parameters": summary["parameters"],
         "network.flops": summary["flops"],
         "data.evaluated_on": "val",
+        "data.digest": summary["data_digest"],
         "seed": 0,
     }.items():
         assert seen[name] == expected, name
@@ -414,7 +407,6 @@ def of_agent(process):
 
 
 @pytest.mark.thorough
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the process by Linux's /proc")
 def test_an_agent_goes_on_after_runs_that_diverge_and_a_preempted_run_comes_back(
     agent, server, tmp_path
 ):

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf, open_dict
 import models
 import train
 from data import Dataset, Images
-from training import cli, dashboard, summary
+from training import cli, summary
 from training.assemble import build_model
 from training.compose import compose_config
 from training.device import precision_name
@@ -84,26 +84,6 @@ def test_a_data_set_in_code_need_not_be_like_cifar(settings, tmp_path):
     cfg.batch_size = 33
     with pytest.raises(ValueError, match="batch_size=33 does not fit 32 training images"):
         train.train(cfg, tmp_path / "other")
-
-
-def test_what_the_dashboard_is_told(run, monkeypatch):
-    told = {}
-    original = dashboard.track
-
-    def remember(mode, **arguments):
-        told.update(arguments, mode=mode)
-        return original(mode, **arguments)
-
-    monkeypatch.setattr(dashboard, "track", remember)
-    summary = run("epochs=1", "attention.dk=16", "wandb.group=mine")
-    assert told["mode"] == "disabled"
-    assert told["group"] == "mine"
-    assert told["config"]["attention.dk"] == 16
-    assert told["config"]["optim.lr"] == 0.002
-    assert told["config"]["network.parameters"] > 0
-    assert told["config"]["data.digest"] == summary["data_digest"]
-    assert told["job_type"] == "train"
-    assert told["tags"] == ["resnet8", "aa", "lookup"]
 
 
 @pytest.mark.parametrize("ema", [slow("null"), "0.5"])

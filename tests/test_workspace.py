@@ -19,7 +19,6 @@ from training.tracking import CHARTS
 from app import run_app
 from folders import make_run
 from helpers import ROOT, TINY
-from wandb_server import ServerProcess
 
 BLOCKS = ["stages.1.0.conv1", "stages.2.0.conv1"]  # of TINY's network
 WEAVE, VEGA = "Weave", "Vega2"
@@ -160,13 +159,6 @@ def test_the_blocks_are_those_of_the_network():
     depths = compose_config(["model=resnet20"]).model.depths
     names = augmented_blocks(["model=resnet20", "attention.stages=[3]", "attention.min_dkh=1"])
     assert len(names) == depths[2]
-
-
-@pytest.fixture
-def server(tmp_path):
-    server = ServerProcess(tmp_path / "server")
-    yield server
-    server.kill()
 
 
 def call(server, *words, **environment):
