@@ -21,11 +21,9 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 import types
 from contextlib import suppress
 from pathlib import Path
-from threading import Thread
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,26 +46,14 @@ omegaconf omegaconf._impl PIL.Image safetensors.torch scipy.stats submitit tqdm
 # ---- In the tests -------------------------------------------------------------------------------
 
 
-class App:
-    """A command in a process of its own, used as `subprocess.Popen` is.
+class App(subprocess.Popen):
+    """A command in a process of its own, which the server forks; all else is as in `subprocess`.
 
-    ``words`` begin with the script, or with ``-c`` and a program. Streams are file descriptors,
-    files, PIPE, DEVNULL, or for stderr STDOUT; those that are None are those of the tests.
+    ``words`` begin with the script, or with ``-c`` and a program.
     """
 
-    stdout = stderr = _status = None
-
     def __init__(
-        self,
-        words,
-        *,
-        cwd=None,
-        env=None,
-        stdin=subprocess.DEVNULL,
-        stdout=None,
-        stderr=None,
-        text=False,
-        start_new_session=False,
+        self, words, *, env=None, stdin=subprocess.DEVNULL, start_new_session=False, **options
     ):
         env = dict(os.environ if env is None else env)
         changed = {
@@ -77,105 +63,45 @@ class App:
         } - {"OMP_NUM_THREADS"}
         if changed:
             raise ValueError(f"{', '.join(changed)}: needs a real start, by subprocess")
-        self.args, self.returncode = list(map(str, words)), None
-        request = {
-            "words": self.args,
-            "cwd": str(cwd or os.getcwd()),
-            "env": env,
-            "session": start_new_session,
-        }
-        opened = []
+        self._session = start_new_session
+        super().__init__(list(map(str, words)), env=env, stdin=stdin, **options)
 
-        def write_end(stream, number):
-            """The descriptor for the process, and the file from which the tests read, if any."""
-            if stream == subprocess.PIPE:
-                reader, writer = os.pipe()
-                opened.append(writer)
-                return writer, open(reader, "r" if text else "rb")
-            if stream == subprocess.DEVNULL:
-                opened.append(os.open(os.devnull, os.O_RDWR))
-                return opened[-1], None
-            if stream is None:
-                return number, None
-            return stream if isinstance(stream, int) else stream.fileno(), None
+    # Popen's own three ways to a child: to start it, to ask whether it has ended, to wait for that.
 
-        status, told = os.pipe()
-        opened.append(told)
-        source, _ = write_end(stdin, 0)
-        out, self.stdout = write_end(stdout, 1)
-        err, self.stderr = (out, None) if stderr == subprocess.STDOUT else write_end(stderr, 2)
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
+        streams = rest[3:9]
+        stdin, _, _, stdout, _, stderr = streams
+        request = {"words": args, "cwd": str(cwd or os.getcwd()), "env": env}
+        request["session"] = self._session
+        self._status, told = os.pipe()
+        # -1 is a stream of the tests themselves.
+        handles = [
+            own if handle == -1 else handle for own, handle in enumerate((stdin, stdout, stderr))
+        ]
         try:
-            socket.send_fds(server(), [json.dumps(request).encode()], [source, out, err, told])
+            socket.send_fds(server(), [json.dumps(request).encode()], [*handles, told])
         finally:
-            for number in opened:
-                os.close(number)
-        self._status = open(status, "rb", buffering=0)  # noqa: SIM115
-        self.pid = int.from_bytes(self._status.read(4), "big")
+            os.close(told)
+            self._close_pipe_fds(*streams)
+        self.pid = int.from_bytes(os.read(self._status, 4), "big")
         if not self.pid:
             raise RuntimeError("the server of tests/app.py has ended")
 
-    def poll(self):
-        """The exit code as `subprocess` has it, or None while the process runs."""
+    def _internal_poll(self, *_, **__):
         with suppress(subprocess.TimeoutExpired):
-            return self.wait(0)
+            return self._wait(0)
 
-    def wait(self, timeout=None):
+    def _wait(self, timeout):
         if self.returncode is None:
-            if not select.select([self._status], [], [], timeout)[0]:
+            seconds = None if timeout is None else max(0.0, timeout)
+            if not select.select([self._status], [], [], seconds)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            told = self._status.read(4)
+            told = os.read(self._status, 4)
             if not told:
                 raise RuntimeError("the server of tests/app.py has ended")
             self.returncode = os.waitstatus_to_exitcode(int.from_bytes(told, "big"))
-            self._status.close()
+            os.close(self._status)
         return self.returncode
-
-    def communicate(self, timeout=None):
-        """What is printed from here on, until nothing holds the streams any more."""
-        end = None if timeout is None else time.monotonic() + timeout
-        said = [None, None]
-
-        def read(index, stream):
-            said[index] = stream.read()
-            stream.close()
-
-        readers = [
-            Thread(target=read, args=(index, stream), daemon=True)
-            for index, stream in enumerate((self.stdout, self.stderr))
-            if stream is not None and not stream.closed
-        ]
-        for reader in readers:
-            reader.start()
-        for reader in readers:
-            reader.join(None if end is None else max(0.0, end - time.monotonic()))
-            if reader.is_alive():
-                raise subprocess.TimeoutExpired(self.args, timeout)
-        self.wait(None if end is None else max(0.0, end - time.monotonic()))
-        return tuple(said)
-
-    def send_signal(self, number):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self):
-        self.send_signal(signal.SIGKILL)
-
-    def terminate(self):
-        self.send_signal(signal.SIGTERM)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.wait()
-        for stream in (self.stdout, self.stderr):
-            if stream is not None:
-                stream.close()
-
-    def __del__(self):
-        for stream in (self.stdout, self.stderr, self._status):
-            if stream is not None:
-                stream.close()
 
 
 def run_app(words, *, check=False, timeout=240, text=True, **options):
@@ -184,7 +110,7 @@ def run_app(words, *, check=False, timeout=240, text=True, **options):
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=text, **options
     ) as process:
         try:
-            said = process.communicate(timeout)
+            said = process.communicate(timeout=timeout)
         except BaseException:
             process.kill()
             raise
