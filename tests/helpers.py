@@ -2,8 +2,10 @@
 
 import csv
 import os
+import socket
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -56,6 +58,14 @@ def await_(condition, what, process=None, seconds=240):
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < end, f"waited in vain for {what}"
         time.sleep(0.05)
+
+
+def free_ports(number):
+    """So many ports of loopback that nothing listens to."""
+    with ExitStack() as stack:
+        address = ("127.0.0.1", 0)
+        sockets = [stack.enter_context(socket.create_server(address)) for _ in range(number)]
+        return [s.getsockname()[1] for s in sockets]
 
 
 def call(main, *words):

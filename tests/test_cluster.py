@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from helpers import ROOT, TINY, await_, machine_lacks, rows
+from helpers import ROOT, TINY, await_, free_ports, machine_lacks, rows
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
 GUARD = 180  # seconds; no claim about speed, only an end to waiting
@@ -45,14 +45,6 @@ KillWait=10
 NodeName=localhost NodeAddr=127.0.0.1 NodeHostname={host} CPUs=2 State=UNKNOWN
 PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 """
-
-
-def free_ports(number):
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @pytest.fixture(scope="module")
@@ -164,9 +156,3 @@ def test_tasks_of_srun_without_torchrun_are_refused_by_name(cluster, tmp_path):
     for task in range(2):
         assert f"this is task {task} of 2 of a Slurm step" in said.stderr
     assert not list(tmp_path.iterdir())
-
-
-def test_one_task_of_srun_is_an_ordinary_run(cluster, tmp_path):
-    said = cluster("srun", "-n1", sys.executable, "train.py", *TINY, f"out_dir={tmp_path}")
-    assert said.returncode == 0, said.stderr
-    assert len(list(tmp_path.rglob("summary.json"))) == 1

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from torch import nn
 from training import distributed
 
 from app import App
-from helpers import ROOT
+from helpers import ROOT, free_ports
 
 CPU = torch.device("cpu")
 
@@ -81,8 +80,7 @@ def one_of_two(rank, port, synchronized, folder):
 
 def spawn(function, *arguments):
     """Call ``function(rank, port, *arguments)`` in two processes."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        given = (free.getsockname()[1], *arguments)
+    given = (*free_ports(1), *arguments)
     program = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}; "
     program += f"import test_distributed; test_distributed.{function.__name__}(RANK, *{given})"
     processes = [App(["-c", program.replace("RANK", str(rank))]) for rank in (0, 1)]
@@ -120,10 +118,17 @@ def test_without_it_each_normalizes_its_part_and_the_first_ones_statistics_count
         torch.testing.assert_close(a, b)
 
 
-def slow_or_wrong_files(rank, port):
-    """Reading them takes longer than the others are patient otherwise, or fails in each process."""
+def slow_or_wrong(rank, port):
+    """To compile and to read files takes longer than the others are patient otherwise.
+
+    Or the files cannot be read in each process.
+    """
     become(rank, port)
     distributed.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=2)
+    with distributed.process_group(compiles=True):
+        if rank == 0:
+            time.sleep(4)
+        assert distributed.all_reduce_sum(torch.tensor(rank + 1)).item() == 3
     with distributed.process_group():
         assert distributed.broadcast_from_main(lambda: time.sleep(4) or rank) == 0
         with (
@@ -135,23 +140,8 @@ def slow_or_wrong_files(rank, port):
 
 
 @pytest.mark.slow
-def test_files_may_take_long_and_what_is_wrong_with_them_is_an_error_in_all_processes():
-    spawn(slow_or_wrong_files)
-
-
-def slow_compiler(rank, port):
-    """A process that compiles for longer than the others are patient otherwise."""
-    become(rank, port)
-    distributed.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=2)
-    with distributed.process_group(compiles=True):
-        if rank == 0:
-            time.sleep(4)
-        assert distributed.all_reduce_sum(torch.tensor(rank + 1)).item() == 3
-
-
-@pytest.mark.slow
-def test_the_others_wait_for_a_compiler():
-    spawn(slow_compiler)
+def test_files_and_compilers_may_take_long_and_wrong_files_are_an_error_in_all_processes():
+    spawn(slow_or_wrong)
 
 
 def jobs_of_two(rank, port, folder):

@@ -52,7 +52,6 @@ def test_the_comparison_sees_every_difference_but_the_clocks():
     assert differences(torch.zeros(1), torch.zeros(1, dtype=torch.float64), "x") == ["x"]
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc")
 def test_a_kill_leaves_nothing_alive_of_what_was_started():
     # As torchrun does it: a process below, in a session of its own.
     below = "import os, time; os.setsid(); print(os.getpid(), flush=True); time.sleep(900)"

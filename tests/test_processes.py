@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 from training import run_folder, stopping
 
 from app import App
-from helpers import ROOT, TINY, await_, rows
+from helpers import ROOT, TINY, await_, free_ports, rows
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 NEVER_ENDING = ["epochs=10000", "data.train_size=64"]
@@ -40,9 +39,9 @@ def train(*words, processes):
     """The exit codes and the output of processes as torchrun would start them."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if processes > 1:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            environment["MASTER_PORT"] = str(free.getsockname()[1])
-        environment |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(processes)}
+        (port,) = free_ports(1)
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+        environment["WORLD_SIZE"] = str(processes)
     started = []
     for rank in map(str, range(processes)):
         own = {"RANK": rank, "LOCAL_RANK": rank} if processes > 1 else {}
@@ -127,7 +126,6 @@ def test_normalized_apart_the_curve_is_another(runs):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes by Linux's /proc")
 def test_a_dead_process_ends_the_other_with_a_message(tmp_path):
     process = start_run(tmp_path / "dead", *NEVER_ENDING)
     await_((tmp_path / "dead" / "metrics.csv").exists, "an epoch", process)

@@ -10,7 +10,7 @@ from scripts.publish import publish
 
 from app import run_app
 from folders import make_run
-from helpers import ROOT
+from helpers import ROOT, everything_below
 
 
 def make(folder):
@@ -28,11 +28,8 @@ def make(folder):
 
 
 def files(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
+    found = everything_below(folder)
+    return {f"{path.relative_to(folder)}": found[path] for path in found if path.is_file()}
 
 
 def test_what_the_report_reads_is_published_and_nothing_else(tmp_path):
