@@ -245,8 +245,11 @@ def test_a_wrong_value_in_a_sweep_leaves_nothing(stops):
     ],
 )
 def test_a_sweep_of_which_one_does_not_compose_runs_none(tmp_path, capfd, words, line):
+    (tmp_path / "lookup").mkdir()
+    (tmp_path / "lookup" / "multirun.yaml").write_text("of the one before")
+    before = everything_below(tmp_path)
     assert line in refused(capfd, cli.run, "-m", *TINY, words, f"out_dir={tmp_path}")
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert everything_below(tmp_path) == before
 
 
 # ---- folders and files --------------------------------------------------------------------------

@@ -9,17 +9,21 @@ from training import cli
 from training.settings import check
 
 from app import run_app
-from helpers import ROOT, TINY, call, exit_code, refused
+from helpers import ROOT, TINY, call, refused
 
 
 def test_a_run_that_diverges_leaves_word_of_it_until_it_is_run_again(tmp_path, capsys):
     words = [*TINY, f"out_dir={tmp_path}", f"run_dir='{tmp_path / 'r'}'"]
-    assert exit_code(cli.run, *words, "optim.lr=1e30") == 2
-    assert "the loss is not finite in epoch 1" in capsys.readouterr().err
-    written = json.loads((tmp_path / "r" / "failed.json").read_text())
-    assert "not finite in epoch 1" in written["error"]
+    failure = tmp_path / "r" / "failed.json"
+    assert "the loss is not finite in epoch 1" in refused(capsys, cli.run, *words, "optim.lr=1e30")
+    before = failure.read_bytes()
+    assert "not finite in epoch 1" in json.loads(before)["error"]
+    line = refused(capsys, cli.run, *words, "optim.lr=1e30", "resume=auto")
+    assert "has diverged (the loss is " in line
+    assert "overwrite=true trains" in line
+    assert failure.read_bytes() == before
     call(cli.run, *words, "epochs=1")
-    assert not (tmp_path / "r" / "failed.json").exists()
+    assert not failure.exists()
     assert (tmp_path / "r" / "summary.json").exists()
 
 

@@ -289,8 +289,6 @@ WRONG = [
     (["{network}", "{pipe}"], "{pipe} is neither a file nor a folder"),
     (["{network}", "{picture}", "--top", "0"], "--top: 0 must be a whole number, at least 1"),
     (["{network}", "{picture}", "--device", "toaster"], "device=toaster"),
-    (["{picture}", "{picture}"], "is neither a .safetensors file nor a checkpoint"),
-    (["{empty}", "{picture}"], "has no weights.safetensors and no last.pt"),
 ]
 
 

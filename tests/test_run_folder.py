@@ -248,7 +248,6 @@ def test_what_is_kept_is_kept_with_all_that_was_said(tmp_path, settings):
     assert (tmp_path / "run" / "train.log").read_text() == text
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_pipe_in_the_place_of_the_log_is_not_waited_for(tmp_path, settings):
     os.mkfifo(tmp_path / "train.log")
     with (
@@ -410,21 +409,6 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path):
     assert len(rows(folder)) == 30
 
 
-def test_ignored_signals_stay_ignored_and_the_others_are_heeded():
-    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
-    try:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with stopping.Stop(None) as stop:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop.signal is None
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.signal == signal.SIGTERM
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 @pytest.mark.parametrize(
     "program", ["train.py", slow("scripts/compare.py"), slow("scripts/report.py")]
 )
@@ -550,17 +534,6 @@ def failure_of(folder):
     return json.loads((folder / "failed.json").read_text())
 
 
-def test_weights_that_are_not_finite_are_no_result(run, tmp_path):
-    """The loss was finite at the only step, and the weights after it are not."""
-    with pytest.raises(FloatingPointError, match=r"test/loss is nan after epoch 1; a lower optim"):
-        run(
-            "attention=none", "optim=sgd", "optim.lr=1e20", "schedule.warmup=0", "epochs=1",
-            "data.train_size=16", "batch_size=16",
-        )  # fmt: skip
-    assert "test/loss is nan" in failure_of(tmp_path / "run")["error"]
-    assert not (tmp_path / "run" / "summary.json").exists()
-
-
 @pytest.mark.parametrize("broken", ["ema", slow("evaluation"), slow("inf")])
 def test_scores_that_are_not_finite_are_no_result(run, tmp_path, monkeypatch, broken):
     evaluate = train.evaluate
@@ -574,24 +547,13 @@ def test_scores_that_are_not_finite_are_no_result(run, tmp_path, monkeypatch, br
         return scores, by_class
 
     monkeypatch.setattr(train, "evaluate", breaking)
-    with pytest.raises(FloatingPointError, match=r"test/loss is (nan|inf) after epoch 2"):
+    with pytest.raises(
+        FloatingPointError, match=r"test/loss is (nan|inf) after epoch 2; a lower optim"
+    ):
         run("ema=0.9")
     assert "after epoch 2" in failure_of(tmp_path / "run")["error"]
     assert len(rows(tmp_path / "run")) == 1  # the last one that was finite
     assert not (tmp_path / "run" / "summary.json").exists()
-
-
-def test_a_finished_run_is_never_written_again(run, tmp_path, monkeypatch, caplog):
-    """Resumed on another commit and with another precision."""
-    first = run()
-    before = everything_below(tmp_path / "run")
-    monkeypatch.setattr(provenance, "commit", lambda: "another")
-    monkeypatch.setattr(train, "choose_dtype", lambda *_: torch.bfloat16)
-    with caplog.at_level("INFO"):
-        again = run("resume=auto")
-    assert again == json.loads(json.dumps(first))
-    assert everything_below(tmp_path / "run") == before
-    assert "already finished" in caplog.text
 
 
 @pytest.mark.slow
@@ -667,15 +629,3 @@ def test_names_of_any_overrides_fit_a_file_system(tmp_path):
         assert len(name.encode()) < 180
         assert "/" not in name
         assert name not in ("", ".", "..")
-
-
-@pytest.mark.slow
-def test_a_sweep_that_is_refused_leaves_the_record_of_the_one_before(tmp_path):
-    (tmp_path / "lookup").mkdir()
-    (tmp_path / "lookup" / "multirun.yaml").write_text("of the one before")
-    before = everything_below(tmp_path)
-    for words in (["seed=0,abc"], ["epochs=0,-1"]):
-        with pytest.raises(SystemExit) as stopped:
-            call(cli.run, "-m", *TINY, *words, f"out_dir={tmp_path}")
-        assert stopped.value.code == 2
-        assert everything_below(tmp_path) == before

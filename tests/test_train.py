@@ -12,7 +12,7 @@ from omegaconf import OmegaConf, open_dict
 import models
 import train
 from data import Dataset, Images
-from training import cli, summary
+from training import cli, provenance, summary
 from training.assemble import build_model
 from training.compose import compose_config
 from training.device import precision_name
@@ -125,15 +125,19 @@ def test_no_epoch_is_chosen_by_the_test_set(run):
 
 
 @pytest.mark.slow
-def test_resume_from_a_path_and_of_a_finished_run(run, tmp_path):
+def test_resume_from_a_path_does_not_replace_the_run_that_is_there_unless_told_to(run, tmp_path):
     first = run(folder="a")
-    again = run(f"resume={tmp_path / 'a'}", folder="b")
+    run("seed=5", folder="b")
+    before = (tmp_path / "b" / "metrics.csv").read_bytes()
+    with pytest.raises(ValueError, match="b already holds a run"):
+        run(f"resume={tmp_path / 'a'}", folder="b")
+    assert (tmp_path / "b" / "metrics.csv").read_bytes() == before
+    again = run(f"resume={tmp_path / 'a'}", "overwrite=true", folder="b")
     assert again["test/top1"] == first["test/top1"]
     assert again["per_class_top1"] == first["per_class_top1"]
     assert rows(tmp_path / "a") == rows(tmp_path / "b")
     everything = {path.name for path in (tmp_path / "a").iterdir()} - {"previous.pt"}
     assert {path.name for path in (tmp_path / "b").iterdir()} == everything
-    assert run("resume=auto", folder="new")["epochs"] == 2
 
 
 def test_what_resume_has_begun_elsewhere_can_be_continued(run, tmp_path, monkeypatch):
@@ -147,25 +151,20 @@ def test_what_resume_has_begun_elsewhere_can_be_continued(run, tmp_path, monkeyp
     assert run("resume=auto", folder="b")["epochs"] == 2
 
 
-@pytest.mark.slow
-def test_resume_from_a_path_does_not_replace_the_run_that_is_there(run, tmp_path):
-    run(folder="a")
-    run("seed=5", folder="b")
-    before = (tmp_path / "b" / "metrics.csv").read_bytes()
-    with pytest.raises(ValueError, match="b already holds a run"):
-        run(f"resume={tmp_path / 'a'}", folder="b")
-    assert (tmp_path / "b" / "metrics.csv").read_bytes() == before
-    run(f"resume={tmp_path / 'a'}", "overwrite=true", folder="b")
-    assert rows(tmp_path / "a") == rows(tmp_path / "b")
-
-
-def test_a_finished_run_needs_no_checkpoint(run, tmp_path):
+def test_a_finished_run_is_never_written_again(run, tmp_path, monkeypatch, caplog):
+    """Resumed on another commit, in another precision, and without its checkpoints."""
     summary = run(folder="a")
-    (tmp_path / "a" / "previous.pt").unlink()
-    for change in (lambda last: last.write_bytes(b"damaged"), lambda last: last.unlink()):
-        change(tmp_path / "a" / "last.pt")
+    monkeypatch.setattr(provenance, "commit", lambda: "another")
+    monkeypatch.setattr(train, "choose_dtype", lambda *_: torch.bfloat16)
+    last, previous = tmp_path / "a" / "last.pt", tmp_path / "a" / "previous.pt"
+    for change in (None, previous.unlink, lambda: last.write_bytes(b"x"), last.unlink):
+        if change is not None:
+            change()
         before = everything_below(tmp_path / "a")
-        assert run("resume=auto", folder="a") == summary
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert run("resume=auto", folder="a") == summary
+        assert "already finished" in caplog.text
         assert everything_below(tmp_path / "a") == before
     with pytest.raises(ValueError, match="a already holds a run; resume=auto continues it"):
         run(folder="a")
