@@ -29,23 +29,14 @@ def test_a_run_that_diverges_leaves_word_of_it_until_it_is_run_again(tmp_path, c
 
 @pytest.mark.parametrize("out", ["out", "./out", "../out", "x/../out", "out//deep/"])
 def test_a_run_has_a_folder_of_its_own_however_out_dir_is_written(
-    folders, monkeypatch, tmp_path, out
+    untrained, monkeypatch, tmp_path, out
 ):
     (tmp_path / "x").mkdir()
     monkeypatch.chdir(tmp_path / "x" if out.startswith("..") else tmp_path)
     call(cli.run, *TINY, f"out_dir={out}", "seed=3")
-    (folder,) = folders
+    (folder,) = untrained
     assert folder.name == "seed=3"
     assert folder.parent.parent == tmp_path / "out" / ("deep" if "deep" in out else "") / "lookup"
-
-
-@pytest.fixture
-def folders(monkeypatch):
-    """The folders of runs, which are not trained."""
-    scores = {"evaluated_on": "test", "test/top1": 1.0, "test/top5": 1.0}
-    begun = []
-    monkeypatch.setattr(train, "train", lambda cfg, folder: begun.append(folder) or scores)
-    return begun
 
 
 def test_an_interrupted_start_says_so(tmp_path, monkeypatch, capsys):
@@ -57,10 +48,10 @@ def test_an_interrupted_start_says_so(tmp_path, monkeypatch, capsys):
     assert line == "train.py: interrupted before training began\n"
 
 
-def test_a_sweep_makes_a_folder_for_each_variant_and_seed(folders, tmp_path):
+def test_a_sweep_makes_a_folder_for_each_variant_and_seed(untrained, tmp_path):
     call(cli.run, "-m", *TINY, "attention=none,aa", "seed=0,1", f"out_dir={tmp_path}")
-    assert [p.name for p in folders] == ["seed=0", "seed=1"] * 2
-    aa, none = sorted({p.parent.name for p in folders})
+    assert [p.name for p in untrained] == ["seed=0", "seed=1"] * 2
+    aa, none = sorted({p.parent.name for p in untrained})
     assert none.startswith("attention=none,batch_size=32,")
     assert aa.startswith("attention=aa,batch_size=32,")
     assert "tracking" not in aa

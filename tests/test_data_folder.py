@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 import models
-import train
 from data import folder, image_cache, layout, load_folder
 from data.vision import datasets
 from scripts import compare
@@ -394,13 +393,10 @@ def test_a_run_is_called_after_its_folder_and_evaluated_on_one_that_is_named(
     assert summary["evaluated_on"] == dataset.evaluated_on
 
 
-def test_runs_on_two_folders_have_two_folders(monkeypatch, tmp_path):
-    scores = {"evaluated_on": "val", "val/top1": 1.0}
-    places = []
-    monkeypatch.setattr(train, "train", lambda cfg, place: places.append(place) or scores)
+def test_runs_on_two_folders_have_two_folders(untrained, tmp_path):
     for words in ("data.root=a", "data.root=x/b", "data.root=a data.name=c", "data.root=a seed=1"):
         call(cli.run, "data=folder", f"out_dir='{tmp_path}'", *words.split())
-    names = [str(place.relative_to(tmp_path / "train")) for place in places]
+    names = [str(place.relative_to(tmp_path / "train")) for place in untrained]
     assert names == [
         "data=folder,data.name=a/seed=0",
         "data=folder,data.name=b/seed=0",

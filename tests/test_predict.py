@@ -235,21 +235,15 @@ def test_pictures_may_be_as_large_as_those_of_the_training(tmp_path, capsys):
     assert "it has more than 319 pixels (data.max_pixels)" in capsys.readouterr().err
 
 
-NAMES = ["=1+1", "a\x1b[31m\x00", "b\u202e\udcff"]
-
-
-@pytest.fixture
-def badly_named(tmp_path):
-    return save(tmp_path / "network", describe(class_names=NAMES))
-
-
 @pytest.mark.parametrize("form", ["--json", "--csv", "--top=3"])
 def test_names_of_classes_hold_no_control_characters_and_no_formula(
-    badly_named, tmp_path, monkeypatch, capsys, form
+    tmp_path, monkeypatch, capsys, form
 ):
+    names = ["=1+1", "a\x1b[31m\x00", "b\u202e\udcff"]
+    network = save(tmp_path / "network", describe(class_names=names))
     Image.fromarray(pixels()).save(tmp_path / "@a.png")
     monkeypatch.chdir(tmp_path)
-    assert exit_code(predict.main, badly_named, "@a.png", form) == 0
+    assert exit_code(predict.main, network, "@a.png", form) == 0
     out = capsys.readouterr().out
     out.encode()  # no lone surrogate
     assert not {"\x1b", "\x00", "\u202e"} & set(out)

@@ -8,7 +8,6 @@ import pytest
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-import train
 from reporting import runs
 from training import cli, sweep
 from training.assemble import build_model
@@ -281,21 +280,18 @@ def test_the_exit_code_of_a_sweep(started, outcomes, error, code, capsys):
         assert f"{missing} not started" in capsys.readouterr().out
 
 
-def test_a_run_of_an_agent_has_a_folder_by_its_ids(monkeypatch, tmp_path):
+def test_a_run_of_an_agent_has_a_folder_by_its_ids(untrained, monkeypatch, tmp_path):
     """wandb may try the same settings twice, and gives a preempted run back under its id."""
-    folders = []
-    score = {"evaluated_on": "test", "test/top1": 1.0}
-    monkeypatch.setattr(train, "train", lambda cfg, folder: folders.append(folder) or score)
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     for run_id, words in (("r1", []), ("r2", []), ("r1", ["seed=5"])):
         monkeypatch.setenv("WANDB_RUN_ID", run_id)
         call(cli.run, *TINY, *words, f"out_dir={tmp_path}")
     call(cli.run, *TINY, f"hydra.run.dir={tmp_path / 'x'}")
     top = tmp_path / "lookup" / "sweep=s1"
-    assert folders == [top / "run=r1", top / "run=r2", top / "run=r1", tmp_path / "x"]
+    assert untrained == [top / "run=r1", top / "run=r2", top / "run=r1", tmp_path / "x"]
     monkeypatch.delenv("WANDB_SWEEP_ID")  # WANDB_RUN_ID alone names no folder
     call(cli.run, *TINY, f"out_dir={tmp_path}")
-    assert folders[-1].name == "seed=0"
+    assert untrained[-1].name == "seed=0"
 
 
 def test_a_run_of_an_agent_that_is_refused_leaves_its_reason(monkeypatch, tmp_path):

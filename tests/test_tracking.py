@@ -433,8 +433,7 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
 DRIVER = """
 import logging, os, sys
 from pathlib import Path
-import train
-from training import cli, launch, tracking
+from training import tracking
 logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING, stream=sys.stdout)
 tracking.INIT_TIMEOUT, tracking.LOG_TIMEOUT, tracking.CLOSE_TIMEOUT = 3, 2, 2
 os.environ["WANDB_API_KEY"] = "0123456789" * 4
