@@ -178,6 +178,8 @@ SETTINGS = [
     ("model.widths=[4,8,1000000000]", "model.widths=[4, 8, 1000000000]"),
     ("model.stem=0", "stem=0"),
     ("model.block=dense", "block=dense must be one of basic, bottleneck, preact"),
+    ("freeze=[stem]", "freeze=stem is not a module of the network; choose from conv, bn_in"),
+    ("keep_best=true", "keep_best=true needs held-out images, data.val_size=N: a test set"),
     # where it runs and what it is called
     ("device=tpu", "device=tpu is not a device; use auto, cpu or cuda"),
     ("device=mps", "device=mps is not available here; use auto or cpu"),

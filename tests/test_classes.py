@@ -9,8 +9,6 @@ from data import Augmentation, Batches, Images
 from data.batches import balanced_order
 from training.loss import class_weights, cross_entropy, relative_weights
 
-from helpers import rows
-
 COUNTS = {0: 1, 2: 30, 3: 6, 7: 2}  # of class 1 and some others there is no image
 LABELS = torch.tensor([label for label, count in COUNTS.items() for _ in range(count)])
 IMAGES = Images(torch.zeros(39, 2, 2, 3, dtype=torch.uint8), LABELS)
@@ -80,10 +78,3 @@ def test_soft_labels_weigh_by_their_classes():
     hard = torch.tensor([1, 2, 0])
     same = torch.nn.functional.one_hot(hard, 4).float()
     assert torch.equal(relative_weights(hard, weights), relative_weights(same, weights))
-
-
-def test_the_settings_change_a_run(run, tmp_path):
-    words = ("epochs=1", "class_weights=balanced", "balanced_sampling=true")
-    for word in words:
-        run("epochs=1", word, folder=word)
-    assert len({rows(tmp_path / word)[0]["train/loss"] for word in words}) == 3

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -45,9 +45,15 @@ def run(run):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of such a run without further settings, and its summary."""
-    folder = tmp_path_factory.mktemp("whole")
-    return folder, train.train(compose_config([*SMALL, f"out_dir={folder}"]), folder)
+    """A function from overrides to the folder of such a run, and its summary; trained once."""
+
+    @cache
+    def train_once(*overrides):
+        folder = tmp_path_factory.mktemp("whole")
+        cfg = compose_config([*SMALL, *overrides, f"out_dir={folder}"])
+        return folder, train.train(cfg, folder)
+
+    return train_once
 
 
 def state(folder):
@@ -122,10 +128,10 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("steps", [slow(1), 3, slow(5), slow(6), slow(8)])
-def test_killed_after_a_checkpoint_inside_an_epoch(run, tmp_path, monkeypatch, steps):
+def test_killed_after_a_checkpoint_inside_an_epoch(run, whole, tmp_path, monkeypatch, steps):
     """Checkpoints after every second step: the others, and an evaluation, are done again."""
     overrides = ["data.train_size=32", "ema=0.9"]
-    run(*overrides, folder="whole")
+    expected, _ = whole(*overrides)
     original, made = Batches._make, []
     monkeypatch.setattr(train.time, "monotonic", lambda: 60.0 * len(made))  # a minute a step
 
@@ -147,7 +153,7 @@ def test_killed_after_a_checkpoint_inside_an_epoch(run, tmp_path, monkeypatch, s
         run(*overrides, "resume=auto", folder="parts")
     else:
         run(*overrides, "checkpoint_minutes=2", folder="parts")
-    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert_same(expected, tmp_path / "parts")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +164,6 @@ def test_short_epochs_are_saved_when_the_minutes_are_over(
 ):
     """An epoch takes a minute. A kill after the fourth costs those since the last checkpoint."""
     words = ["epochs=5", f"checkpoint_minutes={minutes}"]
-    run(*words, folder="whole")
     evaluate, save, write = train.evaluate, checkpoint.save, RunFolder.write_metrics
     now, kept = [0.0], []
 
@@ -179,7 +184,7 @@ def test_short_epochs_are_saved_when_the_minutes_are_over(
     monkeypatch.setattr(stopping, "BEGUN", 0.0)
     monkeypatch.setattr(train, "evaluate", after_a_minute)
     monkeypatch.setattr(checkpoint, "save", noted)
-    run(*words, folder="again")
+    run(*words, folder="whole")
     assert kept == saved
     monkeypatch.setattr(RunFolder, "write_metrics", killed)
     with pytest.raises(Killed):
@@ -211,11 +216,12 @@ def test_killed_after_the_checkpoint_of_an_epoch(run, whole, tmp_path, monkeypat
     monkeypatch.undo()
     assert len(state(tmp_path / "parts")["rows"]) == (1 if name == "write_metrics" else 2)
     summary = run("resume=auto", folder="parts")
-    assert_same(whole[0], tmp_path / "parts")
+    assert_same(whole()[0], tmp_path / "parts")
     assert (tmp_path / "parts" / "summary.json").exists()
     assert summary["per_class_top1"] is not None
-    free = {name: whole[1][name] for name in ("perf/total_seconds", "config")}
-    assert summary | free == whole[1]
+    expected = whole()[1]
+    free = {name: expected[name] for name in ("perf/total_seconds", "config")}
+    assert summary | free == expected
 
 
 def signalled(monkeypatch, number, at_batch):
@@ -257,7 +263,7 @@ def test_signals_finish_the_step_and_save(
     kept = state(tmp_path / "parts")
     assert (len(kept["rows"]), kept["epoch_state"]["step"]) == (epochs, step)
     run("resume=auto", folder="parts")
-    assert_same(whole[0], tmp_path / "parts")
+    assert_same(whole()[0], tmp_path / "parts")
 
 
 @pytest.fixture
@@ -419,7 +425,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(run, whole, tmp_p
         m for m in caplog.messages if m.startswith(f"{last} is damaged")
     ]
     run("resume=auto", folder="parts")
-    assert_same(whole[0], tmp_path / "parts")
+    assert_same(whole()[0], tmp_path / "parts")
 
 
 @pytest.mark.parametrize("name", ["last.pt", slow("metrics.csv"), slow("summary.json")])
@@ -443,7 +449,7 @@ def test_a_full_disk_ends_a_run_with_one_line(run, whole, tmp_path, monkeypatch,
     assert len(kept["rows"]) == (1 if name == "last.pt" else 2)
     assert not (tmp_path / "parts" / "summary.json").exists()
     run("resume=auto", folder="parts")
-    assert_same(whole[0], tmp_path / "parts")
+    assert_same(whole()[0], tmp_path / "parts")
 
 
 def test_a_run_that_replaces_another_leaves_nothing_of_it(run, tmp_path):

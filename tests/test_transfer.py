@@ -279,12 +279,6 @@ def test_no_path_of_a_machine_is_published():
     }
 
 
-def test_a_mistake_in_freeze_is_found_before_anything_is_done(run, tmp_path):
-    with pytest.raises(ValueError, match="freeze=stem is not a module"):
-        run("freeze=[stem]", folder="none")
-    assert not list((tmp_path / "none").iterdir())
-
-
 # ---- More epochs --------------------------------------------------------------------------------
 
 
