@@ -203,16 +203,11 @@ def test_settings_that_change_no_result_may_differ(tmp_path):
         read(tmp_path, {"seed": 2, "data": {"root": "a", "val_size": 5}})
 
 
-def test_states_of_other_code(tmp_path):
+def test_a_state_that_other_code_has_not_written(tmp_path):
     save(tmp_path, 1)
     path, state = checkpoint.load(checkpoint.find("auto", tmp_path), CONFIG)
-    for other in (nn.Linear(3, 3), nn.Conv2d(2, 3, 1)):
-        with pytest.raises(
-            ValueError,
-            match=r"last\.pt was written by a different version of this code: model: bias",
-        ):
-            checkpoint.restore(state, {"model": other}, path)
-    with pytest.raises(ValueError, match=r"version of this code: .ema_model is missing"):
+    words = r"last\.pt was written by a different version of this code: .ema_model is missing"
+    with pytest.raises(ValueError, match=words):
         checkpoint.restore(state, {"ema_model": nn.Linear(2, 3)}, path)
 
 
