@@ -147,20 +147,21 @@ def test_filter_fn_chooses_and_may_choose_any_size_and_kernel():
 
 
 @pytest.mark.parametrize(
-    ("pool", "expected"), [(None, [2, 1]), (1, [1, 1]), (2, [2, 2]), (3, [3, 3])]
+    ("size", "pool", "expected"),
+    [
+        ((28, 28), None, [2, 1]),  # as the paper pools maps of 28x28 and not those of 14x14
+        ((20, 20), None, [1, 1]),
+        ((21, 20), None, [2, 1]),
+        ((28, 28), 1, [1, 1]),
+        ((28, 28), 3, [3, 3]),
+    ],
 )
-def test_pool_is_the_papers_where_nothing_is_said(pool, expected):
-    """28x28 maps are pooled and 14x14 are not."""
+def test_maps_of_more_than_400_positions_are_pooled_unless_pool_says_otherwise(
+    size, pool, expected
+):
     model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, 2, 1))
-    augment_(model, torch.zeros(1, 3, 28, 28), pool=pool)
+    augment_(model, torch.zeros(1, 3, *size), pool=pool)
     assert [layer.pool for layer in model] == expected
-
-
-@pytest.mark.parametrize(("height", "pool"), [(20, 1), (21, 2)])
-def test_maps_of_more_than_400_positions_are_pooled(height, pool):
-    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1))
-    augment_(model, torch.zeros(1, 3, height, 20))
-    assert model[0].pool == pool
 
 
 @pytest.mark.parametrize(
@@ -554,10 +555,7 @@ MODELS = [
 
 
 # What torch.compile loads.
-LOADS = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
-
-
-@LOADS
+@pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("make", "words"), MODELS, ids=[words for _, words in MODELS])
 def test_models_that_cannot_be_augmented_are_refused(make, words):
     example = torch.zeros(2, 3) if "no Conv2d" in words else EXAMPLE

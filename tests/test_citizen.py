@@ -201,11 +201,8 @@ DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:Depre
 def test_torch_fx_takes_it_as_a_leaf():
     network = nn.Sequential(nn.Conv2d(3, 5, 1).double(), build(), nn.ReLU())
     traced = torch.fx.symbolic_trace(network)
-    assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == [
-        "0",
-        "1",
-        "2",
-    ]
+    called = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert called == ["0", "1", "2"]
     x = image(2, 3, 3, 5)
     assert torch.equal(traced(x), network(x))
     with pytest.raises(ValueError, match="trace a network that has it"):

@@ -19,28 +19,27 @@ from training import initial
 torchvision_models = pytest.importorskip("torchvision.models")
 
 
-def published(name="resnet18", classes=10, seed=1, **options):
+def published(name="resnet18", classes=10):
     """A ResNet of torchvision with random weights and statistics."""
-    torch.manual_seed(seed)
-    network = torchvision_models.get_model(name, num_classes=classes, **options)
+    torch.manual_seed(1)
+    network = torchvision_models.get_model(name, num_classes=classes)
     for key, tensor in network.state_dict().items():
         if "running" in key or "bn" in key:
             tensor.copy_(torch.empty(tensor.shape).uniform_(0.5, 1.5))
     return network.eval()
 
 
-def ours(block, depths, classes=10, attention=models.NoAttention()):  # noqa: B008
+def ours(block, depths, classes=10, **change):
+    options = {"image_size": (16, 16), **change}
     widths = [64, 128, 256, 512]
-    made = models.ResNet(block, depths, widths, 64, "projection", classes, (16, 16), attention)
-    return made.eval()
+    return models.ResNet(block, depths, widths, 64, "projection", classes, **options).eval()
 
 
-def narrow(block="basic", classes=3):
-    """A state dict of torchvision's names, with few channels and one block in each stage."""
+def shallow(classes=3):
+    """A state dict of torchvision's names, with one block in each stage."""
     torch.manual_seed(2)
     kinds = torchvision_models.resnet
-    kind = kinds.BasicBlock if block == "basic" else kinds.Bottleneck
-    return kinds.ResNet(kind, [1, 1, 1, 1], num_classes=classes).state_dict()
+    return kinds.ResNet(kinds.BasicBlock, [1, 1, 1, 1], num_classes=classes).state_dict()
 
 
 NAMES = [f"{number}" for number in range(10)]
@@ -75,10 +74,7 @@ def test_the_stages_compute_the_same(name, block, depths, tmp_path):
 
 def test_with_a_strided_stem_the_whole_network_is_the_same(tmp_path):
     theirs = published(classes=3)
-    widths = [64, 128, 256, 512]
-    network = models.ResNet(
-        "basic", [2, 2, 2, 2], widths, 64, "projection", 3, (64, 64), strided_stem=True
-    ).eval()
+    network = ours("basic", [2, 2, 2, 2], 3, image_size=(64, 64), strided_stem=True)
     done = models.transfer(network, find_foreign(theirs.state_dict(), tmp_path), NAMES[:3])
     assert done.table() == ["head  weight, bias: newly initialized: the source has 3 other classes"]
     x = torch.randn(1, 3, 45, 64, dtype=torch.float64)
@@ -90,16 +86,16 @@ def test_with_a_strided_stem_the_whole_network_is_the_same(tmp_path):
 def test_an_augmented_network_takes_what_is_plain_in_it(tmp_path):
     aa = models.AA(dk=16, dv=16, Nh=4, min_dkh=1, position="relative", stages=[3])
     network = ours("basic", [1, 1, 1, 1], attention=aa)
-    done = models.transfer(network, find_foreign(narrow(), tmp_path), NAMES)
+    done = models.transfer(network, find_foreign(shallow(), tmp_path), NAMES)
     block = "stages.2.0.conv1"
     assert any("conv_out.weight: the first 240 of 256 channels" in line for line in done.table())
     assert torch.equal(
-        network.state_dict()[f"{block}.conv_out.weight"], narrow()["layer3.0.conv1.weight"][:240]
+        network.state_dict()[f"{block}.conv_out.weight"], shallow()["layer3.0.conv1.weight"][:240]
     )
 
 
 def test_other_blocks_of_a_published_network_are_told(tmp_path):
-    state = narrow() | {"layer1.0.se.fc1.weight": torch.zeros(4, 4, 1, 1)}
+    state = shallow() | {"layer1.0.se.fc1.weight": torch.zeros(4, 4, 1, 1)}
     done = models.transfer(ours("basic", [1, 2, 1, 1]), find_foreign(state, tmp_path), NAMES)
     said = "\n".join(done.table())
     assert "stages.0.0.se.fc1  weight: not in this network" in said
@@ -136,14 +132,16 @@ WAYS = {
 }
 
 
-def load(path, freeze=()):
+def load(path):
     (file,) = path.parent.glob(f"{path.name}.*")
-    return initial.load_initial(argparse.Namespace(init_from=str(file), freeze=list(freeze)))
+    return initial.load_initial(argparse.Namespace(init_from=str(file), freeze=[]))
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_files_of_all_kinds_are_read(tmp_path, way):
-    state = {name: tensor for name, tensor in narrow().items() if name.startswith(("layer1", "fc"))}
+    state = {
+        name: tensor for name, tensor in shallow().items() if name.startswith(("layer1", "fc"))
+    }
     WAYS[way](state, tmp_path / "weights")
     found = load(tmp_path / "weights")
     assert found.tensors.keys() == {our_name(name) for name in state}
@@ -220,9 +218,7 @@ def test_a_published_network_is_not_one_that_can_be_used(tmp_path):
 
 def test_a_run_begins_with_published_weights(run, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    network = torchvision_models.resnet
-    torch.manual_seed(0)
-    state = network.ResNet(network.BasicBlock, [1, 1, 1, 1], num_classes=5).state_dict()
+    state = shallow(classes=5)
     torch.save(state, tmp_path / "resnet.pth")
     words = ["attention=none", "model=resnet18", "model.depths=[1]", "model.widths=[64]"]
     words += ["model.stem=64", "epochs=1", "data.train_size=32", "data.test_size=16"]
