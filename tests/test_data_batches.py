@@ -256,20 +256,16 @@ def test_later_draws_stay_the_same_too():
     assert auto.operations[:4].tolist() == [[8, 9], [7, 13], [12, 11], [0, 0]]
 
 
-def test_an_epoch_repeats_whatever_was_drawn_before():
+def test_an_epoch_repeats_whatever_was_drawn_before_and_leaves_the_global_generator_alone():
     source = batches(EVERYTHING)
     first = whole_epoch(source, epoch=1)
     whole_epoch(source, epoch=0)
     torch.manual_seed(99)
+    state = torch.get_rng_state()
     for again in (source, batches(EVERYTHING)):
         images, labels = whole_epoch(again, epoch=1)
         assert torch.equal(images, first[0])
         assert torch.equal(labels, first[1])
-
-
-def test_drawing_leaves_the_global_generator_alone():
-    state = torch.get_rng_state()
-    whole_epoch(batches(EVERYTHING))
     assert torch.equal(torch.get_rng_state(), state)
 
 

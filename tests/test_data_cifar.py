@@ -26,6 +26,7 @@ SIZES = {"data_batch_1": 7, "data_batch_2": 6, "test_batch": 5}
 FOLDER = "cifar-10-batches-py"
 ARCHIVE = "cifar-10-python.tar.gz"
 NAMES = ["one", "two", "three"]
+PROXIES = ("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY")
 
 
 def md5(content: bytes) -> str:
@@ -67,7 +68,7 @@ def files(monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
-    for variable in ("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
+    for variable in PROXIES:
         monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
     for variable in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(variable, raising=False)
@@ -110,7 +111,7 @@ def server(files, monkeypatch):
     thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
     thread.start()
     monkeypatch.setattr(datasets.CIFAR10, "url", f"http://127.0.0.1:{httpd.server_port}/{ARCHIVE}")
-    for variable in ("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY"):
+    for variable in PROXIES:
         monkeypatch.delenv(variable)
     yield state
     httpd.shutdown()

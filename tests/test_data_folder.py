@@ -321,12 +321,6 @@ REFUSED = {
         ValueError,
         "val/Bee has no image; add images or delete it",
     ),
-    "a class in bytes": (
-        lambda root: write(Path(os.fsdecode(os.fsencode(root / "train") + b"/\xff")) / "0.png"),
-        {},
-        ValueError,
-        r"the class '\udcff' needs a name of printable characters",
-    ),
     "one damaged": (
         damage("Bee/1.png"),
         {},

@@ -257,7 +257,7 @@ def test_a_class_to_evaluate_on_may_have_the_other_form(root):
     assert dataset.class_names.index("Käfer") in dataset.evaluation.labels.tolist()
 
 
-@pytest.mark.parametrize("name", ["a\nb", "red\x1b[31m", "left\u202eright", "zero\x01"])
+@pytest.mark.parametrize("name", ["a\nb", "red\x1b[31m", "left\u202eright", "zero\x01", "\udcff"])
 def test_class_names_that_no_line_can_show_are_refused(root, name):
     write(root / "train" / name / "0.png")
     with pytest.raises(ValueError, match="needs a name of printable characters") as caught:
@@ -406,13 +406,27 @@ def change_bytes(root):
     path.write_bytes(path.read_bytes() + b"\0")  # the same pixels
 
 
+def swap(first, second):
+    contents = first.read_bytes(), second.read_bytes()
+    second.write_bytes(contents[0])
+    first.write_bytes(contents[1])
+
+
 DIFFERENT = {
     "bytes": change_bytes,
+    "pixels": lambda root: write(root / "train/ant/0.png", seed=500),
     "label": lambda root: (root / "train/ant/0.png").rename(root / "train/Bee/x.png"),
+    "two labels": lambda root: swap(root / "train/ant/0.png", root / "train/Bee/0.png"),
+    "two labels there": lambda root: swap(root / "val/ant/x.png", root / "val/Bee/x.png"),
     "name": lambda root: (root / "train/ant/0.png").rename(root / "train/ant/9.png"),
     "class": lambda root: [(root / s / "ant").rename(root / s / "Ant") for s in ("train", "val")],
+    "one class more": lambda root: write(root / "train/zebra/0.png", seed=8),
+    "one image less": lambda root: (root / "train/ant/0.png").unlink(),
     "one less": lambda root: (root / "val/ant/x.png").unlink() or (root / "val/ant").rmdir(),
     "one more": lambda root: write(root / "val" / "ant" / "y.png", seed=3),
+    "from one split to the other": lambda root: swap(
+        root / "train/ant/0.png", root / "val/ant/x.png"
+    ),
 }
 
 

@@ -7,6 +7,7 @@ import torch
 
 from models import augmented_layers, count_flops, count_parameters
 from reporting import page, paired, paper, runs, text
+from reporting.text import MINUS
 from scripts import report as report_command
 from training.compose import compose_config
 from training.settings import build_model
@@ -15,8 +16,6 @@ from folders import analysis_of, failed, make_run, report, segment, variants_of
 from helpers import call, refused
 
 pytestmark = pytest.mark.usefixtures("sketches")
-
-MINUS = "\N{MINUS SIGN}"
 
 
 # ---- What is counted ----------------------------------------------------------------------------
@@ -120,7 +119,8 @@ def test_validation_scores_are_reported_as_such(tmp_path):
     make_run(tmp_path / "a", 70.0, evaluated_on="val", data__val_size=9)
     make_run(tmp_path / "b", 72.0, attention="aa", evaluated_on="val", data__val_size=9)
     head = report([tmp_path], tmp_path / "out")
-    assert "2 finished runs of 2 variants on CIFAR-100, evaluated on the validation set" in head
+    words = "evaluated on the validation set, held out from the training images. Network"
+    assert f"2 finished runs of 2 variants on CIFAR-100, {words}" in head
     assert "AA vs. plain: +2.00" in head
 
 

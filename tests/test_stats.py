@@ -188,8 +188,8 @@ def test_the_table_has_a_line_for_each_layer_and_one_for_the_network():
 NETWORKS = ("resnet8", "resnet20", slow("resnet56"), slow("wrn28_2"), slow("alternet18"))
 
 
-def started(settings, name, attention, images, number, seed=0):
-    cfg = settings(f"model={name}", f"attention={attention}", base=[])
+def started(settings, name, attention, images, number, *more, seed=0):
+    cfg = settings(f"model={name}", f"attention={attention}", *more, base=[])
     torch.manual_seed(seed)
     network = build_model(cfg, num_classes=100, image_size=(32, 32))
     x, y = images
@@ -226,7 +226,7 @@ def test_so_does_it_on_photographs(settings, name, seed):
     dataset = load_cifar("cifar100", os.environ["CIFAR_ROOT"], download=False)
     batch = next(iter(evaluation_batches(dataset.evaluation, 16, dataset.mean, dataset.std)))
     own, plain = (
-        started(settings, name, attention, batch, 16, seed) for attention in ("aa", "none")
+        started(settings, name, attention, batch, 16, seed=seed) for attention in ("aa", "none")
     )
     assert own.lowest_entropy > 0.6
     assert own.gradient < 2.2 * plain.gradient
@@ -235,10 +235,7 @@ def test_so_does_it_on_photographs(settings, name, seed):
 def test_the_former_start_is_nearly_one_hot(settings, lookup):
     """What the measure is for; the networks of results/cpu20 began so."""
     former = ("attention.init=kaiming", "attention.qk_norm=false")
-    cfg = settings("model=resnet20", "attention=aa", *former, base=[])
-    torch.manual_seed(0)
-    network = build_model(cfg, num_classes=8, image_size=(32, 32))
-    assert attention_stats(network, lookup[0]).lowest_entropy < 0.6
+    assert started(settings, "resnet20", "aa", lookup, 32, *former).lowest_entropy < 0.6
 
 
 @pytest.mark.slow
