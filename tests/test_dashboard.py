@@ -375,6 +375,7 @@ def test_a_sweep_by_an_agent_of_which_one_run_fails_and_one_is_stopped(agent, se
     assert process.returncode == 0, said
 
     runs = server.runs
+    assert runs.keys() == {"run0", "run2", "run3"}
     assert runs["run0"]["exitcode"] == runs["run3"]["exitcode"] == 0
     assert runs["run2"]["exitcode"] == 255
     assert "dk=7 must be divisible by Nh=4" in said
@@ -424,18 +425,6 @@ def test_an_agent_goes_on_after_runs_that_diverge_and_a_preempted_run_comes_back
     (folder,) = tmp_path.rglob("run=run3")
     assert_whole(runs["run3"], folder)
     assert len(runs["run3"]["history"]) == 12
-
-
-@pytest.mark.thorough
-def test_an_agent_ends_after_three_runs_that_cannot_be_trained(agent, server):
-    """For wandb's agent these are failures, of which it takes three in its first minute."""
-    bad = {"attention": "aa", "attention.dk": 7, "epochs": 1}
-    process = agent(bad, bad, bad, {"attention": "none", "epochs": 1})
-    said, _ = process.communicate(timeout=GUARD)
-    assert process.returncode == 0
-    assert said.count("dk=7 must be divisible by Nh=4") == 3
-    assert "Detected 3 failed runs" in said
-    assert server.runs == {}
 
 
 @pytest.mark.thorough

@@ -14,13 +14,12 @@ import pytest
 
 from reporting import figures, page, sweep_section, text
 from reporting.differences import classes_section
+from reporting.text import MINUS
 
 from folders import NASTY, analysis_of, make_run, nasty_runs, report, variants_of
 from helpers import ROOT, everything_below
 
 pytestmark = pytest.mark.usefixtures("sketches")
-
-MINUS = "\N{MINUS SIGN}"
 
 
 # ---- The files ----------------------------------------------------------------------------------
@@ -289,6 +288,9 @@ def test_utf_8_whatever_the_locale_says(tmp_path):
         written = (root / name).read_text(encoding="utf-8")
         assert all(word in written for word in [*names, f"{root}/unfertig ü", "±", MINUS])
         assert ("/\\xff/x" if name.endswith("html") else "/\\\\xff/x") in written
+    done = run_report(tmp_path / "fehlt ß")
+    assert done.returncode == 2
+    assert done.stderr.decode() == f"report.py: there is no {tmp_path}/fehlt ß\n"
 
 
 def test_a_full_disk_leaves_the_report_that_was_there(tmp_path, monkeypatch):
@@ -308,10 +310,3 @@ def test_a_full_disk_leaves_the_report_that_was_there(tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"cannot be written \(No space left on device\)"):
             report([tmp_path], tmp_path / "out")
         assert everything_below(tmp_path / "out") == before
-
-
-@pytest.mark.slow
-def test_an_error_is_utf_8_too(tmp_path):
-    done = run_report(tmp_path / "fehlt ß")
-    assert done.returncode == 2
-    assert done.stderr.decode() == f"report.py: there is no {tmp_path}/fehlt ß\n"

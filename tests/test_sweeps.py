@@ -15,12 +15,10 @@ from reporting.factorial import Design
 from reporting.runs import Excluded
 from reporting.sweep_section import section
 from reporting.sweeps import Factor, find_sweeps
-from reporting.text import rounded
+from reporting.text import MINUS, rounded
 from training import run_folder
 
 from folders import analysis_of, make_run, variants_of
-
-MINUS = "\N{MINUS SIGN}"
 
 
 def design(runs):

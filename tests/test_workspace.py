@@ -65,7 +65,7 @@ def keys_of(panel):
 
 
 @pytest.fixture
-def recorded(settings, run, tmp_path):
+def recorded(settings, tmp_path):
     """What runs of a comparison and of a sweep, and the compare run, have on the dashboard."""
     online = ["wandb.mode=offline", "epochs=1"]
     base = [word for word in TINY if "tracking" not in word]
