@@ -14,7 +14,7 @@ from training.compose import CONFIGS
 from helpers import call
 
 
-def go(monkeypatch, out, name, *arguments):
+def go(out, name, *arguments):
     """Run a benchmark; returns its rows and its page."""
     words = [name, *map(str, arguments), "--out", str(out)]
     call(bench.main, *words)
@@ -48,7 +48,7 @@ def test_bench_layer(monkeypatch, tmp_path, capsys):
     reasons = {"fused": "needs a CUDA GPU", "native": "needs a compiler"}
     monkeypatch.setattr(layer, "unavailable_reason", lambda name, *_, **__: reasons.get(name))
     sizes = ("--channels", 12, "--dk", 6, "--dv", 4, "--Nh", 2, "--rounds", 2)
-    rows, page = go(monkeypatch, tmp_path, "layer", "--size", 3, 5, "--batch", 1, *sizes)
+    rows, page = go(tmp_path, "layer", "--size", 3, 5, "--batch", 1, *sizes)
     assert [(r["size"], r["method"]) for r in rows] == [
         (size, method) for size in (3, 5) for method in layer.METHODS
     ]
@@ -96,7 +96,7 @@ def test_bench_step(monkeypatch, tmp_path):
         timing, "peak", lambda make, case, _: {"none": 2.0, "aa": 3.0}[case["attention"]]
     )
     words = ("--model", "resnet8", "--batch", 2, "--rounds", 1)
-    (plain, augmented), page = go(monkeypatch, tmp_path, "step", *words)
+    (plain, augmented), page = go(tmp_path, "step", *words)
     assert plain["time_ratio"] == plain["memory_ratio"] == 1
     assert augmented["time_ratio"] == augmented["step_ms"][0] / plain["step_ms"][0]
     assert augmented["memory_ratio"] == 1.5
@@ -199,7 +199,7 @@ def test_bench_attention(monkeypatch, tmp_path, capsys):
     )
     cases = ("--size", 3, 5, "--keys", 4, "--values", 2, 3, "--relative", "yes", "no")
     sizes = ("--heads", 2, "--rounds", 2, "--logits", 5000)
-    rows, page = go(monkeypatch, tmp_path, "attention", "--device", "cpu", *cases, *sizes)
+    rows, page = go(tmp_path, "attention", "--device", "cpu", *cases, *sizes)
     assert [(r["size"], r["values"], r["relative"]) for r in rows] == [
         (size, values, relative)
         for size in (3, 5)
@@ -217,9 +217,9 @@ def test_bench_attention(monkeypatch, tmp_path, capsys):
     assert page.count("**") == 2 * len(rows)
 
 
-def test_bench_images(monkeypatch, tmp_path):
+def test_bench_images(tmp_path):
     words = ("--mib", 1, "--size", 32, "--batch", 100, "--rounds", 2, "--device", "cpu")
-    (row,), page = go(monkeypatch, tmp_path, "images", *words)
+    (row,), page = go(tmp_path, "images", *words)
     assert row["images"] == 2**20 // (32 * 32 * 3)
     assert {name: len(ms) for name, ms in row["ms"].items()} == {
         "memory": 2, "mapped": 2, "begin": 2,
@@ -233,7 +233,7 @@ def test_bench_augment(monkeypatch, tmp_path):
     peaks = {"plain": 4.0, "pooled": 5.0, "full": 7.0}
     monkeypatch.setattr(timing, "peak", lambda make, case, _: peaks[case["attention"]])
     words = ("--model", "resnet18", "--size", 193, "--batch", 1, "--rounds", 1, "--backend", "sdpa")
-    rows, page = go(monkeypatch, tmp_path, "augment", *words)
+    rows, page = go(tmp_path, "augment", *words)
     plain, pooled, full = rows
     assert [row["attention"] for row in rows] == list(peaks)
     assert plain["parameters"] == 11_689_512  # as torchvision's documentation says
@@ -253,9 +253,9 @@ def holds(mebibytes, device):
     return lambda: torch.ones(mebibytes * 2**18, device=device).sum()
 
 
-def test_bench_batches(monkeypatch, tmp_path):
+def test_bench_batches(tmp_path):
     words = ("--augmentation", "none", "mixup=1", "trivial", "--model", "resnet8", "--batch", 4)
-    rows, page = go(monkeypatch, tmp_path, "batches", *words, "--images", 20, "--rounds", 2)
+    rows, page = go(tmp_path, "batches", *words, "--images", 20, "--rounds", 2)
     assert [row["augmentation"] for row in rows] == ["none", "mixup=1", "trivial"]
     for row in rows:
         assert len(row["batch_ms"]) == len(row["step_ms"]) == len(row["draw_ms"]) == 2

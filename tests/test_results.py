@@ -15,6 +15,10 @@ from training.run_folder import read_metrics
 from folders import report
 from helpers import ROOT
 
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+# Their words, however the lines are broken.
+README_WORDS, WORDS = (" ".join(text.split()) for text in (README, PAGE))
 SHOWN = ("Scores", "Differences from the plain baseline", "At equal cost")
 # How README calls the networks.
 NAMES = {
@@ -35,23 +39,17 @@ def sections(tmp_path_factory):
     return {title: rest for title, _, rest in parts}
 
 
-def unwrapped(file):
-    """A page's words, however its lines are broken."""
-    return " ".join((ROOT / file).read_text(encoding="utf-8").split())
-
-
 @pytest.mark.parametrize("section", SHOWN)
 def test_the_page_has_the_tables_of_the_report(sections, section):
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     tables = re.findall(r"(?:^\|.*\n)+", sections[section], re.MULTILINE)
     assert tables
     for table in tables:
-        assert table in page
+        assert table in PAGE
 
 
 def test_the_page_says_how_many_classes_differ(sections):
     (told,) = re.findall(r"corrected by Holm for .*?\.", sections["Classes"])
-    assert told in unwrapped("docs/results.md")
+    assert told in WORDS
 
 
 def test_readme_says_how_far_attention_is_from_plain():
@@ -63,11 +61,10 @@ def test_readme_says_how_far_attention_is_from_plain():
     words = (
         f"attention is {abs(found.mean):.1f} points {where} plain ({low} to {high}, {pairs} pairs)"
     )
-    assert words in unwrapped("README.md")
+    assert words in README_WORDS
 
 
 def test_readme_has_the_rows():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     runs, excluded = read([ROOT / "results" / "cpu20"])
     assert excluded == []
     variants, _ = group_by_variant(runs)
@@ -76,7 +73,7 @@ def test_readme_has_the_rows():
         spread = f"{statistics.mean(map(float, scores)):.2f}"
         if len(scores) > 1:
             spread += f" ± {statistics.stdev(map(float, scores)):.2f}"
-        (row,) = (line for line in readme.splitlines() if NAMES[variant.attention] in line)
+        (row,) = (line for line in README.splitlines() if NAMES[variant.attention] in line)
         cells = [cell.strip().replace("*", "") for cell in row.strip("|").split("|")]
         assert cells[2:5] == [str(len(scores)), ", ".join(scores), spread]
         assert cells[5] == f"{variant.first['parameters']:,}"
@@ -103,19 +100,18 @@ def last_epochs(folder, column):
 
 
 def test_the_page_has_the_unpaired_differences():
-    page = unwrapped("docs/results.md")
     analysis = analyze([ROOT / "results" / "cpu20"])
     error, found = analysis.unpaired("top1")
-    assert f"({error.sd:.2f} points, {error.df} degrees of freedom)" in page
+    assert f"({error.sd:.2f} points, {error.df} degrees of freedom)" in WORDS
     (one,) = (one for c, one in found.items() if c.variant.attention == "aa")
-    assert f"{signed(one.mean)} points ({interval(one.low, one.high)})" in page
+    assert f"{signed(one.mean)} points ({interval(one.low, one.high)})" in WORDS
     error, found = analysis.unpaired("loss")
-    assert f"standard deviation is {error.sd:.3f} nats" in page
+    assert f"standard deviation is {error.sd:.3f} nats" in WORDS
     names = {"aa": "attention", "se": "SE", "ge": "GE"}
     assert {comparison.variant.attention for comparison in found} == names.keys()
     for comparison, one in found.items():
-        assert f"{names[comparison.variant.attention]} {MINUS} plain" in page
-        assert f"{signed(one.mean, 3)} ({interval(one.low, one.high, 3)}" in page
+        assert f"{names[comparison.variant.attention]} {MINUS} plain" in WORDS
+        assert f"{signed(one.mean, 3)} ({interval(one.low, one.high, 3)}" in WORDS
 
 
 def test_the_page_says_when_attention_falls_back():
@@ -131,23 +127,21 @@ def test_the_page_says_when_attention_falls_back():
     assert (
         f"by {means[0]:.1f} points after the first epoch, by {min(middle):.1f} to "
         f"{max(middle):.1f} from the third to the ninth"
-    ) in unwrapped("docs/results.md")
-    assert f"and by {means[-1]:.1f} at the end" in unwrapped("docs/results.md")
+    ) in WORDS
+    assert f"and by {means[-1]:.1f} at the end" in WORDS
 
 
 def test_the_page_has_the_rows_of_the_four_recipes():
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     paths = sorted((ROOT / "results" / "recipes15").glob("*/seed=0"))
     assert len(paths) == 4
     for path in paths:
         last = read_metrics(path)[-1]
         assert last["epoch"] == 15
         shown = f"{last['val/top1']:.2f} | {last['val/loss']:.3f} | {last['train/loss']:.3f}"
-        assert f"| {shown} |" in page
+        assert f"| {shown} |" in PAGE
 
 
 def test_the_page_has_the_rows_of_the_pilot():
-    page = unwrapped("docs/results.md")
     columns = ("val/top1", "val/loss", "train/loss")
     top1, val, train = (last_epochs("start-pilot", column) for column in columns)
     assert len(top1) == 4
@@ -156,12 +150,12 @@ def test_the_page_has_the_rows_of_the_pilot():
         spread = f"{statistics.mean(scores):.2f} ± {statistics.stdev(scores):.2f}"
         losses = [f"{statistics.mean(of[variant].values()):.3f}" for of in (val, train)]
         row = [", ".join(f"{score:.2f}" for score in scores), spread, *losses]
-        assert f"| 3 | {' | '.join(row)} |" in page, variant
+        assert f"| 3 | {' | '.join(row)} |" in WORDS, variant
     plain, own = (
         f"{statistics.mean(top1[name].values()):.2f} %"
         for name in ("attention=none", "attention=aa,attention.init=torch,attention.qk_norm=false")
     )
-    assert f"at the best rate plain {plain}, attention {own}" in page
+    assert f"at the best rate plain {plain}, attention {own}" in WORDS
 
 
 # ---- The users' sweep of dk, dv and Nh ----------------------------------------------------------
@@ -211,28 +205,26 @@ def main_effects(values):
 
 
 def test_the_page_has_the_planned_contrasts_of_the_sweep():
-    page = unwrapped("docs/results.md")
     sd, top1 = main_effects(heads8("val/top1"))
     sd_loss, losses = main_effects(heads8("val/loss"))
-    assert f"{sd:.2f} points and {sd_loss:.3f} nats, 20 degrees of freedom" in page
+    assert f"{sd:.2f} points and {sd_loss:.3f} nats, 20 degrees of freedom" in WORDS
     for name, one, other in zip(CONTRASTS, top1, losses, strict=True):
         row = [name]
         for (mean, low, high, p), digits in ((one, 2), (other, 3)):
             row += [signed(mean, digits), interval(low, high, digits), p_value(p)]
-        assert f"| {' | '.join(row)} |" in page
+        assert f"| {' | '.join(row)} |" in WORDS
     mean, low, high, _ = top1[1]
     words = f"{mean:.2f} points ({signed(low)} to {signed(high)})"
-    assert f"dv of 32 instead of 8 gains {words}" in page
-    assert f"32 channels of attention instead of 8 gain {words}" in unwrapped("README.md")
+    assert f"dv of 32 instead of 8 gains {words}" in WORDS
+    assert f"32 channels of attention instead of 8 gain {words}" in README_WORDS
     assert max(abs(bound) for one in (top1[0], top1[2]) for bound in one[1:3]) < 1.05
 
 
 def test_the_page_has_every_cell_of_the_sweep():
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     values = heads8("val/top1")
     for dk, dv in {cell[:2] for cell in values}:
         row = [f"{values[dk, dv, Nh]:.2f}" for Nh in (2, 4, 8)]
-        assert f"| {dv} | {dk} | {' | '.join(row)} |" in page
+        assert f"| {dv} | {dk} | {' | '.join(row)} |" in PAGE
     ((plain,),) = ((seeds[0],) for seeds in last_epochs("heads8-plain", "val/top1").values())
     means = [
         statistics.mean(value for cell, value in values.items() if cell[1] == dv)
@@ -240,18 +232,17 @@ def test_the_page_has_every_cell_of_the_sweep():
     ]
     a, b, c = (f"{mean:.2f}" for mean in means)
     words = f"{plain:.2f} %, beside {a}, {b}, and {c} % for dv of 8, 16, and 32 (means of nine)"
-    assert words in unwrapped("docs/results.md")
+    assert words in WORDS
 
 
 def test_the_report_of_the_sweep_says_what_the_page_does(tmp_path):
     report([ROOT / "results" / "heads8"], tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    page = unwrapped("docs/results.md")
     (best, cell) = re.search(r"Best of 27 settings: ([\d.]+ %).*?\*\* (dk.*?)\.", text).groups()
     (others,) = re.findall(r"not distinguishable from it: (\d+) others", text)
-    assert f"{cell} with {best}, {others} of the other 26 cannot be told apart" in page
+    assert f"{cell} with {best}, {others} of the other 26 cannot be told apart" in WORDS
     (effect, bounds) = re.search(rf"\| dv \| 32 {MINUS} 8 \| (.*?) \| (.*?) \|", text).groups()
-    assert f"dv 32 {MINUS} 8 is {effect} ({bounds})" in page
+    assert f"dv 32 {MINUS} 8 is {effect} ({bounds})" in WORDS
     assert "1 of 9 differences significant" in text
 
 
@@ -318,29 +309,24 @@ def contrasts_of_a(column):
 
 
 def test_the_page_has_the_planned_contrasts_of_starts():
-    page = unwrapped("docs/results.md")
     sd, freedom, top1 = contrasts_of_a("val/top1")
     sd_loss, _, losses = contrasts_of_a("val/loss")
-    assert f"{sd:.2f} points and {sd_loss:.3f} nats, {freedom} degrees of freedom" in page
+    assert f"{sd:.2f} points and {sd_loss:.3f} nats, {freedom} degrees of freedom" in WORDS
     for name, one, other in zip(("its own start", "normalized q and k"), top1, losses, strict=True):
         row = [f"{name} {MINUS} the former start"]
         for (mean, low, high, p), digits in ((one, 2), (other, 3)):
             row += [signed(mean, digits), interval(low, high, digits), p_value(p)]
-        assert f"| {' | '.join(row)} |" in page
-    words = [
-        f"{mean:.1f} points ({signed(low, 1)} to {signed(high, 1)})" for mean, low, high, _ in top1
-    ]
-    assert f"gains {words[0]}" in page
+        assert f"| {' | '.join(row)} |" in WORDS
     own, normalized = (
         f"{mean:.1f} points ({signed(low, 1)} to {signed(high, 1)})" for mean, low, high, _ in top1
     )
-    assert f"its own start gains {own}, and normalized" in page
-    assert f"normalized queries and keys gain {normalized.replace(' points', '')}" in page
-    assert f"own start gains {own}" in page[: page.index("What has since been learned")]
-    assert f"the new start gains {own}" in unwrapped("README.md")
+    assert f"its own start gains {own}, and normalized" in WORDS
+    assert f"normalized queries and keys gain {normalized.replace(' points', '')}" in WORDS
+    assert f"own start gains {own}" in WORDS[: WORDS.index("What has since been learned")]
+    assert f"the new start gains {own}" in README_WORDS
     # Two single runs, by t with 8 degrees of freedom, from a table.
     assert freedom == 8
-    assert f"less than about {2.306 * 2**0.5 * sd:.1f} points" in page
+    assert f"less than about {2.306 * 2**0.5 * sd:.1f} points" in WORDS
 
 
 def test_the_page_names_the_cells_of_a_that_are_trained_again():
@@ -348,11 +334,10 @@ def test_the_page_names_the_cells_of_a_that_are_trained_again():
     first = {settings: cell[0]["val/top1"] for settings, cell in cells_of_a().items()}
     plain = sorted((score, *s[2:]) for s, score in first.items() if s[0] == "plain")
     assert len(plain) == 12
-    page = unwrapped("docs/results.md")
     found = re.search(
         r"weight decay ([\d.]+) without smoothing \(([\d.]+) %\), ([\d.]+) with smoothing"
         r" \(([\d.]+) %.*?\), and ([\d.]+) without \(([\d.]+) %\), all at a rate of 0.2",
-        page,
+        WORDS,
     )
     one, one_score, other, other_score, third, third_score = map(float, found.groups())
     assert [(round(score, 2), *s) for score, *s in plain[:-4:-1]] == [
@@ -364,11 +349,10 @@ def test_the_page_names_the_cells_of_a_that_are_trained_again():
     best = max(aa, key=aa.get)
     assert len(aa) == 9
     assert best[::2] == ("its own", 0.2, 0.1)
-    assert f"(its own start at 0.2, with {aa[best]:.2f} %)" in page
+    assert f"(its own start at 0.2, with {aa[best]:.2f} %)" in WORDS
 
 
 def test_the_page_has_the_rows_of_start_and_rate():
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     runs, _ = read([ROOT / "results" / "start-rate"])
     assert len(runs) == 17
     for run in runs:
@@ -384,7 +368,7 @@ def test_the_page_has_the_rows_of_start_and_rate():
             own = config["attention"]
             cells = [STARTS[own["init"], own["qk_norm"]], f"{config['optim']['lr']:g}", *scores]
             cells += [", ".join(f"{value:.2f}" for value in of) for of in (entropies, sharpest)]
-        assert f"| {' | '.join(cells)} |" in page
+        assert f"| {' | '.join(cells)} |" in PAGE
 
 
 def test_the_page_has_the_plain_network_beside_them():
@@ -398,18 +382,17 @@ def test_the_page_has_the_plain_network_beside_them():
                 cell[seed]["val/top1"] - plain[seed]["val/top1"]
                 for seed in range(3 if rate == 0.2 else 1)
             )
-    page = unwrapped("docs/results.md")
     plain = [cells["plain", None, rate, 5e-4, 0.1][0]["val/top1"] for rate in (0.05, 0.1)]
-    assert f"the plain network gets {plain[0]:.2f} and {plain[1]:.2f} % at the rates" in page
+    assert f"the plain network gets {plain[0]:.2f} and {plain[1]:.2f} % at the rates" in WORDS
     former, own, new = (
         {rate: above[start, rate] for rate in (0.05, 0.1, 0.2)} for start in STARTS.values()
     )
     single = [of[rate] for of in (own, new) for rate in (0.05, 0.1)]
-    assert f"between {-min(single):.1f} points below it and {max(single):.1f} above" in page
-    assert f"with its former start {-former[0.05]:.1f} and {-former[0.1]:.1f} below" in page
-    assert f"is {-new[0.2]:.1f} and {-own[0.2]:.1f} points ahead of the new starts" in page
+    assert f"between {-min(single):.1f} points below it and {max(single):.1f} above" in WORDS
+    assert f"with its former start {-former[0.05]:.1f} and {-former[0.1]:.1f} below" in WORDS
+    assert f"is {-new[0.2]:.1f} and {-own[0.2]:.1f} points ahead of the new starts" in WORDS
     means = statistics.mean(own.values()), statistics.mean(new.values())
-    assert f"on average {-means[0]:.1f} points below it and {means[1]:.1f} above" in page
+    assert f"on average {-means[0]:.1f} points below it and {means[1]:.1f} above" in WORDS
 
 
 def entropy_by_epoch(run):
