@@ -1,8 +1,10 @@
 """What several test files share: tiny settings, what a run leaves, attention's inputs."""
 
 import csv
+import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from contextlib import ExitStack
@@ -105,6 +107,16 @@ def machine_lacks(what):
     (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
 
 
+def offline_records(folder):
+    """All that wandb has kept of offline runs whose ``out_dir`` is ``folder``."""
+    command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json"]
+    records = []
+    for run in (folder / "wandb").glob("offline-run-*"):
+        done = subprocess.run([*command, run], capture_output=True, text=True, check=True)
+        records += map(json.loads, done.stdout.splitlines())
+    return records
+
+
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
 # (H, W), heads, dkh, dvh
@@ -118,9 +130,9 @@ CASES = [
 ]
 
 
-def usable(dtype, device="cpu"):
+def usable(dtype):
     """The backends that compute such tensors here, and their gradients."""
-    device = torch.device(device)
+    device = torch.device("cpu")
     return [b for b in BACKENDS if unavailable_reason(b, device, dtype) is None]
 
 

@@ -3,8 +3,6 @@
 import copy
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,7 @@ from training import attention_picture, media
 from training.settings import build_model
 from training.tracking import CHARTS, chart_table
 
-from helpers import TINY
+from helpers import TINY, offline_records
 
 PLAIN = torch.autocast("cpu", enabled=False)
 
@@ -253,19 +251,14 @@ def test_what_the_dashboard_gets_to_see(settings, tmp_path):
     more = ["wandb.mode=offline", "tracking.weights=true", "epochs=4"]
     cfg = settings(*more, base=[w for w in TINY if "tracking" not in w])
     train.train(cfg, tmp_path / "run")
-    (kept,) = (tmp_path / "wandb").glob("offline-run-*")
-    command = str(Path(sys.executable).parent / "wandb")
-    inspect = [command, "leet", "inspect", "--json", str(kept)]
-    said = subprocess.run(inspect, capture_output=True, text=True, check=True).stdout
-    records = [json.loads(line) for line in said.splitlines()]
+    records = offline_records(tmp_path)
     history = [r["history"] for r in records if r["type"] == "history"]
     text = [json.dumps(entry) for entry in history]
     assert len(history) == 4
     for block in ("stages.1.0.conv1", "stages.2.0.conv1"):
         assert [f"media/attention/{block}" in entry for entry in text] == [True, True, False, True]
-        pictures = list(kept.rglob(f"{block}*.png"))
-        assert len(pictures) == 3
-    tables = {path.name.split("_")[0]: path for path in kept.rglob("*.table.json")}
+        assert len(list(tmp_path.rglob(f"wandb/**/{block}*.png"))) == 3
+    tables = {path.name.split("_")[0]: path for path in tmp_path.rglob("wandb/**/*.table.json")}
     assert tables.keys() == {"predictions", "classes", "confusion"}
     charts = [r["config"]["update"]["_wandb"] for r in records if r["type"] == "config"]
     (visualize,) = [it["visualize"] for it in charts if "visualize" in it]

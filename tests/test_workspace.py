@@ -3,9 +3,6 @@
 import itertools
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +15,7 @@ from training.tracking import CHARTS
 
 from app import run_app
 from folders import make_run
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, offline_records
 
 BLOCKS = ["stages.1.0.conv1", "stages.2.0.conv1"]  # of TINY's network
 WEAVE, VEGA = "Weave", "Vega2"
@@ -90,18 +87,15 @@ def recorded(settings, tmp_path):
         mode="offline",
     )
     kept = {"config": set(), "history": set(), "summary": set(), "data": set()}
-    command = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json"]
-    for folder in (tmp_path / "wandb").glob("offline-run-*"):
-        said = subprocess.run([*command, folder], capture_output=True, text=True, check=True)
-        for record in map(json.loads, said.stdout.splitlines()):
-            if record["type"] == "run":
-                update = record["run"]["config"]["update"]
-                kept["config"] |= update.keys()
-                kept["data"].add(str(update.get("data")).strip(chr(34)))
-            if record["type"] == "history":
-                kept["history"] |= record["history"]["item"].keys()
-            if record["type"] == "summary":
-                kept["summary"] |= record["summary"]["update"].keys()
+    for record in offline_records(tmp_path):
+        if record["type"] == "run":
+            update = record["run"]["config"]["update"]
+            kept["config"] |= update.keys()
+            kept["data"].add(str(update.get("data")).strip(chr(34)))
+        if record["type"] == "history":
+            kept["history"] |= record["history"]["item"].keys()
+        if record["type"] == "summary":
+            kept["summary"] |= record["summary"]["update"].keys()
     # Pictures and tables are kept as several keys.
     return {kind: {str(key).removesuffix("._type") for key in keys} for kind, keys in kept.items()}
 
