@@ -47,8 +47,8 @@ def build(**change):
     return Small(**change)
 
 
-def images(batch=2):
-    return torch.randn(batch, 3, 18, 14, generator=torch.Generator().manual_seed(1))
+def images():
+    return torch.randn(2, 3, 18, 14, generator=torch.Generator().manual_seed(1))
 
 
 def state(model):

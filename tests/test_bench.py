@@ -146,16 +146,8 @@ def test_bench_step_takes_its_options(monkeypatch):
     assert {m.backend for m in layers.values()} == {"sdpa"}
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda network: compiled.append(network) or network)
-    case = {
-        "model": "resnet8",
-        "attention": "none",
-        "backend": "auto",
-        "batch": 2,
-        "precision": "bf16",
-        "size": 32,
-        "channels_last": "yes",
-        "compile": "yes",
-    }
+    case |= {"attention": "none", "backend": "auto", "batch": 2, "precision": "bf16"}
+    case |= {"channels_last": "yes", "compile": "yes"}
     take_step = step.training_step(step.build, case, torch.device("cpu"))
     seen = []
     compiled[0].conv.register_forward_hook(lambda m, args, out: seen.append((args[0], out)))

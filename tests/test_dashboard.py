@@ -210,9 +210,8 @@ def test_wandbs_environment_names_what_no_setting_does(train, server, tmp_path):
 
 
 def test_runs_that_differ_in_the_seed_alone_are_of_one_variant(train, server):
-    assert (
-        train("-m", *ONLINE, "epochs=1", "attention=none", "seed=0,1", "optim.lr=0.1,0.2")[0] == 0
-    )
+    words = ("epochs=1", "attention=none", "seed=0,1", "optim.lr=0.1,0.2")
+    assert train("-m", *ONLINE, *words)[0] == 0
     runs = [config(run) for run in server.runs.values()]
     assert len(runs) == 4
     assert len({run["variant"] for run in runs}) == 2

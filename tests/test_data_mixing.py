@@ -11,8 +11,8 @@ from data import erasing, mixing
 SIZE = HEIGHT, WIDTH = 12, 7
 
 
-def draw(mixup: float, cutmix: float, number: int = 3000, seed: int = 3, epoch: int = 0):
-    return mixing.draw(mixup, cutmix, number, SIZE, seed, epoch)
+def draw(mixup: float, cutmix: float, number: int = 3000):
+    return mixing.draw(mixup, cutmix, number, SIZE, 3, 0)
 
 
 @pytest.mark.parametrize("alpha", [1e-3, 0.2, 0.5, 1.0, 4.0, 1e12])

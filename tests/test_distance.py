@@ -144,10 +144,8 @@ def test_runs_that_differ_in_more_are_refused(folder, tmp_path, attention, chang
 
 
 def test_a_network_that_cannot_be_rebuilt_is_named(tmp_path):
-    make_run(
-        tmp_path / "old",
-        data={"_target_": "data.make_lookup", "distance": 4, "name": "lookup"},
-    )
+    data = {"_target_": "data.make_lookup", "distance": 4, "name": "lookup"}
+    make_run(tmp_path / "old", data=data)
     with pytest.raises(ValueError, match=r"old: its settings lack model\.block$"):
         draw([tmp_path], tmp_path / "x.svg")
 

@@ -556,15 +556,9 @@ def test_sanitizers_find_nothing(tmp_path):
     main.write_text(SANITIZED.format(source=native_build.SOURCE))
     compiler = native_build._compiler()
     for extra in (["-march=native"], []):
-        flags = [
-            "-std=c++17",
-            "-O1",
-            "-g",
-            native_build.OPENMP,
-            "-fsanitize=address,undefined",
-            *extra,
-        ]
-        command = [*compiler, *flags, "-fno-sanitize-recover=all", str(main), "-o"]
+        flags = ["-std=c++17", "-O1", "-g", native_build.OPENMP, *extra]
+        flags += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+        command = [*compiler, *flags, str(main), "-o"]
         program = tmp_path / "program"
         subprocess.run([*command, str(program)], check=True, capture_output=True)
         environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}

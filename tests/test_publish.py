@@ -6,11 +6,10 @@ import shutil
 import pytest
 
 from reporting import runs
-from scripts.publish import publish
+from scripts.publish import main, publish
 
-from app import run_app
 from folders import make_run
-from helpers import ROOT, everything_below
+from helpers import everything_below, refused
 
 
 def make(folder):
@@ -103,8 +102,7 @@ def test_folders_that_overlap_are_refused(tmp_path, target):
     assert files(tmp_path) == before
 
 
-def test_the_command_names_what_is_wrong(tmp_path):
-    done = run_app(["scripts/publish.py", tmp_path / "nowhere", tmp_path / "kept"], cwd=ROOT)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"publish.py: there is no {tmp_path / 'nowhere'}\n"
+def test_the_command_names_what_is_wrong(tmp_path, capsys):
+    line = refused(capsys, main, tmp_path / "nowhere", tmp_path / "kept")
+    assert line == f"publish.py: there is no {tmp_path / 'nowhere'}\n"
     assert not (tmp_path / "kept").exists()

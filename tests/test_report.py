@@ -391,14 +391,9 @@ def test_the_papers_table_is_of_options_that_there_are():
 
 
 def test_a_control_of_the_papers_network_has_no_row_in_its_table(tmp_path):
+    ours = {"facts": {"model": "wrn28_10"}, "model__name": "wrn28_10"}
     for kind in ("none", "removed"):
-        make_run(
-            tmp_path / kind,
-            81.0,
-            attention=kind,
-            facts={"model": "wrn28_10"},
-            model__name="wrn28_10",
-        )
+        make_run(tmp_path / kind, 81.0, attention=kind, **ours)
     report([tmp_path], tmp_path / "out")
     whole = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
     row, *_ = [line for line in whole.splitlines() if line.startswith("| removed | 1 | ")]

@@ -3,6 +3,7 @@
 import base64
 import errno
 import html
+import itertools
 import os
 import re
 import subprocess
@@ -44,14 +45,10 @@ class Page(HTMLParser):
 
 
 def sweep(root):
-    for dk in (8, 16):
-        for dv in (4, 8, 12):
-            for heads in (2, 4):
-                settings = {"attention__dk": dk, "attention__dv": dv, "attention__Nh": heads}
-                for seed in (0, 1):
-                    top1 = 60.0 + dk / 10 + dv / 100 + heads / 1000 + seed * (1 + dv / 50)
-                    folder = root / f"{dk},{dv},{heads},{seed}"
-                    make_run(folder, top1, seed, "aa", **settings)
+    for dk, dv, heads, seed in itertools.product((8, 16), (4, 8, 12), (2, 4), (0, 1)):
+        settings = {"attention__dk": dk, "attention__dv": dv, "attention__Nh": heads}
+        top1 = 60.0 + dk / 10 + dv / 100 + heads / 1000 + seed * (1 + dv / 50)
+        make_run(root / f"{dk},{dv},{heads},{seed}", top1, seed, "aa", **settings)
     make_run(root / "p0", 60.0, 0)
     make_run(root / "p1", 61.0, 1)
 
