@@ -53,10 +53,10 @@ from aaconv import attention_stats
 from aaconv.stats import AttentionStats
 from data import Dataset, EvaluationSet, evaluation_batches
 from models.saved import Network
-from reporting.attention import chosen
 from reporting.text import printable
 from training.compose import compose_config, make
 from training.device import choose_device
+from training.media import attention_images, spread
 from training.settings import build_model, check
 from training.trained import compose_settings, load_data
 
@@ -65,7 +65,7 @@ def batch_of(
     dataset: Dataset | EvaluationSet, mean: Any, std: Any, number: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Images of the evaluation, spread evenly, and their labels."""
-    images, _ = chosen(dataset, number)
+    images, _ = attention_images(dataset, spread(len(dataset.evaluation), number))
     (batch, *_) = evaluation_batches(images.to(device), len(images), mean, std)
     return batch
 
