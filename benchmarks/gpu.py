@@ -72,7 +72,10 @@ def plan(fused_failed: bool) -> list[Step]:
     """All steps in their order."""
     fused = f"{PYTEST} -n 8 tests/test_fused.py -k 'not card and not report'"
     few = f"{PYTEST} tests/test_fused.py -k without_tables -m 'not slow'"
-    on_gpu = f"{PYTEST} -n 8 -m gpu tests/test_gpu.py tests/test_resume.py"
+    files = " ".join(
+        f"tests/test_{name}.py" for name in ("gpu", "resume", "data_batches", "training")
+    )
+    on_gpu = f"{PYTEST} -n 8 -m gpu {files}"
     networks = "--model wrn28_10 wrn16_4 --batch 128 --channels-last yes --backend"
     network = "--model resnet8 --batch 2 --backend"
     maps = "--size 8 16 32 --dtype bfloat16"

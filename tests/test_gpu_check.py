@@ -1,6 +1,7 @@
 """`make gpu`: what becomes of a step, continuing, the order, and a rehearsal."""
 
 import json
+import re
 import shlex
 import time
 
@@ -111,6 +112,11 @@ def test_the_plan():
     assert names[0] == "fused-tests"
     assert names.index("training") > names.index("step-sdpa")
     assert sum(step.minutes for step in gpu.plan(False) if "tests" in step.name) <= 4
+    mark = "pytest.mark." + "gpu"  # which is not in this file
+    files = (ROOT / "tests").glob("test_*.py")
+    marked = {f"tests/{file.name}" for file in files if mark in file.read_text()}
+    (on_gpu,) = (step.words for step in gpu.plan(False) if step.name == "gpu-tests")
+    assert marked == set(re.findall("tests/[a-z_]+.py", on_gpu))
     assert "attention.backend=sdpa" not in gpu.plan(False)[4].words
     (after_failure,) = (s for s in gpu.remaining({"fused-tests": "failed"}) if s.name == "training")
     assert "attention.backend=sdpa" in after_failure.words

@@ -13,6 +13,7 @@ import aaconv
 from data import Batches, Dataset, evaluation_batches
 from models import Description, ForeignWeights, ResNet, Trained, describe, freeze
 from models.fields import FORMAT
+from models.views import eval_mode
 from training import distributed, provenance
 from training.compose import make
 from training.device import compiled, dtype_name, set_deterministic, to_device
@@ -153,7 +154,5 @@ def try_backends(
 ) -> None:
     """The first of ``batches`` through ``model``: attention tries or compiles its backend."""
     images, _ = next(batches)
-    training = model.training
-    with torch.no_grad(), autocast:
-        model.eval()(images)
-    model.train(training)
+    with eval_mode(model), torch.no_grad(), autocast:
+        model(images)
