@@ -324,38 +324,47 @@ def test_the_page_has_the_planned_contrasts_of_starts():
     assert f"normalized queries and keys gain {normalized.replace(' points', '')}" in WORDS
     assert f"own start gains {own}" in WORDS[: WORDS.index("What has since been learned")]
     assert f"the new start gains {own}" in README_WORDS
-    # Two single runs, by t with 8 degrees of freedom, from a table.
-    assert freedom == 8
-    assert f"less than about {2.306 * 2**0.5 * sd:.1f} points" in WORDS
+    alike = scipy.stats.t.ppf(0.975, freedom) * 2**0.5 * sd
+    assert f"less than about {alike:.1f} points" in WORDS
 
 
-def test_the_page_names_the_cells_of_a_that_are_trained_again():
-    """Of the plain network the three best by seed 0; of attention the best of its nine."""
+def test_the_page_says_from_where_the_second_step_of_a_went_on():
     first = {settings: cell[0]["val/top1"] for settings, cell in cells_of_a().items()}
-    plain = sorted((score, *s[2:]) for s, score in first.items() if s[0] == "plain")
-    assert len(plain) == 12
-    found = re.search(
-        r"weight decay ([\d.]+) without smoothing \(([\d.]+) %\), ([\d.]+) with smoothing"
-        r" \(([\d.]+) %.*?\), and ([\d.]+) without \(([\d.]+) %\), all at a rate of 0.2",
-        WORDS,
-    )
-    one, one_score, other, other_score, third, third_score = map(float, found.groups())
-    assert [(round(score, 2), *s) for score, *s in plain[:-4:-1]] == [
-        (one_score, 0.2, one, 0),
-        (other_score, 0.2, other, 0.1),
-        (third_score, 0.2, third, 0),
-    ]
     aa = {s: v for s, v in first.items() if s[0] != "plain" and s[1] == ("0.25", "all")}
     best = max(aa, key=aa.get)
-    assert len(aa) == 9
+    assert (len(first), len(aa)) == (24, 9)
     assert best[::2] == ("its own", 0.2, 0.1)
     assert f"(its own start at 0.2, with {aa[best]:.2f} %)" in WORDS
     assert f"dv of 0.25 in all blocks, has {aa[best]:.2f} %" in WORDS
 
 
+def test_the_page_has_the_three_best_cells_of_either_network():
+    """By seed 0, with all seeds that are in: the highest mean of three makes the settings of B."""
+    cells = cells_of_a()
+    by_first = sorted(cells, key=lambda settings: -cells[settings][0]["val/top1"])
+    rows = re.findall(r"^\| (?:plain|attention) \| (?:decay|dv) .*\|$", PAGE, re.MULTILINE)
+    best = [s for s in by_first if s[0] == "plain"][:3] + [s for s in by_first if s[0] != "plain"][
+        :3
+    ]
+    assert len(rows) == 6
+    for (start, place, rate, decay, smoothing), row in zip(best, rows, strict=True):
+        assert rate == 0.2
+        seeds = cells[start, place, rate, decay, smoothing]
+        scores = [seeds[seed]["val/top1"] for seed in sorted(seeds)]
+        if start == "plain":
+            names = ["plain", f"decay {decay:g}, smoothing {smoothing:g}"]
+        else:
+            names = ["attention", f"dv {place[0]}, {place[1]} blocks, start: {start}"]
+        names += [", ".join(f"{score:.2f}" for score in scores), f"{statistics.mean(scores):.2f}"]
+        loss = statistics.mean(one["val/loss"] for one in seeds.values())
+        assert row == f"| {' | '.join(names)} | {loss:.3f} |"
+    left = sum(3 - len(cells[settings]) for settings in best)
+    assert f"{left} runs are left" in WORDS
+
+
 def test_the_page_has_the_rows_of_start_and_rate():
-    runs, _ = read([ROOT / "results" / "start-rate"])
-    assert len(runs) == 19
+    runs = [r for r in read([ROOT / "results" / "start-rate"])[0] if r.seed == 0]
+    assert len(runs) == 20
     for run in runs:
         assert len(run.rows) == 5
         config, last = run.summary["config"], run.rows[-1]
@@ -398,6 +407,12 @@ def test_the_page_has_the_plain_network_beside_them():
     assert f"is {-new[0.2]:.1f} and {-own[0.2]:.1f} points ahead of the new starts" in WORDS
     means = statistics.mean(own.values()), statistics.mean(new.values())
     assert f"on average {-means[0]:.1f} points below it and {means[1]:.1f} above" in WORDS
+    first = {settings: cell[0]["val/top1"] for settings, cell in cells.items()}
+    best = max(first, key=first.get)
+    assert best[1:3] == (("0.25", "unstrided"), 0.2)
+    ahead = first[best] - max(score for s, score in first.items() if s[0] == "plain")
+    assert f"In unstrided blocks alone attention gets {first[best]:.2f} % there" in WORDS
+    assert f"{ahead:.1f} points above the best plain one" in WORDS
 
 
 def entropy_by_epoch(run):
@@ -407,5 +422,5 @@ def entropy_by_epoch(run):
         assert entropies == sorted(entropies)
     else:  # sharpens, and stays
         assert entropies[0] == max(entropies)
-        assert all(0.83 <= round(value, 2) <= 0.89 for value in entropies[2:])
+        assert all(0.83 <= round(value, 2) <= 0.91 for value in entropies[2:])
     return entropies, [run.rows[n]["attention/lowest_entropy"] for n in (0, -1)]
