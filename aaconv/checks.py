@@ -18,11 +18,12 @@ def whole(name: str, value: Any, most: float = MAX_COUNT, least: float = -math.i
     """
     if not _is_index(value):
         raise ValueError(f"{name}={value!r} must be an int")
-    if operator.index(value) > most:
-        raise ValueError(f"{name}={value!r} must be at most {most}")
-    if operator.index(value) < least:
-        raise ValueError(f"{name}={value!r} must be at least {least}")
-    return operator.index(value)
+    number = operator.index(value)
+    if number > most:
+        raise ValueError(f"{name}={number} must be at most {most}")
+    if number < least:
+        raise ValueError(f"{name}={number} must be at least {least}")
+    return number
 
 
 def pair(name: str, value: Size) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What attention looks at, as pictures: for the report, and for scripts/visualize.py."""
+"""What attention looks at, as pictures for the report."""
 
 from typing import Any
 

@@ -591,7 +591,7 @@ def test_an_example_that_the_model_does_not_take_is_named(example):
         ({"dk": True}, "dk=True must be an int or a float"),
         ({"dv": "0.1"}, "dv='0.1' must be an int or a float"),
         ({"dv": 0}, "dv=0 must be greater than 0, or nothing is augmented"),
-        ({"Nh": 0}, "Nh=0 must be at least 1"),
+        ({"Nh": np.int64(0)}, "Nh=0 must be at least 1"),
         ({"Nh": 2.0}, "Nh=2.0 must be an int"),
         ({"min_dkh": 0}, "min_dkh=0 must be at least 1"),
         ({"max_positions": -1}, "max_positions=-1 must be at least 1"),

@@ -118,6 +118,17 @@ def test_the_powers_are_right_to_the_last_bits():
     assert ((got - exact).abs() <= (3 * x + 9) * 2**-24 * exact).all()
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 3, 5), (2, 2, 0, 5), (2, 2, 3, 0)])
+def test_the_kernel_itself_takes_empty_maps(shape):
+    """As in an exported program, which does not ask first whether there are any positions."""
+    q, k = torch.randn(2, *shape, 4).unbind()
+    v = torch.randn(*shape, 3, requires_grad=True)
+    out = native.attend(q, k, v, None, None)
+    assert out.shape == (*shape, 3)
+    out.sum().backward()
+    assert v.grad.shape == v.shape
+
+
 def test_the_bits_do_not_depend_on_the_number_of_threads():
     tensors = single(inputs((9, 13), 3, 8, 4))
     before = torch.get_num_threads()
