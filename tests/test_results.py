@@ -231,7 +231,7 @@ def test_the_page_has_every_cell_of_the_sweep():
         for dv in (8, 16, 32)
     ]
     a, b, c = (f"{mean:.2f}" for mean in means)
-    words = f"{plain:.2f} %, beside {a}, {b}, and {c} % for dv of 8, 16, and 32 (means of nine)"
+    words = f"{plain:.2f} %, compared with {a}, {b}, and {c} % for dv of 8, 16, and 32 (means"
     assert words in WORDS
 
 
@@ -240,7 +240,7 @@ def test_the_report_of_the_sweep_says_what_the_page_does(tmp_path):
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     (best, cell) = re.search(r"Best of 27 settings: ([\d.]+ %).*?\*\* (dk.*?)\.", text).groups()
     (others,) = re.findall(r"not distinguishable from it: (\d+) others", text)
-    assert f"{cell} with {best}, {others} of the other 26 cannot be told apart" in WORDS
+    assert f"{cell} with {best}; {others} of the other 26 are indistinguishable" in WORDS
     (effect, bounds) = re.search(rf"\| dv \| 32 {MINUS} 8 \| (.*?) \| (.*?) \|", text).groups()
     assert f"dv 32 {MINUS} 8 is {effect} ({bounds})" in WORDS
     assert "1 of 9 differences significant" in text
