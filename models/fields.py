@@ -57,17 +57,17 @@ def are_plain(values: Any, key: str = "", depth: int = 0) -> Any:
     if depth > MAX_DEPTH:
         raise ValueError(f"{key[:40]}... is nested too deeply")
     if is_number(values) and not is_finite(values):
-        raise ValueError(f"{key} is {shortened(values)}, not a finite number")
+        raise ValueError(f"{key} is {short_value(values)}, not a finite number")
     if isinstance(values, list):
         for index, inner in enumerate(values):
             are_plain(inner, f"{key}[{index}]", depth + 1)
     elif isinstance(values, dict):
         for name, inner in values.items():
             if not isinstance(name, str):
-                raise ValueError(f"{key} has the key {shortened(name)}, which is not text")
+                raise ValueError(f"{key} has the key {short_value(name)}, which is not text")
             are_plain(inner, f"{key}.{name}", depth + 1)
     elif not (values is None or isinstance(values, str | int | float)):
-        raise ValueError(f"{key} is {shortened(values)}, not a plain value")
+        raise ValueError(f"{key} is {short_value(values)}, not a plain value")
     return values
 
 
@@ -98,11 +98,11 @@ def _fault(error: ValidationError) -> str:
     elif first["type"] == "value_error":
         line = f"{key}{first['ctx']['error']}"
     else:
-        line = f"{key or 'it'} is {shortened(first['input'])}; {message[0].lower()}{message[1:]}"
+        line = f"{key or 'it'} is {short_value(first['input'])}; {message[0].lower()}{message[1:]}"
     return " ".join(line.split())  # keys may have line breaks
 
 
-def shortened(value: Any) -> str:
+def short_value(value: Any) -> str:
     """For a message. JSON's own words for what JSON holds: null and not None."""
     try:
         text = json.dumps(value, ensure_ascii=False)

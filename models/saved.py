@@ -30,7 +30,7 @@ from models.fields import (
     UnreadableError,
     parse,
     read_json,
-    shortened,
+    short_value,
 )
 from models.foreign import ForeignWeights, find_foreign
 from models.resnet import ResNet
@@ -65,7 +65,7 @@ class Network(TypedDict):
 def _is_of_data(settings: dict[str, Any]) -> dict[str, Any]:
     data = settings.get("data", {})
     if not isinstance(data, dict):
-        raise ValueError(f".data is {shortened(data)}, not the settings of a data set")
+        raise ValueError(f".data is {short_value(data)}, not the settings of a data set")
     return settings
 
 

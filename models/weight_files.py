@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aaconv.text import one_line
-from models.fields import UnreadableError, check_is_file, shortened
+from models.fields import UnreadableError, check_is_file, short_value
 
 # What any network's weights and statistics are of; a count of batches is a whole number.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -73,7 +73,7 @@ def named_tensors(value: Any, where: str) -> dict[str, Tensor]:
         UnreadableError: it is none.
     """
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
-        raise UnreadableError(f"{where} is {shortened(value)}, not tensors by their names")
+        raise UnreadableError(f"{where} is {short_value(value)}, not tensors by their names")
     return value
 
 
@@ -109,7 +109,7 @@ def check_tensors(
 def tensor_fault(name: str, value: Any, finite: bool = True) -> str | None:
     """What is wrong with the weight or statistic of this name, whatever its shape; else None."""
     if not isinstance(value, Tensor):
-        return f"is {shortened(value)}, not a tensor"
+        return f"is {short_value(value)}, not a tensor"
     if value.layout != torch.strided or value.device.type != "cpu":
         return f"is not a dense CPU tensor ({value.layout}, {value.device})"
     if value.numel() * value.element_size() > value.untyped_storage().nbytes():

@@ -11,7 +11,7 @@ from aaconv import text
 from models import ATTENTIONS
 from reporting import figures
 from reporting.runs import Excluded, Run, Variant, differing_settings, group_by_variant, grouped
-from reporting.text import MINUS, by_seed, count, shortened, single_line
+from reporting.text import MINUS, by_seed, count, first_few, single_line
 
 DISTANCE = "data.distance"
 # Of the kinds of attention, in their order.
@@ -71,7 +71,7 @@ def _check_alike(name: str, variants: list[Variant], but: tuple[str, ...]) -> No
     differing = [key for key in differing_settings(variants) if not key.startswith(but)]
     if differing:
         raise ValueError(
-            f"runs of {single_line(name)} differ in {shortened(differing)}, which no curve may "
+            f"runs of {single_line(name)} differ in {first_few(differing)}, which no curve may "
             "mix; give the folders of one kind of runs"
         )
 

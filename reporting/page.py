@@ -12,7 +12,7 @@ from reporting.paired import Comparison, Difference
 from reporting.parts import Card
 from reporting.runs import Run, Variant, conditions
 from reporting.sections import CONDITIONS, PROVENANCE
-from reporting.text import DASH, count, interval, p_in_words, short, shortened, signed
+from reporting.text import DASH, count, first_few, interval, p_in_words, short, signed
 
 # Where the section on attention's settings stands, unless it comes first.
 SETTINGS_AT = 2
@@ -54,8 +54,8 @@ def summary_line(analysis: Analysis) -> str:
     where = "the test set"
     if on == "val":
         where = " or ".join(sorted({_validation_images(run) for run in analysis.runs}))
-    models = shortened(dict.fromkeys(variant.model for variant in analysis.variants))
-    epochs = shortened(dict.fromkeys(variant.setting("epochs") for variant in analysis.variants))
+    models = first_few(dict.fromkeys(variant.model for variant in analysis.variants))
+    epochs = first_few(dict.fromkeys(variant.setting("epochs") for variant in analysis.variants))
     runs, variants = len(analysis.runs), len(analysis.variants)
     line = (
         f"{count(runs, 'finished run')} of {count(variants, 'variant')} on {text.dataset(name)}, "
@@ -163,7 +163,7 @@ def caveats(analysis: Analysis) -> list[str]:
     saturated = [v.label for v in analysis.variants if _began_saturated(v)]
     if saturated:
         found.append(
-            f"The attention of {shortened(saturated)} began nearly one-hot (attention.init=kaiming "
+            f"The attention of {first_few(saturated)} began nearly one-hot (attention.init=kaiming "
             "without attention.qk_norm, as in all runs before there was a choice), which slows "
             "early training: `scripts/softness.py` measures it."
         )
@@ -171,9 +171,9 @@ def caveats(analysis: Analysis) -> list[str]:
         values = conditions(analysis.runs, condition)
         if len(values) > 1:
             mixed = [v.label for v in analysis.variants if len(conditions(v.runs, condition)) > 1]
-            who = f"The runs of {shortened(mixed)}" if mixed else "The variants"
+            who = f"The runs of {first_few(mixed)}" if mixed else "The variants"
             found.append(
-                f"{who} were trained {differently} ({shortened(values)}); see “{PROVENANCE}”."
+                f"{who} were trained {differently} ({first_few(values)}); see “{PROVENANCE}”."
             )
     return found
 

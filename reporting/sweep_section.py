@@ -7,7 +7,7 @@ from reporting.factorial import Effect, Error
 from reporting.paired import holm_bonferroni
 from reporting.parts import Card, Picture, Section, Table, tables
 from reporting.sweeps import Levels, Sweep, is_significant
-from reporting.text import DASH, MINUS, count, interval, p_value, shortened, signed
+from reporting.text import DASH, MINUS, count, first_few, interval, p_value, signed
 
 # More panels of a heatmap cannot be read.
 PANELS = 12
@@ -99,7 +99,7 @@ def section(sweeps: list[Sweep]) -> Section | None:
         made += [*_ranking(sweep), *_effects(sweep), *_interactions(sweep)]
         if sweep.missing:
             cells = (f"{sweep.words(at)} ({why})" for at, why in sorted(sweep.missing.items()))
-            notes.append(f"{_head(sweep)}Without a finished run: {shortened(cells, 6)}.")
+            notes.append(f"{_head(sweep)}Without a finished run: {first_few(cells, 6)}.")
     words = []
     keys = {key for sweep in sweeps for factor in sweep.factors for key in factor.keys}
     if not keys.isdisjoint(("attention.dk", "attention.dv")):

@@ -13,7 +13,7 @@ import numpy
 from models.fields import is_finite
 from reporting.factorial import ALL_PAIRS, LEVEL, Cell, Design, Effect, Interaction
 from reporting.runs import Excluded, Variant, as_recipe, differing_settings, grouped, in_words
-from reporting.text import natural, rounded, short, shortened
+from reporting.text import first_few, natural, rounded, short
 
 SIZES = ("attention.dk", "attention.dv", "attention.Nh")
 # A cell: of each factor the level.
@@ -151,7 +151,7 @@ def find_sweeps(variants: list[Variant], excluded: list[Excluded]) -> list[Sweep
                 with suppress(ValueError):  # a value that no finished run has
                     missing[_levels(one.settings, factors)] = one.kind
         missing = {levels: why for levels, why in missing.items() if levels not in by_levels}
-        label = shortened(name, 4) if len(groups) > 1 else ""
+        label = first_few(name, 4) if len(groups) > 1 else ""
         found.append(Sweep(label, factors, by_levels, missing))
     return found
 

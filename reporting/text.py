@@ -116,7 +116,7 @@ def short_name(name: str) -> str:
     return name.rpartition(".")[2] if name.startswith(("torch.", "training.")) else name
 
 
-def shortened(items: Iterable[str], most: int = 5) -> str:
+def first_few(items: Iterable[str], most: int = 5) -> str:
     """The first of them, comma-separated, and how many more there are."""
     items = list(items)
     more = f" and {len(items) - most} more" if len(items) > most else ""

@@ -47,7 +47,7 @@ import torch
 import models
 from aaconv import text
 from data import evaluation_batches
-from reporting.text import DASH, csv_cell, printable, shortened
+from reporting.text import DASH, csv_cell, first_few, printable
 from training.assemble import try_backends
 from training.device import choose_device, choose_dtype, dtype_name, to_device
 from training.files import csv_text, write_texts
@@ -143,7 +143,7 @@ def worst_classes(evaluation: Evaluation) -> list[str]:
         lines.append([name, f"{score.images}", f"{score.recall:.2f}", precision, mistake])
     absent = [name for name in names if name not in seen]
     verb = "has" if len(absent) == 1 else "have"
-    absent_line = f"{len(absent)} of {len(names)} classes {verb} no images: {shortened(absent, 20)}"
+    absent_line = f"{len(absent)} of {len(names)} classes {verb} no images: {first_few(absent, 20)}"
     return text.table(lines, "lrrrl") + ([absent_line] if absent else [])
 
 

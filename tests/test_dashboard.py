@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 
-from training.variants import shortened
+from training.variants import within_length
 
 from app import App, run_app
 from helpers import CLOCK, ROOT, TINY, await_
@@ -449,7 +449,7 @@ def test_a_comparison_closes_with_a_run_of_its_own(server, tmp_path):
     assert names == {f"{one} seed={seed}" for one in ("none", "aa") for seed in (0, 1)}
     assert config(compared)["data"] == "lookup"
     assert len(server.runs) == 5
-    assert groups == {shortened(folder.name, 128)}
+    assert groups == {within_length(folder.name, 128)}
     (entry,) = compared["history"]
     assert entry["compare/table"]["_type"] == "table-file"
     assert entry["compare/table"]["nrows"] == 2

@@ -312,8 +312,8 @@ def test_the_dashboard_is_told_how_a_run_ended(wandb, tmp_path, error, outcome, 
 
 
 def test_names_that_are_too_long_keep_apart():
-    assert variants.shortened("x" * 128, 128) == "x" * 128
-    long = [variants.shortened("x" * 128 + end, 128) for end in "ab"]
+    assert variants.within_length("x" * 128, 128) == "x" * 128
+    long = [variants.within_length("x" * 128 + end, 128) for end in "ab"]
     assert len({*long}) == 2
     assert {len(name) for name in long} == {128}
 

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from training import console, sweep, words
 from training.compose import CONFIGS
-from training.errors import explain, is_for_the_user, shortened
+from training.errors import explain, is_for_the_user, without_middle
 from training.files import write_text
 from training.launch import REASON
 from training.tracking import under_agent
@@ -105,7 +105,7 @@ def _stop_at(error: BaseException) -> None:
     code = _main.__wrapped__.__code__
     own = any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
     if isinstance(error, Exception) and not own:
-        stop(f"{explain(error)} (given: {shortened(' '.join(sys.argv[1:]))})")
+        stop(f"{explain(error)} (given: {without_middle(' '.join(sys.argv[1:]))})")
 
 
 def _check_options() -> None:

@@ -69,7 +69,7 @@ def explain(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "values or folders are nested too deeply"
     if isinstance(error, OverrideParseException):
-        return f"{shortened(str(error.override))}: {shortened(_grammar_fault(error))}"
+        return f"{without_middle(str(error.override))}: {without_middle(_grammar_fault(error))}"
     settings = cause if isinstance(cause, OmegaConfBaseException) else error
     if isinstance(settings, ConfigKeyError | ConfigAttributeError) and dataclasses.is_dataclass(
         settings.object_type
@@ -110,7 +110,7 @@ def _parses(word: str) -> bool:
     return True
 
 
-def shortened(text: str) -> str:
+def without_middle(text: str) -> str:
     """``text`` without its middle, where it is too long to be read."""
     return text if len(text) <= MAX_LENGTH else f"{text[:200]} ... {text[-100:]}"
 

@@ -22,8 +22,8 @@ from training.variants import (
     NAME_LENGTH,
     option_name,
     result_settings,
-    shortened,
     variant_label,
+    within_length,
 )
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ class Tracker:
 
         def add(run: Any) -> None:
             allowed = re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
-            artifact = _wandb().Artifact(shortened(allowed, NAME_LENGTH), kind, metadata=facts)
+            artifact = _wandb().Artifact(within_length(allowed, NAME_LENGTH), kind, metadata=facts)
             for file in files:
                 artifact.add_file(str(file))
             run.log_artifact(artifact)
@@ -414,10 +414,10 @@ def track(
             mode,
             record,
             dir=str(folder),
-            group=shortened(group, NAME_LENGTH),
-            name=shortened(name, NAME_LENGTH),
-            job_type=shortened(job_type, TAG_LENGTH),
-            tags=list(dict.fromkeys(shortened(tag, TAG_LENGTH) for tag in tags)),
+            group=within_length(group, NAME_LENGTH),
+            name=within_length(name, NAME_LENGTH),
+            job_type=within_length(job_type, TAG_LENGTH),
+            tags=list(dict.fromkeys(within_length(tag, TAG_LENGTH) for tag in tags)),
             id=run_id,
             resume="allow" if run_id or os.environ.get("WANDB_RUN_ID") else None,
             **others,

@@ -131,7 +131,7 @@ def run_name(
         for short, (key, value) in zip(last, pairs, strict=True)
     ]
     ends = len(" ".join([*model, attention, f"seed={seed}"])) + 1
-    middle = shortened(" ".join(shown), max(16, NAME_LENGTH - ends))
+    middle = within_length(" ".join(shown), max(16, NAME_LENGTH - ends))
     return " ".join([*model, attention, *filter(None, [middle]), f"seed={seed}"])
 
 
@@ -147,7 +147,7 @@ def few_digits(value: str) -> str:
     return text if "." in text or "e" in text else f"{text}.0"
 
 
-def shortened(text: str, length: int) -> str:
+def within_length(text: str, length: int) -> str:
     """``text``, with a digest in place of its end where it is longer than ``length``."""
     return text if len(text) <= length else f"{text[: length - 9]}-{_digest(text)}"
 
