@@ -1,12 +1,12 @@
-"""Train one network on one data set: the story of a run, from its settings to its summary.
+"""Train one network on one data set, from the settings to the summary of the run.
 
     python train.py model=wrn28_10 attention=aa data=cifar100 epochs=200 seed=0
     python train.py -m attention=none,aa seed=0,1,2
     torchrun --nproc_per_node=4 train.py attention=aa
 
-configs/ holds the settings, docs/settings.md says what each one means. Everything that a run
-writes lies in its folder below outputs/, which training/run_folder.py describes. Of several
-processes, which torchrun starts, the main one writes and prints.
+The settings are in configs/; docs/settings.md explains each of them. A run writes everything to its
+own folder under outputs/, which training/run_folder.py describes. When torchrun starts several
+processes, only the main process (rank 0) writes and prints.
 """
 
 if __name__ == "__main__":
@@ -15,7 +15,7 @@ if __name__ == "__main__":
     console.prepare("train.py")
     from training import cli
 
-    cli.run()  # which imports this file as a module when a run begins
+    cli.run()  # imports this file as a module when a run begins
     raise SystemExit
 
 import logging
@@ -54,20 +54,20 @@ log = logging.getLogger("train")
 
 
 def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
-    """Run ``cfg`` in ``run_dir`` and return what its summary.json holds.
+    """Run ``cfg`` in ``run_dir`` and return the contents of its summary.json.
 
     Raises:
-        ValueError: settings that contradict each other or what is there; another process
-            writes to ``run_dir``, or it holds another run.
-        FileNotFoundError: no data or no checkpoint where ``cfg`` says.
-        FloatingPointError: a loss or a score was not finite; the message names the epoch, and
-            failed.json holds it.
-        OSError: the disk is full or ``run_dir`` cannot be written; the checkpoints are whole.
-        SystemExit: a signal or ``max_minutes`` stopped the run, which ``resume`` continues; the
-            code is that of `training.stopping.Stop`.
-        ConnectionError: another of several processes has died.
+        ValueError: if settings contradict each other, the data or the hardware; or if ``run_dir``
+            holds another run or is in use by another process.
+        FileNotFoundError: if there is no data or no checkpoint where ``cfg`` points.
+        FloatingPointError: if a loss or a score is not finite; the message, which names the
+            epoch, is also in failed.json.
+        OSError: if the disk is full or ``run_dir`` is not writable; the checkpoints stay intact.
+        SystemExit: if a signal or ``max_minutes`` stopped the run; ``resume`` continues it. The
+            exit code is that of `training.stopping.Stop`.
+        ConnectionError: if another process of the run has died.
     """
-    # ---- What is asked for, and where to begin: anew, or at the checkpoint `resumed` -----------
+    # ---- Check the settings; start from scratch or from the checkpoint `resumed` ---------------
     config, world = resolve(cfg), distributed.world()
     with distributed.errors_in_all():  # one machine may have fewer GPUs than another
         check(cfg, world.size)
@@ -76,7 +76,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         if "backend" in cfg.attention:
             check_backend(cfg.attention.backend, device, dtype)
     with ExitStack() as stack:
-        with distributed.errors_in_all():  # the main process alone writes
+        with distributed.errors_in_all():  # only the main process writes
             folder = stack.enter_context(run_folder.claimed(run_dir)) if world.is_main else None
         before = distributed.broadcast_from_main(
             lambda: checkpoint.finished_before(run_dir, config)
@@ -88,12 +88,12 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         )
         if resumed is not None:
             checkpoint.check_precision(saved, dtype_name(dtype), config["precision"], run_dir)
-            # However it is called now: a run is listed by the settings that it began with.
+            # Keep the setting that the run was started with: results are listed by it.
             cfg.precision = config["precision"] = saved["config"]["precision"]
         with distributed.errors_in_all():
             initial = load_initial(cfg) if resumed is None else None
 
-        # ---- Data, network, optimizer, and how far they have come ------------------------------
+        # ---- Data, network, optimizer and progress ---------------------------------------------
         with distributed.errors_in_all(), distributed.local_main_first():  # it may download
             dataset = make(cfg.data).to(device)
         state = build_state(cfg, dataset, world, device, dtype, initial)
@@ -105,18 +105,18 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         if folder is not None:
             folder.start(cfg, replaced, dataset.digest)
             if resumed is not None and not checkpoint.is_in(resumed, run_dir):
-                checkpoint.save(folder.path, state, config, progress)  # before what belongs to it
+                checkpoint.save(folder.path, state, config, progress)  # before metrics.csv
                 folder.keep()
-            folder.write_metrics(progress.rows)  # a kill may have left more of them, or fewer
+            folder.write_metrics(progress.rows)  # a killed run may have left more or fewer rows
 
-        # ---- The epochs, and now and then a checkpoint to continue from ------------------------
+        # ---- Train the epochs and save checkpoints ---------------------------------------------
         stop = stack.enter_context(Stop(cfg.max_minutes, world.size > 1, cfg.checkpoint_minutes))
         tracker = stack.enter_context(start_tracking(cfg, config, run_dir, facts, progress, state))
         progress.wandb_id = tracker.id
         action = Action.CONTINUE
         while (epoch := len(progress.rows)) < cfg.epochs and action is not Action.STOP:
             action = train_epoch(cfg, state, progress, stop, tracker)
-            if action is Action.CONTINUE:  # all its steps are taken
+            if action is Action.CONTINUE:  # all steps of the epoch are done
                 action = finish_epoch(cfg, state, progress, stop)
             if action is not Action.CONTINUE:
                 if folder is not None:
@@ -126,7 +126,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
             if len(progress.rows) > epoch:
                 report_epoch(cfg, state, progress, folder, tracker)
 
-        # ---- The last epoch's figures, never the best one's ------------------------------------
+        # ---- Report the last epoch's scores, never the best epoch's ----------------------------
         finished = len(progress.rows) == cfg.epochs
         if finished:
             summary = finish_run(cfg, config, state, progress, facts, folder, tracker)
@@ -143,9 +143,9 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
 def train_epoch(
     cfg: DictConfig, state: RunState, progress: Progress, stop: Stop, tracker: Tracker
 ) -> Action:
-    """Train from where ``progress`` is in its epoch to the end, or until there is more to do.
+    """Train the rest of the current epoch, or until a checkpoint or a stop is due.
 
-    Returns what: to save or to stop where it is now, or to continue with the evaluation.
+    Returns the next action: save or stop at this step, or continue with the evaluation.
     """
     device, steps, epoch = state.device, len(state.batches), len(progress.rows)
     before = epoch_state = progress.epoch_state.to(device)
@@ -164,7 +164,7 @@ def train_epoch(
     )
     action = Action.CONTINUE
     for images, labels in bar:
-        # What is dropped is drawn anew in each step: nothing of it needs to be saved.
+        # Dropout is seeded at every step, so a checkpoint needs no random state for it.
         draws = seeded_generator("dropout", cfg.seed, epoch, epoch_state.step, state.world.rank)
         set_seed(device, draws.initial_seed())
         lr = state.optimizer.param_groups[0]["lr"]
@@ -175,7 +175,7 @@ def train_epoch(
             epoch_state.raise_if_nonfinite(epoch, steps)
             rate = step * cfg.batch_size / (time.perf_counter() - started)
             bar.set_postfix_str(f"loss {epoch_state.mean('loss'):.3f}, {rate:.0f} images/s")
-            if reads:  # alike in a run that was interrupted: not wherever a checkpoint is written
+            if reads:  # not at checkpoints: an interrupted run must report at the same steps
                 report_loss(progress, epoch_state, steps, tracker)
         if action is not Action.CONTINUE:
             break
@@ -190,13 +190,13 @@ def train_epoch(
 def take_step(
     cfg: DictConfig, state: RunState, images: Tensor, labels: Tensor
 ) -> dict[str, Tensor]:
-    """One step of the optimizer, and what it has measured, scalars on the device.
+    """Take one optimizer step and return its metrics as scalars on the device.
 
-    Of the whole batch, all processes' shards of it: ``loss``, the mean before the step, by the
-    weights of the classes where there are some; ``top1``, the fraction of images classified
-    correctly then; ``grad_norm``, the L2 norm of all gradients together, before they are clipped.
-    The mean of each over an epoch becomes a column of metrics.csv: each entry here is a metric, on
-    the dashboard and in the report, too.
+    They cover the whole batch over all processes: ``loss``, the mean loss before the step, weighted
+    by class if there are class weights; ``top1``, the fraction of images classified correctly
+    before the step; ``grad_norm``, the L2 norm of all gradients together before clipping. The mean
+    of each over an epoch becomes a column of metrics.csv: any entry added here becomes a metric,
+    also on the dashboard and in the report.
     """
     figures: dict[str, Tensor] = {}
     weights: tuple[Tensor | None, ...] = (None,) * cfg.grad_accum
@@ -209,7 +209,7 @@ def take_step(
             with state.autocast:
                 logits = state.wrapped_model(inputs)
             loss = cross_entropy(logits.float(), targets, cfg.label_smoothing, weight)
-            state.scaler.scale(loss / cfg.grad_accum).backward()  # the gradients add up
+            state.scaler.scale(loss / cfg.grad_accum).backward()  # gradients accumulate
         right = accuracy(logits.detach(), targets)
         for name, value in {"loss": loss.detach(), "top1": right}.items():
             figures[name] = figures.get(name, 0) + value / cfg.grad_accum
@@ -225,7 +225,7 @@ def take_step(
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     with warnings.catch_warnings():
-        # Where fp16 overflows in the very first step, the optimizer has not taken one.
+        # If fp16 overflows in the very first step, the scaler skips the optimizer's step.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         state.schedule.step()
     if state.ema_model is not None:
@@ -234,20 +234,20 @@ def take_step(
 
 
 def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Stop) -> Action:
-    """Score the model, or its averaged weights where there are some, and add the epoch's row.
+    """Evaluate the model, or its EMA weights if there are any, and add the epoch's row.
 
-    Returns what is to be done now. An evaluation that a signal interrupts adds no row; whoever
-    continues the run begins it again.
+    Returns the next action. An evaluation interrupted by a signal adds no row; a resumed run
+    repeats it.
 
     Raises:
-        FloatingPointError: a number of the row is not finite.
+        FloatingPointError: if a number in the row is not finite.
     """
     trained, evaluating = progress.epoch_state, time.perf_counter()
     dataset, world = state.dataset, state.world
     model = state.model if state.ema_model is None else state.ema_model
     distributed.broadcast_buffers(model)
     if model is state.model and world.size == 1:
-        model = state.wrapped_model  # which in several would send the buffers at each batch, too
+        model = state.wrapped_model  # with several processes, DDP would broadcast at each batch
     images = dataset.evaluation.shard(world.rank, world.size)
     batches = evaluation_batches(images, cfg.eval_batch_size, dataset.mean, dataset.std)
     scores, per_class_top1 = evaluate(model, stop.until_signalled(batches), state.autocast)
@@ -271,7 +271,7 @@ def finish_epoch(cfg: DictConfig, state: RunState, progress: Progress, stop: Sto
 
 
 def report_loss(progress: Progress, epoch_state: EpochState, steps: int, tracker: Tracker) -> None:
-    """Send the loss since the last reading to the dashboard; at an epoch's end its row has it."""
+    """Send the loss since the last reading to the dashboard; the epoch's row has the last one."""
     newest = progress.read_loss(epoch_state, steps)
     if epoch_state.step < steps:
         for step, loss in newest.items():
@@ -285,7 +285,7 @@ def report_epoch(
     folder: run_folder.RunFolder | None,
     tracker: Tracker,
 ) -> None:
-    """The finished epoch's row: to metrics.csv, to the dashboard, and in a line of the log."""
+    """Write the finished epoch's row to metrics.csv, the dashboard and the log."""
     row = progress.rows[-1]
     if folder is not None:
         folder.write_metrics(progress.rows)
@@ -303,7 +303,7 @@ def finish_run(
     folder: run_folder.RunFolder | None,
     tracker: Tracker,
 ) -> dict[str, Any]:
-    """The finished run's summary; it and the weights go to the folder, and to the dashboard."""
+    """Return the finished run's summary; write it and the weights, and update the dashboard."""
     summary = summarize(config, progress, state.dataset, facts)
     if folder is not None:
         folder.write_weights(state.evaluated_model, state.description)

@@ -1,1 +1,1 @@
-"""What train.py and the commands call: a run's settings, folder, progress, scores and ends."""
+"""The code behind train.py and the commands: a run's settings, folder, progress and scores."""

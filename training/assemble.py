@@ -1,4 +1,4 @@
-"""Everything that trains, made of a run's settings: network, batches, optimizer, schedule."""
+"""Build what a run trains with from its settings: network, batches, optimizer, schedule."""
 
 import copy
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ from training.variants import public_settings
 
 
 class RunState(NamedTuple):
-    """What trains: data, model, optimizer, and where they are."""
+    """The parts of a run in training: data, model, optimizer, and the device they are on."""
 
     world: distributed.World
     device: torch.device
@@ -36,21 +36,21 @@ class RunState(NamedTuple):
     model: nn.Module
     wrapped_model: Any  # the model as training calls it: compiled, DistributedDataParallel
     ema_model: AveragedModel | None
-    best_model: nn.Module | None  # the evaluated one after the epoch that is the best so far
+    best_model: nn.Module | None  # copy of the evaluated model after the best epoch so far
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
     autocast: torch.autocast
     scaler: torch.amp.GradScaler
-    class_weights: Tensor | None  # (classes,), of the loss
+    class_weights: Tensor | None  # (classes,), used by the loss
 
     def stateful(self) -> dict[str, Any]:
-        """The objects whose states a checkpoint keeps."""
+        """Return the objects whose state dicts go into a checkpoint, by name."""
         names = ("model", "optimizer", "schedule", "scaler", "ema_model", "best_model")
         return {n: getattr(self, n) for n in names if getattr(self, n) is not None}
 
     @property
     def evaluated_model(self) -> nn.Module:
-        """The network whose scores count: the averaged one where there is one."""
+        """The network that is evaluated: the EMA model if there is one."""
         if self.ema_model is None:
             return self.model
         averaged: nn.Module = self.ema_model.module
@@ -65,10 +65,10 @@ def build_state(
     dtype: torch.dtype,
     initial: Trained | ForeignWeights | None = None,
 ) -> RunState:
-    """Everything that trains, at its beginning, with what fits of the weights of ``initial``.
+    """Build the state of a new run, with those weights of ``initial`` that fit the network.
 
     Raises:
-        ValueError: a setting does not fit the data, or there is nothing in ``initial`` that fits.
+        ValueError: if a setting does not fit the data, or nothing in ``initial`` fits.
     """
     torch.manual_seed(cfg.seed)
     set_deterministic(cfg.deterministic)
@@ -92,7 +92,7 @@ def build_state(
         balanced=cfg.balanced_sampling,
     )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if cfg.compile:  # a compiled network tries no backend
+    if cfg.compile:  # backends are tried before compiling: a compiled network cannot do it
         image = evaluation_batches(dataset.evaluation, 1, dataset.mean, dataset.std)
         try_backends(model, image, autocast)
     optimizer = make_optimizer(cfg.optim, model)
@@ -124,7 +124,7 @@ def build_state(
         optimizer=optimizer,
         schedule=make(cfg.schedule)(optimizer, cfg.epochs * len(batches)),
         autocast=autocast,
-        # Only fp16 has too little range for gradients.
+        # Only fp16 has too small a range for gradients.
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         class_weights=class_weights(cfg.class_weights, dataset.train, dataset.num_classes),
     )
@@ -133,7 +133,7 @@ def build_state(
 def describe_run(
     cfg: DictConfig, network: ResNet, dataset: Dataset, dtype: torch.dtype
 ) -> Description:
-    """What is kept with the weights, so that the network can be rebuilt from its file alone."""
+    """Return the description saved with the weights, enough to rebuild the network from it."""
     return Description(
         format=FORMAT,
         network=describe(network),
@@ -152,7 +152,7 @@ def describe_run(
 def try_backends(
     model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], autocast: torch.autocast
 ) -> None:
-    """The first of ``batches`` through ``model``: attention tries or compiles its backend."""
+    """Run the first of ``batches`` through ``model``, so attention tries or compiles a backend."""
     images, _ = next(batches)
     with eval_mode(model), torch.no_grad(), autocast:
         model(images)

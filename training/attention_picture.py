@@ -1,4 +1,4 @@
-"""Attention over images as one picture, which dashboard, report and visualize.py share."""
+"""Draw attention over images as one picture, for the dashboard, the report and visualize.py."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,28 +10,28 @@ from torch import Tensor, nn
 from data import Images, evaluation_batches
 from models.views import AttentionView, attention_views
 
-# The longer side of a tile in pixels, about, and the color of attention.
+# Approximate length of a tile's longer side in pixels, and the color of attention.
 TILE = 128
 WARM = (235, 70, 0)
-# How much of a tile is that color where the weight is largest: the image stays visible below it.
+# Opacity of that color at the largest weight; below 1, so that the image stays visible.
 MAX_ALPHA = 0.8
-# The frame of the query, outer and inner lines and the one between them: no image is like that.
+# Colors of the query's frame, its outer and inner lines and the line between, which stand out.
 EDGE, MARK = (0, 0, 0), (255, 255, 255)
-# The space between tiles in pixels, that above them for the heads' names, and the colors.
+# Pixels between tiles and above them (for the names of the heads); background and text colors.
 GAP, HEADER = 6, 26
 PAPER, INK = (255, 255, 255), (30, 30, 30)
 
 
 @dataclass(frozen=True)
 class AttentionPicture:
-    """The attention of one layer on several images: rows and columns of tiles.
+    """The attention of one layer on several images, as rows and columns of tiles.
 
     Attributes:
         words: the layer's map size, dk, dv and Nh.
         image: the tiles.
-        rows: what each row shows: the name of an image and the query's row and column, or the mean
-            over all queries.
-        columns: the image, and each head.
+        rows: the label of each row: the name of an image with the query's row and column, or the
+            mean over all queries.
+        columns: the label of each column: the image, then each head.
     """
 
     words: str
@@ -48,17 +48,17 @@ def attention_pictures(
     std: Sequence[float],
     queries: Sequence[tuple[int, int]] | None = None,
 ) -> dict[str, AttentionPicture]:
-    """A picture for each augmented layer of ``model``, by its name; none for a plain network.
+    """Return a picture for each augmented layer of ``model``, by layer name; empty without any.
 
     Args:
         model: the network.
-        images: what it looks at, on its device.
-        names: what each image is called.
-        mean, std: by which the network gets them normalized.
+        images: the images to attend to, on the model's device.
+        names: the name of each image.
+        mean, std: the normalization of the network's input.
         queries: pixels (row, column), see `models.views.attention_views`.
 
     Raises:
-        ValueError: a pixel that is not in the images.
+        ValueError: if a query lies outside the images.
     """
     (batch, _), *_ = evaluation_batches(images, len(images), mean, std)
     layers = attention_views(model, batch, queries)
@@ -70,9 +70,9 @@ def draw_layer(
 ) -> AttentionPicture:
     """Draw the ``views`` of one layer, each on its image of (B, H, W, 3), values 0 to 255.
 
-    A row for each query has the image with the query's position marked, and beside it what each
-    head sees from there. Below them is a row of the mean over all queries, where a view has it. The
-    position of a tile with the most color has its largest weight.
+    Each query has a row: the image with the query's position marked, then the attention of each
+    head from there. Below them, if the view has it, is a row with the mean over all queries. In
+    each tile the color is strongest at the largest weight.
     """
     tiles: list[list[Image.Image]] = []
     rows: list[str] = []
@@ -93,7 +93,7 @@ def draw_layer(
 
 
 def enlarged(pixels: Tensor) -> Image.Image:
-    """An image (H, W, 3) as a picture of whole, larger pixels."""
+    """Return an image (H, W, 3) enlarged by an integer factor, without interpolation."""
     height, width = pixels.shape[:2]
     factor = max(1, round(TILE / max(height, width)))
     image = Image.fromarray(pixels.cpu().numpy())
@@ -101,9 +101,9 @@ def enlarged(pixels: Tensor) -> Image.Image:
 
 
 def tile(image: Image.Image, weights: Tensor) -> Image.Image:
-    """The image in light gray, and below the color of attention where the weights (h, w) are large.
+    """Return the image in light gray, with the color of attention over it by weights (h, w).
 
-    The color is proportional to the weight; at the largest it covers `MAX_ALPHA` of the image.
+    The opacity is proportional to the weight and reaches `MAX_ALPHA` at the largest.
     """
     alpha = 255 * MAX_ALPHA * weights / weights.max().clamp(min=1e-30)
     cover = Image.fromarray(alpha.round().byte().numpy())
@@ -113,12 +113,12 @@ def tile(image: Image.Image, weights: Tensor) -> Image.Image:
 
 
 def marked(image: Image.Image, query: tuple[int, int], size: tuple[int, int]) -> Image.Image:
-    """The image with a frame around the position (row, column) of a map of ``size`` (h, w)."""
+    """Return the image with a frame around one position (row, column) of a map of size (h, w)."""
     row, column = query
     left, right = (c * image.width // size[1] for c in (column, column + 1))
     top, bottom = (r * image.height // size[0] for r in (row, row + 1))
     framed = image.copy()
-    # A map may be finer than the picture.
+    # A map may have more positions than the picture has pixels.
     box = (left, top, max(left, right - 1), max(top, bottom - 1))
     draw = ImageDraw.Draw(framed)
     for inset, color in enumerate((EDGE, MARK, MARK, EDGE)):
@@ -129,7 +129,7 @@ def marked(image: Image.Image, query: tuple[int, int], size: tuple[int, int]) ->
 
 
 def labeled(picture: AttentionPicture) -> Image.Image:
-    """The tiles with their columns named above and their rows at the left."""
+    """Return the tiles with column labels above them and row labels on the left."""
     font = ImageFont.load_default(size=14)
     rows = [_with_letters_of(font, row) for row in picture.rows]
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
@@ -149,7 +149,7 @@ def labeled(picture: AttentionPicture) -> Image.Image:
 
 
 def _with_letters_of(font: Any, text: str) -> str:
-    """``text`` with escapes for what the font would draw as a box."""
+    """Return ``text`` with escapes for characters that the font would draw as a box."""
     box = bytes(font.getmask("\U0010ffff"))
     letters = (c if c == "\n" or bytes(font.getmask(c)) != box else ascii(c)[1:-1] for c in text)
     return "".join(letters)

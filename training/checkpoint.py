@@ -1,4 +1,4 @@
-"""Everything a run needs to continue: the last two checkpoints, each whole or absent."""
+"""Save, find, load and restore checkpoints; a run keeps the last two, each whole or absent."""
 
 import glob
 import logging
@@ -29,12 +29,12 @@ OTHER_CODE = "was written by a different version of this code"
 
 
 def save(folder: Path, state: RunState, config: dict[str, Any], reached: Progress) -> None:
-    """Write the folder's checkpoint; the one that was there becomes ``previous.pt``.
+    """Write the folder's checkpoint ``last.pt``; the one already there becomes ``previous.pt``.
 
-    See `training.files.write_files` for what stays after a kill or on a full disk.
+    See `training.files.write_files` for what remains after a kill or on a full disk.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if the checkpoint cannot be written.
     """
     kept: dict[str, Any] = {"format": FORMAT}
     kept |= {name: part.state_dict() for name, part in state.stateful().items()}
@@ -47,19 +47,19 @@ def _write(state: dict[str, Any], file: IO[bytes]) -> None:
     try:
         torch.save(state, file)
     except RuntimeError as error:
-        # torch hides what the file has raised, a full disk for example, in an error of its own.
+        # torch wraps the file's own error, a full disk for example, in a RuntimeError.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
 
 
 def find(resume: str | None, folder: Path) -> list[Path]:
-    """The checkpoints that ``resume`` asks for, the newest first: of None, ``auto`` or a path.
+    """Return the checkpoints that ``resume`` (None, ``auto`` or a path) refers to, newest first.
 
-    ``auto`` is the folder's own and may find none. A path is a folder, or one file.
+    ``auto`` means those in ``folder``, if there are any. A path names a folder or a single file.
 
     Raises:
-        FileNotFoundError: a path at which there is no checkpoint.
+        FileNotFoundError: if ``resume`` is a path without a checkpoint.
     """
     if resume is None:
         return []
@@ -74,14 +74,14 @@ def find(resume: str | None, folder: Path) -> list[Path]:
 
 
 def begin(folder: Path, config: dict[str, Any]) -> tuple[Path | None, dict[str, Any], list[Path]]:
-    """Where a run in ``folder`` begins: a checkpoint or None, its state, and what it replaces.
+    """Return the checkpoint a run starts from (or None), its state, and the files to replace.
 
-    What it replaces, of another run or damaged, is to be removed in the order given.
+    Those files, damaged or from another run, must be removed in the order given.
 
     Raises:
-        ValueError: see `load`; or the checkpoint is of other images than are there now, or the
-            summary of a finished run is damaged; or ``folder`` holds a run that is neither resumed
-            nor to be replaced, or one that has diverged and would do so again.
+        ValueError: see `load`; or if the images have changed since the checkpoint, the summary of
+            a finished run is damaged, or ``folder`` holds a run that is neither resumed nor
+            replaced, or one that has diverged and would diverge again.
         FileNotFoundError: see `find`.
     """
     resume, overwrite = config["resume"], config["overwrite"]
@@ -107,8 +107,8 @@ def begin(folder: Path, config: dict[str, Any]) -> tuple[Path | None, dict[str, 
     if used is not None and is_in(used, folder):
         if len(state["rows"]) == config["epochs"]:
             _check_summary(folder)
-        # Kept, a damaged one would push the good one out at the next save. The results may be
-        # ahead of the good one.
+        # Remove damaged checkpoints: the next save would keep them as previous.pt in place of the
+        # good one. Remove the results, too: they may be ahead of the good checkpoint.
         damaged = found[: found.index(used)]
         return used, state, [*results, *damaged] if damaged else []
     there = [p for p in (*results, folder / PREVIOUS, folder / LAST) if p.exists()]
@@ -125,13 +125,13 @@ def begin(folder: Path, config: dict[str, Any]) -> tuple[Path | None, dict[str, 
 
 
 def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """The first of ``paths`` that is not damaged, and the state in it, on the CPU.
+    """Return the first of ``paths`` that is readable, and its state, on the CPU.
 
-    A damaged one is reported, and the one before it is used.
+    Each damaged checkpoint is logged, and the next path is tried.
 
     Raises:
-        ValueError: all are damaged, or the first one that is not was written by another version
-            of the code, or by a run with other settings; the message names those that differ.
+        ValueError: if no checkpoint is readable, or the first readable one was written by another
+            version of the code or by a run with other settings, which the message names.
     """
     for index, path in enumerate(paths):
         try:
@@ -148,7 +148,7 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
     parse(Checkpoint, state, f"{path} {OTHER_CODE}")
     parse(Progress, state, f"{path} {OTHER_CODE}")
     differing = _differing(state["config"], config)
-    differing.pop("precision", None)  # what `auto` is here, `check_precision` compares
+    differing.pop("precision", None)  # `check_precision` compares what `auto` resolves to
     if differing.keys() == {"epochs"}:
         there, here = differing["epochs"]
         raise ValueError(
@@ -166,16 +166,16 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Of each setting that decides the result and differs, both values."""
+    """Return both values of each setting that affects the result and differs, by name."""
     a, b = result_settings(one), result_settings(other)
     values = {key: (a.get(key, "absent"), b.get(key, "absent")) for key in sorted(a.keys() | b)}
     return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
 
 
 def check_precision(state: dict[str, Any], precision: str, asked: str, folder: Path) -> None:
-    """Raise ValueError unless the run of ``state`` trains in ``precision``, as it did before.
+    """Raise ValueError unless the run saved in ``state`` was last trained in ``precision``.
 
-    ``precision`` is what the setting ``asked`` stands for on this machine.
+    ``precision`` is the dtype that the setting ``asked`` resolves to on this machine.
     """
     before = state["segments"][-1]["precision"] if state["segments"] else precision
     if before != precision:
@@ -187,7 +187,7 @@ def check_precision(state: dict[str, Any], precision: str, asked: str, folder: P
 
 
 def runs_with_other_epochs(folder: Path, config: dict[str, Any]) -> list[str]:
-    """Of each finished run beside ``folder`` that differs in its epochs alone, how to go on."""
+    """Return a hint for each finished run that differs from that of ``folder`` only in epochs."""
     lines = []
     pattern = f"*/{glob.escape(folder.name)}/{run_folder.SUMMARY}"
     for summary in sorted(folder.parent.parent.glob(pattern)):
@@ -206,19 +206,19 @@ def runs_with_other_epochs(folder: Path, config: dict[str, Any]) -> list[str]:
 
 
 def restore(state: dict[str, Any], stateful: dict[str, Any], path: Path) -> None:
-    """Put ``stateful`` where the state from ``path`` left it.
+    """Load ``state``, read from ``path``, into the ``stateful`` objects.
 
-    Random numbers have no state to keep: those of an epoch and those of a step begin anew, from the
-    seed.
+    There is no random state to restore: random numbers are seeded at every epoch and every step.
 
     Raises:
-        UnreadableError: the state does not fit, being of another version of the code or damaged.
+        UnreadableError: if the state does not fit: it is damaged or from another version of the
+            code.
     """
     try:
         for name, part in stateful.items():
             if name not in state:
                 raise KeyError(f"{name} is missing")
-            if isinstance(part, nn.Module):  # numbers that are not finite end the run by themselves
+            if isinstance(part, nn.Module):  # non-finite values are found during training
                 tensors = named_tensors(state[name], name)
                 check_tensors(tensors, part.state_dict(), name, "this run's network", finite=False)
                 part.load_state_dict(tensors)
@@ -226,12 +226,12 @@ def restore(state: dict[str, Any], stateful: dict[str, Any], path: Path) -> None
             part.load_state_dict(state[name])
             if isinstance(part, torch.optim.Optimizer):
                 _check_shapes(part)
-    except Exception as error:  # whatever torch meets in what is damaged
+    except Exception as error:  # torch may raise anything on damaged data
         raise UnreadableError(f"{path} {OTHER_CODE}: {one_line(error)}") from error
 
 
 def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """Raise UnreadableError unless each average of the optimizer is of its parameter's shape."""
+    """Raise UnreadableError unless each state tensor of the optimizer has its parameter's shape."""
     for parameter, averages in optimizer.state.items():
         for name, value in averages.items():
             shape = getattr(value, "shape", ())
@@ -243,7 +243,7 @@ def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _check_summary(folder: Path) -> None:
-    """Raise ValueError if ``folder``, whose run has taken all its epochs, has a damaged summary."""
+    """Raise ValueError if ``folder``, whose run has trained all epochs, has a damaged summary."""
     try:
         run_folder.read_summary(folder)
     except FileNotFoundError:
@@ -253,14 +253,14 @@ def _check_summary(folder: Path) -> None:
 
 
 def is_in(file: Path, folder: Path) -> bool:
-    """Whether the checkpoint ``file`` is the folder's own."""
+    """Whether the checkpoint ``file`` is directly in ``folder``."""
     return file.parent.resolve() == folder.resolve()
 
 
 def finished_before(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The summary, which stays as it is, if ``folder`` holds the finished run; else None.
+    """Return the summary if ``folder`` holds this run, finished and to be resumed; else None.
 
-    Its checkpoints do not matter any more: they may be damaged or deleted.
+    The checkpoints of a finished run are not needed: they may be damaged or deleted.
 
     Raises:
         ValueError, OSError: see `training.images.differ`.
@@ -274,9 +274,9 @@ def finished_before(folder: Path, config: dict[str, Any]) -> dict[str, Any] | No
     except (FileNotFoundError, UnreadableError):
         return None
     differing = _differing(summary["config"], config)
-    differing.pop("precision", None)  # which may have been called otherwise
+    differing.pop("precision", None)  # `auto` and `bf16`, for example, may mean the same
     if differing or images.differ(summary.get("data_digest"), config):
-        return None  # the run itself says so
+        return None  # `begin` reports the difference
     log.info("already finished: %s: %s", run_folder.scores_line(summary), folder)
     return {**summary}
 
@@ -288,12 +288,12 @@ def continue_run(
     run_dir: Path,
     config: dict[str, Any],
 ) -> Progress:
-    """The progress of a new run, or ``state`` and progress as the checkpoint has them.
+    """Return the progress of a new run, or restore ``state`` and progress from the checkpoint.
 
-    What ``resume=auto`` has found, or has not, is logged.
+    Log which checkpoint was resumed, or that ``resume=auto`` found none.
 
     Raises:
-        ValueError: the checkpoint was written by a different version of this code.
+        ValueError: if the checkpoint was written by a different version of this code.
     """
     if resumed is None:
         if config["resume"] == "auto":
