@@ -1,6 +1,6 @@
-"""train.py's command line: a run, or the jobs of a sweep; mistakes as one line on stderr.
+"""train.py's command line: start a run or a sweep, and report user errors in one line on stderr.
 
-torch is imported when a run begins: help, the settings and a mistake in them do not need it.
+torch is imported only when a run begins: --help, --cfg and mistakes in settings do not need it.
 """
 
 import argparse
@@ -33,17 +33,17 @@ from training.tracking import under_agent
 from training.variants import folder_name, naming_words
 from training.world import world
 
-# What the user has set HYDRA_FULL_ERROR to, which `run` sets for its own purpose; the processes
-# that a launcher starts find the user's value under the other name.
+# `run` overrides HYDRA_FULL_ERROR, so the user's value is kept under a second name, where the
+# processes started by a launcher find it.
 _USERS = "AACONV_FULL_ERROR"
 FULL_ERROR = os.environ.get(_USERS, os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="config")
 def _main(cfg: DictConfig) -> float:
-    """Train ``cfg`` in its own folder; the last epoch's top-1 accuracy in percent.
+    """Train ``cfg`` in its own folder and return the last epoch's top-1 accuracy in percent.
 
-    Hydra calls it. A job of a sweep always returns, see `training.sweep.run_job`.
+    Called by Hydra. For the jobs of a sweep, see `training.sweep.run_job`.
     """
     train = importlib.import_module("train").train
     from training.distributed import process_group
@@ -58,14 +58,14 @@ def _main(cfg: DictConfig) -> float:
 
 
 def run() -> None:
-    """Do what the command line says; a mistake in it ends the process with one line and code 2.
+    """Run the command line; a mistake in it ends the process with one line and exit code 2.
 
-    Ctrl-C ends it with one line too, and code 130. A sweep ends with the table of its jobs, see
-    `training.sweep`. With HYDRA_FULL_ERROR=1 in the environment the traceback is shown instead.
+    Ctrl-C ends the process with one line and exit code 130. A sweep ends with a table of its jobs,
+    see `training.sweep`. With HYDRA_FULL_ERROR=1 in the environment, tracebacks are shown instead.
     """
     console.ready()
-    # Python 3.14 checks an option's help when the option is added, and takes Hydra 1.3's, which
-    # becomes text only when it is printed, for a fault.
+    # Python 3.14 checks an option's help when the option is added, and rejects Hydra 1.3's, which
+    # becomes text only when it is printed.
     if hasattr(argparse._ActionsContainer, "_check_help"):
         argparse._ActionsContainer._check_help = lambda *_: None
     try:
@@ -74,7 +74,7 @@ def run() -> None:
         console.stop("train.py", str(error))
     sys.argv[1:] = [part for word in sys.argv[1:] for part in words.expand(word)]
     _check_options()
-    # Without this Hydra prints several lines itself; with it, it raises.
+    # Without this, Hydra prints errors itself, in several lines; with it, Hydra raises them.
     os.environ |= {"HYDRA_FULL_ERROR": "1", _USERS: str(int(FULL_ERROR))}
     try:
         _main()
@@ -91,17 +91,17 @@ def run() -> None:
 
 
 def _stop_at(error: BaseException) -> None:
-    """End the process with one line, where the error is the user's."""
+    """End the process with one line if the user caused the error; otherwise do nothing."""
     if isinstance(error, KeyboardInterrupt):
         stop("interrupted before training began", code=130)
     if FULL_ERROR:
         return
     if isinstance(error, HydraException | OmegaConfBaseException):
         stop(explain(error))
-    if isinstance(error, OSError):  # Hydra was not able to make a folder
+    if isinstance(error, OSError):  # Hydra could not create a folder
         remedy = "; choose a writable folder with out_dir=..."
         stop(explain(error) + ("" if error.errno == errno.ENAMETOOLONG else remedy))
-    # Hydra's own, before a run began, whatever it is: it names nothing.
+    # Any error of Hydra's own before the run began: its message may not say what it is about.
     code = _main.__wrapped__.__code__
     own = any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
     if isinstance(error, Exception) and not own:
@@ -109,7 +109,7 @@ def _stop_at(error: BaseException) -> None:
 
 
 def _check_options() -> None:
-    """What Hydra's argparse says of options that do not exist, without its page of usage."""
+    """Handle --version; report bad options and settings in one line, without argparse's usage."""
     stderr = io.StringIO()
     try:
         with redirect_stderr(stderr), redirect_stdout(io.StringIO()):
@@ -130,13 +130,13 @@ def _check_options() -> None:
 
 
 def run_dir(cfg: DictConfig) -> Path:
-    """The folder of the run that Hydra has begun: ``run_dir``, or a name below out_dir/name.
+    """Return the folder of the current Hydra run: ``run_dir`` if set, else one below out_dir/name.
 
-    It is named by a config of the user's own and by the overrides that change the result, with a
-    digest where they are too long, and below that by the seed. A run that an agent of a wandb sweep
-    has started has a folder by the ids that wandb gives it: a search may try the same settings
-    twice, and a run that was preempted comes back under the same id. Hydra's own
-    ``hydra.run.dir=`` and ``hydra.sweep.subdir=`` are taken where a user gives them.
+    Its name has the user's own primary config, if any, and the overrides that change the result,
+    with a digest if they are too long; the seed is a subfolder. A run started by the agent of a
+    wandb sweep gets a folder named by wandb's ids instead: a search may try the same settings
+    twice, and a preempted run comes back under the same id. If the user sets ``hydra.run.dir=`` or
+    ``hydra.sweep.subdir=``, that folder is used.
     """
     if cfg.run_dir is not None:
         return Path(os.path.expanduser(cfg.run_dir)).absolute()
@@ -157,10 +157,9 @@ def run_dir(cfg: DictConfig) -> Path:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Inside a run that is no job of a sweep: a mistake of the user ends it with one line, code 2.
+    """End a run outside a sweep with one line and exit code 2 on an error for the user.
 
-    These are ValueError, OSError, too little memory, a number that is not finite, and Hydra's own
-    errors.
+    These are ValueError, OSError, out of memory, non-finite losses or scores, and Hydra's errors.
     """
     try:
         yield
@@ -169,15 +168,15 @@ def one_line_errors() -> Iterator[None]:
             raise
         from training.run_folder import DivergedError
 
-        # For an agent of a wandb sweep a run that diverged is a result, not a fault of its own.
+        # To the agent of a wandb sweep, a diverged run is a result, not a failure.
         diverged = isinstance(error, FloatingPointError | DivergedError)
-        # Each process tells of another's death: the main one may be the dead one.
+        # Every process reports another's death: the dead one may be the main process.
         always = isinstance(error, ConnectionError)
         stop(explain(error), code=0 if diverged and under_agent() else 2, always=always)
 
 
 def stop(line: str, code: int = 2, always: bool = False) -> NoReturn:
-    """End the process with one line on stderr, of several processes only the main one's."""
+    """End the process; the main process, or with ``always`` each one, prints a line on stderr."""
     if world().is_main or always:
         if REASON in os.environ:
             write_text(Path(os.environ[REASON]), line)

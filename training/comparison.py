@@ -1,4 +1,4 @@
-"""The runs of a comparison: which they are, how far they have come, and how long they will take."""
+"""The runs of a comparison: their plan, their progress, and the time left."""
 
 import datetime
 import itertools
@@ -13,7 +13,7 @@ from training.compose import compose_config, parse_overrides
 from training.outcome import DIVERGED, FAILED, Outcome
 from training.variants import folder_name, images_key, naming_words
 
-# Settings that compare.py gives each run itself, and what to do instead.
+# Settings that compare.py sets itself for each run, and what the user should do instead.
 OURS = {
     "seed": "use --seeds",
     "out_dir": "use --out",
@@ -26,7 +26,7 @@ OURS = {
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of the comparison: what makes it, its folder, and how many epochs it has."""
+    """One run of the comparison: its variant and seed, its folder, and its number of epochs."""
 
     variant: tuple[str, ...]
     seed: int
@@ -38,7 +38,7 @@ class PlannedRun:
 
     @property
     def outcome(self) -> Outcome:
-        """What its files say; where no training gives it a result, also how to repeat it."""
+        """The outcome according to the run's files; if it diverged or failed, also the remedy."""
         found, _ = outcome.read(self.folder)
         if found.kind not in (DIVERGED, FAILED):
             return found
@@ -51,7 +51,7 @@ class PlannedRun:
         return self.outcome.kind in outcome.UNFINISHED
 
     def epoch_seconds(self) -> list[float]:
-        """The seconds that each epoch took which need not be trained again."""
+        """Return the duration of each finished epoch in seconds."""
         try:
             return [row["perf/epoch_seconds"] for row in run_folder.read_metrics(self.folder)]
         except (FileNotFoundError, run_folder.UnreadableError):
@@ -59,10 +59,10 @@ class PlannedRun:
 
 
 def expand(vary: list[list[str]]) -> list[tuple[str, ...]]:
-    """The variants, each as its overrides: all combinations within an entry, then the next entry.
+    """Return the variants as tuples of overrides: for each entry in turn, all its combinations.
 
     Raises:
-        HydraException: words that are no overrides.
+        HydraException: if a word is not an override.
     """
     variants: list[tuple[str, ...]] = []
     for words in vary:
@@ -72,7 +72,7 @@ def expand(vary: list[list[str]]) -> list[tuple[str, ...]]:
             if override.is_sweep_override():
                 axes.append([f"{key}={value}" for value in override.sweep_string_iterator()])
             else:
-                # As the value of a sweep would be written: false is False, 1e-3 is 0.001.
+                # Write the value as Hydra writes those of a sweep: false as False, 1e-3 as 0.001.
                 written = f"{key}={override.get_value_element_as_str()}"
                 axes.append([str(override.input_line) if override.is_delete() else written])
         variants += itertools.product(*axes)
@@ -82,16 +82,16 @@ def expand(vary: list[list[str]]) -> list[tuple[str, ...]]:
 def plan(
     vary: list[list[str]], seeds: list[int], overrides: list[str], out_dir: Path
 ) -> tuple[Path, list[PlannedRun]]:
-    """The comparison's folder and its runs, seed after seed, the settings of all of them checked.
+    """Check all settings and return the comparison's folder and its runs, ordered by seed.
 
-    Settings that change no result do not name the folder: ``device=cuda`` continues what
-    ``device=cpu`` has begun.
+    Settings that do not affect results are not part of the folder's name: ``device=cuda`` continues
+    a comparison started with ``device=cpu``.
 
     Raises:
-        ValueError: a setting that is compare.py's own, or one that no run can have; or the folder
-            holds results of other images than are there now.
-        OSError: these images cannot be read.
-        HydraException, OmegaConfBaseException: settings that train.py does not have.
+        ValueError: if a setting is invalid or reserved for compare.py, or if the images have
+            changed since the results in the folder.
+        OSError: if these images cannot be read.
+        HydraException, OmegaConfBaseException: if train.py has no such setting.
     """
     words = [*itertools.chain(*vary), *overrides]
     for override in parse_overrides(words):
@@ -116,13 +116,13 @@ def plan(
 
 
 def _check_images(comparison: Path, data: dict[str, dict[str, Any]]) -> None:
-    """ValueError if the comparison has results of other images than are there now.
+    """Raise ValueError if the images have changed since the comparison's results.
 
     Args:
-        comparison: its folder.
-        data: settings of runs to come, by `training.variants.images_key`.
+        comparison: the comparison's folder.
+        data: settings of the planned runs, by `training.variants.images_key`.
     """
-    digests: dict[str, str | None] = {}  # images that many results are of are read once
+    digests: dict[str, str | None] = {}  # so that images shared by many results are read once
     for folder in filter(Path.is_dir, sorted(comparison.glob("*/*"))):
         digest, config = _images_of(folder)
         key = images_key(config) if digest else ""
@@ -137,9 +137,9 @@ def _check_images(comparison: Path, data: dict[str, dict[str, Any]]) -> None:
 
 
 def _images_of(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
-    """The digest of the images that a finished or diverged run is of, and the run's settings.
+    """Return the digest of the images of a finished or diverged run, and the run's settings.
 
-    The former is None where there is no such run, or one of older code.
+    The digest is None if there is no such run, or if older code wrote it.
     """
     try:
         failure = run_folder.read_failure(folder)
@@ -157,7 +157,7 @@ def _images_of(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
 
 
 def status(runs: list[PlannedRun], run: PlannedRun) -> str:
-    """How far ``run`` is, how many of all ``runs`` are finished, and the time left, in a line."""
+    """Return a line with the progress of ``run``, the number of finished runs and the time left."""
     finished = sum(other.outcome.kind == outcome.DONE for other in runs)
     epochs, seconds = len(run.epoch_seconds()), seconds_left(runs)
     where = f"after epoch {epochs} of {run.epochs}" if epochs else "training"
@@ -168,15 +168,15 @@ def status(runs: list[PlannedRun], run: PlannedRun) -> str:
 
 
 def numbered(runs: list[PlannedRun], run: PlannedRun) -> str:
-    """One of ``runs`` by its place among them."""
+    """Return the name of ``run`` with its position among ``runs``."""
     return f"[{runs.index(run) + 1}/{len(runs)}] {run}"
 
 
 def seconds_left(runs: list[PlannedRun]) -> float | None:
-    """What the unfinished of ``runs`` will take, by the median of their variant's epochs so far.
+    """Estimate the seconds the unfinished runs need, from the median epoch of their variant.
 
-    A variant without any takes the median of all the others; None if there is no epoch at all. By
-    the mean, an epoch in which a run was suspended would count as if they all were.
+    A variant without finished epochs uses the median of all runs; without any, return None. Unlike
+    the mean, the median is not distorted by an epoch during which a run was suspended.
     """
     epochs = {run: run.epoch_seconds() for run in runs}
     total = 0.0

@@ -1,6 +1,6 @@
-"""A command's standard streams and Ctrl-C, made safe before anything heavy is imported.
+"""Set up a command's standard streams and Ctrl-C before anything heavy is imported.
 
-Needs the standard library alone: importing torch takes seconds, in which a user may press Ctrl-C.
+Uses only the standard library: importing torch takes seconds, and a user may press Ctrl-C then.
 """
 
 import io
@@ -13,7 +13,7 @@ from typing import NoReturn
 
 
 class _Unbroken(io.FileIO):
-    """A stream whose reader may be gone or whose disk may be full: what fails is dropped."""
+    """A stream that drops what it cannot write, because its reader is gone or the disk is full."""
 
     def write(self, data: object) -> int:
         try:
@@ -23,11 +23,11 @@ class _Unbroken(io.FileIO):
 
 
 def prepare(program: str) -> None:
-    """Open what is closed of the standard streams, make them UTF-8, and handle Ctrl-C.
+    """Reopen closed standard streams, make them UTF-8, and handle Ctrl-C.
 
-    A run must not end, nor lose anything, because nobody reads what it prints. Until `ready` is
-    called Ctrl-C ends the process at once with one line and code 130. Python without assertions,
-    some of which Hydra's parser of settings needs, is refused in one line.
+    A run must not end or lose anything because nobody reads its output. Until `ready` is called,
+    Ctrl-C ends the process at once with one line and exit code 130. ``python -O`` is rejected with
+    one line, since Hydra's parser relies on assertions.
     """
     _open_closed_streams()
     if not __debug__:
@@ -45,19 +45,19 @@ def prepare(program: str) -> None:
         write_stderr(f"{program}: interrupted while starting\n")
         os._exit(130)
 
-    # Where it is ignored, as in the background of a script, it stays ignored.
+    # If SIGINT is ignored, as in the background of a script, it stays ignored.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
 
 
 def ready() -> None:
-    """Give Ctrl-C back to Python, which raises KeyboardInterrupt."""
+    """Restore Python's own handling of Ctrl-C, which raises KeyboardInterrupt."""
     if getattr(signal.getsignal(signal.SIGINT), "__module__", None) == __name__:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def write_stderr(text: str) -> None:
-    """Write to the process's stderr, past Python's streams: fit for a signal handler."""
+    """Write directly to file descriptor 2, which is safe in a signal handler."""
     with suppress(OSError):
         os.write(2, text.encode())
 
@@ -74,23 +74,23 @@ def stop(program: str, line: str, code: int = 2) -> NoReturn:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what the error says, where a page of advice or of addresses follows it."""
+    """Return the first line of the error's message, without the advice that may follow it."""
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
 
 
 def _open_closed_streams() -> None:
-    # Otherwise the next file that is opened, a checkpoint for example, would be taken for stderr.
+    # Otherwise the next file opened, a checkpoint for example, could get the number of stderr.
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
 
 
 def _text_stream(number: int) -> io.TextIOWrapper:
     raw = _Unbroken(number, "w", closefd=False)
-    # Names of files may hold bytes that are no UTF-8: they are printed as they are.
+    # File names may contain bytes that are not UTF-8: they are printed unchanged.
     return io.TextIOWrapper(
         io.BufferedWriter(raw), encoding="utf-8", errors="surrogateescape", line_buffering=True
     )

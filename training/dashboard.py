@@ -1,4 +1,4 @@
-"""What the dashboard gets of a run: its beginning, and what there is to see of it."""
+"""Send a run to the dashboard: its settings and facts, its history, and its pictures."""
 
 import json
 import os
@@ -28,11 +28,11 @@ def start_tracking(
     progress: Progress,
     state: RunState,
 ) -> Iterator[Tracker]:
-    """The run on the dashboard, which continues if it was there before.
+    """Start the run on the dashboard, or continue it if it is already there.
 
-    wandb's environment names what no setting does, and the tags where there are none. The run
-    keeps all settings and facts as settings.json, its train.log and, unless WANDB_DISABLE_CODE is
-    set, what the code differs by from its commit.
+    wandb's environment variables give the name and the job type, and the tags if the settings have
+    none. Uploaded with the run are all settings and facts as settings.json, train.log and, unless
+    WANDB_DISABLE_CODE is set, the uncommitted changes to the code.
     """
     tags = cfg.wandb.tags or filter(None, map(str.strip, _environment("TAGS").split(",")))
     words = list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
@@ -65,10 +65,10 @@ def start_tracking(
 
 
 def history(progress: Progress, steps: int) -> list[dict[str, Any]]:
-    """What the dashboard has of a run whose epochs have ``steps`` steps, in order.
+    """Return the dashboard's rows of a run, in order; an epoch has ``steps`` steps.
 
-    A row for each reading of the loss and for each epoch, with the best held-out accuracy so far;
-    the test set chooses no epoch.
+    There is a row for each reading of the loss and for each epoch. An epoch's row has the best
+    accuracy so far on held-out images, never on the test set, which must not choose an epoch.
     """
     losses = progress.step_losses(steps)
     rows: dict[int, dict[str, Any]] = {s: {STEP_LOSS: loss} for s, loss in losses.items()}
@@ -86,7 +86,7 @@ def _environment(name: str) -> str:
 
 
 def name_of_run(cfg: DictConfig, facts: dict[str, Any], words: list[str]) -> str:
-    """See `training.variants.run_name`; of the overrides an agent's are those of its sweep."""
+    """See `training.variants.run_name`; an agent's sweep varies only the settings it searches."""
     fixed, searched = sweep.fixed_settings(), agent_parameters()
     if searched is not None:
         fixed = {word.partition("=")[0] for word in words} - searched
@@ -96,7 +96,7 @@ def name_of_run(cfg: DictConfig, facts: dict[str, Any], words: list[str]) -> str
 def pictures(
     cfg: DictConfig, state: RunState, progress: Progress, tracker: Tracker
 ) -> dict[str, Any]:
-    """Attention after the epoch that is finished, where the dashboard is to have it."""
+    """Draw the attention after the finished epoch; empty unless the dashboard needs it now."""
     shown = tracker.active and cfg.tracking.media
     if not shown or len(progress.rows) not in media.media_epochs(cfg.epochs):
         return {}
@@ -111,7 +111,7 @@ def show(
     facts: dict[str, Any],
     folder: Path,
 ) -> None:
-    """Give the dashboard what there is to see of the finished run, and the weights if asked to."""
+    """Send the finished run's pictures and tables to the dashboard, and its weights if set."""
     if not tracker.active:
         return
     model = state.evaluated_model

@@ -1,4 +1,4 @@
-"""Where a run computes and in which precision."""
+"""The device and the precision of a run."""
 
 import os
 import sys
@@ -15,19 +15,18 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-# By the names that the setting ``precision`` has for them.
+# By their names in the setting ``precision``.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: str, world: World | None = None) -> torch.device:
-    """The device of that name; ``auto`` is the CUDA GPU if there is one, else the CPU.
+    """Return the device called ``name``; ``auto`` is the CUDA GPU if there is one, else the CPU.
 
-    Other accelerators that torch knows (``mps``, ``xpu``) are taken by their name; they have not
-    been tried. Each of several processes on a machine, of which ``world`` tells, gets a GPU of
-    its own.
+    Other accelerators of torch (``mps``, ``xpu``) are accepted by name, but are untested. With
+    several processes on a machine, each gets its own GPU, by its local rank in ``world``.
 
     Raises:
-        ValueError: torch knows no such device, or this machine has none or too few.
+        ValueError: if torch knows no such device, or this machine has none or too few.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +41,7 @@ def choose_device(name: str, world: World | None = None) -> torch.device:
     if device.type != "cpu" and device.index != own:
         raise ValueError(f"device={name} is one GPU for several processes; use cuda")
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # whose random numbers and memory are meant
+        torch.cuda.set_device(device)  # default for random numbers and memory statistics
     return device
 
 
@@ -63,16 +62,16 @@ def _check_device(name: str, device: torch.device) -> None:
 
 
 def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast that ``precision`` stands for on ``device``.
+    """Return the autocast dtype that ``precision`` stands for on ``device``.
 
-    ``auto`` is bf16 where there are units for it, on a CUDA GPU or a CPU. Without them it is fp16
-    on a CUDA GPU, and fp32 elsewhere: a CPU is many times slower in bf16 then.
+    ``auto`` is bf16 if a CUDA GPU or CPU supports it in hardware. Otherwise it is fp16 on a CUDA
+    GPU and fp32 elsewhere: a CPU without hardware support is many times slower in bf16.
 
     Raises:
-        ValueError: bf16 on a GPU without it; bf16 or fp16 on another accelerator.
+        ValueError: if a GPU lacks bf16, or for bf16 or fp16 on any other accelerator.
     """
     if device.type == "cuda":
-        with torch.cuda.device(device):  # it tells of the current one
+        with torch.cuda.device(device):  # is_bf16_supported asks the current device
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         if precision == "auto":
             return torch.bfloat16 if has_bf16 else torch.float16
@@ -86,7 +85,7 @@ def choose_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def precision_name(dtype: str) -> str:
-    """What the setting ``precision`` calls a dtype such as ``bfloat16``; ``auto`` for any other."""
+    """Return the value of ``precision`` for a dtype such as ``bfloat16``; ``auto`` if unknown."""
     return next((name for name, kind in DTYPES.items() if str(kind) == f"torch.{dtype}"), "auto")
 
 
@@ -97,10 +96,10 @@ def cpu_has_bf16() -> bool:
 
 
 def set_seed(device: torch.device, seed: int) -> None:
-    """Begin the random numbers of ``device`` anew, such as those of dropout.
+    """Seed the random number generator of ``device``, which dropout uses, for example.
 
-    Unlike torch.manual_seed no other device's: that keeps a traceback of each call for GPUs that
-    are not used, and would grow by one in every step.
+    Unlike torch.manual_seed, this leaves other devices alone: for a GPU not yet in use, that
+    function stores a traceback of every call, and so would leak memory at each step.
     """
     if device.type == "cpu":
         torch.default_generator.manual_seed(seed)
@@ -109,42 +108,43 @@ def set_seed(device: torch.device, seed: int) -> None:
 
 
 def set_deterministic(on: bool) -> None:
-    """Whether torch keeps to algorithms whose bits do not depend on chance, as this process does.
+    """Turn torch's deterministic algorithms on or off for this process.
 
-    An operation that has none then raises RuntimeError. On a GPU they are slower; on the CPU with
-    a fixed number of threads those used here have no others.
+    An operation without one then raises RuntimeError. Deterministic algorithms are slower on a GPU;
+    on the CPU, with a fixed number of threads, all operations used here are deterministic anyway.
     """
     if on:
-        # cuBLAS reads it when it is first used.
+        # cuBLAS reads this when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if on != torch.are_deterministic_algorithms_enabled():  # to ask takes torch seconds
+    if on != torch.are_deterministic_algorithms_enabled():  # setting it takes seconds
         torch.use_deterministic_algorithms(on)
-    # It would cost time, and tells only of memory that is read before it is written.
+    # Filling takes time, and only exposes memory that is read before it is written.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = on
     torch.backends.cudnn.benchmark = not on  # all steps have the same sizes
 
 
 def to_device(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
-    """The model on ``device``, its weights in the chosen memory format.
+    """Move the model to ``device``, with its weights in the chosen memory format.
 
-    From then on a CUDA GPU multiplies float32 as TF32, which is what ``precision=fp32`` means.
+    If ``device`` is a CUDA GPU, this also turns on TF32 for float32 matrix multiplication, which is
+    what ``precision=fp32`` means there.
     """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    # torch's own annotations leave memory_format out.
+    # torch's type annotations omit memory_format.
     return model.to(device, memory_format=layout)  # type: ignore[call-overload]
 
 
 def compiled(model: nn.Module) -> Any:
-    """``model``, compiled, or an error (`training.cli` explains it), but never half of each.
+    """Return ``model`` compiled; if torch gives up, raise an error instead of running it eagerly.
 
-    The compiler keeps a limited number of programs for the same code, which networks share, and
-    would leave the next one uncompiled: after four networks of a sweep, each of which is trained
-    and evaluated. So here it forgets what it has compiled before.
+    The compiler has a limit of compiled versions of the same code, which all networks share. After
+    four networks of a sweep, each trained and evaluated, it would leave the next one uncompiled,
+    so clear its cache first. `training.errors` explains the error.
     """
-    from torch import _dynamo  # which takes seconds to import
+    from torch import _dynamo  # takes seconds to import
 
     _dynamo.reset()
     _dynamo.config.fail_on_recompile_limit_hit = True
@@ -152,15 +152,14 @@ def compiled(model: nn.Module) -> Any:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory used so far, in MiB: of the GPU's allocator, or of the whole process.
+    """Return the peak memory so far in MiB, of the GPU's allocator or else of the whole process.
 
-    0 where the system does not tell.
+    0 if the system does not report it.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
-        # Not getrusage where this exists: its peak begins with that of the process which
-        # started this one.
+        # Preferred over getrusage, whose peak starts from that of the parent process.
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 2**10
@@ -173,5 +172,5 @@ def peak_memory_mib(device: torch.device) -> float:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """``float32`` for torch.float32."""
+    """Return the name of a dtype: ``float32`` for torch.float32."""
     return str(dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
-"""Several processes as torchrun starts them, one to a GPU: who is who, and sums over all.
+"""Training with several processes started by torchrun, one per GPU: groups and collectives.
 
-The process of rank 0 is the main one: it writes files and prints. Without torchrun there is one
-process, and everything here leaves things as they are.
+The process of rank 0 is the main process: it writes files and prints. Without torchrun there is
+only one process, and the functions here do nothing or return their input.
 """
 
 import datetime
@@ -23,14 +23,14 @@ from training.world import World, world
 
 T = TypeVar("T")
 
-# A process that does not reach a collective operation within this time is given up, and all end.
+# If a process does not reach a collective operation within this time, all processes end.
 COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=50)
-# The same where the first steps may wait for a compiler, which is not as fast in all processes.
+# The same with torch.compile, which may take longer in some processes during the first steps.
 TIMEOUT_WHILE_COMPILING = datetime.timedelta(minutes=10)
-# The main process closes its tracking after the others are through, and uploads pictures.
+# At the end, the others wait while the main process uploads pictures and closes its tracking.
 TIMEOUT_AT_THE_END = datetime.timedelta(minutes=10)
 
-# The others wait for one that downloads the data or reads all files of a folder.
+# The others wait while one process downloads the data or reads all files of a folder.
 TIMEOUT_OF_FILES = datetime.timedelta(hours=2)
 
 _groups, _meetings = itertools.count(), itertools.count()
@@ -38,15 +38,15 @@ _groups, _meetings = itertools.count(), itertools.count()
 
 @contextmanager
 def process_group(*, compiles: bool = False) -> Iterator[World]:
-    """Within the ``with`` the processes communicate, by nccl on GPUs and by gloo on CPUs.
+    """Connect the processes within the ``with``, by nccl on GPUs and by gloo on CPUs.
 
-    The jobs of a sweep have a group each, one after the other.
+    Each job of a sweep has its own group, one after the other.
 
     Args:
-        compiles: whether a compiler runs meanwhile, for which the others wait longer.
+        compiles: whether the run uses torch.compile, which needs a longer timeout.
 
     Raises:
-        ConnectionError: another process has died, or did not answer in time.
+        ConnectionError: if another process has died or did not answer in time.
     """
     here = world()
     if here.size == 1:
@@ -57,11 +57,11 @@ def process_group(*, compiles: bool = False) -> Iterator[World]:
     try:
         _init_group(here, TIMEOUT_WHILE_COMPILING if compiles else COLLECTIVE_TIMEOUT)
         yield here
-    except (ValueError, OSError, FloatingPointError, SystemExit):  # in all processes alike
+    except (ValueError, OSError, FloatingPointError, SystemExit):  # raised in all processes
         await_main()
         raise
     except RuntimeError as error:
-        # Gloo has no error of its own; its messages name its source file.
+        # Gloo has no error class of its own; its messages name its source file.
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
             raise ConnectionError(
                 f"rank {here.rank} of {here.size}: another process has died or does not answer "
@@ -69,16 +69,16 @@ def process_group(*, compiles: bool = False) -> Iterator[World]:
             ) from error
         raise
     await_main()
-    # Not after an error: where another process is missing, nccl would wait for it.
+    # Not after an error: if another process is gone, nccl would wait for it.
     dist.destroy_process_group()
 
 
 def _init_group(here: World, patience: datetime.timedelta) -> None:
-    if dist.is_initialized():  # an error has ended the job before, in all processes
+    if dist.is_initialized():  # the previous job of a sweep ended with an error, in all processes
         dist.destroy_process_group()
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        # A name of its own, or the processes would find the addresses of the group before.
+        # A new prefix: otherwise the processes would find the addresses of the previous group.
         store=dist.PrefixStore(f"aaconv-{next(_groups)}", _store()),
         rank=here.rank,
         world_size=here.size,
@@ -88,16 +88,16 @@ def _init_group(here: World, patience: datetime.timedelta) -> None:
 
 @cache
 def _store() -> dist.Store:
-    # Of torchrun's, or at MASTER_ADDR; one for all groups, since its port can be taken once.
+    # torchrun's, or one at MASTER_ADDR; for all groups, since its port can be bound only once.
     store, _, _ = next(dist.rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
     return cast(dist.Store, store)
 
 
 def await_main(word: str = "") -> str | None:
-    """Wait in the other processes until the main one has come here too; return its ``word``.
+    """Wait in the other processes until the main process calls this, too; return its ``word``.
 
-    torchrun ends all processes as soon as one has ended with an error; the main one, which has
-    files to write and tables to print, is to be the first. None if it does not come.
+    torchrun ends all processes as soon as one ends with an error, so the main process, which has
+    files to write and tables to print, must end first. None if it does not get here in time.
     """
     here = world()
     if here.size == 1:
@@ -107,8 +107,8 @@ def await_main(word: str = "") -> str | None:
         _store().set(key, word)
         return word
     end = time.monotonic() + TIMEOUT_AT_THE_END.total_seconds()
-    with suppress(dist.DistError):  # the main process is gone, and with it the store
-        # In short steps, between which Python sees to signals.
+    with suppress(dist.DistError):  # the store is gone with the main process
+        # Poll in short steps, so that Python can handle signals.
         while time.monotonic() < end:
             if _store().check([key]):
                 return _store().get(key).decode()
@@ -117,15 +117,15 @@ def await_main(word: str = "") -> str | None:
 
 
 def _patient_group() -> Any:
-    """All processes, waiting for what may take long, such as a download. All must call this."""
+    """Return a group with a long timeout, for downloads for example; all processes must call it."""
     return dist.new_group(backend="gloo", timeout=TIMEOUT_OF_FILES)
 
 
 @contextmanager
 def local_main_first() -> Iterator[None]:
-    """On each machine local rank 0 goes through the ``with`` before the other processes enter it.
+    """On each machine, local rank 0 runs the ``with`` block before the other processes enter it.
 
-    What it does there, a download for example, may take longer than a collective operation.
+    It may take longer than a collective operation, for a download for example.
     """
     here = world()
     if not dist.is_initialized():
@@ -136,16 +136,16 @@ def local_main_first() -> Iterator[None]:
         dist.barrier(group)
     try:
         yield
-    finally:  # also after an error: the others find the same one
+    finally:  # also after an error, which the others will run into themselves
         if here.local_rank == 0:
             dist.barrier(group)
 
 
 def broadcast_from_main(make: Callable[[], T]) -> T:
-    """What ``make`` returns in the main process, which alone calls it, however long that takes.
+    """Call ``make`` only in the main process, however long it takes, and return its result in all.
 
     Raises:
-        ValueError, OSError: that ``make`` has raised, in all processes alike.
+        ValueError, OSError: if ``make`` raises it; it is then raised in all processes.
     """
     if not dist.is_initialized():
         return make()
@@ -165,7 +165,7 @@ def broadcast_from_main(make: Callable[[], T]) -> T:
 
 @contextmanager
 def errors_in_all() -> Iterator[None]:
-    """A ValueError or OSError of one process within the ``with`` is raised in all at its end."""
+    """Raise a ValueError or OSError of one process in all of them, at the end of the ``with``."""
     raised: Exception | None = None
     try:
         yield
@@ -180,7 +180,7 @@ def errors_in_all() -> Iterator[None]:
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum over all processes."""
+    """Return the sum of ``value`` over all processes."""
     if dist.is_initialized():
         value = value.clone()
         dist.all_reduce(value)
@@ -188,7 +188,7 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 
 def all_reduce_mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The means over all processes of scalars, which go together."""
+    """Return the means of scalars over all processes, with a single all-reduce."""
     if not dist.is_initialized():
         return values
     means = all_reduce_sum(torch.stack([*values.values()])) / world().size
@@ -196,48 +196,48 @@ def all_reduce_mean(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def all_reduce_max(value: int) -> int:
-    """The greatest of all processes' values; all must call this."""
+    """Return the maximum of ``value`` over all processes; all must call this."""
     if not dist.is_initialized():
         return value
-    # On the CPU whatever the device: a GPU is not waited for.
+    # On the CPU whatever the run's device, so as not to wait for a GPU.
     greatest = torch.tensor(value)
     dist.all_reduce(greatest, dist.ReduceOp.MAX)
     return int(greatest)
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> Any:
-    """``model`` with gradients averaged over the processes, and the main process's buffers."""
+    """Wrap ``model`` in DDP: average gradients over the processes, broadcast rank 0's buffers."""
     if not dist.is_initialized():
         return model
     return DistributedDataParallel(model, [device.index] if device.type == "cuda" else None)
 
 
 def no_sync(wrapped_model: Any) -> AbstractContextManager[None]:
-    """Within the ``with`` gradients are added up in each process and averaged only after it."""
+    """Within the ``with``, accumulate gradients in each process without averaging them."""
     return wrapped_model.no_sync() if dist.is_initialized() else nullcontext()
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give all processes the main one's running statistics, which its checkpoint has."""
+    """Broadcast the main process's buffers (running statistics), which are in its checkpoints."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def convert_sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """``model`` with batch normalization over the shards of all processes, names unchanged."""
+    """Make batch normalization in ``model`` use the whole batch of all processes; names stay."""
     if not dist.is_initialized():
         return model
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:  # torch's own synchronized one runs on GPUs alone
+        if type(module) is nn.BatchNorm2d:  # torch's SyncBatchNorm does not run on CPUs
             module.__class__ = _SyncedBatchNorm2d
     return model
 
 
 class _SyncedBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalization over all processes, for CPUs. Every process has as many images."""
+    """Batch normalization over all processes, for CPUs; all must have equally many images."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -260,7 +260,7 @@ class _SyncedBatchNorm2d(nn.BatchNorm2d):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes, whose gradient is the sum of theirs."""
+    """The sum over all processes, whose gradient is the sum of all processes' gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:

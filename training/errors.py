@@ -1,4 +1,4 @@
-"""What has gone wrong, in one line for the user: the value, and what to change if that is known."""
+"""Explain errors to the user in one line: the value, and what to change if that is known."""
 
 import dataclasses
 import errno
@@ -24,29 +24,29 @@ OUT_OF_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
 )
 
-MAX_LENGTH = 300  # of what a user has written, in a line about it
+MAX_LENGTH = 300  # of a user's own text quoted in a message
 
 
 def is_for_the_user(error: Exception) -> bool:
-    """Whether the user can do something about it; all else is a fault of the program."""
+    """Whether the user can do something about the error; any other is a bug in the program."""
     expected = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
     return isinstance(error, expected) or _lacks_memory(error) or _is_compiled_too_often(error)
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    # On the CPU, and in CUDA's libraries, torch has no class of its own for it. By its name:
-    # torch takes seconds to import, which a misspelled setting should not.
+    # On the CPU and in CUDA's libraries, torch has no error class for it. The class is compared by
+    # name: importing torch takes seconds, too long for reporting a misspelled setting.
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return known or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def _is_compiled_too_often(error: BaseException) -> bool:
-    # Its class is the compiler's, which takes seconds to import.
+    # Its class belongs to torch's compiler, which takes seconds to import.
     return "fail_on_recompile_limit_hit" in str(error)
 
 
 def explain(error: BaseException) -> str:
-    """The error in one line: the value, and what to change where that is known."""
+    """Return the error in one line: the value, and what to change if that is known."""
     cause = error.__cause__
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         path = str(error.filename)
@@ -77,7 +77,7 @@ def explain(error: BaseException) -> str:
         group, _, key = str(settings.full_key).rpartition(".")
         return unknown_setting(f"{group}." if group else "", key, settings.object_type)
     if isinstance(settings, MissingMandatoryValue | InterpolationToMissingValueError):
-        # Of a setting that refers to one without a value, the message names the latter at its end.
+        # If a setting refers to one without a value, the message ends with the name of the latter.
         refers = isinstance(settings, InterpolationToMissingValueError)
         key = _first_part(settings).rpartition(" ")[2] if refers else str(settings.full_key)
         return f"{key} has no value; give {key}=..."
@@ -88,11 +88,11 @@ def explain(error: BaseException) -> str:
 
 
 def _grammar_fault(error: OverrideParseException) -> str:
-    """What Hydra's grammar has against a word, and how to quote it where it should be text."""
+    """Return why Hydra's grammar rejects a word, and how to quote it if it should be text."""
     fault = " ".join(str(error).partition("\nSee https://")[0].split())
     fault = fault.removeprefix(f"Error parsing override '{error.override}'").strip()
     key, equals, value = str(error.override).partition("=")
-    if key.startswith("--config-"):  # of train.py alone
+    if key.startswith("--config-"):  # an option that only train.py has
         return "hydra.searchpath=[DIR] adds a folder with options of yours"
     if not equals:
         return "settings are NAME=VALUE"
@@ -111,11 +111,11 @@ def _parses(word: str) -> bool:
 
 
 def without_middle(text: str) -> str:
-    """``text`` without its middle, where it is too long to be read."""
+    """Return ``text``, without its middle if it is too long to read."""
     return text if len(text) <= MAX_LENGTH else f"{text[:200]} ... {text[-100:]}"
 
 
 def _first_part(error: BaseException) -> str:
-    # After these words Hydra and OmegaConf tell of their own insides.
+    # After these words, Hydra and OmegaConf describe their own internals.
     text = str(error).partition("\n    full_key:")[0].partition("\nConfig search path:")[0]
     return " ".join(text.split()) or type(error).__name__

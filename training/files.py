@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the process is killed or the machine fails.
+"""Write files atomically: each is whole or absent even if the process or the machine dies.
 
 Text is UTF-8, whatever the locale says.
 """
@@ -15,31 +15,31 @@ from typing import IO, Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """``text`` as a file; see `write_files`."""
+    """Write ``text`` to a file; see `write_files`."""
     write_texts({path: text})
 
 
 def write_texts(texts: Mapping[Path, str]) -> None:
-    """Several text files; see `write_files`."""
-    # Names of folders may hold bytes that are no UTF-8; they come out as they went in.
+    """Write several text files; see `write_files`."""
+    # Folder names in a text may contain bytes that are not UTF-8; they are written unchanged.
     write_files({path: t.encode(errors="surrogateescape") for path, t in texts.items()})
 
 
 def write_files(
     files: Mapping[Path, bytes | Callable[[IO[bytes]], Any]], before: Path | None = None
 ) -> None:
-    """Several files, all of them staged before the first one is replaced, each in one move.
+    """Write several files: stage all of them first, then move each into place.
 
-    Folders that are not there are made. A disk that fills up meanwhile leaves every file as it was,
-    and no folder that was not there; so does whatever else is raised.
+    Missing folders are created. If the disk fills up or any other error is raised while staging,
+    all existing files stay as they were and new folders are removed.
 
     Args:
-        files: the contents, or a function that writes them to an open file.
-        before: where to keep what was there instead of a single file. A kill between the two moves
-            leaves that one alone, whole.
+        files: by path, the content or a function that writes it to an open file.
+        before: where to keep the previous version, if ``files`` is a single file. A kill between
+            the two moves leaves only that version, whole.
 
     Raises:
-        OSError: the disk is full or a folder cannot be written; the message names the file.
+        OSError: if the disk is full or a folder is not writable; the message names the file.
     """
     made: list[Path] = []
     staged: list[Path] = []
@@ -60,7 +60,7 @@ def write_files(
             with suppress(IsADirectoryError):
                 partial.unlink(missing_ok=True)
         for folder in reversed(made):
-            with suppress(OSError):  # somebody else has put something into it
+            with suppress(OSError):  # another process has put something into it
                 folder.rmdir()
         if isinstance(error, OSError):
             raise OSError(f"{path} cannot be written ({error.strerror or error})") from error
@@ -68,15 +68,15 @@ def write_files(
 
 
 def make_folder(path: Path, made: list[Path]) -> None:
-    """Make the folder ``path`` and those that it lies in; what was not there is added to ``made``.
+    """Create the folder ``path`` and missing parents, and append the new ones to ``made``.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: if a folder cannot be created.
     """
     for folder in reversed([f for f in (path, *path.parents) if not f.is_dir()]):
         try:
             folder.mkdir()
-        except FileExistsError:  # another process has been quicker
+        except FileExistsError:  # another process was faster, or it is not a folder
             if not folder.is_dir():
                 code = errno.ENOTDIR
                 raise NotADirectoryError(code, os.strerror(code), str(folder)) from None
@@ -85,14 +85,14 @@ def make_folder(path: Path, made: list[Path]) -> None:
 
 
 def csv_text(rows: Iterable[Sequence[Any]]) -> str:
-    """``rows``, the header first, as the text of a CSV file; None is an empty field."""
+    """Return ``rows``, header first, as the text of a CSV file; None becomes an empty field."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """``value`` as indented JSON, which has no NaN and no infinity: those raise ValueError."""
+    """Write ``value`` as indented JSON; NaN and infinity, which JSON lacks, raise ValueError."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
@@ -101,7 +101,7 @@ def _partial(path: Path) -> Path:
 
 
 def _stage(partial: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
-    # What is there was left by a kill, or is a link to another file or a pipe, which would wait.
+    # Remove a leftover of a killed process, a link to another file, or a pipe, which would block.
     partial.unlink(missing_ok=True)
     with partial.open("xb") as file:
         if isinstance(content, bytes):
@@ -113,7 +113,7 @@ def _stage(partial: Path, content: bytes | Callable[[IO[bytes]], Any]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    # A rename is on the disk only once its folder is. Windows has no such call.
+    # A rename is durable only once its folder is synced, which Windows does not support.
     if os.name == "nt":
         return
     handle = os.open(folder, os.O_RDONLY)
