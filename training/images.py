@@ -1,4 +1,4 @@
-"""Whether a run is of the images that are there now, as `data.Dataset.digest` tells them apart."""
+"""Check whether a run's images are still the current ones, by `data.Dataset.digest`."""
 
 import os
 from collections.abc import Mapping
@@ -10,24 +10,24 @@ from data import folder_digest
 
 
 def current_digest(config: Mapping[str, Any]) -> str | None:
-    """The digest of the images that a run with the settings ``config`` would be of.
+    """Return the digest of the images that a run with the settings ``config`` would use now.
 
-    Those of a folder are read for it, and not decoded. None where there is nothing to compare: the
-    folder is not there, or the settings alone say what the images are, as of all other data sets.
+    Images of a folder are read for it, but not decoded. None if there is nothing to compare: the
+    folder is missing, or the data set is not a folder and its settings alone determine its images.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: the folder is there, but is no data set; see
+        FileNotFoundError, ValueError, OSError: if the folder exists but is not a data set; see
             `data.load_folder`.
     """
     data = dict(config["data"])
     if data.pop("_target_") != FolderConfig._target_:
         return None
-    del data["name"]  # which is not of the images
+    del data["name"]  # does not affect the images
     return folder_digest(**data) if Path(os.path.expanduser(data["root"])).exists() else None
 
 
 def differ(digest: str | None, config: Mapping[str, Any]) -> bool:
-    """Whether ``digest``, None if it is not known, is of other images than `current_digest`.
+    """Whether ``digest`` and `current_digest` are known and of different images.
 
     Raises:
         FileNotFoundError, ValueError, OSError: see `current_digest`.
@@ -37,7 +37,7 @@ def differ(digest: str | None, config: Mapping[str, Any]) -> bool:
 
 
 def other_images(path: Path, name: str) -> str:
-    """One line on the run in ``path``, which is of other images that have this name, too."""
+    """Return the error message for the run in ``path`` on different images of the same name."""
     return (
         f"{path} is of a run on different images that are also called {name}; another name= or "
         "data.name= keeps them apart, overwrite=true with resume=auto trains it again"

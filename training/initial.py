@@ -1,4 +1,4 @@
-"""Weights of another run, or of a published network, to begin with: ``init_from``."""
+"""Initialize a network with the weights of another run or a published network: ``init_from``."""
 
 import hashlib
 import logging
@@ -21,10 +21,10 @@ TAKEN = (
 
 
 def load_initial(cfg: DictConfig) -> Trained | ForeignWeights | None:
-    """The weights that ``init_from`` names; None if it is null.
+    """Load the weights that ``init_from`` names; return None if it is null.
 
     Raises:
-        ValueError: there are none that can be read.
+        ValueError: if the weights are missing or cannot be read.
     """
     path = cfg.init_from
     if path is None:
@@ -44,10 +44,10 @@ def take_weights(
     path: str,
     frozen: Sequence[str],
 ) -> None:
-    """Give ``model`` what fits of ``initial``, and log what does not.
+    """Copy the weights of ``initial`` that fit into ``model``, and log those that do not.
 
     Raises:
-        ValueError: nothing fits.
+        ValueError: if nothing fits.
     """
     try:
         done = transfer(model, initial, dataset.class_names)
@@ -67,7 +67,7 @@ def _warn_of_frozen(names: Sequence[str], why: str) -> None:
 
 
 def init_provenance(initial: Trained | ForeignWeights | None) -> dict[str, Any]:
-    """What a summary says of the weights that a run began with; nothing for new ones."""
+    """Return the summary's entry on the initial weights of a run; empty if they were random."""
     if initial is None:
         return {}
     if isinstance(initial, ForeignWeights):

@@ -1,4 +1,4 @@
-"""Starting train.py in a process of its own, and ending it."""
+"""Start train.py in its own process, and stop it."""
 
 import json
 import re
@@ -14,43 +14,43 @@ from training.tracking import WANDB_RUN_VARS
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 
-# Names a file for the line with which train.py ends, for who has started it.
+# Environment variable: the file to which train.py writes its error message for its parent process.
 REASON = "AACONV_REASON"
 
-# How long a run may take to save and end after it was interrupted.
+# How long a run may take to save and exit after an interrupt.
 SAVE_TIMEOUT_S = 60.0
 
 
 def override(key: str, value: Any) -> str:
-    """``key=value`` as Hydra reads it: as this value, even where a text has a "=" or a "," in it.
+    """Return ``key=value`` quoted for Hydra, so that even a text with "=" or "," is read as it is.
 
     Args:
-        key: a setting's name.
-        value: a text, a path, or what JSON has a form for.
+        key: the name of a setting.
+        value: a text, a path, or any JSON value.
     """
     return f"{key}={_quoted(f'{value}') if isinstance(value, str | Path) else json.dumps(value)}"
 
 
 def _quoted(text: str) -> str:
-    # In Hydra's grammar a backslash is itself, except before a quote and before an interpolation.
+    # In Hydra's grammar a backslash is literal, except before a quote or an interpolation.
     text = re.sub(r"(\\*)('|\$\{|$)", lambda m: 2 * m[1] + (f"\\{m[2]}" if m[2] else ""), text)
     return f"'{text}'"
 
 
 def shell_override(key: str, value: str | Path) -> str:
-    """`override` as one word of a shell's command line."""
+    """Return `override` quoted as one word of a shell command."""
     word = override(key, value)
-    # Double quotes are easier to read than what shlex makes of single ones.
+    # Double quotes are easier to read than shlex's escapes of single quotes.
     return f'"{word}"' if not set(word) & set('"$`\\!\n') else shlex.quote(word)
 
 
 def start(
     overrides: Iterable[str], run_dir: Path, out_dir: Path, env: Mapping[str, str]
 ) -> subprocess.Popen[bytes]:
-    """train.py with these settings, in the folder ``run_dir``.
+    """Start train.py with these settings in the folder ``run_dir``.
 
-    What the environment ``env`` says of one run of wandb's is left out. A terminal's Ctrl-C does
-    not reach the run: who has started it passes it on, see `interrupt`.
+    wandb's variables for a single run are removed from the environment ``env``. A terminal's Ctrl-C
+    does not reach the run: the caller must pass it on, see `interrupt`.
     """
     where = [override("out_dir", out_dir.absolute()), override("run_dir", run_dir.absolute())]
     return subprocess.Popen(
@@ -62,9 +62,9 @@ def start(
 
 
 def interrupt(run: subprocess.Popen[bytes]) -> None:
-    """Ask a run to save and end; one that does not is killed.
+    """Ask a run to save and exit, and kill it if it does not.
 
-    By SIGTERM: a shell's background job, and what it starts, ignores Ctrl-C.
+    The signal is SIGTERM, because a shell's background job and its children ignore SIGINT.
     """
     run.terminate()
     try:

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a step: of labels that may be soft, and classes that may have weights."""
+"""Loss and accuracy of a step, with support for soft labels and class weights."""
 
 from collections.abc import Sequence
 
@@ -15,13 +15,13 @@ BALANCED = "balanced"
 def class_weights(
     asked: str | Sequence[float] | None, images: Images, classes: int
 ) -> Tensor | None:
-    """The weight of each class, (classes,) on the device of ``images``; None if all are alike.
+    """Return the class weights, (classes,) on the device of ``images``; None if ``asked`` is None.
 
-    ``balanced`` are N / (classes * n) for a class with n of all N images: all classes then weigh
-    the same together.
+    With ``balanced``, a class with n of the N images gets N / (classes * n), so that every class
+    has the same total weight.
 
     Raises:
-        ValueError: the list ``asked`` for has not a number for each class.
+        ValueError: if the list ``asked`` does not have one number per class.
     """
     if asked is None:
         return None
@@ -34,10 +34,10 @@ def class_weights(
 
 
 def relative_weights(labels: Tensor, weights: Tensor) -> Tensor:
-    """The weights (B,) of images over their mean in the batch, all processes' shards of it.
+    """Return the weights (B,) of images, divided by their mean over the batch of all processes.
 
-    ``labels`` are (B,), or (B, classes) where they are soft: an image then has the mean of the
-    classes' weights.
+    ``labels`` are (B,), or (B, classes) if soft: the weight of an image is then the mean of the
+    class weights under its label.
     """
     of_images = weights[labels] if labels.dim() == 1 else labels @ weights
     return of_images / distributed.all_reduce_mean({"weight": of_images.mean()})["weight"]
@@ -46,10 +46,10 @@ def relative_weights(labels: Tensor, weights: Tensor) -> Tensor:
 def cross_entropy(
     logits: Tensor, labels: Tensor, label_smoothing: float, weights: Tensor | None
 ) -> Tensor:
-    """The mean cross-entropy over the images, each times its weight of ``weights``, (B,), if any.
+    """Return the mean cross-entropy of the images, each times its weight (B,), if any are given.
 
-    With `relative_weights` of a whole batch the mean of this over its micro-batches and processes
-    is the sum of weight times loss over the sum of the weights.
+    If the weights are the `relative_weights` of a whole batch, the mean over its micro-batches and
+    processes is the weighted mean: the sum of weight times loss over the sum of the weights.
     """
     if weights is None:
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
@@ -58,9 +58,9 @@ def cross_entropy(
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The fraction of images with the highest of ``logits`` (B, classes) at their label.
+    """Return the fraction of images whose highest logit, of (B, classes), is that of their label.
 
-    Where ``labels`` are soft, (B, classes), the mean of what they give to the class chosen.
+    With soft ``labels`` (B, classes), return the mean probability they give the predicted class.
     """
     chosen = logits.argmax(dim=1)
     right = chosen == labels if labels.dim() == 1 else labels.gather(1, chosen[:, None])

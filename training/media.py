@@ -1,7 +1,7 @@
-"""What there is to see of a run: attention on a few images, predictions, classes.
+"""Pictures and tables of a run: attention on a few images, predictions, classes.
 
-Nothing here changes a run: the network's mode, its statistics and all random generators are left
-as they were. `training.tracking` sends what these functions return.
+Nothing here changes a run: the network's mode, its running statistics and all random generators
+stay as they were. `training.tracking` sends the results to the dashboard.
 """
 
 import statistics
@@ -21,11 +21,11 @@ from training.tracking import Media, Picture, Table
 
 # Images whose attention is drawn: on the dashboard, in the report, and by visualize.py.
 ATTENTION_IMAGES = 3
-# Images on which the entropy of attention is measured; each has as many queries as positions.
+# Images on which the entropy of attention is measured; every position of each is a query.
 ENTROPY_IMAGES = 16
 # Images in the table of predictions.
 PREDICTIONS = 32
-# Classes listed in the confusion table, and how many others for each.
+# Classes listed in the confusion table, and the number of other classes for each.
 WORST_CLASSES = 10
 CONFUSED_WITH = 3
 # Classes that a confusion matrix on the dashboard has room for.
@@ -33,17 +33,17 @@ MATRIX_CLASSES = 30
 
 
 def media_epochs(epochs: int) -> frozenset[int]:
-    """The epochs, counted from 1, after which attention is drawn: first, middle and last."""
+    """Return the epochs after which attention is drawn: first, middle and last, counted from 1."""
     return frozenset((1, (epochs + 1) // 2, epochs))
 
 
 def attention_images(
     dataset: Dataset | EvaluationSet, indices: list[int] | None = None
 ) -> tuple[Images, list[str]]:
-    """Images of the evaluation and their classes: by their numbers, or a few, evenly spread.
+    """Return evaluation images and their class names, by index, or else a few evenly spread ones.
 
     Raises:
-        ValueError: there is no image of that number.
+        ValueError: if an index is out of range.
     """
     number = len(dataset.evaluation)
     if indices is None:
@@ -59,9 +59,9 @@ def attention_images(
 
 
 def attention_pictures(model: nn.Module, dataset: Dataset) -> dict[str, list[Picture]]:
-    """What each augmented block of ``model`` attends to, on a few fixed images of the evaluation.
+    """Draw what each augmented layer of ``model`` attends to, on a few fixed evaluation images.
 
-    One picture for each block, see `training.attention_picture`; computed in float32. Empty for a
+    Return one picture per layer, computed in float32, see `training.attention_picture`; none for a
     plain network.
     """
     images, names = attention_images(dataset)
@@ -79,12 +79,12 @@ def attention_pictures(model: nn.Module, dataset: Dataset) -> dict[str, list[Pic
 
 
 def attention_entropy(model: nn.Module, dataset: Dataset) -> dict[str, float]:
-    """How softly ``model`` attends: columns of metrics.csv, none for a plain network.
+    """Measure how softly ``model`` attends, as columns of metrics.csv; none for a plain network.
 
-    The entropy of a query's weights as a share of its maximum (1 is uniform, 0 one-hot; see
-    `aaconv.attention_stats`), on a few fixed images of the evaluation, in float32 and evaluation
-    mode: ``attention/entropy``, the mean over the layers, and ``attention/lowest_entropy``, that of
-    the layer that attends most sharply.
+    This is the entropy of a query's attention weights as a fraction of the maximum (1 is uniform, 0
+    one-hot; see `aaconv.attention_stats`), on a few fixed evaluation images, in float32 and
+    evaluation mode. ``attention/entropy`` is the mean over the layers, ``attention/lowest_entropy``
+    that of the layer with the sharpest attention.
     """
     if not augmented_layers(model):
         return {}
@@ -100,13 +100,13 @@ def attention_entropy(model: nn.Module, dataset: Dataset) -> dict[str, float]:
 def final_media(
     model: nn.Module, dataset: Dataset, batch_size: int, autocast: torch.autocast
 ) -> dict[str, Media]:
-    """What a trained network makes of the evaluation's images, in one pass over them.
+    """Return tables of a trained network's predictions on the evaluation images, from one pass.
 
     ``media/predictions``: fixed images with truth, prediction and confidence (the softmax of the
     prediction). ``media/classes``: top-1 accuracy of each class in percent.
-    ``media/confusion_matrix``: the classes with the most mistakes. ``media/confusion``: what the
-    classes with the lowest accuracy are taken for, in percent of their images. For the charts see
-    `training.tracking.CHARTS`.
+    ``media/confusion_matrix``: counts for the classes with the most mistakes. ``media/confusion``:
+    the classes that those with the lowest accuracy are mistaken for, in percent of their images.
+    For the charts see `training.tracking.CHARTS`.
     """
     logits = _all_logits(model, dataset, batch_size, autocast)
     labels = dataset.evaluation.labels.cpu()
@@ -135,7 +135,7 @@ def _all_logits(
 
 
 def spread(number: int, wanted: int) -> list[int]:
-    """At most ``wanted`` of the indices 0 to number - 1, evenly spread."""
+    """Return at most ``wanted`` indices from 0 to number - 1, evenly spread."""
     wanted = min(number, wanted)
     return [index * number // wanted for index in range(wanted)]
 

@@ -1,4 +1,4 @@
-"""The optimizer of a run: which parameters are decayed, and which have a rate of their own."""
+"""The optimizer of a run, with weight decay and learning rate by parameter group."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,12 +10,12 @@ from torch import nn
 from aaconv.maps import augmented_layers
 from training.compose import make
 
-# Their bases are the common ones of all kinds that torch has, synchronized ones too.
+# `_NormBase` is the base class of all batch and instance norms in torch, also of SyncBatchNorm.
 NORMALIZATIONS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
 def make_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the group `optim` for those parameters of ``model`` that are trained.
+    """Build the optimizer of the config group `optim` for the trainable parameters of ``model``.
 
     Raises:
         ValueError: see `parameter_groups`.
@@ -27,15 +27,15 @@ def make_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def parameter_groups(model: nn.Module, cfg: DictConfig) -> list[dict[str, Any]]:
-    """The parameters that are trained, as groups of an optimizer; the first has the plain rate.
+    """Return the trainable parameters as optimizer groups; the first has the base learning rate.
 
-    With ``cfg.decay`` "weights" those of at most one dimension are not decayed, which are biases
-    and the scales of normalization, and what a module names in ``no_weight_decay()``: an
-    `aaconv.AugmentedConv` its relative tables. Each of ``cfg.lr_factors`` other than 1 makes a
-    group, or two, of the parameters of its kind, see `kinds_of`.
+    With ``cfg.decay`` "weights", there is no weight decay on parameters of at most one dimension
+    (biases and normalization scales) or on those a module names in ``no_weight_decay()``, such as
+    the relative tables of `aaconv.AugmentedConv`. Each of ``cfg.lr_factors`` other than 1 makes one
+    or two groups for the parameters of its kind, see `kinds_of`.
 
     Raises:
-        ValueError: a factor is of a kind that no parameter which is trained is of.
+        ValueError: if a factor other than 1 is of a kind without trainable parameters.
     """
     spared = {
         f"{prefix}.{name}" if prefix else name
@@ -68,10 +68,10 @@ def parameter_groups(model: nn.Module, cfg: DictConfig) -> list[dict[str, Any]]:
 
 
 def kinds_of(model: nn.Module) -> Mapping[str, str]:
-    """The kind in ``optim.lr_factors`` of each parameter that has one, by the parameter's name.
+    """Return the kind in ``optim.lr_factors`` of each parameter that has one, by parameter name.
 
-    ``norm_bias`` are the biases of normalization; ``attention`` is what augmented convolutions have
-    beside the plain one; ``head`` is the last layer.
+    ``norm_bias``: the biases of normalization layers; ``attention``: all parameters of augmented
+    convolutions except ``conv_out``, their plain convolution; ``head``: the last layer.
     """
     kinds = {
         f"{prefix}.bias": "norm_bias"

@@ -1,6 +1,6 @@
-"""How a run ended: one set of words for a sweep's jobs, for compare.py and for the report.
+"""How a run ended, in the same terms for the jobs of a sweep, for compare.py and for the report.
 
-What the files of a run's folder say comes first, whatever its process ended with.
+The files in a run's folder take precedence over the exit code of its process.
 """
 
 import signal
@@ -14,23 +14,23 @@ from training.records import Summary, nonfinite
 # summary.json and metrics.csv of a finished run.
 Result = tuple[Summary, list[dict[str, float]]]
 
-# What can become of a run, in the order in which it is counted.
+# The possible outcomes of a run, in the order of the summary line's counts.
 DONE, SKIPPED, STOPPED = "done", "skipped", "stopped"
 DIVERGED, FAILED, REFUSED, NOT_STARTED = "diverged", "failed", "refused", "not started"
 ALL = (DONE, SKIPPED, STOPPED, DIVERGED, FAILED, REFUSED, NOT_STARTED)
-# Such a run has no result.
+# Outcomes without a result.
 BAD = (DIVERGED, FAILED, REFUSED)
-# There is something left to train.
+# Outcomes with epochs left to train.
 UNFINISHED = (STOPPED, NOT_STARTED)
-# The same command may give it a result.
+# Outcomes that may turn into a result if the same command is run again.
 WILL_RESUME = (*UNFINISHED, FAILED)
 
-# Exit codes of a run that SIGINT, SIGUSR1 or SIGTERM has stopped, as shells have them.
+# Exit codes of a run stopped by SIGINT, SIGUSR1 or SIGTERM: 128 plus the signal's number.
 STOP_CODES = (130, 138, 143)
 
 
 class Outcome(NamedTuple):
-    """What became of a run, one of `ALL`, and what there is to say of it."""
+    """The outcome of a run, one of `ALL`, and the reason or details."""
 
     kind: str
     why: str = ""
@@ -40,9 +40,9 @@ class Outcome(NamedTuple):
 
 
 def read(folder: Path) -> tuple[Outcome, Result | None]:
-    """What the files of a run's folder say, and its result if it is `DONE`.
+    """Return a run's outcome according to the files in its folder, and its result if `DONE`.
 
-    It is `FAILED` where they are damaged, and `NOT_STARTED` where there are none to continue from.
+    The outcome is `FAILED` if files are damaged, `NOT_STARTED` if there are none to continue from.
     """
     try:
         failure = run_folder.read_failure(folder)
@@ -61,24 +61,24 @@ def read(folder: Path) -> tuple[Outcome, Result | None]:
 
 
 def of_process(found: Outcome, folder: Path, code: int, line: str) -> Outcome:
-    """What became of the run of a process that has ended with ``code`` and told ``line``.
+    """Return the outcome of a run whose process ended with the exit code ``code``.
 
-    ``found`` is what its files say.
+    ``found`` is the outcome according to its files, ``line`` its error message.
     """
     if found.kind not in UNFINISHED:
         return found
-    if code == 0:  # the time is over
+    if code == 0:  # its time limit was reached
         return Outcome(STOPPED, found.why)
     ended = f"train.py ended with code {code}"
     if code < 0:
         ended = f"train.py was killed by {signal.Signals(-code).name}"
         ended += ", perhaps for lack of memory" * (-code == signal.SIGKILL)
-    # Another process may have been quicker to claim the folder.
+    # Another process may have claimed the folder first.
     return in_progress(folder) or Outcome(FAILED, line or ended)
 
 
 def in_progress(folder: Path) -> Outcome | None:
-    """Of a run that another process trains, that it is left to it."""
+    """Return `SKIPPED` if another process is training the run, else None."""
     holder = run_folder.holder(folder)
     return None if holder is None else Outcome(SKIPPED, f"in progress in {holder}")
 
@@ -97,7 +97,7 @@ def _unfinished(folder: Path) -> Outcome:
 
 
 def _nonfinite(result: Result) -> str | None:
-    """The first number of a run that is not finite, in words."""
+    """Describe the first number of a run that is not finite; None if all are."""
     summary, rows = result
     for row in rows:
         if fault := nonfinite(row):
@@ -107,7 +107,7 @@ def _nonfinite(result: Result) -> str | None:
 
 
 def table(rows: list[tuple[str, Outcome]], noun: str, again: str) -> list[str]:
-    """Each run's name and outcome, and the counts; ``again`` is the command for what is missing."""
+    """Return a line per run with its outcome, then the counts; ``again`` trains what is missing."""
     width = max(len(name) for name, _ in rows)
     kinds = [outcome.kind for _, outcome in rows]
     counts = [f"{kinds.count(kind)} {kind}" for kind in ALL if kind in kinds]
@@ -118,10 +118,10 @@ def table(rows: list[tuple[str, Outcome]], noun: str, again: str) -> list[str]:
 
 
 def exit_code(kinds: set[str], error: BaseException | None = None) -> int:
-    """0 if all runs have a result or may have one yet, 1 if one has none, 2 if all were refused.
+    """Return 0 if no run is `BAD`, 2 if all were refused, and 1 otherwise.
 
-    Or that of ``error``, which has ended them all, where it is an exit or Ctrl-C; the argument of a
-    KeyboardInterrupt, if it has one, is its code.
+    If ``error``, which ended all runs, is an exit with a nonzero code, return that code; for a
+    KeyboardInterrupt return its argument, or 130 without one.
     """
     code = 2 if kinds == {REFUSED} else int(not kinds.isdisjoint(BAD))
     if isinstance(error, SystemExit):

@@ -1,4 +1,4 @@
-"""How far a run has come: its finished epochs, the one in progress, and where they were trained."""
+"""The progress of a run: finished epochs, the current epoch, and where they were trained."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,7 +12,7 @@ from torch import Tensor
 from models.fields import Whole, parse
 from training.records import Amount, Percentage, Segment, row_type
 
-# The figures of a step that are fractions; their means over an epoch are in percent.
+# The metrics of a step that are fractions; their means over an epoch are in percent.
 FRACTIONS = ("top1",)
 
 
@@ -40,17 +40,17 @@ def _are_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class EpochState:
-    """What the epoch in progress has come to; checkpoints inside it keep the same.
+    """The state of the current epoch; checkpoints within the epoch contain it.
 
     Attributes:
         step: steps taken.
-        totals: of each figure that the steps have shown, by its name: the sum over the steps
-            where it was finite, and their number, (2,).
-        first_nonfinite_step: the first step whose loss was not finite, or the number of steps.
-            On the device, like the totals: reading it at every step would make a GPU wait.
+        totals: for each metric, by name, a tensor (2,): the sum over the steps where it was finite,
+            and the number of those steps.
+        first_nonfinite_step: the first step with a non-finite loss, else the epoch's number of
+            steps. On the device, like the totals: reading it at each step would stall a GPU.
         lr: learning rate of the last step.
         seconds: time spent training.
-        peak_memory_mib: most memory used.
+        peak_memory_mib: peak memory use.
     """
 
     step: Whole
@@ -62,11 +62,11 @@ class EpochState:
 
     @classmethod
     def begin(cls, steps: int) -> "EpochState":
-        """Before the first of ``steps`` steps."""
+        """Return the state before the first of ``steps`` steps."""
         return cls(0, {}, torch.tensor(steps), 0.0, 0.0, 0.0)
 
     def to(self, device: torch.device) -> "EpochState":
-        """The same with its tensors on ``device``."""
+        """Return a copy with its tensors on ``device``."""
         return replace(
             self,
             totals={name: total.to(device) for name, total in self.totals.items()},
@@ -74,9 +74,9 @@ class EpochState:
         )
 
     def after_step(self, figures: dict[str, Tensor], lr: float) -> "EpochState":
-        """One step later, which has shown ``figures``, scalars on the device, ``loss`` among them.
+        """Return the state after one more step with these metrics, scalars on the device.
 
-        Each becomes a column of metrics.csv, see `training_metrics`.
+        ``loss`` must be among them. Each becomes a column of metrics.csv, see `training_metrics`.
         """
         first = self.first_nonfinite_step
         return replace(
@@ -90,18 +90,18 @@ class EpochState:
         )
 
     def mean(self, name: str) -> float:
-        """Of a figure over the steps where it was finite; 0 without any, percent of a fraction."""
+        """Return a metric's mean over the steps where it was finite, or 0; fractions in percent."""
         total, steps = self.totals[name].tolist()
         return (100 if name in FRACTIONS else 1) * total / max(1, steps)
 
     def training_metrics(self) -> dict[str, float]:
-        """``train/NAME``, the mean over the steps, for each figure; ``train/lr`` is the last."""
+        """Return the mean of each metric as ``train/NAME``, and the last learning rate."""
         return {f"train/{name}": self.mean(name) for name in self.totals} | {"train/lr": self.lr}
 
     def raise_if_nonfinite(self, epoch: int, steps: int) -> None:
         """Raise FloatingPointError, naming epoch and step, if a loss was not finite.
 
-        Epoch and step are counted from 0 here and from 1 in the message.
+        Here epoch and step count from 0, in the message from 1.
         """
         step = int(self.first_nonfinite_step)
         if step < steps:
@@ -112,7 +112,7 @@ class EpochState:
 
 
 def _counted(figure: Tensor) -> Tensor:
-    """The figure and 1, or 0 and 0 where it is not finite: fp16's scaler skips such a step."""
+    """Return (figure, 1), or (0, 0) if not finite: fp16's gradient scaler skips such a step."""
     finite = figure.isfinite()
     return torch.stack((torch.where(finite, figure, 0.0), finite.float()))
 
@@ -129,16 +129,16 @@ def _means(losses: list[list[float]], steps: int) -> dict[int, float]:
 
 @dataclass
 class Progress:
-    """All that a run has done so far; a checkpoint has it, see `state_dict`, beside the weights.
+    """The progress of a run, saved in each checkpoint along with the weights, see `state_dict`.
 
     Attributes:
-        epoch_state: of the epoch in progress.
+        epoch_state: the state of the current epoch.
         rows: the metrics of each finished epoch.
-        per_class_top1: top-1 accuracy of each class after the last of them, in percent.
-        segments: where the epochs were trained: a run that is continued elsewhere has several.
-        wandb_id: of the run on the dashboard.
-        losses: readings of the loss: the steps that the run has taken, and the sum and the number
-            of the losses of their epoch so far, of those that were finite.
+        per_class_top1: top-1 accuracy of each class after the last finished epoch, in percent.
+        segments: where the epochs were trained; several if the run was continued elsewhere.
+        wandb_id: the ID of the run on the dashboard.
+        losses: readings of the loss: the number of steps the run has taken, then the sum and the
+            number of the finite losses in the epoch so far.
     """
 
     epoch_state: EpochState
@@ -150,49 +150,49 @@ class Progress:
 
     @classmethod
     def begin(cls, steps: int) -> "Progress":
-        """Before the first epoch, of ``steps`` steps."""
+        """Return the progress of a new run whose epochs have ``steps`` steps."""
         return cls(EpochState.begin(steps), [], None, [], None)
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain values, of which `models.fields.parse` makes an equal one."""
+        """Return the progress as plain values, from which `models.fields.parse` restores it."""
         return {**vars(self), "epoch_state": vars(self.epoch_state).copy()}
 
     @property
     def position(self) -> str:
-        """Where the run is, in words."""
+        """Describe how far the run is."""
         step = self.epoch_state.step
         inside = f", step {step} of the next" if step else ""
         return f"after epoch {len(self.rows)}{inside}"
 
     def start_segment(self, provenance: dict[str, Any]) -> None:
-        """Note commit, versions, hardware, precision and processes of what is trained next."""
+        """Start a new segment if commit, versions, hardware, precision or processes changed."""
         last: Mapping[str, Any] = self.segments[-1] if self.segments else {}
         if last != {**last, **provenance}:
             segment = {"first_epoch": len(self.rows) + 1, **provenance}
             self.segments = [*self.segments, parse(Segment, segment, "segments")]
 
     def read_loss(self, epoch_state: EpochState, steps: int) -> dict[int, float]:
-        """Note the loss of an epoch of ``steps`` steps that has come to ``epoch_state``.
+        """Record a reading of the loss at ``epoch_state``, in an epoch of ``steps`` steps.
 
-        Returns the newest of `step_losses`; none where no loss since the reading before was finite.
+        Returns the newest of `step_losses`; empty if no loss since the last reading was finite.
         """
         step = len(self.rows) * steps + epoch_state.step
         self.losses = [*self.losses, [float(step), *epoch_state.totals["loss"].tolist()]]
         return _means(([[0.0] * 3, *self.losses])[-2:], steps)
 
     def step_losses(self, steps: int) -> dict[int, float]:
-        """By the steps that the run has taken, the mean of the loss since the reading before.
+        """Return the mean loss between consecutive readings, by the run's number of steps.
 
-        The first reading of an epoch, of ``steps`` steps, has the mean from its beginning.
+        The first reading in an epoch (of ``steps`` steps) has the mean since the epoch's start.
         """
         return _means([[0.0] * 3, *self.losses], steps)
 
     def finish_epoch(
         self, row: dict[str, Any], per_class_top1: list[float | None], steps: int
     ) -> None:
-        """Add a finished epoch's metrics; the next one is before its first step.
+        """Add the metrics of the finished epoch, and reset the state for the next one.
 
-        A run that an earlier version has begun goes on with the columns that it has.
+        A run started with an earlier version of the code keeps the columns that it has.
         """
         columns = self.rows[0] if self.rows else row
         self.rows = [*self.rows, {name: row[name] for name in row if name in columns}]

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit, hardware."""
+"""The provenance of a result: commit, versions, hardware."""
 
 import importlib.metadata
 import os
@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-# Bytes of the longest patch that is kept.
+# The maximum size of a patch that is kept, in bytes.
 MAX_DIFF = 1_000_000
 
 
 def of_segment(device: torch.device, precision: str, processes: int) -> dict[str, Any]:
-    """What `training.records.Segment` says of epochs that are trained here and now."""
+    """Return the `training.records.Segment` of epochs trained now, without ``first_epoch``."""
     return {
         "commit": commit(),
         "versions": versions(),
@@ -25,7 +25,7 @@ def of_segment(device: torch.device, precision: str, processes: int) -> dict[str
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result may depend on."""
+    """Return the versions of Python and of the packages that may affect a result."""
     found = {"python": platform.python_version(), "torch": str(torch.__version__)}
     for name in ("numpy", "torchvision", "triton", "hydra-core"):
         try:
@@ -36,15 +36,15 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The clone's commit, followed by ``-dirty`` where tracked files differ; else "unknown"."""
+    """Return the clone's commit, with ``-dirty`` if tracked files differ; "unknown" without git."""
     described = _git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     return "unknown" if described is None else described.decode().strip()
 
 
 def uncommitted() -> bytes:
-    """What the clone's tracked files differ by from its commit, as a patch; empty if in nothing.
+    """Return the uncommitted changes to tracked files as a patch; empty if there are none.
 
-    At most `MAX_DIFF` bytes; where there are more, the names and sizes of the changes alone.
+    If the patch exceeds `MAX_DIFF` bytes, return only a summary of the changed files.
     """
     diff = _git("diff", "HEAD", "--no-color", "--no-ext-diff") or b""
     if len(diff) <= MAX_DIFF:
@@ -53,10 +53,9 @@ def uncommitted() -> bytes:
 
 
 def _git(*words: str) -> bytes | None:
-    """What git says of the clone; None if it is none, or git does not answer.
+    """Run git in this clone and return its output; None if this is no clone or git fails.
 
-    It is never of another repository: one that the clone's files lie in, or that the environment
-    names.
+    Never use another repository, whether an enclosing one or one named by the environment.
     """
     root = Path(__file__).parents[1]
     try:
@@ -73,7 +72,7 @@ def _git(*words: str) -> bytes | None:
 
 
 def hardware(device: torch.device) -> str:
-    """The GPU's name, or the processor's and the number of threads torch uses on it."""
+    """Return the name of the GPU, or of the processor with the number of torch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {torch.get_num_threads()} threads"
