@@ -1,6 +1,6 @@
-"""What the files of a run hold: they are written and read as the types below, which name each key.
+"""The contents of a run's files: the types below, used for writing and reading, name each key.
 
-A record is the JSON object itself, a dict of the file's keys. Further keys are kept as they are.
+A record is the JSON object itself, a dict. Keys that a type does not name are kept unchanged.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from models.fields import (
 
 
 def nonfinite(values: Mapping[str, Any]) -> str | None:
-    """Of the first of ``values`` that is a number and not finite, what it is; None if all are."""
+    """Describe the first number in ``values`` that is not finite; return None if all are."""
     for name, value in values.items():
         if is_number(value) and not is_finite(value):
             return f"{name} is {value:g}"
@@ -44,17 +44,17 @@ def _is_score(value: float) -> float:
 
 Amount = Annotated[Finite, Field(ge=0)]
 Percentage = Annotated[Finite, Field(ge=0, le=100)]
-# A run whose losses or scores are not finite has diverged; its files are not damaged by that.
+# Non-finite losses or scores mean that a run has diverged, not that its files are damaged.
 Loss = Annotated[float, Field(strict=True)]
 Score = Annotated[Loss, AfterValidator(_is_score)]
 
-# The parts of a data set that a run may be evaluated on, and what the network is scored by.
+# The splits that a run may be evaluated on, and the scores of an evaluation.
 SPLITS = ("test", "val")
 SCORES = {"loss": Loss, "top1": Score, "top5": Score}
 
 
 def row_type(columns: tuple[str, ...]) -> Any:
-    """The type of a row of metrics.csv: a dict of the columns of each run, and of ``columns``."""
+    """Return the type of a row of metrics.csv: the columns that every run has, and ``columns``."""
     on = next((s for s in SPLITS if any(c.startswith(f"{s}/") for c in columns)), SPLITS[0])
     return _metrics_type(("epoch", "perf/epoch_seconds", *columns), on)
 
@@ -78,7 +78,7 @@ def _metric_type(name: str) -> Any:
 
 @with_config(extra="allow")
 class Segment(TypedDict):
-    """Where epochs from ``first_epoch`` on were trained; a run that is continued has several."""
+    """Where the epochs from ``first_epoch`` on were trained; a resumed run may have several."""
 
     first_epoch: Count
     commit: Text
@@ -90,7 +90,7 @@ class Segment(TypedDict):
 
 @with_config(extra="allow")
 class Settings(TypedDict):
-    """Of a run's settings those that every reader of its results relies on."""
+    """The settings that every reader of a run's results relies on."""
 
     seed: Whole
     epochs: Count
@@ -101,10 +101,10 @@ class Settings(TypedDict):
 
 @with_config(extra="allow")
 class Summary(TypedDict):
-    """A finished run: its metrics (see `check_summary`), and what they are of.
+    """A finished run: its metrics (see `check_summary`) and how they were obtained.
 
-    ``data_digest`` tells the images from others that are called ``data``, too, and ``notes`` are on
-    what was found there: see `data.Dataset`. Older code has written neither.
+    ``data_digest`` distinguishes the images from others also called ``data``, and ``notes`` are
+    remarks on the images, see `data.Dataset`. Older code wrote neither.
     """
 
     format: Format
@@ -126,10 +126,10 @@ class Summary(TypedDict):
 
 
 def check_summary(value: Any, where: str) -> Summary:
-    """``value`` as a summary, with the last epoch's metrics, whose names have a slash, in it.
+    """Check ``value`` and return it as a summary, with the last epoch's metrics (names with a "/").
 
     Raises:
-        UnreadableError: it is none, or values contradict each other; see `models.fields.parse`.
+        UnreadableError: if it is not a summary (see `models.fields.parse`) or contradicts itself.
     """
     summary = parse(Summary, value, where)
     names = ("perf/total_seconds", *(name for name in value if "/" in name))
@@ -148,7 +148,7 @@ def check_summary(value: Any, where: str) -> Summary:
 
 
 class Failure(TypedDict):
-    """A run that has diverged, on the images of ``data_digest``, as in `Summary`."""
+    """The error of a run that has diverged; ``data_digest`` is as in `Summary`."""
 
     format: Format
     error: Text
@@ -156,7 +156,7 @@ class Failure(TypedDict):
 
 
 class NoRun(TypedDict):
-    """Why a sweep's job has no run: its outcome, one of `training.outcome`'s, and its settings."""
+    """Why a sweep's job has no run: its outcome (see `training.outcome`) and its settings."""
 
     format: Format
     outcome: Literal["failed", "refused"]
@@ -169,7 +169,7 @@ class NoRun(TypedDict):
 
 @with_config(extra="allow")
 class Checkpoint(TypedDict):
-    """A run in progress, beside `training.progress.Progress` and the states of what trains."""
+    """A checkpoint, without `training.progress.Progress` and the other state dicts."""
 
     format: Format
     config: Plain

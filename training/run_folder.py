@@ -1,23 +1,23 @@
-"""The folder of a run: its files' names, who may write there, and reading back what they hold.
+"""The folder of a run: file names, locking, writing, and reading with checks.
 
     metrics.csv      a row for each epoch
     summary.json     the last epoch's scores and where they come from; only of a finished run
     weights.safetensors, config.json    the finished network, see `models.load`
-    best.safetensors the network after the epoch that was the best on held-out images (keep_best)
-    failed.json      instead of it where a loss or a score was not finite
-    no_run.json      alone here: why a sweep's job was refused, or failed with nothing to keep
-    last.pt          the newest checkpoint, and previous.pt the one before
-    train.log        what the run printed
-    .hydra/          the settings, as Hydra writes them
-    .lock, .holder   while a process writes here: its claim, and who it is; with .lock-soft where
-                     the file system has no locks
+    best.safetensors the network after the best epoch on held-out images (keep_best)
+    failed.json      the error of a run that diverged: a loss or a score was not finite
+    no_run.json      the only file: why a sweep's job was refused, or failed with nothing to keep
+    last.pt          the newest checkpoint; previous.pt is the one before
+    train.log        the log of the run
+    .hydra/          the settings, as written by Hydra
+    .lock, .holder   only while a process uses the folder: its lock, and which process it is; plus
+                     .lock-soft if the file system has no locks
 
-A process claims the folder before it writes anything there and holds it to its end; another one is
-refused. What a process has made, and nothing else, is removed again where it ends before it has
-anything to keep.
+A process claims the folder before it writes anything there and holds the claim until it ends; other
+processes are refused. If it ends before there is anything to keep, the files that it created, and
+only those, are removed.
 
-Every reader checks the format's version and the keys it promises: what is damaged is named in one
-line, file and key, and nothing after that has to guess.
+Every reader checks the format's version and the keys it promises, so an error message names the
+damaged file and key in one line, and callers can rely on the data.
 """
 
 import csv
@@ -70,12 +70,12 @@ HOLDER = ".holder"
 
 Record = TypeVar("Record")
 
-# What a file system without locks answers. 524 is Linux's ENOTSUPP, which NFS hands on.
+# Error codes of file systems without locks. 524 is Linux's ENOTSUPP, which NFS passes on.
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, 524)
 
 
 class HeldError(ValueError):
-    """Another process writes to the folder; the message is one line that says which."""
+    """Another process uses the folder; the message is one line that says which."""
 
 
 class DivergedError(ValueError):
@@ -90,26 +90,26 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._made: list[Path] = []  # in the order in which they were made
+        self._made: list[Path] = []  # in order of creation
         self._kept = False
         self._claim: filelock.BaseFileLock | None = None
         self._data_digest: str | None = None
         self._log: _LogFile | None = None
-        # What is logged before the run may write to its folder.
+        # Collects what is logged before the run may write to its folder.
         self._early = logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)
 
     def start(
         self, cfg: DictConfig, replaced: Iterable[Path] = (), data_digest: str | None = None
     ) -> None:
-        """Begin to write: remove the files that are ``replaced``, keep settings and log.
+        """Start writing: remove the ``replaced`` files, save the settings and open the log.
 
-        Called when nothing is wrong with the settings any more. Of replaced files the first go
-        first: a kill meanwhile leaves what can be continued or replaced. ``data_digest`` is that of
-        the run's images, which failed.json would have.
+        Call this once all settings are known to be valid. The replaced files are removed in the
+        given order: a kill in between leaves a folder that can be continued or replaced.
+        ``data_digest`` is the digest of the run's images, for failed.json.
 
         Raises:
-            OSError: the folder cannot be written.
-            ValueError: a named pipe is in the log's place.
+            OSError: if the folder is not writable.
+            ValueError: if train.log is a named pipe.
         """
         self._data_digest = data_digest
         for path in (*replaced, self.path / FAILURE, self.path / NO_RUN):
@@ -123,7 +123,7 @@ class RunFolder:
         texts = {self.path / HYDRA / name: text for name, text in settings.items()}
         self._made += [path for path in (*texts, self.path / LOG) if not path.exists()]
         write_texts(texts)
-        if (self.path / LOG).is_fifo():  # to open it would wait for somebody who reads
+        if (self.path / LOG).is_fifo():  # opening it would block until something reads it
             raise ValueError(f"{self.path / LOG} is not a regular file; delete it")
         self._log = _LogFile(self.path / LOG)
         self._early.setTarget(self._log)
@@ -132,15 +132,15 @@ class RunFolder:
         logging.getLogger().removeHandler(self._early)
 
     def keep(self) -> None:
-        """From now on what was written is worth keeping, however the process ends."""
+        """From now on, keep the files however the process ends."""
         self._kept = True
 
     def write_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Write metrics.csv, a row for each epoch; without rows there is none."""
+        """Write metrics.csv, a row for each epoch; without rows, delete it."""
         for row in rows:
             parse(row_type(tuple(row)), row, f"{self.path / METRICS}")
         if rows:
-            head = list(rows[0])  # by name: a resumed run may have them in another order
+            head = list(rows[0])  # rows of a resumed run may order their columns differently
             table = [head, *([row[name] for name in head] for row in rows)]
             write_text(self.path / METRICS, csv_text(table))
         else:
@@ -149,13 +149,13 @@ class RunFolder:
     def write_weights(
         self, model: nn.Module, description: Description, name: str = WEIGHTS
     ) -> None:
-        """Write the file ``name`` and config.json, which `models.load` reads."""
+        """Write the weights to the file ``name``, and config.json, for `models.load`."""
         weights = tensors_as_bytes(model.state_dict())
         write_text(self.path / DESCRIPTION, description_as_text(description))
         write_files({self.path / name: weights})
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json, which makes the run a finished one."""
+        """Write summary.json, which marks the run as finished."""
         check_summary(summary, f"{self.path / SUMMARY}")
         write_json(self.path / SUMMARY, summary)
 
@@ -171,7 +171,7 @@ class RunFolder:
         while True:
             make_folder(self.path, self._made)
             try:
-                # A second, because `holder` takes the lock for a moment, too.
+                # Wait for a second, because `holder` also takes the lock for a moment.
                 lock = _lock(self.path, timeout=1)
             except filelock.Timeout as error:
                 raise HeldError(
@@ -182,7 +182,7 @@ class RunFolder:
                 if self.path in self._made:
                     (self.path / LOCK).unlink(missing_ok=True)
                 raise
-            # The one that held it before may have removed the file between the two steps above.
+            # The previous holder may have removed the lock file between opening and locking it.
             if Path(lock.lock_file).exists():
                 break
             lock.release(force=True)
@@ -190,7 +190,7 @@ class RunFolder:
         write_text(self.path / HOLDER, json.dumps(_this_process()))
 
     def _close(self) -> None:
-        """End the claim; first remove what was made, where it is not worth keeping."""
+        """Remove the files this process created unless they are to be kept, then end the claim."""
         root = logging.getLogger()
         root.removeHandler(self._early)
         if self._log is not None:
@@ -203,9 +203,9 @@ class RunFolder:
                     path.unlink()
         if self._claim is not None:
             for name in (HOLDER, LOCK):
-                with suppress(OSError):  # Windows removes no file that is open
+                with suppress(OSError):  # Windows does not delete open files
                     (self.path / name).unlink()
-            with suppress(OSError):  # a file system that has lost its locks meanwhile
+            with suppress(OSError):  # the file system may have lost its locks meanwhile
                 self._claim.release(force=True)
         for path in made:
             if path.is_dir():
@@ -216,10 +216,10 @@ class RunFolder:
 def write_no_run(folder: Path, kind: str, why: str, config: dict[str, Any]) -> None:
     """Write no_run.json: why a sweep's job with the settings ``config`` has no run in ``folder``.
 
-    Nothing is written where there is one.
+    Do nothing if the folder holds a run.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if the file cannot be written.
     """
     if folder.is_dir() and is_run(path.name for path in folder.iterdir()):
         return
@@ -229,13 +229,13 @@ def write_no_run(folder: Path, kind: str, why: str, config: dict[str, Any]) -> N
 
 @contextmanager
 def claimed(path: Path) -> Iterator[RunFolder]:
-    """Hold the folder ``path``, made if need be, until the ``with`` ends, in whatever way.
+    """Claim the folder ``path`` until the ``with`` ends; create it if it is missing.
 
-    A run that ends before `RunFolder.keep` leaves nothing of what it has made.
+    If the run ends before `RunFolder.keep`, everything that it created is removed.
 
     Raises:
-        HeldError: another process holds it.
-        OSError: it cannot be made or written.
+        HeldError: if another process holds the folder.
+        OSError: if the folder cannot be created or is not writable.
     """
     folder = RunFolder(path)
     try:
@@ -250,7 +250,7 @@ def claimed(path: Path) -> Iterator[RunFolder]:
 
 
 def holder(path: Path) -> str | None:
-    """Which process holds the folder, in words; None if none does."""
+    """Describe the process that holds the folder; None if none does."""
     if not (path / LOCK).exists():
         return None
     try:
@@ -261,25 +261,25 @@ def holder(path: Path) -> str | None:
 
 
 def _holder_of(path: Path, lock_file: str) -> str:
-    """Which process has the lock of the folder ``path``, in words."""
+    """Describe the process that holds the lock of the folder ``path``."""
     try:
         process = json.loads((path / HOLDER).read_text(encoding="utf-8"))
         name = f"process {process['pid']} on {process['host']}, started {process['started']}"
         facts = [f"{process['command']}"]
         here = process["host"] == platform.node()
-    except (OSError, ValueError, TypeError, KeyError):  # it is about to write it
+    except (OSError, ValueError, TypeError, KeyError):  # the process has not written it yet
         name, facts, here = "another process", [], False
-    # Of a process on another machine nobody here can know.
+    # Whether a process on another machine is still alive cannot be checked here.
     facts += [] if here else [f"if it has died, delete {lock_file}"]
     return f"{name} ({'; '.join(facts)})"
 
 
 def _lock(path: Path, timeout: float) -> filelock.BaseFileLock:
-    """The folder's lock, taken; where the file system has none, a file that says so.
+    """Acquire and return the folder's lock; a lock file if the file system has no locks.
 
     Raises:
-        filelock.Timeout: another process has it.
-        OSError: neither can be written.
+        filelock.Timeout: if another process holds it.
+        OSError: if the lock's file cannot be written.
     """
     lock: filelock.BaseFileLock = filelock.FileLock(path / LOCK, timeout=timeout)
     try:
@@ -303,7 +303,7 @@ def _this_process() -> dict[str, Any]:
 
 
 class _LogFile(logging.FileHandler):
-    """A log that says once, in one line, that it cannot be written, and is silent after that."""
+    """A log file that reports a write error once, in one line, and is silent after that."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, encoding="utf-8", errors="surrogateescape")
@@ -324,7 +324,7 @@ class _LogFile(logging.FileHandler):
         )
 
     def close(self) -> None:
-        with suppress(OSError):  # what is left in its buffer may not fit on the disk
+        with suppress(OSError):  # the rest of the buffer may not fit on the disk
             super().close()
 
 
@@ -332,27 +332,27 @@ class _LogFile(logging.FileHandler):
 
 
 def is_run(names: Iterable[str]) -> bool:
-    """Whether a folder with files of these names is a run's."""
+    """Whether a folder with these file names holds a run."""
     return not {METRICS, SUMMARY, LAST, PREVIOUS, FAILURE}.isdisjoint(names)
 
 
 def read_summary(folder: Path) -> Summary:
-    """What summary.json holds, checked; its losses and scores may be NaN or infinite.
+    """Read and check summary.json; losses and scores may be NaN or infinite.
 
     Raises:
-        FileNotFoundError: there is none.
-        UnreadableError: it is damaged or of another format.
+        FileNotFoundError: if the file is missing.
+        UnreadableError: if the file is damaged or of another format.
     """
     path = folder / SUMMARY
     return check_summary(_with_format(read_json(path)), f"{path}")
 
 
 def read_result(folder: Path) -> tuple[Summary, list[dict[str, float]]]:
-    """summary.json and metrics.csv of a finished run, checked against each other.
+    """Read summary.json and metrics.csv of a finished run, checked against each other.
 
     Raises:
-        FileNotFoundError: there is no summary.json: the run is not finished.
-        UnreadableError: either file is damaged or of another format, or they disagree.
+        FileNotFoundError: if there is no summary.json: the run is not finished.
+        UnreadableError: if either file is damaged or of another format, or they disagree.
     """
     summary = read_summary(folder)
     path = folder / METRICS
@@ -373,13 +373,13 @@ def read_result(folder: Path) -> tuple[Summary, list[dict[str, float]]]:
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The rows of metrics.csv, one for each epoch from 1 on, all values as numbers.
+    """Read the rows of metrics.csv, one for each epoch from 1 on, with all values as numbers.
 
     Losses and scores may be NaN or infinite.
 
     Raises:
-        FileNotFoundError: there is none.
-        UnreadableError: it is damaged or of another format.
+        FileNotFoundError: if the file is missing.
+        UnreadableError: if the file is damaged or of another format.
     """
     path = folder / METRICS
     content = read_text(path)
@@ -413,7 +413,7 @@ def _row(text: dict[Any, Any], kind: Any, number: int, path: Path) -> dict[str, 
 
 
 def _as_number(text: str | None) -> Any:
-    """The number that ``text`` is; what is none stays as it is, for the message."""
+    """Convert ``text`` to a number; leave other text unchanged, for the error message."""
     try:
         return float(text or "")
     except ValueError:
@@ -421,19 +421,19 @@ def _as_number(text: str | None) -> Any:
 
 
 def read_failure(folder: Path) -> Failure | None:
-    """What failed.json holds: the run of ``folder`` has diverged; None where there is none.
+    """Read failed.json, which says that the run has diverged; None if the file is missing.
 
     Raises:
-        UnreadableError: failed.json is damaged or of another format.
+        UnreadableError: if the file is damaged or of another format.
     """
     return _read_record(folder / FAILURE, Failure)
 
 
 def read_no_run(folder: Path) -> NoRun | None:
-    """Why a sweep's job has no run in ``folder``; None where no_run.json is missing.
+    """Read no_run.json, which says why a sweep's job has no run; None if the file is missing.
 
     Raises:
-        UnreadableError: it is damaged or of another format.
+        UnreadableError: if the file is damaged or of another format.
     """
     return _read_record(folder / NO_RUN, NoRun)
 
@@ -446,29 +446,29 @@ def _read_record(path: Path, kind: type[Record]) -> Record | None:
 
 
 def _with_format(value: Any) -> Any:
-    """The value of a JSON file; those of format 1 do not say theirs."""
+    """Add the format to the value of a JSON file of format 1, which does not state it."""
     return {"format": 1, **value} if isinstance(value, dict) else value
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """All settings that the run was started with; None where there are none to be read."""
+    """Return all settings that the run was started with; None if they cannot be read."""
     try:
         text = read_text(folder / HYDRA / "config.yaml")
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-            return None  # Hydra writes none, and a few lines of them expand to any size
+            return None  # Hydra writes no aliases, and a few lines of them can expand to any size
         cfg = OmegaConf.create(text)
         found = OmegaConf.to_container(cfg, resolve=True)
-    except Exception:  # what is damaged may raise anything of YAML's and OmegaConf's
+    except Exception:  # YAML and OmegaConf may raise anything on damaged files
         return None
     return found if isinstance(found, dict) else None  # type: ignore[return-value]
 
 
 def scores_line(summary: Mapping[str, Any]) -> str:
-    """A finished run's scores in words."""
+    """Return a finished run's scores as text."""
     on = summary["evaluated_on"]
     return f"{on} top-1 {summary[f'{on}/top1']:.2f}, top-5 {summary[f'{on}/top5']:.2f}"
 
 
 def top1(summary: Mapping[str, Any]) -> float:
-    """A finished run's top-1 accuracy in percent."""
+    """Return a finished run's top-1 accuracy in percent."""
     return float(summary[f"{summary['evaluated_on']}/top1"])

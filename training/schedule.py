@@ -1,4 +1,4 @@
-"""Learning rate over the steps of a run; the optimizer's own rate is the highest of them."""
+"""Learning rate schedules over the steps of a run; the peak is the optimizer's own rate."""
 
 import math
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 
 def warmup_cosine(optimizer: Optimizer, total_steps: int, *, warmup: float) -> LRScheduler:
-    """A straight line from 0 over the fraction ``warmup`` of all steps, then half a cosine to 0.
+    """Linear warmup from 0 over the fraction ``warmup`` of all steps, then a half cosine to 0.
 
-    The first step is one step up the line, so that none is lost at a rate of 0.
+    The first step is already one increment above 0, so that no step is wasted at a rate of 0.
     """
     rising = round(warmup * total_steps)
 
@@ -25,11 +25,11 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, *, warmup: float) -> L
 def one_cycle(
     optimizer: Optimizer, total_steps: int, *, warmup: float, start: float, end: float
 ) -> LRScheduler:
-    """Up from ``start`` times the rate over the fraction ``warmup``, then down to ``end`` times it.
+    """Rise from ``start`` times the peak over the fraction ``warmup``, then fall to ``end`` times.
 
-    Both are half a cosine (Smith and Topin, 2018). The momentum stays as it is. Unlike
-    torch's OneCycleLR it works for any number of steps, and its ends are fractions of the highest
-    rate.
+    Both parts are half cosines (Smith and Topin, 2018). The momentum does not change. Unlike
+    torch's OneCycleLR, this works for any number of steps, and ``start`` and ``end`` are both
+    fractions of the peak.
     """
     last = max(1, total_steps - 1)
     top = warmup * last
@@ -50,9 +50,9 @@ def step(
     factor: float,
     warmup: float,
 ) -> LRScheduler:
-    """Times ``factor`` after each of the ``milestones``, which are fractions of all steps.
+    """Multiply the rate by ``factor`` at each of the ``milestones``, fractions of all steps.
 
-    Before, over the fraction ``warmup``, up a straight line as `warmup_cosine` has it.
+    Over the fraction ``warmup`` of all steps, the rate first rises linearly as in `warmup_cosine`.
     """
     rising = round(warmup * total_steps)
     drops = [round(milestone * total_steps) for milestone in milestones]
@@ -65,7 +65,7 @@ def step(
 
 
 def constant(optimizer: Optimizer, total_steps: int, *, warmup: float) -> LRScheduler:
-    """The same rate in all steps after the fraction ``warmup``, see `step`."""
+    """A constant rate after linear warmup over the fraction ``warmup`` of all steps, see `step`."""
     return step(optimizer, total_steps, milestones=(), factor=1, warmup=warmup)
 
 

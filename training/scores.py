@@ -1,4 +1,4 @@
-"""How good a network is on labeled images."""
+"""Evaluation of a network on labeled images: accuracy, calibration and confusion."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -19,21 +19,21 @@ def evaluate(
     autocast: torch.autocast,
     observers: Sequence[Callable[[Tensor, Tensor], None]] = (),
 ) -> tuple[dict[str, float], list[float | None]]:
-    """``loss`` (mean cross-entropy, nats), ``top1`` and ``top5`` (accuracy, %) over all images.
+    """Return ``loss`` (mean cross-entropy, nats), ``top1`` and ``top5`` (%), and top-1 by class.
 
-    Returned with them: the top-1 accuracy of each class, None for a class without images. Where
-    there are several processes, all call this, each with its shard of the images. ``observers`` are
+    The scores are over all images; the top-1 accuracy of a class without images is None. With
+    several processes, all must call this, each with its shard of the images. ``observers`` are
     called with the logits (B, classes) and the labels (B,) of each batch.
     """
     model.eval()
     losses: list[Tensor] = []
     in_top5: list[Tensor] = []
-    by_class: list[Tensor] = []  # (2, classes): images that are right, and all images
+    by_class: list[Tensor] = []  # (2, classes): correctly classified images, and all images
     for images, labels in batches:
         with autocast:
             logits = model(images)
         logits = logits.float()
-        if logits.device.type == "mps":  # it has no float64
+        if logits.device.type == "mps":  # MPS has no float64
             logits, labels = logits.cpu(), labels.cpu()
         losses.append(F.cross_entropy(logits, labels, reduction="sum").double())
         best5 = logits.topk(min(5, logits.shape[1]), dim=1).indices
@@ -41,7 +41,7 @@ def evaluate(
         for observe in observers:
             observe(logits, labels)
         right = (logits.argmax(dim=1) == labels).double()
-        # Not bincount, for whose size a GPU would make the CPU wait.
+        # Not bincount, whose output size would force the CPU to wait for the GPU.
         counts = right.new_zeros(2, logits.shape[1])
         by_class.append(counts.index_add_(1, labels, torch.stack((right, torch.ones_like(right)))))
     assert by_class
@@ -57,15 +57,15 @@ def evaluate(
 
 
 class Calibration:
-    """How well a network's confidence, its highest probability, says how often it is right.
+    """How well a network's confidence, its highest probability, matches its accuracy.
 
     With ``bins`` of equal width over the confidences from 0 to 1, the expected calibration error is
-    the mean over the images of |accuracy - confidence| of their bin (Guo et al., ICML 2017,
+    the mean over all images of |accuracy - confidence| in their bin (Guo et al., ICML 2017,
     equation 3, with 15 bins).
     """
 
     def __init__(self, bins: int = 15) -> None:
-        # Of each bin the number of images, the sum of their confidences, and how many are right.
+        # For each bin: the number of images, the sum of their confidences, and the number correct.
         self.sums = torch.zeros(3, bins, dtype=torch.float64)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
@@ -79,7 +79,7 @@ class Calibration:
         self.sums.index_add_(1, index, values)
 
     def rows(self) -> list[dict[str, float | None]]:
-        """For each bin its images, mean confidence and accuracy, in [0, 1]; None if it is empty."""
+        """Return each bin's image count, mean confidence and accuracy in [0, 1]; None if empty."""
         return [
             {
                 "images": images,
@@ -90,19 +90,19 @@ class Calibration:
         ]
 
     def expected_error(self) -> float:
-        """The expected calibration error, in [0, 1]."""
+        """Return the expected calibration error, in [0, 1]."""
         images, confidence, right = self.sums
         return float((right - confidence).abs().sum() / images.sum())
 
 
 class ClassScore(NamedTuple):
-    """One class's scores; shares in percent.
+    """The scores of one class; recall and precision in percent.
 
     Attributes:
-        images: how many are of the class.
-        predicted: how many are predicted to be.
-        recall: of its images those that are predicted as it; None without any.
-        precision: of those that are predicted as it those that are; None without any.
+        images: number of images of the class.
+        predicted: number of images predicted as the class.
+        recall: fraction of ``images`` predicted correctly; None without any images.
+        precision: fraction of ``predicted`` that are correct; None without any predictions.
     """
 
     images: int
@@ -112,7 +112,7 @@ class ClassScore(NamedTuple):
 
 
 class Confusion:
-    """How many images of each class are predicted as which: ``counts`` (classes, classes).
+    """A confusion matrix: image ``counts`` (classes, classes).
 
     Rows are the true classes, columns the predicted ones.
     """
@@ -127,7 +127,7 @@ class Confusion:
         self.counts += pairs.view(classes, classes)
 
     def by_class(self) -> list[ClassScore]:
-        """Recall and precision of each class."""
+        """Return recall and precision of each class."""
         right = self.counts.diagonal().tolist()
         images, predicted = self.counts.sum(dim=1).tolist(), self.counts.sum(dim=0).tolist()
         return [
@@ -137,7 +137,7 @@ class Confusion:
 
 
 def most_mistaken(counts: Sequence[Sequence[int]], most: int) -> list[int]:
-    """The classes with the most mistakes, of their images or as which others are predicted."""
+    """Return the ``most`` classes with the most mistakes: false negatives plus false positives."""
 
     def mistakes(index: int) -> int:
         return sum(counts[index]) + sum(row[index] for row in counts) - 2 * counts[index][index]

@@ -1,4 +1,4 @@
-"""From the resolved settings to what they name; what cannot work is refused by name."""
+"""Resolve and check settings, and build the network; errors name the setting at fault."""
 
 import dataclasses
 import math
@@ -24,16 +24,16 @@ MAX_PARAMETERS = 10**10
 
 
 def resolve(cfg: DictConfig) -> dict[str, Any]:
-    """All settings as plain values: interpolations followed, enums by their name."""
+    """Return all settings as plain values, with interpolations resolved and enums by name."""
     plain: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
     return plain
 
 
 def check(cfg: DictConfig, world_size: int = 1) -> None:
-    """Raise ValueError for what no run can have, before anything is read or built.
+    """Raise ValueError for settings that no run can have, before any data is read.
 
-    What only the data can tell, such as a batch larger than a folder of images, is found when they
-    are read.
+    What depends on the data, such as a batch larger than a folder of images, is only found when the
+    data is read.
     """
     _check_class_weights(OmegaConf.select(cfg, "class_weights"))
     check_fields(cfg)
@@ -55,16 +55,16 @@ def check(cfg: DictConfig, world_size: int = 1) -> None:
 
 
 def check_fields(node: DictConfig, where: str = "") -> None:
-    """Raise ValueError unless each setting belongs to its option, is there, and is in its range."""
-    # Hydra lets `+key=value` through, which nothing would read, and `~key`; `_target_` is a class
-    # and belongs to the option of a group.
+    """Raise ValueError unless all settings of an option are known, present and within range."""
+    # Hydra accepts `+key=value`, which nothing would read, and `~key`. `_target_`, a class, is
+    # fixed by the option of the group.
     kind: Any = OmegaConf.get_type(node)
     known = {field.name: field for field in dataclasses.fields(kind)}
     for key in map(str, node):
         if key not in known:
             raise ValueError(unknown_setting(where, key, kind))
     for key, field in known.items():
-        # What has no value yet is not in it either; to read it says so.
+        # A mandatory setting without a value is not in node either; reading it below reports that.
         if key not in node and not OmegaConf.is_missing(node, key):
             raise ValueError(f"{where}{key} cannot be removed; leave out ~{where}{key}")
         value = node[key]
@@ -95,7 +95,7 @@ def _check_class_weights(value: Any) -> None:
 
 
 def _check_data(cfg: DictConfig) -> None:
-    """What is known of the images without reading any: of a folder's, not how many there are."""
+    """Check what is known without reading any images; a folder's number of images is not."""
     data, augmentation = cfg.data, make(cfg.augmentation)
     if OmegaConf.select(data, "root") == "":
         raise ValueError("data.root= must not be empty: it names a folder")
@@ -103,7 +103,7 @@ def _check_data(cfg: DictConfig) -> None:
         augmentation.check_fits(*height_and_width(resolve(cfg)["data"]["size"]))
         return
     if data["_target_"] not in (CifarConfig._target_, LookupConfig._target_):
-        return  # of a data set in code all is found once it is made
+        return  # a data set made in code is checked once it is made
     augmentation.check_fits(32, 32)
     number = data.get("train_size") or TRAIN_SIZE
     check_val_size(data.val_size, number)
@@ -127,7 +127,7 @@ def _check_network(cfg: DictConfig) -> None:
             f"model.depths={list(cfg.model.depths)} must not be more than {MAX_BLOCKS} blocks"
         )
     try:
-        # Without memory; the number of classes and the images' size change little of it.
+        # On the meta device, to use no memory; classes and image size matter little to the count.
         with torch.device("meta"):
             network = build_model(cfg, num_classes=10, image_size=(32, 32))
         parameters: float = sum(p.numel() for p in network.parameters())
@@ -148,7 +148,7 @@ def _check_network(cfg: DictConfig) -> None:
 
 
 def build_model(cfg: DictConfig, *, num_classes: int, image_size: tuple[int, int]) -> models.ResNet:
-    """The network of ``cfg.model`` with the attention of ``cfg.attention``, for such images.
+    """Build the network of ``cfg.model`` with the attention of ``cfg.attention``.
 
     Raises:
         ValueError: see `models.ResNet`.

@@ -20,7 +20,7 @@ from training.tracking import under_agent
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
-# Seconds within which torchrun passes on a signal that all processes of a terminal have had.
+# Seconds within which torchrun passes on a signal that the terminal has sent to all processes.
 ECHO_TIMEOUT_S = 2.0
 
 # Windows has no SIGUSR1.
@@ -30,7 +30,7 @@ SIGNALS = tuple(
 
 
 def _process_age() -> float:
-    """Seconds since this process began, where the system says so; else 0."""
+    """Return the seconds since this process started; 0 if the system does not report it."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
@@ -38,28 +38,28 @@ def _process_age() -> float:
         return 0.0
 
 
-# Of the process, not of the run: a queue counts from there, and importing torch takes a while.
+# When the process, not the run, started: a queue's limit includes the slow import of torch.
 BEGUN = time.monotonic() - _process_age()
 
 
 class Action(enum.IntEnum):
-    """What a run does next. Of several processes' the greatest is done by all."""
+    """What a run does next. With several processes, all do the greatest of their actions."""
 
     CONTINUE = 0
     SAVE = 1
-    STOP = 2  # and save before
+    STOP = 2  # after saving
 
 
 class Stop:
-    """Asked after each step and each epoch what a run does next, and why it stops.
+    """Decides after each step and each epoch what a run does next, and knows why it stops.
 
-    Within the ``with``, SIGTERM, SIGINT and SIGUSR1 are remembered instead of ending the process;
-    a SIGINT after another of them ends it at once, with code 130. Signals that were ignored stay
-    ignored, and outside of the main thread, where Python allows no handlers, all are left alone.
-    ``max_minutes`` counts from the process's beginning. A process that torchrun has ``launched``
-    gets the terminal's SIGINT twice, from there and from torchrun: an echo ends nothing.
+    Within the ``with``, SIGTERM, SIGINT and SIGUSR1 are recorded instead of ending the process; a
+    SIGINT after any of them ends it at once, with code 130. Signals that were ignored stay ignored,
+    and outside the main thread, where Python allows no handlers, signals are not handled here.
+    ``max_minutes`` counts from the start of the process. A process ``launched`` by torchrun gets
+    the terminal's SIGINT twice, directly and through torchrun: the second one is ignored.
 
-    A checkpoint is due ``checkpoint_minutes`` after the last one, and with None after each epoch.
+    A checkpoint is due ``checkpoint_minutes`` after the last one; if None, after each epoch.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Stop:
 
     def __exit__(self, error: object, *_: object) -> None:
         if error is not None and self._launched:
-            # Where another process has died torchrun ends this one: not before it has said so.
+            # After a death, torchrun sends SIGTERM: keep handling it until the error is reported.
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -100,13 +100,13 @@ class Stop:
         self.signal = signal.Signals(number)
         if self._launched:
             self._echo_until = now + ECHO_TIMEOUT_S
-        # Not by print or a logger: the signal may have come in the middle of one.
+        # Not with print or a logger: the signal may have interrupted one of them.
         console.write_stderr(
             f"{self.signal.name}: saving after this step; press Ctrl-C again to exit at once\n"
         )
 
     def why(self) -> str | None:
-        """What asks for a stop: a signal's name, the end of the time, or None."""
+        """Return the reason to stop: a signal's name, or the time limit; None if there is none."""
         if self.signal is not None:
             return self.signal.name
         if self._is_over or time.monotonic() - BEGUN >= 60 * self._max_minutes:
@@ -114,20 +114,20 @@ class Stop:
         return None
 
     def after_step(self) -> Action:
-        """What to do after a step, in all processes alike."""
+        """Return what to do after a step; the same in all processes."""
         return self._next(self._minutes_since_saved() >= (self._checkpoint_minutes or math.inf))
 
     def after_epoch(self, last: bool) -> Action:
-        """What to do after an epoch, which may be the ``last`` one, in all processes alike.
+        """Return what to do after an epoch, perhaps the ``last`` one; the same in all processes.
 
-        The first one that a process finishes is saved: rows of metrics.csv always have a
-        checkpoint beside them, and a run that is killed again and again still gets on.
+        The first epoch that a process finishes is always saved: so metrics.csv never exists without
+        a checkpoint, and a run that is killed again and again still makes progress.
         """
         due = self._minutes_since_saved() >= (self._checkpoint_minutes or 0)
         return self._next(due or last or not self._has_saved)
 
     def saved(self) -> None:
-        """Note that a checkpoint has just been written."""
+        """Record that a checkpoint has just been written."""
         self._saved_at, self._has_saved = time.monotonic(), True
 
     def _minutes_since_saved(self) -> float:
@@ -136,28 +136,28 @@ class Stop:
     def _next(self, save: bool) -> Action:
         own = Action.SAVE if save else Action.CONTINUE
         action = Action(distributed.all_reduce_max(own if self.why() is None else Action.STOP))
-        if action is Action.STOP:  # perhaps because of a signal or a clock of another process
+        if action is Action.STOP:  # perhaps due to a signal or the time limit in another process
             self._is_over = not self.any_signal()
-            if self._is_over:  # one that has come since then has come too late, in all alike
+            if self._is_over:  # a signal that arrived since is too late, in all processes
                 self.signal = None
         return action
 
     def any_signal(self) -> bool:
-        """Whether a signal has come to any of several processes, which then all count as theirs."""
+        """Whether any process has received a signal; all processes then adopt it."""
         number = distributed.all_reduce_max(self.signal or 0)
-        if number:  # without one this process's may have come meanwhile
+        if number:  # if 0, keep a signal that this process has received meanwhile
             self.signal = signal.Signals(number)
         return bool(number)
 
     @property
     def will_resume(self) -> bool:
-        """Whether somebody continues the run by itself: a queue, or who gave it so many minutes."""
+        """Whether the run will be continued: requeued after SIGUSR1, or after ``max_minutes``."""
         return self.signal is None or self.signal.name == "SIGUSR1"
 
     def until_signalled(self, items: Iterable[Item]) -> Iterator[Item]:
-        """``items``, at least one, up to where a signal has come.
+        """Yield ``items``, at least one, until a signal arrives.
 
-        The end of the time does not count: what takes longer than it would never be done.
+        The time limit does not apply: an evaluation longer than the limit would never finish.
         """
         for item in items:
             yield item
@@ -165,12 +165,12 @@ class Stop:
                 return
 
     def leave(self, finished: bool) -> None:
-        """End the process if a signal asked for it, or the run is not finished; else nothing.
+        """End the process if a signal arrived or the run is not finished; otherwise do nothing.
 
-        A signal ends a sweep's other runs too, whether this one is finished or not. The exit code
-        is 128 and the signal's number, as shells have it, or 0 at the end of the time. SIGUSR1
-        has Slurm queue the job again. An agent of a wandb sweep stops a run by SIGTERM or SIGINT
-        because the sweep says so, and would count another code than 0 as a failure of its own.
+        A signal also ends the other runs of a sweep, whether this one is finished or not. The exit
+        code is 128 plus the signal's number, as in shells, or 0 at the time limit. After SIGUSR1,
+        Slurm requeues the job. The agent of a wandb sweep stops runs by SIGTERM or SIGINT when the
+        sweep says so, and would count any code other than 0 as a failure.
         """
         if self.signal is not None and self.signal.name == "SIGUSR1":
             _requeue()

@@ -1,4 +1,4 @@
-"""What a run trains and what it has come to: for its files, for the dashboard, and for the log."""
+"""Describe what a run trains and summarize its results, for its files, dashboard and log."""
 
 import logging
 import math
@@ -17,12 +17,12 @@ from training.records import nonfinite
 
 log = logging.getLogger(__name__)
 
-# Of larger maps one line says what they cost: the largest that the paper attends to.
+# The size of the largest maps that the paper attends to; larger ones cause a warning.
 MAX_POSITIONS = 32 * 32
 
 
 def describe_training(cfg: DictConfig, state: RunState) -> dict[str, Any]:
-    """What will be trained; logged, and returned for summary and dashboard."""
+    """Log and return what will be trained, for the summary and the dashboard."""
     facts = {
         "model": cfg.model.name,
         "attention": state.description.network["attention"]["name"],
@@ -64,7 +64,7 @@ def describe_training(cfg: DictConfig, state: RunState) -> dict[str, Any]:
 def summarize(
     config: dict[str, Any], progress: Progress, dataset: Dataset, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """The `training.records.Summary` of a finished run."""
+    """Return the `training.records.Summary` of a finished run."""
     last = progress.rows[-1]
     return {
         "format": FORMAT,
@@ -83,9 +83,9 @@ def summarize(
 
 
 def best(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The best held-out accuracy of all epochs and when it was; of equal ones the first.
+    """Return the best accuracy on held-out images and its epoch, the first one in case of a tie.
 
-    Empty where no images were held out: an epoch is not chosen by the test set.
+    Empty without held-out images: the test set must not choose an epoch.
     """
     if "val/top1" not in rows[-1]:
         return {}
@@ -94,7 +94,7 @@ def best(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def raise_if_nonfinite(row: dict[str, Any]) -> None:
-    """Raise FloatingPointError if a number of the epoch's row is not finite."""
+    """Raise FloatingPointError if a number in the epoch's row is not finite."""
     fault = nonfinite(row)
     if fault is not None:
         raise FloatingPointError(
@@ -103,7 +103,7 @@ def raise_if_nonfinite(row: dict[str, Any]) -> None:
 
 
 def epoch_line(row: dict[str, Any], epochs: int, on: str) -> str:
-    """An epoch's metrics in a line of the log."""
+    """Return an epoch's metrics as a line for the log."""
     return (
         f"epoch {row['epoch']}/{epochs}: loss {row['train/loss']:.4f}, {on} top-1 "
         f"{row[f'{on}/top1']:.2f}, top-5 {row[f'{on}/top5']:.2f}, lr {row['train/lr']:.3g}, "
