@@ -25,7 +25,7 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, *, warmup: float) -> L
 def one_cycle(
     optimizer: Optimizer, total_steps: int, *, warmup: float, start: float, end: float
 ) -> LRScheduler:
-    """Rise from ``start`` times the peak over the fraction ``warmup``, then fall to ``end`` times.
+    """Rise from ``start`` times the peak in the fraction ``warmup``, then fall to ``end`` times it.
 
     Both parts are half cosines (Smith and Topin, 2018). The momentum does not change. Unlike
     torch's OneCycleLR, this works for any number of steps, and ``start`` and ``end`` are both

@@ -1,9 +1,9 @@
-"""The jobs of ``train.py -m``, and what became of each, whichever sweeper and launcher run them.
+"""Run the jobs of ``train.py -m`` and collect their outcomes, for any sweeper and launcher.
 
-A job returns its score, or `NO_SCORE`, and does not raise: it never ends the sweep, neither that of
-Hydra's own sweeper nor the study of one that searches. Each job writes a record into a folder that
-is made before the first one, because a launcher may run it in another process; the table at the end
-is made of these records.
+A job returns its score, or `NO_SCORE`, instead of raising an error, so a failed job does not end
+the sweep, be it Hydra's basic sweeper or a search. A launcher may run jobs in other processes, so
+each job writes a record to a folder created before the first job; the table at the end is made
+from these records.
 """
 
 import json
@@ -33,24 +33,24 @@ from training.world import world
 if TYPE_CHECKING:
     from filelock import BaseFileLock
 
-# What a sweeper that searches is told of a job without a result: the lowest top-1 accuracy.
+# The score of a job without a result, for a sweeper that searches: the lowest top-1 accuracy.
 NO_SCORE = 0.0
-# The folder of the sweep's records, for the processes that a launcher starts.
+# Environment variable with the folder of the sweep's records, for a launcher's processes.
 RECORDS = "AACONV_SWEEP"
-# The names of the settings that are the same in all jobs, for the same processes.
+# Environment variable with the names of the settings that are the same in all jobs.
 FIXED = "AACONV_SWEEP_FIXED"
 PREFIX, LOCK = ".sweep-", "lock"
-# What Hydra writes of a sweep.
+# The file in which Hydra describes a sweep.
 DESCRIPTION = "multirun.yaml"
 
 
 @dataclass
 class Record:
-    """A job: its number, what tells it from others, its run's folder, what became of it and why.
+    """The record of a job: its number, label, run folder, outcome and the reason for it.
 
-    ``label`` has its overrides but for those that all jobs have. ``outcome`` is one of
-    `training.outcome.ALL`, or empty while it is trained. ``config`` has its settings where it has
-    no result.
+    ``label`` has the overrides that are not common to all jobs. ``outcome`` is one of
+    `training.outcome.ALL`, or empty while the job is running. ``config`` has the settings of a job
+    without a result.
     """
 
     number: int
@@ -61,19 +61,19 @@ class Record:
     config: dict[str, Any] | None = None
 
     def write(self, kind: str, why: str) -> None:
-        """Note what became of the job, where other processes of the sweep find it."""
+        """Set the job's outcome and write the record for the sweep's other processes."""
         self.outcome, self.why = kind, why
         if world().is_main and RECORDS in os.environ:
             write_json(Path(os.environ[RECORDS]) / f"{self.number}.json", asdict(self))
 
 
 class Sweep(NamedTuple):
-    """A sweep that this process, the main one, has started and keeps the records of.
+    """A sweep started by this process, the main process, which also owns its records.
 
     Attributes:
-        jobs: their number, if known.
-        records: their folder, below the sweep's, and ``lock`` its lock.
-        before: what `DESCRIPTION`, which is beside it, held before, if it was there.
+        jobs: the number of jobs, if known.
+        records: the folder of the records, in that of the sweep; ``lock`` is its lock.
+        before: the previous content of the sweep's `DESCRIPTION` file, if there was one.
     """
 
     jobs: int | None
@@ -82,19 +82,19 @@ class Sweep(NamedTuple):
     before: bytes | None
 
 
-# The sweeps that this process has started; None for each where it is not the main one.
+# The sweeps that this process has started; None for each if this is not the main process.
 _started: list[Sweep | None] = []
 
 
 class StartSweep(Callback):
-    """Makes the folder of the records; ``hydra.callbacks`` in configs/config.yaml names it."""
+    """Creates the folder of the records; registered in configs/config.yaml (hydra.callbacks)."""
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Called before the first job.
 
         Raises:
-            SystemExit: there is something wrong; of any other exception Hydra would make a warning,
-                and train without records.
+            SystemExit: on any error; Hydra would turn any other exception into a warning and train
+                without records.
         """
         try:
             self._start(config)
@@ -109,7 +109,7 @@ class StartSweep(Callback):
         for name in WANDB_RUN_VARS:
             os.environ.pop(name, None)
         overrides = parse_overrides(config.hydra.overrides.task)
-        last = {o.get_key_element(): o for o in overrides}  # which counts
+        last = {o.get_key_element(): o for o in overrides}  # the last one for a key counts
         fixed = [key for key, override in last.items() if not override.is_sweep_override()]
         os.environ[FIXED] = " ".join(sorted(fixed))
         jobs = _number_of_jobs(config, overrides)
@@ -126,9 +126,9 @@ class StartSweep(Callback):
 
 
 def _make_records(parent: Path) -> tuple[Path, "BaseFileLock"]:
-    """The folder of the records, and the lock by which others see that its sweep still runs.
+    """Create and return the folder of the records, and a lock that shows the sweep is running.
 
-    Those that sweeps have left here which were killed are removed.
+    Also remove the folders left by sweeps that were killed.
     """
     import filelock
 
@@ -137,13 +137,13 @@ def _make_records(parent: Path) -> tuple[Path, "BaseFileLock"]:
             shutil.rmtree(lock_file.parent, ignore_errors=True)
     records = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     lock = filelock.FileLock(records / LOCK)
-    with suppress(OSError):  # a file system that has none: nobody takes it, either
+    with suppress(OSError):  # without file locks, no other sweep can take it and remove the folder
         lock.acquire()
     return records, lock
 
 
 def _number_of_jobs(config: DictConfig, overrides: list[Override]) -> int | None:
-    """All combinations, where Hydra's own sweeper makes them; a search has no such number."""
+    """Return the number of jobs of Hydra's basic sweeper; None for any other sweeper."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     from training.compose import parse_overrides
@@ -165,13 +165,13 @@ def run_job(
     *,
     full_error: bool,
 ) -> float:
-    """Train ``cfg`` in its ``run_dir`` by ``train``, and return its top-1 accuracy, or `NO_SCORE`.
+    """Run ``train`` on ``cfg`` in its ``run_dir``; return the top-1 accuracy or `NO_SCORE`.
 
-    With ``resume=auto`` a job that has a result, good or bad, is not begun again.
+    With ``resume=auto``, a job that has already finished or diverged is not trained again.
 
     Raises:
-        SystemExit: a signal stops the sweep, or the end of the time; or another of several
-            processes has died.
+        SystemExit: if a signal or the time limit stops the sweep, or another process of the job
+            has died.
     """
     from training import checkpoint, outcome, run_folder, settings
     from training.distributed import broadcast_from_main, process_group
@@ -191,7 +191,7 @@ def run_job(
     try:
         with process_group(compiles=cfg.compile):
             config = settings.resolve(cfg)
-            # The main process alone looks, and so all of several do the same.
+            # Only the main process looks, so that all processes do the same.
             before = broadcast_from_main(lambda: checkpoint.finished_before(folder, config))
             summary = train(cfg, folder) if before is None else before
         scores = run_folder.scores_line(summary)
@@ -202,12 +202,12 @@ def run_job(
         return run_folder.top1(summary)
     except SystemExit as stopped:
         record.write(*_from_folder(folder, None))
-        # Where each job has a process of its own, the time is over for that one alone.
+        # If each job has a process of its own, the time limit ends only this job.
         if stopped.code or "basic_launcher" in hydra.launcher._target_:
             raise
         return NO_SCORE
     except ConnectionError as error:
-        # Each process tells of another's death: the main one may be the dead one.
+        # Every process reports another's death: the dead one may be the main process.
         console.stop("train.py", explain(error))
     except Exception as error:
         why = explain(error)
@@ -229,7 +229,7 @@ def _no_result(record: Record, kind: str, why: str, cfg: DictConfig) -> float:
 
 
 def _settings(cfg: DictConfig) -> dict[str, Any] | None:
-    """All settings of a job; None where no file can hold them, which it may be refused for."""
+    """Return all settings of a job; None if they are invalid or cannot be written to a file."""
     from models.fields import are_plain
     from training import settings
 
@@ -240,19 +240,19 @@ def _settings(cfg: DictConfig) -> dict[str, Any] | None:
 
 
 def fixed_settings() -> set[str]:
-    """The settings of the sweep's command that are the same in all its jobs; outside of one none.
+    """Return the names of the settings on the sweep's command line that are the same in all jobs.
 
-    A setting that its command does not name is not among them.
+    Empty outside a sweep.
     """
     return set(os.environ.get(FIXED, "").split())
 
 
 def _print_head(record: Record) -> None:
-    """Say which job begins; where others are trained meanwhile, each line will say whose it is."""
+    """Print which job starts; in a launcher's process, also prefix each log line with the job."""
     if _started and (sweep := _started[-1]) is not None:
         of = "" if sweep.jobs is None else f" of {sweep.jobs}"
         print(f"\njob #{record.number}{of}: {record.label}", flush=True)
-    elif RECORDS in os.environ:  # in a process of the launcher's
+    elif RECORDS in os.environ:  # in a process started by the launcher
         print(f"job #{record.number}: {record.label}", flush=True)
         for handler in logging.getLogger().handlers:
             handler.setFormatter(logging.Formatter(f"job #{record.number}: %(message)s"))
@@ -264,9 +264,9 @@ def _print_head(record: Record) -> None:
 def end(error: BaseException | None) -> int | None:
     """Print the table of the sweep that this process has started, and return the exit code.
 
-    It is 0 if all jobs have a result, 1 if one has none, 2 if all were refused; or that of
-    ``error``, which has ended the sweep, where it is an exit or Ctrl-C. None where there is no
-    sweep, or the error came before its first job. Of several processes the main one prints.
+    See `training.outcome.exit_code`; ``error`` is the exception that ended the sweep, if any.
+    Return None if there is no sweep, or the error came before its first job. With several
+    processes, only the main process prints.
     """
     if not _started:
         return None
@@ -289,7 +289,7 @@ def _end_in_main(sweep: Sweep, error: BaseException | None) -> int | None:
     sweep.lock.release()
     shutil.rmtree(sweep.records, ignore_errors=True)
     refused = all(record.outcome == outcome.REFUSED for record in records)
-    if refused:  # nothing has been done: Hydra's file tells of it
+    if refused:  # nothing was trained, so undo Hydra's description of the sweep
         description = sweep.records.with_name(DESCRIPTION)
         description.unlink(missing_ok=True)
         if sweep.before is not None:
@@ -297,7 +297,7 @@ def _end_in_main(sweep: Sweep, error: BaseException | None) -> int | None:
     if isinstance(error, Exception) and not records:
         return None
     for record in records:
-        if not record.outcome:  # its process has died, or was told to stop
+        if not record.outcome:  # its process died or was stopped
             record.write(*_from_folder(Path(record.folder), error))
     if not refused:
         for record in records:
@@ -314,17 +314,17 @@ def _end_in_main(sweep: Sweep, error: BaseException | None) -> int | None:
 
 
 def _keep_reason(folder: Path, kind: str, why: str, config: dict[str, Any] | None) -> None:
-    """Leave for the report why a job has no run."""
+    """Save for the report why a job has no run."""
     from training import outcome, run_folder
 
     if kind in (outcome.REFUSED, outcome.FAILED) and config is not None:
-        with suppress(OSError):  # what is printed says it as well
+        with suppress(OSError):  # the reason is printed anyway
             run_folder.write_no_run(folder, kind, why, config)
 
 
 @contextmanager
 def reason_kept(cfg: DictConfig, folder: Path) -> Iterator[None]:
-    """Inside a run: where an agent of a wandb sweep has started it, leave why there is none."""
+    """If a run started by the agent of a wandb sweep fails, save the reason for the report."""
     from training import outcome, run_folder
 
     try:
@@ -338,7 +338,7 @@ def reason_kept(cfg: DictConfig, folder: Path) -> Iterator[None]:
 
 
 def _from_folder(folder: Path, error: BaseException | None) -> tuple[str, str]:
-    """What the run's folder says of a job whose process has left no word."""
+    """Return outcome and reason, by its run folder, of a job whose process did not report them."""
     from training import outcome
 
     found, _ = outcome.read(folder)

@@ -1,4 +1,4 @@
-"""Weights & Biases, without ever standing in the way of a run."""
+"""Log runs to Weights & Biases, without ever blocking or failing a run."""
 
 import importlib
 import logging
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# The most seconds that a run ever waits for wandb. At the start: until a server that does not
-# answer is given up and the run kept on disk instead; after the first fault nothing is sent, and
-# so nothing waited for, any more. At the end pictures and files are uploaded.
+# Timeouts of a run's calls to wandb, in seconds. INIT: then the run is kept on disk instead. LOG:
+# after the first error, nothing more is sent, so nothing is waited for. CLOSE: longer, because
+# pictures and files are uploaded at the end.
 INIT_TIMEOUT = 20
 LOG_TIMEOUT = 5
 CLOSE_TIMEOUT = 30
 
-# Seconds after which what was logged is on disk, and so outlives wandb's process.
+# Seconds after which logged data is on disk, where it survives the death of wandb's process.
 FLUSH_INTERVAL = 1.0
 
-# What wandb needs in addition to its own limit to start its process, and to let go of it.
+# Seconds that wandb needs beyond its own limit, to start its process and to stop waiting for it.
 _MARGIN = 10
 
-# What is said of wandb is said here. Its reports on its own faults would go to the same server,
-# complain when that fails, and be waited for at the end of the process.
+# This module reports on wandb, so wandb is silent. Its own error reports would go to the same
+# server, complain if that fails, and delay the end of the process.
 QUIET = {"WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
 
-# What the environment says of one run, an agent's for example. Several runs that are started from
-# there must not share it.
+# Environment variables for a single run, set by an agent for example. If a process starts several
+# runs, they must not share them.
 WANDB_RUN_VARS = (
     "WANDB_RUN_ID",
     "WANDB_RESUME",
@@ -58,15 +58,15 @@ WANDB_RUN_VARS = (
     "WANDB_SWEEP_PARAM_PATH",
 )
 
-# What WANDB_MODE may be, and what wandb called two of them before.
+# The values of WANDB_MODE, and wandb's former names of two of them.
 MODES = ("online", "offline", "disabled")
 FORMER_MODES = {"run": "online", "dryrun": "offline"}
 
-# The longest tag or job type that wandb's server takes.
+# The maximum length of a tag or a job type on wandb's server.
 TAG_LENGTH = 64
 
-# Settings, by how their names begin, that few runs differ in; the dashboard has those that are
-# given.
+# Prefixes of the names of settings that rarely differ between runs; the dashboard shows them only
+# if they are given on the command line.
 DETAILS = (
     *(f"attention.{name}" for name in ("backend", "bias", "blocks", "init")),
     *("channels_last", "compile", "data.name", "data.max_pixels", "data.skip_damaged"),
@@ -74,15 +74,15 @@ DETAILS = (
     "sync_batchnorm",
 )
 
-# The loss in the course of an epoch.
+# The metric for the loss within an epoch.
 STEP_LOSS = "train/step_loss"
 
-# Exit codes by which the dashboard tells how a run ended; any other one is "failed".
+# Exit codes that tell the dashboard how a run ended; any other code means "failed".
 FINISHED, FAILED, KILLED = 0, 1, 255
 
 
 class Picture(NamedTuple):
-    """A picture and what is said of it."""
+    """A picture and its caption."""
 
     image: "Image"
     caption: str = ""
@@ -96,7 +96,7 @@ class Table(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """One of wandb's own charts, whose fields are columns of a table."""
+    """One of wandb's own charts; its fields are columns of a table."""
 
     name: str
     fields: dict[str, str]
@@ -105,7 +105,7 @@ class Preset(NamedTuple):
 
 Media = Picture | list[Picture] | Table
 
-# The tables of a finished run that are drawn, by the names under which it has the charts.
+# The charts drawn from tables of a finished run, by their names.
 CHARTS = {
     "media/classes": Preset(
         "wandb/bar/v0",
@@ -121,17 +121,17 @@ CHARTS = {
 
 
 def chart_table(name: str) -> str:
-    """The name under which wandb has the table of the chart ``name``."""
+    """Return the name of the table behind the chart ``name`` in wandb."""
     return f"{name}_table"
 
 
 def under_agent() -> bool:
-    """Whether an agent of a wandb sweep has started this process."""
+    """Whether the agent of a wandb sweep started this process."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 def agent_parameters() -> set[str] | None:
-    """The names of the settings that the agent's sweep sets; None where there is no such file."""
+    """Return the names of the settings that the agent's sweep sets; None if they are unknown."""
     path = os.environ.get("WANDB_SWEEP_PARAM_PATH")
     try:
         found = yaml.safe_load(Path(path).read_text()) if path and under_agent() else None
@@ -141,40 +141,40 @@ def agent_parameters() -> set[str] | None:
 
 
 class Tracker:
-    """Sends rows to one wandb run. After the first fault it warns once and stays silent."""
+    """Sends rows to one wandb run. After the first error, it warns once and sends nothing more."""
 
     def __init__(self, run: Any | None, run_id: str | None, record: str) -> None:
         self._run = run
         self._record = record
         self._exit_code = FINISHED
-        # By which a resumed run continues in the same place. It outlives a fault, and a run that
-        # could not be tracked keeps the one it was given.
+        # A resumed run continues under this ID. It is kept after an error, and if the run could not
+        # be tracked.
         self.id: str | None = run.id if run is not None else run_id
 
     @property
     def active(self) -> bool:
-        """Whether anything is still sent; what would be costly to make need not be, if not."""
+        """Whether anything is still sent; if not, callers can skip costly pictures."""
         return self._run is not None
 
     def log(self, row: dict[str, Any], media: dict[str, Media] | None = None) -> None:
-        """What is known after ``row["step"]`` steps, and what is to be seen of it.
+        """Send a row for the step ``row["step"]``, with pictures and tables.
 
-        Nothing is sent that the run has already: a kill came between that and its checkpoint.
+        Skip steps that the dashboard already has, sent before a kill but after the last checkpoint.
         """
         if row["step"] < getattr(self._run, "starting_step", 0):
             return
         self._guarded(
             LOG_TIMEOUT,
-            # Without commit it would be sent with the next row.
+            # Without commit, wandb would send it only with the next row.
             lambda run: run.log(row | _convert(media or {}), step=row["step"], commit=True),
         )
 
     def summarize(self, values: dict[str, Any]) -> None:
-        """The run's closing figures."""
+        """Set values in the run's summary."""
         self._guarded(LOG_TIMEOUT, lambda run: run.summary.update(values))
 
     def show(self, media: dict[str, Media]) -> None:
-        """Put what there is to see of the whole run, all of `CHARTS` too, into its summary."""
+        """Put pictures and tables of the whole run, with all of `CHARTS`, into its summary."""
 
         def send(run: Any) -> None:
             values = _convert(media)
@@ -184,20 +184,20 @@ class Tracker:
                 chart = _wandb().plot_table(preset, table, fields, {"title": title})
                 chart.set_key(name)
                 panels[name] = chart.spec.config_value
-            # Which run.log does for a chart, and the summary does not.
+            # run.log would do this for a chart; updating the summary does not.
             run.config.update({"_wandb": {"visualize": panels}}, allow_val_change=True)
             run.summary.update(values)
 
         self._guarded(CLOSE_TIMEOUT, send)
 
     def post(self, media: dict[str, Media]) -> None:
-        """What there is to see of several runs: an entry of its own in the history."""
+        """Add an entry to the history with pictures and tables of several runs."""
         self._guarded(CLOSE_TIMEOUT, lambda run: run.log(_convert(media), commit=True))
 
     def artifact(self, name: str, kind: str, files: Sequence[Path], facts: dict[str, Any]) -> None:
-        """Keep ``files`` with the run, under a name of the kind ``kind``.
+        """Upload ``files`` as an artifact of the type ``kind``.
 
-        What a name cannot have becomes a dash.
+        Characters that are not allowed in ``name`` become dashes.
         """
 
         def add(run: Any) -> None:
@@ -210,7 +210,7 @@ class Tracker:
         self._guarded(CLOSE_TIMEOUT, add)
 
     def keep(self, name: str, content: bytes) -> None:
-        """Keep a file of this ``name`` and ``content`` with the run."""
+        """Upload a file with this ``name`` and ``content`` to the run."""
 
         def save(run: Any) -> None:
             file = Path(run.dir, name)
@@ -220,9 +220,9 @@ class Tracker:
         self._guarded(LOG_TIMEOUT, save)
 
     def stopped(self, why: str | None, *, continued: bool) -> None:
-        """The run ends before its last epoch; whether somebody is going to continue it by itself.
+        """Mark the run as stopped before its last epoch.
 
-        Then the dashboard shows it as preempted, and an agent's server gives it out again.
+        If it will be ``continued``, mark it as preempted, so a wandb sweep gives it out again.
         """
         self._exit_code = FAILED if continued else KILLED
         self._ended("stopped", why or "")
@@ -230,17 +230,17 @@ class Tracker:
             self._guarded(LOG_TIMEOUT, lambda run: run.mark_preempting())
 
     def failed(self, error: BaseException) -> None:
-        """The run ends without a result."""
+        """Mark the run as ended without a result."""
         self._exit_code = FAILED
         diverged = isinstance(error, FloatingPointError)
         self._ended("diverged" if diverged else "failed", first_line(error))
 
     def _ended(self, outcome: str, why: str) -> None:
-        """Say in the summary how the run has ended, in the words of `training.outcome`."""
+        """Set the outcome in the summary, in the terms of `training.outcome`."""
         self.summarize({"outcome": outcome, "reason": why})
 
     def close(self) -> None:
-        """End the run, so that the next one in this process is another."""
+        """Finish the run, so that this process can start another one."""
         if self._exit_code == FINISHED:
             self._ended("done", "")
         self._guarded(CLOSE_TIMEOUT, lambda run: run.finish(exit_code=self._exit_code))
@@ -251,7 +251,7 @@ class Tracker:
             return
         try:
             with_timeout(seconds, lambda: act(run))
-        except (Exception, SystemExit) as error:  # the second when wandb's own process has died
+        except (Exception, SystemExit) as error:  # SystemExit if wandb's own process has died
             self._run = None
             kept = _kept(run)
             _kill_service()
@@ -265,7 +265,7 @@ class Tracker:
 
 
 def _kept(run: Any) -> Path | None:
-    """The folder in which wandb keeps a run on disk, whether it is sent or not."""
+    """Return the folder where wandb keeps the run on disk, whether it is uploaded or not."""
     try:
         folder = Path(run.settings.sync_dir)
         return folder if folder.is_dir() else None
@@ -274,13 +274,13 @@ def _kept(run: Any) -> Path | None:
 
 
 def _sync(folder: Path) -> str:
-    """The command that uploads it; one that was sent in part is passed over by default."""
+    """Return the command that uploads a run's folder; by default it skips runs sent in part."""
     online = "" if folder.name.startswith("offline-") else "--no-skip-online "
     return f"`wandb sync {online}{shlex.quote(str(folder))}`"
 
 
 def _convert(it: Any) -> Any:
-    """Pictures and tables as wandb's own, also in dicts and lists; all else stays as it is."""
+    """Convert pictures and tables to wandb's types, also within dicts and lists."""
     if isinstance(it, Picture):
         return _wandb().Image(it.image, caption=it.caption)
     if isinstance(it, Table):
@@ -291,11 +291,11 @@ def _convert(it: Any) -> Any:
 
 
 def _wandb() -> Any:
-    """The package, which only a run that is tracked needs."""
+    """Import wandb, which only tracked runs need."""
     return importlib.import_module("wandb")
 
 
-# ---- What the dashboard is told of a run --------------------------------------------------------
+# ---- The config of a run on the dashboard -------------------------------------------------------
 
 
 def dashboard_config(
@@ -304,12 +304,12 @@ def dashboard_config(
     segment: dict[str, Any],
     given: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """Of a run what tells it from others, as one level of dotted keys, no word of Hydra's.
+    """Return what distinguishes a run from others, with flat dotted keys and without Hydra's keys.
 
-    These are the settings that decide its result but for `DETAILS`, what of those is ``given``, and
-    a few facts. The groups' options are plain names beside their settings, ``attention`` beside
-    ``attention.dk``: what a sweep of wandb sets, it sets under these keys, and locks them. A whole
-    float is the same number as an int there, so ``attention.dk_unit`` says which one dk is.
+    These are the settings that affect its result, without those `DETAILS` that are not ``given``,
+    and a few facts. The option of a group is a key of its own, ``attention`` next to
+    ``attention.dk``, since a wandb sweep sets and locks these keys. wandb does not distinguish 1.0
+    from 1, so ``attention.dk_unit`` says whether dk is a fraction or a number of channels.
     """
     settings = result_settings(config)
     flat = {
@@ -330,14 +330,14 @@ def dashboard_config(
     return flat | {"variant": variant_label(config, facts["model"], facts["attention"])}
 
 
-# ---- Within a limit of time, and whatever happens -----------------------------------------------
+# ---- Calling wandb with a timeout, and starting a run -------------------------------------------
 
 
 def with_timeout(seconds: float, act: Callable[[], Any]) -> Any:
-    """What ``act()`` returns or raises, waited for no longer than so many seconds.
+    """Return or raise what ``act()`` does, but wait at most ``seconds`` for it.
 
     Raises:
-        TimeoutError: it took longer. It then continues in a thread that keeps no process alive.
+        TimeoutError: if it takes longer. It then continues in a daemon thread.
     """
     outcome: Future[Any] = Future()
 
@@ -354,11 +354,11 @@ def with_timeout(seconds: float, act: Callable[[], Any]) -> Any:
 
 
 def _kill_service() -> None:
-    """Forget wandb's process, dead or hanging, so that the next run starts one of its own.
+    """Kill wandb's service process, dead or hanging, so that the next run starts a new one.
 
-    Otherwise the next `wandb.init` would talk to it, and this process would wait for it at its end;
-    or it would outlive this one, asking a dead server again and again, and whoever reads what the
-    two print would wait for that.
+    Otherwise the next `wandb.init` would talk to it, and this process would wait for it on exit. Or
+    the service would outlive this process, retrying a dead server, and a reader of their common
+    output would wait for it to end.
     """
     with suppress(Exception, SystemExit):
         with_timeout(1, _wandb().teardown)
@@ -372,10 +372,10 @@ def _kill_service() -> None:
 
 
 def _services() -> list[int]:
-    """This process's children that are wandb's and still run; none where there is no /proc."""
+    """Return the PIDs of this process's running wandb services; empty without /proc."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, ValueError):  # it may end meanwhile
+        with suppress(OSError, ValueError):  # the process may end meanwhile
             name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
             state, parent = rest.split()[:2]
             if name == "wandb-core" and int(parent) == os.getpid() and state != "Z":
@@ -397,14 +397,14 @@ def track(
     record: str = "metrics.csv",
     **others: Any,
 ) -> Iterator[Tracker]:
-    """A `Tracker` of one run, closed at the end of the ``with``.
+    """Yield a `Tracker` of one run, and close it at the end of the ``with``.
 
-    ``auto`` is what the environment's WANDB_MODE says, else online if credentials are found and
-    offline if not; it never asks for any. A server that cannot be reached makes the run an
-    offline one. All runs share ``folder``/wandb. ``rows`` are what was logged already, in order;
-    ``record`` names the file that has everything even where the dashboard has not. The rest is for
-    `wandb.init`; group, name, job_type, and tags are made to fit. No fault of wandb's is passed on,
-    not even that it is not installed.
+    The ``mode`` "auto" means that of WANDB_MODE if set, else online if there are credentials and
+    offline if not; it never prompts for any. If the server cannot be reached, the run is kept
+    offline. All runs share ``folder``/wandb. ``rows`` are those logged before, in order;
+    ``record`` names the file that has all data even if the dashboard does not. The rest is for
+    `wandb.init`; group, name, job_type and tags are shortened to fit. No error of wandb is raised,
+    not even if it is not installed.
     """
     os.environ.update(QUIET)
     mode = _resolve(mode)
@@ -423,10 +423,10 @@ def track(
             **others,
         )
     tracker = Tracker(run, run_id, record)
-    if getattr(run, "resumed", False):  # how it ended before is past
+    if getattr(run, "resumed", False):  # clear the previous outcome
         tracker.summarize({"outcome": "", "reason": ""})
-    # A run that was killed may not have sent all it had logged; offline each start of a run is kept
-    # apart, and the last one is then whole.
+    # A killed run may not have sent all that it logged. Offline, each start of a run is stored
+    # separately, and this makes the last one complete.
     for row in rows:
         tracker.log(row)
     try:
@@ -448,7 +448,7 @@ def _resolve(mode: str) -> str:
     wanted = FORMER_MODES.get(given.lower(), given.lower())
     if wanted in MODES:
         return wanted
-    if given:  # not a reason to upload what was perhaps to stay here
+    if given:  # offline: do not upload what the user may have wanted to keep local
         log.warning("WANDB_MODE=%s is none of %s; taken as offline", given, ", ".join(MODES))
         return "offline"
     return "online" if has_credentials() else "offline"
@@ -459,7 +459,7 @@ def _start(mode: str, record: str, **arguments: Any) -> Any | None:
     if mode == "online" and not has_credentials():
         fault, mode = "no credentials for wandb.mode=online (run `wandb login`)", "offline"
     run = None
-    # One warning, whatever goes wrong on the way from the server to the disk to the CSV alone.
+    # Give one warning, whatever fails: fall back from the server to the disk, then to CSV only.
     for attempt in ("online", "offline") if mode == "online" else ("offline",):
         try:
             run = _init(attempt, **arguments)
@@ -487,7 +487,7 @@ def _start(mode: str, record: str, **arguments: Any) -> Any | None:
 def _init(mode: Any, **arguments: Any) -> Any:
     Path(arguments["dir"], "wandb").mkdir(parents=True, exist_ok=True)
     wandb = _wandb()
-    # create_new: or a run after one that could not be closed would be taken for that one.
+    # create_new: otherwise a run after one that could not be closed would continue that one.
     settings = wandb.Settings(console="off", init_timeout=INIT_TIMEOUT, reinit="create_new")
     if hasattr(settings, "x_transaction_log_flush_interval"):
         settings.x_transaction_log_flush_interval = FLUSH_INTERVAL
@@ -495,7 +495,7 @@ def _init(mode: Any, **arguments: Any) -> Any:
     def begin() -> Any:
         run = wandb.init(mode=mode, settings=settings, **arguments)
         for axis in ("epoch", "step"):
-            run.define_metric(axis, hidden=True)  # no chart of an axis against itself
+            run.define_metric(axis, hidden=True)  # do not plot an axis against itself
         run.define_metric("*", step_metric="epoch")
         run.define_metric(STEP_LOSS, step_metric="step")
         return run
@@ -504,9 +504,9 @@ def _init(mode: Any, **arguments: Any) -> Any:
 
 
 def has_credentials() -> bool:
-    """Whether wandb has a key to log in with; it is not verified, and nobody is asked."""
-    # wandb.init without credentials raises, or on a terminal prompts and waits forever. They are
-    # not verified here: that would wait for the network, and `_start` finds out with a limit.
+    """Whether wandb has an API key; it is not verified, and the user is not prompted for one."""
+    # Without credentials, wandb.init raises, or prompts and waits forever on a terminal. The key is
+    # not verified here, which would wait for the network: `_start` does that with a timeout.
     try:
         return bool(_wandb().login(prompt=False, verify=False))
     except (Exception, SystemExit):

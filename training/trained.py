@@ -1,4 +1,4 @@
-"""The settings and the images of a run, found again by its trained network alone."""
+"""Recover the settings and the images of a run from its trained network."""
 
 import hashlib
 import logging
@@ -30,15 +30,15 @@ log = logging.getLogger(__name__)
 def compose_settings(
     trained: models.Trained, path: str, overrides: list[str], allowed: tuple[str, ...]
 ) -> DictConfig:
-    """The settings of the run that has trained the network of ``path``, and over them others.
+    """Return the settings of the run that trained the network at ``path``, with ``overrides``.
 
-    ``data`` and its settings may be among them, and those of ``allowed``. A data set that is given
-    begins with its own defaults, a folder with the size of the network's images and the number that
-    was white in them. What was held out of the training images is the run's own: no other
-    ``data.val_size`` is taken, but for 0.
+    The overrides may be ``data``, its settings, and those in ``allowed``. A data set given here
+    starts from its own defaults; a folder, from the size and the white level of the network's
+    training images. ``data.val_size`` must be the run's own or 0: with another, images that the
+    network was trained on could count as held out.
 
     Raises:
-        ValueError: an override is of none of these, or cannot be read; another ``data.val_size``.
+        ValueError: if an override is not allowed or invalid, or changes ``data.val_size``.
     """
     keys = [word.partition("=")[0] for word in overrides]
     for key in keys:
@@ -55,7 +55,7 @@ def compose_settings(
                 "with data.root=..."
             )
         words += _own_data_words(trained)
-    elif "data=folder" in overrides:  # whose images are brought to any size
+    elif "data=folder" in overrides:  # images of a folder are resized as needed
         words.append(override("data.size", trained.image_size))
         words.append(override("data.white", reading_of(settings)["white"]))
     if "channels_last" in settings:
@@ -79,21 +79,21 @@ def _own_data(trained: models.Trained) -> dict[str, Any]:
 
 
 def _own_data_words(trained: models.Trained) -> list[str]:
-    """The overrides of the run's own data, but for where they are."""
+    """Return the overrides for the run's own data set, without its location and name."""
     own = _own_data(trained)
     folder = own.get("_target_") == FolderConfig._target_
-    # What is called cifar10 is chosen by this option; a folder is called as it is now.
+    # Other data sets have an option of their own name, such as data=cifar10.
     option = f"data={'folder' if folder else trained.description.data}"
     named = (key for key in own if key not in ("_target_", "name"))
     return [option, *(override(f"data.{key}", own[key]) for key in named)]
 
 
 def load_data(cfg: DictConfig, trained: models.Trained, path: str) -> EvaluationSet:
-    """The images of ``cfg.data`` to evaluate the network of ``path`` on; of a folder's no others.
+    """Load the images to evaluate the network at ``path`` on; of a folder, only these are read.
 
     Raises:
-        ValueError: their classes are not the network's, they cannot be had, or they may be among
-            those that the network was trained on.
+        ValueError: if their classes are not the network's, they cannot be loaded, or the network
+            may have been trained on them.
     """
     class_names = tuple(trained.class_names)
     settings = resolve(cfg.data)
@@ -120,7 +120,7 @@ def load_data(cfg: DictConfig, trained: models.Trained, path: str) -> Evaluation
 def _check_held_out(
     settings: dict[str, Any], dataset: Dataset, trained: models.Trained, path: str
 ) -> None:
-    """Raise ValueError unless the run has held out the same images as ``dataset``."""
+    """Raise ValueError unless ``dataset`` holds out the same images as the run did."""
     remedy = (
         "only of its own data it is known what was held out; data.val_size=0 takes the images that "
         "are for evaluation"
@@ -134,7 +134,7 @@ def _check_held_out(
                 f"data.{key}={settings.get(key)}: {path} was trained with data.{key}={own}; "
                 f"{remedy}"
             )
-    # Of a folder, whose images may have changed; others are made of their settings.
+    # Only a folder's images may have changed; other data sets are determined by their settings.
     is_same = dataset.digest == trained.description.data_digest
     if settings["_target_"] == FolderConfig._target_ and not is_same:
         raise ValueError(
@@ -150,15 +150,15 @@ def check_not_trained_on(
 ) -> None:
     """Raise ValueError if images of a folder are among those that the network was trained on.
 
-    They are told by their pixels, wherever their files are and whatever these are called. One that
-    the run itself was evaluated on is taken: if it was trained on as well, the run has said so.
-    Where the training images cannot be had, a line says so.
+    Images are compared by their pixels, wherever their files are and whatever their names. One that
+    the run was evaluated on is allowed: if it was also in the training set, the run has warned of
+    that. If the training images cannot be found, log a warning.
 
     Args:
-        images: what `load_data` has made of ``cfg``; of other data sets than a folder it takes none
-            that were trained on.
+        images: the result of `load_data` for ``cfg``, which already excludes training images for
+            any data set other than a folder.
     """
-    if not images.files:  # which those of a folder alone have
+    if not images.files:  # only images of a folder have files
         return
     try:
         own = _find_own_images(trained, path, cfg.data.root, images.image_size)
@@ -179,22 +179,22 @@ def check_not_trained_on(
 def _find_own_images(
     trained: models.Trained, path: str, given_root: str, size: tuple[int, int]
 ) -> frozenset[bytes]:
-    """Digests of the images that the run was trained on and not evaluated on.
+    """Return digests of the images that the run was trained on, without those for evaluation.
 
-    Those of a folder are brought to ``size``; those of other data sets are as they are.
+    Images of a folder are resized to ``size``; those of other data sets keep their size.
 
-    They are looked for where the settings beside ``path`` say, and in the folder ``given_root``.
+    They are looked for where the settings next to ``path`` say, else in the folder ``given_root``.
 
     Raises:
-        ValueError, OSError, HydraException, OmegaConfBaseException: they cannot be had.
+        ValueError, OSError, HydraException, OmegaConfBaseException: if they cannot be found.
     """
     described, words = trained.description, _own_data_words(trained)
     recorded = root = _recorded_root(path)
     if _own_data(trained).get("_target_") == FolderConfig._target_:
         words.append(override("data.size", size))
         if root is None or not Path(os.path.expanduser(root)).exists():
-            root = given_root  # where they may be, unless it has test images alone
-    else:  # of which not all are downloaded, or have a root
+            root = given_root  # it may have the training images, too, not only test images
+    else:  # some other data sets have no download or root setting
         there = compose_config(words).data
         words += ["data.download=false"] if "download" in there else []
         recorded = root = root if "root" in there else None
@@ -213,7 +213,7 @@ def _find_own_images(
 
 
 def _recorded_root(path: str) -> str | None:
-    """Where the run whose network is at ``path`` had its images; None if that is not known."""
+    """Return the ``data.root`` of the run whose network is at ``path``; None if it is unknown."""
     place = Path(os.path.expanduser(path))
     settings = run_folder.read_settings(place if place.is_dir() else place.parent) or {}
     data = settings.get("data")
@@ -221,9 +221,9 @@ def _recorded_root(path: str) -> str | None:
     return root if isinstance(root, str) else None
 
 
-@lru_cache(maxsize=1)  # the networks of a comparison are of one set
+@lru_cache(maxsize=1)  # the networks of a comparison share a data set
 def _own_images(words: tuple[str, ...]) -> tuple[str, tuple[int, int], frozenset[bytes]]:
-    """A data set's digest, its images' size, and digests of those that are trained on alone."""
+    """Return a data set's digest, image size, and digests of images that are only trained on."""
     dataset: Dataset = make(compose_config(words).data)
     trained_on, evaluated_on = map(_pixel_digests, (dataset.train, dataset.evaluation))
     return dataset.digest, dataset.image_size, frozenset(trained_on) - frozenset(evaluated_on)

@@ -1,4 +1,4 @@
-"""Settings as flat keys, those of them that decide a result, and what a variant is called."""
+"""Flatten settings, select those that affect results, and name variants, runs and folders."""
 
 import hashlib
 import json
@@ -12,20 +12,20 @@ from omegaconf import DictConfig
 from configs.schema import OPTIONS, FolderConfig, decides_result, is_as_before, names_folder
 from training.compose import parse_overrides
 
-# Hydra's own words in the settings of an option.
+# Hydra's own keys in the settings of an option.
 HYDRAS = ("_target_", "_partial_")
-# Of the path of a trained network as much as tells runs apart: variant, seed, file.
+# The number of last parts of a network's path that distinguish runs: variant, seed, file.
 KEPT_PARTS = 3
-# How images are read, and not which: `data.Dataset.digest` is the same for all their values.
+# Settings of how images are read, not which: they do not affect `data.Dataset.digest`.
 OF_PIXELS = ("data.size", "data.white", "data.max_pixels")
-# Of a setting that a search has drawn, where it is shown.
+# Significant digits shown of a value that a search has drawn.
 DIGITS = 4
-# The longest name of a run or of a group that wandb's server takes.
+# The maximum length of a run's or group's name on wandb's server.
 NAME_LENGTH = 128
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one level of dotted keys."""
+    """Flatten nested settings into one level of dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, dict):
@@ -36,10 +36,10 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def public_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings that decide a result, nested: no folder of a machine, no name of an account.
+    """Return the settings that affect a result, nested, without local folders and account names.
 
-    Groups of which nothing is left are left out, and of a file to begin with the end of its path
-    is kept.
+    Groups with no setting left are omitted. Of the path in ``init_from``, only the last
+    `KEPT_PARTS` parts are kept.
     """
     kept: dict[str, Any] = {}
     for key, value in config.items():
@@ -55,7 +55,7 @@ def public_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a result, flattened; as runs of older code have them."""
+    """Return the settings that affect a result, flattened; not those that match older behavior."""
     return {
         key: value
         for key, value in flatten(config).items()
@@ -64,24 +64,24 @@ def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def variant_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide a result except for the seed, flattened."""
+    """Return the settings that affect a result, flattened, without the seed."""
     return {k: v for k, v in result_settings(config).items() if k != "seed"}
 
 
 def images_key(config: Mapping[str, Any]) -> str:
-    """A text that is the same for all runs of such settings that must be of the same images."""
+    """Return a text that is equal for two runs exactly if they should use the same images."""
     settings = result_settings({"data": config["data"]})
     return json.dumps({k: v for k, v in settings.items() if k not in OF_PIXELS}, sort_keys=True)
 
 
 def naming_words(cfg: DictConfig, words: Iterable[str]) -> list[str]:
-    """Those of the overrides of ``cfg`` that name a folder: of settings that change a result.
+    """Return the overrides of ``cfg`` for a folder's name: those of settings that affect a result.
 
-    Of a folder of images ``data.name`` is always among them, for `data.root` names no folder of
-    results: of other data sets it only says where a copy is.
+    For images from a folder, ``data.name`` is always included: ``data.root`` never is, because for
+    other data sets it only says where a copy is.
 
     Raises:
-        HydraException: words that are no overrides.
+        HydraException: if a word is not an override.
     """
     overrides = parse_overrides(list(words))
     naming = [str(o.input_line) for o in overrides if names_folder(o.key_or_group)]
@@ -92,15 +92,15 @@ def naming_words(cfg: DictConfig, words: Iterable[str]) -> list[str]:
 
 
 def option_name(group: str, settings: dict[str, Any]) -> str:
-    """The option of a group, such as ``sgd``, that these ``settings`` are of."""
+    """Return the option of a group, such as ``sgd``, to which these ``settings`` belong."""
     names = {kind._target_: name for there, name, kind in OPTIONS if there == group}
     return names[settings["_target_"]]
 
 
 def variant_label(config: dict[str, Any], model: str, attention: str) -> str:
-    """A name for all runs that differ in nothing but the seed, and for no others.
+    """Return a name shared by exactly those runs that differ only in the seed.
 
-    Network, attention with dk, dv and Nh, and a digest of all `variant_settings`.
+    It has the network, the attention with dk, dv and Nh, and a digest of all `variant_settings`.
     """
     text = json.dumps(variant_settings(config), sort_keys=True)
     own = config["attention"]
@@ -111,14 +111,14 @@ def variant_label(config: dict[str, Any], model: str, attention: str) -> str:
 def run_name(
     words: Iterable[str], attention: str, seed: int, *, group: str = "", fixed: Iterable[str] = ()
 ) -> str:
-    """A run's name on the dashboard, such as ``aa dk=0.5 Nh=4 seed=0``: what differs comes first.
+    """Return a run's name on the dashboard, such as ``aa dk=0.5 Nh=4 seed=0``.
 
     Args:
-        words: its overrides.
-        attention: the option that it has.
-        seed: its seed.
-        group: of the run; an experiment of the same name is not repeated.
-        fixed: the settings that are the same in all runs of its sweep.
+        words: the run's overrides.
+        attention: the run's option of the group ``attention``.
+        seed: the run's seed.
+        group: the run's group; an experiment of the same name is not repeated.
+        fixed: the settings that are the same in all runs of the sweep, which are left out.
     """
     same = {"attention", *(key.lstrip("+") for key in fixed)}
     pairs = [word.lstrip("+").partition("=")[::2] for word in words if not word.startswith("~")]
@@ -136,7 +136,7 @@ def run_name(
 
 
 def few_digits(value: str) -> str:
-    """``value`` with `DIGITS` digits, where it is a number with the many that a search draws."""
+    """Round ``value`` to `DIGITS` digits if it is a number with many, as a search draws them."""
     digits = value.partition("e")[0].lstrip("-0.")
     if "." not in value or len(digits) <= DIGITS + 1:
         return value
@@ -148,12 +148,12 @@ def few_digits(value: str) -> str:
 
 
 def within_length(text: str, length: int) -> str:
-    """``text``, with a digest in place of its end where it is longer than ``length``."""
+    """Return ``text``, with a digest in place of its end if it is longer than ``length``."""
     return text if len(text) <= length else f"{text[: length - 9]}-{_digest(text)}"
 
 
 def folder_name(words: Iterable[str]) -> str:
-    """A folder's name for these overrides, with a digest where it cannot show all of them."""
+    """Return a folder name for these overrides, with a digest if it cannot show all of them."""
     text = ",".join(words) or "default"
     name = re.sub(r"[^\w.,=+\[\]-]+", "-", text).encode()[:150].decode(errors="ignore")
     if name == text and text.strip("."):
@@ -162,5 +162,5 @@ def folder_name(words: Iterable[str]) -> str:
 
 
 def _digest(text: str) -> str:
-    # Names of a user's folders may hold bytes that are no UTF-8.
+    # Names of a user's folders may contain bytes that are not UTF-8.
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=4).hexdigest()

@@ -1,4 +1,4 @@
-"""The words of train.py's command line, before Hydra reads them."""
+"""Preprocess and check the words of train.py's command line before Hydra reads them."""
 
 import ast
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from training.launch import override
 
 
 def expand(word: str) -> list[str]:
-    """``optim={'lr': 0.05}``, which a wandb agent makes of nested parameters, as ``optim.lr=0.05``.
+    """Expand a wandb agent's nested parameters: ``optim={'lr': 0.05}`` to ``optim.lr=0.05``.
 
     Every other word stays as it is.
     """
@@ -23,7 +23,7 @@ def expand(word: str) -> list[str]:
         nested = ast.literal_eval(value)
         return list(_flat(key, nested)) if isinstance(nested, dict) and nested else [word]
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return [word]  # in Hydra's own grammar, or a mistake that Hydra names
+        return [word]  # a dict in Hydra's own grammar, or an error that Hydra reports
 
 
 def _flat(key: str, value: Any) -> Iterator[str]:
@@ -35,23 +35,23 @@ def _flat(key: str, value: Any) -> Iterator[str]:
 
 
 def fault(words: list[str]) -> str | None:
-    """What Hydra would take in another way than it was meant, and what to write instead."""
+    """Return a message on the first word that Hydra would misread; None if there is none."""
     for word in words:
         key, equals, value = word.lstrip("+").partition("=")
         if not equals or not key or not (CONFIGS / key).is_dir():
             continue
         if word.startswith("+"):
             return f"{word}: {key} is already in the defaults; write {word.lstrip('+')}"
-        if value.startswith("[") and key != "experiment":  # which may be several at once
+        if value.startswith("[") and key != "experiment":  # experiments may be a list
             options = value.strip("[ ]")
             return f"{word}: a run has one option of {key}; -m {key}={options} is a run of each"
     return None
 
 
 def config_fault(name: str | None, added: str | None, instead: str | None) -> str | None:
-    """What is wrong with Hydra's ``--config-name``, ``--config-dir`` and ``--config-path``.
+    """Return what is wrong with Hydra's ``--config-name``, ``--config-dir`` or ``--config-path``.
 
-    A primary config of the user's own has to begin with ours, which has all settings.
+    A user's own primary config must start with ours in its defaults, which has all settings.
     """
     if instead is not None and not Path(instead, "config.yaml").is_file():
         return f"--config-path={instead} has no config.yaml; --config-dir={instead} adds its files"
@@ -72,5 +72,5 @@ def _has_defaults(file: Path) -> bool:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return True  # Hydra names the fault
+        return True  # Hydra reports the error
     return isinstance(content, dict) and "defaults" in content

@@ -1,11 +1,11 @@
-"""Which of the processes of a run this one is, by the environment that torchrun sets."""
+"""The rank and world size of this process, from the environment that torchrun sets."""
 
 import os
 from typing import NamedTuple
 
 
 class World(NamedTuple):
-    """Which of ``size`` processes this is, counted over all machines and on this one."""
+    """This process's rank, the number of processes, and its rank on this machine."""
 
     rank: int
     size: int
@@ -13,16 +13,16 @@ class World(NamedTuple):
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes files and prints."""
+        """Whether this is the main process, the only one that writes files and prints."""
         return self.rank == 0
 
 
 def world() -> World:
-    """This process among those that torchrun has started, by its environment variables.
+    """Return this process's rank and world size, from torchrun's environment variables.
 
     Raises:
-        ValueError: they are incomplete or are no ranks; or Slurm has started several processes,
-            which do not know each other, without torchrun.
+        ValueError: if the variables are incomplete or invalid; or if Slurm has started several
+            processes without torchrun, which do not know of each other.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     given = {name: os.environ[name] for name in names if name in os.environ}
@@ -49,7 +49,7 @@ def world() -> World:
 
 
 def _refuse_slurm_tasks() -> None:
-    # Of a job's step; the batch script itself is one process, whatever the job has asked for.
+    # Of the job step, not the job: the batch script is one process, however many the job requests.
     tasks, rank = (os.environ.get(n, "") for n in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
     if (tasks.isdecimal() and int(tasks) > 1) or (rank.isdecimal() and int(rank) > 0):
         of = f" of {tasks}" if tasks else ""
