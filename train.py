@@ -105,7 +105,7 @@ def train(cfg: DictConfig, run_dir: Path) -> dict[str, Any]:
         if folder is not None:
             folder.start(cfg, replaced, dataset.digest)
             if resumed is not None and not checkpoint.is_in(resumed, run_dir):
-                checkpoint.save(folder.path, state, config, progress)  # before metrics.csv
+                checkpoint.save(folder.path, state, config, progress)  # before its metrics.csv
                 folder.keep()
             folder.write_metrics(progress.rows)  # a killed run may have left more or fewer rows
 

@@ -15,7 +15,7 @@ TILE = 128
 WARM = (235, 70, 0)
 # Opacity of that color at the largest weight; below 1, so that the image stays visible.
 MAX_ALPHA = 0.8
-# Colors of the query's frame, its outer and inner lines and the line between, which stand out.
+# Colors of the query's frame (outer and inner lines; line between): visible on any image.
 EDGE, MARK = (0, 0, 0), (255, 255, 255)
 # Pixels between tiles and above them (for the names of the heads); background and text colors.
 GAP, HEADER = 6, 26

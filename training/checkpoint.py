@@ -239,7 +239,7 @@ def _check_shapes(optimizer: torch.optim.Optimizer) -> None:
                 raise UnreadableError(f"optimizer: {name} is {tuple(shape)} of {parameter.shape}")
 
 
-# ---- A run ---------------------------------------------------------------------------------------
+# ---- Starting, continuing or skipping a run ------------------------------------------------------
 
 
 def _check_summary(folder: Path) -> None:

@@ -157,7 +157,7 @@ def run_dir(cfg: DictConfig) -> Path:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End a run outside a sweep with one line and exit code 2 on an error for the user.
+    """End a run outside a sweep with one line and exit code 2 if the user can fix the error.
 
     These are ValueError, OSError, out of memory, non-finite losses or scores, and Hydra's errors.
     """

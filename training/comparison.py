@@ -89,7 +89,7 @@ def plan(
 
     Raises:
         ValueError: if a setting is invalid or reserved for compare.py, or if the images have
-            changed since the results in the folder.
+            changed since the results in the folder were made.
         OSError: if these images cannot be read.
         HydraException, OmegaConfBaseException: if train.py has no such setting.
     """
@@ -116,7 +116,7 @@ def plan(
 
 
 def _check_images(comparison: Path, data: dict[str, dict[str, Any]]) -> None:
-    """Raise ValueError if the images have changed since the comparison's results.
+    """Raise ValueError if the images have changed since the comparison's results were made.
 
     Args:
         comparison: the comparison's folder.
@@ -153,7 +153,7 @@ def _images_of(folder: Path) -> tuple[str | None, Mapping[str, Any]]:
     return summary.get("data_digest"), summary["config"]
 
 
-# ---- While they are trained ---------------------------------------------------------------------
+# ---- Progress and time left ---------------------------------------------------------------------
 
 
 def status(runs: list[PlannedRun], run: PlannedRun) -> str:

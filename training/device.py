@@ -140,9 +140,9 @@ def to_device(model: nn.Module, device: torch.device, channels_last: bool) -> nn
 def compiled(model: nn.Module) -> Any:
     """Return ``model`` compiled; if torch gives up, raise an error instead of running it eagerly.
 
-    The compiler has a limit of compiled versions of the same code, which all networks share. After
+    The compiler limits the number of compiled versions of the same code, over all networks. After
     four networks of a sweep, each trained and evaluated, it would leave the next one uncompiled,
-    so clear its cache first. `training.errors` explains the error.
+    so its cache is cleared first. `training.errors` explains the error.
     """
     from torch import _dynamo  # takes seconds to import
 

@@ -34,8 +34,8 @@ def is_for_the_user(error: Exception) -> bool:
 
 
 def _lacks_memory(error: BaseException) -> bool:
-    # On the CPU and in CUDA's libraries, torch has no error class for it. The class is compared by
-    # name: importing torch takes seconds, too long for reporting a misspelled setting.
+    # Errors on the CPU and in CUDA's libraries have no class of their own. The one on GPUs is told
+    # by its name: importing torch takes seconds, too long just to report a misspelled setting.
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return known or any(words in str(error) for words in OUT_OF_MEMORY)
 

@@ -169,7 +169,7 @@ class NoRun(TypedDict):
 
 @with_config(extra="allow")
 class Checkpoint(TypedDict):
-    """A checkpoint, without `training.progress.Progress` and the other state dicts."""
+    """A checkpoint, apart from `training.progress.Progress` and the other state dicts."""
 
     format: Format
     config: Plain

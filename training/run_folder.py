@@ -13,8 +13,8 @@
                      .lock-soft if the file system has no locks
 
 A process claims the folder before it writes anything there and holds the claim until it ends; other
-processes are refused. If it ends before there is anything to keep, the files that it created, and
-only those, are removed.
+processes are refused. If the process ends before there is anything to keep, the files that it
+created, and only those, are removed.
 
 Every reader checks the format's version and the keys it promises, so an error message names the
 damaged file and key in one line, and callers can rely on the data.

@@ -25,11 +25,11 @@ def warmup_cosine(optimizer: Optimizer, total_steps: int, *, warmup: float) -> L
 def one_cycle(
     optimizer: Optimizer, total_steps: int, *, warmup: float, start: float, end: float
 ) -> LRScheduler:
-    """Rise from ``start`` times the peak in the fraction ``warmup``, then fall to ``end`` times it.
+    """Rise from ``start`` times the peak during ``warmup``, then fall to ``end`` times the peak.
 
-    Both parts are half cosines (Smith and Topin, 2018). The momentum does not change. Unlike
-    torch's OneCycleLR, this works for any number of steps, and ``start`` and ``end`` are both
-    fractions of the peak.
+    Both parts are half cosines (Smith and Topin, 2018). ``warmup`` is a fraction of all steps. The
+    momentum does not change. Unlike torch's OneCycleLR, this works for any number of steps, and
+    ``start`` and ``end`` are both fractions of the peak.
     """
     last = max(1, total_steps - 1)
     top = warmup * last

@@ -1,4 +1,4 @@
-"""When a run saves a checkpoint, and when it stops: at a signal, or when its time is over."""
+"""When a run saves a checkpoint, and when it stops: on a signal or at its time limit."""
 
 import enum
 import logging

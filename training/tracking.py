@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Timeouts of a run's calls to wandb, in seconds. INIT: then the run is kept on disk instead. LOG:
-# after the first error, nothing more is sent, so nothing is waited for. CLOSE: longer, because
-# pictures and files are uploaded at the end.
+# The most seconds a run ever waits for wandb: to start, after which the run is kept on disk
+# instead; to log, since after a first error nothing more is sent; and to close, when pictures and
+# files are uploaded.
 INIT_TIMEOUT = 20
 LOG_TIMEOUT = 5
 CLOSE_TIMEOUT = 30
@@ -222,7 +222,7 @@ class Tracker:
     def stopped(self, why: str | None, *, continued: bool) -> None:
         """Mark the run as stopped before its last epoch.
 
-        If it will be ``continued``, mark it as preempted, so a wandb sweep gives it out again.
+        If it will be ``continued``, mark it as preempted, so that a wandb sweep assigns it again.
         """
         self._exit_code = FAILED if continued else KILLED
         self._ended("stopped", why or "")

@@ -183,7 +183,7 @@ def _find_own_images(
 
     Images of a folder are resized to ``size``; those of other data sets keep their size.
 
-    They are looked for where the settings next to ``path`` say, else in the folder ``given_root``.
+    They are searched for where the settings next to ``path`` say, else in ``given_root``.
 
     Raises:
         ValueError, OSError, HydraException, OmegaConfBaseException: if they cannot be found.

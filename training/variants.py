@@ -55,7 +55,7 @@ def public_settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def result_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that affect a result, flattened; not those that match older behavior."""
+    """Return the settings that affect a result, flattened, without values older code implied."""
     return {
         key: value
         for key, value in flatten(config).items()
@@ -77,8 +77,8 @@ def images_key(config: Mapping[str, Any]) -> str:
 def naming_words(cfg: DictConfig, words: Iterable[str]) -> list[str]:
     """Return the overrides of ``cfg`` for a folder's name: those of settings that affect a result.
 
-    For images from a folder, ``data.name`` is always included: ``data.root`` never is, because for
-    other data sets it only says where a copy is.
+    For images from a folder, ``data.name`` is always included, since ``data.root`` never is: for
+    other data sets, it only says where a copy is.
 
     Raises:
         HydraException: if a word is not an override.

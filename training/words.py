@@ -51,7 +51,7 @@ def fault(words: list[str]) -> str | None:
 def config_fault(name: str | None, added: str | None, instead: str | None) -> str | None:
     """Return what is wrong with Hydra's ``--config-name``, ``--config-dir`` or ``--config-path``.
 
-    A user's own primary config must start with ours in its defaults, which has all settings.
+    A user's own primary config must begin its defaults with ours, which has all settings.
     """
     if instead is not None and not Path(instead, "config.yaml").is_file():
         return f"--config-path={instead} has no config.yaml; --config-dir={instead} adds its files"
