@@ -74,7 +74,7 @@ SETTINGS = [
     ("~nothing", "Could not delete from config. 'nothing' does not exist"),
     ("model=resnet9", "Could not find 'model/resnet9' Available options in 'model': alternet18"),
     ("model=null", "Config group override must be a string or a list. Got NoneType (given: "),
-    ("attention=[aa,se]", "a run has one option of attention; -m attention=aa,se is a run of each"),
+    ("attention=[aa,se]", "a run takes one option of attention; -m attention=aa,se runs each"),
     # Hydra's grammar
     ("attention", "attention: settings are NAME=VALUE"),
     ("resume=a/seed=0", "; quote such text for Hydra and for the shell: \"resume='a/seed=0'\""),

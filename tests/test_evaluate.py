@@ -241,7 +241,7 @@ def test_a_part_of_the_training_images_is_known_by_its_pixels(pets, tmp_path, ca
 
     call(evaluate.main, path, *words)  # of the weights alone nothing more is known
     line = "net: not compared with the images that it was trained on: "
-    assert f"{line}{copies} has others" in caplog.text
+    assert f"{line}the images in {copies} differ" in caplog.text
     caplog.clear()
     (tmp_path / "net" / ".hydra").mkdir()
     settings = tmp_path / "net" / ".hydra" / "config.yaml"
@@ -259,7 +259,7 @@ def test_a_part_of_the_training_images_is_known_by_its_pixels(pets, tmp_path, ca
     write(pets / "train" / "ant" / "0.png", seed=77)
     trained._own_images.cache_clear()  # another process
     call(evaluate.main, path, *words)
-    assert f"{line}{pets} has others" in caplog.text
+    assert f"{line}the images in {pets} differ" in caplog.text
     shutil.rmtree(pets)
     caplog.clear()
     trained._own_images.cache_clear()

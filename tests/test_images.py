@@ -63,7 +63,7 @@ def test_a_run_is_neither_finished_nor_continued_on_other_images(run, root, tmp_
         shutil.rmtree(root)
         change(shutil.copytree(unchanged, root))
         for where in ("finished", "stopped"):
-            line = rf"{where}/last\.pt is of a run on different images that are also called mine; "
+            line = rf"{where}/last\.pt is from a run on other images that are also called mine; "
             try:
                 with pytest.raises(ValueError, match=line):
                     run("resume=auto", base=words(root), folder=where)
@@ -96,7 +96,7 @@ def test_a_run_that_diverged_did_so_on_its_images(run, root, tmp_path):
         run("optim.lr=1e30", "resume=auto", base=words(root))
     kept = failure.read_text()
     replace_all(root)
-    with pytest.raises(ValueError, match=r"failed\.json is of a run on different images .* mine; "):
+    with pytest.raises(ValueError, match=r"failed\.json is from a run on other images .* mine; "):
         run("optim.lr=1e30", "resume=auto", base=words(root))
     assert failure.read_text() == kept
     failure.write_text(json.dumps({**json.loads(kept), "data_digest": None}))
@@ -175,7 +175,7 @@ def test_a_comparison_is_not_finished_by_runs_on_other_images(root, tmp_path):
         made(run.folder, known, seed=run.seed, data=settings)
     assert not any(run.missing for run in planned()[1])
     write(root / "train" / "ant" / "0.png", seed=500)
-    with pytest.raises(ValueError, match=r"0 is of a run on different images.* another data\.nam"):
+    with pytest.raises(ValueError, match=r"0 is from a run on other images.* another data\.nam"):
         planned()
     assert len(planned("data.val_size=3")[1]) == 2  # a comparison of its own
     shutil.rmtree(first.folder)
@@ -187,7 +187,7 @@ def test_a_comparison_is_not_finished_by_runs_on_other_images(root, tmp_path):
     cfg = compose_config(["data=folder", f"data.root='{root}'", "data.name=mine", "data.size=8"])
     (first.folder / ".hydra").mkdir()
     (first.folder / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
-    with pytest.raises(ValueError, match=r"0 is of a run on different images.* also called mine"):
+    with pytest.raises(ValueError, match=r"0 is from a run on other images.* also called mine"):
         planned()
 
 

@@ -171,7 +171,7 @@ def test_a_result_on_other_images_is_not_taken_for_the_jobs(sweeps, tmp_path, mo
     assert (said.code, said.steps) == (1, 0)
     assert count.startswith("2 jobs: 2 failed")
     assert all(
-        "is of a run on different images that are also called my images" in jobs[n] for n in (0, 1)
+        "is from a run on other images that are also called my images" in jobs[n] for n in (0, 1)
     )
     assert table(sweeps(*words, "overwrite=true"))[1] == "2 jobs: 1 done, 1 diverged"
 

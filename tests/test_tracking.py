@@ -132,7 +132,7 @@ def test_auto_listens_to_the_environment(
     with start("auto", tmp_path):
         pass
     assert seen == expected
-    assert ("WANDB_MODE=offlien is none of online, offline, disabled" in caplog.text) == warns
+    assert ("WANDB_MODE=offlien is not one of online, offline, disabled" in caplog.text) == warns
 
 
 def warnings(caplog):

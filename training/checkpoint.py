@@ -153,8 +153,8 @@ def load(paths: list[Path], config: dict[str, Any]) -> tuple[Path, dict[str, Any
         there, here = differing["epochs"]
         raise ValueError(
             f"{path} is from a run of {there} epochs, and its learning rate is scheduled for them; "
-            f"{shell_override('init_from', path.parent)} with another run_dir= or name= begins a "
-            f"new schedule, of {here} epochs, with its weights"
+            f"{shell_override('init_from', path.parent)} with another run_dir= or name= starts a "
+            f"new schedule of {here} epochs from its weights"
         )
     if differing:
         told = [

@@ -20,7 +20,7 @@ OURS = {
     "run_dir": "use --out",
     "hydra.run.dir": "use --out",
     "max_minutes": "use --max-minutes",
-    "resume": "leave it out, for compare.py always continues",
+    "resume": "leave it out; compare.py always resumes",
 }
 
 
@@ -130,7 +130,7 @@ def _check_images(comparison: Path, data: dict[str, dict[str, Any]]) -> None:
             digests[key] = images.current_digest(data[key])
         if digests.get(key) not in (None, digest):
             raise ValueError(
-                f"{folder} is of a run on different images that are also called "
+                f"{folder} is from a run on other images that are also called "
                 f"{config['data']['name']}; another data.name= keeps them apart, or remove "
                 f"{comparison} to train its runs again"
             )

@@ -62,7 +62,7 @@ def explain(error: BaseException) -> str:
         import torch
 
         return (
-            "compile=true, but torch compiles this network again and again, and no more after "
+            "compile=true, but torch gave up after compiling this network "
             f"{torch._dynamo.config.recompile_limit} times (TORCH_LOGS=recompiles says why); use "
             "compile=false"
         )

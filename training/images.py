@@ -39,6 +39,6 @@ def differ(digest: str | None, config: Mapping[str, Any]) -> bool:
 def other_images(path: Path, name: str) -> str:
     """Return the error message for the run in ``path`` on different images of the same name."""
     return (
-        f"{path} is of a run on different images that are also called {name}; another name= or "
+        f"{path} is from a run on other images that are also called {name}; another name= or "
         "data.name= keeps them apart, overwrite=true with resume=auto trains it again"
     )

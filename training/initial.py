@@ -63,7 +63,7 @@ def take_weights(
 
 
 def _warn_of_frozen(names: Sequence[str], why: str) -> None:
-    log.warning("freeze=[%s] %s: random weights there stay as they are drawn", ",".join(names), why)
+    log.warning("freeze=[%s] %s: random weights there stay untrained", ",".join(names), why)
 
 
 def init_provenance(initial: Trained | ForeignWeights | None) -> dict[str, Any]:

@@ -70,8 +70,8 @@ def attention_pictures(model: nn.Module, dataset: Dataset) -> dict[str, list[Pic
         f"media/attention/{layer}": [
             Picture(
                 attention_picture.labeled(picture),
-                f"{layer}, {picture.words}. Of each image from the marked position, whose "
-                "attention is the sharpest, and the mean over all positions",
+                f"{layer}, {picture.words}. For each image: attention from the marked position, "
+                "where it is sharpest, and the mean over all positions",
             )
         ]
         for layer, picture in drawn.items()

@@ -449,7 +449,7 @@ def _resolve(mode: str) -> str:
     if wanted in MODES:
         return wanted
     if given:  # offline: do not upload what the user may have wanted to keep local
-        log.warning("WANDB_MODE=%s is none of %s; taken as offline", given, ", ".join(MODES))
+        log.warning("WANDB_MODE=%s is not one of %s; using offline", given, ", ".join(MODES))
         return "offline"
     return "online" if has_credentials() else "offline"
 

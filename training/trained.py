@@ -122,8 +122,8 @@ def _check_held_out(
 ) -> None:
     """Raise ValueError unless ``dataset`` holds out the same images as the run did."""
     remedy = (
-        "only of its own data it is known what was held out; data.val_size=0 takes the images that "
-        "are for evaluation"
+        "held-out images are known only for the run's own data; data.val_size=0 uses the images "
+        "that are for evaluation"
     )
     for key, own in _own_data(trained).items():
         same = settings.get(key) == own
@@ -206,7 +206,7 @@ def _find_own_images(
             raise
         raise ValueError(f"the location of {described.data} is unknown") from error
     if digest != described.data_digest:
-        raise ValueError(f"{root or described.data} has others")
+        raise ValueError(f"the images in {root or described.data} differ")
     if own_size != size:
         raise ValueError(f"those are {own_size[0]}x{own_size[1]}")
     return own

@@ -44,7 +44,7 @@ def fault(words: list[str]) -> str | None:
             return f"{word}: {key} is already in the defaults; write {word.lstrip('+')}"
         if value.startswith("[") and key != "experiment":  # experiments may be a list
             options = value.strip("[ ]")
-            return f"{word}: a run has one option of {key}; -m {key}={options} is a run of each"
+            return f"{word}: a run takes one option of {key}; -m {key}={options} runs each"
     return None
 
 
