@@ -377,9 +377,9 @@ def test_a_network_that_would_go_on_uncompiled_is_told_of_in_one_line(run, graph
         run("compile=true", "epochs=1", "eval_batch_size=30")
     assert stopped.value.code == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("train.py: compile=true, but torch gave up after compiling this network")
-    assert line.endswith(
-        "no more after 2 times (TORCH_LOGS=recompiles says why); use compile=false"
+    assert line == (
+        "train.py: compile=true, but torch gave up after compiling this network 2 times "
+        "(TORCH_LOGS=recompiles says why); use compile=false"
     )
     assert len(graphs) == 2
 
