@@ -1,7 +1,7 @@
-"""Random changes to training images: what there is, what is drawn for an epoch, what it does.
+"""Augmentation of training images: its options, the random draws of an epoch, and their effect.
 
-Everything that is drawn is drawn on the CPU, for a whole epoch, as tensors whose entry k belongs to
-the k-th sample; what is on leaves the draws of all else alone. Pixels are changed where they are.
+All draws of an epoch are made on the CPU at once, as tensors whose entry k belongs to sample k;
+turning one augmentation on does not change the draws of another. Pixels stay on their device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from data import erasing, mixing, policies
 from data.dataset import seeded_generator
 
 Draws = dict[str, Tensor]
-# Least and, unless there is none, most of each number.
+# Minimum and maximum of each number; None is no maximum.
 _RANGES: dict[str, tuple[int, int | None]] = {
     **dict.fromkeys(("crop_pad", "cutout", "mixup", "cutmix"), (0, None)),
     "rand_ops": (1, None),
@@ -37,13 +37,13 @@ class Augmentation:
     ``cutout``: side in pixels of a square that is set to the mean color; its center is uniform
     over the image, so it may extend past the edge. 0 turns crop and cutout off.
     ``padding``: "zeros", or "reflect" for the image mirrored at its edge.
-    ``policy``: "trivial" (TrivialAugment), "rand" (RandAugment: ``rand_ops`` operations of
+    ``policy``: "trivial" (TrivialAugment), "rand" (RandAugment: ``rand_ops`` operations at
     ``rand_magnitude``), "auto" (AutoAugment's for CIFAR-10) or None.
     ``erasing``: probability that a random rectangle is set to the mean color.
-    ``mixup``, ``cutmix``: parameter of the beta distribution of the share that a sample keeps when
-    it is mixed with another one; 0 is off, and with both on each is taken with probability 1/2.
+    ``mixup``, ``cutmix``: alpha of the Beta(alpha, alpha) distribution of the share that a sample
+    keeps when it is mixed with another; 0 is off. With both on, each has probability 1/2.
 
-    Raises ValueError for a value that is none of these.
+    Raises ValueError for any other value.
     """
 
     crop_pad: int = 0
@@ -73,11 +73,11 @@ class Augmentation:
 
     @property
     def mixes(self) -> bool:
-        """Whether samples are mixed, and labels are weights of the classes."""
+        """Whether mixup or CutMix is on, which turns labels into class weights."""
         return bool(self.mixup or self.cutmix)
 
     def check_fits(self, height: int, width: int) -> None:
-        """Raises ValueError if a crop could miss the whole image or the cutout is larger."""
+        """Raise ValueError if a crop could miss the whole image or the cutout exceeds it."""
         side = min(height, width)
         if self.crop_pad >= side:
             raise ValueError(
@@ -98,17 +98,17 @@ class Augmentation:
         epoch: int,
         order: Tensor | None = None,
     ) -> Draws:
-        """The draws of an epoch for ``number`` images of height and width ``size``, by name.
+        """Return the draws of an epoch, by name, for ``number`` images (height, width) ``size``.
 
-        ``order`` are the images in the epoch's order, if that is not a random one of all.
+        ``order``: indices of the images in the epoch's order; by default a random permutation.
         """
         generator = seeded_generator("epoch", seed, epoch)
 
         def integers(stop: int) -> Tensor:
             return torch.randint(stop, (number,), generator=generator)
 
-        # These come from one generator, whether they are used or not: turning one augmentation on
-        # must not change the draws of the others. Later ones have a generator of their own.
+        # These come from one generator and are drawn even if unused: turning one augmentation on
+        # must not change the draws of the others. Those below have a generator each.
         draws = {
             "order": torch.randperm(number, generator=generator),
             "top": integers(2 * self.crop_pad + 1),
@@ -120,7 +120,7 @@ class Augmentation:
         if order is not None:
             draws["order"] = order
         if self.flip == "alternating":
-            # Of the images, not of the epoch's samples, and from the seed alone.
+            # Drawn per image, not per sample of the epoch, and from the seed alone.
             generator = seeded_generator("alternating flip", seed)
             side = torch.randint(2, (number,), generator=generator)[draws["order"]]
             draws["mirrored"] = (side + epoch) % 2 == 1
@@ -137,7 +137,7 @@ class Augmentation:
         return draws
 
     def change_pixels(self, pixels: Tensor, draws: Draws) -> Tensor:
-        """``pixels`` (B, H, W, 3) uint8, of the samples of ``draws``: crop, flip and policy."""
+        """Return ``pixels`` (B, H, W, 3) uint8 after the crop, flip and policy of ``draws``."""
         if self.crop_pad or self.flip:
             pixels = _crop_and_flip(pixels, draws, self)
         if self.policy:
@@ -158,7 +158,7 @@ class Augmentation:
 
 def _check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     if value not in choices:
-        # As one writes them in YAML.
+        # As written in YAML.
         given, *words = (json.dumps(value).strip('"') for value in (value, *choices))
         known = f"{', '.join(words[:-1])} or {words[-1]}"
         raise ValueError(f"augmentation.{name}={given} is unknown; give {known}")
@@ -183,5 +183,5 @@ def _crop_and_flip(pixels: Tensor, draws: Draws, augmentation: Augmentation) -> 
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
-    """Indices less than ``size`` outside of 0 to size - 1, reflected at the two ends."""
+    """Reflect indices at 0 and ``size`` - 1; they exceed this range by less than ``size``."""
     return size - 1 - (size - 1 - index.abs()).abs()

@@ -15,7 +15,7 @@ Color = Sequence[float]  # of red, green and blue
 
 
 def check_batch_size(batch_size: int, train_size: int) -> None:
-    """Raises ValueError unless an epoch of ``train_size`` images has such a batch."""
+    """Raise ValueError unless ``batch_size`` is from 1 to ``train_size``."""
     if not 1 <= batch_size <= train_size:
         raise ValueError(
             f"batch_size={batch_size} does not fit {train_size} training images; "
@@ -30,21 +30,21 @@ class Batches:
     full batches in an epoch; an incomplete last batch is dropped.
 
     All random draws of an epoch are made on the CPU, for all its samples, from generators seeded by
-    ``seed`` and the epoch. They are therefore the same on every device, do not depend on the batch
-    size or on which augmentations are on, and an epoch can be resumed at batch ``start`` without
-    any saved state.
+    ``seed`` and the epoch. They are therefore the same on every device and do not depend on the
+    batch size or on which augmentations are on, and an epoch can be resumed at batch ``start``
+    without any saved state.
 
-    With ``shard=(rank, world_size)`` only this rank's share of each batch is made,
-    batch_size / world_size images: concatenated in the order of the ranks, the shards are the batch
-    that one process makes. A batch that goes through the network in ``micro_batches`` is sharded
-    micro-batch by micro-batch, so that this holds for each of them.
+    With ``shard=(rank, world_size)`` only this rank's shard of each batch is made,
+    batch_size / world_size images. Concatenated in rank order, the shards are the batch that a
+    single process makes. Each of the ``micro_batches`` of a batch is sharded separately, so that
+    this holds for each of them.
 
-    An epoch has each image once, or where it is ``balanced`` each class equally often, see
-    `balanced_order`, from a generator of its own.
+    An epoch has each image once or, if ``balanced``, each class equally often, drawn from a
+    separate generator (see `balanced_order`).
 
     Raises ValueError if ``batch_size`` is below 1, above the number of images or not divisible by
-    world_size * micro_batches, or if the augmentation does not fit the images or lacks
-    ``num_classes``.
+    world_size * micro_batches, if the augmentation does not fit the images, or if it mixes samples
+    and ``num_classes`` is missing.
     """
 
     def __init__(
@@ -83,10 +83,10 @@ class Batches:
         return len(self.images) // self.batch_size
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of an epoch from number ``start`` on; epochs and batches count from 0.
+        """Yield the batches of an epoch from batch ``start`` on; epochs and batches count from 0.
 
-        Yields images (B, 3, H, W), float32 in channels_last memory format, and labels (B,); with
-        mixup or cutmix, which need ``num_classes``, the weights of the classes (B, num_classes).
+        A batch is images (B, 3, H, W), float32 in channels_last memory format, and labels (B,) or,
+        with mixup or CutMix, class weights (B, num_classes).
         Raises ValueError, before the first batch, unless ``start`` is from 0 to ``len(self)``.
         """
         if not 0 <= start <= len(self):
@@ -107,7 +107,7 @@ class Batches:
             yield self._make(draws, batch * self.batch_size + positions)
 
     def _make(self, draws: Draws, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The samples of these positions in the epoch."""
+        """Return the samples at these positions in the epoch."""
         if self.augmentation.mixes:
             positions = torch.cat([positions, draws["partner"][positions]])
         draws = {name: drawn[positions] for name, drawn in draws.items()}
@@ -121,10 +121,10 @@ class Batches:
 
 
 def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
-    """Indices (N,) of as many images as there are ``labels``, (N,), each class equally often.
+    """Return N shuffled indices into ``labels`` (N,) with each class equally often.
 
-    Where N is no multiple of the number of classes that have images, some chosen at random are
-    drawn once more. No image of a class is drawn a second time before all have been drawn.
+    If N is not a multiple of the number of classes that have images, random classes are drawn once
+    more. No image of a class is drawn a second time before all of them have been drawn.
     """
     classes = labels.unique()
     quotas = torch.full((len(classes),), len(labels) // len(classes))
@@ -142,10 +142,10 @@ def balanced_order(labels: Tensor, generator: torch.Generator) -> Tensor:
 def evaluation_batches(
     images: Images, batch_size: int, mean: Color, std: Color
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """All of ``images`` in order, normalized and not augmented; the last batch may be smaller.
+    """Yield all ``images`` in order, normalized, not augmented; the last batch may be smaller.
 
-    Yields what ``Batches.epoch`` yields. Raises ValueError, before the first batch, if
-    ``batch_size`` is below 1.
+    Batches are those of ``Batches.epoch``, with labels (B,). Raises ValueError, before the first
+    batch, if ``batch_size`` is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is below 1; give 1 or more")

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, read by torchvision and downloaded where they are missing."""
+"""CIFAR-10 and CIFAR-100, read by torchvision and downloaded if they are missing."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from aaconv.text import one_line
 from data.dataset import Dataset, Images, check_val_size, digest_of, hold_out
 
 TRAIN_SIZE = 50_000
-# Limit for each network operation of a download, connecting included, so that a machine without a
-# network says so soon.
+# Timeout of each network operation of a download, connecting included, so that a machine without
+# a network fails fast.
 _NETWORK_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
 class Source:
-    """torchvision's class for a data set; mean and std of all its training pixels.
+    """A data set: torchvision's class for it, and mean and std of all its training pixels.
 
     ``coarse``: whether the labels are CIFAR-100's superclasses, which torchvision does not read.
     """
@@ -45,7 +45,7 @@ SOURCES["cifar100_coarse"] = replace(SOURCES["cifar100"], coarse=True)
 
 
 def check_name(name: str) -> None:
-    """Raises ValueError unless there is such a data set."""
+    """Raise ValueError unless ``name`` is one of `SOURCES`."""
     if name not in SOURCES:
         raise ValueError(f"data.name={name} is unknown; choose one of {', '.join(SOURCES)}")
 
@@ -56,21 +56,21 @@ def load_cifar(
     val_size: int = 0,
     download: bool = True,
 ) -> Dataset:
-    """CIFAR-10 ("cifar10") or CIFAR-100 ("cifar100") in memory: 32x32 images.
+    """Load CIFAR-10 ("cifar10") or CIFAR-100 ("cifar100") into memory: 32x32 images.
 
     "cifar100_coarse" is CIFAR-100 with its 20 superclasses as labels, such as fish for shark.
 
     ``root`` holds torchvision's folder ("cifar-10-batches-py" or "cifar-100-python"). With
-    ``download`` a missing data set, or the damaged files of one, are downloaded. ``val_size`` > 0
-    holds that many training images out and evaluates on them; the test images are then not read.
-    Mean and standard deviation are those of all 50,000 training images in either case.
+    ``download``, a missing data set or its damaged files are downloaded. ``val_size`` > 0 holds out
+    that many training images and evaluates on them; the test images are then not read. Mean and
+    standard deviation are always those of all 50,000 training images.
 
     Raises ValueError for an unknown name, a ``val_size`` that does not fit, a ``root`` that cannot
     be read, and damaged files; FileNotFoundError for a missing data set. A download that fails or
-    is interrupted removes everything it made, and nothing else.
+    is interrupted removes everything it created, and nothing else.
     """
-    # Not imported at the top: torchvision takes seconds to import, and the lookup set needs none
-    # of it.
+    # Not imported at the top: torchvision takes seconds to import, and the lookup data set does
+    # not need it.
     from data.vision import datasets
 
     check_name(name)
@@ -85,7 +85,7 @@ def load_cifar(
         train, evaluation = hold_out(train, val_size)
     else:
         evaluation = _images(kind(root, train=False), source.coarse)
-    # The checksums of the files, which torchvision has found right when it read them.
+    # Checksums of the files, which torchvision verified when it read them.
     checksums = [md5 for _, md5 in (*kind.train_list, *kind.test_list)]
     return Dataset(
         name=name,
@@ -110,14 +110,14 @@ def _images(split: Any, coarse: bool) -> Images:
 
 
 def _unpickle(split: Any, file: str) -> dict[str, Any]:
-    """A file of ``split``, whose checksum torchvision has found right when it read it."""
+    """Load a file of ``split``, whose checksum torchvision has already verified."""
     with open(os.path.join(split.root, split.base_folder, file), "rb") as opened:
         content: dict[str, Any] = pickle.load(opened, encoding="latin1")
     return content
 
 
 def _open(kind: Any, root: str, download: bool) -> Any:
-    """The training split, downloaded first if files of the data set are missing or damaged."""
+    """Return the training split; missing or damaged files of the data set are downloaded first."""
     try:
         return kind(root, train=True)
     except RuntimeError:
@@ -134,9 +134,9 @@ def _open(kind: Any, root: str, download: bool) -> Any:
 
 
 def _download(kind: Any, root: str) -> None:
-    """Downloads into a temporary folder, then moves out of it what ``root`` lacks.
+    """Download to a temporary folder, then move what ``root`` lacks to ``root``.
 
-    That folder is in ``root`` or in the first of its parents that is there.
+    The temporary folder is in ``root`` or, if that does not exist, in its nearest existing parent.
     """
     places = [Path(root), *Path(root).parents]
     place = next((path for path in places if os.path.lexists(path)), root)
@@ -153,7 +153,7 @@ def _download(kind: Any, root: str) -> None:
 
 
 def _fetch(kind: Any, root: str, staging: str) -> None:
-    """Puts the whole data set into ``staging``, from an intact archive in ``root`` if there is."""
+    """Put the whole data set into ``staging``, from the archive in ``root`` if that is intact."""
     from data.vision import datasets
 
     archive = os.path.join(root, kind.filename)
@@ -168,7 +168,7 @@ def _fetch(kind: Any, root: str, staging: str) -> None:
 
 
 def _move(kind: Any, staging: str, root: str) -> None:
-    """Moves the data set's folder at once, or only the files that ``root`` lacks; the archive."""
+    """Move the data set's whole folder, or only the files that ``root`` lacks; then the archive."""
     new, target = (os.path.join(folder, kind.base_folder) for folder in (staging, root))
     os.makedirs(root, exist_ok=True)
     with suppress(OSError):  # the folder exists: only damaged files are replaced
@@ -194,7 +194,7 @@ def _unusable(kind: Any, root: str, failure: str) -> Exception:
 
 
 def _damaged(kind: Any, root: str) -> Iterator[str]:
-    """The files of the data set that are missing or fail their checksum."""
+    """Yield the files of the data set that are missing or fail their checksum."""
     from data.vision import datasets
 
     class_names = (kind.meta["filename"], kind.meta["md5"])

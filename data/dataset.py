@@ -1,4 +1,4 @@
-"""The types that every data set is made of, and the split into training and validation images."""
+"""Types that all data sets share, and the split into training and held-out images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 class Images:
     """RGB images with their labels: ``pixels`` (N, H, W, 3) uint8 and ``labels`` (N,) int64.
 
-    Raises ValueError if dtype or shape of either is another.
+    Raises ValueError if either has another dtype or shape.
     """
 
     pixels: Tensor
@@ -47,7 +47,7 @@ class Images:
         return Images(self.pixels[rank::world_size], self.labels[rank::world_size])
 
     def select(self, indices: list[int] | Tensor) -> Images:
-        """The images of these numbers, counted from 0, in their order."""
+        """The images at these indices, in this order."""
         return Images(self.pixels[indices], self.labels[indices])
 
 
@@ -68,18 +68,18 @@ def _shape_hint(shape: tuple[int, ...]) -> str:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training set, the images it is evaluated on, and what both have in common.
+    """A training set, images to evaluate on, and what both have in common.
 
-    ``evaluated_on`` is "test", or "val" where ``evaluation`` was held out of the training images or
-    is the validation part of a folder.
+    ``evaluated_on`` is "test", or "val" if ``evaluation`` was held out of the training images or is
+    the validation part of a folder.
     ``mean`` and ``std`` normalize the pixels, per channel, on a scale where white is 1; they are
-    those of all training images, the held-out ones included.
-    ``digest`` tells these images from others: equal ones are trained and evaluated on the same
-    images with the same labels, whatever the version of Pillow has made of their files. Without
-    one it is computed from pixels and labels.
-    ``notes`` are lines on what was found where the images came from.
+    those of all training images, including held-out ones.
+    ``digest`` identifies the images: data sets with the same digest train and evaluate on the same
+    images with the same labels, even if versions of Pillow decode their files differently. By
+    default it is computed from pixels and labels.
+    ``notes`` are lines about the source of the images, such as files that were left out.
 
-    Raises ValueError if the fields contradict each other, such as a label that is not from 0 to
+    Raises ValueError if the fields contradict each other, for example if a label is not from 0 to
     num_classes - 1.
     """
 
@@ -132,8 +132,8 @@ class Dataset:
 class EvaluationSet:
     """Images to score a trained network on; their labels are indices of its ``class_names``.
 
-    ``evaluated_on`` is "test" or "val" as that of a `Dataset`; ``files`` are the paths of images
-    that have a file each.
+    ``evaluated_on`` is "test" or "val" as in `Dataset`; ``files`` are the paths of the images if
+    each has its own file.
     """
 
     name: str
@@ -162,7 +162,7 @@ def _check_labels(name: str, labels: Tensor, num_classes: int) -> None:
 
 
 def digest_of(parts: Iterable[str | bytes]) -> str:
-    """16 hexadecimal digits that tell these parts, in this order, from any others."""
+    """16 hexadecimal digits that identify these parts in this order."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         content = part.encode(errors="surrogateescape") if isinstance(part, str) else part
@@ -187,7 +187,7 @@ def seeded_generator(*parts: int | str) -> torch.Generator:
 
 
 def check_val_size(val_size: int, train_size: int) -> None:
-    """Raises ValueError unless ``val_size`` images can be held out of ``train_size``."""
+    """Raise ValueError unless ``val_size`` images can be held out of ``train_size``."""
     if not 0 <= val_size < train_size:
         raise ValueError(
             f"val_size={val_size} cannot be held out of {train_size} training images; "
@@ -196,10 +196,10 @@ def check_val_size(val_size: int, train_size: int) -> None:
 
 
 def hold_out(train: Images, size: int) -> tuple[Images, Images]:
-    """Splits off ``size`` random images: the rest and the split, both in their original order.
+    """Split off ``size`` random images; return the rest and these, both in their original order.
 
     Which images are held out depends only on ``len(train)`` and ``size``, so that runs with
-    different seeds are evaluated on the same images. ``size`` fits: see `check_val_size`.
+    different seeds are evaluated on the same images. ``size`` must pass `check_val_size`.
     """
     order = torch.randperm(len(train), generator=seeded_generator("hold-out"))
     order = order.to(train.labels.device)
@@ -208,10 +208,10 @@ def hold_out(train: Images, size: int) -> tuple[Images, Images]:
 
 
 def hold_out_by_class(labels: list[int], size: int) -> list[int]:
-    """Indices of ``size`` random images, sorted: of each class in proportion to its images.
+    """Sorted indices of ``size`` random images, from each class in proportion to its size.
 
     Each class keeps an image to train on. Which images are held out depends only on ``labels`` and
-    ``size``. Raises ValueError if there are not as many.
+    ``size``. Raises ValueError if ``size`` is below 1 or too large for that.
     """
     members: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
@@ -225,7 +225,7 @@ def hold_out_by_class(labels: list[int], size: int) -> list[int]:
         )
     shares = {label: divmod(size * len(own), len(labels)) for label, own in members.items()}
     quotas = {label: min(share, len(members[label]) - 1) for label, (share, _) in shares.items()}
-    # What rounding has left goes, one each, to the classes that have lost most by it.
+    # What rounding leaves over goes, one image each, to the classes that lost most by it.
     by_loss = sorted(members, key=lambda label: (-shares[label][1], label))
     while (left := size - sum(quotas.values())) > 0:
         open_ = [label for label in by_loss if quotas[label] < len(members[label]) - 1]

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
-# Of random erasing, as in Zhong et al. (AAAI 2020) and torchvision.
+# For random erasing, as in Zhong et al. (AAAI 2020) and torchvision.
 AREAS, LOG_RATIOS, ATTEMPTS = (0.02, 0.33), (math.log(0.3), math.log(3.3)), 10
 
 
 def cutout_boxes(row: Tensor, column: Tensor, side: int) -> Tensor:
-    """The squares of ``side`` pixels around pixels (B,): boxes as `inside` takes them."""
+    """Return squares of ``side`` pixels around the given pixels (B,), as boxes for `inside`."""
     top, left = row - side // 2, column - side // 2
     return torch.stack([top, top + side, left, left + side], 1)
 
@@ -20,11 +20,11 @@ def cutout_boxes(row: Tensor, column: Tensor, side: int) -> Tensor:
 def draw(
     probability: float, number: int, size: tuple[int, int], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """What random erasing erases of each of ``number`` samples of height and width ``size``.
+    """Draw what random erasing erases in each of ``number`` samples of (height, width) ``size``.
 
-    Returns "erased" (number, 4), boxes as `inside` takes them, empty with 1 - ``probability``.
-    Area and ratio of the sides are drawn until the rectangle is smaller than the image, ten times
-    at most.
+    Returns "erased" (number, 4), boxes for `inside`, empty with probability 1 - ``probability``.
+    Area and aspect ratio are drawn ten times, and the first rectangle that is smaller than the
+    image is used; if there is none, the box is empty.
     """
     height, width = size
 
@@ -46,9 +46,9 @@ def draw(
 
 
 def inside(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Mask (B, 1, H, W), true in the boxes (B, 4): first row, last, first column, last.
+    """Return a mask (B, 1, H, W), true inside the boxes (B, 4): top, bottom, left, right.
 
-    The last ones are excluded; a box may extend past the image.
+    Bottom and right are exclusive; a box may extend past the image.
     """
     top, bottom, left, right = boxes[:, :, None].unbind(1)
     rows = torch.arange(height, device=boxes.device)

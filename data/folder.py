@@ -1,10 +1,9 @@
-"""Images of one's own, in a folder for each class.
+"""Your own images, in one folder per class.
 
-Who owns what: `data.layout` says which files are images of which class, `data.pictures` makes an
-array of one file, `data.image_cache` keeps the arrays from one run to the next. Here a data set is
-made of them: files are told apart by their bytes, which name the file of the cache and make up
-`Dataset.digest`; images to evaluate on are held out by class; mean and deviation are computed; and
-what was found is said.
+`data.layout` finds the image files and their classes, `data.pictures` decodes a file, and
+`data.image_cache` keeps decoded images between runs. This module builds a data set from them: it
+hashes the files, which gives the name of the cache file and `Dataset.digest`, holds out images for
+evaluation by class, computes mean and standard deviation, and logs what it found.
 """
 
 from __future__ import annotations
@@ -50,13 +49,13 @@ from data.pictures import (
 log = logging.getLogger(__name__)
 
 LARGEST = 1024
-# From this many images on there is a progress bar.
+# From this many images on, a progress bar is shown.
 MANY = 500
-# Of what is kept in the cache; another way to read or to scale raises it.
+# Version of the cached content; raise it when reading or scaling changes.
 FORMAT = 4
-# Bytes of images that are decoded before they are written to the cache.
+# Bytes of decoded images that are written to the cache at a time.
 BLOCK = 2**24
-# A set of images of 16 bits of which none is this bright has numbers of fewer bits.
+# If no 16-bit image of a data set is this bright, its values probably have fewer bits.
 DARK = (WHITE_OF_16_BITS + 1) // 4
 
 Item = TypeVar("Item")
@@ -64,7 +63,7 @@ Result = TypeVar("Result")
 
 
 class DecodeSettings(NamedTuple):
-    """What decides the pixels of an image besides its file: see `load_folder`."""
+    """What determines the pixels of an image besides its file; see `load_folder`."""
 
     size: tuple[int, int]
     white: float | None
@@ -73,13 +72,13 @@ class DecodeSettings(NamedTuple):
 
 @dataclass
 class Facts:
-    """What is found when images are decoded, and kept with them.
+    """What is found out when images are decoded; cached with them.
 
     Attributes:
-        images: how many there are.
+        images: number of decoded images.
         total, squares: sums of all pixels and of their squares, for each channel.
         faults: the index of each file that is left out, and why.
-        largest_gray, largest_color: of all images, see `data.pictures.Decoded`.
+        largest_gray, largest_color: maxima over all images; see `data.pictures.Decoded`.
     """
 
     images: int = 0
@@ -92,11 +91,11 @@ class Facts:
 
 @dataclass
 class Split:
-    """The images of some files.
+    """The images of a list of files.
 
     Attributes:
-        taken: each file that has an image, with the digest of its bytes.
-        left_out: a line for each other file.
+        taken: each file that is used, with the digest of its bytes.
+        left_out: a line for each file that is not.
     """
 
     pixels: Tensor
@@ -114,29 +113,29 @@ def load_folder(
     skip_damaged: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> Dataset:
-    """The images of a folder, in one of the layouts of `data.layout.find_images`.
+    """Load the images of a folder, in one of the layouts of `data.layout.find_images`.
 
-    How an image is brought to ``size``, one number or (height, width): `data.pictures.decode`. It
-    is evaluated on the folder's own images for that, or with ``val_size`` > 0 on that many held out
-    of the training images, of each class in proportion. Mean and standard deviation are those of
-    all training images, held-out ones included, exact but for the last rounding; a channel that is
-    constant counts with a deviation of 1.
+    `data.pictures.decode` fits each image to ``size``, one number or (height, width). Evaluation
+    uses the folder's own evaluation images or, with ``val_size`` > 0, that many training images,
+    held out from each class in proportion. Mean and standard deviation are those of all training
+    images, held-out ones included, exact except for the final rounding; a constant channel gets a
+    deviation of 1.
 
-    The decoded images are kept by `data.image_cache`, under a digest of all files, and are mapped
-    into memory from there: the next run begins at once, and they may be more than memory holds.
+    `data.image_cache` keeps the decoded images under a digest of all files, and they are mapped
+    into memory from there: the next run starts at once, and they need not fit into memory.
 
     Args:
-        white: the number that is white in gray images of more than 8 bits; by default 65,535 for
-            whole numbers, while images of floating-point numbers are refused.
-        skip_damaged: whether to leave out files that cannot be read instead of refusing them.
-        max_pixels: of the largest image that is read.
+        white: the value of white in gray images of more than 8 bits; by default 65,535 for
+            integers, while floating-point images are rejected.
+        skip_damaged: whether to leave out files that cannot be read instead of raising an error.
+        max_pixels: most pixels that an image may have.
 
     Raises:
-        FileNotFoundError: no folder to train on, or none to evaluate on.
-        ValueError: a value that does not fit, fewer than two classes, a class without an image or
-            one to evaluate on that is not trained on, files that cannot be read, or numbers of 16
-            bits that are all dark; the message names them.
-        OSError: a folder cannot be read.
+        FileNotFoundError: if there is no folder to train on, or none to evaluate on.
+        ValueError: for an invalid argument, fewer than two classes, a class without images, an
+            evaluation class that is not trained on, files that cannot be read, or 16-bit images
+            that are all dark; the message names them.
+        OSError: if a folder cannot be read.
     """
     if not name:
         raise ValueError("data.name= must not be empty: runs are grouped by it")
@@ -177,10 +176,10 @@ def folder_digest(
     skip_damaged: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> str:
-    """`Dataset.digest` of what `load_folder` makes of the same arguments, from the files' bytes.
+    """Return `Dataset.digest` as `load_folder` would give it, from the bytes of the files.
 
-    Only with ``skip_damaged`` are images decoded that are not in the cache: which of them count is
-    not known before.
+    With ``skip_damaged``, images that are not in the cache are decoded, to know which of them can
+    be read; otherwise no image is decoded.
 
     Raises:
         FileNotFoundError, ValueError, OSError: see `load_folder`.
@@ -195,7 +194,7 @@ def folder_digest(
 
 
 def _find(folder: Path, val_size: int) -> Layout:
-    """What the folder has, the images that are held out among those to evaluate on."""
+    """Find the images of a folder; held-out images are among those to evaluate on."""
     found = find_images(folder, hold_out=bool(val_size))
     if not val_size:
         return found
@@ -217,17 +216,17 @@ def load_evaluation_folder(
     skip_damaged: bool = False,
     max_pixels: int = MAX_PIXELS,
 ) -> EvaluationSet:
-    """The images of a folder that a network of ``class_names`` is evaluated on, and no others.
+    """Load only those images of a folder that a network with ``class_names`` is evaluated on.
 
-    Which they are: `data.layout.find_evaluation_images`. The other arguments are those of
+    `data.layout.find_evaluation_images` finds them. The other arguments are those of
     `load_folder`.
 
     Args:
         trained_on: mean and standard deviation of the images that the network was trained on.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: see `load_folder`; or the images have the mean and
-            the deviation of ``trained_on``, that is, are those.
+        FileNotFoundError, ValueError, OSError: see `load_folder`; ValueError also if mean and
+            deviation of the images equal ``trained_on``, so that they are the training images.
     """
     settings = _decode_settings(size, white, max_pixels)
     folder = Path(os.path.expanduser(root)).absolute()
@@ -235,7 +234,7 @@ def load_evaluation_folder(
     evaluation = _read(found.evaluation, settings, skip_damaged)
     _check_brightness(folder, white, [evaluation.facts])
     mean_and_std = _mean_and_std([evaluation.facts], math.prod(settings.size))
-    if np.allclose(mean_and_std, trained_on, rtol=0, atol=1e-9):  # equal but for rounding
+    if np.allclose(mean_and_std, trained_on, rtol=0, atol=1e-9):  # equal up to rounding
         raise ValueError(f"data.root={root} has the images that the network was trained on")
     if found.passed_over:
         log.warning("%s: %s", name, _passed_over(found))
@@ -280,7 +279,7 @@ def _parts(found: Layout, *splits: Split) -> Iterator[str | bytes]:
             yield from (file.name, f"{file.label}", digest)
 
 
-# ---- Checks and what is said --------------------------------------------------------------------
+# ---- Checks and messages ------------------------------------------------------------------------
 
 
 def _check_brightness(folder: Path, white: float | None, facts: list[Facts]) -> None:
@@ -342,7 +341,7 @@ def _faults_and_links(name: str, found: Layout, *splits: Split) -> list[str]:
 
 
 def _mean_and_std(facts: list[Facts], area: int) -> tuple[Any, Any]:
-    """Per channel, where white is 1, from whole numbers that were added without rounding."""
+    """Mean and deviation per channel, where white is 1, from exact integer sums."""
     number = area * sum(f.images for f in facts)
     mean, std = [], []
     for channel in range(3):
@@ -359,9 +358,9 @@ def _mean_and_std(facts: list[Facts], area: int) -> tuple[Any, Any]:
 def _read(
     files: list[ImageFile], settings: DecodeSettings, skip_damaged: bool, decoded: bool = True
 ) -> Split:
-    """The images of ``files``, or if they need not be ``decoded`` perhaps only their digests."""
+    """Read the images of ``files``; unless ``decoded``, their pixels may be left out."""
     digests = list(_in_threads(_digest_or_fault, files, "files", 1000))
-    if decoded or skip_damaged:  # which files are left out is not known before
+    if decoded or skip_damaged:  # only decoding shows which files to leave out
         pixels, facts = _pixels_and_facts(files, digests, settings, skip_damaged)
     else:
         faults = [(index, one) for index, one in enumerate(digests) if isinstance(one, str)]
@@ -377,7 +376,7 @@ def _read(
 
 
 def _digest_or_fault(file: ImageFile) -> bytes | str:
-    """The digest of a file's bytes, or why it cannot be read."""
+    """Return the digest of a file's bytes, or why it cannot be read."""
     try:
         return _hash(read_file(file.path))
     except (ValueError, OSError) as error:
@@ -389,7 +388,7 @@ def _hash(content: bytes) -> bytes:
 
 
 def _key(digests: list[bytes | str], settings: DecodeSettings) -> str:
-    """By all that decides the pixels."""
+    """Return the cache key: a digest of everything that determines the pixels."""
     digest = hashlib.blake2b(f"{FORMAT} {PIL.__version__} {settings}".encode(), digest_size=16)
     for one in digests:
         digest.update(one if isinstance(one, bytes) else b"unreadable")
@@ -402,7 +401,7 @@ def _pixels_and_facts(
     settings: DecodeSettings,
     skip_damaged: bool,
 ) -> tuple[Tensor, Facts]:
-    """The images from the cache, where they are put first, or in memory if that has no room."""
+    """Return images from the cache, which is filled first, or in memory if it has no room."""
     key, shape, facts = _key(digests, settings), (len(files), *settings.size, 3), Facts()
 
     def checked() -> dict[str, Any]:
@@ -429,7 +428,7 @@ def _pixels_and_facts(
 def _blocks(
     files: list[ImageFile], digests: list[bytes | str], settings: DecodeSettings, facts: Facts
 ) -> Iterator[np.ndarray[Any, Any]]:
-    """The images that can be read, in their order, (n, H, W, 3); ``facts`` are of those so far."""
+    """Yield the readable images in order, in blocks (n, H, W, 3), and update ``facts``."""
 
     def read(index: int) -> Decoded | str:
         digest = digests[index]
@@ -458,7 +457,7 @@ def _blocks(
 
 def _count(facts: Facts, image: Decoded) -> None:
     values = torch.from_numpy(image.pixels).reshape(-1, 3)
-    # Products of two bytes fit 32 bits; sums of them do not.
+    # The square of a byte fits into 32 bits; the sum of many squares does not.
     squares = values.to(torch.int32).square_().sum(0, dtype=torch.int64)
     facts.images += 1
     for channel in range(3):
@@ -471,10 +470,10 @@ def _count(facts: Facts, image: Decoded) -> None:
 def _in_threads(
     function: Callable[[Item], Result], items: Sequence[Item], what: str, at_once: int
 ) -> Iterator[Result]:
-    """The results in their order; of at most ``at_once`` items before they are taken."""
-    # hashlib and Pillow let go of the interpreter while they compute.
+    """Yield the results in order; at most ``at_once`` items are processed ahead of time."""
+    # hashlib and Pillow release the GIL while they compute.
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    hidden = None if len(items) >= MANY else True  # None: where stderr is no terminal
+    hidden = None if len(items) >= MANY else True  # None: if stderr is not a terminal
     try:
         with tqdm(desc=what, total=len(items), leave=False, disable=hidden) as bar:
             for start in range(0, len(items), at_once):
@@ -486,7 +485,7 @@ def _in_threads(
 
 
 def _check_faults(facts: Facts, files: list[ImageFile], skip_damaged: bool) -> list[str]:
-    """A line for each file that is left out; raises ValueError if none may be, or all are."""
+    """Return a line per file left out. Raises ValueError if that is forbidden or none is left."""
     faults = [f"{files[index].path}: {fault}" for index, fault in facts.faults]
     if faults and not skip_damaged:
         raise ValueError(

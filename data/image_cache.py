@@ -1,9 +1,9 @@
-"""Decoded images on disk from one run to the next, mapped into memory: more than memory holds fit.
+"""Disk cache of decoded images, mapped into memory, so that they need not fit into it.
 
-A file has the pixels of images of one size, then what else was found when they were decoded (JSON),
-and at its end the length of that text and a CRC-32 of all before. It is named by a key that its
-maker derives from the bytes of the images' files, so that it is never of other images; one that is
-damaged counts as absent, and is made again. A file may be removed at any time.
+A cache file holds the pixels of images of one size, what else was found out when decoding them
+(JSON), the length of that text, and a CRC-32 of all this. The caller derives its name, a key, from
+the bytes of the image files, so that it never stands for other images. A damaged file counts as
+absent and is written again. Cache files may be removed at any time.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ _PART = 2**22
 
 
 def cache_folder() -> Path:
-    """Where images are kept as they have been read. Raises RuntimeError without a home folder."""
+    """Return the folder of the cache files. Raises RuntimeError without a home folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "aaconv"
 
 
 def load(key: str, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]] | None:
-    """The images (N, H, W, 3) uint8 of ``size`` (H, W) and the facts that are kept under ``key``.
+    """Return images (N, H, W, 3) uint8 of ``size`` (H, W) and facts that are stored under ``key``.
 
-    None where there are none, or they are damaged. The tensor may be written to, in this process
-    alone; the pages of it that are not in use take no memory.
+    Returns None if there are none or they are damaged. Writing to the tensor does not change the
+    file; pages that are not in use take no memory.
     """
     # RuntimeError: there is no home folder. The others: the file is damaged or another program's.
     with suppress(OSError, RuntimeError, ValueError, KeyError, TypeError, struct.error):
         path = _path(key)
-        if path.is_file():  # to open a named pipe would wait forever
+        if path.is_file():  # opening a named pipe would block forever
             checked, crc = path.stat().st_size - 4, 0
-            with path.open("rb") as file:  # a disk that cannot be read ends a process by its map
+            with path.open("rb") as file:  # a read error in a memory map kills the process
                 for start in range(0, checked, _PART):
                     crc = zlib.crc32(file.read(min(_PART, checked - start)), crc)
             content = np.memmap(path, np.uint8, "c")
@@ -63,17 +63,17 @@ def load(key: str, size: tuple[int, int]) -> tuple[Tensor, dict[str, Any]] | Non
 def store(
     key: str, blocks: Iterator[np.ndarray[Any, Any]], facts: Callable[[], dict[str, Any]], size: int
 ) -> bool:
-    """Keep images under ``key``, whole or not at all; whether that was possible.
+    """Store images under ``key``, all or none of them; return whether that was possible.
 
     Args:
         key: what `load` finds them by.
-        blocks: the images, in blocks (n, H, W, 3) uint8; taken one by one.
-        facts: called after the last of them; plain values, with ``images``, their number.
-        size: bytes of all images: where the disk has no room for them, nothing is begun.
+        blocks: the images, in blocks (n, H, W, 3) uint8; consumed one at a time.
+        facts: called after the last block; returns JSON values, ``images`` being their number.
+        size: bytes of all images; nothing is written if the disk has no room for them.
     """
     try:
         path = _path(key)
-        # Compiled kernels are kept there, too, which nobody else may change.
+        # Compiled kernels are kept there as well, and no other user may change those.
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if shutil.disk_usage(path.parent).free < size:
             raise OSError(f"{path.parent} has no room for {size / 1e9:.1f} GB")

@@ -1,4 +1,4 @@
-"""Which image files a folder has, of which classes: layouts, links, names, what is passed over."""
+"""Find the image files of a folder and their classes: layouts, links, names, skipped files."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from pathlib import Path
 
 from data.pictures import endings
 
-# Names of the folders, in the order in which they are looked for; case does not matter.
+# Folder names of each split, which are looked for in this order; case does not matter.
 TRAIN = ("train", "training")
 VALIDATION = ("val", "valid", "validation")
 TEST = ("test", "testing")
-# Of Tiny ImageNet: the class of each image in val/images/, after its name and a tab.
+# Tiny ImageNet: each line names an image in val/images/ and, after a tab, its class.
 ANNOTATIONS = "val_annotations.txt"
-# What other programs put beside images, besides what begins with a dot; in lower case.
+# Names, in lower case, that other programs leave next to images, besides those with a dot first.
 _STRAY = {"@eadir", "__macosx", "#recycle", "#snapshot", "$recycle.bin", "lost+found"}
 _STRAY |= {"system volume information"}
-# More are a slip: a folder of the computer's, not of a data set.
+# More indicate a mistake: a folder of the system, not of a data set.
 MAX_CLASSES = 100_000
-# Links and kinds of files that a line names.
+# Number of links or kinds of files that a message names.
 NAMED = 3
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image: its path, its name below the folder of the split, in NFC, and its class's index."""
+    """An image: its path, its name relative to the split's folder, in NFC, and its class index."""
 
     path: Path
     name: str
@@ -37,15 +37,15 @@ class ImageFile:
 
 @dataclass
 class Layout:
-    """What a folder has.
+    """What was found in a folder.
 
     Attributes:
         classes: their names, in NFC; sorted, or in the order of the network that is evaluated.
-        train, evaluation: the images, in the order of class and name; no ``evaluation`` where it
-            is held out of the training images.
-        evaluated_on: "val", or "test" where there is only such a folder.
-        passed_over: how many other files there are of each ending.
-        links: those that are not followed.
+        train, evaluation: the images, sorted by class and name; ``evaluation`` is empty if it is
+            held out of the training images.
+        evaluated_on: "val", or "test" if there is only a test folder.
+        passed_over: number of other files by file extension.
+        links: links that are not followed.
     """
 
     classes: list[str] = field(default_factory=list)
@@ -57,22 +57,22 @@ class Layout:
 
 
 def find_images(root: Path, hold_out: bool) -> Layout:
-    """The images of a folder in one of these layouts:
+    """Find the images of a folder in one of these layouts:
 
     - ``train/CLASS/`` with ``val/CLASS/``, ``valid/CLASS/`` or else ``test/CLASS/``;
-    - the same as Tiny ImageNet has it, ``val/images/`` with their classes in a text file;
+    - the same as in Tiny ImageNet, ``val/images/`` with the classes in a text file;
     - ``CLASS/`` alone, with ``hold_out``: evaluation is on images held out of the training ones,
       and no other folder is read.
 
-    All images below the folder of a class, at any level, are of that class. Two folders whose
-    names differ in their Unicode normal form alone are one class. The folders named above may be
-    links; a link to a folder below them is not followed.
+    All images below the folder of a class, at any depth, belong to that class. Two folders whose
+    names differ only in Unicode normalization are one class. The folders named above may be links;
+    links to folders below them are not followed.
 
     Raises:
-        FileNotFoundError: no folder to train on, or none to evaluate on.
-        ValueError: fewer than two classes, a class without an image, or one to evaluate on that is
-            not trained on.
-        OSError: a folder cannot be read.
+        FileNotFoundError: if there is no folder to train on, or none to evaluate on.
+        ValueError: for fewer than two classes, a class without images, or an evaluation class that
+            is not trained on.
+        OSError: if a folder cannot be read.
     """
     found = Layout()
     training = _split(root, TRAIN)
@@ -113,22 +113,22 @@ def find_images(root: Path, hold_out: bool) -> Layout:
 
 
 def find_evaluation_images(root: Path, classes: Sequence[str]) -> Layout:
-    """The images to evaluate a network on, which knows ``classes``; ``train`` stays empty.
+    """Find the images to evaluate a network with ``classes`` on; ``train`` stays empty.
 
-    They are in ``val/``, ``valid/`` or else ``test/``, as for `find_images`, or, in a folder that
-    has no ``train/`` either, in the folders of the classes themselves: a test set. Classes may be
-    absent.
+    They are in ``val/``, ``valid/`` or else ``test/``, as for `find_images`. In a folder that has
+    none of these and no ``train/``, they are in the class folders themselves and count as a test
+    set. Classes may be missing.
 
     Raises:
-        FileNotFoundError: there are none.
-        ValueError: a class that the network does not know, or one without an image.
-        OSError: a folder cannot be read.
+        FileNotFoundError: if there are none.
+        ValueError: for a class that the network does not have, or one without images.
+        OSError: if a folder cannot be read.
     """
     found = Layout(classes=[_normal(name) for name in classes])
     split = _split(root, VALIDATION)
     found.evaluated_on = "val" if split else "test"
     split = split or _split(root, TEST)
-    # By their names alone a class may be taken for a split: CIFAR-100 has the class train.
+    # A class can have the name of a split: CIFAR-100 has a class named train.
     names = {_normal(path.name) for path in _subfolders(root)}
     if names and names <= set(found.classes):
         split, found.evaluated_on = root, "test"
@@ -141,7 +141,7 @@ def find_evaluation_images(root: Path, classes: Sequence[str]) -> Layout:
 
 
 def _split(root: Path, names: tuple[str, ...]) -> Path | None:
-    """The folder of one of these ``names`` in ``root``; None if there is none."""
+    """Return the folder in ``root`` that has one of these ``names``; None if there is none."""
     if not root.is_dir():
         raise FileNotFoundError(f"data.root={root}: there is no such folder")
     folders = [path for path in sorted(_subfolders(root)) if path.name.lower() in names]
@@ -153,7 +153,7 @@ def _split(root: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _holds(path: Path, other: Path) -> bool:
-    """Whether ``path`` leads to ``other`` or to a folder that it is in, as a link may."""
+    """Whether ``path`` is a link to ``other`` or to a folder that contains it."""
     return path.is_symlink() and other.resolve().is_relative_to(path.resolve())
 
 
@@ -162,7 +162,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def is_stray(name: str) -> bool:
-    """Whether a file or folder of that name is hidden, or what another program put there."""
+    """Whether a file or folder of this name is hidden or was left there by another program."""
     return name[0] == "." or name.lower() in _STRAY
 
 
@@ -171,19 +171,19 @@ def _normal(name: str) -> str:
 
 
 def _class_folders(split: Path, found: Layout) -> dict[str, list[Path]]:
-    """The folders of each class by its name."""
+    """Return the folders of each class, by class name."""
     _count(found, (path.name for path in split.iterdir() if path.is_file()))
     folders: dict[str, list[Path]] = {}
     for path in _without_loops(split, found):
         name = _normal(path.name)
-        if not name.isprintable():  # of bytes that are no text, or with line breaks
+        if not name.isprintable():  # bytes that are not text, or line breaks
             raise ValueError(f"{split}: the class {name!r} needs a name of printable characters")
         folders.setdefault(name, []).append(path)
     return folders
 
 
 def _without_loops(split: Path, found: Layout) -> list[Path]:
-    """The folders in ``split`` but for links to one of the others or to what holds them."""
+    """Return the folders in ``split``, except links into one another or to a parent folder."""
     folders = sorted(_subfolders(split), key=lambda path: (path.is_symlink(), path))
     taken = [split.resolve()]
     fine = []
@@ -227,7 +227,7 @@ def _image(path: Path, split: Path, label: int) -> ImageFile:
 
 
 def _walk(folder: Path, found: Layout) -> list[Path]:
-    """The image files below ``folder``; other files and links to folders are noted."""
+    """Return the image files below ``folder``; note other files and links in ``found``."""
     images = []
     for where, folders, files in os.walk(folder, onerror=_raise):
         folders[:] = [name for name in folders if not is_stray(name)]
@@ -274,7 +274,7 @@ def _check_known(names: Iterable[str], split: Path, owner: str, found: Layout) -
 
 
 def _annotated(split: Path, owner: str, found: Layout) -> list[ImageFile]:
-    """The images of Tiny ImageNet's val/, of which a text file has the classes."""
+    """Return the images of Tiny ImageNet's val/, whose classes are in a text file."""
     file = split / ANNOTATIONS
     text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     rows = [line.split("\t") for line in text.splitlines() if line]
@@ -298,7 +298,7 @@ def _annotated(split: Path, owner: str, found: Layout) -> list[ImageFile]:
 
 
 def in_words(counts: Counter[str]) -> str:
-    """Counts as ``.txt 18, .md 4``, the most frequent first."""
+    """Format counts as ``.txt 18, .md 4``, the most frequent first."""
     most = counts.most_common(NAMED)
     words = [f"{shown(name)} {count}" for name, count in most]
     rest = counts.total() - sum(count for _, count in most)
@@ -306,11 +306,11 @@ def in_words(counts: Counter[str]) -> str:
 
 
 def some(lines: list[str], separator: str = ", ") -> str:
-    """The first of these lines, as one that any terminal can show, and how many more there are."""
+    """Join the first `NAMED` lines into one that any terminal can show; count the others."""
     more = f"{separator}and {len(lines) - NAMED} more" if len(lines) > NAMED else ""
     return shown(separator.join(lines[:NAMED])) + more
 
 
 def shown(text: str) -> str:
-    """``text`` with escapes for what cannot be printed, such as line breaks in a file's name."""
+    """Escape what cannot be printed in ``text``, such as line breaks in a file name."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

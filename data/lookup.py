@@ -20,7 +20,7 @@ SHAPE_SIZE = 6
 SHAPES_SHOWN = 5
 BACKGROUND = (128, 128, 128)
 
-# The corners of the RGB cube about the background's gray, so that none stands out.
+# The corners of an RGB cube around the background's gray, so that no color stands out.
 COLORS = {
     "black": (40, 40, 40),
     "blue": (40, 40, 216),
@@ -45,12 +45,12 @@ SHAPES = {
     "cup": ("#....#", "#....#", "#....#", "##..##", "######", ".####."),
 }
 
-# Top left pixels of the slots for shapes, along the right and the bottom side, two pixels apart.
-# With the cue in rows and columns 0 and 1, a window of 25 pixels that holds one of its pixels ends
-# at row and column 25 at the latest, and the shapes begin at 26.
+# Top left pixels of the slots for shapes, along the right and bottom edges, two pixels apart. The
+# cue is in rows and columns 0 and 1. A window of 25 pixels that holds one of its pixels ends at row
+# and column 25 at the latest, and the shapes start at 26.
 _FAR = IMAGE_SIZE - SHAPE_SIZE
 SLOTS = tuple((row, _FAR) for row in (1, 9, 17, 25)) + tuple((_FAR, col) for col in (1, 9, 17))
-# Those of a given distance from the cue, all in one column, which five of them fill.
+# Slots for shapes at a given distance from the cue: five that fill one column.
 COLUMN_OF_SLOTS = tuple((row, _FAR) for row in (0, 6, 13, 20, 26))
 DISTANCES = range(1, _FAR - CUE_SIZE + 1)
 
@@ -65,14 +65,14 @@ def make_lookup(
     data_seed: int = 0,
     distance: int | None = None,
 ) -> Dataset:
-    """32x32 images whose class is the shape that has the color of a far-away cue; 8 classes.
+    """Make 32x32 images whose class is the shape that has the color of a distant cue; 8 classes.
 
     The cue is a 2x2 patch in the top left corner. Five of eight 6x6 shapes, in five of eight
-    colors, are drawn in five of seven slots along the right and the bottom side. The cue has one
-    of these five colors, each equally likely, and the class is the shape in that color. ``noise``
-    is the standard deviation of the Gaussian noise on every pixel value, on a scale where white is
-    1. Training and test images come from different generator streams of ``data_seed``;
-    ``val_size`` > 0 holds that many training images out and evaluates on them. A crop or a cutout
+    colors, are drawn in five of seven slots along the right and bottom edges. The cue has one of
+    these five colors, each equally likely, and the class is the shape in that color. ``noise`` is
+    the standard deviation of the Gaussian noise on every pixel value, on a scale where white is 1.
+    Training and test images come from different generators seeded by ``data_seed``;
+    ``val_size`` > 0 holds out that many training images and evaluates on them. A crop or a cutout
     may remove the cue.
 
     No 25x25 window (a ResNet-8's receptive field) holds a pixel of the cue and a pixel of a shape.
@@ -82,7 +82,7 @@ def make_lookup(
     20 %.
 
     With ``distance`` d the cue is a stripe instead, two pixels wide and as high as the image, and
-    the five shapes fill a column along the right side in random order. Between the two are d
+    the five shapes fill a column along the right edge in random order. Between the two are d
     columns of background, 1 to 24: all shapes are equally far from the cue, and nothing else
     changes with d. The proven ceiling then holds for windows of up to d + 1 pixels.
 
@@ -108,7 +108,7 @@ def make_lookup(
         class_names=tuple(SHAPES),
         mean=mean,
         std=std,
-        # All that they are drawn from; the pixels' noise may differ by a level between machines.
+        # Everything they are drawn from; pixel noise may differ by one level between machines.
         digest=digest_of(
             f"{part}" for part in ("lookup", train_size, float(noise), distance, data_seed, *split)
         ),
@@ -116,7 +116,7 @@ def make_lookup(
 
 
 def geometry(distance: int | None) -> tuple[Corners, Corners]:
-    """Top left pixels of the slots for shapes, and of the 2x2 squares that make up the cue."""
+    """Return the top left pixels of the shapes' slots and of the 2x2 squares that form the cue."""
     if distance is None:
         return SLOTS, ((0, 0),)
     column = _FAR - distance - CUE_SIZE
@@ -155,7 +155,7 @@ def _distinct(number: int, kinds: int, generator: torch.Generator) -> Tensor:
 def _paint(
     shapes: Tensor, colors: Tensor, places: Tensor, cue: Tensor, cue_color: Tensor
 ) -> Tensor:
-    """Images (N, 32, 32, 3) uint8 without noise.
+    """Draw images (N, 32, 32, 3) uint8 without noise.
 
     Shape i, in color i, is drawn on the pixels ``places[:, i]``, and ``cue_color`` (N, 1) fills
     the pixels ``cue``; all pixels are flat indices.
@@ -185,7 +185,7 @@ def _pixels_of(corners: Corners, side: int) -> Tensor:
 
 
 def _mean_and_std(pixels: Tensor) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Per channel over all pixels, on a scale where white is 1."""
+    """Mean and deviation per channel over all pixels, on a scale where white is 1."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     means, deviations = [], []
     for channel in pixels.flatten(0, 2).unbind(1):

@@ -1,7 +1,7 @@
-"""Mixup (Zhang et al., ICLR 2018) and CutMix (Yun et al., ICCV 2019): a sample and a partner.
+"""Mixup (Zhang et al., ICLR 2018) and CutMix (Yun et al., ICCV 2019): mix a sample and a partner.
 
-The partner is another sample of the epoch, wherever its own batch is, so that what a sample becomes
-depends neither on the batch size nor on the number of processes.
+The partner is another sample of the epoch, from any batch, so that the mixed sample depends neither
+on the batch size nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from data.erasing import inside
 def draw(
     mixup: float, cutmix: float, number: int, size: tuple[int, int], seed: int, epoch: int
 ) -> dict[str, Tensor]:
-    """What each of ``number`` samples is mixed with, and how.
+    """Draw what each of ``number`` samples is mixed with, and how.
 
-    ``mixup`` and ``cutmix`` are the parameter of the beta distribution that the share of the sample
-    comes from, 0 turns one off; with both on each is taken with probability 1/2. Returns "partner"
-    (number,), a position in the epoch, each of them once; "box" (number, 4), the first and the last
-    row, the first and the last column, the latter excluded, that are the partner's alone; "outside"
-    (number,), the sample's part of the other pixels; and "share" (number,), its part of the label.
+    ``mixup`` and ``cutmix`` are alpha of the Beta(alpha, alpha) distribution of the sample's share;
+    0 turns one off, and with both on, each has probability 1/2. Returns "partner" (number,), a
+    permutation of the positions in the epoch; "box" (number, 4), top, bottom, left and right
+    (bottom and right exclusive) of the rectangle that is the partner's alone; "outside" (number,),
+    the sample's weight in the other pixels; and "share" (number,), its weight in the label.
     """
     height, width = size
     order = torch.randperm(number, generator=seeded_generator("partner", seed, epoch))
     partner = torch.empty_like(order)
-    partner[order] = order.roll(1)  # one circle through all: nobody is its own partner
+    partner[order] = order.roll(1)  # one cycle through all samples: none is its own partner
 
     outside = _beta(mixup or 1.0, number, seeded_generator("mixup", seed, epoch))
     generator = seeded_generator("cutmix", seed, epoch)
@@ -48,10 +48,10 @@ def draw(
 
 
 def _beta(alpha: float, number: int, generator: torch.Generator) -> Tensor:
-    """Samples of Beta(alpha, alpha), float64, always from two numbers each.
+    """Draw from Beta(alpha, alpha) in float64, always with two random numbers per sample.
 
-    A variable t of Student's with 2 alpha degrees of freedom, by Bailey's polar method, has
-    (1 + t / sqrt(2 alpha + t^2)) / 2 so distributed; what follows is that without 2 alpha.
+    If t has Student's t-distribution with 2 alpha degrees of freedom (Bailey's polar method),
+    (1 + t / sqrt(2 alpha + t^2)) / 2 has this one. Below, t is divided by sqrt(2 alpha).
     """
     radius, turn = torch.rand(2, number, dtype=torch.float64, generator=generator)
     t = (-radius.log() / alpha).expm1().sqrt() * (2 * torch.pi * turn).cos()
@@ -61,9 +61,9 @@ def _beta(alpha: float, number: int, generator: torch.Generator) -> Tensor:
 def mix(
     images: Tensor, labels: Tensor, draws: dict[str, Tensor], num_classes: int
 ) -> tuple[Tensor, Tensor]:
-    """B samples of the first half of ``images`` (2B, 3, H, W), mixed with those of the second.
+    """Mix the B samples in the first half of ``images`` (2B, 3, H, W) with those in the second.
 
-    Also of their ``labels`` (2B,), which become weights of the classes, (B, num_classes) float32.
+    Their ``labels`` (2B,) are mixed, too, and become class weights (B, num_classes) float32.
     ``images`` is overwritten. ``draws`` are those of `draw` for the samples.
     """
     own, partners = images.chunk(2)
@@ -72,7 +72,7 @@ def mix(
         draws[name][:number].to(device, non_blocking=True) for name in ("box", "outside", "share")
     )
     keep = outside[:, None, None, None] * ~inside(box, images.shape[2], images.shape[3])
-    # Two roundings each: one operation for all would round differently from place to place.
+    # Each operation rounds on its own: a fused one would round differently in different places.
     mixed = own.mul_(keep).add_(partners.mul_(1 - keep))
     classes = torch.arange(num_classes, device=device)
     of_own, of_partners = (labels[:, None] == classes).float().chunk(2)

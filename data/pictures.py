@@ -1,4 +1,4 @@
-"""One image file of any format and size that Pillow reads, as a network takes it."""
+"""Read image files of any format and size that Pillow supports, as input for a network."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from torch import Tensor
 
 from aaconv.text import one_line
 
-# A photograph of 108 million pixels passes; what claims more may be an attack.
+# Enough for a photograph of 108 million pixels; a file that claims more may be an attack.
 MAX_PIXELS = 2**28
 WHITE_OF_16_BITS = 65535
-# What white may be: float32 holds the factor that brings it to 255.
+# Range of white: float32 must be able to hold 255 / white.
 WHITES = (1e-30, 1e30)
 # Formats that run another program, that Pillow recognizes but cannot decode, or that are metadata.
 _NO_FORMATS = {"EPS", "WMF", "MPEG", "BUFR", "GRIB", "HDF5", "IPTC"}
-# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size while that is this much larger than needed.
+# A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if that is still this many times the target.
 _GAP = 3
-# Images of more pixels than this are decoded one at a time, for the sake of memory.
+# Images of more pixels than this are decoded one at a time, to save memory.
 _LARGE = 2**25
 _one_large = threading.Lock()
-# Numbers of 16 bits for each color, which Pillow reads in their upper eight alone. A PPM says which
-# number is white; one with another than this, such as 4095, is read by that.
+# Images with 16 bits per color, of which Pillow reads only the upper 8. A PPM states its value of
+# white; if that is not 65535 but, say, 4095, Pillow scales the colors by it.
 _DEEP_COLOR = re.compile(r";16[BLN]|'RGB', 65535")
 
 
 class Decoded(NamedTuple):
     """An image as ``pixels`` (H, W, 3) uint8.
 
-    The others are the largest of its numbers where they have more than 8 bits, else -1: of a gray
-    image, or of colors, of which only the upper 8 bits are read.
+    ``largest_gray`` is the largest value of a gray image with more than 8 bits, ``largest_color``
+    that of a color image with more, of which only the upper 8 bits are read; -1 otherwise.
     """
 
     pixels: np.ndarray[Any, np.dtype[np.uint8]]
@@ -55,12 +55,12 @@ def read_picture(
     white: float | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Tensor:
-    """A picture as (H, W, 3) uint8, RGB, for ``size`` (H, W); see `decode`.
+    """Read a file as an RGB image (H, W, 3) uint8 that is fitted to ``size`` (H, W); see `decode`.
 
     Raises:
-        ValueError: it is no picture, is damaged, has more than ``max_pixels``, or is no regular
-            file; one line.
-        OSError: it cannot be read.
+        ValueError: in one line, if it is not an image, is damaged, has more than ``max_pixels``, or
+            is not a regular file.
+        OSError: if it cannot be read.
     """
     content = read_file(path)
     with reading(max_pixels):
@@ -68,16 +68,16 @@ def read_picture(
 
 
 def read_file(path: Path) -> bytes:
-    """What is in a file; raises ValueError for a pipe or a device, without waiting for either."""
+    """Return the bytes of a file; raise ValueError for a pipe or device, without waiting for it."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise ValueError("it is not a regular file")
     return path.read_bytes()
 
 
 def reading_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """How a trained network's settings have `read_picture` read: ``white`` and ``max_pixels``.
+    """Return ``white`` and ``max_pixels`` for `read_picture` from a trained network's settings.
 
-    Raises ValueError if they are no numbers that these can be.
+    Raises ValueError if they are invalid.
     """
     data = settings.get("data")
     data = data if isinstance(data, dict) else {}
@@ -89,7 +89,7 @@ def reading_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_white(white: Any) -> None:
-    """Raises ValueError unless ``white`` is None or a number that can be white."""
+    """Raise ValueError unless ``white`` is None or a number in the range `WHITES`."""
     fits = type(white) in (int, float) and WHITES[0] <= white <= WHITES[1]
     if white is not None and not fits:
         raise ValueError(f"data.white={white} must be a number from {WHITES[0]} to {WHITES[1]}")
@@ -97,14 +97,14 @@ def check_white(white: Any) -> None:
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The formats that are read, by Pillow's names for them."""
+    """Pillow's names of the formats that are read."""
     Image.init()
     return tuple(name for name in Image.OPEN if name not in _NO_FORMATS)
 
 
 @cache
 def endings() -> frozenset[str]:
-    """The endings of the names of image files, in lower case and with their dot."""
+    """The file extensions of images, in lower case and with their dot."""
     known = formats()
     registered = Image.registered_extensions().items()
     return frozenset(ending.lower() for ending, name in registered if name in known)
@@ -112,13 +112,13 @@ def endings() -> frozenset[str]:
 
 @contextmanager
 def reading(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
-    """Pillow's limit and warnings as `decode` wants them; they are the whole process's."""
+    """Set Pillow's limit and warnings as `decode` needs them, for the whole process."""
     before = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            # What Pillow has to say of odd metadata does not matter here.
+            # Pillow's warnings about odd metadata do not matter here.
             warnings.simplefilter("ignore", UserWarning)
             yield
     finally:
@@ -126,18 +126,17 @@ def reading(max_pixels: int = MAX_PIXELS) -> Iterator[None]:
 
 
 def decode(content: bytes, size: tuple[int, int], white: float | None = None) -> Decoded:
-    """The image in the bytes of a file, for ``size`` (H, W); by several threads in one `reading`.
+    """Decode an image file for ``size`` (H, W); several threads may do so within one `reading`.
 
-    It is turned as its EXIF data say, laid on white where it is transparent, and scaled with its
-    sides in proportion (bicubic) until it covers ``size``; what then sticks out at two sides is cut
-    off, half at each. An image of just this size stays as it is. Of several frames the first is
-    taken. Gray numbers of more than 8 bits are divided by ``white``, by default 65,535 for whole
-    numbers, so that this one becomes 255.
+    The image is rotated as its EXIF data say, put on white where it is transparent, scaled
+    (bicubic, aspect ratio kept) until it covers ``size``, and cropped at the center. An image that
+    already has this size is not changed. Only the first of several frames is used. Gray values of
+    more than 8 bits are scaled so that ``white``, by default 65,535 for integers, becomes 255.
 
     Raises:
-        ValueError: it is no image, is damaged, or has more pixels than `reading` allows; its
-            numbers are negative, not finite or above ``white``; floating-point numbers without
-            ``white``; one line.
+        ValueError: in one line, if it is not an image, is damaged, or has more pixels than
+            `reading` allows; if values are negative, not finite or above ``white``; or if they are
+            floating-point numbers and ``white`` is None.
     """
     try:
         with Image.open(BytesIO(content), formats=formats()) as picture:
@@ -153,18 +152,18 @@ def decode(content: bytes, size: tuple[int, int], white: float | None = None) ->
         raise ValueError(f"it has more than {limit} pixels (data.max_pixels)") from None
     except (MemoryError, _NumbersError):
         raise
-    except Exception as error:  # what Pillow raises for damaged files is of any type
+    except Exception as error:  # Pillow raises all kinds of errors for damaged files
         raise ValueError(f"it is damaged: {one_line(error)}") from error
 
 
 class _NumbersError(ValueError):
-    """The image is whole, and its numbers cannot be taken."""
+    """The image is intact, but its values cannot be used."""
 
 
 def _decode(picture: Any, size: tuple[int, int], white: float | None) -> Decoded:
     deep_color = any(_DEEP_COLOR.search(str(tile[3])) for tile in picture.tile)
-    picture.load()  # which turns a TIFF, and takes its orientation away
-    picture.getexif()  # which is kept, while what would be written again may be damaged
+    picture.load()  # rotates a TIFF and removes its orientation
+    picture.getexif()  # is cached; the raw data may be damaged and must not be written again
     for name in ("exif", "Raw profile type exif"):
         picture.info.pop(name, None)
     ImageOps.exif_transpose(picture, in_place=True)
@@ -177,7 +176,7 @@ def _decode(picture: Any, size: tuple[int, int], white: float | None) -> Decoded
                 "it has 16 bits for each color, of which only the upper 8 are read: data.white "
                 "holds for gray images alone; save it with 8 bits for each color"
             )
-        # Of each upper byte the largest number that it may stand for; opacity is no color.
+        # The largest value that an upper byte may stand for; alpha is not a color.
         colors = [picture.getchannel(name) for name in picture.getbands() if name not in "AX"]
         largest_color = max(band.getextrema()[1] for band in colors) * 256 + 255
     fitted = ImageOps.fit(_as_rgb(picture), size[::-1], method=Image.Resampling.BICUBIC)
@@ -185,7 +184,7 @@ def _decode(picture: Any, size: tuple[int, int], white: float | None) -> Decoded
 
 
 def _scaled(picture: Any, white: float | None) -> tuple[Any, float]:
-    """A gray image of 8 bits from one of more, and the largest number in it."""
+    """Return a gray image of more than 8 bits scaled to 8 bits, and its largest value."""
     numbers = np.asarray(picture)
     lowest, largest = float(numbers.min()), float(numbers.max())
     if not np.isfinite([lowest, largest]).all():
@@ -201,7 +200,7 @@ def _scaled(picture: Any, white: float | None) -> tuple[Any, float]:
     if largest > white:
         raise _NumbersError(f"it has the number {largest:g}, and white is {white:g} (data.white)")
     levels = numbers * np.float32(255 / white) + np.float32(0.5)
-    if "transparency" in picture.info:  # the number of a PNG that is so
+    if "transparency" in picture.info:  # the transparent value of a PNG
         levels[numbers == picture.info["transparency"]] = 255
     return Image.fromarray(levels.astype(np.uint8)), largest
 

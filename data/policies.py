@@ -1,8 +1,8 @@
 """TrivialAugment, RandAugment and AutoAugment's CIFAR policy on batches of uint8 pixels.
 
-Operations, magnitudes and policies are torchvision's, the values those of its transforms of PIL
-images, in integers or single float32 operations: the same pixels on every device. What is done to
-which sample is decided on the CPU, so that a GPU is never waited for.
+Operations, magnitudes and policies are torchvision's, and results equal those of its transforms of
+PIL images. They are computed in integers or single float32 operations and are the same on every
+device. What is done to each sample is decided on the CPU, so that nothing waits for a GPU.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ def draw(
     rand_ops: int,
     rand_magnitude: int,
 ) -> dict[str, Tensor]:
-    """What ``policy`` does to each of ``number`` samples of height and width ``size``.
+    """Draw what ``policy`` does to each of ``number`` samples of height and width ``size``.
 
-    Returns "operations" (number, S), indices into `OPERATIONS` in their order, and "magnitudes"
+    Returns "operations" (number, S), indices into `OPERATIONS` in order, and "magnitudes"
     (number, S) float64; S is 1 for trivial, ``rand_ops`` for rand and 2 for auto.
     """
 
@@ -61,9 +61,9 @@ def draw(
 
 
 def apply(pixels: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
-    """``pixels`` (B, H, W, 3) uint8 after (B, S) operations as `draw` returns them.
+    """Return ``pixels`` (B, H, W, 3) uint8 after the (B, S) operations that `draw` returned.
 
-    Each operation is called once a step, on all samples that have it.
+    In each of the S steps, an operation is called once, on all samples that have it.
     """
     functions, pixels = list(OPERATIONS.values()), pixels.clone()
     for step in range(operations.shape[1]):
@@ -82,7 +82,7 @@ def magnitudes(bins: int, size: tuple[int, int], wide: bool) -> Tensor:
     """(operations, bins) float64: the magnitudes of each, from weakest to strongest."""
     height, width = size
     shear, rotation, enhancement, dropped_bits = (0.99, 135, 0.99, 6) if wide else (0.3, 30, 0.9, 4)
-    fraction = 150 / 331  # of a side that is 331 pixels in the paper
+    fraction = 150 / 331  # the paper: 150 pixels of a side of 331
     strongest = {
         "ShearX": shear,
         "ShearY": shear,
@@ -99,7 +99,7 @@ def magnitudes(bins: int, size: tuple[int, int], wide: bool) -> Tensor:
 
 
 def _auto_policies() -> Tensor:
-    """(25, 2, 3): of each pair of operations index, probability and level of the magnitude."""
+    """(25, 2, 3): index, probability and magnitude level of each operation of the 25 pairs."""
     from data.vision import import_transforms
 
     transforms = import_transforms()
@@ -109,27 +109,27 @@ def _auto_policies() -> Tensor:
 
 
 def _on_device(values: Tensor, pixels: Tensor) -> Tensor:
-    """A number for each sample, to be broadcast over its pixels."""
+    """Move one number per sample to the device, shaped to broadcast over the sample's pixels."""
     return values.to(pixels.device, non_blocking=True)[:, None, None, None]
 
 
 def pick(pixels: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """The images whose pixel (b, i, j) is pixel (rows[b, i, j], columns[b, i, j]) of image b.
+    """Return images whose pixel (b, i, j) is pixel (rows[b, i, j], columns[b, i, j]) of image b.
 
-    Of ``pixels`` (B, H, W, C); rows and columns are broadcast against each other.
+    ``pixels`` is (B, H, W, C); rows and columns are broadcast against each other.
     """
     number, height, width, channels = pixels.shape
     image = torch.arange(number, device=pixels.device)[:, None, None]
     flat = (image * height + rows) * width + columns
-    # One flat index takes a quarter of the time that three broadcast ones take.
+    # One flat index takes a quarter of the time of three broadcast ones.
     picked = pixels.reshape(-1, channels).index_select(0, flat.flatten())
     return picked.view(*flat.shape, channels)
 
 
 def _warp(pixels: Tensor, *matrix: Tensor | float) -> Tensor:
-    """Samples whose pixel (x, y) is pixel (a x + b y + c, d x + e y + f), black outside.
+    """Return images whose pixel (x, y) is pixel (a x + b y + c, d x + e y + f), black outside.
 
-    The nearest pixel by Pillow's arithmetic: 16 bits each before and after the binary point.
+    Pillow's fixed-point arithmetic finds the nearest pixel, with 16 bits on each side of the point.
     """
     _, height, width, _ = pixels.shape
     rows_of_matrix = [torch.as_tensor(value, dtype=torch.float64) for value in matrix]
@@ -146,16 +146,16 @@ def _warp(pixels: Tensor, *matrix: Tensor | float) -> Tensor:
 
 
 def _rotate(pixels: Tensor, magnitudes: Tensor) -> Tensor:
-    """Around the center, counterclockwise; magnitudes in degrees."""
+    """Rotate counterclockwise around the center; magnitudes in degrees."""
     y, x = pixels.shape[1] / 2, pixels.shape[2] / 2
     angles = -magnitudes.deg2rad()
-    # As Pillow does: a quarter turn has no rest of 1e-17.
+    # As Pillow does, so that a quarter turn is exact and not off by 1e-17.
     cos, sin = angles.cos().round(decimals=15), angles.sin().round(decimals=15)
     return _warp(pixels, cos, sin, x - cos * x - sin * y, -sin, cos, y + sin * x - cos * y)
 
 
 def _blend(pixels: Tensor, weakest: Tensor | float, magnitudes: Tensor) -> Tensor:
-    """From ``weakest`` at magnitude -1 by way of ``pixels`` at 0 to more than they are."""
+    """Interpolate from ``weakest`` (magnitude -1) to ``pixels`` (0), extrapolate above 0."""
     factors = _on_device((1 + magnitudes).float(), pixels)
     blended = weakest + factors * (pixels.float() - weakest)
     return blended.clamp_(0, 255).byte()
@@ -168,7 +168,7 @@ def _gray(pixels: Tensor) -> Tensor:
 
 
 def _contrast(pixels: Tensor, magnitudes: Tensor) -> Tensor:
-    """Around the mean of the gray image, which Pillow rounds."""
+    """Scale around the mean of the gray image, rounded as in Pillow."""
     number = pixels.shape[1] * pixels.shape[2]
     total = _gray(pixels).sum(dim=(1, 2), keepdim=True)
     mean = (2 * total + number) // (2 * number)
@@ -176,7 +176,7 @@ def _contrast(pixels: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def _sharpness(pixels: Tensor, magnitudes: Tensor) -> Tensor:
-    """Weakest is the mean over 3x3 pixels with weight 5 in the middle; the edge stays."""
+    """Blend with the mean over 3x3 pixels, weight 5 in the center; edge pixels stay the same."""
     exact = pixels.short()
     rows = exact[:, :-2] + exact[:, 1:-1] + exact[:, 2:]
     total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * exact[:, 1:-1, 1:-1]
@@ -186,19 +186,19 @@ def _sharpness(pixels: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def _posterize(pixels: Tensor, magnitudes: Tensor) -> Tensor:
-    """Keeps the upper bits, as many as the magnitude says."""
+    """Keep as many upper bits as the magnitude says."""
     return pixels & _on_device((256 - 2 ** (8 - magnitudes)).byte(), pixels)
 
 
 def _solarize(pixels: Tensor, magnitudes: Tensor) -> Tensor:
-    """Inverts what is at least the magnitude."""
+    """Invert values that are at least the magnitude."""
     return torch.where(pixels < _on_device(magnitudes.float(), pixels), pixels, 255 - pixels)
 
 
 def _autocontrast(pixels: Tensor, _: Tensor) -> Tensor:
-    """Each channel stretched to 0 to 255, and rounded down.
+    """Stretch each channel to 0 to 255, rounding down.
 
-    The quotient is exact; Pillow's is sometimes just below a whole number, and then 1 less.
+    The quotient is exact; Pillow's is sometimes just below an integer, and its result 1 less.
     """
     values = pixels.float()
     low, high = values.amin(dim=(1, 2), keepdim=True), values.amax(dim=(1, 2), keepdim=True)
@@ -213,7 +213,7 @@ def _equalize(pixels: Tensor, _: Tensor) -> Tensor:
     return functional.equalize(pixels.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-# Each takes pixels (B, H, W, 3) uint8 and their magnitudes (B,), on the CPU.
+# Each takes pixels (B, H, W, 3) uint8 and their magnitudes (B,), which are on the CPU.
 OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Identity": lambda pixels, _: pixels,
     "ShearX": lambda pixels, by: _warp(pixels, 1, by, 0, 0, 1, 0),
@@ -231,7 +231,7 @@ OPERATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Equalize": _equalize,
     "Invert": lambda pixels, _: 255 - pixels,
 }
-CHOSEN_AT_RANDOM = len(OPERATIONS) - 1  # all but inverting, which AutoAugment alone has
+CHOSEN_AT_RANDOM = len(OPERATIONS) - 1  # all but Invert, which only AutoAugment has
 SIGNED = {
     *("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"),
     *("Brightness", "Color", "Contrast", "Sharpness"),

@@ -1,4 +1,4 @@
-"""torchvision.datasets, even from a torchvision that was built for another torch.
+"""Import torchvision.datasets, even if torchvision was built for another torch.
 
 A CUDA build of torchvision next to a CPU build of torch cannot load its C++ operators, and its
 import fails at the first operator it describes to torch. The data sets need none of them, so the
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 _MISSING_OPERATOR = "operator torchvision::nms does not exist"
-# torch forgets a library's operators when the object is collected.
+# torch forgets a library's operators when the object is garbage-collected.
 _declared: list[torch.library.Library] = []
 
 
@@ -34,7 +34,7 @@ def _declare_operators() -> None:
 
 
 def import_datasets() -> ModuleType:
-    """torchvision.datasets; any error of the import but the known one is passed on."""
+    """Return torchvision.datasets; import errors other than the known one are passed on."""
     try:
         return import_module("torchvision.datasets")
     except RuntimeError as error:
@@ -52,6 +52,6 @@ datasets = import_datasets()
 
 
 def import_transforms() -> Any:
-    """torchvision.transforms, with v2 in it; it takes a second, which only some runs need."""
+    """Return torchvision.transforms with v2; the import takes a second, so only some runs do it."""
     import_module("torchvision.transforms.v2")
     return import_module("torchvision.transforms")

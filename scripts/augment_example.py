@@ -1,11 +1,11 @@
-"""Put attention into a network that is trained already, and train it on.
+"""Add attention to a trained network and continue training it.
 
     python scripts/augment_example.py [--epochs 4] [--epochs-after 12] [--seed 0]
 
-A plain ResNet-8 is trained on the built-in task, which it cannot solve: cue and shape lie further
+A plain ResNet-8 is trained on the built-in task, which it cannot solve: cue and shape are farther
 apart than its convolutions see. Then `aaconv.augment_` replaces one convolution of its last stage,
-and the network is trained on with a new optimizer. So is a copy that stays plain: what it gains is
-due to the additional epochs. Prints top-1 accuracies on the test images.
+and training continues with a new optimizer. A copy that stays plain is trained on as well: what it
+gains is due to the additional epochs. Prints top-1 accuracies on the test images.
 """
 
 import argparse
@@ -21,7 +21,7 @@ BATCH_SIZE = 32
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     count = number(int, at_least=1)
     parser.add_argument("--epochs", type=count, default=4, help="of the plain network (default: 4)")
     parser.add_argument(
@@ -55,7 +55,7 @@ LEARNING_RATE = 2e-3
 def train(network: nn.Module, data: Dataset, epochs: int, seed: int) -> None:
     """Train with AdamW and one cycle of the learning rate."""
     batches = Batches(data.train, BATCH_SIZE, Augmentation(), data.mean, data.std, seed)
-    # Made here, so that it has the parameters that the network has now.
+    # Created here, so that it gets the parameters that the network has now.
     optimizer = torch.optim.AdamW(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, LEARNING_RATE, total_steps=epochs * len(batches)

@@ -1,12 +1,12 @@
-"""Draw what each augmentation makes of training images.
+"""Draw how each augmentation changes training images.
 
     python scripts/augmentation.py --out augmentation.png data.root=FOLDER
     python scripts/augmentation.py --out mine.png data=folder data.root=DIR --show rand,mixup=0.2
 
-On the left the first images of an epoch, the same ones in every row: with an option of the group
-augmentation and settings of it, the rest as in `standard` where there is no option. On the right
-the operations of the policies on the first image, over TrivialAugment's range of magnitudes. What
-has an = and does not follow --show is a setting of train.py.
+The left column has the first images of an epoch, the same in every row, with an option and settings
+of the group augmentation; settings without an option are applied on top of `standard`. The right
+column has the operations of the policies on the first image, over TrivialAugment's range of
+magnitudes. Any NAME=VALUE that does not follow --show is a setting of train.py.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from scripts.command import command, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     parser.add_argument("settings", nargs="*", metavar="NAME=VALUE", help="of train.py")
     parser.add_argument("--show", nargs="+", metavar="WORD", help="default: all there are")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
@@ -70,7 +70,7 @@ def operations(image: Tensor) -> dict[str, Tensor]:
 
 @figures.style()
 def draw(left: dict[str, Tensor], right: dict[str, Tensor]) -> Figure:
-    """Two columns of rows of images, each with its name."""
+    """Draw two columns of rows of images, each row with its name."""
     rows = max(len(left), len(right))
     figure = Figure(figsize=(9, 0.61 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False)

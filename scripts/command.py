@@ -1,4 +1,4 @@
-"""What all commands share: safe streams and Ctrl-C, help, and errors in one line."""
+"""Shared by all commands: safe streams, Ctrl-C, help, and one-line errors."""
 
 import argparse
 import functools
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from reporting.text import printable
 from training import console
 
-# Of wandb; train.py and compare.py take the same.
+# Default wandb project, the same as for train.py and compare.py.
 PROJECT = os.environ.get("WANDB_PROJECT", "aaconv")
 
 AddOptions = Callable[[argparse.ArgumentParser], None]
@@ -24,9 +24,9 @@ AddOptions = Callable[[argparse.ArgumentParser], None]
 def start(file: str, add_options: AddOptions) -> NoReturn:
     """Run a script's ``main`` as a command.
 
-    The script calls it before it imports anything heavy, and is imported here as a module of this
-    package: torch takes seconds to import, in which a user may press Ctrl-C, and which help and a
-    wrong option need not wait for.
+    The script calls this before it imports anything heavy, and is then imported as a module of this
+    package: importing torch takes seconds, in which a user may press Ctrl-C, and which help and the
+    message on a wrong option must not wait for.
     """
     console.prepare(Path(file).name)
     _Parser(Path(file).name, sys.modules["__main__"].__doc__, add_options).parse_args()
@@ -40,9 +40,9 @@ def command(
 ) -> Callable[[Callable[[argparse.Namespace], None]], Callable[[], None]]:
     """Wrap ``main(args)`` in a function that parses the command line.
 
-    The help is the module's docstring. A wrong option, an error of which
-    `training.errors.is_for_the_user`, and ``errors`` are one line on stderr and end the process
-    with code 2; Ctrl-C ends it with 130, or with the argument that a KeyboardInterrupt has.
+    The help is the module's docstring. A wrong option, an error for which
+    `training.errors.is_for_the_user` is true, and ``errors`` print one line on stderr and exit with
+    code 2; Ctrl-C exits with 130, or with the argument of the KeyboardInterrupt.
     """
 
     def decorate(main: Callable[[argparse.Namespace], None]) -> Callable[[], None]:
@@ -56,7 +56,7 @@ def command(
             except KeyboardInterrupt as stopped:
                 console.stop(program, "interrupted", *(stopped.args or (130,)))
             except Exception as error:
-                # Hydra, which it imports, takes a while that help and a wrong option need not.
+                # Imported late: it imports Hydra, which help and a wrong option need not wait for.
                 from training.errors import explain, is_for_the_user
 
                 if not (is_for_the_user(error) or isinstance(error, errors)):
@@ -69,12 +69,12 @@ def command(
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line, instead of a page of usage."""
+    """Reports a mistake in one line instead of a page of usage."""
 
     def __init__(self, program: str, description: str | None, add_options: AddOptions) -> None:
         form = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=program, description=description, formatter_class=form)
-        # As from Python 3.14 on: -1,2 is a value, which is then told what is wrong with it.
+        # As in Python 3.14: -1,2 is a value, so that the error says what is wrong with it.
         self._negative_number_matcher = re.compile(r"-\.?\d")
         add_options(self)
 
@@ -85,7 +85,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], Any]:
-    """A ``type`` for an option that is a number within the bounds of a `configs.setting.Range`."""
+    """Return a ``type`` for options: numbers within the bounds of a `configs.setting.Range`."""
 
     def read(word: str) -> int | float:
         from configs.setting import Range
@@ -104,11 +104,11 @@ def number(kind: type[int] | type[float], **bounds: float) -> Callable[[str], An
 
 
 def paths_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """The words that are paths, also where their names have ``=``, and the settings NAME=VALUE."""
+    """Split words into paths, which may contain ``=``, and settings NAME=VALUE."""
 
     def is_path(word: str) -> bool:
-        # No name of a setting has a slash. Not Path.exists, which raises an error where a setting
-        # is longer than a file's name may be.
+        # The name of a setting has no slash. Not Path.exists, which raises an error if a setting
+        # is longer than a file name may be.
         name, equals, _ = word.partition("=")
         return not equals or "/" in name or os.path.exists(os.path.expanduser(word))
 
@@ -117,9 +117,9 @@ def paths_and_overrides(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def check_out(folder: Path) -> None:
-    """Raises ValueError or OSError if no folder can be there; before what is written is computed.
+    """Raise ValueError or OSError if ``folder`` cannot be a folder; to be called before any work.
 
-    Whether there is room for it, and the right to make it, is found when it is written.
+    Missing space or permission to create it is found only when it is written.
     """
     with suppress(FileNotFoundError):
         if not S_ISDIR(os.stat(folder).st_mode):

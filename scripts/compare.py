@@ -4,20 +4,19 @@
     python scripts/compare.py --seeds 0 1 2 --vary attention=none,se,aa -- model=resnet20 epochs=30
     python scripts/compare.py --vary attention=none --vary attention=aa attention.dk=0.1,0.2
 
-Each --vary stands for all combinations of its values, which are written as for train.py -m; several
-add up. What comes after ``--`` goes to every run; by default that is experiment=lookup, and it
-names the comparison's folder below outputs/compare/. The same command again skips the runs that are
-finished and continues the others from their last checkpoint, whatever stopped them. A run that
-diverged is not repeated; the others go on. Several compare.py may work on
-one comparison: each takes the runs that no other process is training. A table at the end says what
-became of each run.
+Each --vary adds all combinations of its values, which are written as for train.py -m. What comes
+after ``--`` goes to every run; by default that is experiment=lookup, and it names the comparison's
+folder below outputs/compare/. Running the same command again skips finished runs and continues the
+others from their last checkpoint, whatever stopped them. A run that diverged is not repeated; the
+others go on. Several compare.py may work on one comparison: each takes runs that no other process
+is training. A table at the end says what became of each run.
 
-On a machine that is lent for half an hour, ``--max-minutes 28`` leaves two for the report: the run
-in progress stops with a checkpoint when they are over, and the same command continues next time.
+On a machine that you have for half an hour, ``--max-minutes 28`` leaves two minutes for the report:
+when time is up, the run in progress stops with a checkpoint; the same command continues next time.
 
-Exit codes: 0 all is well, also when the time is over; 1 a run failed or diverged; 2 a mistake in
-the settings; 130 Ctrl-C, 143 SIGTERM, 129 a closed terminal, of compare.py or of the run in
-progress (which may also end with 138, SIGUSR1).
+Exit codes: 0 success, also when time is up; 1 a run failed or diverged; 2 a mistake in the
+settings; 130 Ctrl-C, 143 SIGTERM, 129 a closed terminal, of compare.py or of the run in progress
+(which may also end with 138, SIGUSR1).
 """
 
 import argparse
@@ -32,7 +31,7 @@ from scripts.command import check_out, command, number, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     parser.add_argument(
         "--vary",
         nargs="+",
@@ -86,7 +85,7 @@ from training.comparison import PlannedRun, numbered, plan, status
 from training.compose import compose_config
 from training.outcome import BAD, DONE, STOPPED, Outcome
 
-# How often news of the whole set are looked for while a run is training.
+# How often the status of all runs is checked while one is training.
 STATUS_EVERY_S = 60.0
 # With fewer seeds than this an interval says little.
 ENOUGH_SEEDS = 3
@@ -101,7 +100,7 @@ PURPOSES = {
 def train_all(
     runs: list[PlannedRun], overrides: list[str], out_dir: Path, max_minutes: float | None
 ) -> Iterator[tuple[PlannedRun, Outcome]]:
-    """Train what is missing, until all is done or the time is up; each run and its outcome in turn.
+    """Train what is missing until all is done or time is up; yield each run and its outcome.
 
     Raises:
         KeyboardInterrupt: see `train`.
@@ -113,7 +112,7 @@ def train_all(
             limit = []
             if deadline is not None:
                 minutes = (deadline - time.monotonic()) / 60
-                if minutes < 0.001:  # which would be printed as none
+                if minutes < 0.001:  # would be printed as 0.000
                     return
                 limit = [f"max_minutes={minutes:.3f}"]
             ended = train(runs, run, [*overrides, *limit], out_dir)
@@ -123,14 +122,14 @@ def train_all(
 
 
 def train(runs: list[PlannedRun], run: PlannedRun, overrides: list[str], out_dir: Path) -> Outcome:
-    """Train one of ``runs``, or what is missing of it, in a process of its own.
+    """Train one of ``runs``, or what is missing of it, in a separate process.
 
-    Meanwhile the status of all of them is printed, where there is news. A signal reaches this
-    process alone, which passes it on once. A run that outlives a killed compare.py keeps its folder
-    and is left to finish.
+    Meanwhile the status of all runs is printed whenever it changes. A signal reaches only this
+    process, which passes it on once. If compare.py is killed, a run that survives keeps its folder
+    and finishes.
 
     Raises:
-        KeyboardInterrupt: a signal has stopped the run; the argument is the exit code.
+        KeyboardInterrupt: if a signal stopped the run; the argument is the exit code.
     """
     words = [*overrides, *run.variant, f"seed={run.seed}", "resume=auto"]
     printed = ""
@@ -164,14 +163,14 @@ def compare(
     out_dir: Path,
     max_minutes: float | None = None,
 ) -> int:
-    """Run what is missing of the comparison, write its report, and return the exit code.
+    """Train what is missing of the comparison, write its report, and return the exit code.
 
     Raises:
         ValueError, OSError, HydraException, OmegaConfBaseException: see `plan`.
     """
     comparison, runs = plan(vary, seeds, overrides, out_dir)
     before = {run for run in runs if run.outcome.kind == DONE}
-    # By it the dashboard shows the runs together; where the user gives another, that one counts.
+    # The dashboard shows the runs as this group, unless the user gives another one.
     group = [] if "WANDB_RUN_GROUP" in os.environ else [comparison.name]
     grouped = [*(launch.override("wandb.group", name) for name in group), *overrides]
     outcomes: dict[PlannedRun, Outcome] = {}
@@ -196,7 +195,7 @@ def compare(
 
 
 def report(comparison: Path, overrides: list[str], out_dir: Path, has_news: bool) -> None:
-    """Write and print the comparison's report; where it ``has_news`` the dashboard gets it, too."""
+    """Write and print the comparison's report; if it ``has_news``, post it to the dashboard."""
     analysis = analyze([comparison])
     print("", render.write(analysis, comparison), sep="\n")
     print(f"written: {comparison / 'report.html'}")
@@ -216,10 +215,10 @@ def report(comparison: Path, overrides: list[str], out_dir: Path, has_news: bool
 def next_commands(
     runs: list[PlannedRun], vary: list[list[str]], overrides: list[str], out_dir: Path
 ) -> list[str]:
-    """Up to three commands for what to do next, to be pasted where this one was called."""
+    """Return up to three commands to run next from the current folder."""
     first = [run for run in runs if run.seed == runs[0].seed]
     augmented = [r for r in first if run_folder.read_summary(r.folder)["attention"] == "aa"]
-    # What is kept with a network does not say where its images are.
+    # What is saved with a network does not say where its images are.
     where = [word for word in overrides if word.startswith("data.root=")]
     commands = [["evaluate.py", *(_shown(run.folder) for run in first), *where]]
     commands += [["visualize.py", _shown(run.folder), *where] for run in augmented[:1]]
@@ -240,13 +239,13 @@ def next_commands(
 
 
 def _shown(path: Path) -> str:
-    """A path as it is shortest from here; links stay links, as .venv/bin/python is one."""
+    """Shorten a path relative to the current folder; links such as .venv/bin/python stay links."""
     path, here = path.absolute(), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
 def handle_signals() -> None:
-    """A queue's SIGTERM and a terminal that closes end the running train.py as Ctrl-C does."""
+    """Make SIGTERM from a queue and a closed terminal stop the running train.py like Ctrl-C."""
 
     def interrupt(signum: int, _: Any) -> None:
         raise KeyboardInterrupt(128 + signum)
@@ -260,7 +259,7 @@ def handle_signals() -> None:
 @command(options)
 def main(args: argparse.Namespace) -> None:
     handle_signals()
-    # What is said of the dashboard, as train.py says it.
+    # Prints messages about the dashboard as train.py does.
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stdout)
     check_out(args.out)
     vary = args.vary or [["attention=none,aa"]]

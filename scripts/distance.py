@@ -4,9 +4,9 @@
         --seeds 0 1 2 --out outputs/distance -- experiment=lookup
     python scripts/distance.py outputs/distance --out distance.svg
 
-The finished runs below the given folders that have a data.distance make a line for each network and
-attention, over the distance as a multiple of the receptive field of the network's convolutions. The
-same numbers are printed as a table. Seeds are drawn as dots.
+The finished runs with a data.distance below the given folders become a line for each network and
+attention, over the distance as a multiple of the receptive field of the network's convolutions.
+Seeds are drawn as dots. The same numbers are printed as a table.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from scripts.command import command, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="FOLDER", help="run folders, or folders above them"
     )
@@ -40,11 +40,11 @@ from training.files import write_text
 
 
 def draw(folders: list[Path], out: Path) -> str:
-    """Write the picture of the runs below ``folders`` to ``out``; says what is in it.
+    """Write the picture of the runs below ``folders`` to ``out`` and return its numbers as text.
 
     Raises:
-        ValueError: there is nothing to draw, or not on one picture; nothing is written then.
-        OSError: a file cannot be read or written.
+        ValueError: if there is nothing to draw, or not in one picture; nothing is written then.
+        OSError: if a file cannot be read or written.
     """
     if out.suffix != ".svg":
         raise ValueError(
