@@ -1,18 +1,18 @@
-"""Score trained networks again: top-1, top-5, classes, calibration, speed.
+"""Evaluate trained networks: top-1, top-5, classes, calibration, speed.
 
     python scripts/evaluate.py outputs/train/RUN
     python scripts/evaluate.py RUN RUN2/last.pt weights.safetensors --out evaluation
     python scripts/evaluate.py RUN device=cpu eval_batch_size=100 data.root=FOLDER
 
 Networks are given as for `models.load`: a run's folder, a weights.safetensors or a checkpoint. Each
-is evaluated on the images that its run was evaluated on, in the precision in which it was trained;
-that gives the run's own scores. What has an = is a setting, for all of them: another `data` must
-have the same classes, but a folder, data.root=DIR, may lack some: its val/ or test/ is taken, or
-the folders of the classes themselves where it has none. Images are never scored that a network was
-trained on: no other data.val_size is taken than its own.
+is evaluated on the images that its run was evaluated on, in the precision that it was trained in;
+that gives the run's own scores. NAME=VALUE is a setting for all networks. Another `data` must have
+the same classes. A folder, data.root=DIR, may lack some of them; its val/ or test/ is used or, if
+it has neither, the folders of the classes themselves. A network is never scored on images that it
+was trained on: a data.val_size other than its own is refused.
 
---out writes evaluation.json, with recall and precision of each class and the bins of the
-confidence; and of each network the confusion matrix as CSV and SVG and a reliability diagram.
+--out writes evaluation.json, with recall and precision of each class and the confidence bins, and
+for each network the confusion matrix as CSV and SVG and a reliability diagram.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from scripts.command import check_out, command, paths_and_overrides, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     parser.add_argument(
         "words", nargs="+", metavar="NETWORK|NAME=VALUE", help="networks, and settings for all"
     )
@@ -54,15 +54,15 @@ from training.files import csv_text, write_texts
 from training.scores import NOT_FINITE, Calibration, ClassScore, Confusion, evaluate
 from training.trained import check_not_trained_on, compose_settings, load_data
 
-# What may be set here; all else is the network's own.
+# Settings that may be given here; all others are the network's own.
 SETTINGS = ("device", "precision", "eval_batch_size", "channels_last")
-# Classes that are shown of each network.
+# Number of classes shown for each network.
 WORST = 3
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one network has come to; accuracies in percent, ``ece`` in [0, 1]."""
+    """The scores of one network; accuracies in percent, ``ece`` in [0, 1]."""
 
     path: str
     data: str
@@ -92,12 +92,12 @@ def evaluate_file(path: str, overrides: list[str]) -> Evaluation:
     check_not_trained_on(dataset, cfg, trained, path)
     images = dataset.evaluation.to(device)
     model = to_device(trained.network, device, cfg.channels_last)
-    # The network was trained with the mean and the deviation of its own images.
+    # The mean and standard deviation that the network was trained with.
     mean, std = trained.description.mean, trained.description.std
     batches = evaluation_batches(images, cfg.eval_batch_size, mean, std)
     calibration, confusion = Calibration(), Confusion(len(trained.class_names))
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    # What happens once is no part of the speed.
+    # One-time work must not count toward the speed.
     try_backends(model, evaluation_batches(images, 1, mean, std), autocast)
     started = time.perf_counter()
     scores, per_class = evaluate(model, batches, autocast, [calibration.add, confusion.add])
@@ -130,7 +130,7 @@ def table(evaluations: list[Evaluation]) -> list[str]:
 
 
 def worst_classes(evaluation: Evaluation) -> list[str]:
-    """The classes of the lowest recall as a table, and in a line those without images."""
+    """The classes with the lowest recall as a table, and a line on those without images."""
     names, classes = list(evaluation.classes), evaluation.classes
     seen = [name for name in names if classes[name].images]
     lines = [["lowest recall", "images", "recall %", "precision %", "most often predicted as"]]
@@ -148,8 +148,8 @@ def worst_classes(evaluation: Evaluation) -> list[str]:
 
 
 def written(evaluations: list[Evaluation], out: Path) -> dict[Path, str]:
-    """The files of --out: evaluation.json, and those of each network, by its number."""
-    from reporting import figures  # which needs matplotlib
+    """Return the files of --out: evaluation.json and, by number, those of each network."""
+    from reporting import figures  # needs matplotlib
 
     texts = {
         out / "evaluation.json": json.dumps([*map(as_json, evaluations)], indent=1, allow_nan=False)
@@ -170,7 +170,7 @@ def written(evaluations: list[Evaluation], out: Path) -> dict[Path, str]:
 
 
 def as_json(evaluation: Evaluation) -> dict[str, Any]:
-    """What evaluation.json has of a network; the confusion matrix has a file of its own."""
+    """Return a network's record in evaluation.json; the confusion matrix has its own file."""
     record = {key: value for key, value in vars(evaluation).items() if key != "confusion"}
     classes = {name: score._asdict() for name, score in evaluation.classes.items()}
     return {**record, "classes": classes}

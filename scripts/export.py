@@ -1,12 +1,12 @@
-"""Export a trained network to ONNX and torch.export, with free batch, height and width.
+"""Export a trained network to ONNX and torch.export, with dynamic batch size, height and width.
 
     python scripts/export.py outputs/train/RUN
     python scripts/export.py weights.safetensors --out exported --formats onnx
 
-The network is given as for `models.load`. Writes network.onnx and network.pt2, whose input is
-images (B, 3, H, W), normalized by the mean and the deviation that they carry as metadata with the
-names of the classes, and whose output is logits (B, classes). A file is written only after it gave
-the network's own numbers, at the size of its images and at two others. ONNX needs
+The network is given as for `models.load`. Writes network.onnx and network.pt2. Their input is
+images (B, 3, H, W), normalized by the mean and standard deviation in their metadata, which also has
+the class names; their output is logits (B, classes). A file is written only if it reproduces the
+network's logits, at the size of its images and at two others. ONNX needs
 pip install -c constraints.txt -e '.[app,export]'.
 """
 
@@ -25,7 +25,7 @@ FILES = {"torch": "network.pt2", "onnx": "network.onnx"}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where to write (default: beside the network)"
@@ -54,14 +54,14 @@ from models.saved import description_as_text
 from reporting.text import printable
 from training.files import write_files
 
-# How far logits may be off, as a part of the largest one.
+# Largest allowed error of the logits, relative to the largest logit.
 ALLOWED = 1e-4
 
 Run = Callable[[Tensor], Tensor]
 
 
 class Named(nn.Module):
-    """The network with the name of its input, which programs take over."""
+    """The network with its input named ``images``, a name that exported programs keep."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -73,11 +73,11 @@ class Named(nn.Module):
 
 
 def to_onnx(trained: models.Trained) -> tuple[bytes, Run]:
-    """The network as the bytes of an ONNX file, and a function that runs them."""
+    """Return the network as the bytes of an ONNX file, and a function that runs it."""
     import onnxruntime
 
     names = {"images": {0: "batch", 2: "height", 3: "width"}}
-    with redirect_stdout(StringIO()):  # of its progress
+    with redirect_stdout(StringIO()):  # hides its progress
         program = torch.onnx.export(
             Named(trained.network),
             (_examples(trained)[0],),
@@ -95,7 +95,7 @@ def to_onnx(trained: models.Trained) -> tuple[bytes, Run]:
 
 
 def to_torch(trained: models.Trained) -> tuple[bytes, Run]:
-    """The network as the bytes of a file for torch.export.load, and a function that runs them."""
+    """Return the network as bytes for torch.export.load, and a function that runs it."""
     sizes = {"images": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
     program = torch.export.export(
         Named(trained.network), (_examples(trained)[0],), dynamic_shapes=sizes
@@ -120,7 +120,7 @@ def _examples(trained: models.Trained) -> list[Tensor]:
 
 @torch.no_grad()
 def largest_error(run: Run, trained: models.Trained) -> float:
-    """How far the logits of an exported program are off, as a part of the largest one."""
+    """Return the error of an exported program's logits, relative to the largest logit."""
     errors = []
     for images in _examples(trained):
         own = trained.network(images)
@@ -130,10 +130,10 @@ def largest_error(run: Run, trained: models.Trained) -> float:
 
 
 def export(trained: models.Trained, kind: str, out: Path) -> str:
-    """Write one format and say how exact it is.
+    """Write one format and return a line that says how exact it is.
 
     Raises:
-        ValueError: the program gives other numbers than the network; nothing is written.
+        ValueError: if the program's logits differ from the network's; nothing is written.
     """
     content, run = FORMATS[kind](trained)
     error = largest_error(run, trained)
@@ -148,7 +148,7 @@ def export(trained: models.Trained, kind: str, out: Path) -> str:
 def main(args: argparse.Namespace) -> None:
     network = Path(os.path.expanduser(args.network))
     out = args.out or (network if network.is_dir() else network.parent)
-    logging.disable(logging.WARNING)  # of the exporters
+    logging.disable(logging.WARNING)  # silences the exporters
     warnings.filterwarnings("ignore")
     trained = models.load(args.network)
     check_out(out)

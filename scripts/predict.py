@@ -4,12 +4,12 @@
     python scripts/predict.py weights.safetensors folder/ --json > predictions.json
 
 The network is given as for `models.load`: a run's folder, a weights.safetensors or a checkpoint.
-Pictures are of any format and size that Pillow reads, of folders all at all levels. They are turned
-as their EXIF data say, laid on white where they are transparent, and scaled in proportion until
-they cover the network's image size; what sticks out is cut off evenly. Gray numbers of more than 8
-bits are divided by the data.white that the network was trained with. Prints the most likely
-classes of each with their probabilities; --json and --csv print the same for programs. A file that
-is no picture is named on stderr, the others go on, and the exit code is 1.
+Pictures may be of any format and size that Pillow reads; folders are searched at all levels. They
+are rotated as their EXIF data say, put on white where they are transparent, scaled in proportion
+until they cover the network's image size, and cropped at the center. Gray values of more than 8
+bits are divided by the data.white that the network was trained with. Prints the most likely classes
+of each picture with their probabilities, as a table, --json or --csv. A file that is not a picture
+is reported on stderr; the others are still classified, and the exit code is 1.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from scripts.command import command, number, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
     parser.add_argument(
         "pictures", nargs="+", metavar="PICTURE", help="image files, or folders of them"
@@ -68,27 +68,27 @@ BATCH_SIZE = 100
 
 
 class Prediction(NamedTuple):
-    """The most likely classes of a picture and their probabilities, in [0, 1], from the highest."""
+    """The most likely classes of a picture and their probabilities in [0, 1], highest first."""
 
     file: str
     classes: list[tuple[str, float]]
 
 
 def find(words: list[str]) -> list[Path]:
-    """The files that ``words`` name: themselves, and of folders what is not hidden or `is_stray`.
+    """Return the files that ``words`` name; for a folder, all files in it but the `is_stray` ones.
 
     Raises:
-        ValueError: there is no such file, or no file in a folder.
+        ValueError: if there is no such file, or no file in a folder.
     """
     files: list[Path] = []
     for word in words:
         path = Path(word)
-        if not word or not path.exists():  # the former would be the current folder
+        if not word or not path.exists():  # an empty word would be the current folder
             raise ValueError(f"there is no {word or 'file without a name'}")
         if path.is_file():
             files.append(path)
             continue
-        if not path.is_dir():  # to open a named pipe would wait forever
+        if not path.is_dir():  # opening a named pipe would block forever
             raise ValueError(f"{path} is neither a file nor a folder")
         inside = [file for file in sorted(path.rglob("*")) if file.is_file()]
         inside = [f for f in inside if not any(map(is_stray, f.relative_to(path).parts))]
@@ -101,7 +101,7 @@ def find(words: list[str]) -> list[Path]:
 def predict(
     trained: models.Trained, files: list[Path], top: int, device: torch.device
 ) -> Iterator[Prediction | str]:
-    """For each file its prediction, or in one line why there is none, in their order."""
+    """Yield the prediction for each file, in order, or one line that says why there is none."""
     reading = reading_of(trained.description.settings)
     for first in range(0, len(files), BATCH_SIZE):
         read: list[Tensor | str] = [
@@ -161,7 +161,7 @@ def as_json(predictions: list[Prediction]) -> str:
 
 
 def as_csv(predictions: list[Prediction]) -> str:
-    """A row for each class of each picture; what a spreadsheet would compute begins with '."""
+    """A row for each class of each picture; a leading ' keeps spreadsheets from computing cells."""
     rows = [
         [csv_cell(one.file), rank, csv_cell(name), probability]
         for one in predictions
@@ -176,7 +176,7 @@ def main(args: argparse.Namespace) -> None:
     files = find(args.pictures)
     trained = models.load(args.network, device)
     results = predict(trained, files, args.top, device)
-    # A bar only on a terminal (None), and only if it takes longer than a second.
+    # The bar is shown only on a terminal (None) and only after one second.
     done = list(tqdm(results, "pictures", len(files), leave=False, disable=None, delay=1))
     predictions = [one for one in done if isinstance(one, Prediction)]
     if args.json:

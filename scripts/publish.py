@@ -1,13 +1,13 @@
-"""Copy the results of finished runs to where they can be committed: no checkpoints, no paths.
+"""Copy the results of finished runs, without checkpoints and paths, so they can be committed.
 
     python scripts/publish.py outputs/compare/NAME results/NAME
 
-Of each run below the first folder metrics.csv and summary.json go to the same place below the
-second, or where it diverged failed.json and .hydra/config.yaml: all that scripts/report.py reads of
-them. Settings that do not decide a result, among them folders of this machine and names of an
-account, are left out; so are jobs without a run, and step_times.json. Can be run again as more runs
-finish. Results that are there with other numbers are never replaced, and none are added that are of
-other images of the same name.
+For each run below the first folder, metrics.csv and summary.json are copied to the same place below
+the second; if it diverged, failed.json and .hydra/config.yaml instead of the summary. That is all
+scripts/report.py reads. Settings that do not affect a result, such as folders of this machine and
+account names, are left out, as are jobs without a run and step_times.json. Run it again when more
+runs have finished. Existing results with other numbers are never replaced, and results on other
+images of the same name are not added.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from scripts.command import command, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     parser.add_argument("source", type=Path, metavar="RUNS", help="a folder above finished runs")
     parser.add_argument("target", type=Path, metavar="RESULTS", help="where to copy them")
 
@@ -41,13 +41,13 @@ from training.variants import public_settings
 
 
 def result_files(folder: Path) -> dict[str, str]:
-    """What is published of a run's folder, by the file's name."""
+    """Return the text of each file of a run that is published, by file name."""
     there = (folder / name for name in (METRICS, SUMMARY, FAILURE))
     texts = {path.name: path.read_text(encoding="utf-8") for path in there if path.exists()}
     if SUMMARY in texts:
         summary = json.loads(texts[SUMMARY])
         summary["config"] = public_settings(summary["config"])
-        summary.pop("notes", None)  # which name files
+        summary.pop("notes", None)  # they name files
         texts[SUMMARY] = json.dumps(summary, indent=1) + "\n"
     elif FAILURE in texts and (settings := read_settings(folder)) is not None:
         texts[f"{HYDRA}/config.yaml"] = OmegaConf.to_yaml(
@@ -57,13 +57,13 @@ def result_files(folder: Path) -> dict[str, str]:
 
 
 def publish(source: Path, target: Path) -> str:
-    """Copy the results below ``source`` to the same places below ``target``; says what it did.
+    """Copy the results below ``source`` to the same places below ``target``; return what it did.
 
     Raises:
-        ValueError: there is nothing to publish, one of the folders is inside the other, other
-            results are in its place, or the results of both would be of different images under one
-            name; nothing is written then.
-        OSError: a file cannot be read or written.
+        ValueError: if there is nothing to publish, one of the folders is inside the other, a place
+            has other results, or results on different images would have the same data set name;
+            nothing is written then.
+        OSError: if a file cannot be read or written.
     """
     a, b = source.resolve(), target.resolve()
     if a.is_relative_to(b) or b.is_relative_to(a):
@@ -93,10 +93,10 @@ def publish(source: Path, target: Path) -> str:
 
 
 def is_there(path: Path, text: str) -> bool:
-    """Whether ``path`` holds this text already.
+    """Whether ``path`` already holds this text.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: if it holds something else.
     """
     if not path.exists():
         return False

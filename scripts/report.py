@@ -5,10 +5,10 @@
     python scripts/report.py outputs/compare/NAME --wandb
 
 The given folders are searched at all levels; a folder with a metrics.csv, a summary.json, a
-failed.json or a checkpoint is a run. report.html is a single file that needs no other; report.md
-has its pictures next to it. Runs that differ only in the seed form one variant. Runs that are
-unfinished, diverged, unreadable, duplicates or of another data set are listed, and are not part of
-any number. --wandb gives the dashboard the same as one run of job type "compare".
+failed.json or a checkpoint is a run. report.html is a single self-contained file; report.md has
+its pictures next to it. Runs that differ only in the seed form one variant. Runs that are
+unfinished, diverged, unreadable, duplicates or of another data set are listed but are not part of
+any number. --wandb posts the report to the dashboard, too, as one run of job type "compare".
 """
 
 import argparse
@@ -22,7 +22,7 @@ from scripts.command import PROJECT, check_out, command, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="FOLDER", help="run folders, or folders above them"
     )

@@ -3,8 +3,8 @@
     python scripts/settings.py            # after a change in configs/
     python scripts/settings.py --check    # exits with 2 and one line if the page is out of date
 
-Types, meanings and ranges are those of configs/schema.py; defaults are those of the YAML files,
-before anything that refers to another setting is resolved.
+Types, meanings and ranges come from configs/schema.py and defaults from the YAML files, where
+references to other settings are not resolved.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from scripts.command import command, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 2 if stale")
 
 
@@ -69,7 +69,7 @@ GROUPS = {
 
 
 class Row(NamedTuple):
-    """What the page says of a setting, whichever options have it."""
+    """What the page says about a setting, for all options that have it."""
 
     name: str
     type: str
@@ -77,13 +77,13 @@ class Row(NamedTuple):
 
     @property
     def group(self) -> str:
-        """The group whose options have it, if any does."""
+        """The group whose options have it; for other settings, the first part of the name."""
         first = self.name.partition(".")[0]
         return "tracking" if first == "wandb" else first
 
 
 def rows_of(kind: Any, prefix: str = "") -> list[Row]:
-    """The settings of a config class under their dotted names, those inside it included."""
+    """The settings of a config class, including nested ones, under their dotted names."""
     return [
         Row(name, type_in_words(field.type), meaning(name, field))
         for name, field in fields_below(kind, prefix)
@@ -116,9 +116,9 @@ def meaning(name: str, field: dataclasses.Field[Any]) -> str:
 
 
 def load(path: Path, prefix: str = "") -> dict[str, Any]:
-    """The values of a YAML file and of those beside it that it builds on; none is resolved.
+    """Return the unresolved values of a YAML file and of those next to it that it builds on.
 
-    ``prefix`` begins the dotted names of all.
+    All dotted names start with ``prefix``.
     """
     content: Any = OmegaConf.to_container(OmegaConf.load(path))
     values: dict[str, Any] = {}
@@ -139,13 +139,13 @@ def option_files(group: str) -> list[Path]:
 
 
 def read_option(path: Path) -> dict[Row, str]:
-    """The settings of the option that this file is of, with their defaults."""
+    """The settings of the option that this file defines, with their defaults."""
     group = path.parent.name
     schema = re.search(r"/schema/(\w+)/(\w+)@_here_", path.read_text(encoding="utf-8"))
     if schema:
         classes = {(there, name): kind for there, name, kind in OPTIONS}
         rows = rows_of(classes[schema[1], schema[2]], f"{group}.")
-    else:  # it has the types of the fields of Config
+    else:  # its types are those of the fields of Config
         rows = [row for row in rows_of(Config) if row.group == group]
     # The files of tracking are for the whole configuration and have full names.
     values = load(path, "" if group == "tracking" else f"{group}.")
@@ -160,12 +160,12 @@ def head_comment(path: Path) -> str:
 
 
 def in_yaml(value: Any) -> str:
-    """A value as one writes it on the command line, as code."""
+    """A value as it is written on the command line, formatted as code."""
     return code(value if isinstance(value, str) else json.dumps(value))
 
 
 def section(group: str) -> str:
-    """A group: its options, with the defaults that differ between them, and its settings."""
+    """The section on a group: options, with defaults that differ between them, and settings."""
     own = {path: read_option(path) for path in option_files(group)}
     rows = list(dict.fromkeys(itertools.chain(*own.values())))
     having = {row: [path for path in own if row in own[path]] for row in rows}

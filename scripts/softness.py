@@ -1,16 +1,16 @@
-"""Show how softly the attention of a network begins, and of a run also how softly it ends.
+"""Show how soft the attention of a network is at the start and, for a run, after training.
 
     python scripts/softness.py outputs/train/RUN
     python scripts/softness.py RUN data.root=FOLDER --images 256
     python scripts/softness.py model=resnet56 attention.init=glorot attention.qk_norm=false seed=1
 
-The network is a run's folder, a weights.safetensors or a checkpoint, or settings as for train.py,
-whose network is then at its start. On images of the evaluation, spread evenly, with batch
-normalization as in training: of each augmented layer the entropy of its weights as a share of its
-maximum (1 is uniform, 0 is one-hot), the largest weight of a query, and the norm of the gradient of
-the cross-entropy; below them the norm of the whole network's, at the start beside that of the plain
-network. An entropy below about 0.6 at the start means that attention begins saturated: its gradient
-hardly says where else to look. `aaconv.attention_stats` measures the same in any network.
+The network is a run's folder, a weights.safetensors or a checkpoint, or a new one given by settings
+as for train.py. It gets evenly spaced evaluation images, with batch normalization as in training.
+Prints for each augmented layer the entropy of its weights as a share of its maximum (1 is uniform,
+0 is one-hot), the largest weight of a query, and the norm of the gradient of the cross-entropy;
+below them the gradient norm of the whole network and, at the start, that of the plain network. An
+entropy below about 0.6 at the start means that attention starts saturated: its gradient hardly
+says where else to look. `aaconv.attention_stats` measures the same in any network.
 """
 
 import argparse
@@ -22,12 +22,12 @@ if __name__ == "__main__":
 
 from scripts.command import command, number, paths_and_overrides, start
 
-# More would need more memory than the network's own training.
+# More would need more memory than training the network.
 MAX_IMAGES = 4096
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     parser.add_argument("words", nargs="+", metavar="NETWORK|NAME=VALUE")
     parser.add_argument(
         "--images",
@@ -64,26 +64,26 @@ from training.trained import compose_settings, load_data
 def batch_of(
     dataset: Dataset | EvaluationSet, mean: Any, std: Any, number: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Images of the evaluation, spread evenly, and their labels."""
+    """Return evenly spaced evaluation images and their labels."""
     images, _ = attention_images(dataset, spread(len(dataset.evaluation), number))
     (batch, *_) = evaluation_batches(images.to(device), len(images), mean, std)
     return batch
 
 
 def stats_of(network: nn.Module, images: Tensor, labels: Tensor) -> AttentionStats:
-    """Entropy and gradients of ``network`` as the first step of a training would have them."""
+    """Return entropy and gradients of ``network`` in training mode."""
     network = network.to(images.device).train()
     return attention_stats(network, images, lambda logits: F.cross_entropy(logits, labels))
 
 
 def at_start(network: Network, seed: int, images: Tensor, labels: Tensor) -> list[str]:
-    """The lines on a network that is new, and on the plain one beside it."""
+    """Return the lines on a newly initialized network and on its plain counterpart."""
     attention = network["attention"]
     if "init" not in attention:
         raise ValueError(f"attention={attention['name']} has no attention to look at")
     found = []
     for arguments in (network, network | {"attention": {"name": "none"}}):
-        torch.manual_seed(seed)  # as a run of this seed begins
+        torch.manual_seed(seed)  # as at the start of a run with this seed
         found.append(stats_of(models.build(arguments), images, labels))
     own, plain = found
     assert own.gradient is not None
@@ -98,10 +98,10 @@ def at_start(network: Network, seed: int, images: Tensor, labels: Tensor) -> lis
 
 
 def of_settings(overrides: list[str], number: int, device: torch.device) -> list[str]:
-    """The lines on a network that is given by settings.
+    """Return the lines on a network that is given by settings.
 
     Raises:
-        ValueError, HydraException, OmegaConfBaseException: they are wrong, or would change nothing.
+        ValueError, HydraException, OmegaConfBaseException: if these are wrong or have no effect.
     """
     cfg = compose_config(overrides)
     check(cfg)
@@ -121,10 +121,10 @@ def of_settings(overrides: list[str], number: int, device: torch.device) -> list
 
 
 def of_run(path: str, overrides: list[str], number: int, device: torch.device) -> list[str]:
-    """The lines on a trained network, at its start and after training.
+    """Return the lines on a trained network, at its start and after training.
 
     Raises:
-        ValueError, OSError: there is none, it has no attention, or its images cannot be had.
+        ValueError, OSError: if it does not exist, has no attention, or its images are unavailable.
     """
     trained = models.load(path)
     described = trained.description

@@ -5,11 +5,11 @@
     python scripts/visualize.py RUN data.root=FOLDER
 
 The network is given as for `models.load`: a run's folder, a weights.safetensors or a checkpoint.
-Images are numbers, from 0 on, of images that the run was evaluated on, and files of any format and
-size that Pillow reads, fitted as by predict.py. Queries are pixels, ROW,COLUMN, of the image as the
-network gets it; without --queries the position is taken whose attention is the sharpest. Each block
-becomes a PNG and an SVG: a row for each image and query, a tile for each head. What has an = is a
-setting of the data.
+Images are numbers, from 0 on, of images that the run was evaluated on, or files of any format and
+size that Pillow reads, fitted as in predict.py. Queries are pixels, ROW,COLUMN, of the image as the
+network gets it; without --queries, the position with the sharpest attention is used. Each block
+becomes a PNG and an SVG with a row for each image and query and a tile for each head. NAME=VALUE is
+a setting of the data set.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from scripts.command import check_out, command, paths_and_overrides, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     parser.add_argument("network", help="a run's folder, a weights.safetensors or a checkpoint")
     parser.add_argument(
         "settings",
@@ -68,15 +68,15 @@ from training.files import write_files
 from training.media import ATTENTION_IMAGES, attention_images
 from training.trained import compose_settings, load_data
 
-# More rows or tiles would be a picture that no program opens.
+# A picture with more rows would be too large for any program to open.
 MAX_ROWS = 100
 
 
 def parse_query(word: str) -> tuple[int, int]:
-    """ROW,COLUMN as two whole numbers.
+    """Parse ROW,COLUMN into two integers.
 
     Raises:
-        ValueError: it is none.
+        ValueError: if ``word`` is anything else.
     """
     found = re.fullmatch(r"(\d{1,9}),(\d{1,9})", word)
     if found is None:
@@ -87,13 +87,13 @@ def parse_query(word: str) -> tuple[int, int]:
 def gather(
     trained: models.Trained, path: str, words: list[str] | None, overrides: list[str]
 ) -> tuple[Images, list[str]]:
-    """The images that ``words`` name, in their order, and what each is called.
+    """Return the images that ``words`` name, in order, and a title for each.
 
-    The data set is read only where it is needed.
+    The data set is read only if it is needed.
 
     Raises:
-        ValueError: there is no such image, or a setting that nothing would read.
-        OSError: a file cannot be read.
+        ValueError: if there is no such image, or a setting would have no effect.
+        OSError: if a file cannot be read.
     """
     numbers = [word for word in words or () if word.isascii() and word.isdecimal()]
     if words is not None and not numbers and overrides:
@@ -138,10 +138,10 @@ def visualize(
     out: Path | None,
     device_name: str,
 ) -> list[Path]:
-    """Write the pictures and return their files; nothing is written where something is wrong.
+    """Write the pictures and return their files; in case of an error, nothing is written.
 
     Raises:
-        ValueError, OSError: what is wrong, in one line.
+        ValueError, OSError: with what is wrong, in one line.
     """
     points = None if queries is None else [parse_query(word) for word in queries]
     rows = (ATTENTION_IMAGES if images is None else len(images)) * (
@@ -171,7 +171,7 @@ def visualize(
 
 @command(options, errors=(RuntimeError,))
 def main(args: argparse.Namespace) -> None:
-    # What has an = stands behind --images or --queries, too, unless a file is called so.
+    # NAME=VALUE may also follow --images or --queries, unless a file has that name.
     overrides = list(args.settings)
     given: dict[str, list[str] | None] = {"images": None, "queries": None}
     for name in given:

@@ -1,4 +1,4 @@
-"""Make a workspace of the dashboard that answers the question from a project's runs.
+"""Make a dashboard workspace that shows whether attention helps in the runs of a project.
 
     python scripts/workspace.py                                    # prints it as JSON
     python scripts/workspace.py --save --data cifar100 -- model=resnet20
@@ -6,9 +6,9 @@
 
 It has the comparison, learning curves by variant with their spread over the seeds, sweeps of dk, dv
 and Nh with top-1 on held-out images, accuracy against cost, and what the networks see. What comes
-after ``--`` names the network whose augmented blocks are shown, as for train.py. Nothing is sent
+after ``--`` chooses the network whose augmented blocks are shown, as for train.py. Nothing is sent
 without --save, which posts the workspace as a new view of the project and prints its address;
---replace puts it in place of an earlier one. Needs
+--replace overwrites an earlier view. Needs
 pip install -c constraints.txt -e '.[app,workspace]'.
 """
 
@@ -24,7 +24,7 @@ from scripts.command import PROJECT, command, start
 
 
 def options(parser: argparse.ArgumentParser) -> None:
-    """The command line."""
+    """Add the command-line options."""
     parser.add_argument("--project", default=PROJECT, help=f"wandb project (default: {PROJECT})")
     parser.add_argument(
         "--entity",
@@ -52,15 +52,15 @@ from training.compose import compose_config
 from training.settings import build_model
 from training.tracking import QUIET, has_credentials, with_timeout
 
-# Seconds that the server is waited for.
+# Seconds to wait for the server.
 TIMEOUT = 20
 
 
 def augmented_blocks(overrides: list[str]) -> list[str]:
-    """The names of the augmented blocks of the network that ``overrides`` choose.
+    """Return the names of the augmented blocks of the network that ``overrides`` choose.
 
     Raises:
-        HydraException, OmegaConfBaseException, ValueError: there is no such network.
+        HydraException, OmegaConfBaseException, ValueError: if there is no such network.
     """
     cfg = compose_config(["attention=aa", *overrides])
     with torch.device("meta"):
@@ -92,5 +92,5 @@ def main(args: argparse.Namespace) -> None:
             print(workspace.as_json(made))
         else:
             print(with_timeout(TIMEOUT, lambda: workspace.save(made, args.replace)))
-    except Exception as error:  # wandb's are of many types
+    except Exception as error:  # wandb raises many types
         console.stop("workspace.py", f"{'not saved: ' if args.save else ''}{one_line(error)}", 1)
