@@ -1,1 +1,1 @@
-"""What times and what counts: ``python -m benchmarks.bench``."""
+"""Benchmarks, which time and count: ``python -m benchmarks.bench``."""

@@ -1,8 +1,8 @@
 """Time attention by itself with every backend, and show which one `auto` takes.
 
-A case is a map, key and value channels per head, and a batch of so many images that the case has
-about as many logits as the others. Times are of forward and backward, with the gradients of
-everything; the fastest is bold, and the others are compared with it.
+A case is a map, key and value channels per head, and a batch size that gives all cases about the
+same number of logits. Times are for forward plus backward, with gradients of all inputs; the
+fastest is bold, and the others are given as multiples of it.
 """
 
 import statistics
@@ -27,17 +27,17 @@ OPTIONS: dict[str, list[Any]] = {
     "logits": [16e6],
 }
 CHOICES = {"dtype": ("float16", "bfloat16", "float32", "float64"), "relative": ("yes", "no")}
-# Of all logits in float32, above which a backend that holds them is left out.
+# Size of all logits in float32 above which a backend that stores them is left out.
 MAX_BYTES = 2**30
 
 
 def batch(case: dict[str, Any]) -> int:
-    """Images of about the case's ``logits``; at most 256, as a training step has them."""
+    """Return the number of images with about the case's ``logits``; at most 256, as in training."""
     return min(256, max(1, round(case["logits"] / case["heads"] / case["size"] ** 4)))
 
 
 def inputs(case: dict[str, Any], device: torch.device) -> list[Tensor]:
-    """Queries, keys and values as a convolution leaves them, and the tables if there are any."""
+    """Return queries, keys and values, laid out like a convolution's output, and any tables."""
     size, dtype = case["size"], getattr(torch, case["dtype"])
     tensors = [
         torch.randn(batch(case), case["heads"], c, size, size, device=device, dtype=dtype)
@@ -50,7 +50,7 @@ def inputs(case: dict[str, Any], device: torch.device) -> list[Tensor]:
 
 
 def measure(case: dict[str, Any], device: torch.device, count: int) -> list[dict[str, Any]]:
-    """The case with the milliseconds of each backend that can be used, and auto's choice."""
+    """Return the case with the milliseconds of each available backend, and the choice of auto."""
     tensors = inputs(case, device)
     q = tensors[0]
     logits = q[..., 0].numel() * case["size"] ** 2
@@ -61,7 +61,7 @@ def measure(case: dict[str, Any], device: torch.device, count: int) -> list[dict
         and (name != "reference" or 4 * logits <= MAX_BYTES)
     ]
     out = attention_2d(*tensors)
-    # In memory as the convolution that follows leaves its gradient.
+    # Has the memory layout of the gradient that the next convolution passes back.
     direction = torch.randn_like(out.permute(0, 1, 4, 2, 3).contiguous()).permute(0, 1, 3, 4, 2)
 
     def both(name: str) -> object:

@@ -1,6 +1,6 @@
 """Time a training step of torchvision's networks, plain and after `aaconv.augment_`.
 
-"pooled" is `augment_` by its defaults, which pool the attention on 28x28 maps as the paper does,
+"pooled" is `augment_` by its defaults, which pool the attention on 28x28 maps as the paper does;
 "full" has pool=1. Steps, memory and ratios are as in `bench step`.
 """
 

@@ -1,8 +1,8 @@
-"""Time making a batch with each augmentation, beside the training step that takes it.
+"""Time making a batch with each augmentation, compared with a training step on it.
 
-The step is that of `bench step`, in the same rounds. An augmentation is an option of its group with
-settings of it, such as rand,mixup=1; without an option the others are as in `standard`. What an
-epoch draws is drawn before its first batch; its time is shared out among the epoch's batches.
+The step is that of `bench step`, timed in the same rounds. An augmentation is an option of its
+group with settings, such as rand,mixup=1; settings alone are applied on top of `standard`. An
+epoch's random draws are made before its first batch; their time is divided among its batches.
 """
 
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ STEP = "step"
 
 
 def overrides(word: str) -> list[str]:
-    """The settings of ``word``: OPTION,NAME=VALUE,... of the group, by default upon `standard`."""
+    """Return the settings of ``word``: OPTION,NAME=VALUE,... with `standard` as default option."""
     option, *settings = word.split(",")
     if "=" in option:
         option, settings = "standard", [option, *settings]
@@ -40,7 +40,7 @@ def overrides(word: str) -> list[str]:
 
 
 def make_batches(case: Case, augmentation: str, device: torch.device) -> Batches:
-    """Batches of random images."""
+    """Return batches of random images."""
     generator = torch.Generator().manual_seed(0)
     shape = (case["images"], case["size"], case["size"], 3)
     pixels = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
@@ -57,7 +57,7 @@ def make_batches(case: Case, augmentation: str, device: torch.device) -> Batches
 
 
 def endless(batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """The first epoch again and again."""
+    """Repeat the first epoch forever."""
     while True:
         yield from batches.epoch(0)
 

@@ -5,13 +5,13 @@
     python -m benchmarks.bench NAME --help
 
 attention, every backend by itself; layer, the layer against other ways to compute it; step, a
-training step of the networks of configs/; augment, one of torchvision's networks; batches, what
-augmentation costs beside a step; images, batches from the
-cache of decoded images; kernels, what the compiler makes of the GPU kernels. Options take several
-values, and each combination is a case. NAME.json and NAME.md are written after every case, so that
-a benchmark that is stopped leaves what it has. Times are medians (minimum to maximum) of
-interleaved rounds, ratios the medians of the rounds' ratios. Compare only within a table: machines
-drift between runs, and differ.
+training step of the networks in configs/; augment, one of torchvision's networks; batches, the cost
+of augmentation compared with a step; images, batches from the cache of decoded images; kernels, the
+code that the compiler generates for the GPU kernels. Options take several values, and each
+combination is a case. NAME.json and NAME.md are written after every case, so that a stopped
+benchmark leaves its results so far. Times are medians (minimum to maximum) of interleaved rounds,
+ratios are medians of the rounds' ratios. Compare only within a table: machines differ, and drift
+between runs.
 """
 
 import argparse
@@ -36,11 +36,11 @@ OUT = Path(__file__).resolve().parent.parent / "outputs" / "bench"
 
 
 def parse(words: Sequence[str]) -> tuple[ModuleType, argparse.Namespace]:
-    """The benchmark that the words name, a module of this room, and its options.
+    """Return the benchmark that the words name, a module of this package, and its options.
 
-    It has ``OPTIONS``, the default values of each option, of which those of ``TOGETHER`` belong to
-    the same case, and ``CHOICES``; ``measure(case, device, rounds)``, which returns rows, raising
-    ValueError in one line; and ``cells(row)``, what the table has of a row, by its header.
+    It has ``OPTIONS``, the default values of each option, where all values of an option in
+    ``TOGETHER`` belong to one case; ``CHOICES``; ``measure(case, device, rounds)``, which returns
+    rows or raises a one-line ValueError; and ``cells(row)``, a row's table cells by header.
     """
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="bench", description=__doc__, formatter_class=form)
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def run(benchmark: ModuleType, options: argparse.Namespace) -> str:
-    """Measure all cases; returns the page that is written in the end."""
+    """Measure all cases and return the page as finally written."""
     device, page = choose_device(options.device), ""
     about = timing.facts(device) | {"rounds": options.rounds}
     rows: list[dict[str, Any]] = []
@@ -96,7 +96,7 @@ def run(benchmark: ModuleType, options: argparse.Namespace) -> str:
 
 
 def cases(benchmark: ModuleType, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All combinations of the options' values."""
+    """Return all combinations of the options' values."""
     together = getattr(benchmark, "TOGETHER", ())
     axes = {name: getattr(options, name) for name in benchmark.OPTIONS}
     axes |= {name: [axes[name]] for name in together}
@@ -104,7 +104,7 @@ def cases(benchmark: ModuleType, options: argparse.Namespace) -> list[dict[str, 
 
 
 def table(rows: list[dict[str, str]]) -> list[str]:
-    """Rows by their headers as lines of Markdown, columns of numbers to the right."""
+    """Format rows as a Markdown table, with columns of numbers aligned to the right."""
     header = list(dict.fromkeys(name for row in rows for name in row))
     cells = [[row.get(name, "") for name in header] for row in rows]
     columns = zip(*cells, strict=True)
@@ -115,7 +115,7 @@ def table(rows: list[dict[str, str]]) -> list[str]:
 def write(
     out: Path, name: str, about: dict[str, Any], rows: list[dict[str, Any]], lines: list[str]
 ) -> str:
-    """Write NAME.json and NAME.md to the folder ``out``; returns the Markdown."""
+    """Write NAME.json and NAME.md to the folder ``out`` and return the Markdown."""
     versions = ", ".join(f"{k} {v}" for k, v in about["versions"].items())
     head = f"{about['hardware']}; {versions}; commit {about['commit']}; `{about['command']}`"
     page = "\n".join([head, "", *lines]) + "\n"
@@ -125,6 +125,6 @@ def write(
 
 
 if __name__ == "__main__":
-    # Triton decides when it is imported whether it compiles or interprets.
+    # Triton decides on import whether it compiles or interprets.
     os.environ.pop("TRITON_INTERPRET", None)
     main()

@@ -1,15 +1,15 @@
-"""Check and measure what only a GPU can show, in the minutes that there are for it.
+"""Check and measure what needs a GPU, in the minutes that one is available.
 
     python -m benchmarks.gpu --minutes 25 --data FOLDER
     python -m benchmarks.gpu --minutes 5 --rehearse
 
 The tests of the fused kernels come first, then the others that need a GPU, then training steps with
-fused and sdpa. All other minutes are for training to a result, by compare.py: WRN-16-8, plain and
-augmented, five seeds, or WRN-16-4 with sdpa if the kernels have failed their tests. What is timed
-after that needs minutes that training leaves. The same command continues: what is done is not
-repeated, training goes on, and what was stopped or has failed goes last. --out has record.json and
-for each step its log and a folder of its results. --data is the folder of CIFAR-100. A step whose
-packages are missing fails, and its log says so. --rehearse is a small case of each, on the CPU.
+fused and sdpa. The remaining minutes go to full training by compare.py: WRN-16-8, plain and
+augmented, five seeds, or WRN-16-4 with sdpa if the kernels failed their tests. Timings after that
+run only if training leaves time. The same command continues: finished steps are not repeated,
+training goes on, and what was stopped or has failed goes last. --out gets record.json and, for each
+step, its log and a folder of results. --data is the folder of CIFAR-100. A step whose packages are
+missing fails, and its log says so. --rehearse runs a small case of each step on the CPU.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from benchmarks import timing
 from training.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-# What a step gets to save and end by itself before it is killed.
+# Time that a step gets to save and exit by itself before it is killed.
 GRACE_S = 15.0
-# A step that would have less does not begin.
+# A step with less time than this is not started.
 MIN_S = 5.0
-# Of training's time: what compare.py gets for its report, after the last run has stopped.
+# Part of training's time that is left for compare.py's report after the last run has stopped.
 REPORT_S = 60.0
 
 PYTEST = "-m pytest -q -W default -p no:cacheprovider"
@@ -53,7 +53,7 @@ WITHOUT_FUSED = (
 
 
 class Step(NamedTuple):
-    """What Python is called with, for at most so many minutes; and a small case for the CPU."""
+    """Arguments for Python, a limit in minutes, and the arguments of a small case for the CPU."""
 
     name: str
     minutes: float
@@ -62,14 +62,14 @@ class Step(NamedTuple):
 
 
 def bench(step: str, minutes: float, words: str, small: str) -> Step:
-    """A benchmark whose name is the first part of the step's."""
+    """Return a step that runs the benchmark named by the first part of the step's name."""
     command = BENCH.replace("{name}", step.partition("-")[0])
     small = f"{command} --rounds 1 --device cpu {small}"
     return Step(step, minutes, f"{command} --rounds 10 {words}", small)
 
 
 def plan(fused_failed: bool) -> list[Step]:
-    """All steps in their order."""
+    """Return all steps in order."""
     fused = f"{PYTEST} -n 8 tests/test_fused.py -k 'not card and not report'"
     few = f"{PYTEST} tests/test_fused.py -k without_tables -m 'not slow'"
     files = " ".join(
@@ -93,22 +93,22 @@ def plan(fused_failed: bool) -> list[Step]:
 
 
 def remaining(states: dict[str, str]) -> list[Step]:
-    """The steps to run, those that were stopped or have failed last; training continues."""
+    """Return the steps to run; stopped and failed ones come last, and training always goes on."""
     steps = plan(states.get("fused-tests") == "failed")
     left = [s for s in steps if s.name == "training" or states.get(s.name) != "done"]
     return sorted(left, key=lambda s: s.name != "training" and s.name in states)
 
 
 def run(step: Step, seconds: float, out: Path, rehearse: bool, data: str | None) -> dict[str, Any]:
-    """Run a step for at most so many seconds; what record.json has of it.
+    """Run a step for at most ``seconds`` and return its entry for record.json.
 
-    A step that is not done by then is asked to stop, as a cluster does, and then killed.
+    A step that is not done by then gets SIGTERM, as from a cluster, and is then killed.
     """
     minutes = max(0.01, (seconds - REPORT_S) / 60)
     line = step.small if rehearse else step.words
     line = line.format(out=shlex.quote(str(out / step.name)), minutes=f"{minutes:.2f}")
     environment = os.environ | ({} if data is None else {"CIFAR_ROOT": str(Path(data).resolve())})
-    environment.pop("TRITON_INTERPRET", None)  # the tests ask for it where there is no GPU
+    environment.pop("TRITON_INTERPRET", None)  # the tests set it themselves if there is no GPU
     started, code = time.monotonic(), None
     with (out / f"{step.name}.log").open("w") as log:
         process = subprocess.Popen(
@@ -129,7 +129,7 @@ def run(step: Step, seconds: float, out: Path, rehearse: bool, data: str | None)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process and those that it has started to end, and kill them after a while."""
+    """Ask a process and its children to exit, and kill them after `GRACE_S` seconds."""
     for number, seconds in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, None)):
         if process.poll() is None:
             os.killpg(process.pid, number)
@@ -138,7 +138,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def main() -> int:
-    """Run what is left of the plan; 1 if a step has failed."""
+    """Run what is left of the plan; return 1 if a step failed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,9 @@
-"""Batches from images that are mapped into memory from the cache, beside images held in memory.
+"""Time batches from images that are mapped from the cache, compared with images in memory.
 
-An epoch of shuffled, augmented batches as `data.Batches` makes them, without a network, from --mib
-MiB of made-up images of --size pixels: in memory, and as `data.image_cache` gives them, whose file
-the system keeps in memory, too, as far as there is room. And what it takes to begin: to map a file
-and check it, of which the pixels are read once.
+The time is for an epoch of shuffled, augmented batches of `data.Batches`, without a network, from
+--mib MiB of random images of --size pixels: held in memory, or mapped by `data.image_cache`, whose
+file the system keeps in memory, too, as far as there is room. The time to start is also measured:
+mapping and checking a file reads its pixels once.
 """
 
 import tempfile
@@ -21,13 +21,13 @@ COLOR = (0.5, 0.5, 0.5)
 
 
 def epoch(images: Images, batch: int) -> None:
-    """All batches of an epoch, on two threads as on any."""
+    """Make all batches of an epoch."""
     for _ in Batches(images, batch, Augmentation(4, flip=True), COLOR, COLOR, seed=0).epoch(0):
         pass
 
 
 def measure(case: dict[str, Any], device: torch.device, count: int) -> list[dict[str, Any]]:
-    """One row; where ``device`` is a GPU, onto which all images are copied, there is none."""
+    """Return one row. Raises ValueError for a GPU, to which all images would be copied."""
     if device.type != "cpu":
         raise ValueError(f"--device {device.type}: images are copied there; give --device cpu")
     side = case["size"]
@@ -54,7 +54,7 @@ def measure(case: dict[str, Any], device: torch.device, count: int) -> list[dict
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
-    """Times of an epoch of batches, the ratio of the two, and of the beginning."""
+    """Times of an epoch of batches, their ratio, and the time to start."""
     ms = row["ms"]
     return {
         "images": f"{row['images']}",

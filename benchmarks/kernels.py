@@ -1,16 +1,16 @@
-"""Report what the compiler makes of the fused kernels for GPUs that need not be there.
+"""Report how the fused kernels compile for GPUs that need not be present.
 
-A shape is a map, key and value channels per head, and heads; by default those of the networks. For
-each kernel: registers of a thread; spills, the loads and stores of registers that did not fit, in
-all and in the innermost loop; shared memory of a block and the most that a block may have; warps
-that a multiprocessor holds at once; and the instructions of a thread per logit in the innermost
-loop, of which one is always the exponential. A map of one tile has no loop: there the whole kernel
-counts. These are counts, the same on every machine, and no times. It takes seconds for each shape
-and needs triton, but no GPU.
+A shape is a map, key and value channels per head, and heads; the default shapes are those of the
+networks. Reported for each kernel: registers of a thread; spills, the loads and stores of registers
+that did not fit, in total and in the innermost loop; shared memory of a block and its limit; warps
+that a multiprocessor holds at once; and instructions of a thread per logit in the innermost loop,
+one of which is always the exponential. A map of one tile has no loop: there the whole kernel
+counts. These are counts, the same on every machine, not times. Each shape takes seconds and needs
+triton, but no GPU.
 
-With --measure BATCH the operations are also timed, on the GPU that is there; of --capability only
-its own is counted then. The times are medians of all kernels and copies of a pass, and beside them
-is which part the instructions of the innermost loop would take if one was issued in every clock.
+With --measure BATCH the operations are also timed on this machine's GPU, and only its own
+--capability is counted. Times are medians and include all kernels and copies of a pass; next to
+them is the share that the instructions of the innermost loop would take at one issued per clock.
 """
 
 import collections
@@ -35,7 +35,7 @@ from benchmarks import timing
 from training.device import DTYPES
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# float32 is computed exactly, or as tf32 where that is allowed.
+# float32 is computed exactly, or as tf32 if that is allowed.
 ALL_DTYPES = DTYPES | {"tf32": torch.float32}
 SHAPES = [
     "32x32:20:2:8",  # WRN-28-10
@@ -51,7 +51,7 @@ SHAPES = [
 
 
 class Multiprocessor(NamedTuple):
-    """What one has: registers, warps, bytes of shared memory, blocks; bytes each block reserves."""
+    """Limits: registers, warps, bytes of shared memory, blocks; bytes that each block reserves."""
 
     registers: int
     warps: int
@@ -79,16 +79,16 @@ CHOICES = {"dtype": tuple(ALL_DTYPES), "capability": tuple(LIMITS)}
 
 
 def driver_of(capability: int) -> SimpleNamespace:
-    """What the compiler asks of the driver of such a GPU; nothing is launched there."""
+    """Return a stand-in for the driver of such a GPU that can compile but not launch."""
     return SimpleNamespace(
-        get_current_device=lambda: capability,  # kernels are kept by device
+        get_current_device=lambda: capability,  # kernels are cached by device
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
     )
 
 
 def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int], int]:
-    """The instructions without their predicates, where each label is, and the registers."""
+    """Return the instructions without predicates, each label's index, and the register count."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -112,7 +112,7 @@ def machine_code(cubin: bytes) -> tuple[list[str], dict[str, int], int]:
 
 
 def innermost(code: list[str], labels: dict[str, int]) -> list[str]:
-    """The instructions of the shortest loop that takes exponentials, none if there is no loop."""
+    """Return the instructions of the shortest loop with exponentials; none if there is no loop."""
     loops = []
     for end, instruction in enumerate(code):
         target = re.search(r"BRA.*?`\((\.L_x_\d+)\)", instruction)
@@ -122,29 +122,29 @@ def innermost(code: list[str], labels: dict[str, int]) -> list[str]:
 
 
 def exponentials(code: list[str]) -> int:
-    """How many of the instructions are exponentials."""
+    """Return how many of the instructions are exponentials."""
     return sum(instruction.startswith("MUFU.EX2") for instruction in code)
 
 
 def kinds(code: list[str]) -> collections.Counter[str]:
-    """How many there are of each kind of instruction."""
+    """Count the instructions of each kind."""
     return collections.Counter(re.split(r"[ .]", instruction)[0] for instruction in code)
 
 
 def spills(code: list[str]) -> int:
-    """How many of the instructions load or store a register that did not fit."""
+    """Return how many of the instructions load or store a register that did not fit."""
     return kinds(code)["LDL"] + kinds(code)["STL"]
 
 
 def describe(compiled: Any, options: dict[str, Any], capability: int) -> dict[str, Any]:
-    """The row of one kernel."""
+    """Return the row of one kernel."""
     code, labels, registers = machine_code(compiled.asm["cubin"])
     loop = innermost(code, labels)
     warps = options["num_warps"]
     logits = options["BM"] * options["R"] * options["BW"] / (32 * warps)
     counted = loop or code
     limits = LIMITS[capability]
-    # Registers are given to warps in blocks of 256.
+    # Registers are allocated to warps in blocks of 256.
     per_warp = -(-registers * 32 // 256) * 256
     shared = compiled.metadata.shared
     blocks = min(
@@ -167,10 +167,10 @@ def describe(compiled: Any, options: dict[str, Any], capability: int) -> dict[st
 
 
 def sizes(shape: str) -> tuple[int, int, int, int, int]:
-    """H, W, dkh, dvh and Nh of a shape.
+    """Return H, W, dkh, dvh and Nh of a shape.
 
     Raises:
-        ValueError: it is none.
+        ValueError: if ``shape`` has another form.
     """
     if not re.fullmatch(r"[1-9]\d*x[1-9]\d*(:[1-9]\d*){3}", shape):
         raise ValueError(f"--shape {shape}: write a map, dkh, dvh and Nh, such as {SHAPES[0]}")
@@ -179,7 +179,7 @@ def sizes(shape: str) -> tuple[int, int, int, int, int]:
 
 
 def inputs(shape: str, dtype: torch.dtype, batch: int, device: str) -> list[Tensor]:
-    """Queries, keys and values as training in channels_last has them, tables, and a gradient."""
+    """Return queries, keys and values laid out as in channels_last, tables, and a gradient."""
     H, W, dkh, dvh, Nh = sizes(shape)
     dk, dv = dkh * Nh, dvh * Nh
 
@@ -198,9 +198,9 @@ def inputs(shape: str, dtype: torch.dtype, batch: int, device: str) -> list[Tens
 def passes(
     shape: str, dtype: torch.dtype, batch: int = 8, device: str = "cpu"
 ) -> dict[str, Callable[[], object]]:
-    """Forward, backward and ordered backward pass, as functions.
+    """Return the forward, backward and ordered backward pass as functions.
 
-    A forward pass is run here: the backward ones take its results.
+    This runs a forward pass, since the backward passes take its results.
     """
     *given, grad = inputs(shape, dtype, batch, device)
     saved = [grad, *given, *fused_ops._attend(*given)]
@@ -218,7 +218,7 @@ def passes(
 
 
 def count(shape: str, dtype: torch.dtype, capability: int) -> list[dict[str, Any]]:
-    """The rows of a shape: forward, backward, and backward in a fixed order."""
+    """Return the rows of a shape: forward, backward, and backward in a fixed order."""
     rows: list[dict[str, Any]] = []
 
     def compile_only(kernel: Any, *args: Any, **options: Any) -> None:
@@ -245,10 +245,10 @@ def count(shape: str, dtype: torch.dtype, capability: int) -> list[dict[str, Any
 
 
 def measure(case: dict[str, Any], device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """A row for each kernel of a shape.
+    """Return a row for each kernel of a shape.
 
     Raises:
-        ValueError: the shape is none, or there is no GPU to measure on.
+        ValueError: if the shape has another form, or there is no GPU to measure on.
     """
     times: dict[str, list[float]] = {}
     shape, dtype, batch = case["shape"], ALL_DTYPES[case["dtype"]], case["measure"]
@@ -258,7 +258,7 @@ def measure(case: dict[str, Any], device: torch.device, rounds: int) -> list[dic
             raise ValueError("--measure needs a CUDA GPU, and torch finds none here")
         if divmod(case["capability"], 10) != torch.cuda.get_device_capability():
             return []
-        # Timed first: the compiler is told of another GPU then, though of the same kind.
+        # Timed first: counting replaces the driver by a stand-in, though for the same kind of GPU.
         times = timing.rounds(passes(shape, dtype, batch, "cuda"), torch.device("cuda"), rounds)
     rows = [case | row for row in count(shape, dtype, case["capability"])]
     for row in rows:
@@ -268,10 +268,10 @@ def measure(case: dict[str, Any], device: torch.device, rounds: int) -> list[dic
 
 
 def issue_ms(row: dict[str, Any]) -> float:
-    """Milliseconds of the loop's instructions at one of each of four warps in every clock."""
+    """Milliseconds of the loop's instructions if four warps issue one each in every clock."""
     H, W, _, _, Nh = sizes(row["shape"])
     gpu = driver.active.utils.get_device_properties(torch.cuda.current_device())
-    # Instructions of a thread in a millisecond; the clock is in kHz.
+    # Thread instructions issued in a millisecond; the clock is in kHz.
     issued = 4 * 32 * gpu["multiprocessor_count"] * gpu["sm_clock_rate"]
     return float(row["instructions"] * row["measure"] * Nh * (H * W) ** 2 / issued)
 
@@ -294,6 +294,6 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def timed_cells(row: dict[str, Any]) -> dict[str, str]:
-    """The time, and which part of it the loop's instructions would take alone."""
+    """The time, and the share of it that the loop's instructions alone would take."""
     share = row["issue_ms"] / statistics.median(row["ms"])
     return {"ms": timing.spread(row["ms"]), "% for the loop": f"{100 * share:.0f}"}

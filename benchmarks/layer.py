@@ -1,9 +1,9 @@
 """Time the layer's backends against a plain convolution and the published implementation.
 
-Times are of forward and of forward plus backward; memory is the peak of the latter above what was
+Times are for forward and for forward plus backward; memory is the peak of the latter above what was
 allocated before, each in a new process. "pad and reshape" is how public implementations arrange the
-relative logits (Bello et al. 2019, figure 5); its results are the same, and ratios are to it. A
-backend that is unavailable here is listed with the reason.
+relative logits (Bello et al. 2019, figure 5); its results are the same, and it is the base of all
+ratios. A backend that is unavailable here is listed with the reason.
 """
 
 import os
@@ -86,7 +86,7 @@ def prepare(case: dict[str, Any], device: torch.device) -> tuple[Tensor, nn.Modu
 def run(
     layer: nn.Module, x: Tensor, dtype: torch.dtype, backward: bool
 ) -> Callable[[], list[Tensor]]:
-    """One pass: the output and, if ``backward``, the gradients of the input and the parameters."""
+    """Return a function that computes the output and, if ``backward``, all gradients."""
     autocast = torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32)
 
     def step() -> list[Tensor]:
@@ -101,7 +101,7 @@ def run(
 
 
 def whole_pass(case: dict[str, Any], device: torch.device) -> Callable[[], list[Tensor]]:
-    """The pass whose memory is measured, after a small one.
+    """Return the pass whose memory is measured, after running a small one.
 
     Libraries allocate memory of their own when they are first used.
     """
@@ -126,7 +126,7 @@ def fits(case: dict[str, Any], device: torch.device) -> bool:
 
 
 def skip_reason(case: dict[str, Any], device: torch.device) -> str | None:
-    """Why the method cannot be measured, in words, or None."""
+    """Return why the method cannot be measured, in words, or None."""
     reason = None
     if case["method"] in NAMES:
         reason = unavailable_reason(case["method"], device, _dtype(case))
@@ -134,7 +134,7 @@ def skip_reason(case: dict[str, Any], device: torch.device) -> str | None:
 
 
 def measure(case: dict[str, Any], device: torch.device, count: int) -> list[dict[str, Any]]:
-    """A row for each method: its times and memory in this case, or why it has none."""
+    """Return a row for each method: its times and memory in this case, or why it has none."""
     rows = {method: {"method": method, **case} for method in METHODS}
     for row in rows.values():
         reason = skip_reason(row, device)

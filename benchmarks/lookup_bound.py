@@ -1,10 +1,10 @@
-"""What a sum of local evidence can reach: ``python -m benchmarks.lookup_bound``.
+"""The accuracy that a sum of local evidence can reach: ``python -m benchmarks.lookup_bound``.
 
-On noiseless symbolic scenes of the lookup data set; the docstring of ``make_lookup`` states it. A
-scene is a color for each of the five shapes shown and a cue among those colors. The ceiling is
-printed with the receptive fields that it holds for.
+The ceiling, stated in the docstring of ``make_lookup``, is for noiseless symbolic scenes of the
+lookup data set. A scene is a color for each of the five shapes shown and a cue among those colors.
+The ceiling is printed with the receptive fields that it holds for.
 
-The ceiling, proven: no argmax_s [a_s(cue) + D_s(scene without cue)] is right more often. Fix five
+Proof that no argmax_s [a_s(cue) + D_s(scene without cue)] is right more often than that: fix five
 shapes, five colors and the slots, which leaves 120 ways to color the shapes. For a coloring p
 let C be the set of cues that are answered correctly. For k cues and k shapes, at most one matching
 of the two is answered correctly for all k cues: suppose p and q both were. Summing a_p(c)(c) +
@@ -13,9 +13,9 @@ exchanged, shows that all of these are ties, and a tie is always broken the same
 k extends to (5 - k)! colorings, hence the sum over colorings of binomial(|C|, k) is at most
 binomial(5, k)^2 (5 - k)!. The ceiling is the largest mean of |C| / 5 under these constraints.
 
-That a network is of this form needs windows of its receptive field that never hold both a pixel of
-the cue and a pixel of a shape. Where they do not, the ceiling is the same for every
-``data.distance``, since shapes and slots are fixed above.
+A network has this form if no window of its receptive field holds both a pixel of the cue and a
+pixel of a shape. If so, the ceiling is the same for every ``data.distance``, since shapes and slots
+are fixed above.
 """
 
 from fractions import Fraction
@@ -28,12 +28,12 @@ DISTANCES_PRINTED = (None, *range(4, 25, 4))
 
 
 def ceiling() -> Fraction:
-    """The proven ceiling, as a fraction of the scenes."""
+    """Return the proven ceiling, as a fraction of the scenes."""
     shown, colorings = SHAPES_SHOWN, factorial(SHAPES_SHOWN)
     limits = {k: comb(shown, k) ** 2 * factorial(shown - k) for k in (3, 4, 5)}
     best = 0
     for five, four, three in product(*(range(min(limits[k], colorings) + 1) for k in (5, 4, 3))):
-        # Two correct cues for every other coloring is generous, and therefore still a ceiling.
+        # Two correct cues for every other coloring is generous, so the result is still a ceiling.
         counts = {5: five, 4: four, 3: three, 2: colorings - five - four - three}
         if counts[2] >= 0 and all(
             sum(n * comb(right, k) for right, n in counts.items()) <= limit
@@ -44,9 +44,9 @@ def ceiling() -> Fraction:
 
 
 def smallest_window(distance: int | None) -> int:
-    """Side in pixels of the smallest square window that holds a pixel of the cue and of a shape.
+    """Side in pixels of the smallest square window with a pixel of the cue and one of a shape.
 
-    The ceiling holds up to a receptive field of one less. ``distance`` as for ``make_lookup``.
+    The ceiling holds for receptive fields below this. ``distance`` is as for ``make_lookup``.
     """
     slots, cue_corners = geometry(distance)
     cue = [(r + i, c + j) for r, c in cue_corners for i in range(CUE_SIZE) for j in range(CUE_SIZE)]

@@ -1,6 +1,6 @@
-"""Time a training step of the networks of configs/, with attention and without.
+"""Time a training step of the networks in configs/, with and without attention.
 
-A step is forward, loss, backward and optimizer on random images, of networks for CIFAR-100. Memory
+A step is forward, loss, backward and optimizer on random images, for CIFAR-100 networks. Memory
 is the peak of a new process above what was allocated before the step; ratios are to the first
 --attention. GFLOPs are those of a forward pass of one image, GFLOP/s those of the whole step.
 """
@@ -41,7 +41,7 @@ TOGETHER = ("attention",)
 
 
 def build(case: Case) -> nn.Module:
-    """The network that the configs describe."""
+    """Return the network that the configs describe."""
     overrides = [f"model={case['model']}", f"attention={case['attention']}"]
     if case["attention"] == "aa":
         overrides.append(f"attention.backend={case['backend']}")
@@ -50,7 +50,7 @@ def build(case: Case) -> nn.Module:
 
 
 def training_step(build: Build, case: Case, device: torch.device) -> Callable[[], None]:
-    """A function that takes one training step on random images."""
+    """Return a function that takes one training step on random images."""
     dtype = choose_dtype(case["precision"], device)
     channels_last = case["channels_last"] == "yes"
     torch.manual_seed(0)
@@ -58,7 +58,7 @@ def training_step(build: Build, case: Case, device: torch.device) -> Callable[[]
     images = torch.randn(case["batch"], 3, case["size"], case["size"], device=device)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     images = images.contiguous(memory_format=layout)
-    labels = torch.arange(case["batch"], device=device) % 10  # every network has as many classes
+    labels = torch.arange(case["batch"], device=device) % 10  # networks have 10 classes or more
     optimizer = torch.optim.SGD(network.parameters(), 0.01, momentum=0.9, nesterov=True)
     forward = compiled(network) if case["compile"] == "yes" else network
 
@@ -73,13 +73,13 @@ def training_step(build: Build, case: Case, device: torch.device) -> Callable[[]
 
 
 def compare(build: Build, case: Case, device: torch.device, count: int) -> list[Case]:
-    """A row for each attention of one network, as ``build`` makes it; ratios are to the first."""
+    """Return a row for each attention of the network from ``build``; ratios are to the first."""
     rows = [case | {"attention": attention} for attention in case["attention"]]
     make_step = partial(training_step, build)
     steps = {row["attention"]: make_step(row, device) for row in rows}
     times = timing.rounds(steps, device, count)
     for row in rows:
-        # Operations do not depend on the backend, and this one is available everywhere.
+        # The count does not depend on the backend, and this one is available everywhere.
         network = build(row | {"backend": "reference"})
         row["step_ms"] = times[row["attention"]]
         row["time_ratio"] = timing.ratio(row["step_ms"], rows[0]["step_ms"])

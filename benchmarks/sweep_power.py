@@ -19,7 +19,7 @@ import numpy
 
 from reporting.factorial import Array, Design
 
-# Of the three values of dk, dv and Nh, in points.
+# True effects of the three values of dk, dv and Nh, in points.
 TRUE = ((0.0, 1.0, 2.0), (0.0, 0.6, 1.2), (0.0, 0.25, 0.5))
 NOISE = 0.4
 LARGE = 0.4
@@ -39,7 +39,7 @@ GRIDS: dict[str, dict[str, float]] = {
 
 
 def truth(levels: Array, effect: float, interaction: float, values: int) -> Array:
-    """The accuracy of each combination of levels."""
+    """Return the true accuracy of each combination of levels."""
     at = [numpy.interp(numpy.linspace(0, 2, values), range(3), t) * effect for t in TRUE[:2]]
     at.append(numpy.array(TRUE[2]) * effect if values == 3 else numpy.zeros(1))
     top1 = 60 + sum(one[levels[:, factor]] for factor, one in enumerate(at))
@@ -57,7 +57,7 @@ def simulate(
     effect: float = 1.0,
     values: int = 3,
 ) -> tuple[Design, Array]:
-    """A synthetic grid, and the true accuracy of each of its runs."""
+    """Return a synthetic grid, and the true accuracy of each of its runs."""
     heads = 3 if values == 3 else 1
     grid = list(itertools.product(range(values), range(values), range(heads)))
     levels = numpy.array([cell for cell in grid for _ in range(seeds)])
@@ -71,7 +71,7 @@ def simulate(
 
 
 def measure(settings: dict[str, float], repeats: int) -> dict[str, str]:
-    """The row of a grid."""
+    """Return the row of a grid."""
     draw = numpy.random.default_rng(1)
     found, covers, widths, best, in_set = [], [], [], [], []
     for _ in range(repeats):

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, memory, and the facts that go with a figure."""
+"""Shared by the benchmarks: interleaved rounds, memory, and facts to report with the numbers."""
 
 import multiprocessing
 import statistics
@@ -17,9 +17,9 @@ Step = Callable[[], object]
 
 
 def rounds(steps: Mapping[str, Step], device: torch.device, count: int) -> dict[str, list[float]]:
-    """Milliseconds of each step in ``count`` rounds; every round runs all steps.
+    """Return the milliseconds of each step in ``count`` rounds; every round runs all steps.
 
-    A machine that is slow for a while then slows down all of them.
+    If the machine is slow for a while, this slows down all of them.
     """
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(count + 1):
@@ -42,7 +42,7 @@ def wait(device: torch.device) -> None:
 def peak(make_step: Callable[..., Step], case: object, device: torch.device) -> float:
     """Peak MiB of a step above what was allocated before it, in a new process.
 
-    ``make_step(case, device)`` makes it there; it is a function of a module.
+    ``make_step(case, device)``, a module-level function, makes the step there.
     """
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_here, (make_step, case, device))
@@ -51,7 +51,7 @@ def peak(make_step: Callable[..., Step], case: object, device: torch.device) -> 
 def _peak_here(make_step: Callable[..., Step], case: object, device: torch.device) -> float:
     step = make_step(case, device)
     if device.type == "cuda":
-        step()  # what compilation and the optimizer keep does not count
+        step()  # memory that compilation and the optimizer keep does not count
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device) / 2**20
     else:
@@ -68,7 +68,7 @@ def spread(milliseconds: list[float], digits: int = 1) -> str:
 
 
 def ratio(milliseconds: list[float], base: list[float]) -> float:
-    """The median over the rounds of one time over another of the same round."""
+    """The median over the rounds of the ratio of two times of the same round."""
     pairs = zip(milliseconds, base, strict=True)
     return statistics.median(own / other for own, other in pairs)
 

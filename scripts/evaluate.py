@@ -9,7 +9,7 @@ is evaluated on the images that its run was evaluated on, in the precision that 
 that gives the run's own scores. NAME=VALUE is a setting for all networks. Another `data` must have
 the same classes. A folder, data.root=DIR, may lack some of them; its val/ or test/ is used or, if
 it has neither, the folders of the classes themselves. A network is never scored on images that it
-was trained on: a data.val_size other than its own is refused.
+was trained on: a data.val_size other than its own or 0 is refused.
 
 --out writes evaluation.json, with recall and precision of each class and the confidence bins, and
 for each network the confusion matrix as CSV and SVG and a reliability diagram.
