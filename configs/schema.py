@@ -1,12 +1,12 @@
-"""Every setting of train.py: its type, and as `configs.setting` its meaning, unit and range.
+"""Every setting of train.py: its type and, by `configs.setting`, its meaning, unit and range.
 
-train.py refuses an unknown setting or a value of another type before it reads any data. Default
+train.py rejects unknown settings and values of another type before it reads any data. Default
 values are not here but in the YAML files next to this one: config.yaml, and a file for each option
-of a group. docs/settings.md shows both together; after a change here or there,
-``python scripts/settings.py`` writes it again.
+of a group. docs/settings.md shows both together; after a change here or there, run
+``python scripts/settings.py`` to update it.
 
 ``_target_`` names what Hydra builds from an option of a group; it is part of the option, not a
-setting. ``_partial_`` leaves the rest of the arguments to train.py.
+setting. ``_partial_`` leaves the remaining arguments to train.py.
 """
 
 import os
@@ -22,7 +22,7 @@ from omegaconf import MISSING, OmegaConf
 
 from configs.setting import setting
 
-# More is a slip of the keyboard, and would end in a run without end or in a lack of memory.
+# Larger values are typing errors that would lead to an endless run or exhaust the memory.
 MAX_INT = 2**31 - 1
 MAX_IMAGES = 1_000_000
 
@@ -48,7 +48,7 @@ class WandbMode(Enum):
 
 @dataclass
 class AttentionDefaultsConfig:
-    """The attention that suits a network: what ``attention=aa`` takes unless told otherwise."""
+    """The attention that suits a network: the defaults of ``attention=aa``."""
 
     dk: int | float = setting("Default of attention.dk for this network.")
     dv: int | float = setting("Default of attention.dv for this network.")
@@ -113,7 +113,7 @@ class NoAttentionConfig:
 
 @dataclass
 class ReplacingConfig:
-    """What `models.attention.Replacing` has: attention, and the controls that replace it."""
+    """Settings of `models.attention.Replacing`: attention and the controls that replace it."""
 
     dv: int | float = setting(
         "Channels that attention, or its control, takes out of a block's output channels: a "
@@ -262,7 +262,7 @@ class FolderConfig:
         "What the data set is called in results; runs on different images need different names. "
         "By default the last part of data.root."
     )
-    # An int or a list of two, which no annotation that OmegaConf reads can say.
+    # An int or a list of two ints, which no annotation that OmegaConf supports can express.
     size: Any = setting(
         "Height and width in pixels that all images are brought to, one number or "
         "[height, width]: scaled with their sides in proportion until they cover it, and cut at "
@@ -350,9 +350,9 @@ class AugmentationConfig:
 
 @dataclass
 class RateFactorsConfig:
-    """Of which parameters the learning rate is another one: a multiple of the schedule's.
+    """Parameters with a learning rate of their own, a multiple of the schedule's.
 
-    Weight decay goes with the rate.
+    Weight decay scales with the rate.
     """
 
     norm_bias: float = setting(
@@ -414,7 +414,7 @@ class AdamWConfig:
 
 @dataclass
 class ScheduleConfig:
-    """What every schedule has."""
+    """Settings that every schedule has."""
 
     _target_: str = MISSING
     _partial_: bool = True
@@ -520,7 +520,7 @@ class Config:
     schedule: Any = setting("The learning rate over the steps; see the group schedule.")
     # Tracking with Weights & Biases; see the group tracking.
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    # What else it gets; see the group tracking.
+    # What else is logged or uploaded; see the group tracking.
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     name: str = setting(
@@ -560,7 +560,7 @@ class Config:
     label_smoothing: float = setting(
         "Label smoothing of the cross-entropy loss.", at_least=0, below=1
     )
-    # null, a word or a list, which no annotation that OmegaConf reads can say.
+    # null, a word or a list, which no annotation that OmegaConf supports can express.
     class_weights: Any = setting(
         "Weights of the training loss by an image's class: balanced (inverse to the number of its "
         "images) or a list, one number for each class. null weighs all images alike.",
@@ -582,7 +582,7 @@ class Config:
         above=0,
         below=1,
     )
-    # It decides no score, but a run that is continued with another value would lack the weights.
+    # It affects no score, but a run that is resumed with another value would lack the weights.
     keep_best: bool = setting(
         "Whether the run also writes best.safetensors at its end, the network after the epoch with "
         "the best top-1 accuracy on held-out images; scores stay those of the last epoch.",
@@ -672,7 +672,7 @@ OPTIONS = (
 
 
 def fields_below(kind: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]]:
-    """The settings of a config class and of those inside it, by their dotted names."""
+    """Yield the settings of a config class, including nested ones, by their dotted names."""
     for own in fields(kind):
         if is_dataclass(own.type):
             yield from fields_below(own.type, f"{prefix}{own.name}.")
@@ -680,53 +680,53 @@ def fields_below(kind: Any, prefix: str = "") -> Iterator[tuple[str, Field[Any]]
             yield prefix + own.name, own
 
 
-# All settings; one that several options have is there several times.
+# All settings; one that several options share is listed once for each of them.
 SETTINGS = [
     *fields_below(Config),
     *(pair for group, _, kind in OPTIONS for pair in fields_below(kind, f"{group}.")),
 ]
 BEFORE = {name: own.metadata["before"] for name, own in SETTINGS}
-# Those that change nothing in a result; see `setting`.
+# Settings that change nothing in a result; see `setting`.
 NO_EFFECT = frozenset(name for name, own in SETTINGS if not own.metadata["decides_result"])
 
 
 def decides_result(name: str) -> bool:
-    """Whether the setting of this dotted name may change a run's result.
+    """Whether the setting with this dotted name may change a run's result by itself.
 
-    ``model.aa`` does by way of ``attention``, whose defaults it holds and which says it all.
+    ``model.aa`` does not: it only holds the defaults of ``attention``, which has the final values.
     """
     return name not in NO_EFFECT and not name.startswith("model.aa.")
 
 
 def is_as_before(name: str, value: Any) -> bool:
-    """Whether ``value`` says what runs did before there was this setting; see `setting`."""
+    """Whether ``value`` is what runs did before this setting was added; see `setting`."""
     before = BEFORE.get(name, MISSING)
     return before is not MISSING and bool(value == before)
 
 
 def names_folder(name: str) -> bool:
-    """Whether an override of this name, a group or a setting, is part of a run's folder's name.
+    """Whether an override of this group or setting is part of the name of a run's folder.
 
-    The seed has a level of its own, and the options of tracking set nothing that has an effect.
+    The seed has a folder level of its own, and the options of tracking do not affect results.
     """
     return name not in (*NO_EFFECT, "seed", "tracking") and not name.startswith("hydra.")
 
 
 def unknown_setting(where: str, key: str, kind: Any) -> str:
-    """One line on a key that the config type ``kind``, found at ``where``, does not have."""
+    """Return a one-line error on a key that ``kind``, the config type at ``where``, lacks."""
     known = [f.name for f in fields(kind) if f.name[0] != "_"]
     there = f"{_with_option(where.rstrip('.'), kind)} has" if where else "there are"
     return f"{where}{key}: unknown setting {key}; {there} {', '.join(known) or 'no settings'}"
 
 
 def _with_option(group: str, kind: Any) -> str:
-    """``attention=none`` where ``kind`` belongs to that option alone, else ``group``."""
+    """Return, say, ``attention=none`` if ``kind`` is the type of that option, else ``group``."""
     options = [name for there, name, k in OPTIONS if (there, k) == (group, kind)]
     return f"{group}={options[0]}" if options and group != "data" else group
 
 
 def is_text(key: str) -> bool:
-    """Whether the setting of this dotted name is any text, or a path; hydra's own count as such."""
+    """Whether the setting with this dotted name is free text or a path, as all of Hydra's count."""
     texts = (str, str | None)
     return key.startswith("hydra.") or any(
         name == key and field.type in texts for name, field in SETTINGS
@@ -745,8 +745,8 @@ def _option_groups() -> str:
 def _register() -> None:
     """Register the types with Hydra, under the names that the YAML files use, and resolvers.
 
-    ``${if_augmented:${attention._target_},A,B}`` is A for networks with augmented convolutions, and
-    for the controls of these, and B for all others: the paper trains the two differently.
+    ``${if_augmented:${attention._target_},A,B}`` is A for networks with augmented convolutions or
+    controls for these and B for all others: the paper trains the two differently.
     ``${option_groups:}`` lists the groups and their options, ``${base_name:PATH}`` is the last part
     of a path, ``${expand_user:PATH}`` a path without ``~``.
     """
@@ -767,5 +767,5 @@ def _register() -> None:
         store(group=f"schema/{group}", name=name, node=node)
 
 
-# Whoever reads settings, also those of a run's folder, has imported this module.
+# All code that reads settings, including those of a run's folder, imports this module.
 _register()
