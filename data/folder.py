@@ -128,7 +128,7 @@ def load_folder(
         white: the value of white in gray images of more than 8 bits; by default 65,535 for
             integers, while floating-point images are rejected.
         skip_damaged: whether to leave out files that cannot be read instead of raising an error.
-        max_pixels: most pixels that an image may have.
+        max_pixels: maximum number of pixels of an image.
 
     Raises:
         FileNotFoundError: if there is no folder to train on, or none to evaluate on.

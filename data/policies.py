@@ -1,8 +1,8 @@
 """TrivialAugment, RandAugment and AutoAugment's CIFAR policy on batches of uint8 pixels.
 
 Operations, magnitudes and policies are torchvision's, and results equal those of its transforms of
-PIL images. They are computed in integers or single float32 operations and are the same on every
-device. What is done to each sample is decided on the CPU, so that nothing waits for a GPU.
+PIL images. Computed in integers or single float32 operations, they are the same on every device.
+What is done to each sample is decided on the CPU, so that nothing waits for a GPU.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def magnitudes(bins: int, size: tuple[int, int], wide: bool) -> Tensor:
     """(operations, bins) float64: the magnitudes of each, from weakest to strongest."""
     height, width = size
     shear, rotation, enhancement, dropped_bits = (0.99, 135, 0.99, 6) if wide else (0.3, 30, 0.9, 4)
-    fraction = 150 / 331  # the paper: 150 pixels of a side of 331
+    fraction = 150 / 331  # 150 pixels of a side of 331 in the paper
     strongest = {
         "ShearX": shear,
         "ShearY": shear,
