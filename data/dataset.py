@@ -220,8 +220,8 @@ def hold_out_by_class(labels: list[int], size: int) -> list[int]:
     if not 1 <= size <= most:
         raise ValueError(
             f"val_size={size} cannot be held out of {len(labels)} training images of "
-            f"{len(members)} classes, each of which keeps one; give 0 (evaluate on images of their "
-            f"own) to {most}"
+            f"{len(members)} classes, each of which must keep one; give 0 (evaluate on images of "
+            f"their own) to {most}"
         )
     shares = {label: divmod(size * len(own), len(labels)) for label, own in members.items()}
     quotas = {label: min(share, len(members[label]) - 1) for label, (share, _) in shares.items()}

@@ -287,15 +287,15 @@ def _check_brightness(folder: Path, white: float | None, facts: list[Facts]) -> 
     if white is None and 0 <= gray < DARK:
         guess = 2 ** int(gray).bit_length() - 1
         raise ValueError(
-            f"{folder}: {gray:g} is the largest number in its gray images of 16 bits or more; give "
-            f"data.white={max(guess, 1)}, the number that is white ({WHITE_OF_16_BITS} if they are "
-            "so dark)"
+            f"{folder}: the largest value in its gray images of 16 bits or more is {gray:g}; give "
+            f"data.white={max(guess, 1)}, the value of white ({WHITE_OF_16_BITS} if they really "
+            "are this dark)"
         )
     if white is None and 0 <= color < DARK:
         raise ValueError(
-            f"{folder}: no number in its color images of 16 bits is above {color:g}, and of each "
-            f"only the upper 8 bits are read; save them with 8 bits (or give "
-            f"data.white={WHITE_OF_16_BITS} if they are so dark)"
+            f"{folder}: no value in its color images of 16 bits is above {color:g}, and only the "
+            "upper 8 bits of each are read; save them with 8 bits (or give "
+            f"data.white={WHITE_OF_16_BITS} if they really are this dark)"
         )
 
 
@@ -313,7 +313,7 @@ def _what_was_found(name: str, found: Layout, train: Split, evaluation: Split) -
 def _taken_twice(name: str, train: Split, evaluation: Split) -> list[str]:
     trained_on = {digest: file for file, digest in train.taken}
     twice = [
-        f"{file.path} is {trained_on[digest].path}"
+        f"{file.path} is identical to {trained_on[digest].path}"
         for file, digest in evaluation.taken
         if digest in trained_on
     ]

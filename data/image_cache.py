@@ -91,7 +91,7 @@ def store(
             os.replace(part, path)
         return True
     except (OSError, RuntimeError) as error:
-        log.info("the images are not kept for the next run: %s", error)
+        log.info("could not cache the decoded images: %s", error)
         return False
 
 

@@ -148,7 +148,7 @@ def _split(root: Path, names: tuple[str, ...]) -> Path | None:
     there = {path.resolve(): path for path in folders if not _holds(path, root)}
     if len(there) > 1:
         both = " and ".join(f"{path.name}/" for path in there.values())
-        raise ValueError(f"data.root={root}: it has {both}; leave one of them there")
+        raise ValueError(f"data.root={root}: it has {both}; keep only one of them")
     return next(iter(there.values()), None)
 
 

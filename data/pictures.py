@@ -198,7 +198,9 @@ def _scaled(picture: Any, white: float | None) -> tuple[Any, float]:
         )
     white = WHITE_OF_16_BITS if white is None else white
     if largest > white:
-        raise _NumbersError(f"it has the number {largest:g}, and white is {white:g} (data.white)")
+        raise _NumbersError(
+            f"its largest value, {largest:g}, is above white, {white:g} (data.white)"
+        )
     levels = numbers * np.float32(255 / white) + np.float32(0.5)
     if "transparency" in picture.info:  # the transparent value of a PNG
         levels[numbers == picture.info["transparency"]] = 255

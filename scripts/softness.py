@@ -107,8 +107,8 @@ def of_settings(overrides: list[str], number: int, device: torch.device) -> list
     check(cfg)
     if cfg.init_from is not None:
         raise ValueError(
-            f"init_from={cfg.init_from}: settings tell how a network starts by itself; of trained "
-            "weights, give their run"
+            f"init_from={cfg.init_from}: settings describe a newly initialized network; for "
+            "trained weights, give their run"
         )
     if any(word.startswith("device=") for word in overrides):
         raise ValueError("device= is for train.py; use --device here")

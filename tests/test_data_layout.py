@@ -41,7 +41,7 @@ def test_two_folders_of_one_split_are_refused(root, first, second):
     (root / second).unlink()
     (root / second).mkdir()
     both = f"{min(first, second)}/ and {max(first, second)}/"
-    with pytest.raises(ValueError, match=rf": it has {both}; leave one of them there"):
+    with pytest.raises(ValueError, match=rf": it has {both}; keep only one of them"):
         load(root)
     if first == "val":  # which is not read
         assert load(root, val_size=3).train
@@ -351,7 +351,7 @@ def test_the_same_image_in_both_parts_is_said(root, caplog):
     dataset = load(root)
     (line,) = dataset.notes[1:]
     assert line.startswith("mine: 1 of 4 images to evaluate on are among those to train on: ")
-    assert line.endswith(f"{second} is {first}")
+    assert line.endswith(f"{second} is identical to {first}")
     assert line in caplog.messages
 
 

@@ -79,7 +79,10 @@ def test_a_run_that_began_with_other_weights_has_no_start_of_its_own(run, tmp_pa
         (["a", "b"], "softness.py: b: one network at a time"),
         ([*SETTINGS, "attention.init=he"], "softness.py: init='he' is unknown; choose one of"),
         ([*SETTINGS, "attention.color=1"], "softness.py: attention.color: unknown setting"),
-        ([*SETTINGS, "init_from=x.pt"], "softness.py: init_from=x.pt: settings tell how a network"),
+        (
+            [*SETTINGS, "init_from=x.pt"],
+            "softness.py: init_from=x.pt: settings describe a newly initialized network",
+        ),
         ([*SETTINGS, "attention.backend=sdpa"], "softness.py: attention.backend= changes nothing"),
         ([*SETTINGS, "device=cpu"], "softness.py: device= is for train.py; use --device here"),
         (
