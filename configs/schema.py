@@ -66,16 +66,16 @@ class ModelConfig:
     _partial_: bool = True
     name: str = setting("What the network is called in summaries and reports.")
     block: str = setting(
-        "Kind of residual block: basic, bottleneck, preact (pre-activation, as in wide ResNets) or "
-        "alternet (preact, and where attention=aa has attention, that instead of convolutions)."
+        "Kind of residual block: basic, bottleneck, preact (pre-activation, as in wide ResNets) "
+        "or alternet (preact; where attention=aa applies, attention replaces the convolutions)."
     )
     depths: list[int] = setting(
         "Blocks in each stage, at least 1 each and 1000 in all. Every stage but the first "
         "halves height and width."
     )
     widths: list[int] = setting(
-        "Channels of each stage, at least 1, as many entries as model.depths; a bottleneck "
-        "block puts out four times as many."
+        "Channels of each stage, at least 1, as many entries as model.depths; a bottleneck block "
+        "outputs four times as many."
     )
     stem: int = setting("Output channels of the first convolution, at least 1.")
     shortcut: str = setting(
@@ -89,8 +89,8 @@ class ModelConfig:
         before=False,
     )
     drop_path: float = setting(
-        "Stochastic depth: probability with which the last block is left out for an image in "
-        "training; the l-th of L blocks is with l / L of it.",
+        "Stochastic depth: probability of skipping the last block for an image in training; block "
+        "l of L is skipped with l / L of it.",
         at_least=0,
         below=1,
         before=0.0,
@@ -125,8 +125,8 @@ class ReplacingConfig:
     )
     stages: list[int] = setting("Stages to augment, counted from 1, at least one of them.")
     blocks: str = setting(
-        "Which of their blocks: all, unstrided (not the first one, which halves the map, but in "
-        "stage 1) or last (the last of each stage)."
+        "Which blocks of these stages: all, unstrided (all but the first block of a stage, which "
+        "halves the map; in stage 1 it does not and counts) or last (the last of each stage)."
     )
 
 
@@ -136,7 +136,7 @@ class AugmentedConvConfig(ReplacingConfig):
     dk: int | float = setting(
         "Key channels of an augmented convolution: a number of channels (an int such as 20, "
         "divisible by attention.Nh) or a fraction of its output channels, above 0 and at most 2 "
-        "(a float such as 0.2, the paper's kappa). 1.0 is as many as the block puts out; 1 and 2, "
+        "(a float such as 0.2, the paper's kappa). 1.0 is as many as the block outputs; 1 and 2, "
         "easily meant as fractions, are refused."
     )
     min_dkh: int = setting(
@@ -148,10 +148,10 @@ class AugmentedConvConfig(ReplacingConfig):
     )
     bias: bool = setting("Whether queries, keys and values have a bias.")
     init: str = setting(
-        "How the convolutions that give queries, keys and values and that mix the heads begin: "
-        "torch (variance 1 / (3 fan_in)), glorot (2 / (fan_in + fan_out), the paper's listing) "
-        "or kaiming (2 / fan_in, with which attention begins nearly one-hot in post-activation "
-        "networks)."
+        "Initialization of the convolutions that give queries, keys and values and that mix the "
+        "heads: torch (variance 1 / (3 fan_in)), glorot (2 / (fan_in + fan_out), the paper's "
+        "listing) or kaiming (2 / fan_in, with which attention begins nearly one-hot in "
+        "post-activation networks)."
     )
     qk_norm: bool = setting(
         "Whether the queries and keys of each head are divided by their root mean square, which "
@@ -163,8 +163,8 @@ class AugmentedConvConfig(ReplacingConfig):
         "compute the same, up to rounding."
     )
     dropout: float = setting(
-        "Probability with which a weight of attention is dropped in training. Above 0 attention is "
-        "computed by the backend reference, which holds all weights and takes longer.",
+        "Probability of dropping an attention weight in training. Above 0, attention is computed "
+        "by the reference backend, which holds all weights in memory and is slower.",
         at_least=0,
         below=1,
         before=0.0,
@@ -241,7 +241,8 @@ class LookupConfig:
         at_most=24,
     )
     data_seed: int = setting(
-        "Seed of the images themselves; apart from `seed`, so that seeds share the same images."
+        "Seed of the images themselves; separate from `seed`, so that runs with different seeds "
+        "share the same images."
     )
     val_size: int = setting(
         "Training images to hold out and evaluate on instead of the test set: 0 (evaluate on "
@@ -264,20 +265,19 @@ class FolderConfig:
     )
     # An int or a list of two ints, which no annotation that OmegaConf supports can express.
     size: Any = setting(
-        "Height and width in pixels that all images are brought to, one number or "
-        "[height, width]: scaled with their sides in proportion until they cover it, and cut at "
-        "the sides that stick out.",
+        "Height and width in pixels of all images, one number or [height, width]. Each image is "
+        "scaled, keeping its aspect ratio, until it covers them; the excess is center-cropped.",
         at_least=1,
         at_most=1024,
     )
     val_size: int = setting(
-        "Training images to hold out, of each class in proportion, and evaluate on instead of "
+        "Training images to hold out, in proportion to the classes, and evaluate on instead of "
         "val/: 0 (evaluate on val/) to all but one of each class.",
         at_least=0,
     )
     white: float | None = setting(
-        "The number that is white in gray images of more than 8 bits, such as 4095 or 1.0. null is "
-        "65535 for whole numbers, and refuses floating-point numbers.",
+        "The value of white in gray images of more than 8 bits, such as 4095 or 1.0. null is "
+        "65535 for whole numbers and refuses floating-point numbers.",
         above=0,
         before=None,
     )
@@ -286,7 +286,7 @@ class FolderConfig:
         before=False,
     )
     max_pixels: int = setting(
-        "Pixels of the largest image that is read; more may be an attack.",
+        "Pixels of the largest image that is accepted; a larger one may be a decompression bomb.",
         at_least=1,
         before=2**28,
     )
@@ -296,8 +296,8 @@ class FolderConfig:
 class AugmentationConfig:
     _target_: str = "data.Augmentation"
     crop_pad: int = setting(
-        "Pixels on each side before a random crop to the original size, less than that size; 0 "
-        "crops nothing.",
+        "Pixels added on each side before a random crop to the original size, less than that "
+        "size; 0 does not crop.",
         at_least=0,
     )
     padding: str = setting(
@@ -309,14 +309,14 @@ class AugmentationConfig:
         "alternating (each image in every other epoch, half of them in the first)."
     )
     cutout: int = setting(
-        "Side in pixels of a square of the mean color at a random position, at most the image's; "
-        "0 has no cutout.",
+        "Side in pixels of a square of the mean color at a random position, at most the image's "
+        "side; 0 turns it off.",
         at_least=0,
     )
     policy: str | None = setting(
-        "Operations that change place and color of the pixels, before cutout: trivial "
-        "(TrivialAugment: one of 14, of any strength), rand (RandAugment: several, of one "
-        "strength), auto (AutoAugment's pairs for CIFAR-10), or null.",
+        "Operations that move or recolor the pixels, before cutout: trivial (TrivialAugment: one "
+        "of 14, of any strength), rand (RandAugment: several, of one strength), auto "
+        "(AutoAugment's pairs for CIFAR-10), or null.",
         before=None,
     )
     rand_ops: int = setting(
@@ -342,7 +342,7 @@ class AugmentationConfig:
         before=0,
     )
     cutmix: float = setting(
-        "The same where a rectangle of the other image is pasted instead.",
+        "CutMix: the same, but a rectangle of the other image is pasted in instead.",
         at_least=0,
         before=0,
     )
@@ -356,11 +356,11 @@ class RateFactorsConfig:
     """
 
     norm_bias: float = setting(
-        "Factor of the learning rate of normalization's biases.", above=0, before=1.0
+        "Factor of the learning rate of normalization biases.", above=0, before=1.0
     )
     attention: float = setting(
-        "Factor of the learning rate of attention: all of an augmented convolution but the plain "
-        "one beside it.",
+        "Factor of the learning rate of attention: all of an augmented convolution except its "
+        "plain convolution.",
         above=0,
         before=1.0,
     )
@@ -377,7 +377,8 @@ class SGDConfig:
     )
     nesterov: bool = setting("Whether momentum is Nesterov's; needs optim.momentum above 0.")
     weight_decay: float = setting(
-        "Factor of the weights that is added to their gradients; optim.decay says of which.",
+        "Factor of the weights that is added to their gradients; optim.decay selects which "
+        "parameters.",
         at_least=0,
         at_most=1_000_000,
     )
@@ -400,8 +401,8 @@ class AdamWConfig:
         below=1,
     )
     weight_decay: float = setting(
-        "Weights shrink by this times the learning rate at each step; optim.decay says which of "
-        "them do.",
+        "At each step, weights shrink by this times the learning rate; optim.decay selects which "
+        "parameters.",
         at_least=0,
         at_most=1_000_000,
     )
@@ -452,7 +453,9 @@ class StepConfig(ScheduleConfig):
         below=1,
     )
     factor: float = setting(
-        "What it is multiplied by at each of schedule.milestones.", above=0, at_most=1
+        "What the learning rate is multiplied by at each of schedule.milestones.",
+        above=0,
+        at_most=1,
     )
 
 
@@ -483,8 +486,8 @@ class WandbConfig:
         decides_result=False,
     )
     tags: list[str] = setting(
-        "Tags of the run on the dashboard, besides its network, attention and data; [] takes those "
-        "of the environment's WANDB_TAGS, with commas between them.",
+        "Tags of the run on the dashboard, in addition to its network, attention and data; [] "
+        "uses those of the environment variable WANDB_TAGS, separated by commas.",
         decides_result=False,
     )
     notes: str | None = setting(
@@ -532,8 +535,8 @@ class Config:
         decides_result=False,
     )
     run_dir: str | None = setting(
-        "Folder of the run itself; null names one below out_dir/name by the overrides that change "
-        "the result, and by the seed.",
+        "Folder of the run; null creates one below out_dir/name, named by the overrides that "
+        "change the result and by the seed.",
         decides_result=False,
     )
     seed: int = setting(
@@ -547,7 +550,7 @@ class Config:
         at_most=MAX_INT,
     )
     grad_accum: int = setting(
-        "Micro-batches that each batch is split into to save memory.",
+        "Micro-batches that each batch is split into, to save memory.",
         at_least=1,
         at_most=MAX_INT,
     )
@@ -562,14 +565,14 @@ class Config:
     )
     # null, a word or a list, which no annotation that OmegaConf supports can express.
     class_weights: Any = setting(
-        "Weights of the training loss by an image's class: balanced (inverse to the number of its "
-        "images) or a list, one number for each class. null weighs all images alike.",
+        "Weights of the training loss by class: balanced (inverse to the number of images in the "
+        "class) or a list with one number per class. null weights all images equally.",
         above=0,
         before=None,
     )
     balanced_sampling: bool = setting(
-        "Whether an epoch draws each class equally often, as many images in all as there are, "
-        "instead of each image once.",
+        "Whether an epoch draws each class equally often instead of each image once; the number "
+        "of images per epoch stays the same.",
         before=False,
     )
     grad_clip: float | None = setting(
@@ -589,35 +592,35 @@ class Config:
         before=False,
     )
     device: str = setting(
-        "Device to train on: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, "
-        "cuda:1, or another accelerator that torch finds (mps, xpu: in float32, not tried).",
+        "Device to train on: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda, cuda:1, "
+        "or another accelerator that torch finds (mps, xpu: in float32, untested).",
         decides_result=False,
     )
     precision: Precision = setting(
-        "Precision of convolutions and matrix products: auto (bf16 on a CPU or CUDA GPU with "
-        "units for it; else fp16 on a CUDA GPU, fp32 on other devices), fp32 (TF32 on a CUDA "
-        "GPU), bf16 or fp16."
+        "Precision of convolutions and matrix products: auto (bf16 on a CPU or CUDA GPU that "
+        "supports it in hardware; else fp16 on a CUDA GPU, fp32 on other devices), fp32 (TF32 on "
+        "a CUDA GPU), bf16 or fp16."
     )
     channels_last: bool = setting(
         "Whether to store feature maps with the channels last, which is faster on most devices."
     )
     compile: bool = setting("Whether to compile the network with torch.compile.")
     sync_batchnorm: bool = setting(
-        "With several processes, whether batch normalization takes its statistics over the "
-        "whole batch, as a single process does, instead of over each process's shard."
+        "With several processes, whether batch normalization uses the statistics of the whole "
+        "batch, as a single process does, instead of each process's shard."
     )
     deterministic: bool = setting(
         "Whether to use only deterministic algorithms, so that a GPU repeats a run bit for bit; "
         "slower."
     )
     init_from: str | None = setting(
-        "Trained network to begin with: a run's folder, its weights.safetensors or a "
-        "checkpoint, or the state dict of a ResNet of torchvision's or timm's (.pth, .pt, "
-        ".safetensors). What fits is taken, and a table says what was not; the epochs and the "
-        "learning rate's schedule are those of a new run. null begins with new weights."
+        "Trained network to start from: a run's folder, its weights.safetensors or a checkpoint, "
+        "or the state dict of a ResNet of torchvision or timm (.pth, .pt, .safetensors). What "
+        "fits is loaded, and a table lists what did not; the epochs and the learning-rate "
+        "schedule are those of a new run. null starts with random weights."
     )
     freeze: list[str] = setting(
-        "Modules that are not trained and keep the statistics of their normalization, such as "
+        "Modules that are not trained and keep their normalization statistics, such as "
         "[conv,bn_in,stages.0]; [] trains all."
     )
     resume: str | None = setting(
@@ -630,9 +633,9 @@ class Config:
         decides_result=False,
     )
     checkpoint_minutes: float | None = setting(
-        "Minutes between checkpoints, inside an epoch and over several: what a kill may cost. null "
-        "saves after every epoch instead. A run is also saved after the first epoch that a process "
-        "finishes, when it is stopped, and at its end.",
+        "Minutes between checkpoints, within an epoch and across epochs: the most that a kill can "
+        "cost. null saves after every epoch instead. A run is also saved after the first epoch "
+        "that a process finishes, when it is stopped, and at its end.",
         decides_result=False,
         above=0,
     )
