@@ -1,4 +1,4 @@
-"""Attention into a network that exists: its convolutions replaced by augmented ones, in place."""
+"""Add attention to an existing network by replacing its convolutions in place."""
 
 import copy
 import math
@@ -21,9 +21,9 @@ from aaconv.modules import AugmentedConv, check_init
 from aaconv.ratios import channels, check_amount
 from aaconv.text import one_line, table
 
-# The paper pools 28x28 maps and no smaller ones (section 4.2).
+# The paper pools 28x28 maps, but no smaller ones (section 4.2).
 POOLED_ABOVE = 400
-# Wrappers and compilers, which hold on to the modules that they were given.
+# Wrappers keep references to the modules they were given, so replacing those has no effect.
 WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 Filter = Callable[[nn.Module, str], bool]
@@ -32,18 +32,18 @@ Size = tuple[int, int]  # (H, W)
 
 @dataclass(frozen=True)
 class Row:
-    """What has become of one convolution."""
+    """One convolution and what was done with it."""
 
     name: str
     out: int  # output channels
-    map: Size | None  # (H, W) of its output, None where it has not got just one
-    layer: AugmentedConv | None  # what is there now, None where nothing was replaced
+    map: Size | None  # (H, W) of its output; None if it has none or several
+    layer: AugmentedConv | None  # the new layer; None if the convolution was not replaced
     skip_reason: str = ""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `augment_` has done; as text, a table of all convolutions."""
+    """The result of `augment_`; as a string, a table of all convolutions."""
 
     rows: Sequence[Row]
 
@@ -79,53 +79,53 @@ def augment_(
     qk_norm: bool = False,
     keep_weights: bool = True,
 ) -> Report:
-    """Replace convolutions of ``model`` by `AugmentedConv`, in place.
+    """Replace convolutions of ``model`` with `AugmentedConv`, in place.
 
-    By default these are the ungrouped convolutions with an odd kernel larger than one pixel whose
-    output has at most ``max_positions`` positions, and more than one to attend to: for 224x224
-    images all 3x3 convolutions of ResNet-50 but those of its first stage, as in Bello et al. 2019,
-    section 4.2, whose dk, dv, Nh, min_dkh and pool are the other defaults. The sizes of all maps
-    are found in a forward pass of a copy, in evaluation mode, in which nothing is computed.
+    By default, this replaces the ungrouped convolutions with an odd kernel larger than 1x1 whose
+    output has at most ``max_positions`` positions, and more than one after pooling. For 224x224
+    images, these are all 3x3 convolutions of ResNet-50 except those of the first stage, as in
+    Bello et al. 2019, section 4.2; dk, dv, Nh, min_dkh and pool default to its values. Map sizes
+    are found by running a copy in evaluation mode on fake tensors, which computes nothing.
 
-    Everything is planned before the first module is replaced: an error leaves the model as it was.
-    A new layer has the old one's device, dtype, training flag and bias, or none; its plain
-    convolution has the requires_grad of the old one, and with ``keep_weights`` its first
-    ``out - dv`` channels. The attention is new and trainable, and takes the place of the last dv
-    channels: train the network on. An optimizer that was made before does not know the new
-    parameters: make it afterwards. What the model's ``no_weight_decay()`` names, which timm's
-    optimizers ask for, has the relative tables, too. `attention_stats` shows how softly the new
-    layers attend.
+    All replacements are prepared before the first one is made, so an error leaves the model
+    unchanged. A new layer has the device, dtype and training flag of the old one, and a bias if the
+    old one had a bias. Its plain convolution has the old one's requires_grad and, with
+    ``keep_weights``, the old weights of the first ``out - dv`` channels. Attention is new and
+    trainable and replaces the last dv channels, so the network needs more training. Create the
+    optimizer afterward: an existing one does not know the new parameters. The model's
+    ``no_weight_decay()``, which timm's optimizers call, then also returns the relative tables.
+    `attention_stats` shows how soft the attention of the new layers is.
 
     Args:
-        model: any network of torch modules. One that is compiled, or wrapped for several devices,
-            is refused: augment it first.
-        example_input: what ``model`` is called with, a tensor, a tuple of arguments or a dict of
-            keyword arguments. The relative tables are made for its map sizes.
-        dk: key channels, a number (int), or a fraction of the output channels (float), rounded to
-            a multiple of Nh.
-        dv: value channels in the same way.
+        model: any network of torch modules, neither compiled nor wrapped for several devices; do
+            that afterward.
+        example_input: what ``model`` is called with: a tensor, a tuple of arguments or a dict of
+            keyword arguments. The relative tables are made for the map sizes it gives.
+        dk: key channels, as a number (int) or as a fraction of the output channels (float), which
+            is rounded to a multiple of Nh.
+        dv: value channels, specified like ``dk``.
         Nh: number of heads.
-        min_dkh: minimum key channels per head where ``dk`` is a fraction.
-        filter_fn: chooses what is replaced, called with each convolution and its name. What it
-            chooses may be of any map size and kernel; what cannot be replaced is an error then.
-        max_positions: the largest map, height times width, whose convolutions are replaced where
-            there is no ``filter_fn``. The time of attention grows with its square.
+        min_dkh: minimum key channels per head if ``dk`` is a fraction.
+        filter_fn: called with each convolution and its name; returns whether to replace it. Any
+            map size and kernel is allowed then, but a choice that cannot be replaced is an error.
+        max_positions: without ``filter_fn``, the largest map, height times width, whose
+            convolutions are replaced. The cost of attention grows with its square.
         relative: learn relative positions.
-        pool: of `AugmentedConv`, for all layers. By default, as in the paper, 2 on maps of more
+        pool: ``pool`` of every `AugmentedConv`. By default, as in the paper, 2 on maps of more
             than POOLED_ABOVE positions, such as 28x28, and 1 on smaller ones.
-        init: of `AugmentedConv`.
-        qk_norm: of `AugmentedConv`.
+        init: as in `AugmentedConv`.
+        qk_norm: as in `AugmentedConv`.
         keep_weights: keep the first ``out - dv`` channels of the old convolution; otherwise all
             parameters are new.
 
     Returns:
-        A row for each convolution, in the order of the modules, with the new layer or the reason
-        why there is none; it can be printed.
+        A printable report with one row per convolution, in module order, each with the new layer
+        or the reason why the convolution was not replaced.
 
     Raises:
-        ValueError: the arguments contradict each other, the model is wrapped or compiled, its
-            forward pass fails or depends on the values of the data, ``filter_fn`` chooses what
-            cannot be replaced, or nothing can be replaced at all.
+        ValueError: if the arguments contradict each other, the model is wrapped or compiled, its
+            forward pass fails or depends on the values of the data, ``filter_fn`` chooses a
+            convolution that cannot be replaced, or nothing can be replaced at all.
     """
     options = _Options(
         dk, dv, Nh, min_dkh, filter_fn, max_positions, relative, pool, init, qk_norm, keep_weights
@@ -151,7 +151,7 @@ def augment_(
 
 
 def _no_weight_decay(model: nn.Module, inherited: Callable[[], Iterable[str]]) -> set[str]:
-    """What ``inherited`` names, and the relative tables of the augmented layers."""
+    """Return the names from ``inherited`` and those of the relative tables of augmented layers."""
     tables = {
         f"{name}.{table}"
         for name, layer in augmented_layers(model).items()
@@ -161,7 +161,7 @@ def _no_weight_decay(model: nn.Module, inherited: Callable[[], Iterable[str]]) -
 
 
 def papers_pool(size: Size) -> int:
-    """``pool`` as the paper has it on a map of this size."""
+    """Return the paper's ``pool`` for a map of this size."""
     return 2 if size[0] * size[1] > POOLED_ABOVE else 1
 
 
@@ -193,12 +193,12 @@ class _Options:
         check_init(self.init)
 
     def pool_of(self, size: Size) -> int:
-        """``pool`` for a map of this size."""
+        """Return ``pool`` for a map of this size."""
         return papers_pool(size) if self.pool is None else self.pool
 
 
 def _amount(name: str, value: Any) -> int | float:
-    """``value``, maybe NumPy's, as an int or a float that can be dk or dv."""
+    """Return ``value``, possibly a NumPy number, as an int or float that is valid as dk or dv."""
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be an int or a float")
     amount = whole(name, value, MAX_SIZE) if isinstance(value, numbers.Integral) else float(value)
@@ -229,7 +229,7 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _convolution_names(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
-    """The names of each convolution: more than one where it stands at several places."""
+    """Return the names of each convolution: several if the model uses it in several places."""
     modules = list(model.named_modules(remove_duplicate=False))
     augmented = [name for name, module in modules if isinstance(module, AugmentedConv)]
     inside = tuple(f"{name}." if name else "" for name in augmented)
@@ -241,7 +241,7 @@ def _convolution_names(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
 
 
 def _used_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
-    """The modules that are used in a way that a replacement would not follow, and the way."""
+    """Map each module that is also used where a replacement would not take effect to the reason."""
     owner: dict[Tensor, nn.Module] = {}
     elsewhere: dict[nn.Module, str] = {}
     for module in model.modules():
@@ -261,13 +261,13 @@ def _used_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _map_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[Size, Size]]]:
-    """The different sizes of each convolution's input and output, by the first of its names.
+    """Return the distinct (input, output) sizes of each convolution, keyed by its first name.
 
-    Hooks are not called: they are there for the values, and there are none.
+    Hooks are not called: they may need values, and fake tensors have none.
 
     Raises:
-        ValueError: the model cannot be copied, its forward pass fails, or depends on the values of
-            the data.
+        ValueError: if the model cannot be copied, or its forward pass fails or depends on the
+            values of the data.
     """
     args, kwargs = call_arguments(example_input)
     sizes: dict[str, list[tuple[Size, Size]]] = {}
@@ -279,14 +279,14 @@ def _map_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[Siz
             sizes[name].append(call)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    # A copy whose tensors are fake: what the forward pass stores, it does not store in `model`.
+    # A copy with fake tensors: whatever the forward pass stores does not end up in `model`.
     tensors = [*model.parameters(), *model.buffers()]
     attributes = (value for module in model.modules() for value in vars(module).values())
     tensors += [value for value in attributes if isinstance(value, Tensor)]
     try:
         fake = {id(t): mode.from_tensor(t if t.is_leaf else t.detach()) for t in tensors}
         shadow = copy.deepcopy(model, fake)
-    except Exception as error:  # of the model's own code, of any type
+    except Exception as error:  # the model's own code may raise anything
         raise ValueError(f"model cannot be copied: {_told(error)}") from error
     try:
         with mode, torch.no_grad():
@@ -298,7 +298,7 @@ def _map_sizes(model: nn.Module, example_input: Any) -> dict[str, list[tuple[Siz
                     module.register_forward_hook(partial(note, name), with_kwargs=True)
             args, kwargs = tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
             shadow(*args, **kwargs)
-    except Exception as error:  # of the model's own code, of any type
+    except Exception as error:  # the model's own code may raise anything
         kind = type(error).__name__
         if kind.startswith(("DataDependent", "DynamicOutputShape", "GuardOnDataDependent")):
             raise ValueError(
@@ -319,7 +319,7 @@ def _told(error: Exception) -> str:
 
 
 def call_arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call with ``example_input``; see `augment_`."""
+    """Return the positional and keyword arguments that ``example_input`` means; see `augment_`."""
     if isinstance(example_input, Mapping):
         return (), dict(example_input)
     if isinstance(example_input, tuple | list):
@@ -337,10 +337,10 @@ def _plan(
     options: _Options,
     elsewhere: str | None,
 ) -> Row:
-    """What becomes of one convolution.
+    """Build the replacement of one convolution, or find out why it is not replaced.
 
     Raises:
-        ValueError: ``filter_fn`` chooses it, and it cannot be replaced.
+        ValueError: if ``filter_fn`` chooses the convolution but it cannot be replaced.
     """
     size = calls[0][1] if len({output for _, output in calls}) == 1 else None
     row = Row(names[0], convolution.out_channels, size, None)
@@ -362,7 +362,7 @@ def _plan(
 
 
 def _obstacle(convolution: nn.Conv2d, calls: list[tuple[Size, Size]]) -> str | None:
-    """Why the convolution cannot be replaced, or None."""
+    """Return why the convolution cannot be replaced, or None if it can."""
     if type(convolution) is not nn.Conv2d:
         return f"{type(convolution).__name__}, a subclass of Conv2d"
     if convolution.groups > 1:
@@ -400,7 +400,7 @@ def _has_hooks(convolution: nn.Conv2d) -> bool:
 
 
 def _check_suitable(convolution: nn.Conv2d, size: Size, options: _Options) -> None:
-    """Raise ValueError for a convolution that is not replaced where nobody asks for it."""
+    """Raise ValueError for a convolution that is replaced only if ``filter_fn`` chooses it."""
     height, width = convolution.kernel_size
     positions = size[0] * size[1]
     extent = tuple(d * (k - 1) for d, k in zip(convolution.dilation, (height, width), strict=True))
@@ -409,7 +409,7 @@ def _check_suitable(convolution: nn.Conv2d, size: Size, options: _Options) -> No
     if height % 2 == 0 or width % 2 == 0:
         raise ValueError(f"even kernel {height}x{width}")
     if convolution.padding != "same" and tuple(2 * p for p in convolution.padding) != extent:
-        # Of other images than the example attention would have more or fewer positions.
+        # On images of another size, attention would have more or fewer positions.
         raise ValueError(f"padding={convolution.padding} is not half of {extent}")
     if positions > options.max_positions:
         raise ValueError(f"{positions} positions, more than max_positions={options.max_positions}")
@@ -418,10 +418,10 @@ def _check_suitable(convolution: nn.Conv2d, size: Size, options: _Options) -> No
 
 
 def _augmented(convolution: nn.Conv2d, size: Size, options: _Options) -> AugmentedConv:
-    """The layer that takes the place of ``convolution``.
+    """Return the layer that replaces ``convolution``.
 
     Raises:
-        ValueError: there can be none.
+        ValueError: if the options do not fit its channels.
     """
     out = convolution.out_channels
     dk = channels(options.dk, out, options.Nh, options.min_dkh)
@@ -461,7 +461,7 @@ def _augmented(convolution: nn.Conv2d, size: Size, options: _Options) -> Augment
 
 
 def _reasons(rows: Sequence[Row]) -> str:
-    """Why no convolution was replaced, each reason once with its count."""
+    """Return why no convolution was replaced: each reason once, with its count."""
     if not rows:
         return "model has no Conv2d"
     counts = Counter(re.sub(r"^groups=.*", "grouped", row.skip_reason) for row in rows)

@@ -6,15 +6,15 @@ from typing import Any
 
 Size = int | tuple[int, int]
 
-# Beyond these torch fails by an overflow of its own: of a kernel, a stride, a map, and of a count.
+# Larger values overflow inside torch: MAX_SIZE for a kernel, stride or map, MAX_COUNT for a count.
 MAX_SIZE, MAX_COUNT = 2**20, 2**60
 
 
 def whole(name: str, value: Any, most: float = MAX_COUNT, least: float = -math.inf) -> int:
-    """``value`` as an int; NumPy's integers are taken, floats and truth values are not.
+    """Return ``value`` as an int; NumPy integers are accepted, floats and booleans are not.
 
     Raises:
-        ValueError: it is no whole number from ``least`` to ``most``; the message names it.
+        ValueError: if it is not an integer from ``least`` to ``most``; the message names it.
     """
     if not _is_index(value):
         raise ValueError(f"{name}={value!r} must be an int")
@@ -27,10 +27,10 @@ def whole(name: str, value: Any, most: float = MAX_COUNT, least: float = -math.i
 
 
 def pair(name: str, value: Size) -> tuple[int, int]:
-    """``value`` as (vertical, horizontal); an int is used for both.
+    """Return ``value`` as (vertical, horizontal); an int is used for both.
 
     Raises:
-        ValueError: ``value`` is neither an int nor a pair of ints.
+        ValueError: if ``value`` is neither an int nor a pair of ints, or is too large.
     """
     if isinstance(value, tuple | list):
         if len(value) == 2 and all(map(_is_index, value)):
@@ -49,7 +49,7 @@ def _is_index(value: Any) -> bool:
 
 
 def check_channels(out_channels: int, dk: int, dv: int, Nh: int) -> None:
-    """Raise ValueError unless dk and dv can be split over Nh heads of such a layer."""
+    """Raise ValueError unless dk and dv fit the layer and can be split over Nh heads."""
     if not 0 <= dv <= out_channels:
         raise ValueError(f"dv={dv} must lie between 0 and out_channels={out_channels}")
     if dk < 1 and dv > 0:
@@ -62,7 +62,7 @@ def check_channels(out_channels: int, dk: int, dv: int, Nh: int) -> None:
 def check_convolution(
     in_channels: int, conv_channels: int, groups: int, qkv_kernel_size: int
 ) -> None:
-    """Raise ValueError unless the layer's convolutions can have these groups and this kernel."""
+    """Raise ValueError unless ``groups`` and ``qkv_kernel_size`` are valid for the layer."""
     if groups < 1 or in_channels % groups or conv_channels % groups:
         raise ValueError(
             f"groups={groups} must divide in_channels={in_channels} and the "
@@ -80,7 +80,7 @@ def check_same_output_size(
 ) -> None:
     """Raise ValueError if convolution and attention differ in output size for every input.
 
-    The attention gives ``ceil(L / stride)`` positions for L pixels. The convolution differs by
+    Attention gives ``ceil(L / stride)`` positions for L pixels. The convolution differs by
     ``excess / stride`` before rounding, with ``excess`` as below; both round to the same size for
     some L only if ``|excess| < stride``.
     """

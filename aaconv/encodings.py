@@ -1,4 +1,4 @@
-"""Absolute positions for the input of the attention, with which Bello et al. compare relative ones.
+"""Absolute position encodings of attention's input, which Bello et al. compare to relative ones.
 
 Both encodings are computed from the size of the map: they have no parameters and fit any size.
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def add_sine(x: Tensor) -> Tensor:
-    """``x`` (B, C, H, W), C at least 4, plus sines and cosines of each pixel's row and column.
+    """Add sines and cosines of each pixel's row and column to ``x`` (B, C, H, W), C at least 4.
 
     As in the Image Transformer (Parmar et al., ICML 2018): C // 4 wavelengths per axis, from 2 pi
     to 20000 pi pixels in geometric progression. The channels are sines of the row, cosines of the
@@ -33,7 +33,7 @@ def add_sine(x: Tensor) -> Tensor:
 
 
 def append_coordinates(x: Tensor) -> Tensor:
-    """``x`` (B, C, H, W) with three more channels: each pixel's column, row and radius.
+    """Append three channels to ``x`` (B, C, H, W): each pixel's column, row and radius.
 
     As in CoordConv (Liu et al., NeurIPS 2018): column and row run from -1 to 1, and are 0 on an
     axis of one pixel; the radius is the distance from the center in these coordinates.
@@ -51,7 +51,7 @@ def append_coordinates(x: Tensor) -> Tensor:
     return out.contiguous(memory_format=memory_format)
 
 
-# Name: (function, number of channels that it appends).
+# Name: (function, number of channels it appends).
 ABSOLUTE: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "none": (lambda x: x, 0),
     "sine": (add_sine, 0),

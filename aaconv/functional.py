@@ -1,6 +1,6 @@
 """Two-dimensional relative self-attention (Bello et al., ICCV 2019, equations 1 to 5).
 
-This module checks the arguments and chooses the backend; `aaconv.backends` computes.
+This module checks the arguments and chooses the backend; `aaconv.backends` does the computation.
 """
 
 import torch
@@ -24,45 +24,45 @@ def attention_2d(
     backend: str = "auto",
     dropout: float = 0.0,
 ) -> Tensor:
-    """Multi-head attention over all positions of a map, with learned relative positions.
+    """Compute multi-head attention over all positions of a map, with learned relative positions.
 
-    For every head, ``softmax((Q K^T + S_H + S_W) / sqrt(dkh)) V`` with
+    For every head, this is ``softmax((Q K^T + S_H + S_W) / sqrt(dkh)) V`` with
     ``S_H[i, j] = q_i . rel_h[jy - iy + H - 1]`` and ``S_W[i, j] = q_i . rel_w[jx - ix + W - 1]``
-    (Bello et al. 2019, equations 3 to 5). Without tables it is plain attention (equation 1).
+    (Bello et al. 2019, equations 3 to 5), or plain attention without tables (equation 1).
 
     Args:
-        q: queries, not yet scaled, (B, Nh, H, W, dkh).
+        q: unscaled queries, (B, Nh, H, W, dkh).
         k: keys, (B, Nh, H, W, dkh).
         v: values, (B, Nh, H, W, dvh).
         rel_h: embeddings of the row offsets -(H-1) .. H-1, (2H-1, dkh), shared by the heads.
         rel_w: embeddings of the column offsets -(W-1) .. W-1, (2W-1, dkh). Give both tables or
             neither.
-        backend: how the result is computed; up to rounding it is the same for all.
-            ``"reference"`` holds all logits, (B, Nh, HW, HW), in at least float32.
+        backend: how the result is computed; results differ only in rounding.
+            ``"reference"`` materializes all logits, (B, Nh, HW, HW), in at least float32.
             ``"sdpa"`` appends the position bias to query and key as extra channels and calls
-            ``scaled_dot_product_attention``, which holds no logits where it has a flash kernel.
-            ``"tiled"`` computes the logits a tile at a time, in at least float32, and recomputes
-            them in the backward pass (which cannot be differentiated twice).
-            ``"native"`` does the same in one kernel, which is compiled at its first use; it needs a
-            CPU and a C++ compiler, and computes in float32.
-            ``"fused"`` adds the position bias inside the project's Triton kernels, which hold no
-            logits; it needs a GPU (and cannot be differentiated twice either).
-            ``"auto"`` is the fastest one measured on a CPU, and on a CUDA GPU ``"fused"``, which
+            ``scaled_dot_product_attention``, which stores no logits if it has a flash kernel.
+            ``"tiled"`` computes the logits one tile at a time, in at least float32, and recomputes
+            them in the backward pass; it has no second derivatives.
+            ``"native"`` does the same in one kernel, compiled on first use; it needs a CPU and a
+            C++ compiler, and computes in float32.
+            ``"fused"`` adds the position bias inside this project's Triton kernels, which store no
+            logits; it needs a GPU and has no second derivatives either.
+            ``"auto"`` is the fastest one measured on a CPU; on a CUDA GPU it is ``"fused"``, which
             has not been timed, after a trial on one image; see `choose_backend`.
-        dropout: probability with which each weight is dropped, after the softmax; the others are
-            divided by what remains. Above 0 ``"auto"`` is ``"reference"``, which alone has all
-            weights in memory.
+        dropout: probability of dropping each weight after the softmax; the others are divided by
+            ``1 - dropout``. Above 0, ``"auto"`` means ``"reference"``, the only backend that holds
+            all weights in memory.
 
     Returns:
         (B, Nh, H, W, dvh), in the dtype of ``v``.
 
     Raises:
-        ValueError: the shapes do not match, a type is not floating-point, ``backend`` is unknown,
-            or it cannot be used with these tensors, see `unavailable_reason`, with dropout, or
-            inside a transform of torch.func.
+        ValueError: if the shapes do not match, a dtype is not floating-point, ``backend`` is
+            unknown, or it cannot be used with these tensors (see `unavailable_reason`), with
+            dropout, or inside a transform of torch.func.
 
-    torch's FlopCounterMode counts the same for all backends, that of the formula: while it counts,
-    the reference computes.
+    torch's FlopCounterMode counts the FLOPs of the formula for every backend: while it is active,
+    the reference runs.
     """
     check_backend_name(backend)
     check_dropout(dropout, backend)
@@ -70,11 +70,11 @@ def attention_2d(
     if dropout:
         return reference.attend_with_dropout(q, k, v, rel_h, rel_w, dropout)
     given = (q, k, v) if rel_h is None or rel_w is None else (q, k, v, rel_h, rel_w)
-    # In a program for export it is not known whether there is anything to attend to.
+    # During export, the number of elements is not known.
     if _is_counted() or (not _is_exported() and q.numel() == 0):
         backend = "reference"
     if is_transformed(*given):
-        # No other one has all of their derivatives and batches.
+        # Only the reference supports all of their derivatives and batching.
         if backend not in ("auto", "reference"):
             raise ValueError(
                 f"backend={backend!r} cannot be used inside transforms of torch.func or with "
@@ -85,7 +85,7 @@ def attention_2d(
         raise ValueError("backend='tiled' cannot be traced; use backend='auto'")
     if backend == "auto":
         backend = choose_backend(q, relative=rel_h is not None)
-        # Never inside a compiled graph.
+        # The trial never runs inside a compiled graph.
         if backend == "fused" and not torch.compiler.is_compiling():
             backend = "fused" if trial.self_check("fused", given) else "sdpa"
     check_backend(backend, q.device, q.dtype)
@@ -93,20 +93,20 @@ def attention_2d(
 
 
 def check_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ValueError, in one line, unless ``backend`` can be used with such tensors here."""
+    """Raise a one-line ValueError if ``backend`` cannot be used with such tensors here."""
     reason = unavailable_reason(backend, device, dtype)
     if reason is not None:
         raise ValueError(f"backend={backend!r} {reason}; use backend='auto'")
 
 
 def check_backend_name(backend: str) -> None:
-    """Raise ValueError, in one line, unless ``backend`` is one of BACKENDS."""
+    """Raise a one-line ValueError unless ``backend`` is one of BACKENDS."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
 
 
 def check_dropout(dropout: float, backend: str) -> None:
-    """Raise ValueError, in one line, unless ``backend`` can drop such a part of the weights."""
+    """Raise a one-line ValueError if ``dropout`` is invalid or ``backend`` does not support it."""
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout!r} must be from 0 to below 1")
     if dropout and backend not in ("auto", "reference"):
@@ -117,15 +117,15 @@ def check_dropout(dropout: float, backend: str) -> None:
 
 
 def unavailable_reason(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``backend`` cannot be used ("needs a CUDA GPU, not the device cpu"), None if it can.
+    """Return why ``backend`` is unavailable ("needs a CUDA GPU, not the device cpu"), or None.
 
     Args:
         backend: one of BACKENDS.
-        device: of queries, keys and values.
-        dtype: of the queries that `attention_2d` gets, which under autocast is autocast's.
+        device: device of queries, keys and values.
+        dtype: dtype of the queries passed to `attention_2d`; under autocast, autocast's dtype.
 
     Raises:
-        ValueError: ``backend`` is unknown.
+        ValueError: if ``backend`` is unknown.
     """
     check_backend_name(backend)
     if backend == "auto":
@@ -133,22 +133,21 @@ def unavailable_reason(backend: str, device: torch.device, dtype: torch.dtype) -
     return backends.MODULES[backend].unavailable_reason(device, dtype)
 
 
-# What torch.compiler.assume_constant_result does: a compiler calls the function and does not look
-# into it. That one would import the compiler, and with it triton, for everybody.
+# Same effect as torch.compiler.assume_constant_result: a compiler calls the function instead of
+# tracing it. The decorator itself would always import the compiler, and triton with it.
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choose_backend(q: Tensor, *, relative: bool) -> str:
-    """The backend that ``"auto"`` means for these queries.
+    """Return the backend that ``"auto"`` means for these queries.
 
-    On the CPU it is "native" where it can be compiled, which was the fastest on all maps and
-    channels measured; docs/benchmarks.md has the table. Elsewhere on the CPU, forward and backward,
-    "tiled" takes half of the time of "sdpa" on 32x32 maps, and on 8x8 the simplest is as fast.
+    On the CPU, this is "native" if it can be compiled: it was the fastest for all map sizes and
+    channels measured (table in docs/benchmarks.md). Otherwise, forward plus backward, "tiled" takes
+    half the time of "sdpa" on 32x32 maps, and on 8x8 maps "reference" is as fast.
 
-    On a GPU of compute capability 8.0 or higher it is "fused", by the count of its instructions: no
-    backend has been timed on a GPU yet. `attention_2d` tries it first, see `aaconv.trial`.
-    Elsewhere it is "sdpa", and so it is in a program for export (torch.export, torch.onnx,
-    torch.jit.trace).
+    On a GPU of compute capability 8.0 or higher, it is "fused", chosen by its instruction count: no
+    backend has been timed on a GPU yet. `attention_2d` tries it out first, see `aaconv.trial`.
+    Elsewhere, and during export (torch.export, torch.onnx, torch.jit.trace), it is "sdpa".
     """
     if _is_exported():
         return "sdpa"
@@ -158,19 +157,19 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
         return "sdpa"
     if unavailable_reason("native", q.device, q.dtype) is None:
         return "native"
-    # A compiler would unroll the loop over the tiles.
+    # A compiler would unroll the loop over tiles.
     if not relative or torch.compiler.is_compiling():
         return "sdpa"
     return "tiled" if q.shape[2] * q.shape[3] > 64 else "reference"
 
 
 def _is_exported() -> bool:
-    """Whether a program is made, by torch.export, torch.onnx or torch.jit.trace."""
+    """Return whether torch.export, torch.onnx or torch.jit.trace is running."""
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def _is_counted() -> bool:
-    """Whether torch's FlopCounterMode is counting."""
+    """Return whether torch's FlopCounterMode is active."""
     if torch.compiler.is_compiling():
         return False
     modes = _get_current_dispatch_mode_stack()
@@ -178,9 +177,9 @@ def _is_counted() -> bool:
 
 
 def is_transformed(*given: Tensor) -> bool:
-    """Whether a transform of torch.func (vmap, grad, ...) or forward-mode derivatives are at work.
+    """Return whether a torch.func transform (vmap, grad, ...) or forward-mode AD is active.
 
-    A compiler resolves them itself.
+    Always False inside a compiler, which resolves them itself.
     """
     if torch.compiler.is_compiling():
         return False
