@@ -1,4 +1,4 @@
-"""What a layer attends to, computed when it is asked for, and the layers of a network."""
+"""Attention maps of a layer, computed on demand, and the augmented layers of a network."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,30 +11,30 @@ from torch import Tensor, nn
 from aaconv.backends.precision import without_autocast
 from aaconv.modules import AugmentedConv
 
-# Queries whose weights are computed at once, of one image or of several small ones.
+# Number of queries whose weights are computed at once, for one image or several small ones.
 QUERIES = 1024
 
 
 @torch.no_grad()
 def attention_maps(layer: AugmentedConv, x: Tensor, queries: Sequence[int] | None = None) -> Tensor:
-    """The weights with which each position of ``layer`` attends to all positions.
+    """Return the weights with which each position of ``layer`` attends to all positions.
 
-    The softmax of Bello et al. 2019, equations 1 and 3 to 5, in at least float32 and without
-    gradients. The layer keeps nothing of it and is left as it is.
+    This is the softmax of Bello et al. 2019, equations 1 and 3 to 5, in at least float32 and
+    without gradients. The layer is left unchanged and stores nothing.
 
     Args:
         layer: the layer.
         x: its input, (B, in_channels, H, W).
-        queries: positions whose weights are wanted, ``row * width + column`` from 0 on, of the
-            output or, with pooling, of the pooled map (`AugmentedConv.positions`); by default all,
-            in that order. Only what is wanted is computed.
+        queries: positions to return the weights of, as ``row * width + column`` in the output or,
+            with pooling, in the pooled map (`AugmentedConv.positions`); by default all, in that
+            order. Only these are computed.
 
     Returns:
         (B, Nh, queries, positions); each row sums to 1.
 
     Raises:
-        ValueError: the layer has no attention (dv=0), ``x`` is not of its shape, or a query is no
-            position of the map.
+        ValueError: if the layer has no attention (dv=0), ``x`` has the wrong shape, or a query is
+            outside the map.
     """
     if layer.dv == 0:
         raise ValueError("layer has no attention: dv=0 is a plain convolution")
@@ -63,9 +63,9 @@ def attention_maps(layer: AugmentedConv, x: Tensor, queries: Sequence[int] | Non
 
 
 def attention_map_parts(layer: AugmentedConv, x: Tensor) -> Iterator[Tensor]:
-    """`attention_maps` of all queries in parts, in order: never those of more than QUERIES at once.
+    """Yield `attention_maps` of all queries in parts, in order, at most QUERIES queries at a time.
 
-    A part is (B, Nh, queries, positions), of some images or of some queries of one image.
+    A part is (B, Nh, queries, positions), for several images or for some queries of one image.
     """
     height, width = layer.positions(x)
     positions = height * width
@@ -75,7 +75,7 @@ def attention_map_parts(layer: AugmentedConv, x: Tensor) -> Iterator[Tensor]:
 
 
 def _bias(q: Tensor, table: Tensor, at: Tensor, length: int) -> Tensor:
-    """``q . table[j - at + length - 1]`` for all j, (B, Nh, n, length), query by query."""
+    """Return ``q . table[j - at + length - 1]`` for each query and all j, (B, Nh, n, length)."""
     offsets = torch.arange(length, device=at.device) - at[:, None] + length - 1
     return torch.einsum("bhnd,njd->bhnj", q, table[offsets])
 
@@ -84,13 +84,13 @@ def _bias(q: Tensor, table: Tensor, at: Tensor, length: int) -> Tensor:
 
 
 def augmented_layers(model: nn.Module) -> dict[str, AugmentedConv]:
-    """The augmented convolutions of a network by their module names."""
+    """Return the augmented convolutions of a network by module name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, AugmentedConv)}
 
 
 @contextmanager
 def layer_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """The inputs that the augmented layers get within the ``with``, by their names.
+    """Record the inputs of the augmented layers during the ``with`` block, by layer name.
 
     Each is (B, in_channels, H, W) in the layer's own dtype, also under autocast.
     """

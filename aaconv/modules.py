@@ -1,34 +1,34 @@
-"""Attention-augmented convolution, the layer.
+"""The attention-augmented convolution layer.
 
 Bello, Zoph, Vaswani, Shlens, Le: "Attention Augmented Convolutional Networks", ICCV 2019
-(arXiv 1904.09925), section 3. Numbers are those of the paper's equations:
+(arXiv 1904.09925), section 3. The numbers below are those of the paper's equations:
 
     (1)     O_h = softmax(Q K^T / sqrt(dkh)) V     attention of head h over all positions
     (2)     MHA(X) = Concat(O_1, ..., O_Nh) W^O    a 1x1 convolution mixes the heads
     (3-5)   Q K^T + S_H + S_W instead of Q K^T     relative positions, by row and by column
     (7)     [Conv(X), MHA(X)]                      concatenation over the channels
 
-One 1x1 convolution gives queries, keys and values.
+One 1x1 convolution computes queries, keys and values.
 
-What the paper leaves open or we do differently:
+Details that the paper leaves open or that differ here:
 
-- A stride is that of the plain convolution and of the 1x1 one that gives queries, keys and values,
-  so attention runs at the resolution of the output. (The paper's pseudo-code has no stride.)
+- The stride applies to the plain convolution and to the 1x1 convolution for queries, keys and
+  values, so attention runs at output resolution. (The paper's pseudo-code has no stride.)
 - The relative tables are initialized with mean 0 and standard deviation dkh^-0.5. The paper's
-  pseudo-code passes dkh^-0.5 to random_normal_initializer without naming the argument, and by
-  position that would be the mean.
-- Queries, keys and values begin with torch's variance 1 / (3 Cin), not with the Glorot variance
-  2 / (Cin + 2 dk + dv) that tf.layers.conv2d gives the paper's listing (``init="glorot"``). Both
-  attend softly on normalized inputs. The stream of a post-activation network grows with every
-  block, and there Glorot's attention begins sharper: docs/layer.md has the measurement.
+  pseudo-code passes dkh^-0.5 to random_normal_initializer as a positional argument, which would
+  make it the mean.
+- Queries, keys and values start with torch's variance 1 / (3 Cin), not with the Glorot variance
+  2 / (Cin + 2 dk + dv) that tf.layers.conv2d uses in the paper's listing (``init="glorot"``). With
+  both, attention is soft on normalized inputs. In a post-activation network the residual stream
+  grows with every block, and attention starts sharper with Glorot: docs/layer.md has measurements.
 - ``qk_norm`` divides the queries and keys of each head by their root mean square (Dehghani et al.
-  2023, arXiv 2302.05442; Wortsman et al. 2023, arXiv 2309.14322), which the paper does not: it
-  keeps attention soft on a stream of any size. Content logits are then at most sqrt(dkh), and a
-  position that stands out by the size of its features no longer does.
-- Maps of another size than the tables are made for are accepted, see `fit_table`.
-- Pooled attention, which the paper has on its largest ImageNet maps, is spread over the output so
-  that each pooled position stays where it is in the input, and the averages at the borders are
-  those of the pixels that exist.
+  2023, arXiv 2302.05442; Wortsman et al. 2023, arXiv 2309.14322), which is not in the paper. It
+  keeps attention soft however large the features are: content logits are at most sqrt(dkh), and
+  positions with large features no longer stand out.
+- Maps of a different size than the tables are made for are accepted, see `fit_table`.
+- With pooled attention, which the paper uses on its largest ImageNet maps, the output is
+  interpolated so that each pooled position stays at its place in the input, and averages at the
+  borders include only pixels inside the map.
 
 Letters: B batch, H x W map, Nh heads, dkh = dk / Nh and dvh = dv / Nh channels per head.
 """
@@ -58,25 +58,25 @@ from aaconv.functional import (
 )
 from aaconv.tables import fit_table
 
-# How the convolutions that give queries, keys and values and that mix the heads can begin; torch's
-# own start is drawn by their constructors.
+# Initializations of the convolutions for queries, keys and values and for mixing the heads; torch's
+# default is already drawn by their constructors.
 INITS: dict[str, Callable[[Tensor], Tensor] | None] = {
     "torch": None,
     "glorot": nn.init.xavier_uniform_,
     "kaiming": nn.init.kaiming_normal_,
 }
-# Added to the mean square of a query or key, so that zeros stay zeros.
+# Added to the mean square of a query or key, so that zeros stay zero.
 QK_NORM_EPS = 1e-6
 
 
 class AugmentedConv(nn.Module):
     """Convolution and self-attention in parallel, ``[Conv(X), MHA(X)]`` over the channels.
 
-    Maps (B, in_channels, H, W) to (B, out_channels, H/stride, W/stride), rounded up, and one image
-    without its batch, (in_channels, H, W), likewise. The first
-    ``out_channels - dv`` channels are the convolution's, the last ``dv`` the attention's
-    (Bello et al. 2019, equation 7). ``dv=0`` is the plain convolution (dk and the other arguments
-    of the attention then have no effect), ``dv=out_channels`` attention alone.
+    Maps (B, in_channels, H, W) to (B, out_channels, H/stride, W/stride), rounded up, and likewise
+    a single image without a batch dimension, (in_channels, H, W). The first ``out_channels - dv``
+    output channels come from the convolution, the last ``dv`` from attention (Bello et al. 2019,
+    equation 7). ``dv=0`` gives the plain convolution (dk and the other attention arguments then
+    have no effect), ``dv=out_channels`` attention alone.
 
     Args:
         in_channels: channels of the input.
@@ -86,55 +86,55 @@ class AugmentedConv(nn.Module):
         dv: value channels of all heads together, upsilon * Fout in the paper.
         Nh: number of heads.
         shape: output size that the relative tables are made for, an int for square maps or (H, W);
-            0 leaves it open, which only ``relative=False`` allows. Inputs that give another output
-            size work too: `fit_table` says which relative positions they get.
-        relative: learn relative positions, tables ``key_rel_h`` (2H-1, dk/Nh) and ``key_rel_w``
-            (2W-1, dk/Nh) shared by the heads (equations 3 to 5).
-        absolute: absolute positions that the input of queries, keys and values contains:
+            0 leaves it open, which requires ``relative=False``. Other output sizes work too:
+            see `fit_table` for the relative positions they get.
+        relative: learn relative positions: tables ``key_rel_h`` (2H-1, dk/Nh) and ``key_rel_w``
+            (2W-1, dk/Nh), shared by the heads (equations 3 to 5).
+        absolute: absolute position encoding of the input of queries, keys and values:
             ``"none"``, ``"sine"`` (`encodings.add_sine`) or ``"coord"``
             (`encodings.append_coordinates`).
-        stride: of the plain convolution and of the one that gives q, k and v.
-        padding: of the plain convolution; by default ``dilation * (kernel_size - 1) // 2``.
-            ``"same"`` is torch's, for a stride of 1.
-        dilation: of the plain convolution.
-        groups: of the plain convolution.
+        stride: stride of the plain convolution and of the one for q, k and v.
+        padding: padding of the plain convolution; by default ``dilation * (kernel_size - 1) // 2``.
+            ``"same"`` is as in torch and requires a stride of 1.
+        dilation: dilation of the plain convolution.
+        groups: groups of the plain convolution.
         bias: whether the three convolutions have a bias.
-        qkv_bias: whether the one that gives q, k and v has a bias; by default as ``bias`` says.
-        qkv_kernel_size: kernel of the convolution that gives q, k and v; 1 in the paper.
-        pool: attention runs on a map that is smaller by this factor: its input is averaged over
-            ``2 * pool - 1`` squared pixels at every pool-th one, its output interpolated
-            bilinearly. 2 is the paper's for its largest ImageNet maps (section 4.2), 1 is none.
-            ``shape`` is still that of the layer's output, and so are the tables: a pooled map has
-            the offsets that are multiples of ``pool``.
-        init: what the weights of attention's own convolutions, ``qkv_conv`` and ``attn_out``, are
-            drawn from: ``"torch"``, uniform with variance 1 / (3 fan_in) as in any torch
-            convolution; ``"glorot"``, uniform with variance 2 / (fan_in + fan_out), that of the
-            paper's listing; ``"kaiming"``, normal with variance 2 / fan_in (He et al. 2015), with
-            which attention begins saturated in post-activation networks. Biases begin at zero but
-            for ``"torch"``, where they are torch's.
+        qkv_bias: whether the convolution for q, k and v has a bias; by default, same as ``bias``.
+        qkv_kernel_size: kernel of the convolution for q, k and v; 1 in the paper.
+        pool: factor by which the map that attention runs on is smaller: at every pool-th pixel the
+            input is averaged over a window of ``2 * pool - 1`` by ``2 * pool - 1`` pixels, and the
+            output is interpolated bilinearly. 2 is the paper's value for its largest ImageNet maps
+            (section 4.2), 1 means no pooling. ``shape`` and the tables still refer to the layer's
+            output: a pooled map uses the offsets that are multiples of ``pool``.
+        init: distribution of the initial weights of ``qkv_conv`` and ``attn_out``: ``"torch"``,
+            uniform with variance 1 / (3 fan_in) as in any torch convolution; ``"glorot"``, uniform
+            with variance 2 / (fan_in + fan_out), as in the paper's listing; ``"kaiming"``, normal
+            with variance 2 / fan_in (He et al. 2015), with which attention starts out saturated in
+            post-activation networks. Their biases start at zero, except with ``"torch"``, which
+            uses torch's own.
         qk_norm: divide the queries and keys of each head by their root mean square over the dkh
-            channels, after the bias and before the positions.
+            channels, after the bias and before positions are applied.
         backend: how attention is computed: ``"auto"``, ``"reference"``, ``"sdpa"``, ``"tiled"``,
             ``"native"`` or ``"fused"``, see `attention_2d`.
-        dropout: probability with which a weight of attention is dropped in training, see there.
-        device: where the parameters are made.
-        dtype: of the parameters.
+        dropout: probability of dropping an attention weight in training, see `attention_2d`.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Attributes:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups: as in
-            ``torch.nn.Conv2d``, those of the plain convolution.
+            ``torch.nn.Conv2d``; all but the channels apply to the plain convolution.
         conv_out: the plain convolution, of ``out_channels - dv`` channels; None if there are none.
-        qkv_conv: gives queries, keys and values, in that order; None for ``dv=0``.
+        qkv_conv: computes queries, keys and values, in that order; None for ``dv=0``.
         attn_out: the 1x1 convolution that mixes the heads (W^O in equation 2); None for ``dv=0``.
         key_rel_h, key_rel_w: the relative tables, or None.
 
     Raises:
-        ValueError: the arguments contradict each other; the message names their values. In
-            ``forward``: the input has other dimensions or channels, the two branches differ in
-            output size, or the backend is unavailable.
+        ValueError: if the arguments contradict each other; the message names their values. In
+            ``forward``: if the input has the wrong dimensions or channels, the two branches differ
+            in output size, or the backend is unavailable.
 
-    ``load_state_dict`` accepts tables made for another ``shape`` and converts them by `fit_table`.
-    torch.fx takes the layer as a leaf, as it does torch's own.
+    ``load_state_dict`` converts tables made for another ``shape`` with `fit_table`. torch.fx treats
+    the layer as a leaf module, like torch's own layers.
     """
 
     def __init__(
@@ -202,10 +202,9 @@ class AugmentedConv(nn.Module):
                 bias,
                 **factory,
             )
-        # A strided 1x1 convolution is an unstrided one of every stride-th pixel. It is computed
-        # that way because oneDNN's strided one writes past the end of its buffer in the backward
-        # pass of channels_last inputs with few channels (uxlfoundation/oneDNN issue 6035, in
-        # torch 2.13).
+        # A strided 1x1 convolution is computed as an unstrided one of every stride-th pixel:
+        # oneDNN's strided version writes past the end of its buffer in the backward pass for
+        # channels_last inputs with few channels (uxlfoundation/oneDNN issue 6035, in torch 2.13).
         self.subsample = self.stride if qkv_kernel_size == 1 else (1, 1)
         self.qkv_conv: nn.Conv2d | None = None
         self.attn_out: nn.Conv2d | None = None
@@ -251,15 +250,15 @@ class AugmentedConv(nn.Module):
         check_dropout(self.dropout, self.backend)
 
     def reset_parameters(self) -> None:
-        """Draw all parameters anew, from the distributions of a new layer."""
+        """Reinitialize all parameters as in a new layer."""
         for convolution in (self.conv_out, self.qkv_conv, self.attn_out):
             if convolution is not None:
                 convolution.reset_parameters()
         self._initialize_attention()
 
     def _initialize_attention(self) -> None:
-        # On the meta device there is nothing to draw, but torch would import its compiler for it,
-        # which takes nearly as long as importing torch itself.
+        # There is nothing to draw on the meta device, but torch would import its compiler, which
+        # takes nearly as long as importing torch itself.
         draw = INITS[self.init]
         for convolution in (self.qkv_conv, self.attn_out):
             if draw is None or convolution is None or convolution.weight.is_meta:
@@ -272,15 +271,15 @@ class AugmentedConv(nn.Module):
                 nn.init.normal_(table, std=(self.dk // self.Nh) ** -0.5)
 
     def no_weight_decay(self) -> set[str]:
-        """The names of the parameters that an optimizer should not decay: the relative tables.
+        """Return the names of parameters without weight decay: the relative tables.
 
-        A convention of the library timm, whose models leave out position embeddings in this way.
-        Whoever builds an optimizer decides; nothing here depends on it.
+        This follows a convention of timm, whose models exclude position embeddings this way. It is
+        up to the code that builds an optimizer; nothing here depends on it.
         """
         return {"key_rel_h", "key_rel_w"} if self.relative else set()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The augmented convolution of ``x``, (B, in_channels, H, W) or (in_channels, H, W)."""
+        """Apply the layer to ``x``, (B, in_channels, H, W) or (in_channels, H, W)."""
         if isinstance(x, torch.fx.Proxy):
             return _as_leaf(self, x)
         if x.dim() == 3:
@@ -297,7 +296,7 @@ class AugmentedConv(nn.Module):
             branches.append(self._attend(x))
         if len(branches) == 1:
             return branches[0]
-        # A program for export is used at other sizes: it gets no branch that depends on them.
+        # Exported programs must work at other sizes, so they get no size-dependent branch.
         if not torch.compiler.is_exporting() and branches[0].shape[2:] != branches[1].shape[2:]:
             raise ValueError(
                 f"for the input {tuple(x.shape)} convolution and attention differ in size: "
@@ -309,11 +308,11 @@ class AugmentedConv(nn.Module):
     def queries_keys_values(
         self, x: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """What `attention_2d` is given for the input ``x``, (B, in_channels, H, W).
+        """Return the arguments of `attention_2d` for the input ``x``, (B, in_channels, H, W).
 
-        Queries, keys and values, (B, Nh, H, W, channels per head) with H and W of the output, over
-        ``pool`` and rounded up, and the two tables of relative positions, (2H-1, dkh) and
-        (2W-1, dkh), None without any. Queries and keys are normalized where ``qk_norm`` says so.
+        These are queries, keys and values, (B, Nh, H, W, channels per head), with H and W those of
+        the output, divided by ``pool`` and rounded up; and both relative tables, (2H-1, dkh) and
+        (2W-1, dkh), or None. With ``qk_norm``, queries and keys are normalized.
         """
         assert self.qkv_conv is not None
         size = self._output_size(x)
@@ -343,8 +342,8 @@ class AugmentedConv(nn.Module):
         dropout = self.dropout if self.training else 0.0
         out = attention_2d(q, k, v, rel_h, rel_w, backend=self.backend, dropout=dropout)
         out = out.permute(0, 1, 4, 2, 3).flatten(1, 2)  # (B, dv, H, W), head-major
-        # Backends differ in the memory format they return; the output has that of the input.
-        # A program for export is used at other sizes, on which it would depend which that is.
+        # Backends return different memory formats; the output gets that of the input. Not during
+        # export: the detected format could depend on the size, and the program must work at others.
         if not torch.compiler.is_exporting():
             out = out.contiguous(memory_format=_memory_format(x))
         out = self.attn_out(out)
@@ -353,12 +352,12 @@ class AugmentedConv(nn.Module):
         return _spread(out, self.pool, self._output_size(x))
 
     def positions(self, x: Tensor) -> tuple[int, int]:
-        """(h, w) of the positions that attend to each other when the layer's input is ``x``."""
+        """Return the size (h, w) of the map that attention runs on for the input ``x``."""
         height, width = self._output_size(x)
         return -(-height // self.pool), -(-width // self.pool)
 
     def _output_size(self, x: Tensor) -> tuple[int, int]:
-        # Rounded up without a negative number, whose division ONNX rounds otherwise.
+        # Rounds up without dividing negative numbers, which ONNX rounds differently.
         down, right = self.stride
         return (x.shape[2] + down - 1) // down, (x.shape[3] + right - 1) // right
 
@@ -370,13 +369,13 @@ class AugmentedConv(nn.Module):
 
 
 def check_init(init: str) -> None:
-    """Raise ValueError, in one line, unless ``init`` is one of INITS."""
+    """Raise a one-line ValueError unless ``init`` is one of INITS."""
     if init not in INITS:
         raise ValueError(f"init={init!r} is unknown; choose one of {', '.join(INITS)}")
 
 
 def _over_rms(x: Tensor) -> Tensor:
-    """``x`` over its root mean square in the last dimension, computed in at least float32."""
+    """Divide ``x`` by its root mean square over the last dimension, in at least float32."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     mean_square = wide.square().mean(dim=-1, keepdim=True)
     return (wide * torch.rsqrt(mean_square + QK_NORM_EPS)).to(x.dtype)
@@ -388,16 +387,16 @@ def _padding(
     stride: tuple[int, int],
     dilation: tuple[int, int],
 ) -> tuple[int, int] | str:
-    """The padding of the plain convolution, checked.
+    """Return the padding of the plain convolution, checked.
 
     Raises:
-        ValueError: the convolution would never have the output size of the attention.
+        ValueError: if it is invalid, or the convolution's output size never matches attention's.
     """
     down, right = (d * (k - 1) // 2 for d, k in zip(dilation, kernel_size, strict=True))
     around = (down, right)
     if given == "same" and stride != (1, 1):
         raise ValueError(f"padding='same' needs stride=1, not {stride}; use padding={around}")
-    # An even kernel can have it, too: torch pads one side more.
+    # This works for even kernels too: torch then pads one side more.
     if given == "same" and min(*kernel_size, *dilation) >= 1:
         return "same"
     if isinstance(given, str) and given != "same":
@@ -408,7 +407,7 @@ def _padding(
 
 
 def _memory_format(x: Tensor) -> torch.memory_format:
-    """The one of ``x``, as far as torch.func's transforms know formats."""
+    """Return the memory format of ``x``; contiguous inside torch.func transforms."""
     if is_transformed(x) or x.is_contiguous():
         return torch.contiguous_format
     last = x.is_contiguous(memory_format=torch.channels_last)
@@ -416,9 +415,9 @@ def _memory_format(x: Tensor) -> torch.memory_format:
 
 
 def _spread(out: Tensor, pool: int, size: tuple[int, int]) -> Tensor:
-    """``out`` interpolated to ``size``; its position i is position ``pool * i`` there.
+    """Interpolate ``out`` to ``size``, moving its position i to position ``pool * i``.
 
-    What lies beyond the last position has its value.
+    Positions beyond the last one repeat its value.
     """
     height, width = ((length - 1) * pool + 1 for length in out.shape[2:])
     out = F.interpolate(out, (height, width), mode="bilinear", align_corners=True)
@@ -426,10 +425,10 @@ def _spread(out: Tensor, pool: int, size: tuple[int, int]) -> Tensor:
 
 
 def _as_leaf(layer: AugmentedConv, x: torch.fx.Proxy) -> torch.fx.Proxy:
-    """The call of ``layer`` as one node of the graph that torch.fx makes.
+    """Record the call of ``layer`` as a single node of the torch.fx graph.
 
     Raises:
-        ValueError: the layer itself is traced, and not a network that has it.
+        ValueError: if the layer itself is traced instead of a network containing it.
     """
     name = x.tracer.path_of_module(layer)  # type: ignore[attr-defined]
     if not name:
@@ -442,6 +441,6 @@ def _fit_loaded_tables(
 ) -> None:
     for name in ("key_rel_h", "key_rel_w"):
         own, given = getattr(layer, name), state_dict.get(prefix + name)
-        # Anything that cannot be such a table is left for load_state_dict to report.
+        # Anything that cannot be a relative table is left for load_state_dict to report.
         if isinstance(given, Tensor) and given.dim() == 2 and given.shape[0] % 2 == 1:
             state_dict[prefix + name] = fit_table(given, (own.shape[0] + 1) // 2)

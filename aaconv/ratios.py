@@ -1,16 +1,16 @@
-"""dk and dv from fractions of a layer's output channels (kappa and upsilon in the paper)."""
+"""Compute dk and dv from fractions of the output channels (kappa and upsilon in the paper)."""
 
-# The largest fraction of a layer's output that dk and dv can be. The paper's largest kappa is 1;
-# dv channels are taken out of the output.
+# Upper limits of dk and dv as fractions of a layer's output channels. The paper's largest kappa is
+# 1; the dv channels are part of the output.
 MAX_FRACTION = {"dk": 2, "dv": 1}
 
 
 def channels(amount: int | float, out_channels: int, Nh: int, min_per_head: int = 1) -> int:
-    """How many channels ``amount`` is of ``out_channels``, for Nh heads.
+    """Return the number of channels that ``amount`` means for ``out_channels`` and Nh heads.
 
-    An int is a number of channels and used as it is. A float is a fraction: rounded to a multiple
-    of Nh, with at least ``min_per_head`` channels for each head (20 for the keys of the paper's
-    ImageNet networks, section 4.2).
+    An int is a number of channels, used as is. A float is a fraction of ``out_channels``, rounded
+    to a multiple of Nh, with at least ``min_per_head`` channels for each head (20 for the keys of
+    the paper's ImageNet networks, section 4.2).
     """
     if isinstance(amount, int):
         return amount
@@ -18,11 +18,11 @@ def channels(amount: int | float, out_channels: int, Nh: int, min_per_head: int 
 
 
 def check_amount(name: str, amount: int | float) -> None:
-    """Raise ValueError unless ``amount`` channels, or such a fraction, can be dk or dv.
+    """Raise ValueError unless ``amount``, channels or a fraction, is plausible as dk or dv.
 
-    An int is a number of channels and a float a fraction: where the value is one that was more
-    likely meant in the other unit, the message says how to write that. ``name`` is what the user
-    calls it and ends in ``dk`` or ``dv``.
+    An int is a number of channels and a float is a fraction. If the value looks as if the other
+    one was meant, the message says how to write that. ``name`` is the user's name for the setting
+    and ends in ``dk`` or ``dv``.
     """
     most = MAX_FRACTION[name[-2:]]
     if isinstance(amount, int):

@@ -1,8 +1,8 @@
-"""How soft the attention of a network is: the entropy of its weights, and its gradients.
+"""Measure how soft a network's attention is: the entropy of its weights, and its gradients.
 
-Attention that begins nearly one-hot hardly learns where to look, because the gradient of a softmax
-vanishes where one weight is close to 1. Put into a network of your own, it is worth a look before
-the first epoch::
+Attention that starts out nearly one-hot hardly learns where to look, because the gradient of a
+softmax vanishes where one weight is close to 1. After adding attention to your own network, check
+this before the first epoch::
 
     print(attention_stats(model, images, lambda logits: F.cross_entropy(logits, labels)))
 """
@@ -25,15 +25,15 @@ from aaconv.text import table
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One augmented layer, its means over images, heads and queries.
+    """One augmented layer; entropy and largest weight are means over images, heads and queries.
 
     Attributes:
-        name: of its module.
-        size: (h, w) of the positions that attend to each other.
-        entropy: of the weights of a query, as a share of its maximum log(h w): 1 is uniform, 0 is
+        name: module name of the layer.
+        size: (h, w) of the map of positions that attend to each other.
+        entropy: entropy of a query's weights, divided by its maximum log(h w): 1 is uniform, 0 is
             one-hot.
-        largest: the largest weight of a query.
-        gradient: norm of the loss's gradient over the layer's parameters; None without a loss.
+        largest: largest weight of a query.
+        gradient: norm of the loss gradient over the layer's parameters; None without a loss.
     """
 
     name: str
@@ -45,11 +45,11 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class AttentionStats:
-    """What `attention_stats` found; as text, a table by layer.
+    """The result of `attention_stats`; as a string, a table by layer.
 
     Attributes:
-        layers: the augmented layers in the network's order.
-        gradient: norm of the loss's gradient over all parameters; None without a loss.
+        layers: the augmented layers, in module order.
+        gradient: norm of the loss gradient over all parameters; None without a loss.
     """
 
     layers: list[LayerStats]
@@ -57,7 +57,7 @@ class AttentionStats:
 
     @property
     def lowest_entropy(self) -> float | None:
-        """That of the layer that attends most sharply; None for a network without attention."""
+        """The entropy of the layer with the sharpest attention; None without attention."""
         return min((layer.entropy for layer in self.layers), default=None)
 
     def __str__(self) -> str:
@@ -73,20 +73,20 @@ class AttentionStats:
 def attention_stats(
     model: nn.Module, example_input: Any, loss: Callable[[Any], Tensor] | None = None
 ) -> AttentionStats:
-    """How softly each augmented layer of ``model`` attends, and how large its gradients are.
+    """Measure how soft the attention of each augmented layer is and how large its gradients are.
 
-    One pass in the model's own mode: before training, in training mode, batch normalization then
-    uses the statistics of the batch, as the first step will. Parameters, their ``grad`` and buffers
-    are left as they were.
+    Runs one pass in the model's current mode: in training mode, as before the first step, batch
+    normalization uses the statistics of the batch. Parameters, their ``grad`` and buffers are left
+    unchanged.
 
     Args:
-        model: any network; one without augmented layers has an empty table.
-        example_input: what ``model`` is called with, a tensor, a tuple of arguments or a dict of
-            keyword arguments. A hundred images of the task; noise says little.
-        loss: from the model's output to a scalar whose gradient is measured; None measures none.
+        model: any network; the table is empty if it has no augmented layers.
+        example_input: what ``model`` is called with: a tensor, a tuple of arguments or a dict of
+            keyword arguments. About a hundred images of the task; noise says little.
+        loss: maps the model's output to a scalar whose gradient is measured; None to skip that.
 
     Raises:
-        ValueError: a layer was not reached by the forward pass; the message names it.
+        ValueError: if there are no images, or the forward pass skips a layer; the message names it.
     """
     args, kwargs = call_arguments(example_input)
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -124,7 +124,7 @@ def _layer_stats(name: str, layer: AugmentedConv, x: Tensor, gradient: float | N
         entropy -= float(torch.special.xlogy(weights, weights).sum())
         largest += float(weights.amax(dim=-1).sum())
         rows += weights[..., 0].numel()
-    # A single position has nothing to choose from: its one weight is uniform.
+    # With a single position there is nothing to choose from: its one weight is uniform.
     share = entropy / rows / math.log(positions) if positions > 1 else 1.0
     return LayerStats(name, size, share, largest / rows, gradient)
 
@@ -135,7 +135,7 @@ def _norm(value: float | None) -> str:
 
 @contextmanager
 def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put the buffers of ``model``, the statistics of its normalization, back at the end."""
+    """Restore the buffers of ``model``, such as normalization statistics, on exit."""
     before = [
         (module._buffers, name, buffer, buffer.clone())
         for module in model.modules()

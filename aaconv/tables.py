@@ -1,4 +1,4 @@
-"""Relative position tables made for one map size, used on maps of another."""
+"""Fit relative position tables made for one map size to maps of another size."""
 
 import torch
 from torch import Tensor
@@ -7,19 +7,19 @@ from torch import Tensor
 def fit_table(table: Tensor, length: int, pool: int = 1) -> Tensor:
     """Convert a table of relative positions to an axis of ``length`` positions.
 
-    ``table`` is (2L-1, dkh), its row o + L - 1 for the offset o. A shorter axis has fewer offsets:
-    it gets the middle rows, and every offset keeps its embedding. A longer axis has offsets for
-    which no embedding was learned: the rows are interpolated linearly so that the largest offsets
-    of both lengths agree, which gives offset o the embedding at o * (L-1) / (length-1) in the
-    original. Only offset 0 and the two largest ones then keep their embedding.
+    ``table`` is (2L-1, dkh), with the embedding of offset o in row o + L - 1. A shorter axis has
+    fewer offsets: it gets the middle rows, and every offset keeps its embedding. A longer axis has
+    offsets without a learned embedding: the rows are interpolated linearly so that the largest
+    offsets of both lengths coincide. Offset o then gets the embedding at o * (L-1) / (length-1) of
+    the original, and only offset 0 and the two largest ones keep theirs.
 
-    With ``pool`` only every pool-th position is meant, and only offsets that are multiples of it.
+    With ``pool``, only every pool-th position exists, and only offsets that are multiples of it.
 
     Returns:
-        (2 * n - 1, dkh) for n = ceil(length / pool) positions; ``table`` itself if that is all of
-        its rows.
+        (2 * n - 1, dkh) for n = ceil(length / pool) positions; ``table`` itself if all of its rows
+        are used unchanged.
     """
-    # A program that is exported or traced is used at other sizes: it gets no branch.
+    # Exported and traced programs must work at other sizes, so they get no size-dependent branch.
     fixed = not (torch.compiler.is_exporting() or torch.jit.is_tracing())
     if fixed and table.shape[0] == 2 * length - 1:
         return table if pool == 1 else table[(length - 1) % pool :: pool]
@@ -27,7 +27,7 @@ def fit_table(table: Tensor, length: int, pool: int = 1) -> Tensor:
     last = (length - 1) // pool  # the last position
     offsets = pool * (torch.arange(2 * last + 1, device=table.device) - last)
     most = torch.arange(length, device=table.device).amax(dim=0).clamp(min=1)
-    # The place of offset o in the original, times ``most``: whole and not negative.
+    # The row of offset o in the original, times ``most``: a non-negative integer.
     places = offsets * most.clamp(max=own) + own * most
     below = places // most
     exact = torch.promote_types(table.dtype, torch.float32)

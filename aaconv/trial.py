@@ -1,7 +1,7 @@
-"""A backend that `auto` chooses on a GPU is tried on one image first, for each shape.
+"""Try out the backend that `auto` chooses on a GPU, on one image per shape.
 
-The fused kernels were written without a GPU at hand. Where they do not compile, or compute
-something else than the formula, `auto` says so once and takes another backend.
+The fused kernels were written without access to a GPU. If they do not compile or their results
+differ from the formula, `auto` logs a warning once and uses another backend.
 """
 
 import logging
@@ -19,26 +19,26 @@ from aaconv.backends.reference import formula
 
 log = logging.getLogger(__name__)
 
-# How much more than the formula in the same precision a backend may err: the output, gradients.
+# Allowed error relative to the formula's error in the same precision, for output and gradients.
 ALLOWED = (3.0, 4.0)
-# And of the largest value: weights that are recomputed from logits of hundreds are a little off.
+# Plus this share of the largest value: weights recomputed from logits in the hundreds are inexact.
 ALLOWED_OF_LARGEST = 1e-4
-# The formula holds all logits, of as many heads as make no more than this.
+# The formula holds all logits, so the trial uses only as many heads as stay within this number.
 MAX_LOGITS = 2**28
 
-# What came of it, by everything that it may depend on but the batch.
+# Results of the trials, by everything they may depend on except the batch size.
 _passed: dict[tuple[object, ...], bool] = {}
 any_failed = False
 
 
 def self_check(backend: str, given: Sequence[Tensor]) -> bool:
-    """Whether ``backend`` has computed one image of ``given`` right; tried at the first call.
+    """Return whether ``backend`` computes one image of ``given`` correctly; tried on first use.
 
-    ``given`` are q, k and v as for `aaconv.attention_2d`, and both tables or none. Another device,
-    dtype or map is another trial. After one has failed `auto` does not choose the backend again.
+    ``given`` are q, k and v as for `aaconv.attention_2d`, and both tables or none. Each new device,
+    dtype or shape gets its own trial. After a failure, `auto` never chooses the backend again.
     """
     q = given[0]
-    if isinstance(q, FakeTensor):  # which has a shape and no values
+    if isinstance(q, FakeTensor):  # has a shape but no values
         return True
     shapes = tuple(tuple(t.shape[1:]) for t in given)
     key = (backend, q.device, q.dtype, shapes, q.stride(-1) == 1)
@@ -53,10 +53,10 @@ def self_check(backend: str, given: Sequence[Tensor]) -> bool:
 
 
 def obstacle(backend: str, given: Sequence[Tensor]) -> str | None:
-    """What ``backend`` does wrong on the first image of ``given``, in words, or None.
+    """Describe what ``backend`` gets wrong on the first image of ``given``; None if nothing.
 
-    Output and gradients may err by ALLOWED times what the formula errs by in the same precision,
-    and by ALLOWED_OF_LARGEST of the largest value.
+    The error of output and gradients may be ALLOWED times the formula's error in the same
+    precision, plus ALLOWED_OF_LARGEST times the largest value.
     """
     heads = max(1, MAX_LOGITS // (given[0].shape[2] * given[0].shape[3]) ** 2)
     given = [t.detach()[:1, :heads] if t.dim() == 5 else t.detach() for t in given]
@@ -65,7 +65,7 @@ def obstacle(backend: str, given: Sequence[Tensor]) -> str | None:
             got = _results(backends.MODULES[backend].attend, given)
             own = _results(formula, given)
             exact = _results(formula, [t.double() for t in given])
-    except Exception as raised:  # a compiler's or a driver's, of any type
+    except Exception as raised:  # compilers and drivers raise many types
         said = str(raised).strip().splitlines()
         return f"{type(raised).__name__}{': ' + said[0] if said else ''}"
     for index, (a, b, e) in enumerate(zip(got, own, exact, strict=True)):
@@ -79,9 +79,9 @@ def obstacle(backend: str, given: Sequence[Tensor]) -> str | None:
 
 @contextmanager
 def _on_its_own() -> Iterator[None]:
-    """With gradients whatever the caller computes without, and none of its hooks.
+    """Enable gradients even if the caller disabled them, and disable the caller's tensor hooks.
 
-    Activation checkpointing has such hooks: a backward pass of the trial would recompute its layer.
+    With activation checkpointing's hooks, a backward pass of the trial would recompute its layer.
     """
 
     def keep(t: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def _on_its_own() -> Iterator[None]:
 
 
 def _results(attend: Attend, given: Sequence[Tensor]) -> list[Tensor]:
-    """The output and the gradients of everything given."""
+    """Return the output of ``attend`` and the gradients of all inputs."""
     leaves = [t.clone().requires_grad_() for t in given]
     out = attend(*leaves[:3], *(leaves[3:] or (None, None)))
     direction = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=torch.float64)
