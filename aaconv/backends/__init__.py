@@ -1,6 +1,6 @@
-"""The backends of `aaconv.attention_2d`, one module each, all with the functions of `Backend`.
+"""The backends of `aaconv.attention_2d`: one module each, with the functions of `Backend`.
 
-To add a backend, write its module and add its name to NAMES; to drop one, do the reverse.
+To add a backend, write its module and add its name to NAMES; to remove one, do the reverse.
 """
 
 from importlib import import_module
@@ -13,19 +13,19 @@ NAMES = ("reference", "sdpa", "tiled", "native", "fused")
 
 
 class Backend(Protocol):
-    """What the module of a backend provides."""
+    """The functions that each backend module provides."""
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None
     ) -> Tensor:
-        """`aaconv.attention_2d` for arguments whose shapes have been checked."""
+        """Compute `aaconv.attention_2d` for arguments whose shapes have been checked."""
 
     def unavailable_reason(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why such tensors cannot be used here ("needs a GPU"), or None if they can.
+        """Return why the backend cannot be used for such tensors ("needs a GPU"), or None.
 
         Args:
-            device: of queries, keys and values.
-            dtype: of the queries that `attend` gets, which under autocast is autocast's.
+            device: device of queries, keys and values.
+            dtype: dtype of the queries passed to `attend`; under autocast, autocast's dtype.
         """
 
 

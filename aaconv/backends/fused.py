@@ -1,8 +1,8 @@
-"""Attention by the project's own Triton kernels, which add the position bias and keep no logits.
+"""Attention in this project's Triton kernels, which add the position bias and store no logits.
 
 The kernels are in `fused_kernels`, the torch operations that launch them in `fused_ops`. Both
-import triton, which takes a while and does not exist on every platform, so this module imports
-them only when they are used.
+import triton, which is slow and not available on every platform, so this module imports them only
+when they are used.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot be used, or None; see `aaconv.backends.Backend`."""
+    """Return why the kernels cannot be used, or None; see `aaconv.backends.Backend`."""
     if not HAS_TRITON:
         return "needs the package triton"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -24,7 +24,7 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     from aaconv.backends.fused_ops import INTERPRETED
 
     if INTERPRETED:
-        # It multiplies the bits of bfloat16 as if they were integers (triton 3.7 and 3.9).
+        # The interpreter multiplies bfloat16 bits as if they were integers (triton 3.7 and 3.9).
         if dtype == torch.bfloat16:
             return "needs float32 or float16 in Triton's interpreter"
         return None
@@ -37,11 +37,11 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
-    """`aaconv.attention_2d` in one kernel. It cannot be differentiated twice."""
+    """Compute `aaconv.attention_2d` in one kernel, which cannot be differentiated twice."""
     import aaconv.backends.fused_ops  # noqa: F401 (defines the operation)
 
     with without_autocast(q.device.type):
-        # All of one dtype, which the kernels can multiply.
+        # The kernels multiply the tables with the queries, which needs equal dtypes.
         tables = (table if table is None else table.to(q.dtype) for table in (rel_h, rel_w))
         out, _ = torch.ops.aaconv.fused_attend(q, k, v, *tables)
         return out.to(v.dtype)

@@ -1,23 +1,23 @@
-"""Triton kernels of attention over a map with relative positions, forward and backward.
+"""Triton kernels for attention over a map with relative positions, forward and backward.
 
-A program takes tiles of queries, one after another, and loops over the tiles of keys. A tile of
-keys is R rows by BW columns of the map, so that a query's term for the key row is R numbers in it,
-and its term for the key column BW numbers that stay in registers while the loop runs over the rows.
+A program processes tiles of queries, one after another, and loops over tiles of keys. A tile of
+keys is R rows by BW columns of the map, so within a tile each query has R terms for the key rows
+and BW terms for the key columns; the latter stay in registers during the loop over rows.
 
-The terms are products of the queries with a table: one number per query and offset. Which offset
-belongs to a key depends on the query's own row or column, and registers cannot be shifted by it; so
-the terms go through ``scratch``, memory of the program's own that it uses again for its next tile.
-They are written by offset and read by key. The gradients of the terms take the same way back.
+The terms are products of the queries with a table: one number per query and offset. The offset of a
+key depends on the query's own row or column, and registers cannot be shifted by that, so the terms
+go through ``scratch``, memory that the program reuses for its next tile. They are written by offset
+and read by key. The gradients of the terms go the opposite way.
 
-Powers are of two. A logit is SCALE * (q k^T + terms) with SCALE = log2(e) / sqrt(D).
+Powers are base 2. A logit is SCALE * (q k^T + terms) with SCALE = log2(e) / sqrt(D).
 
 Letters: N heads, H x W map, L = H * W positions; D and E channels per head of queries/keys and of
 values, padded to BD and BE; BM queries and R * BW keys per tile, R padded to RP; HP and WP the
-numbers of offsets of rows and columns, padded. Strides are those of (B, N, L, channels), followed
-by a power of two that divides the first three.
+padded numbers of row and column offsets. Strides are those of (B, N, L, channels), followed by a
+power of two that divides the first three.
 
-Indices outside the map are clamped to its last row, column or query instead of masked, so that the
-loads stay wide; a term of minus infinity gives such keys the weight zero.
+Indices outside the map are clamped to its last row, column or query instead of masked, so that
+loads stay wide; a term of minus infinity gives such keys zero weight.
 """
 
 import triton
@@ -26,9 +26,9 @@ import triton.language as tl
 
 @triton.jit
 def _head_offset(image, head, strides):
-    """Offset of one head's data from the start of the tensor."""
+    """Return the offset of one head's data from the start of the tensor."""
     offset = image * strides[0] + head * strides[1]
-    # A hint of 1 would replace what the compiler finds out by itself.
+    # A hint of 1 would override what the compiler can infer by itself.
     if strides[4] > 1:
         offset = tl.multiple_of(offset, strides[4])
     return offset
@@ -36,13 +36,13 @@ def _head_offset(image, head, strides):
 
 @triton.jit
 def _offsets(strides, position, channel):
-    """Offsets of (positions, channels) from the start of the head's data."""
+    """Return offsets of (positions, channels) from the start of the head's data."""
     return position.to(tl.int64)[:, None] * strides[2] + channel.to(tl.int64)[None, :] * strides[3]
 
 
 @triton.jit
 def _load(pointer, strides, position, channel, C: tl.constexpr, padding: tl.constexpr):
-    """(positions, channels) of one head, with ``padding`` in the channels from C."""
+    """Load (positions, channels) of one head, with ``padding`` in channels C and above."""
     at = pointer + _offsets(strides, position, channel)
     return tl.load(at, mask=(channel < C)[None, :], other=padding)
 
@@ -58,7 +58,7 @@ def _store(
     BM: tl.constexpr,
     value,
 ):
-    """Write ``value`` (positions, channels) but for positions from L and channels from C."""
+    """Write ``value`` (positions, channels), but only positions below L and channels below C."""
     mask = (channel < C)[None, :]
     if L % BM != 0:
         mask &= (position < L)[:, None]
@@ -68,7 +68,7 @@ def _store(
 
 @triton.jit
 def _queries(tile, L: tl.constexpr, BM: tl.constexpr):
-    """The positions of a tile of queries, clamped to the last of the map."""
+    """Return the positions of a tile of queries, clamped to the last one of the map."""
     position = tile * BM + tl.arange(0, BM)
     if L % BM != 0:
         position = tl.minimum(position, L - 1)
@@ -77,7 +77,7 @@ def _queries(tile, L: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _keys(row, column, H: tl.constexpr, W: tl.constexpr, R: tl.constexpr, BW: tl.constexpr):
-    """The positions of the tile of keys that starts at (row, column), clamped to the map."""
+    """Return the positions of the tile of keys starting at (row, column), clamped to the map."""
     key = tl.arange(0, R * BW)
     if W == BW and H % R == 0:
         return row * W + key
@@ -93,14 +93,14 @@ def _by_offset(scratch, offset, CP: tl.constexpr, BM: tl.constexpr):
 
 @triton.jit
 def _by_key(scratch, at, key, C: tl.constexpr, CP: tl.constexpr, BM: tl.constexpr):
-    """Where the terms of queries ``at`` rows or columns are for the ``key`` rows or columns."""
+    """Return pointers to the terms of queries in rows/columns ``at`` for rows/columns ``key``."""
     start = tl.arange(0, BM) * CP + (C - 1 - at)
     return scratch + (start[:, None] + key[None, :])
 
 
 @triton.jit
 def _embeddings(table, offset, C: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """(offsets, channels) of a table (2C-1, D), clamped."""
+    """Load (offsets, channels) of a table (2C-1, D), with offsets clamped to it."""
     dims = tl.arange(0, BD)
     at = table + (tl.minimum(offset, 2 * C - 2)[:, None] * D + dims[None, :])
     return tl.load(at, mask=(dims < D)[None, :], other=0.0)
@@ -119,8 +119,8 @@ def _write_terms(
     SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the term of each query for each offset of the table, (BM, CP)."""
-    # More at a time would need more registers.
+    """Write the terms of all queries for all offsets of the table, (BM, CP)."""
+    # Larger blocks would need more registers.
     BLOCK: tl.constexpr = CP if CP < 32 else 32
     for block in range(0, CP, BLOCK):
         offset = block + tl.arange(0, BLOCK)
@@ -140,9 +140,9 @@ def _terms(
     BLOCK: tl.constexpr,
     RELATIVE: tl.constexpr,
 ):
-    """The terms of queries ``at`` rows or columns for the ``key`` rows or columns.
+    """Load the terms of queries in rows or columns ``at`` for key rows or columns ``key``.
 
-    Minus infinity outside the map.
+    They are minus infinity outside the map.
     """
     inside = (key < C)[None, :]
     if RELATIVE:
@@ -186,11 +186,11 @@ def attend(
     WP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The output of each query, and log2 of its normalizer.
+    """Compute the output of each query, and log2 of its normalizer.
 
-    Logits are taken from their peak over the first keys of the map. It need not be the peak of all,
-    only near enough that no power overflows; where one does, the normalizer is not finite. A second
-    launch with ALL, which begins with the peak of all keys, computes those tiles again.
+    The peak over the first keys of the map is subtracted from the logits. It need not be the peak
+    over all keys, only close enough that no power overflows. If one does, the normalizer is not
+    finite, and a second launch with ALL recomputes those tiles with the peak over all keys.
     """
     L: tl.constexpr = H * W
     FEW: tl.constexpr = 1 if BW >= 16 else 16 // BW
@@ -199,7 +199,7 @@ def attend(
     by_column = by_row + BM * HP
     dims, channels = tl.arange(0, BD), tl.arange(0, BE)
     for item in range(tl.program_id(0), work, tl.num_programs(0)):
-        # The tiles of one head run at the same time and share its keys and values in the L2 cache.
+        # Tiles of the same head run concurrently and share its keys and values in the L2 cache.
         group = (item // tiles).to(tl.int64)
         image, head = group // N, group % N
         position = _queries(item % tiles, L, BM)
@@ -214,7 +214,7 @@ def attend(
             query_start = q + _head_offset(image, head, q_strides)
             query = _load(query_start, q_strides, position, dims, D, 0.0)
             if RELATIVE:
-                tl.debug_barrier()  # all have read the terms of the last tile
+                tl.debug_barrier()  # all threads have read the terms of the previous tile
                 _write_terms(by_row, query, rel_h, H, HP, D, BD, BM, SCALE, PRECISION)
                 _write_terms(by_column, query, rel_w, W, WP, D, BD, BM, SCALE, PRECISION)
                 tl.debug_barrier()
@@ -248,7 +248,7 @@ def attend(
                     row_terms = _terms(by_row, y, row + tl.arange(0, R), H, HP, BM, R, RELATIVE)
                     at = _keys(row, column, H, W, R, BW)
                     key = _load(key_start, k_strides, at, dims, D, 0.0)
-                    # Ones in the padding: their products with the weights are the totals.
+                    # Ones in the padding: their product with the weights is the total.
                     value = _load(value_start, v_strides, at, channels, E, 1.0)
                     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
                     logits = tl.reshape(logits, (BM, R, BW)) * SCALE + col_terms[:, None, :]
@@ -257,7 +257,7 @@ def attend(
                     result = tl.dot(weights, value, result, input_precision=PRECISION)
 
             total = tl.sum(tl.where((channels == E)[None, :], result, 0.0), 1)
-            # The second term is zero but for infinities and NaN.
+            # The last term is zero unless there are infinities or NaN.
             normalizer = peak + tl.log2(total) + tl.sum(result - result, 1)
             last = item % tiles * BM + tl.arange(0, BM)
             out_start = out + _head_offset(image, head, out_strides)
@@ -288,7 +288,7 @@ def _through_table(
     BM: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``dquery`` with the gradient through the terms; that of the table is added to ``dtable``."""
+    """Add the terms' gradient to ``dquery``, returned, and the table's gradient to ``dtable``."""
     BLOCK: tl.constexpr = CP if CP < 32 else 32
     for block in range(0, CP, BLOCK):
         offset = block + tl.arange(0, BLOCK)
@@ -343,11 +343,11 @@ def gradients(
     WP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """All gradients; those of keys, values and tables are added to ``dk``, ``dv`` and ``dtables``.
+    """Compute all gradients; add those of keys, values and tables to ``dk``, ``dv``, ``dtables``.
 
-    ``dk`` and the tables' lack the factor 1 / sqrt(D). If ATOMIC, an item of work is a tile of
-    queries; else it is all the queries of a head, so that one program alone adds to its keys and
-    values, always in the same order. ``dtables`` has a part for each program.
+    ``dk`` and ``dtables`` lack the factor 1 / sqrt(D). If ATOMIC, a work item is a tile of queries;
+    otherwise it is all queries of a head, so that only one program adds to the head's ``dk`` and
+    ``dv``, always in the same order. ``dtables`` has a separate part for each program.
     """
     LN2: tl.constexpr = 0.6931471805599453
     L: tl.constexpr = H * W
@@ -358,7 +358,7 @@ def gradients(
     dcolumn = drow + BM * (HP // 2)
     dtables += tl.program_id(0).to(tl.int64) * (BD * (HP + WP))
     dims, channels = tl.arange(0, BD), tl.arange(0, BE)
-    # Products with it are sums over the columns of each key row.
+    # Products with is_row are sums over the columns of each key row.
     key_row = tl.arange(0, RP)
     is_row = tl.arange(0, R * BW)[:, None] // BW == key_row[None, :]
     is_row = is_row.to(tl.float32).to(k.dtype.element_ty)
@@ -377,8 +377,8 @@ def gradients(
             query = _load(query_start, q_strides, position, dims, D, 0.0)
             dresult = _load(grad_start, grad_strides, position, channels, E, 0.0).to(tl.float32)
             result = _load(out_start, out_strides, position, channels, E, 0.0)
-            # Subtracted from the products of dout and value, in whose padding are ones; in two
-            # channels, which keep it to twice the precision of one.
+            # The mean is subtracted in the product of dout and value, whose padding holds ones. It
+            # takes two channels, for twice the precision of one.
             mean = -tl.sum(dresult * result, 1)
             dout = dresult.to(query.dtype)
             high = mean.to(tl.bfloat16).to(tl.float32)
@@ -389,7 +389,7 @@ def gradients(
             normalizer = tl.load(lse + group * L + position)
             if L % BM != 0:  # queries outside the map attend to nothing
                 normalizer = tl.where(last < L, normalizer, float("inf"))
-            tl.debug_barrier()  # all have read the terms of the last tile, and added what they had
+            tl.debug_barrier()  # all threads have read the previous terms and added their gradients
             if RELATIVE:
                 _write_terms(by_row, query, rel_h, H, HP, D, BD, BM, SCALE, PRECISION)
                 _write_terms(by_column, query, rel_w, W, WP, D, BD, BM, SCALE, PRECISION)
@@ -398,7 +398,7 @@ def gradients(
             dquery = tl.zeros((BM, BD), tl.float32)
             for column in range(0, W, BW):
                 if W > BW:
-                    tl.debug_barrier()  # drow has what the columns before gave
+                    tl.debug_barrier()  # drow holds the sums over the previous columns
                 u = column + tl.arange(0, BW)
                 col_terms = _terms(by_column, x, u, W, WP, BM, BW, RELATIVE) - normalizer[:, None]
                 dcol_terms = tl.zeros((BM, BW), tl.float32)

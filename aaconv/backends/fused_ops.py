@@ -22,10 +22,10 @@ LOG2E = math.log2(math.e)
 # With TRITON_INTERPRET=1 the kernels run in Python, on any device.
 INTERPRETED = not isinstance(kernels.attend, triton.JITFunction)
 
-# The fewest columns of a product.
+# The minimum number of columns of a product in tl.dot.
 MIN_COLUMNS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
 
-# Of each multiprocessor, at the same time or not: enough to keep it busy whatever the kernel needs.
+# Per multiprocessor, not necessarily all resident: enough to keep it busy for any resource usage.
 PROGRAMS = 4
 
 
@@ -34,7 +34,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Table, rel_w: Table) -> tupl
     sizes = _sizes("attend", q, v, relative=rel_h is not None)
     work = _tiles(q, sizes)
     programs = min(work, _programs(q.device))
-    # (B, N, HW, channels); a copy only of maps of odd strides.
+    # (B, N, HW, channels); copies only maps with unusual strides.
     maps = [t.flatten(2, 3) for t in (q, k, v, out)]
     given = (*maps[:3], *_tables(q, rel_h, rel_w), _scratch(q, programs, sizes, 2), maps[3], lse)
     for all_keys in (False, True):
@@ -92,7 +92,7 @@ def _attend_backward(
 
 
 def _launch(name: str, programs: int, sizes: dict[str, Any], q: Tensor, *others: object) -> None:
-    """Launch a kernel; ValueError where the GPU has not enough of something for its channels."""
+    """Launch a kernel; raise ValueError if the GPU lacks resources for this many channels."""
     try:
         with torch.cuda.device_of(q):
             getattr(kernels, name)[(programs,)](q, *others, **sizes)
@@ -104,7 +104,7 @@ def _launch(name: str, programs: int, sizes: dict[str, Any], q: Tensor, *others:
 
 
 def _empty_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """As ``t``, with positions that lie at equal distances."""
+    """Like torch.empty_like, but with equal distances between consecutive positions."""
     empty = torch.empty_like(t, dtype=dtype)
     if empty.stride(2) == empty.shape[3] * empty.stride(3):
         return empty
@@ -112,10 +112,10 @@ def _empty_like(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def _strides(t: Tensor) -> tuple[object, ...]:
-    """The strides, then the largest power of two up to 16 that divides all but the last of them.
+    """Return the strides, and the largest power of two up to 16 that divides all but the last.
 
-    Those of positions and channels are constants of the kernel, so that the addresses in a tile are
-    known distances apart. Of the others the compiler by itself looks only for factors of 16, but
+    The strides of positions and channels are compile-time constants, so distances between addresses
+    in a tile are known. For the others, the compiler by itself only checks divisibility by 16, but
     heads of 20 channels are 20 apart.
     """
     moved = (s for s, size in zip(t.stride()[:-1], t.shape[:-1], strict=True) if size > 1)
@@ -130,13 +130,13 @@ def _tables(q: Tensor, rel_h: Table, rel_w: Table) -> tuple[Tensor, Tensor]:
 
 
 def _scratch(q: Tensor, programs: int, sizes: dict[str, Any], halves: int) -> Tensor:
-    """Memory of ``programs``; a half is one number per query and key row or column."""
+    """Allocate scratch for ``programs``; a half is one number per query and key row or column."""
     per_query = (sizes["HP"] + sizes["WP"]) // 2 * halves if sizes["RELATIVE"] else 0
     return q.new_empty(programs * sizes["BM"] * per_query, dtype=torch.float32)
 
 
 def _programs(device: torch.device) -> int:
-    """How many programs share the tiles of queries. Memory of their own grows with it."""
+    """Return how many programs share the tiles of queries. Scratch memory grows with it."""
     if device.type != "cuda":
         return 2  # interpreted
     return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
@@ -148,11 +148,11 @@ def _tiles(q: Tensor, sizes: dict[str, Any]) -> int:
 
 
 def _sizes(kernel: str, q: Tensor, v: Tensor, *, relative: bool) -> dict[str, Any]:
-    """Sizes, tile sizes and launch options of a kernel."""
+    """Return sizes, tile sizes and launch options of a kernel."""
     H, W, D = q.shape[2:]
     E = v.shape[-1]
     BD = _padded(D)
-    BE = _padded(E + 2)  # room for ones, and for what they are multiplied by
+    BE = _padded(E + 2)  # two more: ones in the values, and their factors in the backward pass
     precision = _precision()
     queries, keys, warps, registers = _tile(kernel, q.dtype, precision, BD + BE, H * W)
     BW = min(triton.next_power_of_2(W), 32)
@@ -180,18 +180,18 @@ def _sizes(kernel: str, q: Tensor, v: Tensor, *, relative: bool) -> dict[str, An
 
 
 def _padded(size: int) -> int:
-    """A power of two that tl.dot accepts."""
+    """Round ``size`` up to a power of two that tl.dot accepts."""
     return max(16, triton.next_power_of_2(size))
 
 
 def _tile(
     kernel: str, dtype: torch.dtype, precision: str, channels: int, positions: int
 ) -> tuple[int, int, int, int | None]:
-    """Queries and keys per tile, number of warps, and maximum registers per thread.
+    """Return queries and keys per tile, number of warps, and maximum registers per thread.
 
-    Chosen from the compiler's output for compute capability 9.0, not from timings: no spilled
-    registers, few instructions per logit, and as many resident warps as that leaves, so that some
-    run while others wait for a product.
+    Chosen from compiler output for compute capability 9.0, not from timings: no register spills,
+    few instructions per logit, and as many resident warps as that allows, so that some run while
+    others wait for a product.
     """
     forward = kernel == "attend"
     if dtype == torch.float32:
@@ -210,7 +210,7 @@ def _tile(
 
 
 def _precision() -> str:
-    """The precision of float32 products that the user has set for torch's matrix products."""
+    """Return the precision that the user has set for torch's float32 matrix products."""
     matmul = torch.backends.cuda.matmul
     # Reading the older setting raises once the newer one (torch 2.9) has been used.
     newer = getattr(matmul, "fp32_precision", None)

@@ -1,13 +1,13 @@
 // Exact attention over a map on the CPU, forward and backward, for the backend `native`.
 //
-// A head of one image is computed by one thread. Its queries lie side by side in vectors, so that
-// the softmax over the keys needs no sums within a vector; a tile of logits, QUERIES x KEYS, stays
-// in the cache. Logits are powers of two because 2^x is cheaper than e^x. The backward pass
-// computes the tile once more, uses it for the gradient of the queries, turns it so that the keys
-// lie side by side, and uses it for the gradients of keys and values.
+// One thread computes one head of one image. Each vector holds consecutive queries, so softmax over
+// the keys needs no sums within a vector; a tile of logits, QUERIES x KEYS, stays in the cache.
+// Weights are powers of 2 because 2^x is cheaper than e^x. The backward pass recomputes the tile,
+// uses it for the gradient of the queries, transposes it so that vectors hold consecutive keys, and
+// uses it for the gradients of keys and values.
 //
 // Letters as in Python: H x W map, L = H W positions, D and E channels of keys and of values.
-// Names end with their order: kT is (D, L), kR is (L, D).
+// The end of a name is its layout: kT is (D, L), kR is (L, D).
 
 #include <algorithm>
 #include <cmath>
@@ -18,7 +18,7 @@
 #include <vector>
 
 #ifdef __AVX512F__
-constexpr int LANES = 16, COLUMNS = 6;  // of a vector; of a product that registers hold
+constexpr int LANES = 16, COLUMNS = 6;  // per vector; columns of a product that fit in registers
 #else
 constexpr int LANES = 8, COLUMNS = 3;
 #endif
@@ -37,9 +37,9 @@ inline V all(float x) { return x - V{}; }
 inline V larger(V a, V b) { return a > b ? a : b; }
 inline long ceil_to(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
-// 2^x for x <= 0; below 2^-80, which changes no sum, it stays there: no slow denormal numbers.
+// 2^x for x <= 0, at least 2^-80, which is too small to change a sum: avoids slow denormals.
 inline V exp2(V x) {
-  x = x < -80.f ? all(-80.f) : x;  // what is not a number stays that
+  x = x < -80.f ? all(-80.f) : x;  // NaN stays NaN
   const float shift = 12582912.f + 127.f;  // 1.5 * 2^23: the exponent is in the lowest bits
   V power = x + shift;
   const V f = x - (power - shift);
@@ -52,7 +52,7 @@ inline V exp2(V x) {
   return p * power;
 }
 
-// B^T A for A (depth, X vectors) and B (depth, count): sums begin with start(c, x) and end as
+// B^T A for A (depth, X vectors) and B (depth, count): sums start at start(c, x) and are passed to
 // finish(c, x, sum).
 template <int X, int COUNT, class Start, class Finish>
 inline void block(long c, long depth, const float* A, long lda, const float* B, long ldb,
@@ -96,7 +96,7 @@ inline void add_product(float* C, long ldc, long count, long depth, const float*
              [=](long c, int x, V sum) { store(C + c * ldc + x * LANES, sum); });
 }
 
-// A square of LANES x LANES, turned: as many perfect shuffles of its rows as an index has bits.
+// Transposes a LANES x LANES square by log2(LANES) perfect shuffles of its rows.
 inline void turn(float* to, long ldt, const float* from, long ldf) {
   V rows[LANES], next[LANES];
   for (int i = 0; i < LANES; i++) rows[i] = load(from + i * ldf);
@@ -141,11 +141,11 @@ inline float widened(const BFloat16* p) { return as_float(uint32_t(p->bits) << 1
 struct Float16 { uint16_t bits; };
 inline float widened(const Float16* p) {
   const uint32_t sign = (p->bits & 0x8000u) << 16, rest = (p->bits & 0x7fffu) << 13;
-  if (rest >= 0x0f800000) return as_float(sign | rest | 0x7f800000);  // infinity, not a number
+  if (rest >= 0x0f800000) return as_float(sign | rest | 0x7f800000);  // infinity or NaN
   return as_float(sign | rest) * 0x1p112f;
 }
 
-// The channels of one head, times `scale`: T is (channels, ld).
+// Copies the channels of one head, times `scale`, to T (channels, ld).
 template <class Number>
 void gather(const Number* from, const long* stride, const Shape& s, long channels, float scale,
             float* T, long ld) {
@@ -173,8 +173,8 @@ void gather(const Maps& m, const Shape& s, long head, long channels, float scale
     for (long c = 0; c < channels; c++) R[i * channels + c] = T[c * ld + i];
 }
 
-// One axis: its embeddings by offset, and for the queries of a tile what it adds to the logits,
-// (size, QUERIES); `shifted` is that by query and offset, with zeros where no key is.
+// One axis: its embeddings by offset, and `bias` (size, QUERIES), its part of the logits of a tile.
+// `shifted` is `bias`, or `dbias` with zeros where there is no key, by query and offset.
 struct Axis {
   long size, offsets, ld;
   bool rows;
@@ -188,7 +188,7 @@ struct Axis {
       for (long d = 0; d < s.D; d++) T[d * ld + o] = R[o * s.D + d] = table[o * s.D + d];
   }
 
-  // The offset of the first key from query `i`, as a row of the table.
+  // The table row for the offset from query `i` to the first key.
   long first_offset(long i, const Shape& s) const { return size - 1 - (rows ? i / s.W : i % s.W); }
 
   void begin(const Shape& s, const float* qT, long ldq, long first, long queries) {
@@ -207,7 +207,7 @@ struct Axis {
     }
   }
 
-  // Adds to the gradients of the queries, (D, QUERIES), and of the embeddings what `dbias` means.
+  // Adds the contribution of `dbias` to the gradients of the queries, (D, QUERIES), and embeddings.
   void end(const Shape& s, const float* qR, long first, long queries, float* dqT) {
     std::fill(shifted.begin(), shifted.end(), 0.f);
     for (long i = 0; i < queries; i += LANES)
@@ -235,7 +235,7 @@ void with_width(long lanes, Act act) {
   act(std::integral_constant<int, X>());
 }
 
-// What one thread needs for a head, a tile of logits at a time.
+// The memory of one thread for a head, including one tile of logits.
 struct Head {
   const Shape s;
   const bool relative;
@@ -253,7 +253,7 @@ struct Head {
     for (long i = 0; i < s.L; i++) row[i] = i / s.W * QUERIES, column[i] = i % s.W * QUERIES;
   }
 
-  // Calls `act` for the tiles of QUERIES queries: their width as a constant, the first, how many.
+  // Calls `act` for each tile of queries: its width as a constant, its first query, and its size.
   template <class Act>
   void for_queries(Act act) {
     for (long first = 0; first < s.L; first += QUERIES) {
@@ -264,7 +264,7 @@ struct Head {
     }
   }
 
-  // The logits of queries from `first` and `count` keys from `key`.
+  // Computes the logits of the queries from `first` on, for `count` keys from `key` on.
   template <int X, class Finish>
   void logits(long first, long key, long count, Finish finish) {
     const float *by_row_at = by_row.bias.at(0), *by_column_at = by_column.bias.at(0);
@@ -314,7 +314,7 @@ struct Head {
     }
   }
 
-  // The gradients of the logits, summed over the keys of a row and of a column.
+  // Sums the gradients of the logits over the keys of each row and of each column.
   template <int X>
   void add_position_gradients(long key, long count) {
     for (int x = 0; x < X; x++)
@@ -377,14 +377,14 @@ struct Head {
   }
 };
 
-// The queries have log2(e) in them, which is for the logits alone.
+// Writes a gradient times `scale`: the queries contain log2(e), which only the logits need.
 void write(float* to, const Buffer& from, long ld, long channels, long length, float scale) {
   for (long c = 0; c < channels; c++)
     for (long i = 0; i < length; i++) to[c * length + i] = scale * from[c * ld + i];
 }
 
 // data: q, k, v, grad, rel_h, rel_w, out, lse, dq, dk, dv, drel_h, drel_w; numbers: B, N, H, W, D,
-// E, the number of threads, then of q, k, v and grad each the type and five strides.
+// E, the number of threads, then for each of q, k, v and grad its type and five strides.
 template <class Act>
 void for_heads(void** data, const long* numbers, Act act) {
   const Shape s{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5]};
@@ -419,8 +419,8 @@ extern "C" void aaconv_attend(void** data, const long* numbers) {
   });
 }
 
-// Sets dq, dk and dv, (B, N, channels, H, W), and of each head by itself drel_h and drel_w,
-// (B, N, D, offsets): their sum then does not depend on the number of threads.
+// Sets dq, dk and dv, (B, N, channels, H, W), and drel_h and drel_w, (B, N, D, offsets), separately
+// for each head so that their sum over heads does not depend on the number of threads.
 extern "C" void aaconv_attend_backward(void** data, const long* numbers) {
   for_heads(data, numbers, [](Head& h, long, auto part) {
     const Shape& s = h.s;

@@ -1,7 +1,7 @@
-"""Attention on the CPU in one compiled kernel, forward and backward, see native.cpp.
+"""Attention on the CPU in one compiled kernel, forward and backward; see native.cpp.
 
-It holds a tile of logits for each thread, computes in float32, and returns the same bits whatever
-the number of threads.
+It holds one tile of logits per thread, computes in float32, and its results do not depend on the
+number of threads, bit for bit.
 
 Letters: B batch, N heads, H x W map, D and E channels per head of queries/keys and of values.
 """
@@ -15,14 +15,14 @@ from aaconv.backends import native_build
 from aaconv.backends.operations import Table, define, empty_outputs
 from aaconv.backends.precision import without_autocast
 
-# Numbered as in the kernel.
+# In the order of the type numbers in native.cpp.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot be used, or None; see `aaconv.backends.Backend`.
+    """Return why the kernel cannot be used, or None; see `aaconv.backends.Backend`.
 
-    Compiles it if that has not been done yet.
+    Compiles the kernel if that has not been done yet.
     """
     if device.type != "cpu":
         return f"needs the CPU, not the device {device}"
@@ -33,7 +33,7 @@ def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
-    """`aaconv.attention_2d` in one kernel. It cannot be differentiated twice."""
+    """Compute `aaconv.attention_2d` in one kernel, which cannot be differentiated twice."""
     maps = (t if t.dtype in DTYPES else t.float() for t in (q, k, v))
     with without_autocast(q.device.type):
         out, _ = torch.ops.aaconv.native_attend(*maps, rel_h, rel_w)
@@ -56,11 +56,11 @@ def _attend_backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, ...]:
-    # As `_attend` has made them; a compiler may have moved them.
+    # Restore the memory layout from `_attend`, which a compiler may have changed.
     out, lse = out.permute(0, 1, 4, 2, 3).contiguous(), lse.contiguous()
     maps = [_empty_like(t) for t in (q, k, v)]
     heads, channels = q.shape[0] * q.shape[1], q.shape[-1]
-    # Of each head by itself: their sum does not depend on the number of threads.
+    # One table gradient per head, so that their sum does not depend on the number of threads.
     tables = [
         q.new_empty(heads, channels, 0 if table is None else len(table), dtype=torch.float32)
         for table in (rel_h, rel_w)
@@ -70,7 +70,7 @@ def _attend_backward(
 
 
 def _empty_like(t: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(B, N, H, W, channels), the channels before the positions in memory."""
+    """Allocate (B, N, H, W, channels), with channels before positions in memory."""
     B, N, H, W, channels = t.shape
     return t.new_empty(B, N, channels, H, W, dtype=dtype).permute(0, 1, 3, 4, 2)
 
@@ -85,7 +85,7 @@ def _call(
     numbers = [*q.shape, v.shape[-1], torch.get_num_threads()]
     for t in maps:
         numbers += [DTYPES.index(t.dtype), *t.stride()]
-    # Whatever has become of a parameter meanwhile, the kernel reads float32.
+    # The kernel reads float32 tables, whatever the dtype of the parameters.
     exact = [None if t is None else t.to(torch.float32).contiguous() for t in tables]
     given = [*maps, *[None] * (4 - len(maps)), *exact, *rest]
     addresses = [None if t is None else t.data_ptr() for t in given]

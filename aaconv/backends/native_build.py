@@ -1,8 +1,8 @@
-"""Compiles native.cpp with this machine's C++ compiler, once, and loads it.
+"""Compile native.cpp once with this machine's C++ compiler, and load it.
 
 The result is kept in the user's cache (``$XDG_CACHE_HOME/aaconv``, by default ``~/.cache/aaconv``)
-as ``native-FACTS-CONTENT.so``: a digest of all that it depends on, and one of its bytes. What lies
-there is loaded only if it is what was written and nobody else could have put it there.
+as ``native-FACTS-CONTENT.so``: a digest of everything it depends on, and one of its bytes. A cached
+file is loaded only if its content matches and no other user could have written it.
 """
 
 import ctypes
@@ -32,29 +32,29 @@ FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC")
 OPENMP = "-fopenmp"
 FUNCTIONS = ("aaconv_attend", "aaconv_attend_backward")
 BUILD_SECONDS = 300
-WAIT_SECONDS = 120  # for another process that compiles
-MAX_BYTES = 2**26  # of a kernel, which takes a hundredth of it
+WAIT_SECONDS = 120  # for another process that is compiling
+MAX_BYTES = 2**26  # of a compiled kernel, about a hundred times its usual size
 
 
 class UnavailableError(Exception):
-    """There is no kernel on this machine; the message goes on after "the backend"."""
+    """No kernel is available on this machine; the message continues "the backend ..."."""
 
 
 class RefusedError(UnavailableError):
-    """The compiler has ended with an error."""
+    """The compiler exited with an error."""
 
 
 @cache
 def load() -> ctypes.CDLL | UnavailableError:
-    """The compiled kernel, or why there is none; built at the first call in a new environment.
+    """Return the compiled kernel, or an error saying why there is none; built if not cached.
 
-    What is wrong is logged in one line.
+    The reason is also logged in one line.
     """
     try:
         return _load()
     except UnavailableError as error:
         reason = one_line(error)
-    except OSError as error:  # of the file system, or because what was compiled is no kernel
+    except OSError as error:  # from the file system, or because the compiled file does not load
         reason = f"was not compiled: {one_line(error)}"
     log.warning("attention on the CPU runs without the compiled kernel: it %s", reason)
     return UnavailableError(reason)
@@ -73,7 +73,7 @@ def _load() -> ctypes.CDLL:
 
 
 def _kept_or_built(compiler: list[str], name: str, folder: Path) -> ctypes.CDLL:
-    """The kernel in the cache; of several processes that find none, one builds it."""
+    """Return the cached kernel; if there is none, only one of several processes builds it."""
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o600)
     try:
         for attempt in range(10 * WAIT_SECONDS):
@@ -92,7 +92,7 @@ def _kept_or_built(compiler: list[str], name: str, folder: Path) -> ctypes.CDLL:
 
 
 def _lock(descriptor: int) -> bool:
-    """Whether no other process holds the lock: where there are no locks, none does."""
+    """Try to take the lock; return False if another process holds it, True without lock support."""
     try:
         import fcntl  # not on Windows
 
@@ -105,7 +105,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def _kept(name: str, folder: Path) -> ctypes.CDLL | None:
-    """The kernel that was kept in ``folder``; None where there is none that is whole and loads."""
+    """Return the kernel cached in ``folder``; None if there is none, or it is damaged."""
     for path in folder.glob(f"{name}-*.so"):
         with suppress(OSError):
             if _is_own(path) and path.stem == f"{name}-{_digest(path.read_bytes())}":
@@ -114,9 +114,9 @@ def _kept(name: str, folder: Path) -> ctypes.CDLL | None:
 
 
 def _compiler() -> list[str]:
-    """The command, from CXX if it is set."""
+    """Return the compiler command, from CXX if set."""
     chosen = os.environ.get("CXX")
-    with suppress(ValueError):  # a quotation without its end
+    with suppress(ValueError):  # unbalanced quotes
         for command in [shlex.split(chosen)] if chosen else [[name] for name in COMPILERS]:
             path = shutil.which(command[0]) if command else None
             if path is not None:
@@ -130,7 +130,7 @@ def _compiler() -> list[str]:
 
 
 def _name(compiler: list[str]) -> str:
-    """Of the kernel, by everything that it depends on."""
+    """Return the first part of the kernel's file name, from a digest of all it depends on."""
     at = os.stat(os.path.realpath(compiler[0]))
     facts = [*compiler, *FLAGS, str(at.st_size), str(at.st_mtime_ns), *_processor()]
     text = SOURCE.read_bytes() + os.fsencode("\0".join(facts))
@@ -142,7 +142,7 @@ def _digest(data: bytes) -> str:
 
 
 def _processor() -> list[str]:
-    """What ``-march=native`` depends on."""
+    """Return the processor features that ``-march=native`` depends on."""
     names = ("model name", "flags", "Features", "CPU part")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -152,18 +152,18 @@ def _processor() -> list[str]:
 
 
 def _cache_folder() -> Path | None:
-    """The user's own folder for what is compiled; None if there cannot be one."""
+    """Return the user's own folder for compiled kernels; None if it cannot be used or created."""
     try:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         folder = Path(base, "aaconv")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return folder if _is_own(folder) else None
-    except (OSError, RuntimeError):  # a home that does not exist, or is not known
+    except (OSError, RuntimeError):  # the home directory is missing or unknown
         return None
 
 
 def _is_own(path: Path) -> bool:
-    """Whether it is there, of a size that can be, this user's, and nobody else's to change."""
+    """Return whether ``path`` exists, belongs to this user alone, and has a plausible size."""
     try:
         at = path.lstat()
     except OSError:
@@ -174,21 +174,21 @@ def _is_own(path: Path) -> bool:
 
 
 def _build(compiler: list[str], name: str, folder: Path | None) -> ctypes.CDLL:
-    """Compile and load the kernel; keep it in ``folder``, whole or not at all, where there is one.
+    """Compile and load the kernel; if ``folder`` is given, cache the complete file there.
 
     Raises:
-        OSError: nothing can be written there, or what the compiler has written is no kernel.
-        UnavailableError: the compiler does not, or was killed.
+        OSError: if nothing can be written there, or the compiled file does not load.
+        UnavailableError: if the compiler fails, takes too long or is killed.
     """
     log.info("compiling the attention kernel for this processor, once")
     with tempfile.TemporaryDirectory(
         dir=folder, prefix="build-", ignore_cleanup_errors=True
     ) as temporary:
         linked = Path(temporary, "native.so")
-        # Linked without a library for OpenMP it uses the one that torch has loaded. Two of them
-        # would have threads of their own, which wait for work by taking the other's processors.
-        # Where that one is another (clang's compiler, GNU's library) and its own is not there, one
-        # thread computes.
+        # First try without linking an OpenMP library: the kernel then uses the one torch has
+        # loaded. Two libraries would each have a thread pool whose idle threads compete for the
+        # CPU. If torch's does not match (clang here, GNU's in torch), link the compiler's own; if
+        # that is missing, build a single-threaded kernel.
         for openmp, library in (([OPENMP], []), ([OPENMP], [OPENMP]), ([], [])):
             try:
                 _compile(compiler, openmp, library, linked)
@@ -202,7 +202,7 @@ def _build(compiler: list[str], name: str, folder: Path | None) -> ctypes.CDLL:
             with linked.open("rb") as file:
                 os.fsync(file.fileno())
                 target = folder / f"{name}-{_digest(file.read())}.so"
-            with suppress(OSError):  # something else has its name
+            with suppress(OSError):  # the name is taken, for example by a folder
                 linked.replace(target)
         return kernel
 
@@ -214,7 +214,7 @@ def _compile(compiler: list[str], openmp: list[str], library: list[str], target:
 
 
 def _call(command: list[str]) -> None:
-    # In a session of its own: what the compiler starts ends with it.
+    # In its own session, so that killing the group also ends processes the compiler started.
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -244,12 +244,12 @@ def _open(path: Path) -> ctypes.CDLL:
     """Load the kernel.
 
     Raises:
-        OSError: it is missing, cut short, lacks a function, or does not load.
+        OSError: if it is missing or truncated, lacks a function, or does not load.
     """
     if not path.is_file():
         raise OSError(f"{path} is not a file")
     content = path.read_bytes()
-    # An ELF file ends with the table of its sections. One that is cut short would end this process.
+    # An ELF file ends with its section table. Loading a truncated file would crash this process.
     if content.startswith(b"\x7fELF\x02") and len(content) >= 64:
         start, size, count = struct.unpack_from("=40xQ10xHH", content)
         if len(content) < start + size * count:

@@ -1,4 +1,4 @@
-"""The torch operations of the compiled backends, and the refusal of second derivatives."""
+"""Define the torch operations of the compiled backends, which refuse second derivatives."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -9,7 +9,7 @@ from torch import Tensor
 Table = Tensor | None
 
 _GIVEN = "Tensor q, Tensor k, Tensor v, Tensor? rel_h, Tensor? rel_w"
-# Five tensors and no list of them, which torch could not batch.
+# Five tensors rather than a list, which torch could not batch.
 _GRADIENTS = "(Tensor dq, Tensor dk, Tensor dv, Tensor drel_h, Tensor drel_w)"
 
 
@@ -22,17 +22,17 @@ def define(
 ) -> None:
     """Define ``aaconv::BACKEND_attend`` and its backward pass, ``aaconv::BACKEND_attend_backward``.
 
-    Not by torch.library.custom_op, which imports the compiler, and with it triton, at the first
-    call.
+    This does not use torch.library.custom_op, which imports the compiler, and triton with it, on
+    the first call.
 
     Args:
-        backend: its name.
-        devices: where its functions run, "CPU" or "CUDA".
-        attend: q, k, v and both tables to what `empty_outputs` describes.
-        attend_backward: the output's gradient, what ``attend`` was given, and what it has returned,
-            to what `empty_gradients` describes.
-        empty_like: uninitialized memory for maps like its argument, of the dtype given second; by
-            default of that in which ``attend_backward`` returns gradients.
+        backend: name of the backend.
+        devices: devices it runs on, "CPU" and/or "CUDA".
+        attend: maps q, k, v and both tables to the outputs described in `empty_outputs`.
+        attend_backward: maps the output's gradient, the inputs of ``attend`` and its outputs to the
+            gradients described in `empty_gradients`.
+        empty_like: returns an uninitialized tensor shaped like its first argument, with the dtype
+            of the second; by default, the dtype in which ``attend_backward`` returns gradients.
     """
     forward, backward = f"aaconv::{backend}_attend", f"aaconv::{backend}_attend_backward"
     torch.library.define(forward, f"({_GIVEN}) -> (Tensor out, Tensor lse)")
@@ -60,10 +60,10 @@ def define(
 
 
 def empty_outputs(empty_like: Callable[..., Tensor], q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """For the output, and for log2 of the sum of 2^logits of each query; both in float32.
+    """Allocate the output and, for each query, log2 of the sum of 2^logits; both in float32.
 
-    From a rounded output the inner products with its gradient would be wrong for the backward pass:
-    where one key has nearly all the weight, the gradients of the logits are small differences.
+    A rounded output would make its inner products with its gradient too inexact for the backward
+    pass: if one key has nearly all the weight, gradients of the logits are small differences.
     """
     return empty_like(v, torch.float32), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
@@ -71,7 +71,7 @@ def empty_outputs(empty_like: Callable[..., Tensor], q: Tensor, v: Tensor) -> tu
 def empty_gradients(
     empty_like: Callable[..., Tensor], *given: Table
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """For the gradients of q, k, v and the tables, of no rows without tables."""
+    """Allocate the gradients of q, k, v and the tables; those of missing tables have no rows."""
     maps = [empty_like(t) for t in given[:3]]
     rows = [0 if table is None else table.shape[0] for table in given[3:]]
     tables = [maps[0].new_empty(count, maps[0].shape[-1]) for count in rows]
@@ -84,7 +84,7 @@ def _save(ctx: Any, inputs: tuple[Table, ...], output: tuple[Tensor, Tensor]) ->
 
 
 def refuse_second(backend: str) -> Callable[..., NoReturn]:
-    """A backward function for the backward pass of ``backend``: it names what to use instead."""
+    """Return a double-backward function for ``backend`` whose error says what to use instead."""
 
     def refuse(ctx: Any, *_: Any) -> NoReturn:
         raise NotImplementedError(

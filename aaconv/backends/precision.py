@@ -1,4 +1,4 @@
-"""Computing in float32 where the inputs, or autocast, would make it half precision."""
+"""Compute in float32 where the inputs or autocast would lead to half precision."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -11,9 +11,9 @@ Attend = Callable[..., Tensor]
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """A context in which products keep the dtype of their factors.
+    """Return a context in which matrix products keep the dtype of their inputs.
 
-    It does nothing on device types that have no autocast.
+    It does nothing on device types without autocast.
     """
     if not torch.amp.is_autocast_available(device_type):
         return nullcontext()
@@ -21,7 +21,7 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
 
 
 def in_float32(attend: Attend) -> Attend:
-    """``attend`` computed in at least float32, in which large logits do not overflow.
+    """Decorate ``attend`` to compute in at least float32, where large logits do not overflow.
 
     The result has the dtype of ``v``.
     """

@@ -11,12 +11,12 @@ from aaconv.backends.precision import in_float32
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Always None; see `aaconv.backends.Backend`."""
+    """Return None: always available; see `aaconv.backends.Backend`."""
     return None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
-    """`aaconv.attention_2d` by its formula."""
+    """Compute `aaconv.attention_2d` by its formula."""
     return attend_with_dropout(q, k, v, rel_h, rel_w, 0.0)
 
 
@@ -28,7 +28,7 @@ def formula(
     rel_w: Tensor | None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Equations 3 to 5 of Bello et al. 2019 as written, each step in the dtype of ``q``."""
+    """Compute equations 3 to 5 of Bello et al. 2019 as written, each step in the dtype of ``q``."""
     B, N, H, W, D = q.shape
     q = q * D**-0.5
     logits = torch.matmul(q.flatten(2, 3), k.flatten(2, 3).mT)  # (B, N, HW, HW)
@@ -41,4 +41,4 @@ def formula(
     return torch.matmul(weights, v.flatten(2, 3)).unflatten(2, (H, W))
 
 
-attend_with_dropout = in_float32(formula)  # which no other backend has
+attend_with_dropout = in_float32(formula)  # no other backend supports dropout

@@ -1,10 +1,10 @@
 """Attention by PyTorch's scaled_dot_product_attention, position bias included.
 
-Its flash kernels keep no logits and take no bias of their own, so the position bias goes into the
-inner product of query and key, as extra channels:
-``[q, row_bias, col_bias] . [k, onehot(row), onehot(column)]`` is the whole logit. Half types round
-the bias so far that large logits would be wrong; there each term has two channels, one for what the
-rounding of the first has left.
+Its flash kernels store no logits and accept no bias, so the position bias is part of the inner
+product of query and key, as extra channels:
+``[q, row_bias, col_bias] . [k, onehot(row), onehot(column)]`` is the complete logit. In half
+precision, rounding the bias would make large logits wrong, so each term there has two channels, the
+second for the rounding error of the first.
 
 Letters: B batch, N heads, H x W map, D and E channels per head of queries/keys and of values.
 """
@@ -16,34 +16,34 @@ from torch import Tensor
 from aaconv.backends.position_bias import position_bias
 from aaconv.backends.precision import without_autocast
 
-# The extra channels are smaller by this factor, a power of two and so without rounding, and the
-# ones larger: 65504, the largest number of fp16, then stands for a logit of four million.
+# The query's extra channels are divided by this factor and the key's ones multiplied by it. A power
+# of two adds no rounding, and fp16's largest number, 65504, then means a logit of four million.
 _HEADROOM = 64.0
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Always None; see `aaconv.backends.Backend`."""
+    """Return None: always available; see `aaconv.backends.Backend`."""
     return None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
-    """`aaconv.attention_2d` in one call of scaled_dot_product_attention."""
+    """Compute `aaconv.attention_2d` in one call of scaled_dot_product_attention."""
     H, W, D = q.shape[2:]
     E, given = v.shape[-1], v.dtype
     dtype = _autocast_dtype(q)
     with without_autocast(q.device.type):
         queries, keys, values = (t.to(dtype) for t in (q, k, v))
         if rel_h is not None and rel_w is not None:
-            # The keys' ones have no gradient, and so the terms none through them.
+            # The one-hot key channels are constants: no gradient flows through them.
             terms = [*_terms(q, rel_h, 2, dtype), *_terms(q, rel_w, 3, dtype)]
             queries = torch.cat((queries, *terms), dim=-1)
             row = torch.eye(H, dtype=dtype, device=k.device)[:, None, :].expand(*k.shape[:-1], H)
             column = torch.eye(W, dtype=dtype, device=k.device).expand(*k.shape[:-1], W)
             each = len(terms) // 2
             keys = torch.cat((keys, *[_HEADROOM * row] * each, *[_HEADROOM * column] * each), -1)
-        # The flash kernels need queries, keys and values of one width, which on a GPU is a
-        # multiple of 8 in half precision.
-        # A program for export, which is used on maps of other sizes, has them as they are.
+        # The flash kernels need queries, keys and values of equal width, which on a GPU must be a
+        # multiple of 8 in half precision. Exported programs must work on maps of other sizes, so
+        # nothing is padded there.
         if not (torch.compiler.is_exporting() or torch.jit.is_tracing()):
             width = max(queries.shape[-1], E)
             width = width if dtype.itemsize > 2 else -(-width // 8) * 8
@@ -54,7 +54,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor 
 
 
 def _autocast_dtype(q: Tensor) -> torch.dtype:
-    """What scaled_dot_product_attention would compute in."""
+    """Return the dtype in which scaled_dot_product_attention would compute."""
     kind = q.device.type
     if q.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
         return q.dtype
@@ -62,7 +62,7 @@ def _autocast_dtype(q: Tensor) -> torch.dtype:
 
 
 def _terms(q: Tensor, table: Tensor, axis: int, dtype: torch.dtype) -> list[Tensor]:
-    """The position bias over _HEADROOM; with what its rounding has left, where that matters."""
+    """Return the position bias over _HEADROOM and, in half precision, its rounding error."""
     exact = torch.promote_types(dtype, torch.float32)
     bias = position_bias(q.to(exact), table, axis) / _HEADROOM
     rounded = bias.to(dtype)
@@ -72,7 +72,7 @@ def _terms(q: Tensor, table: Tensor, axis: int, dtype: torch.dtype) -> list[Tens
 
 
 def _widened(t: Tensor, width: int) -> Tensor:
-    """With zeros up to so many channels, which lie side by side in memory."""
+    """Pad with zeros to ``width`` channels, contiguous in memory."""
     if t.shape[-1] < width:
         return F.pad(t, (0, width - t.shape[-1]))
     return t if t.stride(-1) == 1 else t.contiguous()

@@ -1,4 +1,4 @@
-"""Exact attention in tiles of logits that fit into the processor's cache.
+"""Exact attention in tiles of logits that fit into the CPU cache.
 
 Letters: G = B * N heads of all images, L = H * W positions, D and E channels per head of
 queries/keys and of values. Channels come before positions in every tensor: products of a tile with
@@ -15,19 +15,19 @@ from torch import Tensor
 from aaconv.backends.operations import refuse_second
 from aaconv.backends.precision import in_float32, without_autocast
 
-# Bytes of the logits of one tile: small enough for the cache together with their gradients, large
-# enough that the cost of launching an operation hardly counts.
+# Bytes of the logits of one tile: small enough to fit into the cache with their gradients, large
+# enough that the overhead of launching operations hardly matters.
 TILE_BYTES = 2**23
 
 
 def unavailable_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Always None; see `aaconv.backends.Backend`."""
+    """Return None: always available; see `aaconv.backends.Backend`."""
     return None
 
 
 @in_float32
 def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor | None) -> Tensor:
-    """`aaconv.attention_2d` tile by tile. It cannot be differentiated twice."""
+    """Compute `aaconv.attention_2d` tile by tile. It cannot be differentiated twice."""
     B, N, H, W, D = q.shape
     # (B, N, H, W, D) to (B N, D, HW): channels before positions.
     scaled = q * (D**-0.5 * math.log2(math.e))
@@ -38,22 +38,21 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rel_h: Tensor | None, rel_w: Tensor 
 
 
 class Tile(NamedTuple):
-    """The heads and the queries that are computed together."""
+    """The heads and queries that are computed together."""
 
     heads: slice
     queries: slice
 
     def of(self, t: Tensor) -> Tensor:
-        """The tile's part of a tensor (G, channels, L)."""
+        """Return the tile's part of a tensor (G, channels, L)."""
         return t[self.heads, :, self.queries]
 
 
 class Positions(NamedTuple):
     """The size (H, W) of the map and its relative position embeddings.
 
-    tables is (2H-1 + 2W-1, D), those of the row offsets before those of the column offsets, or
-    None. table_row is (L, H + W): for each query the index into tables of every key row, then of
-    every key column.
+    tables is (2H-1 + 2W-1, D), the row offsets before the column offsets, or None. table_row is
+    (L, H + W): for each query, the index into tables for every key row, then for every key column.
     """
 
     size: tuple[int, int]
@@ -70,11 +69,11 @@ class Positions(NamedTuple):
 
 
 class TiledAttention(torch.autograd.Function):
-    """Attention with weights 2^(q^T (k + positions)), without ever holding the (L, L) logits.
+    """Attention with weights 2^(q^T (k + positions)), without ever storing the (L, L) logits.
 
-    q is (G, D, L), scaled by log2(e) / sqrt(D); k (G, D, L); v (G, E, L); tables and size as in
-    `Positions`. Returns (G, E, L). The backward pass recomputes each tile of the weights from the
-    saved normalizers; the memory for both grows in proportion to L.
+    q is (G, D, L), scaled by log2(e) / sqrt(D); k is (G, D, L); v is (G, E, L); tables and size are
+    as in `Positions`. Returns (G, E, L). The backward pass recomputes each tile of weights from the
+    saved normalizers; the memory of both passes grows in proportion to L.
     """
 
     @staticmethod
@@ -107,10 +106,10 @@ class TiledAttention(torch.autograd.Function):
 
 
 class Gradients(torch.autograd.Function):
-    """The backward pass of `TiledAttention`, with a node of its own in the graph.
+    """The backward pass of `TiledAttention`, as a separate node in the graph.
 
-    A second derivative then is an error. With once_differentiable it would be silently wrong where
-    it is asked for by torch.autograd.grad: attention would be left out of it.
+    This makes a second derivative an error. With once_differentiable, second derivatives from
+    torch.autograd.grad would be silently wrong: the contribution of attention would be missing.
     """
 
     @staticmethod
@@ -133,7 +132,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     dtables = None if tables is None else torch.zeros_like(tables)
-    # Part of the product, delta need not be subtracted in a pass of its own over each tile.
+    # With delta inside the matrix product, no extra pass over each tile is needed to subtract it.
     delta = (grad * out).sum(dim=1, keepdim=True)
     grad_and_delta = torch.cat((grad, -delta), dim=1) * math.log(2)
     v_and_one = torch.cat((v, torch.ones_like(delta)), dim=1)
@@ -160,7 +159,7 @@ def _backward(
 
 
 def _split(q: Tensor) -> tuple[int, int]:
-    """The number of heads and of queries in a tile."""
+    """Return the number of heads and of queries per tile."""
     heads, _, positions = q.shape
     budget = max(1, TILE_BYTES // q.element_size())
     if positions**2 <= budget:
@@ -174,7 +173,7 @@ def _tile_size(q: Tensor) -> int:
 
 
 def _tiles(q: Tensor) -> list[Tile]:
-    """Tiles that together cover every head and query exactly once."""
+    """Return tiles that together cover every head and query exactly once."""
     heads, queries = _split(q)
     return [
         Tile(slice(h, h + heads), slice(i, min(i + queries, q.shape[2])))
@@ -191,7 +190,7 @@ def _logits(
     buffer: Tensor,
     minus: Tensor | None = None,
 ) -> Tensor:
-    """The tile's logits, (heads, queries, L), written to ``buffer``.
+    """Compute the tile's logits, (heads, queries, L), in ``buffer``.
 
     ``minus``, (G, 1, L), is subtracted from the logits of each query.
     """
