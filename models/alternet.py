@@ -8,18 +8,17 @@ from models.blocks import PreActBlock
 
 
 class AlterBlock(PreActBlock):
-    """A `PreActBlock`, or where attention is, a 1x1 convolution followed by attention.
+    """A 1x1 convolution followed by attention; in places without attention, a `PreActBlock`.
 
-    Which of the two `attention` says: with ``blocks="last"`` and ``dk=1.0``, ``dv=1.0`` in stages 2
-    to 4 of a pre-activation ResNet-18 it is the AlterNet-18 of Park and Kim, without attention the
-    network that they compare it with.
+    The `attention` option decides which of the two: with ``blocks="last"``, ``dk=1.0`` and
+    ``dv=1.0`` in stages 2 to 4 of a pre-activation ResNet-18, the network is the AlterNet-18 of
+    Park and Kim; without attention, it is the network that they compare it with.
 
-    After Park and Kim, as their published code has it: normalization, GELU, 1x1 convolution,
-    normalization, attention, nothing after that, and no MLP. It differs in attention itself, which
-    is the one of this project: over the whole map and not over windows, with positions by
-    `aaconv.AugmentedConv` and not by a bias of each offset, with one number of heads in all stages
-    and as many key and value channels as the block puts out, where theirs has 6, 12 and 24 heads of
-    64 channels.
+    The layers follow Park and Kim's published code: normalization, GELU, 1x1 convolution,
+    normalization, attention, nothing after that, and no MLP. Attention itself is this project's: it
+    covers the whole map instead of windows, takes its positions from `aaconv.AugmentedConv` instead
+    of a bias for each offset, and has the same number of heads in all stages and as many key and
+    value channels as the block has output channels; theirs has 6, 12 and 24 heads of 64 channels.
     """
 
     def add_branch(

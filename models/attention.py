@@ -1,12 +1,12 @@
-"""The options of the group `attention`: what the residual blocks have beside convolutions.
+"""The options of the group `attention`: what residual blocks have in addition to convolutions.
 
 `NoAttention` is the baseline, `AA` an attention-augmented first convolution (Bello et al., ICCV
 2019), `SE` squeeze-and-excitation (Hu et al., CVPR 2018), `GE` gather-excite without parameters and
 with global extent (Hu et al., NeurIPS 2018). `Removed`, `Pointwise` and `GlobalMean` are controls
-of `AA`: something simpler in the place of its dv channels.
+for `AA`, with something simpler in place of its dv channels.
 
-An option is a class here, its settings in configs/schema.py, and a YAML file in configs/attention.
-Everything else asks the class.
+Each option consists of a class in this module, its settings in configs/schema.py, and a YAML file
+in configs/attention. All other code uses the class.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ BLOCKS = ("all", "unstrided", "last")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a residual block stands in its network.
+    """The place of a residual block in its network.
 
     Attributes:
-        stage: counted from 1.
+        stage: number of its stage, from 1.
         block: its number in the stage, from 1 to ``blocks``.
-        blocks: of the stage.
-        stride: of the block.
+        blocks: number of blocks in the stage.
+        stride: stride of the block.
         size: (H, W) of its output.
-        pool: of `aaconv.AugmentedConv`, for attention there.
+        pool: ``pool`` of an `aaconv.AugmentedConv` there.
     """
 
     stage: int
@@ -51,32 +51,32 @@ class Place:
 
 @dataclass(frozen=True)
 class Attention:
-    """An option: by itself the baseline, whose convolutions are plain.
+    """Base class of the options; by default, plain convolutions as in the baseline.
 
     Attributes:
-        name: of the option, in settings, summaries and files.
-        label: in reports, as Table 1 of the paper writes it.
+        name: name of the option in settings, summaries and files.
+        label: name in reports, as in Table 1 of the paper.
     """
 
     name: ClassVar[str]
     label: ClassVar[str]
 
     def check(self, depths: Sequence[int]) -> None:
-        """Raise ValueError for settings that no network of such stages can have."""
+        """Raise ValueError for settings that do not fit a network with stages of these depths."""
 
     def first_convolution(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
-        """The first 3x3 convolution of a block, which may have fewer than ``out_channels``.
+        """Return the first 3x3 convolution of a block, possibly with fewer than ``out_channels``.
 
         Raises:
-            ValueError: there is no such convolution; the message names the stage.
+            ValueError: if the settings do not fit this block; the message names the stage.
         """
         return nn.Conv2d(in_channels, out_channels, 3, place.stride, padding=1, bias=False)
 
     def recalibration(self, channels: int) -> nn.Module:
-        """The module that ends a residual branch.
+        """Return the module at the end of a residual branch.
 
         Raises:
-            ValueError: the settings do not fit so many channels.
+            ValueError: if the settings do not fit this number of channels.
         """
         return nn.Identity()
 
@@ -94,7 +94,7 @@ class SE(Attention):
     """Squeeze-and-excitation at the end of every residual branch.
 
     Attributes:
-        ratio: C / ratio is the number of hidden channels, see `SqueezeExcite`.
+        ratio: there are C // ratio hidden channels, see `SqueezeExcite`.
     """
 
     name: ClassVar[str] = "se"
@@ -122,14 +122,14 @@ class GE(Attention):
 
 @dataclass(frozen=True, kw_only=True)
 class Replacing(Attention):
-    """What takes the place of dv output channels of some blocks' first convolution.
+    """Base class of options that replace dv output channels of the first convolution of blocks.
 
     Attributes:
-        dv: those channels, as a number (int) or as a fraction of the block's output channels
-            (float, the paper's upsilon), which is at most 1.
-        Nh: number of heads; a fraction is rounded to a multiple of it.
-        stages: the stages, counted from 1, in which it does.
-        blocks: in which blocks of these stages: ``all``, ``unstrided`` (not the one that halves the
+        dv: number of these channels (int), or their fraction of the block's output channels
+            (float, the paper's upsilon), at most 1.
+        Nh: number of heads; fractions are rounded to a multiple of it.
+        stages: the stages, counted from 1, in which channels are replaced.
+        blocks: the blocks of these stages: ``all``, ``unstrided`` (all but the one that halves the
             map), or ``last`` (the last of each stage).
     """
 
@@ -161,7 +161,7 @@ class Replacing(Attention):
                 )
 
     def dv_of(self, out_channels: int) -> int:
-        """dv of a block with ``out_channels`` output channels."""
+        """Return dv for a block with ``out_channels`` output channels."""
         return channels(self.dv, out_channels, self.Nh)
 
     def first_convolution(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
@@ -174,10 +174,10 @@ class Replacing(Attention):
             raise ValueError(f"attention in stage {place.stage}: {error}") from error
 
     def replaced(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
-        """The first convolution of a block that is chosen.
+        """Return the first convolution of a block selected by ``stages`` and ``blocks``.
 
         Raises:
-            ValueError: there is none with so many channels.
+            ValueError: if the settings do not fit these numbers of channels.
         """
         raise NotImplementedError
 
@@ -188,16 +188,15 @@ class AA(Replacing):
 
     Attributes:
         dk: key channels of a block, as a number (int) or as a fraction of its output channels
-            (float, the paper's kappa), which is at most 2.
-        min_dkh: minimum key channels per head where ``dk`` is a fraction; an int ``dk`` is used
-            as it is.
-        position: the encoding of positions: ``relative`` (learned, as in the paper), ``none``,
-            ``sine`` or ``coord`` (see ``absolute`` of `aaconv.AugmentedConv`).
-        bias: whether queries, keys and values have a bias.
-        init: how attention's own convolutions begin, see `aaconv.AugmentedConv`.
-        qk_norm: whether queries and keys are normalized, see there.
+            (float, the paper's kappa), at most 2.
+        min_dkh: minimum key channels per head if ``dk`` is a fraction; an int ``dk`` is used as is.
+        position: position encoding: ``relative`` (learned, as in the paper), ``none``, ``sine`` or
+            ``coord`` (see ``absolute`` in `aaconv.AugmentedConv`).
+        bias: whether the convolution for queries, keys and values has a bias.
+        init: initialization of attention's own convolutions, see `aaconv.AugmentedConv`.
+        qk_norm: whether queries and keys are normalized, see `aaconv.AugmentedConv`.
         backend: how attention is computed, see `aaconv.attention_2d`.
-        dropout: of the weights of attention, see there.
+        dropout: dropout probability of attention weights, see `aaconv.attention_2d`.
     """
 
     name: ClassVar[str] = "aa"
@@ -227,7 +226,7 @@ class AA(Replacing):
         check_amount("attention.dk", self.dk)
 
     def dk_of(self, out_channels: int) -> int:
-        """dk of a block with ``out_channels`` output channels."""
+        """Return dk for a block with ``out_channels`` output channels."""
         return channels(self.dk, out_channels, self.Nh, self.min_dkh)
 
     def replaced(self, in_channels: int, out_channels: int, place: Place) -> Convolution:
@@ -254,7 +253,7 @@ class AA(Replacing):
 
 @dataclass(frozen=True, kw_only=True)
 class Removed(Replacing):
-    """Control: nothing in the place of the dv channels; the block is narrower by them inside."""
+    """Control: the dv channels are removed, which makes the block narrower inside."""
 
     name: ClassVar[str] = "removed"
     label: ClassVar[str] = "removed"
@@ -266,7 +265,7 @@ class Removed(Replacing):
 
 @dataclass(frozen=True, kw_only=True)
 class Pointwise(Replacing):
-    """Control: a 1x1 convolution gives the dv channels, which no other position reaches."""
+    """Control: a 1x1 convolution computes the dv channels, so they see no other position."""
 
     name: ClassVar[str] = "pointwise"
     label: ClassVar[str] = "1x1"
@@ -279,14 +278,14 @@ class Pointwise(Replacing):
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalMean(Pointwise):
-    """Control: attention whose weights are all equal gives the dv channels."""
+    """Control: attention with uniform weights computes the dv channels."""
 
     name: ClassVar[str] = "mean"
     label: ClassVar[str] = "mean"
     mean: ClassVar[bool] = True
 
 
-# By name, in the order of the paper's Table 1 and after them the controls.
+# By name, in the order of the paper's Table 1, followed by the controls.
 ATTENTIONS: dict[str, type[Attention]] = {
     kind.name: kind for kind in (NoAttention, GE, SE, AA, Removed, Pointwise, GlobalMean)
 }
@@ -299,14 +298,14 @@ def _kept(out_channels: int, dv: int) -> int:
 
 
 class SideConv(nn.Module):
-    """A 3x3 and a 1x1 convolution in parallel, as convolution and attention are in `AugmentedConv`.
+    """A 3x3 and a 1x1 convolution in parallel, like convolution and attention in `AugmentedConv`.
 
     Maps (B, in_channels, H, W) to (B, out_channels, H/stride, W/stride), rounded up. The last
-    ``dv`` channels are the 1x1 convolution's, with ``mean`` its output's mean over all positions:
-    what attention gives whose weights are all equal.
+    ``dv`` channels come from the 1x1 convolution; with ``mean``, they are its mean over all
+    positions, which is the result of attention with uniform weights.
 
     Raises:
-        ValueError: ``dv`` leaves no channel to one of the two.
+        ValueError: if ``dv`` leaves no channels for one of the two.
     """
 
     def __init__(
@@ -322,7 +321,7 @@ class SideConv(nn.Module):
         out = self.conv_out(x)
         # Unstrided, after subsampling, for the reason given in aaconv/modules.py.
         x = x[:, :, :: self.stride, :: self.stride]
-        if self.mean:  # of the input: a convolution without bias and a mean can be exchanged
+        if self.mean:  # of the input: a 1x1 convolution without bias and a mean commute
             x = x.mean(dim=(2, 3), keepdim=True)
         side = self.side_conv(x)
         return torch.cat((out, side.expand(-1, -1, *out.shape[2:])), dim=1)
@@ -338,7 +337,7 @@ class SqueezeExcite(nn.Module):
     biases. Input and output are (B, C, H, W).
 
     Raises:
-        ValueError: ``ratio`` is larger than ``channels``.
+        ValueError: if ``ratio`` is larger than ``channels``.
     """
 
     def __init__(self, channels: int, ratio: int) -> None:

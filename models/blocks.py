@@ -15,7 +15,7 @@ class Shortcut(nn.Module):
     stride-th pixel instead of averaging (option A of He et al., CVPR 2016).
 
     Raises:
-        ValueError: ``kind`` is unknown, or it has no parameters and there are fewer output than
+        ValueError: if ``kind`` is unknown, or it has no parameters and there are fewer output than
             input channels.
     """
 
@@ -46,16 +46,16 @@ class Shortcut(nn.Module):
 
 
 class Block(nn.Module):
-    """What all blocks share: a residual branch, its recalibration, and a shortcut beside it.
+    """Base class of the blocks: a residual branch, its recalibration, and a shortcut.
 
     Args:
-        in_channels: of the input.
-        channels: of the branch; the output has ``expansion`` times as many.
-        place: where the block stands in its network.
-        shortcut: see `Shortcut`, which a block that keeps the shape does not need.
+        in_channels: channels of the input.
+        channels: channels of the branch; the output has ``expansion`` times as many.
+        place: place of the block in its network.
+        shortcut: kind of `Shortcut`, used only if the block changes the shape.
         attention: what the branch has in addition to convolutions.
-        drop_path: probability with which an image goes through the shortcut alone, in training.
-        dropout: the same of each value between the two convolutions of a pre-activation block.
+        drop_path: probability of skipping the branch for an image in training.
+        dropout: dropout probability between the two convolutions of a pre-activation block.
     """
 
     expansion = 1
@@ -90,10 +90,10 @@ class Block(nn.Module):
         raise NotImplementedError
 
     def end_branch(self, y: Tensor) -> Tensor:
-        """The output of the branch: recalibrated and, of some images in training, zero.
+        """Recalibrate the output of the branch, and in training set it to zero for some images.
 
-        The others' is larger by so much that the mean stays (Huang et al., ECCV 2016, who scale in
-        evaluation instead, and drop the same blocks for all images of a batch).
+        The output for other images is scaled up to keep the mean (Huang et al., ECCV 2016, who
+        scale in evaluation instead, and drop the same blocks for all images of a batch).
         """
         y = self.recalibrate(y)
         if not (self.training and self.drop_path):
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
 
 class BasicBlock(Block):
-    """Two 3x3 convolutions, normalized after each (He et al., CVPR 2016)."""
+    """Two 3x3 convolutions, each followed by normalization (He et al., CVPR 2016)."""
 
     def add_branch(
         self, in_channels: int, channels: int, place: Place, attention: Attention
@@ -120,10 +120,10 @@ class BasicBlock(Block):
 
 
 class Bottleneck(Block):
-    """1x1, 3x3 and 1x1 convolution, 4 x ``channels`` out (He et al., CVPR 2016).
+    """1x1, 3x3 and 1x1 convolution with 4 x ``channels`` output channels (He et al., CVPR 2016).
 
-    `AA` augments the 3x3 one, the only one that sees more than one pixel; that gives the parameter
-    counts which Bello et al. print for their ResNet-50.
+    `AA` augments the 3x3 convolution, the only one that sees more than one pixel; this gives the
+    parameter counts that Bello et al. report for their ResNet-50.
     """
 
     expansion = 4
@@ -147,9 +147,9 @@ class Bottleneck(Block):
 
 
 class PreActBlock(Block):
-    """Two 3x3 convolutions, normalized before each (Zagoruyko and Komodakis, BMVC 2016).
+    """Two 3x3 convolutions, each preceded by normalization (Zagoruyko and Komodakis, BMVC 2016).
 
-    Where the shape changes, the shortcut starts after the first normalization and ReLU.
+    If the shape changes, the shortcut starts after the first normalization and ReLU.
     """
 
     normalizes_projection = False

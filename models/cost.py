@@ -15,17 +15,17 @@ from models.resnet import ResNet
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters."""
+    """Return the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
-    """FLOPs of the forward pass for one (3, H, W) image, two per multiply-add.
+    """Return the FLOPs of the forward pass for one (3, H, W) image, two per multiply-add.
 
     Counts convolutions and matrix products, nothing elementwise (no softmax, no normalization).
-    Attention is counted by its formula whichever backend runs it: queries times keys, queries
-    times both position tables, weights times values. It runs on the meta device, where nothing is
-    computed.
+    Attention is counted by its formula for every backend: queries times keys, queries times both
+    position tables, weights times values. The forward pass runs on the meta device, which computes
+    nothing.
     """
     # In evaluation mode, because synchronized normalization would communicate with other processes.
     shadow = copy.deepcopy(model).to("meta").eval()
@@ -36,10 +36,10 @@ def count_flops(model: nn.Module, image_size: tuple[int, int]) -> int:
 
 
 def layer_facts(model: nn.Module) -> list[dict[str, Any]]:
-    """What dk, dv and Nh have come to in each augmented layer; empty for a plain network.
+    """Return the actual dk, dv and Nh of each augmented layer; empty for a plain network.
 
     Each entry has the module's ``name``, its output channels ``out``, ``dk``, ``dv``, ``Nh``, the
-    channels per head ``dkh`` and ``dvh``, and ``height`` and ``width`` of its output.
+    channels per head ``dkh`` and ``dvh``, and the ``height`` and ``width`` of its output.
     """
     return [
         {
@@ -58,7 +58,7 @@ def layer_facts(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def layer_table(facts: list[dict[str, Any]]) -> list[str]:
-    """What `layer_facts` says as the lines of a table; none for a plain network."""
+    """Return the output of `layer_facts` as the lines of a table; none for a plain network."""
     if not facts:
         return []
     columns = ("out", "dk", "dv", "Nh", "dkh", "dvh")
@@ -70,12 +70,11 @@ def layer_table(facts: list[dict[str, Any]]) -> list[str]:
 
 
 def receptive_field(model: nn.Module) -> int:
-    """Side in pixels of the window of the image that one position of the last feature map sees.
+    """Return the side in pixels of the image window that a position of the last feature map sees.
 
-    Through convolutions, and the pooling of a strided stem, that is: from the kernel sizes, strides
-    and dilations along the residual branches of a network of this package, all of them square. Of a
-    network with attention it is the field of its convolutions alone; attention, like
-    squeeze-and-excitation, sees the whole map.
+    It follows from the kernel sizes, strides and dilations, all square, of the convolutions along
+    the residual branches of a network of this package, and from the pooling of a strided stem.
+    Attention, like squeeze-and-excitation, is not included: it sees the whole map.
     """
     side, step = 1, 1
     strided_stem = isinstance(model, ResNet) and model.strided_stem
@@ -85,13 +84,13 @@ def receptive_field(model: nn.Module) -> int:
             continue
         side += (layer.kernel_size[0] - 1) * layer.dilation[0] * step
         step *= layer.stride[0]
-        if strided_stem and layer is model.conv:  # then 3x3 pooling at every other position
+        if strided_stem and layer is model.conv:  # followed by 3x3 pooling with stride 2
             side, step = side + 2 * step, 2 * step
     return side
 
 
 def _convolutions(module: nn.Module) -> Iterator[nn.Conv2d | AugmentedConv]:
-    """Those that follow each other, in order; a shortcut sees no more than the branch beside it."""
+    """Yield consecutive convolutions in order, without shortcuts, which see less than branches."""
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d | AugmentedConv):
             yield child
