@@ -90,7 +90,7 @@ def receptive_field(model: nn.Module) -> int:
 
 
 def _convolutions(module: nn.Module) -> Iterator[nn.Conv2d | AugmentedConv]:
-    """Yield consecutive convolutions in order, without shortcuts, which see less than branches."""
+    """Yield the convolutions in order, except shortcuts, which see no more than the branches."""
     for name, child in module.named_children():
         if isinstance(child, nn.Conv2d | AugmentedConv):
             yield child

@@ -1,4 +1,4 @@
-"""Types of the values in a run's files, and the one line that names a value of another type."""
+"""Types of the values in a run's files, and one-line errors for values of another type."""
 
 import json
 from functools import cache
@@ -10,19 +10,19 @@ from pydantic import AfterValidator, Field, InstanceOf, TypeAdapter, ValidationE
 from aaconv.text import one_line
 
 T = TypeVar("T")
-# To make one takes longer than most checks.
+# Creating an adapter takes longer than most checks.
 _adapter: Any = cache(TypeAdapter)
 
-# Of everything in a run's folder. A change of names or meanings raises it.
+# Version of all files in a run's folder. Increase it when names or meanings change.
 FORMAT = 3
-# A little beyond float32's range: nothing that a run measures is larger, so that sums and squares
-# of what is read stay finite.
+# Slightly beyond float32's range: nothing that a run measures is larger, and sums and squares of
+# values that are read stay finite.
 MAX_NUMBER = 3.5e38
-MAX_DEPTH = 20  # of values inside each other
+MAX_DEPTH = 20  # of nested values
 
 
 class UnreadableError(ValueError):
-    """A file of a run is damaged or of another format; the message is one line that says how."""
+    """A file of a run is damaged or has another format; the message says how, in one line."""
 
 
 def _this_format(value: int) -> int:
@@ -32,18 +32,18 @@ def _this_format(value: int) -> int:
 
 
 Format = Annotated[int, Field(strict=True), AfterValidator(_this_format)]
-# At least 0, and at least 1.
+# Integers of at least 0, and of at least 1.
 Whole = Annotated[int, Field(strict=True, ge=0, lt=2**64)]
 Count = Annotated[int, Field(strict=True, ge=1, lt=2**64)]
 Finite = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-MAX_NUMBER, le=MAX_NUMBER)]
-# Of images, in pixels; the setting data.size allows the same.
+# Height or width of images in pixels, with the same limit as the setting data.size.
 Side = Annotated[Count, Field(le=1024)]
-# Not pydantic's str: names of folders, and so of classes, may hold bytes that are no UTF-8.
+# Not pydantic's str: names of folders, and so of classes, may contain bytes that are not UTF-8.
 Text = Annotated[InstanceOf[str], Field(min_length=1)]
 
 
 def is_finite(value: Any) -> bool:
-    """Whether ``value`` is a number of at most float32's range, neither NaN nor infinite."""
+    """Return whether ``value`` is a number up to MAX_NUMBER in size, neither NaN nor infinite."""
     return is_number(value) and -MAX_NUMBER <= value <= MAX_NUMBER
 
 
@@ -52,8 +52,8 @@ def is_number(value: Any) -> bool:
 
 
 def are_plain(values: Any, key: str = "", depth: int = 0) -> Any:
-    """``values``, if JSON can hold them, its numbers are finite and it is not nested deeply."""
-    key = key.encode(errors="backslashreplace").decode()  # pydantic asks for UTF-8
+    """Return ``values``; raise ValueError if they are not JSON, not finite or nested too deeply."""
+    key = key.encode(errors="backslashreplace").decode()  # pydantic requires UTF-8
     if depth > MAX_DEPTH:
         raise ValueError(f"{key[:40]}... is nested too deeply")
     if is_number(values) and not is_finite(values):
@@ -71,16 +71,16 @@ def are_plain(values: Any, key: str = "", depth: int = 0) -> Any:
     return values
 
 
-# Settings, for example.
+# A dict of JSON values, such as settings.
 Plain = Annotated[dict[str, Any], AfterValidator(are_plain)]
 
 
 def parse(kind: type[T], value: Any, where: str) -> T:
-    """``value``, which a file holds, as a ``kind``: a pydantic model, a dataclass or a TypedDict.
+    """Convert ``value`` from a file to a ``kind``: a pydantic model, a dataclass or a TypedDict.
 
     Raises:
-        UnreadableError: it is none; one line of ``where``, the first key at fault, and the fault.
-            What a validator of the type raises follows the key directly.
+        UnreadableError: if that fails; one line with ``where``, the first invalid key, and the
+            reason. A message from a validator of the type follows the key directly.
     """
     try:
         parsed: T = _adapter(kind).validate_python(value)
@@ -103,7 +103,7 @@ def _fault(error: ValidationError) -> str:
 
 
 def short_value(value: Any) -> str:
-    """For a message. JSON's own words for what JSON holds: null and not None."""
+    """Format ``value`` briefly for a message, as JSON if possible: null instead of None."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (RecursionError, ValueError, TypeError):
@@ -115,17 +115,17 @@ def short_value(value: Any) -> str:
 
 
 def check_is_file(path: Path) -> None:
-    """Raise UnreadableError for what is there and no regular file: a pipe would wait forever."""
+    """Raise UnreadableError if ``path`` exists but is not a file: reading a pipe could hang."""
     if path.exists() and not path.is_file():
         raise UnreadableError(f"{path} is not a file")
 
 
 def read_text(path: Path) -> str:
-    """The text of a run's file.
+    """Return the text of a run's file.
 
     Raises:
-        FileNotFoundError: there is none.
-        UnreadableError: it cannot be read, or is no UTF-8.
+        FileNotFoundError: if there is no such file.
+        UnreadableError: if it cannot be read or is not UTF-8.
     """
     try:
         check_is_file(path)
@@ -139,7 +139,7 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """The value of a run's JSON file; raises as `read_text` does."""
+    """Return the value of a run's JSON file; raise as `read_text` does, also if it is not JSON."""
     text = read_text(path)
     try:
         return json.loads(text)

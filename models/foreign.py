@@ -1,4 +1,4 @@
-"""Weights of torchvision's and timm's ResNets, whose blocks are ours under other names."""
+"""Weights of torchvision and timm ResNets, which have the same blocks under different names."""
 
 import re
 from collections.abc import Callable
@@ -11,9 +11,9 @@ from torch import Tensor
 from models.fields import UnreadableError
 from models.weight_files import COUNTER, FLOATS, tensor_fault
 
-# A tensor that each of these networks has, and none of ours.
+# The name of a tensor that all of these networks have, but none of this project's.
 KNOWN_BY = "layer1.0.conv1.weight"
-# Applied one after the other.
+# Applied in this order.
 RENAMED: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
     (r"^conv1\.", "conv."),
     (r"^bn1\.", "bn_in."),
@@ -26,11 +26,11 @@ RENAMED: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
 
 @dataclass(frozen=True)
 class ForeignWeights:
-    """Weights of a ResNet of torchvision's or timm's, all of them finite.
+    """Weights of a torchvision or timm ResNet, all finite.
 
     Attributes:
-        tensors: by the names that `models.ResNet` has for them; others have their own.
-        file: where they are from.
+        tensors: keyed by their names in `models.ResNet`; other tensors keep their own names.
+        file: the file they come from.
     """
 
     tensors: dict[str, Tensor]
@@ -38,13 +38,13 @@ class ForeignWeights:
 
 
 def find_foreign(state: Any, file: Path) -> ForeignWeights | None:
-    """The weights of such a ResNet in what ``file`` holds; None where there are none.
+    """Return the weights of a torchvision or timm ResNet in ``state``, read from ``file``, or None.
 
-    They are the value itself, or one inside it such as ``state_dict``, and may have a common prefix
-    such as ``module.``.
+    They may be ``state`` itself or one of its values, such as ``state_dict``, and their names may
+    have a common prefix such as ``module.``.
 
     Raises:
-        UnreadableError: they are damaged; one line that names the tensor.
+        UnreadableError: if they are damaged; one line that names the tensor.
     """
     inside = [state, *state.values()] if isinstance(state, dict) else []
     for tensors in (value for value in inside if isinstance(value, dict)):
@@ -65,7 +65,7 @@ def find_foreign(state: Any, file: Path) -> ForeignWeights | None:
 
 
 def our_name(name: str) -> str:
-    """What `models.ResNet` calls the tensor of this name; what it has none for stays as it is."""
+    """Return the name of a tensor in `models.ResNet`; unknown names stay unchanged."""
     for pattern, ours in RENAMED:
         name = re.sub(pattern, ours, name)
     return name

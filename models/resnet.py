@@ -1,4 +1,4 @@
-"""The residual network of the comparison: CIFAR ResNets, wide ResNets, bottlenecks."""
+"""The residual network used for all comparisons: CIFAR, wide and bottleneck ResNets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -25,32 +25,32 @@ class ResNet(nn.Module):
     """A residual network for small images, plain or with attention.
 
     Maps (B, 3, H, W) images to (B, num_classes) logits: a stem, stages of blocks, the mean over the
-    map, a linear layer. Every stage but the first halves the map.
+    map, and a linear layer. Every stage but the first halves the map.
 
     Args:
-        block: ``basic`` or ``bottleneck`` (He et al., CVPR 2016), or ``preact`` as in wide
-            ResNets (Zagoruyko and Komodakis, BMVC 2016), or ``alternet``, see
+        block: ``basic`` or ``bottleneck`` (He et al., CVPR 2016), ``preact`` as in wide ResNets
+            (Zagoruyko and Komodakis, BMVC 2016), or ``alternet``, see
             `models.alternet.AlterBlock`.
-        depths: number of blocks of each stage.
+        depths: number of blocks in each stage.
         widths: channels of each stage, before a bottleneck's fourfold expansion.
         stem: output channels of the first convolution, which is 3x3.
-        strided_stem: whether it is 7x7 instead, and a 3x3 max pooling follows, each of stride 2, as
-            for ImageNet (He et al., CVPR 2016). Attention is then pooled as
-            `aaconv.augment.papers_pool` says (Bello et al., section 4.2).
+        strided_stem: use the ImageNet stem instead: a 7x7 convolution and 3x3 max pooling, both
+            with stride 2 (He et al., CVPR 2016). Attention is then pooled according to
+            `aaconv.augment.papers_pool` (Bello et al., section 4.2).
         shortcut: ``projection``, ``pad`` or ``subsample``, see `models.blocks.Shortcut`.
         num_classes: number of logits.
-        image_size: (H, W) of the images, which sizes the relative tables of `AA`.
-        drop_path: probability with which the last block is left out for an image in training; the
-            l-th of L blocks is with l / L of it (stochastic depth, Huang et al., ECCV 2016).
-        dropout: between the two convolutions of ``preact`` blocks, see Zagoruyko and Komodakis.
+        image_size: (H, W) of the images, which determines the size of the relative tables of `AA`.
+        drop_path: probability of skipping the last block for an image in training; for the l-th of
+            L blocks it is l / L times as large (stochastic depth, Huang et al., ECCV 2016).
+        dropout: dropout between the convolutions of ``preact`` blocks (Zagoruyko and Komodakis).
         attention: what the blocks have in addition to convolutions, see `models.attention`.
-            Networks to compare differ in this argument alone.
+            Networks to be compared differ only in this argument.
 
     Attributes:
-        arguments: all of the above, with which an equal network can be built.
+        arguments: all of the above, enough to build the same network again.
 
     Raises:
-        ValueError: the arguments contradict each other; the message names the values.
+        ValueError: if the arguments contradict each other; the message names the values.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class ResNet(nn.Module):
             self.conv = nn.Conv2d(3, stem, 7, 2, padding=3, bias=False)
         else:
             self.conv = nn.Conv2d(3, stem, 3, padding=1, bias=False)
-        # Pre-activation blocks normalize their own input, so the normalization that the others
-        # have after the stem comes after the last block instead.
+        # Pre-activation blocks normalize their own input, so the normalization that comes after the
+        # stem in other networks comes after the last block instead.
         self.bn_in = nn.Identity() if preact else nn.BatchNorm2d(stem)
         self.stages = nn.Sequential()
         channels, size = stem, image_size
@@ -143,11 +143,11 @@ class ResNet(nn.Module):
 
 
 def _initialize(network: nn.Module) -> None:
-    """Draw the convolutions and zero the last layer's bias; attention has initialized itself."""
+    """Initialize convolutions and zero the last layer's bias; attention initializes itself."""
     layers = augmented_layers(network).values()
     of_attention = {part for layer in layers for part in (layer.qkv_conv, layer.attn_out)}
     for module in network.modules():
-        # On the meta device there is nothing to draw; see AugmentedConv.
+        # There is nothing to draw on the meta device; see AugmentedConv.
         if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
             if module not in of_attention:
                 nn.init.kaiming_normal_(module.weight)

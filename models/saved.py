@@ -1,9 +1,9 @@
-"""Trained networks as files that explain themselves: saved by a run, rebuilt from the file alone.
+"""Trained networks in self-describing files: saved by a run, rebuilt without anything else.
 
-A run ends with two files side by side: ``weights.safetensors``, which other tools open too, and
-``config.json``, which says what network the weights are of, what its classes are called and how its
-images are normalized. A checkpoint, ``last.pt``, has the same inside. Loading runs no code of a
-file: weights are read as tensors, and the description as plain values.
+A finished run leaves two files in its folder: ``weights.safetensors``, which other tools can open,
+and ``config.json``, which describes the network, its class names and the normalization of its
+images. A checkpoint, ``last.pt``, contains the same. Loading never runs code from a file: weights
+are read as tensors, and the description as plain values.
 """
 
 import json
@@ -39,21 +39,21 @@ from models.weight_files import check_tensors, named_tensors, read_safetensors, 
 WEIGHTS = "weights.safetensors"
 DESCRIPTION = "config.json"
 CHECKPOINTS = ("last.pt", "previous.pt")
-# Of pixels on a scale where white is 1.
+# Mean and standard deviation of pixels, on a scale where white is 1.
 Mean = Annotated[Finite, Field(ge=0, le=1)]
 Deviation = Annotated[Finite, Field(gt=1e-12, le=1)]
 
 
 @with_config(extra="allow")
 class Network(TypedDict):
-    """The arguments of `models.ResNet`; of its attention the ``name`` and the settings."""
+    """The arguments of `models.ResNet`, with attention as its ``name`` and settings."""
 
     block: Text
     depths: list[Count]
     widths: list[Count]
     stem: Count
     shortcut: Text
-    # Older code has none of these.
+    # Files from older versions lack these.
     strided_stem: NotRequired[bool]
     drop_path: NotRequired[Finite]
     dropout: NotRequired[Finite]
@@ -70,19 +70,19 @@ def _is_of_data(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class Description(BaseModel, frozen=True):
-    """What a file of weights is of; `model_dump` is what config.json holds.
+    """The description of a trained network; `model_dump` gives the content of config.json.
 
     Attributes:
         format: `models.fields.FORMAT`.
-        network: what `build` takes.
+        network: the argument of `build`.
         class_names: a name for each logit.
-        mean, std: of the training images, per channel, on a scale where white is 1.
+        mean, std: statistics of the training images, per channel, on a scale where white is 1.
         data: name of the data set.
-        data_digest: which images those are, see `data.Dataset`.
-        settings: all settings that decide the result of the run which has trained it.
-        precision: in which it was trained, such as "float32".
-        version: of the code that has written it.
-        commit: likewise, or "unknown".
+        data_digest: digest that identifies its images, see `data.Dataset`.
+        settings: all settings that affect the result of the training run.
+        precision: precision of training, such as "float32".
+        version: version of the code that wrote the file.
+        commit: commit of that code, or "unknown".
     """
 
     format: Format
@@ -107,7 +107,7 @@ class Description(BaseModel, frozen=True):
 
 @dataclass(frozen=True)
 class Trained:
-    """A network with its weights, in evaluation mode, and what it needs to be used."""
+    """A network with its weights, in evaluation mode, and its description."""
 
     network: ResNet
     description: Description
@@ -125,12 +125,12 @@ class Trained:
 
 
 def build(network: Network) -> ResNet:
-    """The network of a description, with new weights.
+    """Build the described network, with new weights.
 
-    Its attention is computed as is best where it is now, whatever ``backend`` it was trained with.
+    The attention backend is "auto", whatever ``backend`` the network was trained with.
 
     Raises:
-        ValueError: there is no such network; see `models.ResNet`.
+        ValueError: if the description is invalid; see `models.ResNet`.
     """
     arguments: dict[str, Any] = {**network}
     attention = dict(arguments.pop("attention"))
@@ -143,26 +143,26 @@ def build(network: Network) -> ResNet:
 
 
 def describe(network: ResNet) -> Network:
-    """The arguments of ``network`` as plain values, as `build` takes them."""
+    """Return the arguments of ``network`` as plain values, in the form that `build` accepts."""
     arguments = network.arguments
     return cast(Network, arguments | {"attention": describe_attention(arguments["attention"])})
 
 
 def describe_attention(attention: Attention) -> dict[str, Any]:
-    """``attention`` as a dict of its name and its settings."""
+    """Return ``attention`` as a dict of its name and settings."""
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(attention).items()}
     return {"name": attention.name, **settings}
 
 
 def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    """``tensors``, by their names, as a file of the safetensors format."""
+    """Return ``tensors``, keyed by name, as the bytes of a safetensors file."""
     from safetensors.torch import save
 
     return save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
 
 
 def description_as_text(description: Description) -> str:
-    """``description`` as the text of config.json."""
+    """Return ``description`` as the text of config.json."""
     return json.dumps(description.model_dump(), indent=1, allow_nan=False) + "\n"
 
 
@@ -170,21 +170,21 @@ def description_as_text(description: Description) -> str:
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Trained:
-    """A trained network, rebuilt from its file alone; no code of the file is run.
+    """Load a trained network, rebuilt from its file alone, without running any code from it.
 
     Args:
-        path: a run's folder, a ``weights.safetensors`` with its ``config.json`` beside it, or a
-            checkpoint. Of a folder the weights are taken, or the newest checkpoint of a run that is
-            not finished. Of a checkpoint with averaged weights these are taken, whose scores are
-            the run's.
-        device: where the network is put.
+        path: a run's folder, a ``weights.safetensors`` with its ``config.json`` in the same folder,
+            or a checkpoint. In a folder, the weights are used, or the newest checkpoint if the run
+            is not finished. From a checkpoint with averaged weights, those are loaded, because the
+            run reports their scores.
+        device: device of the network.
 
     Returns:
         The network in evaluation mode with its description; see `Trained`.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or its weights and its description do not
-            fit; one line that names the file and what does not fit.
+        ValueError: if there is no such file, it is damaged, or its weights do not match its
+            description; one line that names the file and the mismatch.
     """
     found = load_weights(path)
     if isinstance(found, ForeignWeights):
@@ -196,7 +196,7 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Trained:
 
 
 def load_weights(path: str | Path) -> Trained | ForeignWeights:
-    """What `load` makes of a file, on the CPU, or the weights of a published network in it.
+    """Load a file like `load`, on the CPU, or return its weights if it is from another library.
 
     Raises:
         UnreadableError: see `load`.
@@ -227,7 +227,7 @@ def load_weights(path: str | Path) -> Trained | ForeignWeights:
 
 
 def _evaluated_weights(state: dict[str, Any], file: Path) -> Any:
-    """Of a checkpoint the averaged weights, where there are some."""
+    """Return the averaged weights of a checkpoint if it has any, otherwise its plain weights."""
     if "ema_model" not in state:
         return state["model"]
     averaged = named_tensors(state["ema_model"], f"{file}: ema_model")
@@ -251,24 +251,24 @@ def _file(path: Path) -> Path:
 def _with_weights(
     description: Description, described_in: Path, tensors: dict[str, Tensor], file: Path
 ) -> ResNet:
-    """The network that is described, with ``tensors``, which ``file`` holds.
+    """Return the described network with ``tensors``, the weights from ``file``.
 
     Raises:
-        UnreadableError: they do not fit, or no network is described.
+        UnreadableError: if they do not match, or the description is invalid.
     """
     depths = description.network["depths"]
     try:
         if sum(depths) > len(tensors):
             raise ValueError(f"depths={depths} are more blocks than there are weights")
-        with torch.device("meta"):  # nothing is allocated before all is known to fit
+        with torch.device("meta"):  # allocate nothing until everything is known to match
             network = build(description.network)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
         line = f"{described_in} describes no network: {one_line(error)}"
         raise UnreadableError(line) from error
     of_network = f"the network of {described_in}"
     check_tensors(tensors, network.state_dict(), f"{file}", of_network)
-    # In memory of their own, aligned as torch does it, and not in channels_last as a checkpoint's
-    # may be: the same weights then round in the same way.
+    # Clone into torch's own aligned memory and, since a checkpoint may be in channels_last, to the
+    # contiguous format, so that the same weights give the same rounding.
     own_memory = {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
     network.load_state_dict(own_memory, assign=True)
     return network

@@ -1,4 +1,4 @@
-"""Weights of one network in another: what fits is taken, and a table says what was not."""
+"""Copy the weights that fit from one network to another, with a table of those that do not."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,22 +12,22 @@ from aaconv.tables import fit_table
 from models.foreign import ForeignWeights
 from models.saved import Trained
 
-# What decides what attention's tensors mean.
+# Settings that determine the meaning of attention's tensors.
 DECISIVE = ("dk", "dv", "Nh", "qk_norm", "absolute")
-# Tensors of an augmented convolution that have a meaning with its own dk, dv and Nh alone.
+# Tensors of an augmented convolution that are meaningful only with equal DECISIVE settings.
 ATTENTIONS_OWN = ("qkv_conv", "attn_out", "key_rel_h", "key_rel_w")
 TABLES = ("key_rel_h", "key_rel_w")
-CONVOLUTION = "conv_out"  # of an augmented convolution; in a plain network it is the module itself
+CONVOLUTION = "conv_out"  # in an augmented convolution; in a plain network, the module itself
 
 
 @dataclass(frozen=True)
 class Row:
-    """A tensor that was not taken as it is.
+    """A tensor that was not copied unchanged.
 
     Attributes:
-        module: where it is, an augmented convolution being one module.
-        tensor: its name in there.
-        why: what was taken of it instead, or why nothing was.
+        module: its module, where an augmented convolution counts as one module.
+        tensor: its name in the module.
+        why: what was copied instead, or why nothing was.
     """
 
     module: str
@@ -37,13 +37,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What `transfer` has done.
+    """The result of `transfer`.
 
     Attributes:
-        taken: number of parameters that now have the values of the other network.
-        of: number of all parameters.
-        rows: the tensors that were not taken as they are, in the network's order, and after them
-            those of the other network that this one has no place for.
+        taken: number of parameters copied from the other network.
+        of: total number of parameters.
+        rows: the tensors that were not copied unchanged, in the network's order, followed by those
+            of the other network that do not exist in this one.
     """
 
     taken: int
@@ -51,7 +51,7 @@ class Transfer:
     rows: list[Row]
 
     def table(self) -> list[str]:
-        """A line for each module with such tensors, those with one reason together."""
+        """Return one line per module in ``rows``, its tensors grouped by reason."""
         lines: list[tuple[str, str]] = []
         for module in dict.fromkeys(row.module for row in self.rows):
             reasons: dict[str, list[str]] = {}
@@ -66,21 +66,21 @@ class Transfer:
 def transfer(
     network: nn.Module, other: Trained | ForeignWeights, class_names: Sequence[str]
 ) -> Transfer:
-    """Give ``network``, whose classes are ``class_names``, what fits of the weights of ``other``.
+    """Copy the weights of ``other`` that fit to ``network``, whose classes are ``class_names``.
 
-    Taken are, under the same names,
+    Copied, by name, are
 
-    - tensors of the same shape; of attention's only where dk, dv, Nh, qk_norm and absolute
-      positions are the same;
-    - relative tables of another map size, converted by `aaconv.tables.fit_table`;
-    - where one network is augmented and the other is plain, or the dv differ, the convolution's
-      first output channels, as many as both have;
+    - tensors of the same shape; attention's own only if dk, dv, Nh, qk_norm and absolute positions
+      are the same;
+    - relative tables for another map size, converted by `aaconv.tables.fit_table`;
+    - if one network is augmented and the other is plain, or dv differs, the first output channels
+      of the convolution, as many as both have;
     - the last layer, if the classes are known to be the same.
 
     Everything else keeps its initialization.
 
     Raises:
-        ValueError: no convolution's weight is taken, not even in part.
+        ValueError: if no convolution weight is copied, not even in part.
     """
     if isinstance(other, Trained):
         theirs, there = dict(other.network.state_dict()), augmented_layers(other.network)
@@ -124,7 +124,7 @@ def transfer(
 
 
 def _place(name: str, layers: Iterable[str]) -> tuple[str, str]:
-    """A tensor's module, an augmented convolution being one, and its name there."""
+    """Return a tensor's module, an augmented convolution counting as one, and its name there."""
     for layer in layers:
         if name.startswith(f"{layer}."):
             return layer, name.removeprefix(f"{layer}.")
@@ -133,7 +133,7 @@ def _place(name: str, layers: Iterable[str]) -> tuple[str, str]:
 
 
 def _source(name: str, module: str, own: str, theirs: dict[str, Tensor]) -> str | None:
-    """The name in the other network, where a convolution may be augmented or plain."""
+    """Return the tensor's name in the other network, or None; either may be augmented or plain."""
     if name in theirs:
         return name
     first, _, rest = own.partition(".")
@@ -144,7 +144,7 @@ def _source(name: str, module: str, own: str, theirs: dict[str, Tensor]) -> str 
 def _of_attention(
     tensor: Tensor, value: Tensor, own: str, here: AugmentedConv, there: AugmentedConv
 ) -> tuple[Tensor | None, str]:
-    """What is taken of ``value``, and in words what of that is not as it was."""
+    """Return what to copy from ``value``, an attention tensor, and what is not copied unchanged."""
     pairs = {key: (getattr(here, key), getattr(there, key)) for key in DECISIVE}
     differing = [f"{key}={theirs}" for key, (ours, theirs) in pairs.items() if ours != theirs]
     if differing:
@@ -158,7 +158,7 @@ def _of_attention(
 
 
 def _of_convolution(tensor: Tensor, value: Tensor, augmented: bool) -> tuple[Tensor | None, str]:
-    """The same of all other tensors; only an ``augmented`` convolution's may be taken in part."""
+    """Do the same for other tensors; only an ``augmented`` convolution's are copied in part."""
     if value.shape == tensor.shape:
         return value, ""
     if not augmented or value.shape[1:] != tensor.shape[1:]:
@@ -176,10 +176,10 @@ def _shape(tensor: Tensor) -> str:
 
 
 def freeze(network: nn.Module, names: Sequence[str]) -> None:
-    """Let the modules of these ``names``, and all inside them, train no more.
+    """Freeze the parameters of the modules with these ``names``, including all submodules.
 
     Raises:
-        ValueError: a name is of no module with parameters, or nothing is left to train.
+        ValueError: if a name is not a module with parameters, or nothing is left to train.
     """
     for name in names:
         frozen = list(_module(network, name).parameters())
@@ -192,9 +192,9 @@ def freeze(network: nn.Module, names: Sequence[str]) -> None:
 
 
 def set_frozen_eval(network: nn.Module, names: Sequence[str]) -> None:
-    """Put the frozen modules of a network in training into evaluation mode.
+    """Put the frozen modules of a network into evaluation mode during training.
 
-    Batch normalization then keeps its statistics there, which are as much learned as its weights.
+    Batch normalization there then keeps its statistics, which are learned just like its weights.
     """
     for name in names:
         network.get_submodule(name).eval()

@@ -1,4 +1,4 @@
-"""What the augmented convolutions of a network attend to, on images that it is given."""
+"""Show what the augmented convolutions of a network attend to on given images."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,10 +17,10 @@ class AttentionView:
 
     Attributes:
         layer: the layer.
-        queries: output positions, as (row, column).
-        weights: of these queries, (Nh, queries, h, w), float32 on the CPU; each map adds up to 1.
-        mean: weights averaged over all queries, (Nh, h, w); None where queries were chosen, because
-            only theirs are computed then.
+        queries: positions on the map of ``size``, as (row, column).
+        weights: those of the queries, (Nh, queries, h, w), float32 on the CPU; each map sums to 1.
+        mean: weights averaged over all queries, (Nh, h, w); None if queries were given, because
+            only their weights are computed then.
     """
 
     layer: AugmentedConv
@@ -30,26 +30,26 @@ class AttentionView:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(h, w) of the map that is attended to: the layer's output, or smaller by its pooling."""
+        """(h, w) of the attention map: the layer's output size, divided by ``pool``."""
         return self.weights.shape[2], self.weights.shape[3]
 
 
 def attention_views(
     model: nn.Module, batch: Tensor, queries: Sequence[tuple[int, int]] | None = None
 ) -> dict[str, list[AttentionView]]:
-    """The attention of each augmented layer, by its name, on each image of ``batch``.
+    """Return the attention of each augmented layer, by layer name, on each image of ``batch``.
 
-    The model is left as it was, its mode and its statistics too.
+    The model is left unchanged, including its mode and statistics.
 
     Args:
         model: the network.
-        batch: images (B, 3, H, W), normalized as it was trained.
+        batch: images (B, 3, H, W), normalized as in training.
         queries: pixels (row, column) of the image; a layer's queries are the positions that cover
-            them. By default the one position of each layer and image whose attention is the
-            sharpest, of the lowest entropy.
+            them. By default, for each layer and image, the one position with the sharpest
+            attention, that is, the lowest entropy.
 
     Raises:
-        ValueError: a pixel that no image of the batch has.
+        ValueError: if a pixel is outside the images.
     """
     height, width = batch.shape[2:]
     for row, column in queries or ():
@@ -86,9 +86,9 @@ def _view(
 
 
 def _sharpest_and_mean(layer: AugmentedConv, x: Tensor) -> tuple[int, Tensor]:
-    """The query with the lowest entropy, averaged over heads, and the mean weights, (Nh, h w).
+    """Return the query with the lowest entropy, averaged over heads, and mean weights, (Nh, h w).
 
-    Of several such queries the first. The weights of all queries are never held at once.
+    Ties go to the first query. The weights of all queries are never in memory at once.
     """
     total, entropies = torch.zeros(()), []
     for part in attention_map_parts(layer, x):
@@ -100,7 +100,7 @@ def _sharpest_and_mean(layer: AugmentedConv, x: Tensor) -> tuple[int, Tensor]:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode within the ``with``, and afterwards each module as it was."""
+    """Put the model into evaluation mode during the ``with`` block; restore all modes afterward."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

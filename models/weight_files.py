@@ -1,4 +1,4 @@
-"""Tensors as files hold them: read without running code of a file, and checked before use."""
+"""Read tensors from files without running code from them, and check them before use."""
 
 import pickle
 import re
@@ -14,16 +14,16 @@ from torch import Tensor
 from aaconv.text import one_line
 from models.fields import UnreadableError, check_is_file, short_value
 
-# What any network's weights and statistics are of; a count of batches is a whole number.
+# Dtypes of weights and statistics in any network; a count of batches is an integer.
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 COUNTER = "num_batches_tracked"
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file of the safetensors format.
+    """Return the tensors of a safetensors file.
 
     Raises:
-        UnreadableError: it is damaged, or no regular file.
+        UnreadableError: if it is damaged or not a regular file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -36,27 +36,27 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_torch(file: Path) -> Any:
-    """What `torch.save` has written to a file: tensors, on the CPU, and plain values.
+    """Return what `torch.save` wrote to a file: tensors, on the CPU, and plain values.
 
     Raises:
-        UnreadableError: it is damaged, no regular file, or holds anything else.
+        UnreadableError: if it is damaged, not a regular file, or contains anything else.
     """
     check_is_file(file)
     try:
         with file.open("rb") as opened:
             start = opened.read(2)
         if start == b"PK":
-            # torch.load does not look at the checksums that torch.save writes.
+            # torch.load does not verify the checksums that torch.save writes.
             with zipfile.ZipFile(file) as archive:
                 damaged = archive.testzip()
             if damaged is not None:
                 raise ValueError(f"wrong checksum of {damaged}")
-        elif start != b"\x80\x02":  # how torch.save began before it wrote archives
+        elif start != b"\x80\x02":  # start of files from before torch.save wrote archives
             raise ValueError("it was not written by torch.save")
-        with warnings.catch_warnings():  # of kinds of tensors that no network here has
+        with warnings.catch_warnings():  # about tensor types that no network here uses
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's are of many types
+    except Exception as error:  # torch raises many types
         foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if foreign is not None and isinstance(error, pickle.UnpicklingError):
             raise UnreadableError(
@@ -67,10 +67,10 @@ def read_torch(file: Path) -> Any:
 
 
 def named_tensors(value: Any, where: str) -> dict[str, Tensor]:
-    """``value``, if it is a dict by names; see `tensor_fault` for what it holds.
+    """Return ``value`` if it is a dict keyed by names; `tensor_fault` checks the tensors in it.
 
     Raises:
-        UnreadableError: it is none.
+        UnreadableError: if it is not.
     """
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise UnreadableError(f"{where} is {short_value(value)}, not tensors by their names")
@@ -84,11 +84,11 @@ def check_tensors(
     network: str,
     finite: bool = True,
 ) -> None:
-    """Check ``tensors``, read from ``where``, against those of a network, which ``network`` names.
+    """Check ``tensors`` from ``where`` against the ``expected`` ones; ``network`` is for messages.
 
     Raises:
-        UnreadableError: names, shapes or types differ, or a value is not ``finite``; one line that
-            names the tensor.
+        UnreadableError: if names, shapes or dtypes differ, or `tensor_fault` finds a fault; one
+            line that names the tensor.
     """
     for name in sorted(expected.keys() | tensors.keys()):
         if name not in tensors:
@@ -107,7 +107,7 @@ def check_tensors(
 
 
 def tensor_fault(name: str, value: Any, finite: bool = True) -> str | None:
-    """What is wrong with the weight or statistic of this name, whatever its shape; else None."""
+    """Return what is wrong with this weight or statistic, or None; its shape is not checked."""
     if not isinstance(value, Tensor):
         return f"is {short_value(value)}, not a tensor"
     if value.layout != torch.strided or value.device.type != "cpu":
