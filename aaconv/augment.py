@@ -241,7 +241,7 @@ def _convolution_names(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
 
 
 def _used_elsewhere(model: nn.Module) -> dict[nn.Module, str]:
-    """Map each module that is also used where a replacement would not take effect to the reason."""
+    """Return the modules also used where a replacement would not take effect, with the reason."""
     owner: dict[Tensor, nn.Module] = {}
     elsewhere: dict[nn.Module, str] = {}
     for module in model.modules():

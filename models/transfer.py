@@ -1,4 +1,4 @@
-"""Copy the weights that fit from one network to another, with a table of those that do not."""
+"""Copy matching weights from one network to another, and list those that were not copied."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -66,7 +66,7 @@ class Transfer:
 def transfer(
     network: nn.Module, other: Trained | ForeignWeights, class_names: Sequence[str]
 ) -> Transfer:
-    """Copy the weights of ``other`` that fit to ``network``, whose classes are ``class_names``.
+    """Copy the matching weights of ``other`` to ``network``, whose classes are ``class_names``.
 
     Copied, by name, are
 

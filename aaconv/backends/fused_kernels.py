@@ -377,8 +377,8 @@ def gradients(
             query = _load(query_start, q_strides, position, dims, D, 0.0)
             dresult = _load(grad_start, grad_strides, position, channels, E, 0.0).to(tl.float32)
             result = _load(out_start, out_strides, position, channels, E, 0.0)
-            # The mean is subtracted in the product of dout and value, whose padding holds ones. It
-            # takes two channels, for twice the precision of one.
+            # The product of dout and value, with ones in value's padding, subtracts the mean. It is
+            # split over two channels, for twice the precision of one.
             mean = -tl.sum(dresult * result, 1)
             dout = dresult.to(query.dtype)
             high = mean.to(tl.bfloat16).to(tl.float32)
