@@ -9,7 +9,7 @@ key depends on the query's own row or column, and registers cannot be shifted by
 go through ``scratch``, memory that the program reuses for its next tile. They are written by offset
 and read by key. The gradients of the terms go the opposite way.
 
-Powers are base 2. A logit is SCALE * (q k^T + terms) with SCALE = log2(e) / sqrt(D).
+Weights are powers of 2. A logit is SCALE * (q k^T + terms) with SCALE = log2(e) / sqrt(D).
 
 Letters: N heads, H x W map, L = H * W positions; D and E channels per head of queries/keys and of
 values, padded to BD and BE; BM queries and R * BW keys per tile, R padded to RP; HP and WP the

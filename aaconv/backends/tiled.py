@@ -2,8 +2,8 @@
 
 Letters: G = B * N heads of all images, L = H * W positions, D and E channels per head of
 queries/keys and of values. Channels come before positions in every tensor: products of a tile with
-a few channels are several times faster that way. Powers are of two because exp2 takes half the
-time of exp.
+a few channels are several times faster that way. Weights are powers of 2 because exp2 takes half
+the time of exp.
 """
 
 import math
