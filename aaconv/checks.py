@@ -93,8 +93,8 @@ def check_same_output_size(
         excess = 2 * p - d * (k - 1)
         if abs(excess) >= s:
             raise ValueError(
-                f"padding={p} with kernel_size={k}, dilation={d} and stride={s} gives the "
-                "convolution another output size than the attention; "
+                f"padding={p} with kernel_size={k}, dilation={d} and stride={s} makes the "
+                "convolution's output size differ from attention's; "
                 f"use padding={d * (k - 1) // 2}"
                 + ("" if d * (k - 1) % 2 == 0 else " and an odd kernel_size")
             )

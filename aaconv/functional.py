@@ -111,8 +111,7 @@ def check_dropout(dropout: float, backend: str) -> None:
         raise ValueError(f"dropout={dropout!r} must be from 0 to below 1")
     if dropout and backend not in ("auto", "reference"):
         raise ValueError(
-            f"backend={backend!r} holds no weights to drop, as dropout={dropout} asks for; use "
-            "backend='auto'"
+            f"backend={backend!r} does not support dropout={dropout}; use backend='auto'"
         )
 
 

@@ -244,7 +244,7 @@ class AugmentedConv(nn.Module):
                 f"absolute=sine needs in_channels of at least 4, not {self.in_channels}"
             )
         if self.pool < 1:
-            raise ValueError(f"pool={self.pool} must be at least 1, which is none")
+            raise ValueError(f"pool={self.pool} must be at least 1 (no pooling)")
         check_init(self.init)
         check_backend_name(self.backend)
         check_dropout(self.dropout, self.backend)

@@ -29,7 +29,7 @@ def check_amount(name: str, amount: int | float) -> None:
         if 1 <= amount <= most:
             raise ValueError(
                 f"{name}={amount} means {amount} of the channels; write {amount}.0 for {amount} "
-                "times the layer's output, or a small fraction for so few"
+                "times the layer's output, or a small fraction to use only so few"
             )
         return
     if not 0 < amount <= most:

@@ -142,7 +142,7 @@ class Replacing(Attention):
         if self.Nh < 1:
             raise ValueError(f"attention.Nh={self.Nh} must be at least 1")
         if self.dv == 0:
-            raise ValueError("attention.dv=0 leaves nothing of the attention; use attention=none")
+            raise ValueError("attention.dv=0 removes attention entirely; use attention=none")
         check_amount("attention.dv", self.dv)
         if self.blocks not in BLOCKS:
             raise ValueError(

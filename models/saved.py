@@ -189,8 +189,8 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Trained:
     found = load_weights(path)
     if isinstance(found, ForeignWeights):
         raise UnreadableError(
-            f"{found.file} holds weights of a ResNet of torchvision's or timm's; train.py begins "
-            "with them by init_from=..., and the network that it trains can be used here"
+            f"{found.file} holds weights of a ResNet of torchvision or timm; train from them "
+            "with train.py init_from=..., then use that run's network here"
         )
     return replace(found, network=found.network.to(device))
 
@@ -218,7 +218,7 @@ def load_weights(path: str | Path) -> Trained | ForeignWeights:
         raise UnreadableError(f"{described_in}, which describes {file.name}, is missing")
     if description is None:
         raise UnreadableError(
-            f"{file} does not say what network it is of: it is not a checkpoint of train.py, or "
+            f"{file} does not describe its network: it is not a checkpoint of train.py, or "
             "an older version wrote it"
         )
     described = parse(Description, description, f"{described_in}")
@@ -263,7 +263,7 @@ def _with_weights(
         with torch.device("meta"):  # allocate nothing until everything is known to match
             network = build(description.network)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, OverflowError) as error:
-        line = f"{described_in} describes no network: {one_line(error)}"
+        line = f"{described_in} does not describe a valid network: {one_line(error)}"
         raise UnreadableError(line) from error
     of_network = f"the network of {described_in}"
     check_tensors(tensors, network.state_dict(), f"{file}", of_network)

@@ -115,7 +115,7 @@ def transfer(
             fits = fits or value.dim() == 4
     if not fits:
         raise ValueError(
-            "no convolution of it fits this network; choose the model that it was trained with"
+            "none of its convolutions fits this network; choose the model that it was trained with"
         )
     for name in theirs:
         if name not in used:

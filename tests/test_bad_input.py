@@ -162,7 +162,7 @@ SETTINGS = [
     ("attention.dk=1 attention.Nh=1", "attention.dk=1 means 1 of the channels; write 1.0 for 1"),
     ("attention.min_dkh=1000000000", "attention.dk=0.5, attention.min_dkh=1000000000 smaller"),
     ("attention.dk=1000000000000000000", "would have more than 1e+10 parameters; make one of"),
-    ("attention.dv=0", "attention.dv=0 leaves nothing of the attention; use attention=none"),
+    ("attention.dv=0", "attention.dv=0 removes attention entirely; use attention=none"),
     ("attention.dv=7", "attention in stage 2: dv=7 must be divisible by Nh=4"),
     ("attention.dv=64", "attention in stage 2: dv=64 must lie between 0 and out_channels=8"),
     ("attention.dv=1", "attention.dv=1 means 1 of the channels; write 1.0 for 1 times"),

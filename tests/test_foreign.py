@@ -164,8 +164,8 @@ REFUSED = [
     (damaged(**{"fc.bias": None}), "fc.bias is null, not a tensor"),
     (damaged(**{"fc.bias": torch.tensor([1])}), "fc.bias is torch.int64, not of floating-point"),
     (damaged(**{"fc.bias": torch.tensor([1e300]).double()}), "fc.bias has values that are not fin"),
-    ({"features.0.weight": torch.zeros(4, 3, 3, 3)}, "does not say what network it is of"),
-    ([torch.zeros(3)], "does not say what network it is of"),
+    ({"features.0.weight": torch.zeros(4, 3, 3, 3)}, "does not describe its network"),
+    ([torch.zeros(3)], "does not describe its network"),
     ({"model": nn.Linear(2, 2)}, "holds torch.nn.modules.linear.Linear, which only its own code"),
     ({"args": argparse.Namespace(a=1)}, "holds argparse.Namespace, which only its own code can"),
 ]
@@ -209,7 +209,7 @@ def test_torchs_warnings_about_a_file_are_not_passed_on(tmp_path, monkeypatch):
 
 def test_a_published_network_is_not_one_that_can_be_used(tmp_path):
     torch.save(damaged(), tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"ResNet of torchvision's or timm's; train\.py begins"):
+    with pytest.raises(ValueError, match=r"ResNet of torchvision or timm; train from them with"):
         models.load(tmp_path / "x.pt")
 
 

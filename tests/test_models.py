@@ -454,7 +454,7 @@ def test_blocks_of_a_stage(blocks, augmented):
         (aa(dk=0.0), {}, "attention.dk=0.0"),
         (aa(dk=float("nan")), {}, "attention.dk=nan"),
         (aa(dv=-0.1), {}, "attention.dv=-0.1"),
-        (aa(dv=0), {}, "attention.dv=0 leaves nothing of the attention; use attention=none"),
+        (aa(dv=0), {}, "attention.dv=0 removes attention entirely; use attention=none"),
         (aa(dv=1.5), {}, "attention.dv=1.5"),
         (aa(stages=[]), {}, r"attention.stages=\[\].*attention=none"),
         (aa(stages=[0, 1]), {}, r"attention.stages=\[0, 1\].*1 to 2"),

@@ -86,7 +86,7 @@ def test_a_layer_drops_weights_in_training_alone():
 
 @pytest.mark.parametrize("backend", ["sdpa", "tiled", "native", "fused"])
 def test_other_backends_than_the_reference_refuse(settings, backend):
-    with pytest.raises(ValueError, match=f"backend='{backend}' holds no weights to drop.*'auto'"):
+    with pytest.raises(ValueError, match=f"backend='{backend}' does not support dropout.*'auto'"):
         check(settings("attention.dropout=0.1", f"attention.backend={backend}"))
 
 

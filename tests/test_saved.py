@@ -203,15 +203,18 @@ DAMAGE = {
         "2 class_names for network.num_classes=3",
     ),
     "network": (set_description(network=3), "network is 3; input should be a valid dictionary"),
-    "block": (set_network(block="dense"), "describes no network: block=dense must be"),
-    "unknown": (set_network(color=1), "describes no network: .*color"),
+    "block": (set_network(block="dense"), "does not describe a valid network: block=dense must be"),
+    "unknown": (set_network(color=1), "does not describe a valid network: .*color"),
     "depths": (set_network(depths=[1, 10**12, 1]), "are more blocks than there are weights"),
     "widths": (set_network(widths=[4, 8, 16]), r"has shape \(.*\); the network of .* has \("),
-    "huge": (set_network(widths=[4, 8, 2**40]), "describes no network|, and .* by "),
+    "huge": (set_network(widths=[4, 8, 2**40]), "does not describe a valid network|, and .* by "),
     "size": (set_network(image_size=[16, 16]), r"key_rel_w has shape \(19, 2\); .* has \(15, 2\)"),
     "attention": (set_network(attention={"name": "exec"}), "attention=exec is not one of none, ge"),
-    "no name": (set_network(attention={}), "describes no network: 'name'"),
-    "setting": (set_network(attention={"name": "se", "code": "x"}), "describes no network: .*code"),
+    "no name": (set_network(attention={}), "does not describe a valid network: 'name'"),
+    "setting": (
+        set_network(attention={"name": "se", "code": "x"}),
+        "does not describe a valid network: .*code",
+    ),
     "one missing": (
         change_weights(lambda t: t.pop("head.bias")),
         "missing key head.bias of the network of",
@@ -275,8 +278,8 @@ class Evil:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ({"model": {}}, "does not say what network it is of: it is not a checkpoint of train"),
-        ([1, 2], "does not say what network it is of"),
+        ({"model": {}}, "does not describe its network: it is not a checkpoint of train"),
+        ([1, 2], "does not describe its network"),
         ({"model": {}, "description": Evil()}, "holds print, which only its own code can read"),
     ],
 )

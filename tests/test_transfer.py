@@ -164,7 +164,7 @@ def test_other_widths_depths_and_modules_are_named():
 
 def test_a_network_of_which_nothing_fits_is_refused():
     other = trained(block="bottleneck", stem=5, widths=[7, 9])
-    with pytest.raises(ValueError, match="no convolution of it fits this network"):
+    with pytest.raises(ValueError, match="none of its convolutions fits this network"):
         transfer(network(), other, NAMES)
 
 

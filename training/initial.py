@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 TAKEN = (
     "init_from takes a run's folder, its weights.safetensors or last.pt, and the state dict of a "
-    "ResNet of torchvision's or timm's (.pth, .pt, .safetensors)"
+    "ResNet of torchvision or timm (.pth, .pt, .safetensors)"
 )
 
 
