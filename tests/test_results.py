@@ -446,3 +446,30 @@ def entropy_by_epoch(run):
         assert entropies[0] == max(entropies)
         assert all(0.83 <= round(value, 2) <= 0.91 for value in entropies[2:])
     return entropies, [run.rows[n]["attention/lowest_entropy"] for n in (0, -1)]
+
+
+# ---- Confirmation -------------------------------------------------------------------------------
+
+
+def test_the_page_has_the_runs_of_b():
+    """Those that have finished; the plan's contrast is for all 16."""
+    runs, excluded = read([ROOT / "results" / "confirm"])
+    assert excluded == []
+    assert f"**{len(runs)} of 16 runs" in WORDS
+    for run in runs:
+        config, last = run.summary["config"], run.rows[-1]
+        own = config["attention"]
+        recipe = (config["optim"]["lr"], config["optim"]["weight_decay"], config["label_smoothing"])
+        if run.summary["attention"] == "none":
+            name = "plain"
+            assert recipe == (0.2, 0.001, 0)
+        else:
+            name = "attention"
+            assert recipe == (0.2, 0.0005, 0.1)
+            assert (own["init"], own["qk_norm"], own["blocks"]) == ("torch", False, "unstrided")
+        assert (len(run.rows), config["data"]["val_size"]) == (15, 0)
+        assert 10 <= run.seed <= 17
+        cells = [name, f"{run.seed}", f"{last['test/top1']:.2f}", f"{last['test/loss']:.3f}"]
+        assert f"| {' | '.join(cells)} |" in PAGE
+    (commit,) = conditions(runs, "commit")
+    assert commit.startswith("cbcf112")
