@@ -1,1 +1,1 @@
-"""From run folders to the page that answers whether attention helps, as HTML and as Markdown."""
+"""Turn run folders into a report on whether attention helps, as HTML and as Markdown."""

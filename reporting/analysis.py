@@ -1,4 +1,4 @@
-"""What the runs of one data set show: read once, and computed once for report and dashboard."""
+"""The analysis of the runs on one data set, computed once for both the report and the dashboard."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,18 +11,18 @@ from reporting.paired import Comparison, Difference, corrected, paired, pooled, 
 from reporting.runs import Excluded, Run, Variant, group_by_variant, grouped, read, select_data
 from reporting.sweeps import Sweep, find_sweeps
 
-# Comparisons that get a card at the head of the page; of more, the first card counts them.
+# Comparisons that get a card of their own at the top of the page; more share one card of counts.
 CARDS = 3
 Differences = dict[Comparison, Difference]
-# A value for each seed and epoch.
+# For each variant, one list per seed with a value per epoch.
 Curves = dict[Variant, list[list[float]]]
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """The variants of one data set, and what follows from them; each part when it is first read."""
+    """The variants of one data set and the results derived from them, computed on first access."""
 
-    data: str  # and which part of it was evaluated: `cifar100 test`
+    data: str  # the data set and the evaluated split: `cifar100 test`
     variants: list[Variant]  # in the order of Table 1
     excluded: list[Excluded]
 
@@ -32,11 +32,11 @@ class Analysis:
 
     @cached_property
     def comparisons(self) -> list[Comparison]:
-        """Each variant with attention against the plain network of the nearest settings.
+        """Each variant that is not plain against the plain network with the closest settings.
 
-        Network and data must be the same. Other plain networks that are trained for as many epochs
-        follow: a different recipe gives another answer, and `Comparison.differing` says how it
-        differs.
+        Network and data must be the same. Comparisons with other plain networks trained for the
+        same number of epochs follow: a different recipe may give a different answer, and
+        `Comparison.differing` lists the settings that differ.
         """
         plain = [variant for variant in self.variants if variant.attention == "none"]
         found = []
@@ -50,16 +50,15 @@ class Analysis:
 
     @cached_property
     def nearest(self) -> list[Comparison]:
-        """For each variant the comparison with its nearest baseline."""
+        """The comparison of each variant with its nearest baseline."""
         return [same[0] for same in grouped(self.comparisons, lambda c: c.variant).values()]
 
     @cached_property
     def among_others(self) -> Differences:
-        """All differences between networks of one recipe but attention's from plain, corrected.
+        """All differences between networks of one recipe except AA minus plain, Holm-corrected.
 
-        Those of the networks without augmented convolutions from plain, then attention's from each
-        of them. Empty where there are several variants of a kind, several baselines, or settings
-        that differ.
+        First each network without augmented convolutions minus plain, then AA minus each of those.
+        Empty if there are several variants of a kind, several baselines, or differing settings.
         """
         by_kind = {c.variant.attention: c for c in self.nearest if not c.differing}
         baselines = {c.baseline for c in self.nearest}
@@ -70,9 +69,9 @@ class Analysis:
         return corrected({comparison: comparison.top1 for comparison in family})
 
     def unpaired(self, score: str) -> tuple[Error, Differences] | None:
-        """`nearest` by means over all seeds, corrected, and the error that all variants share.
+        """The pooled error of all variants and the Holm-corrected differences of `nearest`.
 
-        None where no variant has two seeds.
+        None if no variant has two seeds, or if the seeds of each variant all agree.
         """
         error = pooled([variant.by_seed(score).values() for variant in self.variants])
         if error is None:
@@ -85,12 +84,12 @@ class Analysis:
 
     @cached_property
     def in_training(self) -> Differences:
-        """The differences of `nearest` on the training images, as augmented in the last epoch."""
+        """The differences of `nearest` on the augmented training images of the last epoch."""
         found = {c: c.difference("train/top1") for c in self.nearest}
         return {c: difference for c, difference in found.items() if difference.n}
 
     def by_epoch(self, column: str) -> Curves:
-        """A column of metrics.csv, of the variants all of whose runs have it."""
+        """A column of metrics.csv, for the variants whose runs all have it."""
         return {
             variant: [run.each_epoch(column) for run in variant.runs]
             for variant in self.variants
@@ -99,7 +98,7 @@ class Analysis:
 
     @cached_property
     def gains(self) -> Curves:
-        """Top-1 minus the nearest baseline's, by seed and epoch, where their epochs are as many."""
+        """Top-1 minus the nearest baseline's by seed and epoch, if both have as many epochs."""
         gains = {}
         for comparison in self.nearest:
             if comparison.top1.n and "epochs" not in comparison.differing:
@@ -113,9 +112,9 @@ class Analysis:
 
     @cached_property
     def classes(self) -> tuple[Comparison, dict[str, Difference]] | None:
-        """The first augmented variant that shares seeds with plain; its differences by class.
+        """The first augmented variant that shares seeds with plain, and its differences by class.
 
-        They have ascending means and are corrected for their number.
+        The differences are sorted by ascending mean and Holm-corrected.
         """
         for comparison in self.nearest:
             if comparison.variant.attention == "aa" and (found := _by_class(comparison)):
@@ -129,14 +128,14 @@ class Analysis:
 
     @cached_property
     def sweeps(self) -> list[Sweep]:
-        """The grids of attention's settings, one for each recipe that was trained with several."""
+        """The sweeps over the attention settings, one for each recipe trained with several."""
         return find_sweeps(self.variants, self.excluded)
 
     @cached_property
     def main_sweep(self) -> Sweep | None:
-        """The largest sweep, where it is what the runs were made for: the page begins with it.
+        """The largest sweep if the runs are mainly a sweep; the page then begins with it.
 
-        Of equally large ones it is that of the best settings.
+        Ties go to the sweep with the best settings.
         """
         if not self.sweeps:
             return None
@@ -145,12 +144,12 @@ class Analysis:
 
 
 def analyze(folders: list[Path], data: str | None = None) -> Analysis:
-    """The analysis of the finished runs in and below ``folders``.
+    """Analyze the finished runs in and below ``folders``.
 
-    ``data`` is the data set that it is about, by default the one of most runs.
+    ``data`` selects the data set, by default the one with the most runs.
 
     Raises:
-        ValueError: a folder does not exist, or there is no finished run, or none of ``data``.
+        ValueError: if a folder does not exist, or there is no finished run (of ``data``).
     """
     runs, excluded = read(folders)
     if not runs:
@@ -166,7 +165,7 @@ def _subject(variant: Variant) -> dict[str, Any]:
 
 
 def _by_class(comparison: Comparison) -> dict[str, Difference]:
-    """Of the classes that both have scores of; of runs with other classes there are none."""
+    """Differences for the classes both variants have scores of; skip runs with other classes."""
     names = comparison.variant.first["class_names"]
 
     def by_seed(variant: Variant, number: int) -> dict[int, float]:

@@ -1,4 +1,4 @@
-"""What attention looks at, as pictures for the report."""
+"""Pictures of the attention maps for the report."""
 
 from typing import Any
 
@@ -15,14 +15,14 @@ from training.compose import make
 from training.errors import explain
 from training.media import attention_images
 
-# What makes a data set.
+# The `_target_`s of this project's own data sets.
 KNOWN = {kind._target_ for group, _, kind in OPTIONS if group == "data"}
 
 
 def of_report(variants: list[Variant]) -> tuple[Run, dict[str, AttentionPicture], str] | None:
-    """What one run with attention looks at, by its layers, and what was not possible.
+    """An augmented run, the attention maps of the last layer of each stage, and any error message.
 
-    Of each of its stages the last layer. None where no such run has its weights.
+    None if no augmented run has its weights.
     """
     runs = (run for variant in variants if variant.attention == "aa" for run in variant.runs)
     run = next((run for run in runs if (run.folder / run_folder.WEIGHTS).is_file()), None)
@@ -40,9 +40,9 @@ def of_report(variants: list[Variant]) -> tuple[Run, dict[str, AttentionPicture]
 
 
 def _dataset(run: Run, trained: models.Trained) -> Dataset:
-    """The run's images, if they are still where it found them; nothing is downloaded."""
+    """Load the run's data set if it is still in the same place; never download it."""
     settings: dict[str, Any] = dict(run.summary["config"]["data"])
-    # What a file names is not called, but for the project's own; nor what its values name.
+    # A file's `_target_` is called only if it is this project's own, and nested ones never are.
     if settings.get("_target_") not in KNOWN:
         raise ValueError(f"its data set, {settings.get('_target_')}, is not one of this project's")
     if "download" in settings:

@@ -1,4 +1,4 @@
-"""A comparison on the dashboard: one run of job type ``compare``, beside the runs it compares."""
+"""Post a comparison to the dashboard as a run of job type ``compare``, next to its runs."""
 
 import hashlib
 import io
@@ -14,10 +14,10 @@ from reporting.paired import Difference
 from reporting.sweeps import Sweep
 from training.tracking import Media, Picture, Table, track
 
-# Of the mean of a difference.
+# Columns for a mean difference.
 DIFFERENCE = ["difference", "95 % low", "95 % high", "p"]
 COLUMNS = ["variant", "n", "mean top-1 %", "sd", *DIFFERENCE, "parameters", "GFLOPs"]
-# Of the table of attention's settings; the difference is that of the value from the baseline.
+# The table of attention settings; the difference is the value's top-1 minus the baseline's.
 SETTINGS = ["recipe", "setting", "value", "baseline", *DIFFERENCE]
 BEST = ["recipe", "rank", "settings", "n", "mean top-1 %", "not distinguishable from the best"]
 
@@ -32,12 +32,12 @@ def post(
     entity: str | None,
     mode: str,
 ) -> None:
-    """Give the dashboard what the runs show, and the page ``report`` on them.
+    """Post the results of the analysis and the page ``report`` to the dashboard.
 
-    The table of all variants, with their paired differences from the plain network, what each
-    setting of attention does in a sweep, the forest plot, the learning curves, and the report as
-    an artifact. The same comparison is the same run each time, which then has the newer results.
-    No fault of wandb's is passed on.
+    This is the table of all variants with their paired differences from the plain network, the
+    effect of each attention setting in a sweep, the forest plot, the learning curves, and the
+    report as an artifact. Posting the same comparison again updates the same wandb run. Errors of
+    wandb are not raised.
     """
     with track(
         mode,
@@ -65,7 +65,7 @@ def _id(project: str, folder: Path) -> str:
 def _config(analysis: Analysis) -> dict[str, Any]:
     first = analysis.variants[0].first
     return {
-        "data": first["data"],  # as its runs have it, so that both are found by it
+        "data": first["data"],  # the same key as in the training runs, so one filter finds both
         "data.evaluated_on": first["evaluated_on"],
         "variants": [variant.label for variant in analysis.variants],
         "seeds": sorted({run.seed for run in analysis.runs}),

@@ -1,4 +1,4 @@
-"""The report's sections on differences: from plain, at equal cost, by class."""
+"""The report's sections on differences: from the plain network, at equal cost, and by class."""
 
 from reporting import figures, text
 from reporting.analysis import Analysis, Differences
@@ -9,7 +9,7 @@ from reporting.text import DASH, interval, p_value, signed
 
 
 def cells(found: Difference, *headings: str) -> dict[str, str]:
-    """What a table says of a difference of top-1, under these headings."""
+    """The table cells of a difference in top-1, for the given ``headings``."""
     by_seed = ", ".join(f"{seed}: {signed(value)}" for seed, value in found.by_seed.items())
     every = {
         "n": str(found.n),
@@ -25,7 +25,7 @@ def cells(found: Difference, *headings: str) -> dict[str, str]:
 
 
 def differences_section(analysis: Analysis) -> Section | None:
-    """The paired differences and the test that the intervals come from."""
+    """The paired differences and the tests that their intervals come from."""
     if not analysis.comparisons:
         return None
     headings = ("n", "top-1", "95 % interval", "t (df)", "p", "top-1 by seed")
@@ -68,13 +68,13 @@ def differences_section(analysis: Analysis) -> Section | None:
 
 
 def _table(found: Differences, headings: tuple[str, ...], caption: str) -> list[Table]:
-    """The table of these differences, unless there are none."""
+    """A table of the differences, or no table if there are none."""
     rows = [{"difference": c.name, **cells(one, *headings)} for c, one in found.items()]
     return tables(rows, caption=caption)
 
 
 def _unpaired(analysis: Analysis) -> list[Table]:
-    """Top-1 and the loss without pairs, which need no seeds in common."""
+    """Unpaired differences in top-1 and loss, which need no common seeds."""
     rows = [
         {"difference": c.name, "n": f"{len(c.variant.runs)} and {len(c.baseline.runs)}"}
         for c in analysis.nearest
@@ -102,7 +102,7 @@ def _unpaired(analysis: Analysis) -> list[Table]:
 
 
 def _power(analysis: Analysis) -> list[Table]:
-    """What the designs could have found."""
+    """The minimum difference that each paired test could have detected."""
     rows = []
     for comparison in analysis.nearest:
         found = comparison.top1
@@ -145,7 +145,7 @@ def equal_cost_section(analysis: Analysis) -> Section | None:
 
 
 def classes_section(analysis: Analysis) -> Section | None:
-    """Which classes gain and lose, for the first augmented variant that shares seeds with plain."""
+    """The classes that gain and lose, for the first augmented variant sharing seeds with plain."""
     if analysis.classes is None:
         return None
     comparison, found = analysis.classes

@@ -1,4 +1,4 @@
-"""Runs of the lookup data set over the distance between cue and shapes: curves, table, picture."""
+"""Accuracy on the lookup data set by the distance from cue to shapes: curves, table, picture."""
 
 import statistics
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from reporting.runs import Excluded, Run, Variant, differing_settings, group_by_
 from reporting.text import MINUS, by_seed, count, first_few, single_line
 
 DISTANCE = "data.distance"
-# Of the kinds of attention, in their order.
+# Line styles of the kinds of attention, in the order of `ATTENTIONS`.
 DASHES: list[Any] = ["--", ":", "-.", "-", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One network over the distances that it was trained at."""
+    """The scores of one network at each distance it was trained at."""
 
     model: str
     attention: str
@@ -38,11 +38,11 @@ class Curve:
 
 
 def curves(runs: list[Run]) -> tuple[list[Curve], list[Excluded]]:
-    """The curves of those ``runs`` that have a distance, the smallest receptive field first.
+    """Return the curves of the ``runs`` that have a distance, smallest receptive field first.
 
     Raises:
-        ValueError: no run has a distance, or those of a network differ in more than attention,
-            distance and seed.
+        ValueError: if no run has a distance, or the runs of a network differ in more than
+            attention, distance and seed.
     """
     chosen = [run for run in runs if run.settings.get(DISTANCE) is not None]
     others = [run for run in runs if run not in chosen]
@@ -63,7 +63,7 @@ def curves(runs: list[Run]) -> tuple[list[Curve], list[Excluded]]:
         top1 = {int(variant.settings[DISTANCE]): variant.by_seed("top1") for variant in members}
         field = _receptive_field(members[0].runs[0])
         found.append(Curve(model, attention, field, dict(sorted(top1.items()))))
-    found.sort(key=lambda curve: curve.receptive_field)  # else they are in the order of Table 1
+    found.sort(key=lambda curve: curve.receptive_field)  # ties stay in the order of Table 1
     return found, excluded
 
 
@@ -77,7 +77,7 @@ def _check_alike(name: str, variants: list[Variant], but: tuple[str, ...]) -> No
 
 
 def _receptive_field(run: Run) -> int:
-    """That of the run's network, which is built without memory and without attention."""
+    """The receptive field of the run's network, built on the meta device without attention."""
     settings = run.summary["config"]["model"]
     try:
         arguments = {k: settings[k] for k in ("block", "depths", "widths", "stem", "shortcut")}
@@ -90,7 +90,7 @@ def _receptive_field(run: Run) -> int:
 
 
 def table(found: list[Curve]) -> list[str]:
-    """A line for each network and distance, below a line of headings."""
+    """A heading line, then a line for each network and distance."""
     seeds = {tuple(scores) for curve in found for scores in curve.top1.values()}
     headings = ["network", "attention", "distance", "distance / receptive field", "n"]
     lines = [[*headings, "mean top-1 %", "each seed"]]
@@ -105,10 +105,10 @@ def table(found: list[Curve]) -> list[str]:
 
 @figures.style()
 def draw(curves: list[Curve], chance: float, ceiling: float) -> figures.Figure:
-    """Top-1 over the distance as a multiple of the receptive field: mean of the seeds, and each.
+    """Plot top-1 over distance / receptive field: each seed and the mean over the seeds.
 
-    ``chance`` and ``ceiling`` (%) are what guessing one of the shapes gives, and what no plain
-    network exceeds whose receptive field is at most the distance + 1.
+    ``chance`` (%) is the accuracy of guessing one of the shapes. ``ceiling`` (%) is the limit for
+    plain networks whose receptive field is at most the distance + 1.
     """
     names = list(dict.fromkeys(curve.model for curve in curves))
     figure, panel = figures.one_panel(7.0, 3.8)

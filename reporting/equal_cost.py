@@ -1,9 +1,9 @@
-"""Differences where both networks have cost the same, instead of after as many epochs.
+"""Differences at equal cost, instead of after the same number of epochs.
 
-Attention costs time. The network that needs less for its epochs sets the budget, and the curve of
-the other one is read after the last whole epoch that it has finished by then. That epoch is in the
-middle of its schedule, where the learning rate has not come down: the difference says what stopping
-there would have given, not what a shorter schedule would.
+Attention costs time. The network that is cheaper over all of its epochs sets the budget, and the
+other one is read at the last epoch it finished within that budget. That epoch is in the middle of
+its schedule, before the learning rate has decayed: the difference shows what stopping there gives,
+not what a shorter schedule would give.
 """
 
 import json
@@ -15,12 +15,12 @@ from models.fields import is_finite
 from reporting.paired import Comparison, Difference, paired
 from reporting.runs import Variant, conditions
 
-# Beside the folders of a comparison's variants: milliseconds of a step by the folder's name, which
-# have been measured apart, on a quiet machine.
+# Next to the variants' folders: milliseconds per step by folder name, measured separately on an
+# idle machine.
 STEP_TIMES = "step_times.json"
 
-# An epoch that is over the budget by less than this part of it counts: squeeze-and-excitation takes
-# some ten thousandths more FLOPs than plain.
+# An epoch still counts if less than this fraction of it is over the budget: squeeze-and-excitation
+# takes a few ten-thousandths more FLOPs than plain.
 NEARLY = 0.01
 
 
@@ -30,19 +30,19 @@ class EqualCost:
 
     comparison: Comparison
     cost: str  # what is equal, in words
-    ratio: float  # what an epoch of the variant costs, over what one of the baseline does
-    epochs: tuple[int, int]  # after which the variant and the baseline are read
-    top1: Difference  # by then
+    ratio: float  # cost of an epoch of the variant / cost of an epoch of the baseline
+    epochs: tuple[int, int]  # the epochs at which the variant and the baseline are read
+    top1: Difference  # at these epochs
 
 
 def at_equal_cost(comparison: Comparison) -> list[EqualCost]:
-    """At equal training time and at equal FLOPs, where both are known.
+    """Compare at equal training time (if it is known for both) and at equal FLOPs.
 
     Raises:
-        ValueError: a step_times.json is damaged.
+        ValueError: if a step_times.json is damaged.
     """
     pair = (comparison.variant, comparison.baseline)
-    same_batch = "batch_size" not in comparison.differing  # or a step is not a step
+    same_batch = "batch_size" not in comparison.differing  # else steps are not comparable
     step_ms = [ms for variant in pair if (ms := _step_ms(variant)) is not None]
     costs = {}
     if len(step_ms) == 2 and same_batch:
@@ -55,7 +55,7 @@ def at_equal_cost(comparison: Comparison) -> list[EqualCost]:
 
 
 def _at(cost: str, comparison: Comparison, ours: float, theirs: float) -> EqualCost | None:
-    """``ours`` and ``theirs`` are the costs of an epoch; None if one has no epoch in the budget."""
+    """Compare, given the costs of an epoch; None if no epoch fits or neither curve is cut short."""
     variants = (comparison.variant, comparison.baseline)
     planned = [variant.first["epochs"] for variant in variants]
     budget = min(planned[0] * ours, planned[1] * theirs)
@@ -73,14 +73,14 @@ def _at(cost: str, comparison: Comparison, ours: float, theirs: float) -> EqualC
 
 
 def _epoch_seconds(variant: Variant) -> float:
-    """The median epoch of all its runs."""
+    """The median seconds per epoch over all runs."""
     return statistics.median(
         seconds for run in variant.runs for seconds in run.each_epoch("perf/epoch_seconds")
     )
 
 
 def _step_ms(variant: Variant) -> float | None:
-    """Milliseconds of a step that were measured apart, or None."""
+    """The separately measured milliseconds per step, or None."""
     folder = variant.runs[0].folder.parent
     file = folder.parent / STEP_TIMES
     if not file.is_file():

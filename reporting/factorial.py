@@ -1,14 +1,14 @@
 """Factorial designs of runs, balanced or not: main effects, interactions, and the best cell.
 
 A run has a level of each factor (a setting), a seed, and a score. The runs of one seed are a block.
-Seeds are the samples: how much an effect differs from seed to seed is the error that it is held
-against, pooled over all factors, which gives (levels - 1)(seeds - 1) degrees of freedom for each
-instead of the one or two of a test by seed. Without several seeds the interactions of the highest
-order stand for that error, and `Error.basis` says so.
+Seeds are the samples: an effect is tested against its variation from seed to seed, pooled over all
+factors, which gives (levels - 1)(seeds - 1) degrees of freedom for each factor instead of the one
+or two of a test by seed. With a single seed, the highest-order interactions serve as the error, and
+`Error.basis` says so.
 
-P-values and intervals of a family of contrasts come from one distribution, that of the largest |t|
-of all (Hothorn, Bretz and Westfall, 2008, single step): an interval excludes zero where p is below
-0.05, and nowhere else. The set that cannot be told from the best is that of Hsu (1981).
+All p-values and intervals of a family of contrasts come from the distribution of the largest |t|
+(Hothorn, Bretz and Westfall, 2008, single step): an interval excludes zero if and only if p is
+below 0.05. The set of cells not distinguishable from the best follows Hsu (1981).
 """
 
 from collections.abc import Iterator
@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 LEVEL = 0.95
-# Draws of the largest |t|: p = 0.05 is known to 0.001.
+# Draws of the largest |t|: enough to estimate p = 0.05 to 0.001.
 DRAWS = 50_000
-# Of more levels each is compared with the first alone.
+# Up to this many levels, all pairs are compared; beyond, each level only with the first.
 ALL_PAIRS = 6
 
 Array = NDArray[Any]
@@ -32,7 +32,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Error:
-    """The mean square that effects are held against, its degrees of freedom, and what it is of."""
+    """The mean square that effects are tested against, its degrees of freedom, and its source."""
 
     mean_square: float
     df: int
@@ -45,9 +45,9 @@ class Error:
 
 @dataclass(frozen=True)
 class Effect:
-    """The score at one level of a factor minus that at another, over the levels of the others.
+    """The score at one level of a factor minus the score at another, over all other factors.
 
-    Without an error, or if it is zero, there is no interval and no p.
+    There is no interval and no p if there is no error estimate or if it is zero.
     """
 
     factor: int
@@ -60,11 +60,11 @@ class Effect:
 
 @dataclass(frozen=True)
 class Interaction:
-    """How far two factors' effects are from adding up: the F-test and the largest departure."""
+    """How far the effects of two factors are from additive: F-test and largest departure."""
 
     factors: tuple[int, int]
     departure: float
-    levels: tuple[int, int]  # where that is
+    levels: tuple[int, int]  # where the departure is largest
     f: float | None = None
     df: tuple[int, int] | None = None
     p: float | None = None
@@ -72,13 +72,13 @@ class Interaction:
 
 @dataclass(frozen=True)
 class Cell:
-    """A combination of levels: mean and number of seeds, and how it stands to the best one."""
+    """A combination of levels: its mean, its number of runs, and how it compares with the best."""
 
     levels: tuple[int, ...]
     mean: float
     n: int
-    is_candidate: bool  # for the best: not told apart from it
-    low: float | None = None  # of the best alone; allow for its having been picked
+    is_candidate: bool  # not distinguishable from the best
+    low: float | None = None  # only for the best; allows for its having been picked
     high: float | None = None
 
 
@@ -86,9 +86,8 @@ class Cell:
 class Design:
     """Scores of shape (runs,), their seeds, and the level of each factor, (runs, factors).
 
-    A factor of ``trends`` has a number for each run, of shape (runs,), and acts by a straight line
-    over it: with a value of its own for each run, as a random search draws it, there is nothing
-    else to be told.
+    A factor in ``trends`` has a number for each run, of shape (runs,), and is modeled as a straight
+    line: if each run has a different value, as in a random search, nothing else can be estimated.
     """
 
     levels: Array
@@ -98,22 +97,22 @@ class Design:
 
     @cached_property
     def cells(self) -> Array:
-        """The number of each run's combination of levels."""
+        """The index of each run's combination of levels."""
         return numpy.unique(self.levels, axis=0, return_inverse=True)[1].reshape(-1)
 
     @cached_property
     def seeds_are_blocks(self) -> bool:
-        """Whether some seed has runs in several cells, so that seeds can be taken out."""
+        """Whether some seed has runs in several cells, so that seed effects can be removed."""
         return any(len(set(self.cells[self.seeds == seed])) > 1 for seed in set(self.seeds))
 
     @cached_property
     def takes_seeds_out(self) -> bool:
-        """Whether what each seed adds is taken out of its runs before the cells are ranked.
+        """Whether the seed effects are removed from the scores before the cells are ranked.
 
-        With every seed in every cell that changes no order. Elsewhere the seeds have to be seen to
-        differ (F-test at 5 %), by runs that connect them all. In cells that had come out best, and
-        were trained again, their luck would be taken for what the first seed adds; and where each
-        run of a search has a seed of its own, nothing is known of what it adds.
+        In a balanced design, this does not change the ranking. Otherwise, the seeds must differ
+        significantly (F-test at 5 %), and the runs must connect all of them. If only the best
+        cells were trained again, their luck would be mistaken for an effect of the first seed; and
+        if each run of a search has its own seed, the seed effects cannot be estimated.
         """
         if not self.seeds_are_blocks or self.is_balanced:
             return self.seeds_are_blocks
@@ -130,13 +129,13 @@ class Design:
         return range(self.levels.shape[1])
 
     def terms(self, *columns: Array) -> Array:
-        """Indicators of each combination of the columns' values."""
+        """Indicator columns, one for each combination of the columns' values."""
         _, number = numpy.unique(numpy.stack(columns, 1), axis=0, return_inverse=True)
         return numpy.eye(number.max() + 1)[number.reshape(-1)]
 
     @cached_property
     def blocks(self) -> Array:
-        """The term of the seeds, or of the mean alone."""
+        """The term of the seeds if they are blocks, else of the mean alone."""
         constant = numpy.zeros_like(self.seeds)
         return self.terms(self.seeds if self.seeds_are_blocks else constant)
 
@@ -151,7 +150,7 @@ class Design:
 
     @cached_property
     def pairs(self) -> dict[tuple[int, int], Array]:
-        """The terms of two factors, trends aside."""
+        """The terms of each pair of factors that are not trends."""
         whole = [factor for factor in self.factors if factor not in self.trends]
         return {
             (a, b): self.terms(self.levels[:, a], self.levels[:, b])
@@ -159,26 +158,26 @@ class Design:
         }
 
     def fit(self, terms: list[Array]) -> tuple[Array, Array, int]:
-        """Least squares: the coefficients, what they leave of the scores, the model's rank."""
+        """Fit by least squares; return the coefficients, the residuals and the model's rank."""
         matrix = numpy.hstack(terms)
         solution, _, rank, _ = numpy.linalg.lstsq(matrix, self.scores, rcond=1e-9)
         return solution, self.scores - matrix @ solution, int(rank)
 
     def explained(self, base: list[Array], more: list[Array]) -> Error | None:
-        """The mean square that ``more`` terms explain beyond ``base``; None where it is nothing."""
+        """The mean square that ``more`` explains beyond ``base``; None if it adds no rank."""
         (_, before, rank), (_, after, full) = self.fit(base), self.fit([*base, *more])
         squares, df = float((before**2).sum()) - float((after**2).sum()), full - rank
         return Error(max(0.0, squares) / df, df, "seeds") if df else None
 
     def left_by(self, terms: list[Array], basis: str) -> Error | None:
-        """The mean square that the terms leave; None where they fit every score."""
+        """The residual mean square of the terms; None if no degrees of freedom are left."""
         _, left, rank = self.fit(terms)
         df = len(self.scores) - rank
         return Error(float((left**2).sum()) / df, df, basis) if df else None
 
     @cached_property
     def by_seed(self) -> list[Array]:
-        """The terms of seed x factor."""
+        """The terms of the seed x factor interactions."""
         seeds = self.terms(self.seeds)
         return [
             (seeds[:, :, None] * term[:, None, :]).reshape(len(term), -1) for term in self.mains
@@ -191,21 +190,21 @@ class Design:
 
     @cached_property
     def residual(self) -> Error | None:
-        """Within the cells, and within blocks if there are any."""
+        """The error within the cells, and within blocks if there are any."""
         return self.left_by(self.saturated, "seeds")
 
     @cached_property
     def error(self) -> Error | None:
-        """Of the main effects."""
+        """The error of the main effects."""
         if self.seeds_are_blocks:
-            found = self.explained(self.saturated, self.by_seed)  # None of a single seed
+            found = self.explained(self.saturated, self.by_seed)  # None with a single seed
         else:
             found = self.residual
         return found or self._from_interactions([*self.mains, *self.pairs.values()], self.mains)
 
     @cached_property
     def interaction_error(self) -> Error | None:
-        """Of the interactions of two factors."""
+        """The error of the two-factor interactions."""
         if self.seeds_are_blocks and len(set(self.seeds)) > 1:
             more = [
                 self.terms(self.seeds, self.levels[:, a], self.levels[:, b]) for a, b in self.pairs
@@ -214,7 +213,7 @@ class Design:
         return self.residual or self._from_interactions([*self.mains, *self.pairs.values()])
 
     def _from_interactions(self, *models: list[Array]) -> Error | None:
-        """What the first of the ``models`` leaves that is smaller than that of all cells."""
+        """The residual error of the first of the ``models`` that is not saturated."""
         if len(self.factors) == 1:
             return None
         left = (self.left_by([self.blocks, *model], "interactions") for model in models)
@@ -223,9 +222,9 @@ class Design:
     # ---- Effects --------------------------------------------------------------------------------
 
     def effects(self) -> list[Effect]:
-        """The differences between a factor's levels, of all factors one family.
+        """The differences between levels, as one family over all factors.
 
-        By least squares with additive factors and seeds; what the runs cannot tell is left out.
+        Fitted with additive factors and seeds; contrasts that the runs cannot identify are left out.
         """
         matrix = numpy.hstack([self.blocks, *self.mains])
         inverse = numpy.linalg.pinv(matrix.T @ matrix, rcond=1e-9)
@@ -250,9 +249,9 @@ class Design:
         ]
 
     def _contrasts(self, factor: int) -> Iterator[tuple[tuple[int, int], Array]]:
-        """Pairs of a factor's levels, and the weights of its columns in their difference.
+        """Yield pairs of a factor's levels and the weights of its columns in their difference.
 
-        Of a trend the highest and the lowest.
+        For a trend, the pair is the highest and the lowest level.
         """
         levels = [int(level) for level in numpy.unique(self.levels[:, factor])]
         if factor in self.trends:
@@ -266,7 +265,7 @@ class Design:
                 yield (levels[high], levels[low]), unit[high] - unit[low]
 
     def interactions(self) -> list[Interaction]:
-        """Each pair of factors, against the model of all the other pairs."""
+        """Test each pair of factors against the model with all the other pairs."""
         _, left, _ = self.fit([self.blocks, *self.mains])
         error = self.interaction_error
         found = []
@@ -290,9 +289,9 @@ class Design:
     def ranked(self) -> list[Cell]:
         """All cells by descending mean, the first with an interval; see `takes_seeds_out`.
 
-        Its upper end is Student's; the lower one holds for whichever of the cells had come out
-        highest. Both are of the accuracy over seeds; with one seed, or without an error, there is
-        no interval, and without an error every cell is a candidate.
+        The interval is for the accuracy over seeds. The upper end is Student's; the lower end also
+        allows for this cell having been picked as the highest. With one seed or without an error
+        there is no interval; without an error, every cell is a candidate.
         """
         counts = numpy.bincount(self.cells)
         means = numpy.bincount(self.cells, self._without_seeds) / counts
@@ -320,12 +319,12 @@ class Design:
 
     @property
     def _of_cells(self) -> list[Array]:
-        """The terms by which cells are ranked."""
+        """The terms for ranking the cells."""
         return self.saturated if self.takes_seeds_out else [self.terms(self.cells)]
 
     @cached_property
     def _without_seeds(self) -> Array:
-        """The scores without what a seed adds to all of its runs: not every cell may have it."""
+        """The scores without the seed effects, because not every cell may have every seed."""
         if not self.takes_seeds_out:
             return self.scores
         solution, _, _ = self.fit(self.saturated)
@@ -333,7 +332,7 @@ class Design:
         return self.scores - of_seed + of_seed.mean()
 
     def _dunnett(self, counts: Array, best: int, df: float) -> float:
-        """The largest t of all cells' distances from one of them that is not above the level."""
+        """Dunnett's critical value: the `LEVEL` quantile of the largest t of cells minus best."""
         normal, scale = _draws(len(counts), df)
         z = normal / numpy.sqrt(counts)
         others = numpy.arange(len(counts)) != best
@@ -344,14 +343,14 @@ class Design:
     def _interval(
         self, means: Array, counts: Array, best: int, within: Error
     ) -> tuple[float, float]:
-        """Of the accuracy of the ``best`` cell over seeds, which all cells have in common."""
+        """The interval of the ``best`` cell's accuracy over seeds; all cells share seed effects."""
         variance, df = within.mean_square, float(within.df)
         of_seed = self.explained([self.terms(self.cells)], self._of_cells)
         if of_seed is not None:
             share = 1 / len(means)
             parts = (share * of_seed.mean_square, (1 - share) * within.mean_square)
             variance = sum(parts)
-            # Satterthwaite's, for the sum of two mean squares.
+            # Satterthwaite's degrees of freedom for the sum of two mean squares.
             df = variance**2 / (parts[0] ** 2 / of_seed.df + parts[1] ** 2 / within.df)
         error = float(numpy.sqrt(variance / counts[best]))
         normal, scale = _draws(len(means), df)
@@ -364,7 +363,7 @@ class Design:
 def simultaneous(
     means: Array, covariance: Array, error: Error | None
 ) -> list[tuple[float | None, float | None, float | None]]:
-    """(low, high, p) of each mean, all at the level together; ``covariance`` of unit variance."""
+    """(low, high, p) of each mean, simultaneous at `LEVEL`; ``covariance`` is for unit variance."""
     if error is None or error.mean_square < 1e-18:
         return [(None, None, None)] * len(means)
     unit = numpy.sqrt(numpy.diag(covariance))
@@ -387,7 +386,7 @@ def simultaneous(
 
 
 def _draws(columns: int, df: float) -> tuple[Array, Array]:
-    """Normal draws (draws, columns) and estimated over true deviations, always the same ones."""
+    """Draw normals (draws, columns) and ratios of estimated to true deviation with a fixed seed."""
     generator = numpy.random.default_rng(0)
     draws = min(DRAWS, max(5_000, 5_000_000 // columns))
     scale = numpy.sqrt(generator.chisquare(df, draws) / df)

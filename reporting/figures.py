@@ -1,4 +1,4 @@
-"""The report's pictures as matplotlib figures, and the two forms in which they are written."""
+"""The report's pictures as matplotlib figures, saved as SVG or PNG."""
 
 import io
 import itertools
@@ -38,35 +38,35 @@ STYLE = {
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
     "legend.fontsize": 8.5,
-    "svg.hashsalt": "aaconv",  # the same runs give the same bytes
+    "svg.hashsalt": "aaconv",  # makes the files reproducible byte for byte
     "svg.fonttype": "path",
     "path.simplify_threshold": 0.5,
     "text.parse_math": False,  # a class may be called $x$
 }
-# Okabe and Ito's colors, which the color-blind can tell apart; the plain network is black.
+# Okabe and Ito's colorblind-safe palette; the plain network is black.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F6000")
 PLAIN, OTHERS = "#222222", "#c4c4c4"
-# More lines than this cannot be told apart: then only the best have a hue. More rows, or more
-# classes at either end, cannot be read.
+# With more than LINES lines, only the BEST have a hue, because more cannot be told apart. More
+# ROWS, or more CLASSES at either end, would be illegible.
 LINES, BEST, ROWS, CLASSES = 8, 4, 12, 12
-# Classes of a confusion matrix, and those that leave room for numbers.
+# The most classes in a confusion matrix, and the most that leave room for numbers in the cells.
 MOST_CLASSES, NUMBERED_CLASSES = 100, 20
-# Characters of a label. A longer one would leave no room for the data.
+# The most characters of a label. A longer one would leave no room for the data.
 LABEL = 40
 CENTERED = {"ha": "center", "va": "center"}
 
 
-# For what is drawn or written; here used as a decorator.
+# Use as a decorator (as here) or a context manager around drawing and saving.
 style = partial(matplotlib.rc_context, STYLE)
 
 
 def as_svg(figure: Figure) -> str:
-    """The text of an SVG file, which brings its letters as outlines."""
+    """Return the figure as an SVG file with its text as outlines."""
     return _save(figure, format="svg", metadata={"Date": None, "Creator": None}).decode()
 
 
 def as_png(figure: Figure) -> bytes:
-    """The content of a PNG file."""
+    """Return the figure as the bytes of a PNG file."""
     return _save(figure, format="png", dpi=150)
 
 
@@ -77,7 +77,7 @@ def _save(figure: Figure, **options: Any) -> bytes:
         fonts, lacking = _fonts_with(lacking)
         for text in figure.findobj(Text):
             text.set_fontfamily([*text.get_fontfamily(), *fonts])
-        if lacking:  # they are boxes; the tables have them
+        if lacking:  # drawn as boxes; the tables show the characters
             names = sorted({_script(letter) for letter in lacking})
             words = f"boxes: no font here has {', '.join(names)}"
             figure.supxlabel(words, fontsize=7, color="#666")
@@ -86,7 +86,7 @@ def _save(figure: Figure, **options: Any) -> bytes:
 
 
 def _drawn(figure: Figure, options: dict[str, Any]) -> tuple[bytes, set[str]]:
-    """What a file would hold, and the letters that matplotlib has found no font for."""
+    """Return the bytes of the file and the characters that matplotlib found no font for."""
     file, lacking = io.BytesIO(), set()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -103,16 +103,16 @@ def _drawn(figure: Figure, options: dict[str, Any]) -> tuple[bytes, set[str]]:
 
 
 def _fonts_with(letters: set[str]) -> tuple[list[str], set[str]]:
-    """Installed fonts that have ``letters``, and those letters that none has."""
+    """Return installed fonts that have the ``letters``, and the letters that no font has."""
     fonts, lacking = [], set(letters)
     for entry in sorted(font_manager.fontManager.ttflist, key=lambda entry: entry.fname):
         if not lacking:
             break
-        if entry.name.startswith("Last Resort"):  # which draws a box for every letter
+        if entry.name.startswith("Last Resort"):  # draws a box for every character
             continue
         try:
             known = font_manager.get_font(entry.fname).get_charmap()
-        except (OSError, RuntimeError):  # removed or damaged since matplotlib has listed it
+        except (OSError, RuntimeError):  # removed or damaged since matplotlib listed it
             continue
         found = {letter for letter in lacking if ord(letter) in known}
         if found:
@@ -127,14 +127,14 @@ def _script(letter: str) -> str:
 
 
 def one_panel(width: float = 5.2, height: float = 3.5) -> tuple[Figure, Any]:
-    """A figure of one panel, sizes in inches."""
+    """Return a figure with one panel, sizes in inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
 
 
 @style()
 def attention(layer: str, picture: AttentionPicture) -> Figure:
-    """The tiles of the layer of this name, with the names of their rows and columns."""
+    """Draw the attention tiles of a layer, with labels for their rows and columns."""
     image, columns = picture.image, picture.columns
     rows = ["\n".join(fit_label(line) for line in row.split("\n")) for row in picture.rows]
     beside = 0.08 * max(len(line) for row in rows for line in row.split("\n")) + 0.4
@@ -153,7 +153,7 @@ def attention(layer: str, picture: AttentionPicture) -> Figure:
 
 
 def fit_label(text: str, n: int | None = None) -> str:
-    """A name for an axis or a legend, short enough for it, with the number of samples."""
+    """Shorten a name to fit an axis or a legend, and append the number of samples if given."""
     text = single_line(text)
     if len(text) > LABEL:
         text = f"{text[: LABEL // 2]}\N{HORIZONTAL ELLIPSIS}{text[1 - LABEL // 2 :]}"
@@ -163,9 +163,9 @@ def fit_label(text: str, n: int | None = None) -> str:
 
 
 def colors(variants: list[Variant]) -> dict[Variant, str]:
-    """A color for each: black for the plain one of most runs, a hue, or gray where too many.
+    """Choose colors: black for the plain variant with the most runs, hues for the others.
 
-    Of many variants the best by top-1 have a hue.
+    With more than `LINES` variants, only the best by top-1 get a hue; the others are gray.
     """
     plain = [variant for variant in variants if variant.attention == "none"]
     plain = [max(plain, key=lambda v: len(v.runs))] if plain else []
@@ -179,12 +179,12 @@ def colors(variants: list[Variant]) -> dict[Variant, str]:
 
 
 def _gray_first(chosen: dict[Variant, str]) -> list[Variant]:
-    """In the order of drawing: what has a hue comes on top."""
+    """The variants in drawing order: gray first, so that lines with a hue are on top."""
     return sorted(chosen, key=lambda variant: chosen[variant] != OTHERS)
 
 
 def add_legend(figure: Figure, panel: Any, chosen: dict[Variant, str]) -> None:
-    """Above the data, never on them: matplotlib's search for a free place is slow, too."""
+    """Add a legend above the plot: it never covers data, and "best" placement would be slow."""
     gray = sum(color == OTHERS for color in chosen.values())
     if gray:
         name = "1 other variant" if gray == 1 else f"{gray} other variants"
@@ -199,9 +199,9 @@ def add_legend(figure: Figure, panel: Any, chosen: dict[Variant, str]) -> None:
 
 
 def _width(figure: Figure, legend: Legend) -> float:
-    """Of the legend, margins included, in the figure's pixels."""
+    """The width of the legend in pixels, including margins."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `_save` sees to letters that the font lacks
+        warnings.simplefilter("ignore")  # `_save` handles characters that the font lacks
         renderer = FigureCanvasAgg(figure).get_renderer()
         return float(legend.get_window_extent(renderer).width)
 
@@ -222,10 +222,10 @@ def curves(
     over_time: bool = False,
     zero: bool = False,
 ) -> Figure:
-    """Mean of the seeds over the epochs, and a band from the lowest to the highest.
+    """Plot the mean over the seeds by epoch, with a band from the lowest to the highest seed.
 
-    Or over the minutes that training and evaluation have taken, mean of the seeds. ``seeds`` has a
-    curve for each seed; of the ``variants`` those that are not in it keep their colors.
+    With ``over_time``, the x axis is the mean minutes of training and evaluation. ``seeds`` has one
+    curve per seed; colors are chosen over all ``variants``, even those without curves.
     """
     figure, panel = one_panel()
     if zero:
@@ -258,7 +258,7 @@ def curves(
 
 @style()
 def over_flops(variants: list[Variant]) -> Figure:
-    """Top-1 of the last epoch against the cost of an image: each seed, and mean with deviation."""
+    """Plot last-epoch top-1 against FLOPs per image: each seed, mean and standard deviation."""
     chosen = colors(variants)
     large = max(variant.first["flops"] for variant in variants) >= 1e8
     unit, name = (1e9, "GFLOPs") if large else (1e6, "MFLOPs")
@@ -292,7 +292,7 @@ def over_flops(variants: list[Variant]) -> Figure:
 
 
 def _named_rows(panel: Any, names: list[str], margin: float) -> None:
-    """A horizontal row for each name, the first at the bottom, and a line at zero."""
+    """Set up one horizontal row per name, the first at the bottom, and a line at zero."""
     panel.axvline(0, color="#555", linewidth=1)
     panel.set_yticks(range(len(names)), names)
     panel.set_ylim(-margin, len(names) - 1 + margin)
@@ -301,9 +301,9 @@ def _named_rows(panel: Any, names: list[str], margin: float) -> None:
 
 @style()
 def differences(comparisons: list[Comparison], is_cut: bool) -> Figure:
-    """Differences in top-1 from the plain baseline: each pair, their mean, its interval.
+    """Plot differences in top-1 from the plain baseline: each pair, their mean, its interval.
 
-    Where the list ``is_cut``, a line between its two halves stands for what is left out.
+    If the list ``is_cut``, a line between its two halves marks the omitted rows.
     """
     figure, panel = one_panel(5.2, 1.1 + 0.36 * len(comparisons))
     rows = comparisons[::-1]
@@ -323,7 +323,7 @@ def differences(comparisons: list[Comparison], is_cut: bool) -> Figure:
 
 @style()
 def by_class(rows: list[tuple[str, Difference]]) -> Figure:
-    """AA minus plain by class, of ascending mean; of many classes only the two ends are drawn."""
+    """Plot AA minus plain by class in ascending order; with many classes, only the two ends."""
     ends = rows if len(rows) <= 2 * CLASSES else rows[:CLASSES] + rows[-CLASSES:]
     figure, panel = one_panel(5.2, 1.0 + 0.21 * len(ends))
     for y, (_, found) in enumerate(ends):
@@ -346,10 +346,10 @@ def heatmaps(
     rows: tuple[str, list[str]],
     columns: tuple[str, list[str]],
 ) -> Figure:
-    """Top-1 over two settings, a panel for each combination of the others, on one color scale.
+    """Plot top-1 over two settings, with a panel per combination of the others and one color scale.
 
-    A cell is {(row, column): (mean, n)}, or the words for why it has none; ``rows`` and ``columns``
-    are a setting's name and its values in order.
+    Cells are {(row, column): (mean, n)}, or a text saying why there is no score; ``rows`` and
+    ``columns`` are a setting's name and its values in order.
     """
     means = [c[0] for cells in panels.values() for c in cells.values() if not isinstance(c, str)]
     low, high = min(means), max(means)
@@ -398,10 +398,10 @@ def heatmaps(
 
 @style()
 def over_settings(panels: dict[str, tuple[list[str], bool, list[tuple[int, float]]]]) -> Figure:
-    """Top-1 over each setting of a sweep, whose best point is filled.
+    """Plot top-1 over each setting of a sweep; the best point is filled.
 
-    A panel is a setting's values in order, whether they are numbers on an axis, and the points:
-    the place of the value and top-1. Numbers have a logarithmic axis where `is_logarithmic`.
+    A panel holds a setting's values in order, whether to plot them as numbers, and the points
+    (index of the value, top-1). A numeric axis is logarithmic where `is_logarithmic`.
     """
     width = 0.6 + 2.7 * len(panels)
     figure = Figure(figsize=(max(5.2, width), 3.0), layout="constrained")
@@ -426,7 +426,7 @@ def over_settings(panels: dict[str, tuple[list[str], bool, list[tuple[int, float
 
 @style()
 def reliability(rows: list[dict[str, float | None]], error: float) -> Figure:
-    """Accuracy over confidence, a bar for each bin of `training.scores.Calibration`."""
+    """Plot accuracy over confidence, with a bar for each bin of `training.scores.Calibration`."""
     width = 1 / len(rows)
     figure, panel = one_panel(4.2, 4.0)
     shares = [row["images"] or 0.0 for row in rows]
@@ -445,10 +445,10 @@ def reliability(rows: list[dict[str, float | None]], error: float) -> Figure:
 
 @style()
 def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
-    """How many images of each class (rows) are predicted as which (columns).
+    """Plot the confusion matrix: true classes in rows, predicted classes in columns.
 
-    Colors are shares of a row's images. Of more than `MOST_CLASSES` classes those with the most
-    mistakes are drawn, of few the numbers are in the cells. A class without images has a gray row.
+    Colors are shares of a row's images. With more than `MOST_CLASSES` classes, those with the most
+    mistakes are drawn; with few, the cells show numbers. A class without images has a gray row.
     """
     chosen = most_mistaken(counts, MOST_CLASSES)
     rows = [[counts[row][column] for column in chosen] for row in chosen]
@@ -459,15 +459,15 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     ]
     labels = [fit_label(names[index].replace("_", " ")) for index in chosen]
     few = len(chosen) <= NUMBERED_CLASSES
-    # Inches: of a cell, and of a letter beside them.
+    # Sizes in inches of a cell and of the label margin (0.085 per character).
     cell = 0.5 if few else 0.14
     beside = 0.085 * max(map(len, labels)) + 0.9
     side = max(cell * len(chosen), 2.5)
     figure, panel = one_panel(side + beside + 0.9, side + beside)
-    figure.set_layout_engine("compressed")  # for a panel whose sides are fixed
+    figure.set_layout_engine("compressed")  # for a panel with a fixed aspect ratio
     panel.set_facecolor("#ececec")
     panel.grid(visible=False)
-    # The square root shows mistakes beside what is right.
+    # The square-root scale keeps the few mistakes visible next to the large diagonal.
     scale = PowerNorm(0.5, vmin=0, vmax=100)
     image = panel.imshow(shares, cmap="Blues", norm=scale, interpolation="none")
     ticks = range(len(chosen))
@@ -479,7 +479,7 @@ def confusion(counts: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
             if rows[row][column]:
                 color = "white" if shares[row][column] > 35 else "black"
                 panel.text(column, row, str(rows[row][column]), CENTERED, fontsize=8, color=color)
-    step = 1 if few else 5  # lines that lead from a cell to its names
+    step = 1 if few else 5  # grid lines that lead the eye from a cell to its labels
     for edge in range(step, len(chosen), step):
         panel.axhline(edge - 0.5, color="#ccc", linewidth=0.4)
         panel.axvline(edge - 0.5, color="#ccc", linewidth=0.4)

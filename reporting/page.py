@@ -1,6 +1,6 @@
-"""What the report says, in the order in which it is read: the answer, then the sections.
+"""The contents of the report in reading order: the answer, then the sections.
 
-`contents` gives it as plain values; templates/ has the two forms, HTML and Markdown.
+`contents` returns them as plain values; templates/ has the HTML and Markdown templates.
 """
 
 import statistics
@@ -14,7 +14,7 @@ from reporting.runs import Run, Variant, conditions
 from reporting.sections import CONDITIONS, PROVENANCE
 from reporting.text import DASH, count, first_few, interval, p_in_words, short, signed
 
-# Where the section on attention's settings stands, unless it comes first.
+# Index of the section on attention settings, unless it comes first.
 SETTINGS_AT = 2
 SECTIONS = (
     sections.scores_section,
@@ -31,7 +31,7 @@ SECTIONS = (
 
 
 def contents(analysis: Analysis) -> dict[str, Any]:
-    """Everything that the templates show."""
+    """Return everything that the templates show."""
     sweep = analysis.main_sweep
     shown_sections = [made for section in SECTIONS if (made := section(analysis)) is not None]
     shown = cards(analysis.nearest) if sweep is None or analysis.nearest else []
@@ -49,7 +49,7 @@ def contents(analysis: Analysis) -> dict[str, Any]:
 
 
 def summary_line(analysis: Analysis) -> str:
-    """What was compared, in a few words."""
+    """Summarize what was compared in a few words."""
     name, _, on = analysis.data.rpartition(" ")
     where = "the test set"
     if on == "val":
@@ -77,7 +77,7 @@ def _validation_images(run: Run) -> str:
 
 
 def cards(comparisons: list[Comparison]) -> list[Card]:
-    """The outcomes that the page begins with, attention's first."""
+    """The cards at the top of the page, augmented variants first."""
     augmented = [c for c in comparisons if c.variant.attention == "aa"]
     others = [c for c in comparisons if c.variant.attention != "aa"]
     if not comparisons:
@@ -115,7 +115,7 @@ def _card(comparison: Comparison) -> Card:
 
 
 def verdict(found: Difference, label: str) -> str:
-    """What the paired differences allow one to say."""
+    """The conclusion that the paired differences support."""
     if found.n == 0:
         return "No seed in common, so there is no paired difference."
     if found.n == 1:
@@ -152,7 +152,7 @@ def _card_of_many(comparisons: list[Comparison]) -> Card:
 
 
 def caveats(analysis: Analysis) -> list[str]:
-    """What a reader must know before believing the differences."""
+    """The caveats a reader should know before trusting the differences."""
     found = []
     for comparison in analysis.nearest if len(analysis.nearest) <= figures.ROWS else []:
         if comparison.differing:
@@ -179,6 +179,6 @@ def caveats(analysis: Analysis) -> list[str]:
 
 
 def _began_saturated(variant: Variant) -> bool:
-    """Whether attention began on an unnormalized stream with weights too large for it."""
+    """Whether attention started on an unnormalized stream with weights too large for it."""
     start = (variant.settings.get("attention.init"), variant.settings.get("attention.qk_norm"))
     return start == ("kaiming", False) and variant.settings.get("model.block") != "preact"

@@ -1,4 +1,4 @@
-"""Differences by pairs of a seed, or without: interval and test, and how far a test reaches."""
+"""Differences paired by seed or unpaired: intervals, tests, and the power of a test."""
 
 import statistics
 from collections.abc import Collection
@@ -21,9 +21,9 @@ POWER = 0.8
 
 @dataclass(frozen=True)
 class Difference:
-    """Differences by seed; the interval and the test are None where there is no basis for them.
+    """Differences by seed; interval and test are None if the data do not allow them.
 
-    ``p_holm`` is ``p`` corrected for the number of a family's tests, where there is a family.
+    ``p_holm`` is ``p`` corrected for the number of tests in a family, if there is one.
     """
 
     by_seed: dict[int, float]
@@ -41,17 +41,17 @@ class Difference:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval excludes zero, else 0."""
+        """1 or -1 if the interval excludes zero, else 0."""
         if self.low is None or self.high is None:
             return 0
         return (self.low > 0) - (self.high < 0)
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> Difference:
-    """``ours`` minus ``theirs`` over the seeds of both; two-sided paired t-test, 95 % interval.
+    """``ours`` minus ``theirs`` over common seeds, with two-sided paired t-test and 95 % interval.
 
-    There is no interval for a single pair, and none for pairs that all differ by the same amount:
-    the deviation that the test divides by is then unknown or zero.
+    A single pair has no interval, and neither have pairs that all differ by the same amount: the
+    standard deviation that the test divides by is unknown or zero.
     """
     seeds = sorted(ours.keys() & theirs.keys())
     by_seed = {seed: ours[seed] - theirs[seed] for seed in seeds}
@@ -70,7 +70,7 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> Difference:
 
 
 def pooled(groups: list[Collection[float]]) -> Error | None:
-    """The mean square within ``groups``; None without a group of two, or where all agree."""
+    """The mean square within ``groups``; None if no group has two values or if all values agree."""
     df = sum(len(group) - 1 for group in groups)
     means = [statistics.fmean(group) for group in groups]
     off = [x - mean for group, mean in zip(groups, means, strict=True) for x in group]
@@ -79,7 +79,7 @@ def pooled(groups: list[Collection[float]]) -> Error | None:
 
 
 def unpaired(ours: Collection[float], theirs: Collection[float], error: Error) -> Difference:
-    """The mean of ``ours`` minus that of ``theirs``; two-sided t-test and 95 % interval."""
+    """Mean of ``ours`` minus mean of ``theirs``, with two-sided t-test and 95 % interval."""
     mean = statistics.fmean(ours) - statistics.fmean(theirs)
     scale = error.sd * (1 / len(ours) + 1 / len(theirs)) ** 0.5
     low, high = map(float, stats.t.interval(LEVEL, error.df, mean, scale))
@@ -90,7 +90,7 @@ def unpaired(ours: Collection[float], theirs: Collection[float], error: Error) -
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """A variant and a plain network, or another one, as its baseline."""
+    """A variant and its baseline: a plain network, or another variant."""
 
     variant: Variant
     baseline: Variant
@@ -101,7 +101,7 @@ class Comparison:
 
     @cached_property
     def differing(self) -> dict[str, tuple[str, str]]:
-        """The settings beside attention's that differ: the variant's value and the baseline's."""
+        """The differing settings outside of attention: the variant's value and the baseline's."""
         keys = differing_settings([self.variant, self.baseline])
         keys = [key for key in keys if not key.startswith("attention.")]
         return {key: (self.variant.setting(key), self.baseline.setting(key)) for key in keys}
@@ -115,12 +115,12 @@ class Comparison:
         return self.difference("top1")
 
     def difference(self, name: str) -> Difference:
-        """The differences of a score of the last epoch, or of another number of the summary."""
+        """The paired differences in a last-epoch score or another number of the summary."""
         return paired(self.variant.by_seed(name), self.baseline.by_seed(name))
 
 
 def corrected(family: dict[Of, Difference]) -> dict[Of, Difference]:
-    """The same differences with `Difference.p_holm`."""
+    """Return the same differences with `Difference.p_holm` filled in."""
     p_values = holm_bonferroni([found.p for found in family.values()])
     return {
         of: replace(found, p_holm=p)
@@ -129,7 +129,7 @@ def corrected(family: dict[Of, Difference]) -> dict[Of, Difference]:
 
 
 def holm_bonferroni(p_values: list[float | None]) -> list[float | None]:
-    """P-values corrected for their number (Holm 1979); None, where there was no test, stays."""
+    """Correct p-values for their number (Holm 1979); None (no test) stays None."""
     tested = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
     result: list[float | None] = [None] * len(p_values)
     highest = 0.0
@@ -140,13 +140,13 @@ def holm_bonferroni(p_values: list[float | None]) -> list[float | None]:
 
 
 def minimum_detectable_difference(n: int, sd: float) -> float:
-    """The mean difference that a paired t-test at the level of 5 % finds in four of five cases.
+    """The mean difference that a paired t-test at the 5 % level detects with a power of 80 %.
 
     ``n`` is the number of pairs, at least 2, and ``sd`` the standard deviation of their
     differences.
     """
     edge = stats.t.ppf((1 + LEVEL) / 2, n - 1)
-    # The quantiles of the estimated deviation over the true one; scipy's noncentral t has holes.
+    # Quantiles of estimated / true deviation, because scipy's noncentral t fails for some values.
     quantiles = (numpy.arange(QUANTILES) + 0.5) / QUANTILES
     estimated = numpy.sqrt(stats.chi2.ppf(quantiles, n - 1) / (n - 1))
 

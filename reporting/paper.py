@@ -1,7 +1,7 @@
-"""What the paper prints for CIFAR-100 (Bello et al., ICCV 2019, Table 1), beside these runs.
+"""The paper's results on CIFAR-100 (Bello et al., ICCV 2019, Table 1), next to these runs.
 
-Each value says how well it is known. The paper prints single numbers, without the number of runs
-or a spread.
+Each value states how reliable its source is. The paper prints single numbers, without the number of
+runs or a spread.
 """
 
 from collections import defaultdict
@@ -26,7 +26,7 @@ SURE = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row of Table 1: millions of parameters, GFLOPs of one image, accuracies in percent."""
+    """A row of Table 1: millions of parameters, GFLOPs per image, accuracies in percent."""
 
     name: str
     parameters: float
@@ -35,7 +35,7 @@ class Row:
     top5: float
 
 
-# Sure by "table".
+# All values are from the source SURE["table"].
 TABLE1 = {
     "none": Row("Wide-ResNet-28-10", 36.3, 10.4, 80.3, 95.0),
     "ge": Row("GE-Wide-ResNet (no parameters)", 36.3, 10.4, 79.8, 95.0),
@@ -46,7 +46,7 @@ TABLE1 = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A setting of the paper: its value without attention and with it, and its source in SURE."""
+    """A setting of the paper: its values without and with attention, and its source in SURE."""
 
     key: str
     plain: object
@@ -88,13 +88,13 @@ NOTES = (
 
 
 def printed(data: str, variant: Variant) -> Row | None:
-    """The paper's row of the variant's network, if it has one."""
+    """The paper's row for the variant's network, or None."""
     same = data == DATA and variant.model == MODEL
     return TABLE1.get(variant.attention) if same else None
 
 
 def cells(row: Row | None) -> dict[str, str]:
-    """The numbers of the paper's row, or dashes."""
+    """The table cells of the paper's row; dashes if there is no row."""
     numbers = [DASH] * 4
     if row is not None:
         numbers = [f"{row.parameters} M", str(row.gflops), str(row.top1), str(row.top5)]
@@ -102,7 +102,7 @@ def cells(row: Row | None) -> dict[str, str]:
 
 
 def paper_section(analysis: Analysis) -> Section:
-    """How far the paper's scores and ours differ, and how the recipes do."""
+    """How our scores and recipe differ from the paper's."""
     gain = TABLE1["aa"].top1 - TABLE1["none"].top1
     words = [
         f"The paper (Bello et al., ICCV 2019, Table 1: {NETWORK} on CIFAR-100) prints single "
@@ -145,7 +145,7 @@ def _beside(matched: dict[Variant, Row]) -> list[dict[str, str]]:
 
 
 def _recipe(variants: Iterable[Variant]) -> list[dict[str, str]]:
-    """Where the paper's settings are others, a row for each setting and pair of values."""
+    """One row for each setting that differs from the paper's and each pair of values."""
     labels: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for setting in RECIPE:
         for variant in variants:

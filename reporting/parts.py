@@ -1,4 +1,4 @@
-"""What the report is made of: tables, pictures, cards and sections, as plain values."""
+"""The building blocks of the report as plain values: tables, pictures, cards and sections."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,7 +8,7 @@ from reporting import figures
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first ``texts`` columns are words, the others numbers."""
+    """A table of text cells; the first ``texts`` columns are words, the others numbers."""
 
     head: list[str]
     rows: list[list[str]]
@@ -17,13 +17,13 @@ class Table:
 
 
 def tables(rows: list[dict[str, str]], texts: int = 1, caption: str = "") -> list[Table]:
-    """A table of cells by their columns' headings, the same in all rows; none without rows."""
+    """A table from rows with the same {heading: cell} keys; an empty list if there are no rows."""
     return [Table([*rows[0]], [[*row.values()] for row in rows], texts, caption)] if rows else []
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure, the name of its file next to report.md, and what it shows in words."""
+    """A figure, its file name next to report.md, and a caption."""
 
     name: str
     title: str
@@ -38,19 +38,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class Card:
-    """A comparison's outcome, for the head of the page."""
+    """The outcome of a comparison, shown at the top of the page."""
 
     title: str
     number: str
     unit: str
     verdict: str
     details: list[str]
-    tone: str = "open"  # or better, or worse
+    tone: str = "open"  # or "better" or "worse"
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and its contents; ``folded``, a title and a table, is shown on demand."""
+    """A heading and its contents; ``folded`` (a title and a table) is shown on demand."""
 
     title: str
     text: list[str] = field(default_factory=list)

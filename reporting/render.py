@@ -1,4 +1,4 @@
-"""An analysis in; report.html, report.md and its pictures out."""
+"""Render an analysis as report.html, report.md and its pictures."""
 
 import base64
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from training.files import write_texts
 
 
 def write(analysis: Analysis, out: Path) -> str:
-    """Write report.html, report.md and its pictures to ``out``; return the head for a terminal.
+    """Write report.html, report.md and its pictures to ``out``; return a summary for a terminal.
 
-    A report that is in ``out`` already is replaced as a whole or not at all.
+    An existing report in ``out`` is replaced as a whole or not at all.
 
     Raises:
-        ValueError: what is beside the runs is damaged; nothing is written.
-        OSError: ``out`` cannot be written to, or its disk is full.
+        ValueError: if a file next to the runs is damaged; nothing is written.
+        OSError: if ``out`` is not writable or the disk is full.
     """
     page = contents(analysis)
     texts = {out / f"{picture.name}.svg": picture.svg for picture in _pictures(page)}
@@ -38,9 +38,9 @@ def _pictures(page: dict[str, Any]) -> list[Picture]:
 
 
 def _fill(name: str, page: dict[str, Any], shown: Callable[[str], str]) -> str:
-    """The template ``name`` of the folder templates/, filled.
+    """Fill the template ``name`` of the folder templates/.
 
-    Text is HTML-escaped in .html; in .md templates the filter ``shown`` makes of it what shows it.
+    Text is HTML-escaped in .html templates; .md templates escape it with the filter ``shown``.
     """
 
     def table(it: Table) -> str:

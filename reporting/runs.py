@@ -1,4 +1,4 @@
-"""Run folders as they are on disk: which hold a result, and which results belong together."""
+"""Read run folders: which hold a result, and which results belong to the same variant."""
 
 import os
 import statistics
@@ -19,16 +19,16 @@ from training.variants import images_key, variant_settings
 Item = TypeVar("Item")
 Key = TypeVar("Key")
 
-# The settings that are named first where several would tell two variants apart.
+# Settings preferred in labels if several of them would tell two variants apart.
 NAMED_FIRST = ("epochs", "batch_size", "optim.lr", "optim.weight_decay", "data.val_size")
 NOT_SET = "not set"
 UNKNOWN = "unknown"
-# Kinds of excluded folders, in the order in which they are listed.
+# Kinds of excluded folders, in listing order.
 KINDS = (
     *("diverged", "refused", "failed", "unfinished", "of another data set", "duplicate"),
     "unreadable",
 )
-# Of a folder that has no result.
+# The kind of an excluded folder by the outcome of its run.
 _EXCLUDED = {
     outcome.DIVERGED: "diverged",
     outcome.STOPPED: "unfinished",
@@ -39,7 +39,7 @@ _EXCLUDED = {
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A finished run: its folder, its summary, and a row of metrics for each epoch."""
+    """A finished run: its folder, its summary, and one row of metrics per epoch."""
 
     folder: Path
     summary: Summary
@@ -51,36 +51,36 @@ class Run:
 
     @property
     def data(self) -> str:
-        """The data set and which part of it was evaluated: `cifar100 test`."""
+        """The data set and the evaluated split: `cifar100 test`."""
         return f"{self.summary['data']} {self.summary['evaluated_on']}"
 
     @property
     def data_digest(self) -> str:
-        """Which images those are; `UNKNOWN` where older code did not say."""
+        """The digest of the images; `UNKNOWN` for runs of older code, which did not record it."""
         return self.summary.get("data_digest", UNKNOWN)
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """What decides the result except for the seed; flat."""
+        """The settings that affect the result, except for the seed, as flat keys."""
         return variant_settings(self.summary["config"])
 
     def last(self, name: str) -> float:
-        """A score or a measurement of the summary; `top1` is that of what was evaluated."""
+        """A score or measurement of the summary; `top1` is that of the evaluated split."""
         summary: Mapping[str, Any] = self.summary
         return float(summary[self._key(name)])
 
     def each_epoch(self, name: str) -> list[float]:
-        """The same, a value for each epoch."""
+        """The values of a score or measurement, one per epoch."""
         return [row[self._key(name)] for row in self.rows]
 
     def has(self, name: str) -> bool:
-        """Whether there is such a value for each epoch; runs of earlier versions have fewer."""
+        """Whether `each_epoch` has this column; runs of earlier versions have fewer columns."""
         return self._key(name) in self.rows[0]
 
     def conditions(self, name: str) -> list[str]:
-        """What is no setting and yet may change a number, as it was after each start of the run.
+        """A condition that is not a setting but may affect the numbers, for each start of the run.
 
-        ``name`` is commit, hardware, precision, processes, or a package for its version.
+        ``name`` is commit, hardware, precision, processes, or a package (for its version).
         """
         segments = [{**segment["versions"], **segment} for segment in self.summary["segments"]]
         values = [str(segment.get(name, UNKNOWN)) for segment in segments]
@@ -92,20 +92,20 @@ class Run:
 
 @dataclass(frozen=True)
 class Excluded:
-    """A folder whose run is in no number, and why."""
+    """A folder whose run is excluded from all numbers, and the reason."""
 
     folder: Path
     kind: str  # one of KINDS
     why: str
-    settings: dict[str, Any] | None = None  # flat, where a run without a result has any
+    settings: dict[str, Any] | None = None  # flat; None if unknown or if the run has a result
 
 
 @dataclass(frozen=True, eq=False)
 class Variant:
-    """Runs that differ in nothing but the seed, under a label that no other variant has."""
+    """Runs that differ only in the seed, with a unique label."""
 
     label: str
-    runs: list[Run]  # by seed, no seed twice
+    runs: list[Run]  # sorted by seed, without duplicates
 
     @property
     def first(self) -> Summary:
@@ -127,7 +127,7 @@ class Variant:
         return in_words(self.settings, key)
 
     def by_seed(self, name: str) -> dict[int, float]:
-        """A score of the last epoch, or another number of the summary, by seed."""
+        """A last-epoch score or another number of the summary, by seed."""
         return {run.seed: run.last(name) for run in self.runs}
 
     def mean(self, name: str) -> float:
@@ -136,17 +136,17 @@ class Variant:
 
 
 def as_recipe(settings: Mapping[str, Any]) -> str:
-    """A text that is the same for settings whose values are written alike."""
+    """A text key that is equal for settings whose values are written the same way."""
     return str(sorted((key, as_text(value)) for key, value in settings.items()))
 
 
 def in_words(settings: Mapping[str, Any], key: str) -> str:
-    """The value of one of a run's settings, or that it has none."""
+    """The value of a setting as text, or `NOT_SET`."""
     return as_text(settings[key]) if key in settings else NOT_SET
 
 
 def conditions(runs: list[Run], name: str) -> list[str]:
-    """The different values of `Run.conditions`, over all of the runs, sorted."""
+    """The distinct values of `Run.conditions` over all runs, sorted."""
     return sorted({value for run in runs for value in run.conditions(name)})
 
 
@@ -154,12 +154,12 @@ def conditions(runs: list[Run], name: str) -> list[str]:
 
 
 def read(folders: list[Path]) -> tuple[list[Run], list[Excluded]]:
-    """The finished runs in and below ``folders``, and what else is there.
+    """Return the finished runs in and below ``folders``, and the excluded folders.
 
-    A file that is damaged or of another format excludes its own folder and nothing more.
+    A file that is damaged or in another format excludes only its own folder.
 
     Raises:
-        ValueError: a folder does not exist, or there is no run in any; the message names it.
+        ValueError: if a folder does not exist or none contains a run; the message names it.
     """
     excluded: list[Excluded] = []
     results = [_read_run(path) for path in sorted(_run_folders(folders, excluded))]
@@ -186,7 +186,7 @@ def _run_folders(folders: list[Path], excluded: list[Excluded]) -> Iterator[Path
             )
         for path, subfolders, files in os.walk(folder, onerror=note, followlinks=True):
             place = os.path.realpath(path)
-            if place in seen:  # by another name, or by a link that leads back up
+            if place in seen:  # under another name, or by a link that leads back up
                 subfolders.clear()
                 continue
             seen.add(place)
@@ -206,7 +206,7 @@ def _read_run(folder: Path) -> Run | Excluded:
         except UnreadableError as error:
             kind, why = "unreadable", str(error)
     settings = None if config is None else variant_settings(config)
-    # The folder is named beside it.
+    # The report shows the folder in its own column.
     return Excluded(folder, kind, why.removeprefix(f"{folder}{os.sep}"), settings)
 
 
@@ -214,7 +214,7 @@ def _read_run(folder: Path) -> Run | Excluded:
 
 
 def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
-    """The items of each key, keys in the order in which they come up."""
+    """Group items by key; keys are in order of first appearance."""
     groups: dict[Key, list[Item]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -222,14 +222,14 @@ def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list
 
 
 def select_data(runs: list[Run], wanted: str | None) -> tuple[str, list[Run], list[Excluded]]:
-    """The data set of most runs, or the ``wanted`` one; its runs, and the others.
+    """Select the ``wanted`` data set, or the one with the most runs; return its runs and the rest.
 
     Raises:
-        ValueError: no run is of the data set ``wanted``.
+        ValueError: if no run uses the data set ``wanted``.
     """
     counts = Counter(run.data for run in runs)
     if wanted is not None:
-        wanted = single_line(wanted)  # by way of a command line, whose bytes the locale decodes
+        wanted = single_line(wanted)  # from the command line, whose bytes the locale decoded
         known = ", ".join(sorted(counts))
         for data in list(counts):
             if wanted not in (single_line(data), single_line(data.rpartition(" ")[0])):
@@ -243,10 +243,10 @@ def select_data(runs: list[Run], wanted: str | None) -> tuple[str, list[Run], li
 
 
 def select_images(runs: list[Run]) -> tuple[list[Run], list[Excluded]]:
-    """Of runs on different images under one name those on the images of most, and the others.
+    """If runs use different images under one name, keep the runs on the most common images.
 
-    Runs of older code, which do not say which images they are of, go with those that do, unless
-    these are of several.
+    Returns the kept runs and the others. Runs of older code, which have no digest, are kept unless
+    the runs with a digest disagree.
     """
     alike = grouped(runs, lambda run: (run.data, images_key(run.summary["config"])))
     others = []
@@ -270,10 +270,10 @@ def select_images(runs: list[Run]) -> tuple[list[Run], list[Excluded]]:
 
 
 def group_by_variant(runs: list[Run]) -> tuple[list[Variant], list[Excluded]]:
-    """Runs by everything that decides a result except for the seed, in the order of Table 1.
+    """Group runs by all settings that affect the result except for the seed, as in Table 1.
 
-    Those on other images of one name are left out, see `select_images`. The same seed a second time
-    is no second sample: the first folder counts.
+    Runs on other images of the same name are left out, see `select_images`. A repeated seed is not
+    a second sample: the first folder counts.
     """
     members: dict[tuple[str, str, str], dict[int, Run]] = {}
     runs, others = select_images(runs)
@@ -310,13 +310,13 @@ def _labeled(groups: list[list[Run]]) -> list[Variant]:
 
 
 def differing_settings(variants: list[Variant]) -> list[str]:
-    """The settings that not all of the variants have at the same value, in alphabetical order."""
+    """The settings whose values differ among the variants, in alphabetical order."""
     keys = sorted({key for variant in variants for key in variant.settings})
     return [key for key in keys if len({variant.setting(key) for variant in variants}) > 1]
 
 
 def distinguishing(variants: list[Variant]) -> list[str]:
-    """The settings that tell the variants apart: all of the attention's, few of the others."""
+    """The settings that tell the variants apart: all of attention's and as few others as needed."""
 
     def combinations(keys: list[str]) -> int:
         return len({tuple(variant.setting(key) for key in keys) for variant in variants})

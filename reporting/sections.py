@@ -1,4 +1,4 @@
-"""The report's sections on the variants: scores, curves, cost, attention, and their origin."""
+"""The report's sections on the variants: scores, curves, cost, attention, and provenance."""
 
 import re
 
@@ -8,7 +8,7 @@ from reporting.parts import Picture, Section, Table, tables
 from reporting.runs import KINDS, Run, conditions, differing_settings
 
 PROVENANCE = "Where the numbers come from"
-# What is no setting and yet may change a number, and how to say that runs differ in it.
+# Conditions that are not settings but may affect the numbers, and words for runs that differ.
 CONDITIONS = {
     "commit": "at different commits",
     "hardware": "on different hardware",
@@ -16,7 +16,7 @@ CONDITIONS = {
     "torch": "with different versions of torch",
     "processes": "with different numbers of processes",
 }
-# Of columns of metrics.csv; another figure of a step is called by its name.
+# Titles for columns of metrics.csv; other columns are titled by their name.
 TITLES = {
     "train/loss": "training loss (nats)",
     "train/top1": "training top-1 accuracy (%)",
@@ -24,7 +24,7 @@ TITLES = {
     "attention/entropy": "entropy of attention",
     "attention/lowest_entropy": "entropy of the sharpest layer's attention",
 }
-# What the curves of a group of columns show.
+# Captions for the curves of each group of columns.
 CAPTIONS = {
     "train": "Mean of each epoch's steps",
     "attention": "After each epoch, as a share of the maximum (1: uniform, 0: one-hot)",
@@ -32,9 +32,9 @@ CAPTIONS = {
 
 
 def forest(analysis: Analysis) -> Picture | None:
-    """The differences from the nearest baselines, attention's first.
+    """Picture the differences from the nearest baselines, augmented variants first.
 
-    Of many variants as many of the highest and of the lowest, which descend.
+    With many variants, show only the highest and the lowest, in descending order.
     """
     drawn = [comparison for comparison in analysis.nearest if comparison.top1.n]
     if not drawn:
@@ -55,9 +55,9 @@ def forest(analysis: Analysis) -> Picture | None:
 
 
 def scores_section(analysis: Analysis) -> Section:
-    """Table 1 of these runs, with the paper's numbers where it has such a network.
+    """Table 1 for these runs, with the paper's numbers for networks that it has.
 
-    In the order of Table 1, or from the highest score to the lowest on a sweep's page.
+    Rows are in the order of Table 1, or by descending score if the page is mainly about a sweep.
     """
     in_paper = any(paper.printed(analysis.data, variant) for variant in analysis.variants)
     seeds = sorted({run.seed for run in analysis.runs})
@@ -89,7 +89,7 @@ def scores_section(analysis: Analysis) -> Section:
 
 
 def curves_section(analysis: Analysis) -> Section:
-    """Loss, accuracy and the gain over the plain baseline by epoch."""
+    """Accuracy, the gain over the plain baseline, and training metrics by epoch."""
     variants = analysis.variants
     top1 = figures.curves(variants, analysis.by_epoch("top1"), "top-1 accuracy (%)")
     pictures = [Picture("top1", "Accuracy", top1, "Top-1 accuracy after each epoch.")]
@@ -111,7 +111,7 @@ def curves_section(analysis: Analysis) -> Section:
 
 
 def cost_section(analysis: Analysis) -> Section:
-    """Accuracy against time and FLOPs."""
+    """Accuracy against training time and FLOPs."""
     hardware = conditions(analysis.runs, "hardware")
     where = f"Measured on {', '.join(hardware)}."
     if len(hardware) > 1:
@@ -148,7 +148,7 @@ def cost_section(analysis: Analysis) -> Section:
 
 
 def attention_section(analysis: Analysis) -> Section | None:
-    """Where the attention of one run looks, if its weights and its images are there."""
+    """The attention maps of one run, if its weights and images are available."""
     shown = attention.of_report(analysis.variants)
     if shown is None:
         return None
@@ -178,7 +178,7 @@ def attention_section(analysis: Analysis) -> Section | None:
 
 
 def provenance_section(analysis: Analysis) -> Section:
-    """Where each variant's runs come from, and the settings that the labels leave out."""
+    """The conditions that each variant's runs ran under, and the settings that all share."""
     variants, runs = analysis.variants, text.count(len(analysis.runs), "run")
     rows = []
     for variant in variants:
@@ -228,7 +228,7 @@ def _values(runs: list[Run], condition: str) -> str:
 
 
 def excluded_section(analysis: Analysis) -> Section | None:
-    """What was found and is in no number above."""
+    """The folders that are excluded from all numbers, and why."""
     if not analysis.excluded:
         return None
     excluded = sorted(analysis.excluded, key=lambda e: (KINDS.index(e.kind), str(e.folder)))

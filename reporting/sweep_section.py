@@ -1,4 +1,4 @@
-"""What a sweep of attention's settings answers: which are best, and what each of them does."""
+"""The report on a sweep of attention settings: which are best, and the effect of each."""
 
 import itertools
 
@@ -9,9 +9,9 @@ from reporting.parts import Card, Picture, Section, Table, tables
 from reporting.sweeps import Levels, Sweep, is_significant
 from reporting.text import DASH, MINUS, count, first_few, interval, p_value, signed
 
-# More panels of a heatmap cannot be read.
+# More heatmap panels than this would be illegible.
 PANELS = 12
-# Values of a setting that fit into a panel.
+# The most values of a setting that fit into a panel.
 VALUES = 12
 
 
@@ -23,7 +23,7 @@ def title(sweep: Sweep) -> str:
 
 
 def cards(sweep: Sweep) -> list[Card]:
-    """The best settings, and the largest effect of a single one."""
+    """Cards for the best settings and the largest effect of a single setting."""
     of = f" ({sweep.recipe})" if sweep.recipe else ""
     return [_best_card(sweep, of), *([_effect_card(sweep, of)] if sweep.effects else [])]
 
@@ -34,7 +34,7 @@ def _best_card(sweep: Sweep, of: str) -> Card:
     first = sweep.by_levels[best.levels].first
     details = [f"n = {count(best.n, 'seed')}"]
     if best.low is not None and best.high is not None:
-        low, high = max(best.low, 0.0), min(best.high, 100.0)  # which an accuracy is between
+        low, high = max(best.low, 0.0), min(best.high, 100.0)  # limits of an accuracy
         reach = f"{low:.2f} to {high:.2f} %"
         details.insert(0, f"95 % interval {reach}, which allows for having picked the highest")
     others = [sweep.words(cell.levels) for cell in ranking[1:] if cell.is_candidate]
@@ -91,7 +91,7 @@ def _words(sweep: Sweep, effect: Effect) -> tuple[str, str, str]:
 
 
 def section(sweeps: list[Sweep]) -> Section | None:
-    """Ranking, effects, interactions and heatmaps of each sweep; None without a sweep."""
+    """Ranking, effects, interactions and heatmaps of each sweep; None if there is no sweep."""
     if not sweeps:
         return None
     made, notes = [], []
@@ -111,7 +111,7 @@ def section(sweeps: list[Sweep]) -> Section | None:
 
 
 def pictures(sweeps: list[Sweep]) -> list[Picture]:
-    """For each sweep a heatmap, or top-1 over each of the settings that a search has drawn."""
+    """A heatmap for each sweep or, for a random search, top-1 over each setting."""
     made = (
         _heatmap(sweep, number) or _over_settings(sweep, number)
         for number, sweep in enumerate(sweeps, start=1)
@@ -219,7 +219,7 @@ def _interactions(sweep: Sweep) -> list[Table]:
 
 
 def _heatmap(sweep: Sweep, number: int) -> Picture | None:
-    """Top-1 over the first two settings, a panel for each combination of the others."""
+    """A heatmap of the first two settings, with a panel for each combination of the others."""
     if len(sweep.factors) < 2:
         return None
     rows, columns, *others = sweep.factors
@@ -230,7 +230,7 @@ def _heatmap(sweep: Sweep, number: int) -> Picture | None:
     for levels, variant in sweep.by_levels.items():
         shown[levels] = (variant.mean("top1"), len(variant.runs))
     if 2 * len(shown) < len(combined) * len(rows.levels) * len(columns.levels):
-        return None  # no grid
+        return None  # too sparse for a grid
     panels = {}
     for rest in combined:
         named = zip(others, rest, strict=True)
@@ -244,7 +244,7 @@ def _heatmap(sweep: Sweep, number: int) -> Picture | None:
 
 
 def _over_settings(sweep: Sweep, number: int) -> Picture | None:
-    """Top-1 over each setting, where one has so many values that it has a trend."""
+    """Top-1 over each setting, if one has so many values that it is a trend."""
     if not any(factor.numbers for factor in sweep.factors):
         return None
     panels = {

@@ -1,4 +1,4 @@
-"""Sweeps over attention's settings: variants of one recipe as a grid, and what the grid shows."""
+"""Sweeps over attention settings: the variants of one recipe as a grid, and its analysis."""
 
 import math
 import statistics
@@ -16,32 +16,31 @@ from reporting.runs import Excluded, Variant, as_recipe, differing_settings, gro
 from reporting.text import first_few, natural, rounded, short
 
 SIZES = ("attention.dk", "attention.dv", "attention.Nh")
-# A cell: of each factor the level.
+# A cell of the grid: the level of each factor.
 Levels = tuple[int, ...]
-# Values that stand for leaving something out; others are compared with them.
+# Values that mean a feature is off; they come first, so that the others are compared with them.
 ABSENT = ("none", "null", "false")
 
 
 @dataclass(frozen=True, eq=False)
 class Factor:
-    """Settings that differ together, and their values in order; each is a level."""
+    """Settings that vary together, and their values in order; each combination is a level."""
 
     keys: tuple[str, ...]
     levels: list[tuple[str, ...]]
 
     @cached_property
     def numbers(self) -> list[float]:
-        """Where the levels stand on the line of a trend, from 0 to 1; empty for a few levels, and
-        for channels beside fractions of them.
+        """The positions of the levels along a trend, from 0 to 1, linear or logarithmic.
 
-        On a logarithmic scale where `is_logarithmic`.
+        Empty if there are few levels, or if channel counts and fractions are mixed.
         """
         if len(self.levels) <= ALL_PAIRS or len(self.keys) > 1:
             return []
         values = [value for (value,) in self.levels]
         fractions = ["." in value for value in values]
         if self.keys[0] in SIZES and any(fractions) and not all(fractions):
-            return []  # channels and shares of them
+            return []  # a mix of channel counts and fractions
         try:
             numbers = list(map(float, values))
         except ValueError:
@@ -65,27 +64,27 @@ class Factor:
 
     @property
     def values(self) -> list[str]:
-        """The levels as they are shown."""
+        """The levels as text."""
         return [", ".join(values) for values in self._shown]
 
     def words(self, level: int) -> str:
-        """`dk 0.5`, or `dk 0.5, dv 0.25` where these differ together."""
+        """`dk 0.5`, or `dk 0.5, dv 0.25` if these vary together."""
         pairs = zip(map(short, self.keys), self._shown[level], strict=True)
         return ", ".join(f"{key} {value}" for key, value in pairs)
 
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """Variants of one kind of attention and one recipe, which differ in attention's settings."""
+    """Variants of one kind of attention and one recipe that differ in attention settings."""
 
-    recipe: str  # what it differs in from the report's other sweeps; empty where there is one
+    recipe: str  # how it differs from the report's other sweeps; empty if it is the only one
     factors: list[Factor]
     by_levels: dict[Levels, Variant]
-    missing: dict[Levels, str]  # why a cell has no finished run, in words
+    missing: dict[Levels, str]  # why a cell has no finished run
 
     @cached_property
     def design(self) -> Design:
-        """Top-1 of every run, in percent."""
+        """The design with the top-1 of every run, in percent."""
         runs = [(levels, run) for levels, v in self.by_levels.items() for run in v.runs]
         levels = numpy.array([levels for levels, _ in runs])
         return Design(
@@ -101,7 +100,7 @@ class Sweep:
 
     @cached_property
     def effects(self) -> list[Effect]:
-        """What each setting does, the largest first."""
+        """The effects of the settings, the largest first."""
         return sorted(self.design.effects(), key=lambda effect: -abs(effect.mean))
 
     @cached_property
@@ -116,20 +115,20 @@ class Sweep:
 
 
 def is_logarithmic(numbers: list[float]) -> bool:
-    """Whether they are all positive and span more than a factor of ten."""
+    """Whether the numbers are all positive and span more than a factor of ten."""
     return min(numbers) > 0 and max(numbers) > 10 * min(numbers)
 
 
 def is_significant(effect: Effect | Interaction) -> bool:
-    """Whether its p is below 5 %."""
+    """Whether the effect's p is below 5 %."""
     return effect.p is not None and effect.p < 1 - LEVEL
 
 
 def find_sweeps(variants: list[Variant], excluded: list[Excluded]) -> list[Sweep]:
-    """The sweeps among the variants, each of one kind of attention and one recipe.
+    """Find the sweeps among the variants, each of one kind of attention and one recipe.
 
-    Where every run has a recipe of its own, as a search over the learning rate draws them, network,
-    data and epochs alone are the recipe, and all that differs is a factor.
+    If every run has its own recipe, as in a search over the learning rate, only network, data and
+    epochs count as the recipe, and every other setting that differs is a factor.
     """
     is_kept = _is_of_recipe
     if not (groups := _groups(variants, is_kept)):
@@ -157,7 +156,7 @@ def find_sweeps(variants: list[Variant], excluded: list[Excluded]) -> list[Sweep
 
 
 def _groups(variants: list[Variant], is_kept: Callable[[str], bool]) -> dict[str, list[Variant]]:
-    """The variants of each recipe that has several."""
+    """The variants of each recipe that has more than one."""
     groups = grouped(variants, lambda variant: _recipe(variant.settings, is_kept))
     return {recipe: members for recipe, members in groups.items() if len(members) > 1}
 
@@ -175,7 +174,7 @@ def _is_of_subject(key: str) -> bool:
 
 
 def _levels(settings: dict[str, Any], factors: list[Factor]) -> Levels:
-    """The levels of a run of these settings; ValueError if one is not among those of a factor."""
+    """The levels of a run with these settings; ValueError if a factor lacks one of them."""
     return tuple(
         factor.levels.index(tuple(in_words(settings, key) for key in factor.keys))
         for factor in factors
@@ -183,9 +182,9 @@ def _levels(settings: dict[str, Any], factors: list[Factor]) -> Levels:
 
 
 def _factors(variants: list[Variant]) -> list[Factor]:
-    """Sizes first. Settings that split the variants in the same way are one factor.
+    """The factors, sizes first. Settings that split the variants identically are one factor.
 
-    Unless they have many values: then each may have a trend of its own.
+    Settings with many values are not merged this way, because each may be a trend of its own.
     """
 
     def split(key: str) -> tuple[str | int, ...]:
@@ -208,7 +207,7 @@ def _sizes_first(key: str) -> tuple[int, str]:
 
 
 def _ascending(variant: Variant, key: str) -> Any:
-    """Where a value stands among others: dk and dv by the channels that they came to."""
+    """A sort key for a value: dk and dv are sorted by the resulting number of channels."""
     value, name = variant.setting(key), key.removeprefix("attention.")
     layers = variant.first.get("layers")
     channels = 0.0

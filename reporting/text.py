@@ -1,4 +1,4 @@
-"""Numbers and settings as words, and text as it may be shown: on a terminal, in Markdown."""
+"""Format numbers and settings, and make text safe to show on a terminal or in Markdown."""
 
 import json
 import math
@@ -13,7 +13,7 @@ MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
 
 
 def signed(value: float | None, digits: int = 2) -> str:
-    """With its sign, a real minus; what rounds to zero has none. A dash where there is none."""
+    """Format with a sign (and a real minus); zero after rounding has none, None is a dash."""
     if value is None:
         return DASH
     text = f"{abs(value):.{digits}f}"
@@ -29,7 +29,7 @@ def interval(low: float | None, high: float | None, digits: int = 2) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """In a table, where an equals sign goes without saying."""
+    """Format p for a table, without an equals sign."""
     if p is None:
         return DASH
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
@@ -41,13 +41,13 @@ def p_in_words(p: float) -> str:
 
 
 def mean_and_sd(values: Collection[float]) -> str:
-    """Mean ± sample standard deviation; of a single value itself alone."""
+    """Mean ± sample standard deviation, or just the value if there is only one."""
     mean = statistics.mean(values)
     return f"{mean:.2f}" if len(values) == 1 else f"{mean:.2f} ± {statistics.stdev(values):.2f}"
 
 
 def by_seed(scores: dict[int, float], same_seeds: bool) -> str:
-    """The single values; with their seeds unless all variants have the ``same_seeds``."""
+    """The individual values, labeled by seed unless all variants have the ``same_seeds``."""
     if same_seeds:
         return ", ".join(f"{value:.2f}" for value in scores.values())
     return ", ".join(f"{seed}: {value:.2f}" for seed, value in scores.items())
@@ -63,7 +63,7 @@ def gflops(flops: float) -> str:
 
 
 def count(n: int, what: str) -> str:
-    """A number and its noun, with an s for all but one."""
+    """A number and its noun, with a plural s unless the number is one."""
     return f"{n} {what}{'' if n == 1 else 's'}"
 
 
@@ -71,18 +71,18 @@ def count(n: int, what: str) -> str:
 
 
 def commit(name: str) -> str:
-    """Its first ten digits, and whether the working tree was clean."""
+    """The first ten digits of a commit, and the suffix if the working tree was not clean."""
     digits, _, state = name.partition("-")
     return f"{digits[:10]}{'-' if state else ''}{state}"
 
 
 def dataset(name: str) -> str:
-    """`cifar100` as its authors write it."""
+    """The data set's name as its authors write it: `cifar100` as CIFAR-100."""
     return re.sub(r"^cifar(?=\d)", "CIFAR-", name)
 
 
 def as_text(value: Any) -> str:
-    """A setting's value as its override is written."""
+    """A setting's value as written in an override."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -91,11 +91,11 @@ def as_text(value: Any) -> str:
 
 
 def rounded(values: Iterable[str]) -> dict[str, str]:
-    """How to show values of one setting: numbers with many digits, as searches draw them, to four.
+    """Map values of one setting to how they are shown: numbers rounded to four digits.
 
-    All as they are where that would make two of them alike.
+    If rounding would make two values equal, all are shown in full.
     """
-    # Not at the top: a command's --help reads this file, and needs no library.
+    # Imported here because the commands' --help loads this file and should need no library.
     from training.variants import few_digits
 
     values = list(values)
@@ -104,12 +104,12 @@ def rounded(values: Iterable[str]) -> dict[str, str]:
 
 
 def short(key: str) -> str:
-    """A setting's name without its group, where that is clear."""
+    """A setting's name without its group, if that is unambiguous."""
     return key.removeprefix("attention.").removeprefix("optim.")
 
 
 def short_name(name: str) -> str:
-    """`optim._target_` is the optimizer; `torch.optim.SGD` is SGD; numbers stay."""
+    """Shorten `optim._target_` to optimizer and `torch.optim.SGD` to SGD; numbers stay."""
     if name.endswith("._target_"):
         group = name.partition(".")[0]
         return "optimizer" if group == "optim" else group
@@ -117,14 +117,14 @@ def short_name(name: str) -> str:
 
 
 def first_few(items: Iterable[str], most: int = 5) -> str:
-    """The first of them, comma-separated, and how many more there are."""
+    """The first ``most`` items, comma-separated, and how many more there are."""
     items = list(items)
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
 
 
 def natural(text: str) -> list[tuple[float, str]]:
-    """A key that sorts dk=8 before dk=16."""
+    """A sort key that puts dk=8 before dk=16."""
 
     def part(word: str) -> tuple[float, str]:
         try:
@@ -135,18 +135,18 @@ def natural(text: str) -> list[tuple[float, str]]:
     return [part(word) for word in text.replace("=", " ").split()]
 
 
-# ---- Text that comes from outside ---------------------------------------------------------------
+# ---- Text from outside --------------------------------------------------------------------------
 
 
 def printable(text: str) -> str:
-    """``text`` as any UTF-8 file and terminal can have it.
+    """Make ``text`` safe for any UTF-8 file and terminal.
 
-    Bytes that the locale could not decode (PEP 383) are read as UTF-8; what is left of them, and
-    control characters but the newline and the tab, are written as escapes.
+    Bytes that the locale could not decode (PEP 383) are decoded as UTF-8; those that cannot be, and
+    control characters other than newline and tab, are written as escapes.
     """
     text = re.sub("[\ud800-\udc7f\udd00-\udfff]", _escape, text)
     text = text.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    # C0 and C1, and those that turn the direction of writing.
+    # C0 and C1 controls, and those that change the direction of writing.
     return re.sub("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", _escape, text)
 
 
@@ -155,24 +155,24 @@ def _escape(match: re.Match[str]) -> str:
 
 
 def csv_cell(text: str) -> str:
-    """`printable`, with an apostrophe before what a spreadsheet would compute."""
+    """`printable`, with an apostrophe before text that a spreadsheet would run as a formula."""
     text = printable(text)
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
 
 
 def single_line(text: str) -> str:
-    """`printable`, with every run of white space as one space."""
+    """`printable`, with each run of whitespace replaced by one space."""
     return printable(" ".join(text.split()))
 
 
 def markdown(text: str) -> str:
-    """One line of Markdown that shows ``text`` as it is, in a paragraph, a list or a table.
+    """Escape ``text`` as one line of Markdown for a paragraph, a list or a table.
 
-    Whatever a parser does with backslashes, entities stand for what tables, HTML and links are
-    made of. An underscore inside of a word has no meaning and stays.
+    Characters that make up tables, HTML and links become entities, which work even if a parser
+    ignores backslashes. An underscore inside a word has no meaning in Markdown and stays.
     """
     text = re.sub(r"[\\`*\[\]~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\\g<0>", single_line(text))
-    # What would begin a list, a heading or a rule.
+    # Characters that would start a list, a heading or a rule.
     text = re.sub(r"^(\d*)([-+#=](?=[-+#= ]|$)|(?<=\d)[.)](?= |$))", r"\1\\\2", text)
     return re.sub(r"&(?=[#A-Za-z])|[<>|]|:(?=//)|(?<=www)\.", _entity, text)
 

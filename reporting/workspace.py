@@ -1,7 +1,7 @@
-"""A workspace of wandb's dashboard that answers the question from the runs of a project.
+"""A wandb workspace that shows from a project's runs whether attention helps.
 
-It needs the package ``wandb-workspaces``. Every key in it is one that a run, a sweep's run or the
-compare run records; a panel whose key no run of the project has stays empty.
+It needs the package ``wandb-workspaces``. Each key in it is logged by a training run, a sweep run
+or the compare run; a panel stays empty if no run of the project has its key.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ import wandb_workspaces.workspaces as ws
 from training.tracking import CHARTS, chart_table
 
 NAME = "Does attention help?"
-# What runs may be scored on; of a sweep it is better held-out images.
+# What runs may be scored on; a sweep should use held-out images.
 IMAGES = {"val": "on held-out images", "test": "on the test set"}
-# From the worst of a sweep's runs to its best.
+# Colors from the worst run of a sweep to the best.
 GRADIENT = [
     panels.GradientPoint(color="#b9c6d3", offset=0),
     panels.GradientPoint(color="#1f6f8b", offset=60),
@@ -24,7 +24,7 @@ GRADIENT = [
 
 
 class _Column(panels.ParallelCoordinatesPlotColumn):
-    """A setting by its flat dotted key; the package would look for it in nested settings."""
+    """A setting by its flat dotted key; the package would look it up in nested settings."""
 
     def _to_model(self) -> Any:
         model = super()._to_model()
@@ -34,7 +34,7 @@ class _Column(panels.ParallelCoordinatesPlotColumn):
 
 
 class _Scatter(panels.ScatterPlot):
-    """A scatter plot over a setting or fact by its flat dotted key, as above."""
+    """A scatter plot over a setting or network property by its flat dotted key, as above."""
 
     def _to_model(self) -> Any:
         model = super()._to_model()
@@ -46,10 +46,10 @@ class _Scatter(panels.ScatterPlot):
 def build(
     project: str, entity: str, blocks: Sequence[str], data: str | None = None
 ) -> ws.Workspace:
-    """The workspace, not yet saved.
+    """Build the workspace without saving it.
 
-    It has the attention of the augmented ``blocks`` (module names), and the runs on ``data``, by
-    default all.
+    It shows the attention of the augmented ``blocks`` (module names), and the runs on ``data``, by
+    default all runs.
     """
     of_data = ws.And(ws.Config("data") == data) if data is not None else ""
     return ws.Workspace(
@@ -73,17 +73,17 @@ def build(
 
 
 def as_json(workspace: ws.Workspace) -> str:
-    """What `save` sends of it, with line breaks."""
+    """The JSON that `save` sends, indented."""
     spec = workspace._to_model().spec
     return str(spec.model_dump_json(by_alias=True, exclude_none=True, indent=2))
 
 
 def save(workspace: ws.Workspace, url: str | None = None) -> str:
-    """Post it as a new view, or in place of the one at ``url``; the address it has then.
+    """Save the workspace as a new view, or replace the one at ``url``; return its URL.
 
     Raises:
-        ValueError: ``url`` is no workspace of the project.
-        Exception: wandb's, of many types: no account, no such project, no network.
+        ValueError: if ``url`` is not a workspace of the project.
+        Exception: various wandb errors, such as no account, no such project, or no network.
     """
     if url is not None:
         before = ws.Workspace.from_url(url)
@@ -99,7 +99,7 @@ def save(workspace: ws.Workspace, url: str | None = None) -> str:
     return str(workspace.save().url)
 
 
-# ---- Its sections -------------------------------------------------------------------------------
+# ---- Sections -----------------------------------------------------------------------------------
 
 
 def _section(
@@ -127,7 +127,7 @@ def _comparison() -> list[Any]:
 
 
 def _curves() -> list[Any]:
-    """Mean over the seeds of each variant, with a band from the lowest to the highest."""
+    """Each variant's mean over the seeds, with a band from the lowest to the highest."""
     titles = {
         "test/top1": "Top-1 on the test set (%)",
         "val/top1": "Top-1 on held-out images (%)",
@@ -197,7 +197,7 @@ def _cost() -> list[Any]:
 
 
 def _seen(blocks: Sequence[str]) -> list[Any]:
-    """Attention over the epochs, and what the trained networks make of the images."""
+    """Attention maps over the epochs, and the predictions of the trained networks."""
     attention = [
         panels.MediaBrowser(
             title=f"Attention of {name}",
