@@ -224,7 +224,7 @@ class Design:
     def effects(self) -> list[Effect]:
         """The differences between levels, as one family over all factors.
 
-        Fitted with additive factors and seeds; contrasts that the runs cannot identify are left out.
+        Fitted with additive factors and seeds; contrasts that cannot be identified are left out.
         """
         matrix = numpy.hstack([self.blocks, *self.mains])
         inverse = numpy.linalg.pinv(matrix.T @ matrix, rcond=1e-9)

@@ -1,11 +1,11 @@
-"""Commands of this project in real processes, forked from one that has imported the libraries.
+"""Run this project's commands in real processes, forked from a server with preloaded libraries.
 
-A start takes two to four seconds of a core, nearly all of it to import torch and others. A process
-that is forked from one that has done so takes a tenth of a second, and is otherwise the same: it
-runs the whole script as ``__main__``, imports the project's own modules, and has its own exit code,
-folder, environment, streams and signals. What a command imports, and what a library or Python reads
-when it starts (`READ_ONCE` in the environment, closed streams, Ctrl-C during imports, ``python
--O``), needs a real start, by `subprocess`.
+A normal start takes two to four seconds of a core, nearly all of it for importing torch and other
+libraries. Forking from a process that has already imported them takes a tenth of a second, and
+everything else is the same: the child runs the whole script as ``__main__``, imports the project's
+own modules, and has its own exit code, working directory, environment, streams and signals. Tests
+of what a command imports, or of what Python or a library reads at its start (`READ_ONCE` variables,
+closed streams, Ctrl-C during imports, ``python -O``), need a real start, by `subprocess`.
 """
 
 import atexit
@@ -27,15 +27,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The environment of the server, whatever a test changes before the first command.
+# The environment of the server, recorded before any test changes it.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
-# How the names of variables begin that are read once, when a process or a library starts.
+# Prefixes of environment variables that are read only once, when a process or a library starts.
 READ_ONCE = (
     *("PYTHON", "LC_", "LANG", "LD_", "MALLOC_", "ATEN_", "CUDA_", "GOMP_", "KMP_", "MKL_"),
     *("MPL", "NUMEXPR_", "OMP_", "OPENBLAS_", "TORCH_", "TRITON"),
 )
-# What takes long to import. One that is not here, or not installed, costs time alone.
+# Libraries that are slow to import. A missing or uninstalled one only costs time.
 LIBRARIES = """
 torch torch._dynamo torch.distributed torch.optim.swa_utils torch.utils.flop_counter antlr4 filelock
 hydra hydra._internal.utils hydra.experimental.callback hydra.utils jinja2 joblib matplotlib.pyplot
@@ -47,9 +47,9 @@ omegaconf omegaconf._impl PIL.Image safetensors.torch scipy.stats submitit tqdm
 
 
 class App(subprocess.Popen):
-    """A command in a process of its own, which the server forks; all else is as in `subprocess`.
+    """A `subprocess.Popen` for a command whose process is forked by the server.
 
-    ``words`` begin with the script, or with ``-c`` and a program.
+    ``words`` start with the script, or with ``-c`` and a program.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class App(subprocess.Popen):
         self._session = start_new_session
         super().__init__(list(map(str, words)), env=env, stdin=stdin, **options)
 
-    # Popen's own three ways to a child: to start it, to ask whether it has ended, to wait for that.
+    # The three methods through which Popen starts a child, polls it, and waits for it.
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *rest):
         streams = rest[3:9]
@@ -74,7 +74,7 @@ class App(subprocess.Popen):
         request = {"words": args, "cwd": str(cwd or os.getcwd()), "env": env}
         request["session"] = self._session
         self._status, told = os.pipe()
-        # -1 is a stream of the tests themselves.
+        # -1 means that the child inherits the tests' own stream.
         handles = [
             own if handle == -1 else handle for own, handle in enumerate((stdin, stdout, stderr))
         ]
@@ -105,7 +105,7 @@ class App(subprocess.Popen):
 
 
 def run_app(words, *, check=False, timeout=240, text=True, **options):
-    """As `subprocess.run`, of which it returns the `CompletedProcess`: both streams are read."""
+    """Like `subprocess.run` with both output streams captured."""
     with App(
         words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=text, **options
     ) as process:
@@ -121,7 +121,7 @@ def run_app(words, *, check=False, timeout=240, text=True, **options):
 
 
 def fork(command, **options):
-    """As `subprocess.Popen` for a Python command, for `forked_runs`."""
+    """Like `subprocess.Popen` for a Python command; used by `forked_runs`."""
     assert command[0] == sys.executable, command
     return App(command[1:], **options)
 
@@ -130,7 +130,7 @@ _server = []
 
 
 def server():
-    """The socket of the server, which is started when it is first asked for."""
+    """Return the socket of the server, starting it on the first call."""
     if not _server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -146,7 +146,7 @@ def server():
 
 
 def stop_server():
-    """What it has forked and still runs is killed."""
+    """Stop the server, which kills the processes it has forked that still run."""
     if _server:
         ours, process = _server
         ours.close()
@@ -158,7 +158,7 @@ def stop_server():
 
 
 def import_libraries():
-    """All that takes long, and nothing of the project: its modules are each process's own."""
+    """Import the slow libraries but keep no project module, so each process imports its own."""
     sys.path[0] = str(ROOT)
     import data.vision  # torchvision's import may need its help
 
@@ -174,7 +174,7 @@ def import_libraries():
 
 
 def serve(requests):
-    """Fork for each request and tell how the process ended; returns in the process alone."""
+    """Fork for each request and report how the process ended; return only in the child."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     running = {}
     while True:
@@ -206,7 +206,7 @@ def serve(requests):
 
 
 def become(streams, words, cwd, env, session):
-    """Make this process what it would be if it had been started; returns what it is to run."""
+    """Make this process look like a newly started one; return the words to run."""
     if session:
         os.setsid()
     for number, stream in enumerate(streams[:3]):
@@ -227,7 +227,7 @@ def become(streams, words, cwd, env, session):
 
 
 def run(words):
-    """Run a script, or what follows ``-c``, as Python does."""
+    """Run a script, or the program after ``-c``, as Python does."""
     if words[0] == "-c":
         sys.path.insert(0, "")
         sys.argv = ["-c", *words[2:]]
@@ -239,9 +239,9 @@ def run(words):
 
 
 def leave():
-    """End the process once Python has called all that is to be called at the end.
+    """End the process as soon as all other atexit handlers have run.
 
-    What it would do then, taking apart some thousand modules, takes longer than all before it.
+    Otherwise, tearing down a thousand or so modules would take longer than everything before.
     """
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
@@ -255,7 +255,7 @@ def leave():
 
 if __name__ == "__main__":
     ended_by = None
-    atexit.register(leave)  # before all others, and so called after them
+    atexit.register(leave)  # registered first, so called last
     kept = import_libraries()
     words = serve(socket.socket(fileno=int(sys.argv[1])))
     try:

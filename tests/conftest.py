@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-# Without a GPU, Triton's kernels run in its interpreter. It must be asked for before anything
-# imports triton, as torch's count of operations does.
+# Without a GPU, Triton's kernels run in its interpreter, which must be enabled before anything
+# imports triton (torch's FLOP counter does).
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -25,24 +25,24 @@ from helpers import TINY
 from image_folders import write_folder
 from wandb_server import ServerProcess
 
-# A shell that starts the tests in the background lets them ignore Ctrl-C, and with them all the
+# A shell that starts the tests in the background makes them ignore SIGINT, and so would all the
 # processes that they start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Networks this small run no faster on two threads, and the suite runs in two processes.
+# Such small networks are no faster on two threads, and the suite runs in two processes.
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def server_of_commands():
-    """What `app.App` has started lives no longer than the tests."""
+    """Stop the server of `app.App` and its processes at the end of the tests."""
     yield
     app.stop_server()
 
 
 @pytest.fixture(autouse=True)
 def hang_guard():
-    """A test that waits forever, as one that opens a named pipe does, fails after half an hour."""
+    """Fail a test that hangs (for example on opening a named pipe) after half an hour."""
 
     def hang(*_):
         pytest.fail("still waiting after half an hour")
@@ -56,13 +56,13 @@ def hang_guard():
 
 @pytest.fixture(autouse=True)
 def own_wandb_process(monkeypatch):
-    """Processes that a test starts do not share a wandb process that an earlier test has left."""
+    """Keep a test's processes from using the wandb process that an earlier test left running."""
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
 
 
 @pytest.fixture(autouse=True)
 def own_log_handlers():
-    """A command that a test calls as a function logs to streams that are closed afterwards."""
+    """Remove handlers that commands called in this process added: their streams get closed."""
     root = logging.getLogger()
     before = list(root.handlers)
     yield
@@ -73,13 +73,13 @@ def own_log_handlers():
 
 @cache
 def composed(words):
-    """The settings of these words, which many tests share; to compose them takes a while."""
+    """Compose the settings for these words, cached because many tests share them."""
     return compose_config(words)
 
 
 @pytest.fixture
 def settings(tmp_path):
-    """A function from overrides to the settings of a tiny run below ``tmp_path``."""
+    """A function that returns the settings of a tiny run below ``tmp_path`` with overrides."""
 
     def make(*overrides, base=TINY):
         cfg = deepcopy(composed((*base, *overrides)))
@@ -103,7 +103,7 @@ def run(settings, tmp_path):
 
 @pytest.fixture
 def steps(monkeypatch):
-    """A list that has an item for each step of training from here on."""
+    """A list that gets an item for each training step from now on."""
     taken, step = [], train.take_step
     monkeypatch.setattr(train, "take_step", lambda *given: taken.append(1) or step(*given))
     return taken
@@ -111,7 +111,7 @@ def steps(monkeypatch):
 
 @pytest.fixture
 def untrained(monkeypatch):
-    """The folders of the runs that train.py begins from here on, which are not trained."""
+    """The folders of the runs that train.py starts from now on, without actually training."""
     scores = {"evaluated_on": "test", "test/top1": 1.0, "test/top5": 1.0}
     begun = []
     monkeypatch.setattr(train, "train", lambda cfg, folder: begun.append(folder) or scores)
@@ -120,7 +120,7 @@ def untrained(monkeypatch):
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    """A folder of images as `image_folders.load` reads it."""
+    """A folder of images for `image_folders.load`."""
     return write_folder(tmp_path, monkeypatch)
 
 
@@ -134,14 +134,14 @@ def server(tmp_path):
 
 @pytest.fixture
 def forked_runs(monkeypatch):
-    """The runs that this process starts, as compare.py does, are forked."""
+    """Fork the training runs that this process starts, for example by compare.py."""
     forking = SimpleNamespace(**(vars(subprocess) | {"Popen": app.fork}))
     monkeypatch.setattr(launch, "subprocess", forking)
 
 
 @pytest.fixture
 def sketches(request, monkeypatch):
-    """A report's pictures are drawn only where a test asks for ``pictures``: they take longest."""
+    """Skip drawing a report's pictures, which is slow, unless a test uses ``pictures``."""
     from reporting import figures
 
     if "pictures" not in request.fixturenames:
@@ -154,5 +154,5 @@ def pictures():
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first: begun last, they would run on when all others are done."""
+    """Run the longest tests first: started last, they would still run when all others are done."""
     items.sort(key=lambda item: item.get_closest_marker("long") is None)

@@ -1,16 +1,15 @@
-"""Kill a training run at random moments, resume it each time, and look for any trace of that.
+"""Kill a training run at random moments, resume it each time, and check that nothing differs.
 
     python -m tests.fault_test
     python -m tests.fault_test --kills 20 --processes 2 -- checkpoint_minutes=0.02
 
-A small run is made once without interruption. Then the same command runs in another folder, is
-ended by SIGKILL and started again, until it is finished and all kills have been given; a run that
-finishes before is followed by another. A quarter of the moments are in the start-up, the others
-anywhere after it. At the end weights, optimizer, averaged weights, RNGs, rows and summary must be
-those of the first run, to the bit; only times and memory may differ. Exit code 1 if anything else
-does.
+A small run is trained once without interruption. Then the same command runs in another folder, and
+is killed by SIGKILL and restarted until it finishes; if it finishes before all kills are used,
+another run follows. A quarter of the kills hit the start-up, the others any moment after it. At the
+end, weights, optimizer, averaged weights, RNGs, rows and summary must be bitwise equal to those of
+the first run; only times and memory may differ. The exit code is 1 if anything else differs.
 
-What comes after ``--`` goes to train.py. With ``--processes`` torchrun starts that many.
+Arguments after ``--`` go to train.py. With ``--processes N``, torchrun starts N processes.
 """
 
 import argparse
@@ -32,7 +31,7 @@ from training import checkpoint, launch, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A little of everything that has a state, and a checkpoint after every step.
+# Uses every feature that has a state, with a checkpoint after every step.
 SMALL = [
     "experiment=lookup",
     "data.train_size=96",
@@ -52,7 +51,7 @@ SMALL = [
     "resume=auto",
 ]
 
-# What the clock or the folder's name decides.
+# Values that depend on the clock, the machine's memory or the folder's name.
 FREE = {
     "seconds",
     "peak_memory_mib",
@@ -67,17 +66,17 @@ FREE = {
 
 
 class Kill(NamedTuple):
-    """One SIGKILL: of which run, how long after the process's start, and what it interrupted."""
+    """One SIGKILL: the run, the time since the process started, and what it interrupted."""
 
     run: int
     after_s: float
     during: str
-    epochs: int  # finished in the newest checkpoint
-    step: int  # and steps of the next one
+    epochs: int  # finished epochs in the newest checkpoint
+    step: int  # steps of the next epoch in that checkpoint
 
 
 def differences(a: Any, b: Any, at: str = "") -> list[str]:
-    """The places where two nested values differ, by a bit, other than in ``FREE``."""
+    """Return the places where two nested values are not bitwise equal, except for ``FREE``."""
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted((a.keys() | b.keys()) - FREE, key=str)
         gone = object()
@@ -91,7 +90,7 @@ def differences(a: Any, b: Any, at: str = "") -> list[str]:
 
 
 def results(folder: Path) -> dict[str, Any]:
-    """All that a finished run has left: its checkpoint, its rows as text, its summary."""
+    """Return the outputs of a finished run: checkpoint, metrics rows as text, summary."""
     with (folder / run_folder.METRICS).open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     return {
@@ -102,7 +101,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def begin(folder: Path, overrides: list[str], processes: int) -> subprocess.Popen[bytes]:
-    """The run of ``folder``, or what is left of it; what it prints goes to ``folder``.txt."""
+    """Start or resume the run of ``folder``; its output is appended to ``folder``.txt."""
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -123,10 +122,10 @@ def begin(folder: Path, overrides: list[str], processes: int) -> subprocess.Pope
 
 
 def end_well(run: subprocess.Popen[bytes], folder: Path) -> None:
-    """Wait for the run's end.
+    """Wait for the run to end.
 
     Raises:
-        RuntimeError: it did not end with code 0; the message has the last line it has printed.
+        RuntimeError: if it did not exit with code 0; the message has the last line it printed.
     """
     if run.wait() != 0:
         printed = folder.with_suffix(".txt").read_text().splitlines()[-1:]
@@ -134,8 +133,8 @@ def end_well(run: subprocess.Popen[bytes], folder: Path) -> None:
 
 
 def kill(run: subprocess.Popen[bytes]) -> None:
-    """SIGKILL for a process and all below it: torchrun's processes would continue without it."""
-    run.send_signal(signal.SIGSTOP)  # it starts no others meanwhile
+    """Kill a process and all its descendants: torchrun's workers would otherwise continue."""
+    run.send_signal(signal.SIGSTOP)  # so that it starts no others meanwhile
     family = [run.pid]
     for pid in family:
         for children in Path("/proc").glob(f"{pid}/task/*/children"):
@@ -148,7 +147,7 @@ def kill(run: subprocess.Popen[bytes]) -> None:
 
 
 def saved_at(folder: Path) -> int:
-    """When the newest checkpoint was written, in ns; 0 without one."""
+    """Return when the newest checkpoint was written, in ns, or 0 if there is none."""
     try:
         return (folder / run_folder.LAST).stat().st_mtime_ns
     except FileNotFoundError:
@@ -156,7 +155,7 @@ def saved_at(folder: Path) -> int:
 
 
 def wait_for(run: subprocess.Popen[bytes], folder: Path, seconds: float, training: bool) -> bool:
-    """Whether the run still lives after so long: from now, or from its next checkpoint."""
+    """Whether the run is alive ``seconds`` after now or, if ``training``, its next checkpoint."""
     before = saved_at(folder)
     while training and saved_at(folder) in (0, before):
         if run.poll() is not None:
@@ -170,7 +169,7 @@ def wait_for(run: subprocess.Popen[bytes], folder: Path, seconds: float, trainin
 
 
 def seen(folder: Path, launched: int, steps: int) -> tuple[str, int, int]:
-    """What a kill interrupted, and the epochs and the step in the newest checkpoint after it."""
+    """Return what a kill interrupted, and the newest checkpoint's epochs and step after it."""
     written = [p for p in folder.glob("*.partial") if p.stat().st_mtime_ns >= launched]
     epochs = step = 0
     found = checkpoint.find("auto", folder)
@@ -187,11 +186,11 @@ def seen(folder: Path, launched: int, steps: int) -> tuple[str, int, int]:
 def fault_test(
     out: Path, *, kills: int, seed: int, processes: int, overrides: list[str]
 ) -> dict[str, Any]:
-    """Run all of it below ``out``; returns what is printed and written to faults.json.
+    """Run the whole test below ``out``; return the outcome, also written to faults.json.
 
     Raises:
-        FileExistsError: there has been one before.
-        RuntimeError: train.py failed without being killed.
+        FileExistsError: if ``out`` already exists.
+        RuntimeError: if train.py failed without being killed.
     """
     out.mkdir(parents=True)
     whole, begun = out / "whole", time.monotonic()
@@ -206,7 +205,7 @@ def fault_test(
 
     draw = random.Random(seed)
     early = set(draw.sample(range(kills), kills // 4))
-    # So that many kills are spread over about one run, and a few do not miss its end.
+    # Many kills are spread over about one run; a few kills still reach its end.
     longest = min(0.8, 1.6 / max(1, kills - len(early))) * training
     given: list[Kill] = []
     differing: list[str] = []
@@ -255,7 +254,7 @@ def fault_test(
 
 
 def table(outcome: dict[str, Any]) -> str:
-    """The kills as a Markdown table, and below it what they have cost."""
+    """Return the kills as a Markdown table, followed by the counts of lost or differing values."""
     lines = ["| kill | run | s after its start | during | checkpoint after it |"]
     lines += ["|---:|---:|---:|---|---|"]
     for number, kill in enumerate(outcome["moments"], start=1):

@@ -1,4 +1,4 @@
-"""Run folders as train.py leaves them, made up."""
+"""Made-up run folders that look like those of train.py."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ CLASSES = ["apple", "aquarium_fish", "bear", "maple_tree", "pickup_truck", "<roc
 TARGETS = {name: kind.__name__ for name, kind in ATTENTIONS.items()}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
-# What a name may be, and must be shown as and not acted on.
+# Unusual but valid names, which must be shown literally and never interpreted.
 NASTY = [
     "<img src=x onerror=alert(1)>",
     "a|b",
@@ -40,7 +40,7 @@ NASTY = [
 
 
 def segment(first_epoch=1, **facts):
-    """An entry of a summary's segments; ``facts`` replace its own, ``torch`` the version."""
+    """Return an entry of a summary's segments; ``facts`` override it, ``torch`` the version."""
     versions = {"python": "3.11.7", "torch": facts.pop("torch", "2.13.0")}
     return {
         "first_epoch": first_epoch,
@@ -67,10 +67,10 @@ def make_run(
     known=(),
     **overrides,
 ):
-    """One run; ``overrides`` are settings, "__" for a dot, and ``facts`` replace the summary's.
+    """Write a run; ``overrides`` are settings with "__" for a dot, ``facts`` override the summary.
 
-    ``known`` are further keys of the summary, which not every version of the code has written.
-    Facts that are no key of the summary (commit, hardware, ...) are those of its only segment.
+    ``known`` are additional keys of the summary, which not every version of the code writes. Facts
+    that are not keys of the summary (commit, hardware, ...) go to its only segment.
     """
     config = {
         "model": {"name": "wrn16_4", "depths": [2, 2, 2], "aa": {"dk": 0.2}},
@@ -149,18 +149,18 @@ def make_run(
 
 
 def variants_of(root):
-    """What the report makes of the runs below ``root``, of whatever data sets."""
+    """Return the variants of the runs below ``root``, on any data set."""
     found, _ = runs.read([root])
     return runs.group_by_variant(found)[0]
 
 
 def analysis_of(root):
-    """What the report shows of the runs below ``root``, which are all of CIFAR-100."""
+    """Return the analysis of the runs below ``root``, all of which are on CIFAR-100."""
     return Analysis("cifar100 test", variants_of(root), [])
 
 
 def failed(folder, error="the loss is not finite at epoch 2"):
-    """Make of ``folder`` one whose run has diverged."""
+    """Make ``folder`` look like that of a diverged run."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"format": 3, "error": error})
     (folder / "failed.json").write_text(text, encoding="utf-8")
@@ -168,7 +168,7 @@ def failed(folder, error="the loss is not finite at epoch 2"):
 
 
 def nasty_runs(root):
-    """Every kind of text in a run's files and names, each with every nasty name."""
+    """Write runs that have all nasty names in every text of their files and folder names."""
     whole = " ".join(NASTY)
     facts = {"model": whole, "class_names": NASTY, "per_class_top1": [50.0] * len(NASTY)}
     moved = [segment(), segment(2, commit=whole, hardware=whole, precision=whole, torch=whole)]
@@ -188,5 +188,5 @@ def nasty_runs(root):
 
 
 def report(folders, out, data=None):
-    """Write the report of these folders to ``out``; returns its head for a terminal."""
+    """Write the report on ``folders`` to ``out``; return its summary for a terminal."""
     return write(analyze(folders, data), out)

@@ -1,4 +1,4 @@
-"""What several test files share: tiny settings, what a run leaves, attention's inputs."""
+"""Helpers shared by several test files: tiny settings, outputs of a run, attention inputs."""
 
 import csv
 import json
@@ -32,28 +32,28 @@ TINY = [
     "model.stem=4",
     "model.aa={stages:[2,3],dk:0.5,dv:0.25,Nh:4,min_dkh:8}",
     "tracking=csv",
-    "precision=fp32",  # whatever the processor has
+    "precision=fp32",  # the default depends on the hardware
 ]
 
-# What may differ between two runs of the same settings.
+# Columns that may differ between two runs with the same settings.
 CLOCK = ("perf/images_per_s", "perf/peak_memory_mib", "perf/epoch_seconds")
 
 
 def rows(folder):
-    """The lines of a run's metrics.csv but for what depends on the clock."""
+    """Return the rows of a run's metrics.csv without the `CLOCK` columns."""
     with (folder / "metrics.csv").open() as file:
         return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
 
 
 def everything_below(folder):
-    """All paths below a folder, with the contents of those that are files."""
+    """Return all paths below a folder, with the contents of the files."""
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def await_(condition, what, process=None, seconds=240):
-    """Wait until ``condition()`` is true, while ``process``, if any, runs.
+    """Wait until ``condition()`` is true, and fail if ``process`` (if any) ends before that.
 
-    There is an end to waiting, which is no claim about speed.
+    The timeout only guards against hanging; it does not test speed.
     """
     end = time.monotonic() + seconds
     while not condition():
@@ -63,7 +63,7 @@ def await_(condition, what, process=None, seconds=240):
 
 
 def free_ports(number):
-    """So many ports of loopback that nothing listens to."""
+    """Return this many free ports on the loopback interface."""
     with ExitStack() as stack:
         address = ("127.0.0.1", 0)
         sockets = [stack.enter_context(socket.create_server(address)) for _ in range(number)]
@@ -71,21 +71,21 @@ def free_ports(number):
 
 
 def call(main, *words):
-    """Run ``main`` of a command in this process, with these words as its command line."""
+    """Run a command's ``main`` in this process, with ``words`` as its command line."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [program_of(main), *map(str, words)])
         return main()
 
 
 def exit_code(main, *words):
-    """That of a command with these words, which leaves by SystemExit."""
+    """Return the exit code of a command that must raise SystemExit."""
     with pytest.raises(SystemExit) as stopped:
         call(main, *words)
     return stopped.value.code
 
 
 def refused(captured, main, *words, code=2):
-    """The one line with which a command refuses these words; ``captured`` is capsys or capfd."""
+    """Return the one-line error of a command that must reject ``words``; pass capsys or capfd."""
     assert exit_code(main, *words) == code
     line = captured.readouterr().err
     check_line(line, program_of(main))
@@ -103,12 +103,12 @@ def program_of(main):
 
 
 def machine_lacks(what):
-    """End a test that this machine cannot run: on CI it should, elsewhere it is skipped."""
+    """End a test that this machine cannot run: fail on CI, skip elsewhere."""
     (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
 
 
 def offline_records(folder):
-    """All that wandb has kept of offline runs whose ``out_dir`` is ``folder``."""
+    """Return all wandb records of the offline runs whose ``out_dir`` is ``folder``."""
     command = [Path(sys.executable).parent / "wandb", "leet", "inspect", "--json"]
     records = []
     for run in (folder / "wandb").glob("offline-run-*"):
@@ -131,7 +131,7 @@ CASES = [
 
 
 def usable(dtype):
-    """The backends that compute such tensors here, and their gradients."""
+    """Return the backends that support this dtype on the CPU, gradients included."""
     device = torch.device("cpu")
     return [b for b in BACKENDS if unavailable_reason(b, device, dtype) is None]
 
@@ -156,12 +156,12 @@ def with_gradients(function, tensors):
 
 
 def direction_of(out):
-    """What is put into the backward pass: multiples of 1/8, which no dtype rounds."""
+    """The output gradient for the backward pass: multiples of 1/8, exact in every dtype."""
     return (7 * torch.arange(out.numel()) % 17 - 8).reshape(out.shape).to(out) / 8
 
 
 def laid_out(tensors, layout):
-    """Attention's inputs as the layer splits them from one tensor, or as views with gaps."""
+    """Return attention inputs as views with gaps, or as the layer splits them from one tensor."""
     q, k, v, *tables = (t.detach() for t in tensors)
     if layout == "every other":
         views = [
@@ -178,7 +178,7 @@ def laid_out(tensors, layout):
 
 
 def gradient_of_one(function, tensors, index):
-    """The gradient of one of ``tensors``: where no other has any, and where all have."""
+    """Return the gradient of one tensor when only it requires grad, and when all of them do."""
     expected = with_gradients(function, tensors)[index + 1]
     alone = [t.detach() for t in tensors]
     alone[index].requires_grad_()
@@ -188,7 +188,7 @@ def gradient_of_one(function, tensors, index):
 
 
 def check_operations(backend, given):
-    """torch's own check of the operations of a backend, for q, k, v and both tables or none."""
+    """Run torch's opcheck on a backend's operations, for q, k, v and both tables or none."""
     given = [*given, None, None][:5]
     forward, backward = (
         getattr(torch.ops.aaconv, f"{backend}_{name}").default
@@ -201,28 +201,28 @@ def check_operations(backend, given):
 
 
 def rounding_errors(tensors, inner=torch.float32, saved=None):
-    """How far `with_gradients` of attention may be from the truth, before its results are rounded.
+    """Bound the error of `with_gradients` of attention, before its results are rounded.
 
-    That is of the output, then of the gradients of ``tensors``, which are those of `inputs` in the
-    dtype that attention gets them in. Element by element, by the bounds of Higham, Accuracy and
-    Stability of Numerical Algorithms, chapter 3, worked out in float64 for these numbers: no
-    processor's errors are in them. ``inner`` is the dtype of the weights and of the gradients of
-    the logits, ``saved`` that of the output from which the backward pass takes the mean gradient
-    of a query's weights, by default the same. With u the unit roundoff of ``inner``:
+    Returns elementwise bounds for the output, then for the gradients of ``tensors`` (from `inputs`,
+    in the dtype passed to attention). They follow Higham, Accuracy and Stability of Numerical
+    Algorithms, chapter 3, and are computed in float64 for these values, so they are independent of
+    the hardware. ``inner`` is the dtype of the weights and of the gradients of the logits;
+    ``saved`` (by default the same) is that of the output from which the backward pass computes the
+    mean gradient of a query's weights. With u the unit roundoff of ``inner``:
 
-    - A sum of n products in float32 errs by g(n) times the sum of their sizes; g(n) is n u of
-      float32, or 6 sqrt(n) u where that is less, as roundings are as often up as down. This is
-      exceeded with a probability of 2 exp(-18) (Higham & Mary, A New Approach to Probabilistic
-      Rounding Error Analysis, 2019).
-    - A logit has D products, as many for its row and for its column, which are summed in float32
-      with a scale and a maximum: g(D + 8). In half precision u^2 of the position terms (sdpa), and
-      of that mean (fused), come to it: they are held in two numbers there.
-    - A weight in the output is off most when its own logit is too high and all others too low. The
-      backward pass has it from the normalizer of the forward pass, whose errors do not cancel.
-    - Sums over weights and gradients of logits have at most four roundings to ``inner``: of either
-      factor, of a part of the sum (torch's kernel has tiles of queries), and of it all. In float32
-      it is g of the number of positions of all heads and images, channels, and 8 for the powers.
-    - What is less than 2^-80 (in native), or rounded to less than a normal number, is cut off.
+    - A sum of n products in float32 has an error of at most g(n) times the sum of their absolute
+      values. g(n) is n u of float32, or 6 sqrt(n) u if that is smaller, since roundings go up as
+      often as down. This is exceeded with a probability of 2 exp(-18) (Higham & Mary, A New
+      Approach to Probabilistic Rounding Error Analysis, 2019).
+    - A logit has D products, and D each for its row and column offsets, summed in float32 with a
+      scale and a maximum: g(D + 8). Half precision adds u^2 of the position terms (sdpa) and of
+      that mean (fused), because they are stored as pairs of numbers there.
+    - The error of a weight in the output is largest if its own logit is too high and all others are
+      too low. The backward pass uses the forward pass's normalizer, whose errors do not cancel.
+    - Sums over weights and logit gradients have at most four roundings to ``inner``: each factor, a
+      partial sum (torch's kernel tiles the queries), and the total. In float32 the bound is g of
+      the number of positions in all heads and images, plus channels, plus 8 for the powers.
+    - Values below 2^-80 (in native), or that round to a subnormal number, are flushed to zero.
     """
     q, k, v, *tables = (t.detach().cpu().double() for t in tensors)
     (H, W, D), out_gradient = q.shape[2:], direction_of(v).flatten(2, 3)
@@ -277,9 +277,9 @@ def rounding_errors(tensors, inner=torch.float32, saved=None):
 
 
 def assert_rounded(got, exact, errors):
-    """Within `rounding_errors` and the rounding of the results, each to its own dtype."""
+    """Check results against `rounding_errors` plus the rounding of each to its own dtype."""
     for index, (a, b, error) in enumerate(zip(got, exact, errors, strict=True)):
         about = torch.finfo(a.dtype)
-        error = error.view_as(b)  # heads by (H, W), where positions were one after the other
+        error = error.view_as(b)  # (H, W) instead of flattened positions
         error = error + about.eps / 2 * (b.abs() + error + about.smallest_normal)
         assert ((a.cpu().double() - b.cpu()).abs() <= error).all(), index

@@ -1,4 +1,4 @@
-"""Folders of images that tests of data=folder write and read."""
+"""Image folders for the tests of data=folder."""
 
 import numpy as np
 from PIL import Image
@@ -6,13 +6,13 @@ from PIL import Image
 from data import load_folder
 
 CLASSES = ["ant", "Bee", "c d", "Käfer"]
-# Settings of a run on them.
+# Settings of a run on these images.
 RUN = ["data.size=8", "augmentation.crop_pad=2", "batch_size=4", "epochs=1", "model=resnet8"]
 RUN += ["tracking=csv", "precision=fp32", "model.stem=4", "model.widths=[4,8,8]"]
 
 
 def write(path, size=(9, 7), seed=0, mode="RGB"):
-    """A picture of (width, height) with random pixels, which are returned."""
+    """Write an image of size (width, height) with random pixels; return the pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).convert(mode).save(path)
@@ -20,7 +20,7 @@ def write(path, size=(9, 7), seed=0, mode="RGB"):
 
 
 def write_folder(tmp_path, monkeypatch):
-    """Four classes of three images in train/, and one of each but the last in val/."""
+    """Write four classes of three images to train/, and one of each but the last to val/."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = tmp_path / "my images"
     for number, name in enumerate(CLASSES):
@@ -32,5 +32,5 @@ def write_folder(tmp_path, monkeypatch):
 
 
 def load(root, **settings):
-    """The data set, of images of 8x8."""
+    """Load the data set, by default with images of 8x8."""
     return load_folder(str(root), "mine", **{"size": 8, **settings})

@@ -1,4 +1,4 @@
-"""The layer pair by pair and the network step by step. Shares no code with `aaconv` or `models`."""
+"""A naive reference for the layer and the networks, sharing no code with `aaconv` or `models`."""
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ def attention(q, k, v, rel_h=None, rel_w=None):
 def augmented_conv(
     x, weights, *, dk, dv, Nh, stride=1, padding=1, dilation=1, groups=1, qk_norm=False
 ):
-    """[Conv(X), MHA(X)] from a dict of the layer's parameters, for a 1x1 qkv convolution."""
+    """Compute [Conv(X), MHA(X)] from a dict of the layer's parameters (1x1 qkv convolution)."""
     out = []
     if "conv_out.weight" in weights:
         out.append(
@@ -69,10 +69,10 @@ def augmented_conv(
 
 
 def resnet(x, state, *, block, shortcut, attention):
-    """A ResNet in evaluation mode, from its state dict.
+    """Run a ResNet in evaluation mode, given its state dict.
 
-    ``attention`` is "none", "ge", "se", "removed", "pointwise", "mean", or for augmented blocks a
-    dict of dk, dv and Nh.
+    ``attention`` is "none", "ge", "se", "removed", "pointwise", "mean", or a dict of dk, dv and Nh
+    for augmented blocks.
     """
     residual = {"basic": _basic, "bottleneck": _bottleneck, "preact": _preact}[block]
     blocks = sorted({name[: len("stages.0.0")] for name in state if name.startswith("stages.")})

@@ -1,15 +1,15 @@
-"""A stand-in for wandb's server on loopback: what the client needs to work, and what it has sent.
+"""A fake wandb server on loopback that answers the client and records what it sends.
 
     python wandb_server.py FOLDER [PORT]
 
-prints its port and serves until it is killed. FOLDER/state.json holds all it was sent, and is read
-again at the next start, as after a server's death. Tests steer it by files in FOLDER:
+prints its port and serves until it is killed. FOLDER/state.json holds everything it received, and
+is loaded at the next start, so a server can be killed and restarted. Files in FOLDER control it:
 
-    stop        ids of runs, a line each, for which the dashboard's Stop button was pressed
-    sweep.json  a list of the parameters that an agent is given, one after the other; a run that
-                was preempted is given out a second time
+    stop        run ids, one per line, for which the dashboard's Stop button was pressed
+    sweep.json  a list of parameters to give to an agent, one after the other; a preempted run is
+                given out a second time
 
-It shows what the client sends; what the real server accepts it does not know.
+It shows what the client sends, but not what the real server accepts.
 """
 
 import gzip
@@ -27,7 +27,7 @@ PERSON = {"id": "user", "entity": "me", "username": "me", "email": "", "flags": 
 
 
 class State:
-    """Everything that was sent, in one object that is written to a file after each request."""
+    """Everything that was received, as one object that is saved to a file after each request."""
 
     def __init__(self, folder):
         self.folder, self.lock, self.port = folder, RLock(), 0
@@ -49,7 +49,7 @@ class State:
         path = self.folder / "stop"
         return path.exists() and name in path.read_text().split()
 
-    # ---- what GraphQL operations answer, by their names ----
+    # ---- what GraphQL operations return, by their names ----
 
     def answer(self, operation, given):
         known = {
@@ -129,7 +129,7 @@ class State:
         return {"createRunFiles": {"runID": run, "uploadHeaders": [], "files": files}}
 
     def create_artifact(self, given):
-        """Said to be here already, so that its files are not sent."""
+        """Report the artifact as already committed, so that its files are not uploaded."""
         sequence = {"id": "sequence", "latestArtifact": None}
         artifact = {"id": given["digest"], "state": "COMMITTED", "artifactSequence": sequence}
         return {"createArtifact": {"artifact": artifact}}
@@ -160,7 +160,7 @@ class State:
         return {"project": {"allViews": {"edges": found}}}
 
     def heartbeat(self, running):
-        """A run at a time; those whose Stop button was pressed are to be stopped."""
+        """Give out one run at a time; stop the runs whose Stop button was pressed."""
         commands = [{"type": "stop", "run_id": name} for name in running if self.stop_pressed(name)]
         parameters = json.loads((self.folder / "sweep.json").read_text())
 
@@ -191,7 +191,7 @@ class State:
         for file, part in (sent.get("files") or {}).items():
             if file == "wandb-history.jsonl":
                 rows = map(json.loads, part["content"])
-                # A line that was sent again replaces the one in its place.
+                # Lines that are sent again replace the earlier ones.
                 run["history"][part["offset"] :] = rows
             elif file == "wandb-summary.json":
                 run["summary"] = json.loads(part["content"][-1])
@@ -202,7 +202,7 @@ class State:
 
 
 def serve(folder, port=0):
-    """The server on a port of loopback, not yet serving."""
+    """Create the server on a loopback port; it is not serving yet."""
     state = State(folder)
 
     class Handler(BaseHTTPRequestHandler):
@@ -250,7 +250,7 @@ def serve(folder, port=0):
     class Server(ThreadingHTTPServer):
         daemon_threads = True
 
-        def handle_error(self, *_):  # a client that has been killed
+        def handle_error(self, *_):  # for example, a client was killed
             pass
 
     server = Server(("127.0.0.1", port), Handler)
@@ -259,7 +259,7 @@ def serve(folder, port=0):
 
 
 class ServerProcess:
-    """The stand-in in a process of its own, which can be killed and started again."""
+    """The fake server in its own process, which can be killed and restarted."""
 
     def __init__(self, folder):
         self.folder, self.port, self.process = folder, 0, None
@@ -302,7 +302,7 @@ class ServerProcess:
 
 if __name__ == "__main__":
     place = Path(sys.argv[1])
-    for attempt in itertools.count():  # the port of one that was killed may be taken for a moment
+    for attempt in itertools.count():  # a killed server's port may stay taken for a moment
         try:
             server = serve(place, int(sys.argv[2]) if len(sys.argv) > 2 else 0)
             break
