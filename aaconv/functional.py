@@ -142,7 +142,7 @@ def choose_backend(q: Tensor, *, relative: bool) -> str:
 
     On the CPU, this is "native" if it can be compiled: it was the fastest for all map sizes and
     channels measured (table in docs/benchmarks.md). Otherwise, forward plus backward, "tiled" takes
-    half the time of "sdpa" on 32x32 maps, and on 8x8 maps "reference" is as fast.
+    half the time of "sdpa" on 32x32 maps, and on 8x8 maps "reference" is about as fast.
 
     On a GPU of compute capability 8.0 or higher, it is "fused", chosen by its instruction count: no
     backend has been timed on a GPU yet. `attention_2d` tries it out first, see `aaconv.trial`.
