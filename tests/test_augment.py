@@ -1,4 +1,4 @@
-"""`augment_`: what is replaced and by what, what is kept, and what is refused before any change."""
+"""`augment_`: what it replaces and by what, what it keeps, and what it rejects unchanged."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from models import AA
 
 
 class Small(nn.Module):
-    """Convolutions of many kinds, on maps of 18x14, 9x7 and 5x4."""
+    """A network with many kinds of convolutions, on maps of 18x14, 9x7 and 5x4."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ def images():
 
 
 def state(model):
-    """Everything that a refusal must leave: modules by identity, tensors by bits, flags, hooks."""
+    """Return all state that a rejected call must not change: modules, tensors, flags, hooks."""
     modules = {name: id(module) for name, module in model.named_modules()}
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     flags = {name: module.training for name, module in model.named_modules()}
@@ -104,7 +104,7 @@ def test_the_report_is_a_table():
 
 
 def test_dk_and_dv_are_those_of_the_networks():
-    """`models.AA` and `augment_` have one rule."""
+    """`models.AA` and `augment_` use the same rule."""
     for dk, dv, Nh, min_dkh in [
         (0.5, 0.25, 4, 1),
         (0.2, 0.1, 2, 7),
@@ -149,7 +149,7 @@ def test_filter_fn_chooses_and_may_choose_any_size_and_kernel():
 @pytest.mark.parametrize(
     ("size", "pool", "expected"),
     [
-        ((28, 28), None, [2, 1]),  # as the paper pools maps of 28x28 and not those of 14x14
+        ((28, 28), None, [2, 1]),  # like the paper, which pools maps of 28x28 but not of 14x14
         ((20, 20), None, [1, 1]),
         ((21, 20), None, [2, 1]),
         ((28, 28), 1, [1, 1]),
@@ -297,7 +297,7 @@ def test_the_start_that_is_asked_for_reaches_every_layer():
 
 
 class Spared(Small):
-    """Names a parameter that is not to be decayed, as timm's models do."""
+    """A network that names a parameter without weight decay, as timm's models do."""
 
     def no_weight_decay(self):
         return {"head.weight"}
@@ -313,7 +313,7 @@ def test_the_tables_are_named_to_optimizers_that_ask(kind):
     own = {"head.weight"} if kind is Spared else set()
     assert model.no_weight_decay() == tables | own
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        again = augment_(other, EXAMPLE.to(torch.float64))  # and the stem
+        again = augment_(other, EXAMPLE.to(torch.float64))  # augments the stem as well
         assert again.augmented == ["stem"]
         assert other.no_weight_decay() == tables | own | {"stem.key_rel_h", "stem.key_rel_w"}
         assert model.no_weight_decay() == tables | own
@@ -323,7 +323,7 @@ def test_the_tables_are_named_to_optimizers_that_ask(kind):
 
 
 def test_timms_optimizers_decay_no_table():
-    assert vision.datasets  # torchvision can be imported from now on
+    assert vision.datasets  # makes torchvision importable
     timm = pytest.importorskip("timm")
     optim = pytest.importorskip("timm.optim")
     model = timm.create_model("resnet18")
@@ -344,7 +344,7 @@ def test_the_network_trains_and_its_weights_are_saved_and_loaded():
     model(images()).square().sum().backward()
     optimizer.step()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-    # The keys' bias is one number for all keys of a query: it cancels where positions do not count.
+    # The key bias adds the same number to all logits of a query, so without positions it cancels.
     assert changed >= {
         name for name in before if not name.startswith("idle") and "bias" not in name
     }
@@ -363,7 +363,7 @@ class Branching(Small):
 
 
 class Shared(nn.Module):
-    """One convolution at two sizes."""
+    """A network that applies one convolution at two sizes."""
 
     def __init__(self):
         super().__init__()
@@ -374,7 +374,7 @@ class Shared(nn.Module):
 
 
 class Same(nn.Conv2d):
-    """A subclass, which may compute anything."""
+    """A subclass of Conv2d, which may compute anything."""
 
 
 def tied():
@@ -384,7 +384,7 @@ def tied():
 
 
 def hooked(register):
-    """Makes a network whose convolution, or one of its parameters, has a hook."""
+    """Return a function that builds a network with a hook on its convolution or a parameter."""
 
     def make():
         model = one()
@@ -412,7 +412,7 @@ def frozen_as_a_buffer(name):
 
 
 class InAList(nn.Module):
-    """The order in which it calls its convolutions is in a list that torch knows nothing of."""
+    """A network that calls its convolutions from a plain list, which torch does not register."""
 
     def __init__(self):
         super().__init__()
@@ -431,7 +431,7 @@ def normed():
 
 
 def spectral():
-    """Its weight is no parameter but a tensor that a hook computes before each call."""
+    """A convolution whose weight is not a parameter but is computed by a hook before each call."""
     model = nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(16, 16, 3, padding=1)))
     model(SIXTEEN)
     return model
@@ -442,7 +442,7 @@ def one(**change):
 
 
 def test_what_would_fit_at_some_sizes_only_is_left_alone_by_default():
-    """A patch embedding: of 66x66 pixels it makes 16x16 positions, attention would make 17x17."""
+    """For 66x66 pixels, this patch embedding gives 16x16 positions, attention would give 17x17."""
     model = nn.Sequential(nn.Conv2d(3, 64, 7, stride=4, padding=2))
     with pytest.raises(ValueError, match=r"padding=\(2, 2\) is not half of \(6, 6\)"):
         augment_(model, torch.zeros(1, 3, 64, 64))
@@ -554,7 +554,7 @@ MODELS = [
 ]
 
 
-# What torch.compile loads.
+# Raised by code that torch.compile imports.
 @pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("make", "words"), MODELS, ids=[words for _, words in MODELS])
 def test_models_that_cannot_be_augmented_are_refused(make, words):

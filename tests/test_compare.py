@@ -1,4 +1,4 @@
-"""Many runs by one command: what it makes of its words, of what is there, and of being stopped."""
+"""compare.py: its command line, runs that already exist, and being stopped."""
 
 import csv
 import json
@@ -26,7 +26,7 @@ from helpers import ROOT, TINY, await_, refused, slow
 SHORT = [word for word in TINY if "epochs" not in word]
 
 
-# ---- Words --------------------------------------------------------------------------------------
+# ---- Command line -------------------------------------------------------------------------------
 
 
 def test_combinations_within_an_entry_and_entries_one_after_the_other():
@@ -43,7 +43,7 @@ def test_combinations_within_an_entry_and_entries_one_after_the_other():
         ("epochs=2",),
         ("epochs=3",),
     ]
-    # As Hydra names the folders of a sweep: to add a value trains no finished run again.
+    # Named like Hydra's sweep folders, so that adding a value does not train finished runs again.
     words = ["attention.qk_norm=false", "optim.lr=1e-3", "~freeze", "+attention.x='a b'"]
     kept = ("attention.qk_norm=False", "optim.lr=0.001", "~freeze", "+attention.x='a b'")
     assert comparison.expand([words]) == [kept]
@@ -93,14 +93,14 @@ def test_a_mistake_is_one_line_before_any_run(monkeypatch, tmp_path, capsys, wor
     assert list(tmp_path.iterdir()) == []
 
 
-# ---- What is there ------------------------------------------------------------------------------
+# ---- Existing runs ------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """A function that replaces train.py by another one; it returns the calls so far.
+    """A function that replaces train.py by ``act``, and returns a list of the calls.
 
-    That one gets the run's folder and returns an exit code.
+    ``act`` gets the run's folder and returns an exit code.
     """
 
     def install(act):
@@ -126,7 +126,7 @@ def finish(folder):
 
 
 def told(capsys):
-    """What is printed on stdout so far, each row of the table with single blanks, and on stderr."""
+    """Return stdout, with runs of spaces collapsed in each line, and stderr."""
     printed = capsys.readouterr()
     return "\n".join(" ".join(line.split()) for line in printed.out.splitlines()), printed.err
 
@@ -134,7 +134,7 @@ def told(capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("forked_runs")
 def test_trains_what_is_missing_and_reports(tmp_path, capfd):
-    """First where the locale is ASCII: files, output and folder names are UTF-8 all the same."""
+    """The first call has an ASCII locale: files, output and folder names are UTF-8 even so."""
     out = tmp_path / "\u00fc \u2212"
     words = ([["attention=none,aa"]], [0], [*SHORT, "epochs=1"], out)
     ascii_locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -226,7 +226,7 @@ def test_the_time_of_all_runs_is_shared_out(tmp_path, pretend, monkeypatch, caps
 
     def act(folder):
         clock[0] += 240
-        return finish(folder) if clock[0] < 1700 else 0  # the third one is stopped by its limit
+        return finish(folder) if clock[0] < 1700 else 0  # the third run is stopped by its limit
 
     calls = pretend(act)
     words = ([["attention=none,aa,mean,removed"]], [0], TINY, tmp_path)
@@ -254,7 +254,7 @@ def test_a_result_counts_whatever_the_process_that_made_it_ended_with(tmp_path, 
 
 
 def test_a_run_that_another_process_takes_meanwhile_is_skipped(tmp_path, pretend, capsys):
-    """Its train.py was refused the folder, which is no mistake in the settings."""
+    """Its train.py exits with 2 as the folder is locked, but the settings are not at fault."""
     words = ([["attention=none,aa"]], [0], TINY, tmp_path)
     _, (taken, _) = comparison.plan(*words)
     with ExitStack() as stack:
@@ -305,11 +305,11 @@ def test_time_to_go_is_that_of_the_variant(tmp_path):
     assert comparison.seconds_left(runs) is None
     none, aa = runs[0::2], runs[1::2]
     make_run(none[0].folder, epochs=10)
-    # Nothing is known of aa: it takes none's pace. 5 runs of 10 epochs of 12 seconds.
+    # aa has no times yet, so it uses those of none: 5 runs of 10 epochs of 12 seconds.
     assert comparison.seconds_left(runs) == pytest.approx(600)
-    make_run(aa[0].folder, attention="aa", epochs=4, finished=False)  # of 15 seconds
+    make_run(aa[0].folder, attention="aa", epochs=4, finished=False)  # 15 seconds per epoch
     assert comparison.seconds_left(runs) == pytest.approx(2 * 10 * 12 + 26 * 15)
-    rows = aa[0].folder / "metrics.csv"  # suspended in an epoch, for a day
+    rows = aa[0].folder / "metrics.csv"  # as if suspended for a day during an epoch
     rows.write_text(rows.read_text().replace(",15.0\n", ",86415.0\n", 1))
     assert comparison.seconds_left(runs) == pytest.approx(2 * 10 * 12 + 26 * 15)
     failed(aa[1].folder)
@@ -321,7 +321,7 @@ def test_time_to_go_is_that_of_the_variant(tmp_path):
 
 
 def test_a_run_gets_its_settings_and_tells_why_it_ends(tmp_path, monkeypatch, capsys):
-    """Meanwhile the status of the set is printed where it has changed."""
+    """While it runs, the status of all runs is printed whenever it changes."""
     (tmp_path / "train.py").write_text(
         """import os, pathlib, sys, time
 here = pathlib.Path(__file__).parent
@@ -364,7 +364,7 @@ sys.exit(2)"""
 
 
 def test_a_run_in_progress_elsewhere_is_left_to_it(tmp_path, pretend, capsys):
-    """Two compare.py share the work: what one is training the other one skips."""
+    """Two compare.py processes share the work: each skips what the other is training."""
     calls = pretend(finish)
     words = ([["attention=none,aa"]], [0], TINY, tmp_path)
     _, runs = comparison.plan(*words)
@@ -399,20 +399,20 @@ def test_a_damaged_run_is_named_and_the_others_go_on(tmp_path, pretend, capsys, 
     assert (damaged.folder / name).read_bytes() == content
 
 
-# The first run is over at once; the second one would take minutes.
+# The first run is short; the second would take minutes.
 LONG = ["--vary", "attention=none", "epochs=1", "--vary", "attention=none", "epochs=10000"]
 
 
 @contextmanager
 def started(out):
-    """compare.py in a process of its own, killed at the end of the ``with``."""
+    """Run compare.py in its own process, killed at the end of the ``with`` block."""
     command = ["scripts/compare.py", "--out", str(out), *LONG, "--", *SHORT]
     with App(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
             yield process
-        except BaseException:  # its run would outlive it, without an end
+        except BaseException:  # its training run would outlive it and never end
             for holder in out.rglob(".holder"):
                 with suppress(ProcessLookupError):
                     os.kill(json.loads(holder.read_text())["pid"], signal.SIGKILL)
@@ -423,7 +423,7 @@ def started(out):
 
 @pytest.mark.slow
 def test_killed_started_again_and_interrupted(tmp_path):
-    """A run outlives a killed compare.py and keeps its folder, which the next one respects."""
+    """A run outlives a killed compare.py and keeps its folder locked for the next one."""
     vary = [["attention=none", "epochs=1"], ["attention=none", "epochs=10000"]]
     _, (first, second) = comparison.plan(vary, [0], SHORT, tmp_path)
     with started(tmp_path) as process:
@@ -438,7 +438,7 @@ def test_killed_started_again_and_interrupted(tmp_path):
     await_(lambda: run_folder.holder(second.folder) is None, "the end of the run")
     there = len(second.epoch_seconds())
     time.sleep(0.5)
-    assert len(second.epoch_seconds()) == there < 10000  # nobody writes there any more
+    assert len(second.epoch_seconds()) == there < 10000  # no process writes there anymore
     finished = first.folder / "summary.json"
     summary, written = finished.read_bytes(), finished.stat().st_mtime_ns
 
@@ -455,7 +455,7 @@ def test_killed_started_again_and_interrupted(tmp_path):
     assert finished.stat().st_mtime_ns == written
     head = f"[2/2] attention=none epochs=10000 seed=0: after epoch {there} of 10000"
     assert any(line.startswith(head) for line in printed)
-    # The checkpoint may be one epoch ahead of the figures, never behind them.
+    # The checkpoint may be one epoch ahead of metrics.csv, but never behind it.
     (resumed,) = (line for line in printed if line.startswith("resumed "))
     assert int(re.search(r"after epoch (\d+)", resumed)[1]) in (there, there + 1)
     with (second.folder / "metrics.csv").open() as file:
@@ -466,7 +466,7 @@ def test_killed_started_again_and_interrupted(tmp_path):
 
 
 def test_a_run_that_ignores_ctrl_c_is_asked_to_save_all_the_same():
-    """As everything does that a shell starts in the background."""
+    """Every process that a shell starts in the background ignores it."""
     code = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"

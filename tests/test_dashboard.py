@@ -1,4 +1,4 @@
-"""What the dashboard has of runs, read back from a stand-in for wandb's server."""
+"""What runs send to the dashboard, read back from a fake wandb server."""
 
 import csv
 import json
@@ -20,16 +20,16 @@ from helpers import CLOCK, ROOT, TINY, await_
 
 pytestmark = pytest.mark.slow
 
-GUARD = 240  # seconds after which a process is taken to hang
+GUARD = 240  # seconds after which a process is considered hanging
 WANDB = str(Path(sys.executable).parent / "wandb")
 ONLINE = [*(w for w in TINY if "epochs" not in w and "tracking" not in w), "wandb.mode=online"]
-# So many steps that a signal comes before the end.
+# Enough steps for a signal to arrive before the end.
 LONG = [*ONLINE, "attention=none", "data.train_size=640", "epochs=12"]
 
 
 @pytest.fixture
 def start(server, tmp_path):
-    """A function that starts train.py; what is still running at the end is killed."""
+    """A function that starts train.py; processes still running at the end are killed."""
     processes = []
 
     def go(*words, program=(ROOT / "train.py",), **environment):
@@ -52,7 +52,7 @@ def start(server, tmp_path):
 
 @pytest.fixture
 def train(start):
-    """A function that waits for it; its exit code and output."""
+    """A function that runs train.py to its end and returns its exit code and output."""
 
     def go(*words, **environment):
         process = start(*words, **environment)
@@ -63,7 +63,7 @@ def train(start):
 
 
 def rows_on_disk(folder):
-    """How many epochs there are; the client sends them every 15 seconds."""
+    """Return the number of epochs on disk; the client sends them only every 15 seconds."""
     return sum(len(path.read_text().splitlines()) - 1 for path in folder.rglob("metrics.csv"))
 
 
@@ -74,7 +74,7 @@ def table(folder):
 
 
 def history(run):
-    """The epochs' rows as metrics.csv has them."""
+    """Return the epochs' rows in the form of metrics.csv."""
     others = ("step", "train/step_loss", "best/val_top1")
     return [
         {k: v for k, v in row.items() if k[0] not in "_m" and k not in others}
@@ -84,7 +84,7 @@ def history(run):
 
 
 def assert_whole(run, folder, but=()):
-    """The history is metrics.csv, without gap or repeat, all columns ``but`` these."""
+    """Check that the history equals metrics.csv except for ``but``, without gaps or repeats."""
     rows = table(folder)
     seen = history(run)
     for column in but:
@@ -95,7 +95,7 @@ def assert_whole(run, folder, but=()):
     steps = [row["step"] for row in run["history"] if "epoch" in row]
     every = [row["_step"] for row in run["history"] if "step" in row]
     assert every == readings == sorted({*readings})
-    # An epoch's row has a reading, and each epoch has equally many.
+    # Each epoch's row has a reading of the loss, and all epochs have equally many readings.
     assert steps == readings[len(readings) // len(rows) - 1 :: len(readings) // len(rows)]
     assert len({b - a for a, b in zip([0, *readings], readings, strict=False)}) == 1
 
@@ -135,14 +135,14 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
         "data": "lookup",
         "optim": "adamw",
         "schedule": "one_cycle",
-        # 1.0 and 1 are the same number there.
+        # 1.0 and 1 are the same number on the dashboard.
         "attention.dk": 1,
         "attention.dk_unit": "fraction",
         "attention.dv": 4,
         "attention.dv_unit": "channels",
         "optim.lr": 0.002,
         "data.val_size": 8,
-        "precision": "fp32",  # few runs differ in it: it is there because it was given
+        "precision": "fp32",  # a setting that rarely differs, present because it was overridden
         "grad_accum": 1,
         "model.widths": [4, 8, 8],
         "env.precision": "float32",
@@ -167,7 +167,7 @@ def test_a_run_has_all_that_was_promised(train, server, tmp_path):
     assert len(facts["displayName"]) == 128
     assert facts["displayName"].startswith("aa experiment=lookup train_size=96 ")
     assert facts["displayName"].endswith(" seed=0")
-    # epoch is the axis of every metric but for the loss within it; "5" is the axis, from 1 on
+    # Every metric has the axis epoch except for the loss within an epoch; "5" is a 1-based index.
     metrics = run["config"]["_wandb"]["value"]["m"]
     names = [metric.get("1") or metric["2"] for metric in metrics]
     axes = {name: metric.get("5") for name, metric in zip(names, metrics, strict=True)}
@@ -224,11 +224,11 @@ def test_runs_that_differ_in_the_seed_alone_are_of_one_variant(train, server):
 
 @pytest.mark.thorough
 def test_after_a_kill_and_resume_the_history_is_that_of_the_folder(start, train, server, tmp_path):
-    """Killed before anything was sent, and again when the server has more than the checkpoint."""
+    """Kill it before anything was sent, and again when the server is ahead of the checkpoint."""
     words = [*(w for w in LONG if w != "epochs=12"), "epochs=70", "resume=auto", "log_every=5"]
     for killed, interval in (
         (lambda: rows_on_disk(tmp_path) >= 2, 60),
-        # The first of them is in the first checkpoint, the second in that of the second start.
+        # The first epoch is in the first checkpoint, the second in that of the second start.
         (lambda: server.runs and len(history(server.only[1])) > 2, 1),
     ):
         process = start(*words, WANDB__FILE_STREAM_TRANSMIT_INTERVAL=str(interval))
@@ -251,7 +251,7 @@ def test_a_run_that_was_kept_offline_and_resumed_is_uploaded_whole(train, server
     for limit in ("0.001", "null"):
         code, _ = train(*offline, "wandb.mode=offline", f"max_minutes={limit}", "resume=auto")
         assert code == 0
-        time.sleep(1)  # wandb's folders are named by the second
+        time.sleep(1)  # wandb names its folders by time with a resolution of one second
     folders = sorted((tmp_path / "out" / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert server.runs == {}
@@ -259,7 +259,7 @@ def test_a_run_that_was_kept_offline_and_resumed_is_uploaded_whole(train, server
     assert_whole(server.only[1], tmp_path / "out")
 
 
-# Waits less long for wandb at the end than a user would.
+# train.py with shorter waits for wandb at its end.
 IMPATIENT = """
 import sys
 sys.path.insert(0, {root!r})
@@ -313,7 +313,7 @@ def test_the_state_of_a_run_without_a_result(
     assert run["summary"]["outcome"] == outcome
     assert run["summary"]["reason"].startswith(reason)
     assert "train.log" in dict(run["files"])
-    if how == signal.SIGTERM:  # and once it is continued, that is over
+    if how == signal.SIGTERM:  # the outcome is cleared once the run is resumed
         start(*LONG, *extra, "resume=auto", WANDB__FILE_STREAM_TRANSMIT_INTERVAL="1")
         await_(lambda: server.only[1]["summary"].get("outcome") != "stopped", "its end")
         assert server.only[1]["summary"]["outcome"] == ""
@@ -321,9 +321,9 @@ def test_the_state_of_a_run_without_a_result(
 
 @pytest.fixture
 def agent(server, tmp_path):
-    """A function that makes a sweep and starts its agent, by wandb's own commands.
+    """A function that creates a sweep and starts its agent, using wandb's own commands.
 
-    The values of its runs come from the stand-in.
+    The fake server supplies the parameter values of the runs.
     """
     agents = []
 
@@ -366,7 +366,7 @@ def test_a_sweep_by_an_agent_of_which_one_run_fails_and_one_is_stopped(agent, se
         {"attention": "none", "epochs": 1},
         {"attention": "aa", "attention.dk": 7, "epochs": 1},  # Nh does not divide it
         {"attention": "aa", "attention.dk": 1.0, "attention.Nh": 2, "epochs": 3000},
-        {"attention": "none", "epochs": 1},  # the first one again
+        {"attention": "none", "epochs": 1},  # the same as the first
     )
     await_(lambda: [*tmp_path.rglob("run=run2/**/metrics.csv")], "an epoch of the third run")
     (server.folder / "stop").write_text("run2")
@@ -391,7 +391,7 @@ def test_a_sweep_by_an_agent_of_which_one_run_fails_and_one_is_stopped(agent, se
     assert seen["run2"]["attention.dk_unit"] == "fraction"
     for values in seen.values():
         assert not [key for key, value in values.items() if isinstance(value, dict)]
-        assert values["optim.lr"] == 0.002  # nothing was lost beside what the sweep has set
+        assert values["optim.lr"] == 0.002  # settings that the sweep does not set are kept
         assert values["optim"] == "adamw"
     assert seen["run0"]["variant"] == seen["run3"]["variant"]
     for name in ("run0", "run3"):
@@ -399,7 +399,7 @@ def test_a_sweep_by_an_agent_of_which_one_run_fails_and_one_is_stopped(agent, se
 
 
 def of_agent(process):
-    """The process of train.py that an agent has started."""
+    """Return the process id of the train.py that an agent started."""
     for number in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
         if "train.py" in Path(f"/proc/{number}/cmdline").read_text():
             return int(number)
@@ -410,7 +410,7 @@ def of_agent(process):
 def test_an_agent_goes_on_after_runs_that_diverge_and_a_preempted_run_comes_back(
     agent, server, tmp_path
 ):
-    """wandb's agent would end after three failures in its first minute: these are none."""
+    """wandb's agent ends after three failures in its first minute; diverged runs must not count."""
     diverging = {"attention": "none", "epochs": 1, "optim.lr": 1e30}
     process = agent(diverging, diverging, diverging, {"attention": "none", "epochs": 12})
     await_(lambda: [*tmp_path.rglob("run=run3/**/metrics.csv")], "an epoch of the fourth run")
@@ -456,7 +456,7 @@ def test_a_comparison_closes_with_a_run_of_its_own(server, tmp_path):
     assert entry["compare/differences"]["_type"] == "image-file"
     assert entry["compare/curves"]["_type"] == "image-file"
 
-    # The same command trains nothing, and so posts nothing; on demand it is the same run again.
+    # The same command trains nothing, so it posts nothing; report.py --wandb updates the same run.
     assert "wandb: " not in call("compare.py", *words)
     assert len(server.runs[name]["history"]) == 1
     call("report.py", str(folder), "--wandb")

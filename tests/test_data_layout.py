@@ -1,4 +1,4 @@
-"""Which files of a folder are images of which class: layouts, links, names, what is passed over."""
+"""Which files of a folder are images of which class: layouts, links, names, ignored files."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from image_folders import CLASSES, load, write
 
 
 def move_up(root):
-    """The classes of train/ to the top, and no other folder."""
+    """Move the classes of train/ to the top level, and remove the other folders."""
     (root / "val").rename(root.parent / "val")
     for path in (root / "train").iterdir():
         path.rename(root / path.name)
@@ -36,14 +36,14 @@ def test_other_names_of_the_validation_folder(root, name):
     ("first", "second"), [("train", "Train"), ("train", "training"), ("val", "valid")]
 )
 def test_two_folders_of_one_split_are_refused(root, first, second):
-    (root / second).symlink_to(root / first)  # which is one folder
+    (root / second).symlink_to(root / first)  # the same folder twice is allowed
     assert load(root).train
     (root / second).unlink()
     (root / second).mkdir()
     both = f"{min(first, second)}/ and {max(first, second)}/"
     with pytest.raises(ValueError, match=rf": it has {both}; keep only one of them"):
         load(root)
-    if first == "val":  # which is not read
+    if first == "val":  # not read with val_size
         assert load(root, val_size=3).train
 
 
@@ -83,7 +83,7 @@ def test_an_evaluation_folder_without_a_training_folder_is_no_class(root, other)
 
 @pytest.mark.parametrize("place", [".", "Test", "valid"])
 def test_a_test_set_needs_no_training_folder_and_may_lack_classes(root, place):
-    """Labels are indices of the network's classes, in whatever order and Unicode form."""
+    """Labels are indices of the network's classes, in any order and Unicode form."""
     classes = [unicodedata.normalize("NFD", name) for name in reversed(CLASSES)]
     shutil.rmtree(root / "train")
     (root / "val").rename(root / "new")
@@ -101,7 +101,7 @@ def test_a_test_set_needs_no_training_folder_and_may_lack_classes(root, place):
 
 
 def test_a_class_may_be_called_as_a_split_is(tmp_path):
-    """CIFAR-100 has the class train."""
+    """CIFAR-100 has a class "train", for example."""
     for name in ("train", "bus", "test"):
         write(tmp_path / name / "0.png")
     found = find_evaluation_images(tmp_path, ["bus", "test", "train", "tram"])
@@ -109,7 +109,7 @@ def test_a_class_may_be_called_as_a_split_is(tmp_path):
 
 
 def tiny(root):
-    """Tiny ImageNet's validation images: all in one folder, their classes in a text file."""
+    """Arrange val/ like Tiny ImageNet's: all images in one folder, classes in a text file."""
     rows = []
     for number, name in enumerate(["Bee", "ant", "Bee"]):
         write(root / "val" / "images" / f"val_{number}.JPEG", seed=200 + number)
@@ -166,7 +166,7 @@ def test_annotations_that_do_not_fit_are_refused(root, change, line):
         load(root)
 
 
-# ---- Links and what other programs leave --------------------------------------------------------
+# ---- Links and files of other programs ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_class_names_that_no_line_can_show_are_refused(root, name):
     assert str(caught.value).isprintable()
 
 
-# ---- What is taken and what is passed over ------------------------------------------------------
+# ---- Files that are read or ignored -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

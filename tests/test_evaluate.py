@@ -1,4 +1,4 @@
-"""scripts/evaluate.py: the run's own scores again, test sets, and one line for what is wrong."""
+"""scripts/evaluate.py: reproducing a run's scores, test sets, and one-line errors."""
 
 import csv
 import json
@@ -28,7 +28,7 @@ LOOKUP = make_lookup(train_size=32, test_size=16)
 
 
 def described(attention, **data):
-    """A network for the built-in task as a run would have described it, but not trained."""
+    """An untrained network for the built-in task, described as a run would describe it."""
     settings = {"train_size": 32, "test_size": 16, "noise": 0.04, "data_seed": 0, **data}
     network = describe(attention).network
     return describe(
@@ -44,7 +44,7 @@ def described(attention, **data):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two networks, one of a run with held-out images."""
+    """Two networks, one of them from a run with held-out images."""
     (tmp_path / "runs").mkdir()
     save(tmp_path / "runs" / "plain=1", described(models.NoAttention(), val_size=12))
     attention = models.AA(dk=0.5, dv=0.25, Nh=2, min_dkh=2, position="relative", stages=[3])
@@ -58,7 +58,7 @@ def record(out):
 
 @pytest.mark.slow
 def test_equals_the_summary_to_the_last_digit(tmp_path):
-    """In processes like that of the run: other numbers of threads round sums otherwise."""
+    """Both run in similar processes: another number of threads would round sums differently."""
     words = [*TINY, "ema=0.5", "data.val_size=12", "data.data_seed=3", "tracking=csv"]
     run, out = tmp_path / "run=1", tmp_path / "out"
     commands = [
@@ -100,7 +100,7 @@ def test_several_at_once_are_a_table(folder, tmp_path, capsys):
 
 
 def test_what_happens_once_is_not_timed(folder, tmp_path, monkeypatch):
-    """As the compilation of attention's kernel, which the first image waits for."""
+    """For example the compilation of the attention kernel, which delays the first image."""
     seen, events = [], []
     clock = SimpleNamespace(perf_counter=lambda: events.append(len(seen)) or len(events))
     monkeypatch.setattr(evaluate, "time", clock)
@@ -113,7 +113,7 @@ def test_what_happens_once_is_not_timed(folder, tmp_path, monkeypatch):
 
 
 def test_settings_are_used(folder, tmp_path):
-    """Other images of the same classes, another precision, other batches."""
+    """Settings may select other images of the same classes, another precision or batch size."""
     run, results = folder / "plain=1", []
     for number, words in enumerate(
         [[], ["data.val_size=0"], ["data=lookup", "data.test_size=33"], ["precision=bf16"]]
@@ -133,7 +133,7 @@ PETS = ["ant", "bee", "cat"]
 
 @pytest.fixture
 def pets(tmp_path, monkeypatch):
-    """A folder of three classes, and an untrained network as a run would have described it."""
+    """A folder of images of three classes."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = tmp_path / "pets"
     for number, name in enumerate(PETS):
@@ -160,7 +160,7 @@ def network_of(root, folder, val_size):
 
 
 def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(pets, tmp_path, capsys):
-    """What another corruption of CIFAR-10-C is; nothing else of a run's own folder is read."""
+    """CIFAR-10-C's corruptions are such folders; nothing else of the run's data is read."""
     path = network_of(pets, tmp_path / "net", 0)
     fog = tmp_path / "pets-c" / "fog"
     for name, images in (("cat", 5), ("ant", 2)):
@@ -181,8 +181,8 @@ def test_a_test_set_has_folders_of_classes_alone_and_may_lack_some(pets, tmp_pat
     right = sum(counts[name][number] for number, name in enumerate(PETS))
     assert got["scores"]["top1"] == pytest.approx(100 * right / 7)
     call(evaluate.main, path, "data=folder", f"data.root='{fog}'", "--out", tmp_path / "again")
-    assert record(tmp_path / "again")[0]["scores"] == got["scores"]  # of the network's size
-    shutil.rmtree(pets / "train")  # a folder's val/ alone is evaluated on
+    assert record(tmp_path / "again")[0]["scores"] == got["scores"]  # same image size
+    shutil.rmtree(pets / "train")  # a folder with only val/ can be evaluated
     call(evaluate.main, path, f"data.root='{pets}'")
     assert "pets val" in capsys.readouterr().out
 
@@ -227,7 +227,7 @@ def test_images_that_may_have_been_trained_on_are_refused(
 
 
 def test_a_part_of_the_training_images_is_known_by_its_pixels(pets, tmp_path, caplog, capsys):
-    """Under other names, in another format, of a folder whose place the run's settings have."""
+    """Names and format may differ; the run's settings locate the original folder."""
     path, out = network_of(pets, tmp_path / "net", 4), tmp_path / "out"
     dataset = load_folder(str(pets), "pets", 8, 4)
     held_out = {tuple(one.flatten().tolist()) for one in dataset.evaluation.pixels}
@@ -239,7 +239,7 @@ def test_a_part_of_the_training_images_is_known_by_its_pixels(pets, tmp_path, ca
     write(copies / "ant" / "new.png", seed=999)
     words = ["data=folder", f"data.root='{copies}'", "--out", out]
 
-    call(evaluate.main, path, *words)  # of the weights alone nothing more is known
+    call(evaluate.main, path, *words)  # the weights alone do not say where the folder is
     line = "net: not compared with the images that it was trained on: "
     assert f"{line}the images in {copies} differ" in caplog.text
     caplog.clear()
@@ -253,11 +253,11 @@ def test_a_part_of_the_training_images_is_known_by_its_pixels(pets, tmp_path, ca
             fitted = ImageOps.fit(image.convert("RGB"), (8, 8), method=Image.Resampling.BICUBIC)
         if tuple(np.array(fitted).flatten().tolist()) not in held_out:
             file.unlink()
-    call(evaluate.main, path, *words)  # what the run has held out, and a new one
+    call(evaluate.main, path, *words)  # the run's held-out images and a new one
     assert record(out)[0]["images"] == 5
     assert "not compared" not in caplog.text
     write(pets / "train" / "ant" / "0.png", seed=77)
-    trained._own_images.cache_clear()  # another process
+    trained._own_images.cache_clear()  # as in a new process
     call(evaluate.main, path, *words)
     assert f"{line}the images in {pets} differ" in caplog.text
     shutil.rmtree(pets)
@@ -307,7 +307,7 @@ def test_recall_and_precision_by_counting():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, 6, generator=generator)
     logits[:, 4] = -9  # is never predicted
-    labels = torch.randint(5, (40,), generator=generator)  # none is 5
+    labels = torch.randint(5, (40,), generator=generator)  # class 5 has no images
     confusion = Confusion(6)
     confusion.add(logits[:13], labels[:13])
     confusion.add(logits[13:], labels[13:])
@@ -350,7 +350,7 @@ def test_the_worst_classes_come_first():
 
 
 def test_the_calibration_by_hand():
-    """Confidences 0.5, 0.5, 0.75 and 1: bins of a quarter, each edge in the bin below it."""
+    """Confidences 0.5, 0.5, 0.75 and 1 in bins of a quarter; an edge belongs to the lower bin."""
     calibration = Calibration(bins=4)
     probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.3, 0.5, 0.2], [0.75, 0.25, 0], [0, 0, 1.0]])
     logits, labels = probabilities.double().log(), torch.tensor([0, 0, 1, 2])
@@ -364,7 +364,7 @@ def test_the_calibration_by_hand():
 
 
 def test_a_confidence_just_on_an_edge_is_in_the_bin_below():
-    """Equal logits have confidences that no rounding moves: 1, a half and a quarter."""
+    """Equal logits give exact confidences, without rounding: 1, a half and a quarter."""
     calibration = Calibration(bins=4)
     for classes in (1, 2, 4):
         calibration.add(torch.zeros(1, classes), torch.tensor([0]))
@@ -372,8 +372,7 @@ def test_a_confidence_just_on_an_edge_is_in_the_bin_below():
 
 
 def test_a_bin_is_whole_however_its_images_came():
-    """Three bins that are off by +0.2, -0.3 and +0.1, each from two batches: none makes up for
-    another."""
+    """Three bins are off by +0.2, -0.3 and +0.1, each over two batches; errors must not cancel."""
     calibration = Calibration(bins=4)
     for right in (0, 1):  # one image of each bin is right, and one is not
         sure = torch.tensor([0.3, 0.8, 0.6], dtype=torch.float64)
@@ -393,7 +392,7 @@ def test_outputs_that_are_not_finite_are_no_score(folder, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-# ---- One line -----------------------------------------------------------------------------------
+# ---- One-line errors ----------------------------------------------------------------------------
 
 WRONG = [
     (["nowhere"], "there is no nowhere"),

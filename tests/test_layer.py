@@ -1,4 +1,4 @@
-"""`AugmentedConv`: values, gradients, conventions, and what it refuses."""
+"""`AugmentedConv`: values, gradients, conventions, and what it rejects."""
 
 import copy
 import math
@@ -108,8 +108,8 @@ def test_the_examples_of_the_description(stride, size):
     assert shapes["conv_out.weight"] == (16, 3, 3, 3)
 
 
-# Of weights (out, in, 1, 1) with fan_in = in and fan_out = out; a uniform one on (-a, a) has the
-# variance a^2 / 3.
+# Variances of weights (out, in, 1, 1) with fan_in = in and fan_out = out; a uniform distribution on
+# (-a, a) has the variance a^2 / 3.
 @pytest.mark.parametrize(
     ("init", "variance", "uniform"),
     [
@@ -126,7 +126,7 @@ def test_attention_starts_as_init_says(init, variance, uniform):
     for conv, fan_in, fan_out in ((layer.qkv_conv, 150, 540), (layer.attn_out, 300, 300)):
         weight, expected = conv.weight.detach(), variance(fan_in, fan_out)
         assert weight.shape[:2] == (fan_out, fan_in)
-        # The mean of n squares is off by sqrt(2 / n) of itself or less: 0.005 at 90,000 weights.
+        # The mean of n squares has a relative error of at most sqrt(2 / n): 0.005 for 90,000.
         assert weight.square().mean().item() == pytest.approx(expected, rel=0.03)
         most = math.sqrt(3 * expected)
         assert (weight.abs().max().item() <= most * (1 + 1e-6)) is uniform
@@ -184,7 +184,7 @@ def test_autocast(dtype, backend):
     assert out.dtype == dtype
     layer.backend = "reference"
     exact = layer.double()(x.detach().double())
-    # Eight roundings: of image, both weights, queries and keys, values, weights, mixture, output.
+    # Eight roundings: image, both weights, queries and keys, values, weights, mixture, output.
     assert (out.double() - exact).abs().max() < 8 * torch.finfo(dtype).eps / 2 * exact.abs().max()
     out.float().sum().backward()
     assert x.grad.isfinite().all()
@@ -203,7 +203,7 @@ def test_channels_last_in_channels_last_out(backend, pool):
 
 @pytest.mark.parametrize("backend", usable(torch.float64))
 def test_strided_and_channels_last_trains_on_few_channels(backend):
-    """oneDNN's strided 1x1 convolution overwrites memory here: a crash, or wrong gradients."""
+    """oneDNN's strided 1x1 convolution corrupts memory here: a crash or wrong gradients."""
     layer = build(in_channels=4, stride=2, shape=16, dk=32, dv=4, Nh=4, backend=backend).float()
     layer = layer.to(memory_format=torch.channels_last)
     x = image(32, 4, 32, 32).float().to(memory_format=torch.channels_last).requires_grad_()
@@ -214,7 +214,7 @@ def test_strided_and_channels_last_trains_on_few_channels(backend):
     exact.zero_grad()
     exact(y).square().mean().backward()
     wanted = [y.grad, *(p.grad for p in exact.parameters())]
-    # Sums over the positions of all images; see helpers.rounding_errors.
+    # Rounding of sums over the positions of all images; see helpers.rounding_errors.
     error = 6 * (32 * 16 * 16) ** 0.5 * 2**-24
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=error * b.abs().max().item())
@@ -343,7 +343,7 @@ def test_wrong_arguments_are_named(change, words):
 
 
 def test_a_smaller_map_keeps_its_offsets():
-    """On a 3x5 map, tables made for 7x11 are their middle 5 and 9 rows."""
+    """On a 3x5 map, only the middle 5 and 9 rows of tables made for 7x11 are used."""
     large, small = build(shape=(7, 11)), build()
     weights = dict(large.named_parameters())
     weights |= {"key_rel_h": large.key_rel_h[4:9], "key_rel_w": large.key_rel_w[6:15]}
@@ -356,7 +356,7 @@ def test_a_smaller_map_keeps_its_offsets():
 
 
 def test_a_larger_map_stretches_the_offsets():
-    """Offset o of 2L-1 rows is looked up at o (l-1) / (L-1), between two rows in proportion."""
+    """Offset o in a map of length L is interpolated at o (l-1) / (L-1) in a table for length l."""
     layer = build()
 
     def stretched(table, length):
@@ -389,7 +389,7 @@ def test_other_sizes_in_one_direction_and_down_to_a_pixel(size):
     twin = build(shape=size)
     twin.load_state_dict(layer.state_dict())
     torch.testing.assert_close(twin(image(2, 5, *size)), layer(image(2, 5, *size)))
-    # A table of one row knows one value for all offsets.
+    # A table with one row has one value for all offsets.
     back = build()
     back.load_state_dict(build(shape=1).state_dict())
     assert back.key_rel_h.std(dim=0).max() == 0
@@ -409,7 +409,7 @@ def test_tables_of_other_queries_are_not_loaded():
     with pytest.raises(RuntimeError, match="size mismatch for key_rel_w"):
         build().load_state_dict(build(dk=4).state_dict())
     state = build().state_dict()
-    state["key_rel_h"] = torch.zeros(4, 3)  # of no map: 2H-1 is odd
+    state["key_rel_h"] = torch.zeros(4, 3)  # fits no map: 2H-1 is odd
     with pytest.raises(RuntimeError, match="size mismatch for key_rel_h"):
         build().load_state_dict(state)
     del state["key_rel_h"]
@@ -418,7 +418,7 @@ def test_tables_of_other_queries_are_not_loaded():
 
 
 def encode_by_hand(x, absolute):
-    """Each pixel's position written into the input, one channel after the other."""
+    """Add each pixel's position encoding to the input, one channel after the other."""
     B, C, H, W = x.shape
     planes = []
     if absolute == "sine":

@@ -1,4 +1,4 @@
-"""The networks: sizes and counts that can be checked by hand, and the settings they reject."""
+"""The networks: shapes and counts that can be checked by hand, and settings that are rejected."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ CONTROLS = (Removed, Pointwise, GlobalMean)
 
 
 def on_meta(*arguments, **options):
-    """A network without values, which is enough to count."""
+    """Build a network on the meta device, which is enough for counting."""
     with torch.device("meta"):
         return ResNet(*arguments, **options)
 
@@ -72,10 +72,10 @@ PAPER = aa(dk=0.2, dv=0.1, Nh=8, min_dkh=20, stages=[1, 2, 3])
 # = 432 + 1,635,840 + 6,912,000 + 27,648,000. Normalizations, 2 per channel: blocks' first
 # (16 + 3*160) + (160 + 3*320) + (320 + 3*640), blocks' second 4*(160 + 320 + 640), last 640:
 # 2 * (3,856 + 4,480 + 640) = 17,952. Classifier 640*100 + 100. Together 36,278,324.
-# Projections: 16*160 + 160*320 + 320*640 = 258,560.
+# Projection shortcuts: 16*160 + 160*320 + 320*640 = 258,560.
 # SE: 2 * C * C/16 in 4 blocks per width: 4 * (3,200 + 12,800 + 51,200) = 268,800.
-# AA: dk = 160 everywhere, dv = 16, 32, 64 and maps of 32, 16, 8. A block trades 9 * Cin * dv
-# for Cin * (2*160 + dv) + dv^2 and two tables of (2*map - 1) * 20:
+# AA: dk = 160 everywhere, dv = 16, 32, 64 and maps of 32, 16, 8. A block replaces 9 * Cin * dv
+# by Cin * (2*160 + dv) + dv^2 and two tables of (2*map - 1) * 20:
 #   stage 1:    5,848 + 3 *   33,496;  stage 2: 12,504 + 3 * 22,744
 #   stage 3:  -56,744 - 3 *  118,184;  together -224,224.
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_parameters_of_wide_resnet_16_8():
     assert round(count_parameters(network) / 1e6, 1) == 11.0  # Zagoruyko and Komodakis, table 4
 
 
-# The last block of a stage of C channels trades two 3x3 convolutions, 18 C^2, for a 1x1 one, C^2,
-# queries, keys and values, 3 C^2, what mixes the heads, C^2, and two tables of (2 map - 1) * C / 8.
+# The last block of a stage of C channels replaces two 3x3 convolutions (18 C^2) by a 1x1 one (C^2),
+# queries, keys and values (3 C^2), the output projection (C^2) and two (2 map - 1) * C / 8 tables.
 def test_parameters_of_alternet_18(settings):
     plain, alternet = (
         build_model(
@@ -139,7 +139,7 @@ def test_an_alternet_block_by_its_formula(in_channels, stride):
 
 
 def test_flops_of_wide_resnet_28_10():
-    # Multiply-adds: 3x3 convolutions cost their weights times their map's positions.
+    # Multiply-adds of 3x3 convolutions: weights times positions of the map.
     convolutions = (
         432 * 32**2
         + 9 * (16 * 160 + 7 * 160**2) * 32**2
@@ -153,7 +153,7 @@ def test_flops_of_wide_resnet_28_10():
     for size, width, before, dv in ((32, 160, 16, 16), (16, 320, 160, 32), (8, 640, 320, 64)):
         inputs, positions = before + 3 * width, size * size
         extra += inputs * (320 + dv - 9 * dv) * positions + 4 * dv * dv * positions
-        # q.k and weights.v over all pairs; q with the row table and with the column table
+        # q.k and weights.v over all pairs; q times the row table and the column table
         extra += 4 * (positions**2 * (160 + dv) + 2 * positions * size * 160)
     assert count_flops(wide("pad", PAPER), (32, 32)) == plain + 2 * extra
 
@@ -161,8 +161,8 @@ def test_flops_of_wide_resnet_28_10():
 PAPER_RESNET_50 = aa(dk=0.2, dv=0.1, Nh=8, min_dkh=20, stages=[2, 3, 4])
 
 
-# torchvision's count, and what `augment_` gives with its default ratios (docs/layer.md); the paper
-# prints 25.6 M and 8.2 GFLOPs, 25.8 M and 8.3 GFLOPs.
+# The counts of torchvision, and of `augment_` with its default ratios (docs/layer.md). The paper
+# prints 25.6 M and 8.2 GFLOPs, and 25.8 M and 8.3 GFLOPs.
 @pytest.mark.parametrize(
     ("attention", "parameters", "gflops"),
     [(NoAttention(), 25_557_032, 8.18), (PAPER_RESNET_50, 25_781_872, 8.36)],
@@ -191,9 +191,9 @@ def test_a_strided_stem_fits_maps_of_any_size():
     assert seen == [(2, 4, 10, 13)]
 
 
-# Table of the paper for AA-ResNet-50 with kappa = upsilon (ImageNet, 1000 classes, augmented in
-# the last three stages, at least 20 key channels per head): millions of parameters. Our stem is
-# 3x3 instead of 7x7: 3 * 64 * (49 - 9) fewer.
+# Millions of parameters from the paper's table of AA-ResNet-50 with kappa = upsilon (ImageNet, 1000
+# classes, augmented in the last three stages, at least 20 key channels per head). Our stem is 3x3
+# instead of 7x7: 3 * 64 * (49 - 9) fewer.
 @pytest.mark.parametrize(
     ("ratio", "millions"), [(0.25, 24.3), (0.5, 22.3), (0.75, 20.7), (1.0, 19.4)]
 )
@@ -219,9 +219,9 @@ def test_position_reaches_every_augmented_layer(position, relative, absolute):
     assert {(m.relative, m.absolute) for m in layers} == {(relative, absolute)}
 
 
-# He et al. print 0.27M, 0.46M, 0.66M, 0.85M and 1.7M for 10 classes; by arithmetic:
+# He et al. print 0.27M, 0.46M, 0.66M, 0.85M and 1.7M for 10 classes. Calculated by hand:
 # 432 + 9 * (16^2 * 2n + 16*32 + 32^2 * (2n-1) + 32*64 + 64^2 * (2n-1)) weights,
-# 2 * (16 + 2n * (16 + 32 + 64)) of the normalizations, 650 of the classifier.
+# 2 * (16 + 2n * (16 + 32 + 64)) for the normalizations, 650 for the classifier.
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 7, 9, 18])
 def test_parameters_of_cifar_resnets(n):
     expected = 432 + 9 * (256 * 2 * n + 512 + 1024 * (2 * n - 1) + 2048 + 4096 * (2 * n - 1))
@@ -232,7 +232,7 @@ def test_parameters_of_cifar_resnets(n):
 def seen_by_one_position(network, features, size):
     """Height and width of the window that the gradient of one position of ``features`` reaches.
 
-    With positive weights and a positive image nothing cancels and every ReLU passes.
+    With positive weights and a positive image, nothing cancels and every ReLU is active.
     """
     network.double().eval()
     for weight in network.parameters():
@@ -300,7 +300,7 @@ def test_equals_the_network_written_out_and_learns(block, shortcut, attention):
     for name, tensor in model.state_dict().items():
         if name.endswith("running_var"):
             tensor.uniform_(0.5, 2)
-        elif tensor.dim() == 1 and tensor.is_floating_point():  # of normalizations, and the head's
+        elif tensor.dim() == 1 and tensor.is_floating_point():  # normalizations and the head's bias
             tensor.normal_()
     x = torch.randn(2, 3, 3, 5, dtype=torch.float64)
     kind = attention.name
@@ -371,7 +371,7 @@ def test_the_table_shows_what_was_resolved():
 def test_projection_is_a_strided_convolution_that_also_trains_in_channels_last():
     torch.manual_seed(0)
     shortcut = Shortcut(3, 7, 2, "projection")
-    x = torch.randint(-8, 9, (32, 3, 31, 32)).float()  # whose sums float32 has without rounding
+    x = torch.randint(-8, 9, (32, 3, 31, 32)).float()  # whose sums are exact in float32
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     out = shortcut(x)
     torch.testing.assert_close(
@@ -405,15 +405,15 @@ def test_attentions_are_found_by_the_names_that_choose_them():
     assert len({kind.label for kind in ATTENTIONS.values()}) == len(ATTENTIONS)
 
 
-# In a basic block of 8 to 16 channels with a stride of 2, on an 11x13 image, so 6x7 positions after
-# it, dv = 4: the plain first convolution has 9 * 8 * 16 weights and the second 9 * 16 * 16.
+# A basic block from 8 to 16 channels with stride 2 on an 11x13 image, so 6x7 output positions, with
+# dv = 4. The plain block's convolutions have 9 * 8 * 16 and 9 * 16 * 16 weights.
 @pytest.mark.parametrize(
     ("kind", "parameters", "multiply_adds"),
     [
-        # 4 channels fewer: of the first's outputs, of the normalization's two numbers, and of the
-        # second's inputs.
+        # 4 channels fewer in the first convolution's outputs, in the normalization's weight and
+        # bias, and in the second convolution's inputs.
         (Removed, -(9 * 8 * 4) - 2 * 4 - 9 * 4 * 16, -(9 * 8 * 4 + 9 * 4 * 16) * 42),
-        # 8 * 4 weights instead of 9 * 8 * 4, at each position, or once for their mean.
+        # 8 * 4 weights instead of 9 * 8 * 4, applied at each position or once to the mean.
         (Pointwise, -8 * 8 * 4, -8 * 8 * 4 * 42),
         (GlobalMean, -8 * 8 * 4, -9 * 8 * 4 * 42 + 8 * 4),
     ],

@@ -1,4 +1,4 @@
-"""The compiled kernel on the CPU: against the formula, and how it comes to be compiled."""
+"""The compiled CPU kernel: its results against the formula, and how it is compiled."""
 
 import errno
 import fcntl
@@ -33,7 +33,7 @@ from helpers import (
     with_gradients,
 )
 
-# (H, W), heads, dkh, dvh, batch. Of 64 queries and keys at once; vectors of 16, or of 8.
+# (H, W), heads, dkh, dvh, batch. The kernel's tiles have 64 queries and keys; its vectors 16 or 8.
 CASES = [
     ((1, 1), 1, 1, 1, 2),
     ((1, 67), 1, 2, 1, 1),
@@ -60,13 +60,13 @@ def single(tensors):
 
 
 def check(tensors, formula=reference.attention):
-    """The output and the gradients of ``tensors``, against those of ``formula`` in float64."""
+    """Check the output and the gradients against those of ``formula`` in float64."""
     exact = with_gradients(formula, inputs_like(tensors, torch.float64))
     assert_rounded(with_gradients(by_kernel, tensors), exact, rounding_errors(tensors))
 
 
 def naive(*tensors):
-    """Checked pair by pair elsewhere."""
+    """The reference backend, which other tests check pair by pair."""
     return attention_2d(*tensors, backend="reference")
 
 
@@ -85,7 +85,7 @@ def test_equals_the_formula_on_large_maps(size):
 @pytest.mark.parametrize("dtype", native.DTYPES)
 @pytest.mark.parametrize("layout", ["channels_last", "contiguous_format", "every other"])
 def test_strides_are_as_they_come(layout, dtype):
-    # The kernel computes in float32; what half types lose is their own rounding of the result.
+    # The kernel computes in float32; half types only add the rounding of the result.
     check(laid_out(inputs_like(inputs((3, 7), 2, 6, 4), dtype), layout))
 
 
@@ -97,30 +97,30 @@ def test_strides_may_be_zero(dtype):
 
 
 def test_half_precision_has_all_its_numbers():
-    """Subnormal ones, the largest, and those that are none."""
+    """All bit patterns: subnormal numbers, the largest ones, infinities and NaNs."""
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
-        value = bits.view(dtype)[:, None, None, None, None]  # as many images of one pixel
+        value = bits.view(dtype)[:, None, None, None, None]  # a batch of one-pixel images
         got = by_kernel(torch.zeros_like(value), torch.zeros_like(value), value)
         assert torch.equal(got.isnan(), value.isnan())
         assert torch.equal(got[~got.isnan()], value[~value.isnan()])
 
 
 def test_the_powers_are_right_to_the_last_bits():
-    """Of two keys with the logits 0 and -x the second has the weight 1 / (1 + e^x)."""
+    """With two keys with the logits 0 and -x, the second has the weight 1 / (1 + e^x)."""
     x = torch.linspace(0, 4, 1001)
-    k = torch.stack((torch.zeros(1001), -x), dim=1)[:, None, None, :, None]  # as many images
+    k = torch.stack((torch.zeros(1001), -x), dim=1)[:, None, None, :, None]  # a batch of 1001
     v = torch.tensor([0.0, 1.0]).expand(1001, 2)[:, None, None, :, None]
     got = by_kernel(torch.ones_like(k), k, v)[:, 0, 0, 0, 0].double()
     exact = 1 / (1 + x.double().exp())
-    # x is rounded with log2(e), in the query and in the product; then the power's polynomial and
-    # its five steps, the total, its reciprocal and the output.
+    # Rounding errors: three of x (log2(e), the query, the product), then the power's polynomial
+    # with its five steps, the total, its reciprocal and the output.
     assert ((got - exact).abs() <= (3 * x + 9) * 2**-24 * exact).all()
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3, 5), (2, 2, 0, 5), (2, 2, 3, 0)])
 def test_the_kernel_itself_takes_empty_maps(shape):
-    """As in an exported program, which does not ask first whether there are any positions."""
+    """An exported program calls it without checking first whether there are any positions."""
     q, k = torch.randn(2, *shape, 4).unbind()
     v = torch.randn(*shape, 3, requires_grad=True)
     out = native.attend(q, k, v, None, None)
@@ -159,7 +159,7 @@ def test_each_input_alone_has_its_gradient(index):
     assert torch.equal(got, expected)
 
 
-# torch 2.14's own opcheck reads .grad of tensors that are no leaves.
+# torch 2.14's opcheck itself reads .grad of non-leaf tensors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 5])
@@ -167,7 +167,7 @@ def test_the_operations_pass_opcheck(count):
     check_operations("native", single(inputs((3, 2), 2, 6, 4))[:count])
 
 
-# torch's own.
+# A warning from torch itself.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -193,8 +193,8 @@ def test_compiled_and_exported(kind):
 # ---- Compiling ----------------------------------------------------------------------------------
 
 
-# The real compiler; but what is compiled with the same words again is the object from before. What
-# is tested is when it is compiled; that takes a fraction of the time without optimization.
+# Calls the real compiler, but reuses the object file if the arguments are the same. These tests are
+# about when the kernel is compiled; without optimization, that takes a fraction of the time.
 COMPILE_ONCE = """
 case "$*" in
   *" -c "*)
@@ -216,7 +216,7 @@ def compile_once(tmp_path_factory):
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path, compile_once):
-    """An empty folder for what is compiled, and the environment of the tests left alone."""
+    """An empty cache folder for compiled kernels, separate from that of the other tests."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", compile_once)
     monkeypatch.setattr(native_build, "load", native_build.load.__wrapped__)
@@ -225,7 +225,7 @@ def cache(monkeypatch, tmp_path, compile_once):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, compile_once):
-    """A kernel as it is kept."""
+    """A compiled kernel as stored in the cache."""
     folder = tmp_path_factory.mktemp("built")
     native_build._build([compile_once], native_build._name([compile_once]), folder)
     (path,) = folder.glob("*.so")
@@ -237,7 +237,7 @@ def kept(cache):
 
 
 def programs(folder):
-    """What the folder has beside the lock: nothing half-written."""
+    """Return files other than kernels and the lock; any would be left over from a build."""
     return [path for path in folder.iterdir() if path.suffix != ".so" and path.name != "lock"]
 
 
@@ -331,7 +331,7 @@ DAMAGE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_kernel_is_built_again(damage, cache, built):
-    """In a process of its own, which loading it would end."""
+    """Runs in a separate process, because loading a damaged kernel would crash it."""
     cache.mkdir(0o700, parents=True)
     path = cache / built.name
     shutil.copy(built, path)
@@ -367,7 +367,7 @@ WAITING = "waiting while another process compiles the attention kernel"
 
 
 def test_waiting_for_another_process_is_one_line_and_has_an_end(cache, monkeypatch, caplog):
-    """Such as one that is stopped while it compiles."""
+    """The other process may be suspended while it compiles, for example."""
     monkeypatch.setattr(native_build, "WAIT_SECONDS", 1)
     cache.mkdir(0o700, parents=True)
     with (cache / "lock").open("w") as file:
@@ -421,7 +421,7 @@ LAST = "for last; do :; done; "
 @pytest.mark.parametrize(
     ("script", "words"),
     [
-        ("exit 0", "native.so is not a file"),  # as CXX=true does
+        ("exit 0", "native.so is not a file"),  # like CXX=true
         (LAST + "mkfifo $last; exit 0", "native.so is not a file"),
         (LAST + "echo rubbish > $last", "native.so"),
         (LAST + "{real} -shared -x c /dev/null -o $last", "has no function aaconv_attend"),
@@ -429,7 +429,7 @@ LAST = "for last; do :; done; "
             LAST + '{real} "$@"; case $last in *.so) truncate -s 4096 $last;; esac',
             "native.so is truncated",
         ),
-        ("cat", "native.so is not a file"),  # waits for nobody's keyboard
+        ("cat", "native.so is not a file"),  # must not wait for keyboard input
         (None, "needs a C++ compiler, but none of g++, c++, clang++ is in PATH"),
         ("echo 'x.cpp:1: error: no such flag' >&2; exit 1", "x.cpp:1: error: no such flag"),
         ("kill -9 $$", "was not compiled: signal 9 ended "),
@@ -460,7 +460,7 @@ def test_without_a_compiler_there_is_another_backend_and_one_line(
     with pytest.raises(ValueError, match=re.escape(f"backend='native' {found}; use")):
         attention_2d(q, q, q, backend="native")
     with pytest.raises(RuntimeError, match=re.escape(f"backend='native' {found}")):
-        # As a program does that was exported elsewhere.
+        # The call of a program that was exported on another machine.
         torch.ops.aaconv.native_attend(q, q, q, None, None)
     if cache.exists():
         assert not kept(cache)
@@ -496,7 +496,7 @@ def test_of_a_compiler_that_hangs_no_process_is_left(cache, monkeypatch, tmp_pat
 
 @pytest.mark.slow
 def test_ten_processes_at_once_compile_it_once(cache, tmp_path):
-    """The compiler notes how often it is called: to compile and to link, once each."""
+    """The compiler logs its calls: it is called once to compile and once to link."""
     real = native_build._compiler()[0]
     script = f'echo called >> {tmp_path}/calls\nexec {real} "$@"'
     compiler = fake_compiler(tmp_path, script)
@@ -521,7 +521,7 @@ def test_a_compiler_without_openmp_makes_a_kernel_of_one_thread(cache, tmp_path,
 
 @pytest.mark.thorough
 def test_shorter_vectors_compute_the_same(cache, monkeypatch):
-    """As on processors without AVX-512."""
+    """Build without -march=native, as for processors without AVX-512."""
     flags = [flag for flag in native_build.FLAGS if flag != "-march=native"]
     monkeypatch.setattr(native_build, "FLAGS", tuple(flags))
     library = native_build.load()
@@ -562,7 +562,7 @@ int main() {{
 
 @pytest.mark.thorough
 def test_sanitizers_find_nothing(tmp_path):
-    """No access out of bounds and no undefined behavior, for vectors of both lengths."""
+    """Check for out-of-bounds access and undefined behavior, for both vector lengths."""
     main = tmp_path / "main.cpp"
     main.write_text(SANITIZED.format(source=native_build.SOURCE))
     compiler = native_build._compiler()

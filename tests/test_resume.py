@@ -1,4 +1,4 @@
-"""A run that is stopped or killed anywhere and continued ends as one that never was, to the bit."""
+"""A run that is stopped or killed anywhere and resumed is bitwise equal to an uninterrupted run."""
 
 import errno
 import os
@@ -23,7 +23,7 @@ from training.run_folder import RunFolder
 from fault_test import differences
 from helpers import TINY, exit_code, refused, rows, slow
 
-# Over before the first step: a process is older.
+# A limit that is over before the first step, because the process is already older.
 AT_ONCE = "max_minutes=1e-9"
 
 # A run of two epochs of three steps and an evaluation of two, in half a second.
@@ -39,13 +39,13 @@ SMALL = [
 
 @pytest.fixture
 def run(run):
-    """The tiny runs of the other tests, made yet smaller."""
+    """The tiny runs of the other tests, made even smaller."""
     return lambda *overrides, folder="run": run(*overrides, folder=folder, base=SMALL)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A function from overrides to the folder of such a run, and its summary; trained once."""
+    """A function that returns folder and summary of a run with overrides, trained only once."""
 
     @cache
     def train_once(*overrides):
@@ -57,7 +57,7 @@ def whole(tmp_path_factory):
 
 
 def state(folder):
-    """Everything that a run's last checkpoint holds but for settings."""
+    """Return the contents of a run's last checkpoint without the settings."""
     state = torch.load(folder / "last.pt", weights_only=True)
     del state["config"]
     return state
@@ -67,7 +67,7 @@ def assert_same(a, b):
     assert rows(a) == rows(b)
     a, b = state(a), state(b)
     assert differences(a, b) == []
-    # Which those of a killed run may differ in, and these may not.
+    # `differences` ignores these, because they may differ after a kill; here they may not.
     assert (a["wandb_id"], a["epoch_state"]["seconds"]) == (
         b["wandb_id"],
         b["epoch_state"]["seconds"],
@@ -104,10 +104,10 @@ def test_stopped_after_every_step(run, tmp_path, monkeypatch, caplog, overrides)
     moving = partial(torch.amp.GradScaler, growth_interval=2)
     monkeypatch.setattr(torch.amp, "GradScaler", moving)
     run(*overrides, folder="whole")
-    # After three steps the time is over before the evaluation, which comes first in the next part,
-    # and is finished there all the same.
+    # After three steps, the time is over before the evaluation; the next part starts with it and
+    # always finishes it.
     for place in ((0, 1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3)):
-        torch.randn(7)  # nothing may depend on what the process has drawn meanwhile
+        torch.randn(7)  # random numbers that the process drew in between must not matter
         caplog.clear()
         with pytest.raises(SystemExit) as stopped, caplog.at_level("INFO"):
             run(*overrides, AT_ONCE, "resume=auto", folder="parts")
@@ -124,12 +124,12 @@ def test_stopped_after_every_step(run, tmp_path, monkeypatch, caplog, overrides)
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL: the run has no part in what comes after it."""
+    """Stands for a SIGKILL, which leaves the run no chance to clean up."""
 
 
 @pytest.mark.parametrize("steps", [slow(1), 3, slow(5), slow(6), slow(8)])
 def test_killed_after_a_checkpoint_inside_an_epoch(run, whole, tmp_path, monkeypatch, steps):
-    """Checkpoints after every second step: the others, and an evaluation, are done again."""
+    """With a checkpoint after every second step, later steps and evaluations are repeated."""
     overrides = ["data.train_size=32", "ema=0.9"]
     expected, _ = whole(*overrides)
     original, made = Batches._make, []
@@ -162,7 +162,7 @@ def test_killed_after_a_checkpoint_inside_an_epoch(run, whole, tmp_path, monkeyp
 def test_short_epochs_are_saved_when_the_minutes_are_over(
     run, tmp_path, monkeypatch, minutes, saved
 ):
-    """An epoch takes a minute. A kill after the fourth costs those since the last checkpoint."""
+    """An epoch takes a minute. A kill after the fourth loses those since the last checkpoint."""
     words = ["epochs=5", f"checkpoint_minutes={minutes}"]
     evaluate, save, write = train.evaluate, checkpoint.save, RunFolder.write_metrics
     now, kept = [0.0], []
@@ -192,7 +192,7 @@ def test_short_epochs_are_saved_when_the_minutes_are_over(
     assert len(rows(tmp_path / "parts")) == 4
     last = len(state(tmp_path / "parts")["rows"])
     assert last == max(n for n in saved if n < 5)
-    # What has no checkpoint is no longer there once the run is continued, until it is done again.
+    # After resuming, rows without a checkpoint are gone until their epochs are trained again.
     monkeypatch.setattr(RunFolder, "write_metrics", write)
     monkeypatch.setattr(train, "evaluate", evaluate)
     with pytest.raises(SystemExit):
@@ -204,10 +204,10 @@ def test_short_epochs_are_saved_when_the_minutes_are_over(
 
 @pytest.mark.parametrize("name", ["write_metrics", slow("write_summary")])
 def test_killed_after_the_checkpoint_of_an_epoch(run, whole, tmp_path, monkeypatch, name):
-    """Before the rows, or the summary, that belong to it are written."""
+    """The kill comes before the rows or the summary that belong to the checkpoint are written."""
 
     def killed(folder, content):
-        if content:  # the rows of a run that begins are none
+        if content:  # a run that starts writes an empty list of rows
             raise Killed
 
     monkeypatch.setattr(RunFolder, name, killed)
@@ -225,7 +225,7 @@ def test_killed_after_the_checkpoint_of_an_epoch(run, whole, tmp_path, monkeypat
 
 
 def signalled(monkeypatch, number, at_batch):
-    """Send this process a signal when the n-th batch, evaluated ones included, is made."""
+    """Send this process a signal at the n-th batch, counting evaluation batches as well."""
     made = []
 
     def counting(original):
@@ -241,8 +241,8 @@ def signalled(monkeypatch, number, at_batch):
     monkeypatch.setattr(batches, "_normalize", counting(batches._normalize))
 
 
-# A training batch counts twice, being normalized too: 6 of an epoch, 2 of its evaluation, and one
-# on which the entropy of attention is measured.
+# A training batch counts twice, because it is also normalized: 6 in an epoch, 2 in its evaluation,
+# and one for measuring the entropy of attention.
 @pytest.mark.parametrize(
     ("at_batch", "epochs", "step"),
     [slow(1, 0, 1), slow(6, 0, 3), slow(7, 0, 3), (8, 0, 3), slow(9, 1, 0), slow(10, 1, 1)],
@@ -268,7 +268,7 @@ def test_signals_finish_the_step_and_save(
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A list of the seconds that `stopping` sees; the process has just begun."""
+    """A list with the current time as seen by `stopping`; the process has just started."""
     now = [5000.0]
     monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(stopping, "BEGUN", now[0])
@@ -335,7 +335,7 @@ def test_a_signal_that_comes_while_processes_ask_each_other_is_not_lost(monkeypa
 
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 0), ("SIGINT", 0), ("SIGUSR1", 138)])
 def test_what_the_agent_of_a_sweep_stops_has_not_failed(monkeypatch, name, code):
-    """Three failures end the agent; what a queue preempts has failed, and comes back."""
+    """Three failures would end the agent; a preempted run counts as failed and is resumed."""
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     stop = stopping.Stop(None)
@@ -386,7 +386,7 @@ def test_the_time_counts_from_the_beginning_of_the_process():
     before = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     began, first_line = map(float, done.stdout.split())
-    # The system counts in hundredths, from a time of boot that it rounds, too.
+    # The system counts in hundredths of a second, from a rounded boot time.
     assert before - 0.1 < began < first_line
 
 
@@ -417,10 +417,10 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(run, whole, tmp_p
     good = before.read_bytes()
     with pytest.raises(ValueError, match=r"other settings: attention.Nh"):
         run("attention.Nh=2", "resume=auto", folder="parts")
-    assert last.stat().st_size == 5000  # a mistake changes nothing
+    assert last.stat().st_size == 5000  # the rejected command changes nothing
     with pytest.raises(SystemExit):
         run(AT_ONCE, "resume=auto", folder="parts")
-    assert before.read_bytes() == good  # and not the damaged one
+    assert before.read_bytes() == good  # not replaced by the damaged checkpoint
     assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [
         m for m in caplog.messages if m.startswith(f"{last} is damaged")
     ]
@@ -430,7 +430,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_nothing_else(run, whole, tmp_p
 
 @pytest.mark.parametrize("name", ["last.pt", slow("metrics.csv"), slow("summary.json")])
 def test_a_full_disk_ends_a_run_with_one_line(run, whole, tmp_path, monkeypatch, capsys, name):
-    """The second time that a file is written, or the first time of the summary."""
+    """The disk is full at the second write of a file, or at the first write of the summary."""
     words = [*SMALL, f"out_dir={tmp_path}", f"run_dir='{tmp_path / 'parts'}'"]
     fsync, seen = os.fsync, []
 
@@ -479,7 +479,7 @@ def usual_algorithms():
 
 @pytest.mark.slow
 def test_deterministic_refuses_what_is_not(run, monkeypatch, usual_algorithms):
-    """An operation without a deterministic implementation ends the run, unless not asked for."""
+    """With deterministic=true, an operation without a deterministic version is an error."""
 
     class Scattering(nn.Module):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""A run's folder: who may write there, what is left of a refused command, where a run came from."""
+"""A run's folder: locking, what a rejected command leaves behind, and the run's provenance."""
 
 import errno
 import fcntl
@@ -28,7 +28,7 @@ LONG = ["epochs=10000", "data.train_size=64"]
 
 
 def without_the_clock(folder):
-    """Everything that a run which is training does not change."""
+    """Return all files below ``folder`` that a training run does not change."""
     kept = everything_below(folder)
     return {p: kept[p] for p in kept if p.name not in CHANGING and ".partial" not in p.name}
 
@@ -37,7 +37,7 @@ CHANGING = ("metrics.csv", "last.pt", "previous.pt", "train.log")
 
 
 def start(*words, program="train.py", prefix=(), real=False, **options):
-    """A command as a user starts it; its output is read unless ``options`` say otherwise."""
+    """Start a command as a user would; capture its output unless ``options`` say otherwise."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
     options["env"] = os.environ | {"OMP_NUM_THREADS": "1"} | options.get("env", {})
     command = [str(ROOT / program), *words]
@@ -54,7 +54,7 @@ STARTED = []
 
 @pytest.fixture(autouse=True)
 def none_is_left():
-    """What a failing test has not waited for would run on, some of it without an end."""
+    """Kill processes that a failed test left running, some of which would never end."""
     yield
     for process in STARTED:
         if process.poll() is None:
@@ -112,7 +112,7 @@ NO_LOCKS = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, 524]
 
 @pytest.fixture
 def flock_fails(monkeypatch):
-    """A function that lets every lock of a file fail with an error of this number."""
+    """A function that makes every file lock fail with the given errno."""
 
     def fail(number):
         def flock(*_):
@@ -123,7 +123,7 @@ def flock_fails(monkeypatch):
     return fail
 
 
-# filelock's own.
+# A warning from filelock.
 @pytest.mark.filterwarnings("ignore:flock not supported on this filesystem:UserWarning")
 @pytest.mark.parametrize("number", NO_LOCKS)
 def test_without_locks_of_the_file_system_a_claim_is_exclusive(tmp_path, flock_fails, number):
@@ -153,7 +153,7 @@ def test_a_lock_that_fails_leaves_no_folder(tmp_path, flock_fails, number):
 
 
 def test_a_claim_that_cannot_name_its_holder_leaves_no_lock(tmp_path):
-    """As on a full disk."""
+    """This happens on a full disk, for example."""
     (tmp_path / ".holder").mkdir()
     with pytest.raises(OSError, match=r"\.holder cannot be written"), claimed(tmp_path):
         pass
@@ -182,7 +182,7 @@ def test_a_lock_that_cannot_be_let_go_ends_no_run(tmp_path, monkeypatch):
 def test_the_lock_of_a_dead_process_elsewhere_is_named(
     tmp_path, flock_fails, monkeypatch, number, name, known
 ):
-    """Whether it still lives, only its own machine knows; the file can be deleted."""
+    """Only the other machine knows if the process is alive, so the user may delete the file."""
     if number is None:
         monkeypatch.setattr(run_folder.filelock, "FileLock", run_folder.filelock.SoftFileLock)
     else:
@@ -228,7 +228,7 @@ def test_an_empty_folder_that_was_there_stays(run, tmp_path):
 
 
 def test_what_is_kept_is_kept_with_all_that_was_said(tmp_path, settings):
-    """What was said before the run began to write, too."""
+    """This includes messages logged before the run started to write."""
 
     def fail():
         with claimed(tmp_path / "run") as folder:
@@ -273,7 +273,7 @@ def test_a_log_on_a_full_disk_is_one_line(tmp_path, settings, capfd):
 
 @pytest.mark.slow
 def test_refused_commands_leave_a_running_one_alone(tmp_path):
-    """Whatever is wrong with the second command, the first one's folder stays."""
+    """Whatever is wrong with the second command, the first one's folder is unchanged."""
     folder = tmp_path / "run"
     first = start(*tiny(folder, *LONG))
     await_((folder / "metrics.csv").exists, "an epoch", first)
@@ -312,7 +312,7 @@ def test_of_two_at_once_one_trains(tmp_path):
     assert [row["epoch"] for row in table] == [str(n) for n in range(1, len(table) + 1)]
 
 
-# ---- Processes that do not know each other ------------------------------------------------------
+# ---- Unrelated processes ------------------------------------------------------------------------
 
 
 RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
@@ -320,7 +320,7 @@ RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TAS
 
 @pytest.fixture
 def ranks(monkeypatch, environment):
-    """What the environment says of several processes is ``environment`` alone."""
+    """Set the environment variables for several processes to ``environment`` only."""
     for name in RANKS:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -366,7 +366,7 @@ def test_one_process_is_one():
 
 
 def broken_pipe():
-    """The writing end of a pipe that nobody reads."""
+    """Return the write end of a pipe that nobody reads."""
     reader, writer = os.pipe()
     os.close(reader)
     return writer
@@ -375,7 +375,7 @@ def broken_pipe():
 @pytest.mark.slow
 @pytest.mark.parametrize("streams", ["gone", "stderr-full", "all-closed"])
 def test_ctrl_c_saves_whoever_reads_what_is_printed(tmp_path, streams):
-    """As with `| tee log` whose tee has died, a full disk, `2>&-`."""
+    """The cases are `| tee log` whose tee has died, a full disk, and `2>&-`."""
     folder, prefix = tmp_path / "run", []
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     if streams == "gone":
@@ -397,7 +397,7 @@ def test_ctrl_c_saves_whoever_reads_what_is_printed(tmp_path, streams):
 
 @pytest.mark.slow
 def test_an_ignored_interrupt_stays_ignored(tmp_path):
-    """As in the background job of a script."""
+    """SIGINT is ignored in a background job of a script, for example."""
     folder = tmp_path / "run"
     ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
     process = start(*tiny(folder, "epochs=30"), prefix=ignoring)
@@ -413,7 +413,7 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path):
     "program", ["train.py", slow("scripts/compare.py"), slow("scripts/report.py")]
 )
 def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, program):
-    """A package of that name, or of another that is imported, presses it."""
+    """A fake package (torch or another that is imported) sends SIGINT during its import."""
     for name in ("torch", "hydra", "jinja2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text(
@@ -426,7 +426,7 @@ def test_ctrl_c_while_torch_is_imported_is_one_line(tmp_path, program):
 
 
 def test_training_outside_of_the_main_thread(run, tmp_path):
-    """Where no signal can be handled."""
+    """Signal handlers can only be set in the main thread."""
     before = [signal.getsignal(number) for number in stopping.SIGNALS]
     results = []
     thread = threading.Thread(target=lambda: results.append(run("epochs=1")))
@@ -457,7 +457,7 @@ cli.run()
 
 @pytest.mark.thorough
 def test_without_the_modules_and_signals_that_windows_lacks(tmp_path):
-    """The lock is then a file of filelock's own."""
+    """The lock is then filelock's own lock file."""
     words = tiny(tmp_path / "run", "epochs=1")
     done = subprocess.run(
         [sys.executable, "-c", HIDDEN, *words],
@@ -558,7 +558,7 @@ def test_scores_that_are_not_finite_are_no_result(run, tmp_path, monkeypatch, br
 
 @pytest.mark.slow
 def test_a_continued_run_names_all_that_it_was_trained_on(run, tmp_path, monkeypatch):
-    """Each segment has its commit and hardware, and the epoch that it began in."""
+    """Each segment has its commit and hardware, and the epoch in which it started."""
     for commit in ("first", "first", "second"):
         monkeypatch.setattr(provenance, "commit", lambda commit=commit: commit)
         with pytest.raises(SystemExit):
@@ -568,7 +568,7 @@ def test_a_continued_run_names_all_that_it_was_trained_on(run, tmp_path, monkeyp
     segments = summary["segments"]
     assert [(s["commit"], s["first_epoch"]) for s in segments] == [
         ("first", 1),
-        ("second", 1),  # whose evaluation it began with
+        ("second", 1),  # this segment started with the evaluation of epoch 1
         ("second", 2),
     ]
     assert [s["hardware"] == "elsewhere" for s in segments] == [False, False, True]
@@ -581,7 +581,7 @@ def test_a_continued_run_names_all_that_it_was_trained_on(run, tmp_path, monkeyp
 def test_another_precision_is_refused_with_the_override_that_continues(
     run, settings, tmp_path, monkeypatch, here, there, word
 ):
-    """`auto` may stand for something else on another machine."""
+    """`auto` may choose another precision on another machine."""
     monkeypatch.setattr("training.device.cpu_has_bf16", lambda: False)
     folder = tmp_path / "run, odd='x'"
     base = [*TINY, f"precision={there}"]
@@ -606,7 +606,7 @@ def test_another_precision_is_refused_with_the_override_that_continues(
 
 
 def test_names_of_any_overrides_fit_a_file_system(tmp_path):
-    """Words of characters that take several bytes, too."""
+    """This includes characters that take several bytes."""
     short = "attention=none,epochs=3,model.widths=[4,8,8]"
     assert folder_name([short]) == short
     odd = [

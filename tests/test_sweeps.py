@@ -1,4 +1,4 @@
-"""Sweeps of attention's settings: the statistics against slow or published ones, and the page."""
+"""Sweeps of attention settings: the statistics against slow or published ones, and the page."""
 
 import json
 import random
@@ -22,7 +22,7 @@ from folders import analysis_of, make_run, variants_of
 
 
 def design(runs):
-    """{(levels, seed): score}."""
+    """Return the `Design` of runs {(levels, seed): score}."""
     return Design(
         numpy.array([levels for levels, _ in runs]),
         numpy.array([seed for _, seed in runs]),
@@ -41,7 +41,7 @@ def grid(shape, seeds, draw, slopes=(1.0, 0.5, 0.2), missing=0.0):
 
 
 def apart(groups):
-    """Runs of one factor that share no seed: the scores of each of its levels."""
+    """Return runs of one factor without common seeds, given the scores of each level."""
     return {
         ((level,), 10 * level + k): score
         for level, group in enumerate(groups)
@@ -50,9 +50,9 @@ def apart(groups):
 
 
 def left_by(runs, terms, steps=4000):
-    """Residual sum of squares of additive terms, by fitting one after the other until it stays.
+    """Residual sum of squares of additive terms, fitted one after the other until convergence.
 
-    A term is a function from (levels, seed) to what its means are taken over.
+    A term is a function from (levels, seed) to the group whose mean is removed.
     """
     left = dict(runs)
     for _ in range(steps):
@@ -125,7 +125,7 @@ def test_two_values_of_one_setting_are_the_paired_t_test():
 
 
 def test_all_pairs_of_one_setting_are_tukeys():
-    """Seeds of their own for each run: an ordinary analysis of variance."""
+    """If each run has its own seed, this is an ordinary analysis of variance."""
     draw = random.Random(2)
     groups = [[60 + 0.4 * level + draw.gauss(0, 0.5) for _ in range(4)] for level in range(4)]
     expected = stats.tukey_hsd(*groups)
@@ -163,7 +163,7 @@ def test_what_cannot_be_told_from_the_best_is_dunnetts():
     ],
 )
 def test_made_up_grids_are_answered_as_often_as_said(name):
-    """60 of the repeats of benchmarks/sweep_power.py, which are always the same."""
+    """Run 60 repeats of benchmarks/sweep_power.py, which are deterministic."""
     row = measure(GRIDS[name], 60)
     assert float(row["found"]) > (0.6 if name == "one seed" else 0.75) > 0.5
     assert float(row["coverage"]) >= 0.88
@@ -171,7 +171,7 @@ def test_made_up_grids_are_answered_as_often_as_said(name):
 
 
 def test_a_seed_that_some_cells_lack_rules_none_of_them_out():
-    """Where a sweep is still running: seed 1, a point higher, is through in five of nine cells."""
+    """In an unfinished sweep, seed 1 (a point higher) is done in only five of nine cells."""
     draw = numpy.random.default_rng(0)
     cells = [(a, b) for a in range(3) for b in range(3)]
     runs = [(cell, seed) for seed in (0, 1) for cell in (cells if seed == 0 else cells[:5])]
@@ -184,7 +184,7 @@ def test_a_seed_that_some_cells_lack_rules_none_of_them_out():
 
 
 def test_seeds_that_only_some_cells_have_are_not_taken_out():
-    """Of a search, each of whose cells has a seed of its own, and of a winner trained again."""
+    """A search where each cell has its own seed, and a winner that was trained again."""
     drawn = {((cell,), min(2, cell // 5)): 60 + 0.1 * (7 * cell % 11) for cell in range(13)}
     assert [cell.mean for cell in design(drawn).ranked()] == sorted(drawn.values(), reverse=True)
     scores = {((cell,), 0): 60 + 0.1 * cell for cell in range(6)}
@@ -207,7 +207,7 @@ def test_seeds_that_are_seen_to_differ_are_taken_out_of_a_grid_that_is_under_way
 
 
 def test_a_trend_is_between_the_values_where_its_line_ends():
-    """Levels are in the order of what they came to, as dk of at least so many channels for Nh."""
+    """Levels are ordered by their effective value, such as a dk raised to a minimum for Nh."""
     levels = numpy.arange(8)[:, None]
     line = numpy.array([0.1, 0.0, 0.3, 0.2, 0.6, 1.0, 0.9, 0.8])
     (effect,) = Design(levels, numpy.zeros(8, int), 60 + 2 * line, {0: line}).effects()
@@ -218,7 +218,7 @@ def test_channels_and_fractions_are_on_no_common_line():
     values = ["8", "16", "32", "48", "0.25", "0.5", "1.0"]
     assert Factor(("attention.dk",), [(value,) for value in values]).numbers == []
     assert len(Factor(("attention.dk",), [(f"{n}",) for n in range(7)]).numbers) == 7
-    mixed = ["1", "0.5", "0.1", "0.2", "0.3", "0.4", "2"]  # elsewhere 1 is 1.0
+    mixed = ["1", "0.5", "0.1", "0.2", "0.3", "0.4", "2"]  # in other settings, 1 is just 1.0
     assert len(Factor(("optim.lr",), [(value,) for value in mixed]).numbers) == 7
 
 
@@ -255,7 +255,7 @@ def test_with_one_seed_the_interactions_stand_for_the_error():
     assert found.error.df == 4
     assert found.error.mean_square == pytest.approx(left_by(runs, additive) / 4)
     assert found.interactions()[0].p is None
-    assert found.ranked()[0].low is None  # of other seeds nothing is known
+    assert found.ranked()[0].low is None  # with one seed, the spread over seeds is unknown
 
 
 def test_a_trend_over_many_values_is_an_ordinary_regression():
@@ -266,7 +266,7 @@ def test_a_trend_over_many_values_is_an_ordinary_regression():
     trends = {number: numpy.array(of) for number, of in enumerate(x)}
     found = Design(levels, numpy.zeros(20, int), numpy.array(scores), trends)
     for effect in found.effects():
-        # Each with the other one taken out of it and of the scores.
+        # Regress residuals on residuals, after removing the other factor from both.
         own, other = x[effect.factor], x[1 - effect.factor]
         a, b = stats.linregress(other, own), stats.linregress(other, scores)
         left = [v - a.intercept - a.slope * o for v, o in zip(own, other, strict=True)]
@@ -354,7 +354,7 @@ def test_the_largest_effect_is_named_first_whether_or_not_it_is_significant(tmp_
 
 
 def test_positions_are_compared_with_none(tmp_path):
-    """A setting of words: none is the baseline of every other."""
+    """For a setting with words as values, none is the baseline of all others."""
     for number, position in enumerate(("relative", "none", "coord")):
         for seed in (0, 1):
             top1 = 70.0 + number - seed * number / 5
@@ -365,7 +365,7 @@ def test_positions_are_compared_with_none(tmp_path):
         ["position", f"coord {MINUS} none", "+0.90"],
         ["position", f"relative {MINUS} none", f"{MINUS}0.90"],
     ]
-    assert section(analysis_of(tmp_path).sweeps).pictures == []  # one setting is no heatmap
+    assert section(analysis_of(tmp_path).sweeps).pictures == []  # a heatmap needs two settings
 
 
 def test_settings_that_differ_together_are_one_factor(tmp_path):

@@ -1,4 +1,4 @@
-"""Weights & Biases as the runs use it, and every way in which it may fail them."""
+"""Weights & Biases as the runs use it, and all the ways in which it may fail."""
 
 import errno
 import http.server
@@ -23,7 +23,7 @@ from app import run_app
 from helpers import ROOT, TINY, call
 
 DONE = ("update", {"outcome": "done", "reason": ""})
-# Seconds after which what hangs is let go: no warning then says that it was given up.
+# Seconds after which a hanging call is released; then the expected timeout warning is missing.
 GUARD = 240
 
 
@@ -57,7 +57,7 @@ class FakeRun:
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """A function that replaces wandb's login and init; it returns the modes init is called with."""
+    """A function that replaces wandb's login and init, and returns the modes passed to init."""
     seen = []
 
     def install(*, credentials, runs):
@@ -119,9 +119,9 @@ def test_modes(wandb, tmp_path, mode, credentials, expected):
     ("given", "expected", "warns"),
     [
         ("disabled", [], False),
-        ("dryrun", ["offline"], False),  # as wandb called it before
+        ("dryrun", ["offline"], False),  # wandb's former name for it
         ("Offline", ["offline"], False),
-        ("offlien", ["offline"], True),  # a slip is no reason to upload
+        ("offlien", ["offline"], True),  # a typo must not cause an upload
     ],
 )
 def test_auto_listens_to_the_environment(
@@ -198,7 +198,7 @@ def test_a_run_without_tracking_keeps_the_id_it_was_given(wandb, tmp_path):
 
 
 class WithoutFolder(FakeRun):
-    """As a wandb to come may be: without an attribute that was there."""
+    """A run of a possible future wandb, which lacks attributes that exist today."""
 
     def __init__(self, **how):
         super().__init__(**how)
@@ -252,7 +252,7 @@ def test_training_without_tracking_does_not_import_the_package(tmp_path):
 
 
 def test_what_was_not_sent_is_sent_again_and_nothing_twice(wandb, tmp_path):
-    """Of the rows of the checkpoint, and of those that are trained again since."""
+    """This covers the rows of the checkpoint and those of epochs that are trained again."""
     run = FakeRun()
     run.starting_step = 3
     wandb(credentials=True, runs={"online": run})
@@ -364,7 +364,7 @@ def test_under_an_agent_the_sweeps_settings_are_the_ones_that_differ(monkeypatch
 
 
 def test_an_id_of_the_environment_reaches_no_job_of_a_sweep(monkeypatch, tmp_path):
-    """Nor the runs of compare.py, which are processes of their own."""
+    """Nor does it reach the runs of compare.py, which are separate processes."""
     names = {"WANDB_RUN_ID", "WANDB_RESUME", "WANDB_NAME"}
     names |= {"WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH"}
     for name in names:
@@ -382,8 +382,8 @@ def test_an_id_of_the_environment_reaches_no_job_of_a_sweep(monkeypatch, tmp_pat
 # ---- the real wandb -----------------------------------------------------------------------------
 
 
-# train.py, whose wandb process is killed once the first epoch of the first run has been sent; the
-# limits of time are not what is tried, and a busy machine may pass them.
+# train.py whose wandb process is killed after the first epoch of the first run has been sent. The
+# time limits are raised: they are not tested here, and a busy machine may exceed them.
 KILLER = """
 import os, signal, sys
 sys.argv[0] = "train.py"
@@ -424,12 +424,12 @@ def test_a_run_whose_wandb_process_is_killed_ends_as_if_nothing_was(tmp_path):
         lines = table.read_text().splitlines()
         assert [line.split(",")[0] for line in lines] == ["epoch", *map(str, range(1, 4))]
         assert json.loads((table.parent / "summary.json").read_text())["epochs"] == 3
-    # The second run had a wandb process of its own.
+    # The second run had its own wandb process.
     assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 2
 
 
-# Tracks one short run for each server, with the address of the server as the only difference, and
-# prints the run's id.
+# Tracks one short run for each server, differing only in the server's address, and prints the run's
+# id.
 DRIVER = """
 import logging, os, sys
 from pathlib import Path
@@ -449,7 +449,7 @@ for address in sys.argv[2:]:
 
 @contextmanager
 def answering(status):
-    """The address of a web server that gives this status to all."""
+    """The address of a web server that answers all requests with this status."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):

@@ -1,4 +1,4 @@
-"""Whole runs in miniature: what a run writes, repeats, resumes, and what each setting changes."""
+"""Tiny complete runs: what a run writes, repeats and resumes, and what each setting changes."""
 
 import json
 from dataclasses import dataclass
@@ -52,7 +52,7 @@ def test_what_a_run_writes(run, tmp_path):
 
 
 def load_noise(number):
-    """A data set in code, of another image size, which holds images out by itself."""
+    """A data set defined in code, with another image size and its own held-out images."""
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (number, 40, 44, 3), generator=draw, dtype=torch.uint8)
     images = Images(pixels, torch.arange(number) % 2)
@@ -76,7 +76,7 @@ class NoiseConfig:
 
 
 def test_a_data_set_in_code_need_not_be_like_cifar(settings, tmp_path):
-    cfg = settings("batch_size=32", "augmentation.cutout=36")  # more than an image of CIFAR has
+    cfg = settings("batch_size=32", "augmentation.cutout=36")  # larger than a CIFAR image
     with open_dict(cfg):
         cfg.data = OmegaConf.structured(NoiseConfig)
     check(cfg)
@@ -88,9 +88,9 @@ def test_a_data_set_in_code_need_not_be_like_cifar(settings, tmp_path):
 
 @pytest.mark.parametrize("ema", [slow("null"), "0.5"])
 def test_the_best_epochs_network_is_kept_beside_the_last_ones(run, tmp_path, monkeypatch, ema):
-    """Of equal ones the first; also where each epoch is trained by a process of its own.
+    """Ties go to the first epoch, even if each epoch is trained by a separate process.
 
-    The scores of a run are those of the last epoch all the same.
+    The scores of a run are still those of the last epoch.
     """
     words = ["epochs=4", "data.val_size=16", f"ema={ema}"]
     scores = iter([40.0, 50.0, 50.0, 10.0] * 2)
@@ -147,7 +147,7 @@ def test_what_resume_has_begun_elsewhere_can_be_continued(run, tmp_path, monkeyp
 
 
 def test_a_finished_run_is_never_written_again(run, tmp_path, monkeypatch, caplog):
-    """Resumed on another commit, in another precision, and without its checkpoints."""
+    """Not even if resumed on another commit, in another precision, or without its checkpoints."""
     summary = run(folder="a")
     monkeypatch.setattr(provenance, "commit", lambda: "another")
     monkeypatch.setattr(train, "choose_dtype", lambda *_: torch.bfloat16)
@@ -182,7 +182,7 @@ def test_a_finished_run_whose_summary_is_damaged_says_how_to_write_it_again(run,
 
 
 def test_a_run_keeps_the_name_of_its_precision(run, tmp_path):
-    """What continues it elsewhere, ``precision=fp32`` in place of ``auto``, makes no variant."""
+    """Resuming with ``precision=fp32`` instead of ``auto`` does not make a new variant."""
     with pytest.raises(SystemExit):
         run("precision=auto", "max_minutes=1e-9")
     precision = torch.load(tmp_path / "run" / "last.pt")["segments"][0]["precision"]
@@ -201,7 +201,7 @@ def test_attention_over_larger_maps_than_the_papers_is_said(run, monkeypatch, ca
 
 
 def test_a_schedule_that_is_elsewhere_than_its_run_is_refused(run, tmp_path):
-    """With the rate of another step the run would end otherwise, or in an error of torch's."""
+    """With the learning rate of another step, the results would differ or torch would fail."""
     with pytest.raises(SystemExit):
         run("max_minutes=1e-9")
     path = tmp_path / "run" / "last.pt"
@@ -240,7 +240,7 @@ def test_learns_a_batch_by_heart(run):
 
 @pytest.fixture(scope="module")
 def rows_of(tmp_path_factory):
-    """A function from settings to the rows of a tiny run with them, which is trained once."""
+    """A function that returns the rows of a tiny run with these settings, trained only once."""
 
     @cache
     def train_once(*words):
@@ -251,7 +251,7 @@ def rows_of(tmp_path_factory):
     return train_once
 
 
-# The last word of each changes the numbers of the run's two epochs.
+# The last word of each must change the results of the run's two epochs.
 @pytest.mark.parametrize(
     "words",
     [
@@ -310,7 +310,7 @@ def test_every_setting_changes_the_run(rows_of, words):
 
 
 def test_fp16_that_overflows_in_the_first_step_says_nothing(run, tmp_path, monkeypatch):
-    """The scaler leaves that step out; torch would warn of the schedule, and tests are strict."""
+    """The scaler skips that step; a warning of torch about the schedule would fail the test."""
     scaler = partial(torch.amp.GradScaler, init_scale=2.0**40)
     monkeypatch.setattr(train.torch.amp, "GradScaler", scaler)
     taken, step = [], torch.optim.AdamW.step
@@ -322,7 +322,7 @@ def test_fp16_that_overflows_in_the_first_step_says_nothing(run, tmp_path, monke
     assert not taken
 
 
-# Each is another way to the same numbers, up to rounding.
+# Each must give the same results, up to rounding.
 @pytest.mark.parametrize(
     "override",
     [slow("attention.backend=reference"), slow("channels_last=false"), slow("eval_batch_size=7")],
@@ -351,7 +351,7 @@ def test_compile_is_called_and_agrees(run, rows_of, tmp_path, monkeypatch):
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """What is compiled, and is as slow as before; torch keeps two programs for the same code."""
+    """A list of compiled graphs, which run eagerly; torch may keep two programs for one code."""
     compile, graphs = torch.compile, []
 
     def remember(graph, _):
@@ -367,12 +367,12 @@ def graphs(monkeypatch):
 def test_every_job_of_a_sweep_is_compiled(run, graphs):
     for job, dk in enumerate((32, 40, 48), start=1):
         run("compile=true", f"attention.dk={dk}", "epochs=1", folder=str(dk))
-        assert len(graphs) == 2 * job  # one for training, one for the evaluation
+        assert len(graphs) == 2 * job  # one for training, one for evaluation
 
 
 @pytest.mark.slow
 def test_a_network_that_would_go_on_uncompiled_is_told_of_in_one_line(run, graphs, capsys):
-    # Batches of two sizes are evaluated, so it is compiled three times.
+    # The evaluation has batches of two sizes, so three programs are compiled.
     with pytest.raises(SystemExit) as stopped, cli.one_line_errors():
         run("compile=true", "epochs=1", "eval_batch_size=30")
     assert stopped.value.code == 2
@@ -405,7 +405,7 @@ def options(group):
     return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
 
 
-# Each stands for those like it.
+# Representatives of the many similar options.
 QUICK = ("resnet8", "lookup")
 
 
@@ -417,7 +417,7 @@ def most_slow(group):
 def test_every_model_takes_every_attention(settings, model):
     for attention in options("attention"):
         if model == "alternet18" and attention in ("mean", "pointwise", "removed"):
-            continue  # which leave a part of the convolution
+            continue  # these keep a part of the convolution
         cfg = settings(f"model={model}", f"attention={attention}", base=[])
         assert cfg.model.name == model
         with torch.device("meta"):
@@ -474,7 +474,7 @@ def test_sweeps_of_the_experiments():
 @pytest.mark.parametrize("group", ["data", "optim", "schedule", "tracking", slow("experiment")])
 def test_every_option_composes(settings, group):
     for option in options(group):
-        place = ["data.root=mine"] if option == "folder" else []  # which has no default
+        place = ["data.root=mine"] if option == "folder" else []  # has no default
         OmegaConf.to_container(
             settings(f"{group}={option}", *place, base=[]), resolve=True, throw_on_missing=True
         )
