@@ -51,7 +51,7 @@ def test_equals_the_formula_with_gradients(backend, size, heads, dkh, dvh, relat
 
 @pytest.mark.parametrize("tile_bytes", [1, 8 * 17, 8 * 21 * 5, 8 * 2 * 21**2, 8 * 5 * 21**2])
 def test_tiles_of_any_size_cover_all(monkeypatch, tile_bytes):
-    """From one query at a time, over uneven parts of a head, to several heads at once."""
+    """Tiles range from one query over uneven parts of a head to several heads."""
     monkeypatch.setattr("aaconv.backends.tiled.TILE_BYTES", tile_bytes)
     tensors = inputs((3, 7), 3, 5, 2)
     expected = with_gradients(lambda *t: attention_2d(*t, backend="reference"), tensors)
@@ -61,13 +61,13 @@ def test_tiles_of_any_size_cover_all(monkeypatch, tile_bytes):
 
 
 def in_float64(tensors):
-    """By the formula without its loops, which are compared above."""
+    """Compute in float64 with the vectorized formula, which is checked above."""
     tensors = inputs_like(tensors, torch.float64)
     return with_gradients(lambda *t: attention_2d(*t, backend="reference"), tensors)
 
 
 def inner(backend, dtype):
-    """What a backend rounds the weights to; most compute in float32 whatever they are given."""
+    """The dtype that a backend rounds the weights to; most compute in float32 for any input."""
     return dtype if backend in ("sdpa", "fused") else torch.float32
 
 
@@ -76,7 +76,7 @@ def test_gradients_taken_inside_autocast(backend):
     tensors = inputs_like(inputs((3, 5), 2, 4, 3, torch.bfloat16), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         got = with_gradients(lambda *t: attention_2d(*t, backend=backend), tensors)
-    # The tiles' own backward pass leaves autocast; what follows it, towards q, does not.
+    # The tiled backward pass disables autocast; the operations after it, for q, do not.
     rounded = {"reference": (1, 2, 3, 4, 5), "sdpa": range(6), "tiled": (1, 4, 5)}.get(backend, ())
     outside, inside = (rounding_errors(tensors, d) for d in (torch.float32, torch.bfloat16))
     errors = [(inside if index in rounded else outside)[index] for index in range(6)]
@@ -87,7 +87,7 @@ def test_gradients_taken_inside_autocast(backend):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("backend", [b for b in BACKENDS if b not in ("auto", "fused")])
 def test_the_backend_chooses_how_and_never_what(backend, dtype, scale):
-    """Up to logits of 242 no backend errs more in half precision than by its roundings."""
+    """With logits up to 242, errors in half precision are within the rounding bounds."""
     low = inputs_like(inputs((7, 5), 3, 20, 4, scale=scale), dtype)
     got = with_gradients(lambda *t: attention_2d(*t, backend=backend), low)
     assert_rounded(got, in_float64(low), rounding_errors(low, inner(backend, dtype)))
@@ -102,11 +102,11 @@ def test_values_may_be_of_a_wider_dtype(backend):
     torch.testing.assert_close(out, attention_2d(*tensors), rtol=0, atol=1e-5)
 
 
-# The interpreter's, where a GPU is silent.
+# Warnings of Triton's interpreter; a GPU does not warn.
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid")
 @pytest.mark.parametrize("backend", usable(torch.float16))
 def test_large_logits_in_fp16_stay_finite(backend):
-    """Logits of up to 1e6, position terms too: beyond fp16's 65504, harmless in float32."""
+    """Logits and position terms up to 1e6 exceed fp16's 65504, but are harmless in float32."""
     tensors = inputs((3, 5), 2, 8, 4, torch.float32, scale=300.0)
     tensors = [t.detach() * 300 if index > 2 else t.detach() for index, t in enumerate(tensors)]
     low = [t.half().requires_grad_() for t in tensors]
@@ -119,7 +119,7 @@ def test_large_logits_in_fp16_stay_finite(backend):
 
 
 def test_only_positions_distinguish_pixels():
-    """Permuting the pixels permutes the output without positions, and not with them."""
+    """Permuting the pixels permutes the output only if there are no positions."""
     q, k, v, rel_h, rel_w = (t.detach() for t in inputs((5, 3), 2, 3, 4))
     order = torch.randperm(15, generator=torch.Generator().manual_seed(1))
 
@@ -211,12 +211,12 @@ def test_only_floating_point_numbers_attend(dtype, backend):
             attention_2d(*mixed, backend=backend)
 
 
-# torch's own, of what it vectorizes here.
+# torch's own warning about operations that it vectorizes here.
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("backend", ["auto", *usable(torch.float32)])
 @pytest.mark.parametrize("count", [3, 5])
 def test_batched_gradients_are_those_of_each(backend, count):
-    """As torch.autograd.functional.jacobian(vectorize=True) takes them."""
+    """These are used by torch.autograd.functional.jacobian(vectorize=True)."""
     given = inputs_like(inputs((3, 2), 2, 4, 3)[:count], torch.float32)
     out = attention_2d(*given, backend=backend)
     directions = torch.stack([direction_of(out), -2 * direction_of(out), out.detach()])
@@ -276,7 +276,7 @@ def test_auto(size, device, relative, expected):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_auto_without_the_compiled_kernel(size, relative, expected, dtype, monkeypatch):
-    """It is for float32 and less, and may be lacking."""
+    """The kernel supports float32 and lower precisions, and may be unavailable."""
     if dtype == torch.float32:
         error = native_build.UnavailableError("was not compiled")
         monkeypatch.setattr(native_build, "load", lambda: error)
@@ -285,7 +285,7 @@ def test_auto_without_the_compiled_kernel(size, relative, expected, dtype, monke
 
 @pytest.mark.slow
 def test_triton_is_not_imported_before_it_is_used():
-    """It takes a while, and not every platform has it."""
+    """Importing it is slow, and not every platform has it."""
     program = """
 import sys, torch
 from aaconv import AugmentedConv
@@ -307,7 +307,7 @@ def test_the_package_is_installed_whole():
 
 
 def test_the_source_distribution_has_its_tests(tmp_path):
-    """Everything that is in a clone, but what is there for the place where it is developed."""
+    """It has everything in a clone except for development files."""
     left_out = [".*", "__pycache__", "*.egg-info", "build", "dist", "outputs", "datasets", "wandb"]
     clone = tmp_path / "clone"
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(*left_out))

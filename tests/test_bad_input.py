@@ -1,7 +1,7 @@
-"""Wrong command lines, settings and files: each is one line that says what is wrong, and no more.
+"""Wrong command lines, settings and files: each gives a single line that says what is wrong.
 
-Most are run in this process, through the same `cli.run` as on the command line; a sample in
-processes of their own.
+Most run in this process, through the same `cli.run` as on the command line; a few run in separate
+processes.
 """
 
 import os
@@ -23,12 +23,12 @@ from helpers import ROOT, TINY, call, check_line, everything_below, refused, slo
 
 @pytest.fixture
 def stops(monkeypatch, tmp_path, capfd, steps):
-    """A function that runs train.py on wrong words and returns its one line.
+    """A function that runs train.py with wrong arguments and returns its one-line error.
 
-    It finds the exit code to be 2, no step taken, and ``tmp_path`` as it was before.
+    It checks that the exit code is 2, no step was taken, and ``tmp_path`` is unchanged.
     """
 
-    # Where runs go; Hydra makes it, and what is not a run's own is left alone.
+    # The parent folder of runs. Hydra would create it, and train.py does not remove it.
     (tmp_path / "outputs").mkdir()
 
     def go(*words):
@@ -42,7 +42,7 @@ def stops(monkeypatch, tmp_path, capfd, steps):
     return go
 
 
-# Behind the settings of a tiny run: the words, and what the line must have of them and of the cure.
+# Arguments added to the settings of a tiny run, and the expected text of the error and its fix.
 SETTINGS = [
     # types
     ("epochs=ten", "epochs: Value 'ten' of type 'str' could not be converted to Integer"),
@@ -203,7 +203,7 @@ SETTINGS = [
     ids=[words[:60] for words, _ in SETTINGS],
 )
 def test_a_wrong_setting(stops, monkeypatch, words, line):
-    # Hydra composes everything twice, first to know whether it is a sweep; here it need not.
+    # Skip Hydra's first composition, which only finds out whether this is a sweep.
     monkeypatch.setattr(Hydra, "get_mode", lambda *_, **__: RunMode.RUN)
     assert line in stops(*TINY, *words.split())
 
@@ -326,7 +326,7 @@ def test_data_that_are_not_there_or_damaged(stops, tmp_path, make, words, line):
     ],
 )
 def test_what_cannot_be_allocated_is_one_line(stops, monkeypatch, said):
-    """On a GPU these are no OutOfMemoryError."""
+    """On a GPU, not all of these errors are an OutOfMemoryError."""
 
     def build(*_, **__):
         if said is not None:
@@ -348,7 +348,7 @@ def test_a_mistake_of_the_program_is_not_dressed_up(monkeypatch, tmp_path):
         call(cli.run, *TINY, f"out_dir={tmp_path}")
 
 
-# ---- processes of their own ---------------------------------------------------------------------
+# ---- separate processes -------------------------------------------------------------------------
 
 
 def process(*words, cwd, **environment):
@@ -376,7 +376,7 @@ def test_a_full_traceback_on_request(tmp_path):
 
 @pytest.mark.slow
 def test_no_traceback_in_a_process_that_a_launcher_starts(tmp_path):
-    """It inherits what train.py sets for itself, and what the user had set."""
+    """It inherits variables that train.py sets for itself and those that the user set."""
     environment = {"HYDRA_FULL_ERROR": "1", "AACONV_FULL_ERROR": "0"}
     done = process(*TINY, "epochs=0", cwd=tmp_path, **environment)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""Files and checkpoints that outlive kills, full disks and damage."""
+"""Files and checkpoints that survive kills, full disks and damage."""
 
 import logging
 import os
@@ -20,14 +20,14 @@ CONFIG = {"seed": 1, "wandb": {"mode": "offline"}, "data": {"root": "a", "val_si
 
 
 def model(size=20):
-    """With a tensor of bytes 7, which a test may look for."""
+    """Return a model that has a tensor of bytes 7, which can be found in its file."""
     made = nn.Linear(size, size)
     made.register_buffer("sevens", torch.full((1000,), 7, dtype=torch.uint8))
     return made
 
 
 def save(folder, number, size=20):
-    """A checkpoint after so many steps."""
+    """Save a checkpoint after this number of steps."""
     parts = {"model": model(size)}
     state = SimpleNamespace(stateful=lambda: parts, description=describe())
     progress = Progress.begin(9)
@@ -36,7 +36,7 @@ def save(folder, number, size=20):
 
 
 def read(folder, config=CONFIG):
-    """The number of the checkpoint that is used, after the file's name."""
+    """Return the file name and the step of the checkpoint that is used."""
     path, state = checkpoint.load(checkpoint.find("auto", folder), config)
     return path.name, state["epoch_state"]["step"]
 
@@ -59,7 +59,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 
 
 def test_what_is_in_the_place_of_a_half_written_file_is_not_written_to(tmp_path):
-    """A link to another file, a pipe, what a kill has left, a folder."""
+    """It may be a link to another file, a pipe, a leftover of a kill, or a folder."""
     path, partial, other = (tmp_path / name for name in ("file", "file.partial", "other"))
     other.write_text("mine")
     for there in (
@@ -88,7 +88,7 @@ def test_the_last_two_are_kept(tmp_path):
 
 
 def test_on_the_disk_before_it_takes_the_old_ones_place(tmp_path, monkeypatch):
-    """In the order that a power cut asks for: the content, the two moves, the folder."""
+    """The order is safe against a power failure: content, then two renames, then folder."""
     done = []
     fsync, replace = os.fsync, os.replace
 
@@ -137,7 +137,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_a_good_checkpoint(tmp_path, saved
             assert number in (saved_before - 1, saved_before), n
         else:
             assert saved_before == 0, n
-        save(folder, 77)  # what a kill leaves behind is in nobody's way
+        save(folder, 77)  # leftovers of a kill do not get in the way
         assert read(folder) == ("last.pt", 77)
         assert {p.name for p in folder.iterdir()} <= {"last.pt", "previous.pt"}
     assert moments >= 4
@@ -169,7 +169,7 @@ def damage_empty(path):
 
 def damage_one_bit(path):
     content = bytearray(path.read_bytes())
-    content[content.index(b"\x07" * 64) + 10] ^= 1  # inside of a tensor
+    content[content.index(b"\x07" * 64) + 10] ^= 1  # inside a tensor
     path.write_bytes(content)
 
 
@@ -212,7 +212,7 @@ def test_a_state_that_other_code_has_not_written(tmp_path):
 
 
 def refusal(folder, damage):
-    """The line that refuses a checkpoint whose content ``damage`` has changed."""
+    """Return the one-line error for a checkpoint whose content ``damage`` has changed."""
     save(folder, 1)
     path = folder / "last.pt"
     state = torch.load(path, weights_only=True)
@@ -296,7 +296,7 @@ def test_damaged_states_are_one_line(tmp_path, value, keys, words):
     trained["model"](torch.randn(4, 2)).sum().backward()
     trained["optimizer"].step()
     state = deepcopy({name: part.state_dict() for name, part in trained.items()})
-    checkpoint.restore(deepcopy(state), parts(), tmp_path)  # as it is, it fits
+    checkpoint.restore(deepcopy(state), parts(), tmp_path)  # works before the change
     set_(state, value, *keys)
     with pytest.raises(ValueError, match="written by a different version of") as told:
         checkpoint.restore(state, parts(), tmp_path)
@@ -306,7 +306,7 @@ def test_damaged_states_are_one_line(tmp_path, value, keys, words):
 
 @pytest.fixture
 def full_disk():
-    """A function after which no file of this process can grow beyond so many bytes."""
+    """A function that limits the size of files that this process can write."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -1,4 +1,4 @@
-"""`AugmentedConv` where a layer of torch would be used: conventions, pooling, transforms, counting.
+"""`AugmentedConv` in place of a torch layer: conventions, pooling, transforms, FLOP counting.
 
 Its formula is tested in test_layer.py, exported programs in test_export.py.
 """
@@ -38,7 +38,7 @@ def test_has_the_attributes_of_torchs_convolution(change, expected):
         assert getattr(layer, name) == getattr(layer.conv_out, name)
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # of torch itself
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")  # torch's own warning
 @pytest.mark.parametrize("kernel", [3, 2, (3, 4)])
 def test_padding_same_keeps_the_size(kernel):
     layer = build(kernel_size=kernel, padding="same")
@@ -125,7 +125,7 @@ def test_no_weight_decay_names_the_tables():
 
 
 def averaged(x, pool):
-    """The mean of the pixels that exist, up to pool - 1 around every pool-th one."""
+    """Average the existing pixels within pool - 1 of every pool-th pixel."""
     H, W = x.shape[2:]
     rows = []
     for y in range(0, H, pool):
@@ -138,7 +138,7 @@ def averaged(x, pool):
 
 
 def spread(small, pool, size):
-    """Pixel y lies y / pool in the small map, between two of its rows or beyond the last one."""
+    """Upsample linearly: pixel y is at y / pool in the small map, at most at its last row."""
     for axis, length in ((2, size[0]), (3, size[1])):
         slices = []
         for y in range(length):
@@ -194,7 +194,7 @@ def test_a_pooled_layer_has_the_parameters_of_one_that_is_not():
 # ---- Tracing and transforms ---------------------------------------------------------------------
 
 
-# torch.jit.trace itself, and what torch loads for forward-mode derivatives.
+# Raised by torch.jit.trace, and by modules that torch imports for forward-mode derivatives.
 DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
 
 
@@ -216,7 +216,7 @@ def test_a_traced_layer_is_right_at_every_size(change):
     with pytest.warns(torch.jit.TracerWarning):
         traced = torch.jit.trace(layer, image(2, 5, 6, 5))
     for size in [(2, 5, 6, 5), (1, 5, 4, 4), (3, 5, 11, 9)]:
-        # The tracer keeps what is computed from sizes in single precision.
+        # The tracer computes with sizes in single precision.
         torch.testing.assert_close(traced(image(*size)), layer(image(*size)), rtol=0, atol=1e-6)
 
 
@@ -284,7 +284,7 @@ def test_transforms_that_a_backend_has_not_are_refused_by_name(backend):
 @pytest.mark.parametrize("backend", [b for b in usable(torch.float32) if b != "auto"])
 @pytest.mark.parametrize("way", ["grad", "backward"])
 def test_second_derivatives_are_right_or_refused(backend, way):
-    """Never silently without the part of attention, as with torch's once_differentiable."""
+    """They never silently lack attention's part, as they would with once_differentiable."""
 
     def second(backend, dtype):
         q, *others = arguments(dtype)
@@ -311,7 +311,7 @@ def test_second_derivatives_are_right_or_refused(backend, way):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_flops_do_not_depend_on_the_backend(backend):
-    """Two for each multiply-add of the formula, and twice as many in the backward pass."""
+    """Two FLOPs per multiply-add of the formula, and twice as many in the backward pass."""
     B, H, W, dkh, dvh, Nh = 2, 3, 5, 3, 2, 2
     layer = build(backend=backend).float()
     x = image(B, 5, H, W).float()

@@ -14,7 +14,7 @@ MEAN, STD = (0.3, 0.5, 0.7), (0.2, 0.25, 0.4)
 
 def random_images(number: int = NUMBER, height: int = HEIGHT, width: int = WIDTH) -> Images:
     generator = torch.Generator().manual_seed(5)
-    # No zeros: any that turns up comes from padding.
+    # No zeros, so that a zero can only come from padding.
     pixels = torch.randint(1, 256, (number, height, width, 3), generator=generator)
     return Images(pixels.to(torch.uint8), torch.arange(number))
 
@@ -36,13 +36,13 @@ def whole_epoch(source: Batches, epoch: int = 0, start: int = 0):
 
 
 def to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """Undoes the normalization: (B, H, W, 3) float64, 0 to 255."""
+    """Undo the normalization; return (B, H, W, 3) float64, 0 to 255."""
     mean, std = torch.tensor(MEAN).double(), torch.tensor(STD).double()
     return (images.permute(0, 2, 3, 1).double() * std + mean) * 255
 
 
 def reference(source: Batches, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The epoch's images and labels, one by one with Python numbers and slices."""
+    """Compute the epoch's images and labels one by one, with Python numbers and slices."""
     draws, mixes = draws_of(source, epoch), source.augmentation.mixes
     images, labels = [], []
     for k in range(len(source) * source.batch_size):
@@ -64,7 +64,7 @@ def reference(source: Batches, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reference_image(source: Batches, draws: SimpleNamespace, k: int) -> torch.Tensor:
-    """The k-th sample of the epoch by itself, (H, W, 3), where white is 255."""
+    """Compute the k-th sample of the epoch on its own: (H, W, 3), where white is 255."""
     augmentation, pad = source.augmentation, source.augmentation.crop_pad
     original = source.images.pixels[draws.order[k]]
     height, width, _ = original.shape
@@ -80,7 +80,7 @@ def reference_image(source: Batches, draws: SimpleNamespace, k: int) -> torch.Te
                 image[i, j] = original[row, column]
     if augmentation.flip and draws.mirrored[k]:
         image = torch.stack([image[:, j] for j in reversed(range(width))], dim=1)
-    if augmentation.policy:  # each operation has a test of its own
+    if augmentation.policy:  # each operation has its own test
         for operation, magnitude in zip(draws.operations[k], draws.magnitudes[k], strict=True):
             change = list(OPERATIONS.values())[operation]
             image = change(image[None], magnitude[None])[0]
@@ -226,7 +226,7 @@ def test_other_seeds_and_epochs_draw_differently(seed, epoch):
 
 
 def test_the_draws_stay_the_same_from_version_to_version():
-    # A run continued by a later version must see the images that it would have seen.
+    # A run resumed by a later version must see the same images as before.
     draws = draws_of(batches(Augmentation(crop_pad=2), images=random_images(8)), 1)
     found = {name: vector.int().tolist() for name, vector in vars(draws).items()}
     assert found == {
@@ -349,7 +349,7 @@ def test_mistakes_are_reported_before_the_first_batch():
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_nothing_is_asked_back_from_the_device(policy):
-    """On the meta device there is nothing to ask for; on a GPU it would wait for the answer."""
+    """Reading a value fails on the meta device; on a GPU, it would force a synchronization."""
     images = Images(*(t.to("meta") for t in vars(random_images(12, 8, 8)).values()))
     made = list(batches(replace(EVERYTHING, policy=policy), images=images).epoch(0))
     assert [x.shape for x, _ in made] == [(5, 3, 8, 8)] * 2

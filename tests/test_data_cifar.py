@@ -34,7 +34,7 @@ def md5(content: bytes) -> str:
 
 
 def file_contents() -> dict[str, bytes]:
-    """A tiny CIFAR-10 in the layout of the real one: planes of 32x32, row by row."""
+    """Return the files of a tiny CIFAR-10 in the original layout: 32x32 planes, row by row."""
     random = np.random.default_rng(0)
     files = {"batches.meta": pickle.dumps({"label_names": NAMES})}
     for name, size in SIZES.items():
@@ -56,7 +56,7 @@ def archive_of(files: dict[str, bytes]) -> bytes:
 
 @pytest.fixture
 def files(monkeypatch):
-    """The tiny set's files; torchvision is told their checksums, and there is no network."""
+    """The tiny set's files, with their checksums patched into torchvision and no network."""
     contents = file_contents()
     sums = {name: md5(content) for name, content in contents.items()}
     kind = datasets.CIFAR10
@@ -72,7 +72,7 @@ def files(monkeypatch):
         monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
     for variable in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(variable, raising=False)
-    # urllib keeps the proxies that it found at the first use.
+    # urllib caches the proxies from its first use.
     monkeypatch.setattr(urllib.request, "_opener", None)
     return contents
 
@@ -88,7 +88,7 @@ def present(files, tmp_path):
 
 @pytest.fixture
 def server(files, monkeypatch):
-    """A web server for the archive; ``state`` says what it sends and counts the downloads."""
+    """A web server for the archive; ``state`` sets what it sends and counts the downloads."""
     state = {"content": archive_of(files), "cut_at": None, "gets": 0}
     monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(state["content"]))
 
@@ -120,7 +120,7 @@ def server(files, monkeypatch):
 
 
 def raised(kind: type[Exception], *args, **kwargs) -> str:
-    """The message that load_cifar fails with, checked to be one line."""
+    """Return the message that load_cifar fails with, after checking that it is one line."""
     with pytest.raises(kind) as caught:
         load_cifar(*args, **kwargs)
     assert type(caught.value) is kind
@@ -193,7 +193,7 @@ def test_a_silent_network_times_out(files, tmp_path, monkeypatch):
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setenv("https_proxy", address)
         monkeypatch.setenv("HTTPS_PROXY", address)
-        hang_guard = threading.Timer(60, silent.close)  # which resets the connection
+        hang_guard = threading.Timer(60, silent.close)  # resets the connection
         hang_guard.start()
         message = raised(FileNotFoundError, "cifar10", str(tmp_path))
         hang_guard.cancel()
@@ -208,7 +208,7 @@ def test_download_can_be_forbidden(server, tmp_path):
     assert server["gets"] == 0
 
 
-# Python 3.12 and 3.13 want a filter named, which torchvision does not.
+# Python 3.12 and 3.13 warn that torchvision does not pass a tarfile filter.
 @pytest.mark.filterwarnings("ignore:Python 3.14 will:DeprecationWarning")
 def test_downloads_once(server, tmp_path):
     root = str(tmp_path / "new")
@@ -235,9 +235,9 @@ def test_download_that_breaks_off_leaves_what_was_there(server, tmp_path, there_
 
 @pytest.fixture
 def interrupted(monkeypatch):
-    """A function that loads the set into a root and is interrupted in the middle of a download.
+    """A function that loads the set into a root and is interrupted during the download.
 
-    What ``meanwhile`` does happens during that download.
+    ``meanwhile`` is called in the middle of that download.
     """
 
     def load(root, meanwhile=lambda: None):
@@ -337,7 +337,7 @@ def test_an_archive_that_is_there_is_used_if_intact(server, tmp_path, intact):
 @pytest.mark.thorough
 def test_modules_that_windows_lacks_are_not_needed():
     script = (
-        "import sys, data.vision\n"  # torch and torchvision are not ours to change
+        "import sys, data.vision\n"  # torch and torchvision themselves may need these modules
         "for name in [n for n in sys.modules if n.split('.')[0] == 'data']:\n"
         "    del sys.modules[name]\n"
         "for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios', 'posix'):\n"
@@ -362,7 +362,7 @@ def test_a_root_without_permission_is_named(present, monkeypatch):
     def denied(*_arguments, **_options):
         raise PermissionError(13, "Permission denied")
 
-    # Not by chmod: whoever runs as root may read everything.
+    # Not by chmod, because root may read everything.
     monkeypatch.setattr(datasets.CIFAR10, "__init__", denied)
     assert f"data.root={present} cannot be read" in raised(ValueError, "cifar10", str(present))
 
@@ -427,7 +427,7 @@ def test_the_real_cifar100_is_read_whole_and_has_the_stated_mean_and_deviation()
         levels = np.arange(256) / 255
         mean = np.average(levels, weights=counts)
         deviation = np.average((levels - mean) ** 2, weights=counts) ** 0.5
-        # The constants have four places.
+        # The constants have four decimal places.
         assert dataset.mean[channel] == pytest.approx(mean, abs=5.1e-5)
         assert dataset.std[channel] == pytest.approx(deviation, abs=5.1e-5)
 

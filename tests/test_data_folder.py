@@ -1,4 +1,4 @@
-"""data=folder: the images, their classes, mean and deviation, what is kept, what is refused."""
+"""data=folder: images, classes, mean and standard deviation, the cache, and rejected folders."""
 
 import os
 import random
@@ -55,7 +55,7 @@ def test_an_image_of_the_size_stays_as_it_is_and_others_cover_it(root):
 
 def test_mean_and_deviation_are_those_of_all_training_images(root):
     whole = load(root)
-    (root / "val").rename(root / "elsewhere")  # which is not needed then
+    (root / "val").rename(root / "elsewhere")  # not needed with val_size
     held_out = load(root, val_size=5)
     values = whole.train.pixels.numpy().reshape(-1, 3).astype(np.float64) / 255
     assert whole.mean == pytest.approx(values.mean(axis=0), rel=1e-12)
@@ -65,7 +65,7 @@ def test_mean_and_deviation_are_those_of_all_training_images(root):
 
 
 def test_warnings_are_afterwards_as_they_were(root):
-    """Threads that each set and reset them would leave them as another had set them."""
+    """If each thread set and reset the filters, some would restore those of another thread."""
     before = list(warnings.filters)
     for seed in range(300):
         write(root / "train" / "ant" / f"more{seed}.png", seed=seed)
@@ -82,7 +82,7 @@ def test_a_picture_that_may_be_an_attack_is_refused(root):
     assert before == Image.MAX_IMAGE_PIXELS
 
 
-# ---- What is kept -------------------------------------------------------------------------------
+# ---- The cache ----------------------------------------------------------------------------------
 
 
 def unreadable(*_):
@@ -170,7 +170,7 @@ def test_a_file_that_changes_while_it_is_read_is_not_kept_as_what_it_was(root, m
 
 
 def long_facts(content):
-    """A text of facts of 10^13 bytes."""
+    """Make the file claim that its JSON facts have 10^13 bytes."""
     return content[:-12] + (10**13).to_bytes(8, "little") + content[-4:]
 
 
@@ -179,7 +179,7 @@ def one_bit(content):
 
 
 def whole_with(facts):
-    """What has its checksum, and is not of this program."""
+    """Replace the facts and keep the checksum valid, as another program might."""
 
     def damage(content):
         start = content[:300] + facts + len(facts).to_bytes(8, "little")
@@ -258,7 +258,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_else(root, monkeypatch, tm
 
 
 def test_the_folder_of_the_cache_is_nobody_elses(root):
-    """Kernels are compiled into it, and taken only where nobody else could have changed them."""
+    """Compiled kernels are stored there, and loaded only if nobody else could have changed them."""
     before = os.umask(0o002)
     try:
         load(root)
@@ -278,7 +278,7 @@ def test_ctrl_c_leaves_nothing_in_the_cache(root, monkeypatch, tmp_path):
     assert not list((tmp_path / "cache" / "aaconv").iterdir())
 
 
-# ---- What is refused ----------------------------------------------------------------------------
+# ---- What is rejected ---------------------------------------------------------------------------
 
 
 def remove(*parts):

@@ -16,12 +16,12 @@ from training.variants import variant_settings
 
 COLOR_OF = {value: name for name, value in COLORS.items()}
 CLASSES = list(SHAPES)
-# Where the shapes are that have a distance: five, one above the other along the right side.
+# Positions of the shapes if there is a distance: five in a column along the right side.
 COLUMN = [(0, 26), (6, 26), (13, 26), (20, 26), (26, 26)]
 
 
 def colored(image: torch.Tensor) -> dict[tuple[int, int], str]:
-    """The pixels that are not background, each with its color's name."""
+    """Return the pixels that are not background, with the names of their colors."""
     found = {}
     for row, line in enumerate(image.tolist()):
         for column, value in enumerate(line):
@@ -31,7 +31,7 @@ def colored(image: torch.Tensor) -> dict[tuple[int, int], str]:
 
 
 def read_shapes(pixels: dict[tuple[int, int], str], slots=SLOTS) -> dict[str, str]:
-    """Shape and color in each slot that holds one, found by comparing every pattern."""
+    """Return the color of each shape in the slots, found by comparing all patterns."""
     found = {}
     for row, column in slots:
         here = {
@@ -224,7 +224,7 @@ def test_the_images_stay_the_same_from_version_to_version():
     digest = hashlib.sha256()
     for images in (dataset.train, dataset.evaluation):
         digest.update(images.pixels.numpy().tobytes())
-    # Of the images as they were drawn before there was a distance.
+    # The digest of the images before the setting data.distance existed.
     assert digest.hexdigest() == "0116d8c31944f679380988a299facba535c453053ec6076a3da5abb78ccb657f"
 
 
@@ -267,13 +267,13 @@ def test_the_docstring_states_the_ceiling():
 
 
 def test_ceiling_is_the_one_counted_by_hand():
-    # 25 matchings of four make 25 colorings with four right; they use 100 of the 200 threes,
-    # and the other 95 colorings one each.
+    # 25 matchings of four give 25 colorings with four right; they use 100 of the 200 threes, and
+    # the other 95 colorings use one each.
     assert ceiling() == Fraction(25 * 4 + 95 * 3, 600)
 
 
 def test_only_one_coloring_of_three_shapes_can_be_answered_completely():
-    # The step on which the proof of the ceiling rests, checked on a fine grid of all D.
+    # The key step in the proof of the ceiling, checked on a fine grid of all D.
     generator = random.Random(3)
     grid = [x / 4 for x in range(-16, 17)]
     for _ in range(5):
@@ -295,4 +295,4 @@ def test_the_digest_is_of_what_the_images_are_drawn_from():
     assert len({digest, *(make_lookup(**own | change).digest for change in changes)}) == 8
     held_out = {"train_size": 6, "val_size": 2}
     digests = {make_lookup(**held_out, test_size=size).digest for size in (3, 4)}
-    assert len(digests) == 1  # of test images that are not drawn
+    assert len(digests) == 1  # with held-out images, no test images are drawn

@@ -1,4 +1,4 @@
-"""Image files as they are: numbers of more than 8 bits, large photographs, damage, memory."""
+"""Image files found in practice: more than 8 bits, large photographs, damage, memory."""
 
 import json
 import math
@@ -27,18 +27,18 @@ SIZE = (6, 8)
 
 
 def ramp(largest, dtype):
-    """Numbers (6, 8) from 0 to ``largest``."""
+    """Return a (6, 8) array of values from 0 to ``largest``."""
     return np.linspace(0, largest, 48).reshape(SIZE).astype(dtype)
 
 
 def gray_set(root, numbers):
-    """The image ``numbers`` in place of every image."""
+    """Replace every image by the image ``numbers``."""
     for path in root.rglob("*.png"):
         Image.fromarray(numbers).save(path.with_suffix(".tif"))
         path.unlink()
 
 
-# ---- Numbers that are not 8 bits ----------------------------------------------------------------
+# ---- Values that are not 8 bits -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,9 +129,9 @@ def test_what_is_refused_is_refused_again_when_it_comes_from_the_cache(root):
 
 
 def deep_color_png(*numbers):
-    """A PNG (6, 8) of one color, of 16 bits for each of its 2 (gray) to 4 numbers.
+    """Return a (6, 8) PNG of one color with 16 bits per channel, which Pillow cannot write.
 
-    Pillow itself cannot write it. An even number of them is with opacity.
+    It has 2 (gray) to 4 channels; an even number of channels includes opacity.
     """
 
     def chunk(name, content):
@@ -296,7 +296,7 @@ def test_damaged_files_are_refused_by_name_or_left_out(root, name):
     line = str(caught.value)
     assert f"ant/{name}: " in line
     assert line.endswith("data.skip_damaged=true leaves them out")
-    for _ in range(2):  # from its file, and from the cache
+    for _ in range(2):  # from the files, then from the cache
         dataset = load(root, skip_damaged=True)
         assert torch.equal(dataset.train.pixels, before.train.pixels)
         assert dataset.train.labels.tolist() == before.train.labels.tolist()
@@ -351,7 +351,7 @@ def test_a_class_of_damaged_images_alone_is_refused(root):
 
 def script(text):
     words = [sys.executable, "-c", textwrap.dedent(text)]
-    # An arena for each thread would be address space that nothing uses.
+    # One malloc arena per thread would only take up unused address space.
     env = os.environ | {"MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
@@ -360,7 +360,7 @@ def script(text):
 
 @pytest.fixture
 def large(root):
-    """400 images, 300 MiB as 512x512, of which three are to evaluate on."""
+    """400 images (300 MiB at 512x512), three of them for evaluation."""
     for number in range(385):
         Image.new("L", (2, 2), number % 256).save(root / "train" / "ant" / f"_{number}.png")
     return root
@@ -368,7 +368,7 @@ def large(root):
 
 @pytest.mark.thorough
 def test_a_set_is_read_in_the_memory_of_its_images_and_300_mib(large):
-    for _ in range(2):  # from the files, and from the cache
+    for _ in range(2):  # from the files, then from the cache
         script(f"""
             import resource, torch
             from data import load_folder
@@ -383,7 +383,7 @@ def test_a_set_is_read_in_the_memory_of_its_images_and_300_mib(large):
 
 @pytest.mark.thorough
 def test_images_that_are_mapped_take_no_memory_of_their_own(large):
-    """What is counted is memory that cannot be dropped and read again; the images are 300 MiB."""
+    """Measure memory that the system cannot drop and read again; the images take 300 MiB."""
     out = script(f"""
         from data import Augmentation, Batches, load_folder
         def anonymous():

@@ -1,4 +1,4 @@
-"""The fused kernels: in Triton's interpreter on the CPU, or on the GPU where there is one."""
+"""The fused kernels, on a GPU if there is one, else in Triton's interpreter on the CPU."""
 
 import json
 import os
@@ -59,7 +59,7 @@ def on_device(tensors, dtype):
 
 
 def check(low, got=None):
-    """The output and the gradients of ``low``, against those of the formula in float64."""
+    """Check the output and the gradients of ``low`` against the formula in float64."""
     exact = with_gradients(reference.attention, [t.cpu() for t in inputs_like(low, torch.float64)])
     got = with_gradients(by_kernels, low) if got is None else got
     assert all(t.dtype == low[0].dtype for t in got)
@@ -78,7 +78,7 @@ def test_without_tables(size):
 
 @pytest.fixture
 def in_order():
-    torch.use_deterministic_algorithms(True)  # which fills empty memory with NaN, too
+    torch.use_deterministic_algorithms(True)  # also fills empty tensors with NaN
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -97,7 +97,7 @@ def test_gradients_in_a_fixed_order(size, heads, dkh, dvh, batch):
 
 
 def peaked(size, last):
-    """Logits that are small for the first keys of the map and ``last`` for its last."""
+    """Return inputs whose logits are small for all keys but the last, which has ``last``."""
     tensors = inputs(size, 2, 4, 3)
     with torch.no_grad():
         tensors[0][..., 0] = 2.0  # sqrt(dkh)
@@ -105,7 +105,7 @@ def peaked(size, last):
     return tensors
 
 
-# The interpreter's, where a GPU is silent.
+# Warnings of Triton's interpreter; a GPU does not warn.
 unconcerned = pytest.mark.filterwarnings("ignore:overflow", "ignore:All-NaN", "ignore:invalid")
 
 
@@ -117,7 +117,7 @@ def test_the_peak_may_be_far_from_the_first_keys(last):
 
 @unconcerned
 def test_what_overflows_is_computed_again(monkeypatch):
-    """The second launch is what makes such logits right, and it leaves other tiles alone."""
+    """The second launch corrects tiles with such logits and leaves other tiles alone."""
     launch, launched = fused_ops._launch, []
 
     def count(name, programs, sizes, *given):
@@ -140,13 +140,13 @@ def test_what_is_not_a_number_stays_so(index):
     with torch.no_grad():
         tensors[index][0, 0, 1, 2, 0] = float("nan")
     out = by_kernels(*tensors)
-    # A query has its own output; keys and values have a part in all.
+    # A query only affects its own output; keys and values affect all outputs.
     assert out[0, 0, 1, 2].isnan().all() if index < 2 else out[0, 0, 1, 2, 0].isnan()
     assert out[1].isfinite().all()
 
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that is made."""
+    """Record the number of elements of the largest tensor that is created."""
 
     elements = 0
 
@@ -207,7 +207,7 @@ def test_a_gpu_with_too_little_of_something_is_told_by_name(monkeypatch):
 @pytest.mark.parametrize(("size", "heads"), [((3, 5), 2), slow((7, 11), 1)])
 @pytest.mark.parametrize("scale", [1.0, slow(2.5), 8.0])
 def test_half_precision_errs_by_its_roundings(dtype, size, heads, scale, monkeypatch):
-    """Up to logits of 242."""
+    """The errors are within the rounding bounds for logits up to 242."""
     if fused_ops.INTERPRETED and dtype == torch.bfloat16:
         monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", bfloat16_product)
         monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded_cast)
@@ -216,7 +216,7 @@ def test_half_precision_errs_by_its_roundings(dtype, size, heads, scale, monkeyp
 
 
 def rounded_cast(self, source, dtype, cast=interpreter.InterpreterBuilder.cast_impl):
-    """To bfloat16 as a GPU rounds, to the nearest; the interpreter cuts the bits off."""
+    """Round to the nearest bfloat16, like a GPU; the interpreter truncates."""
     if (source.dtype.scalar, dtype.scalar) != (tl.float32, tl.bfloat16):
         return cast(self, source, dtype)
     rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.bfloat16)
@@ -225,7 +225,7 @@ def rounded_cast(self, source, dtype, cast=interpreter.InterpreterBuilder.cast_i
 
 
 def bfloat16_product(self, a, b, d, *_):
-    """tl.dot in float32; the interpreter's own takes the bits of bfloat16 for integers."""
+    """tl.dot in float32; the interpreter's version treats bfloat16 bits as integers."""
     factors = [(t.data.astype(np.uint32) << 16).view(np.float32) for t in (a, b)]
     return interpreter.TensorHandle(factors[0] @ factors[1] + d.data, d.dtype.scalar)
 
@@ -256,7 +256,7 @@ def test_each_input_alone_has_its_gradient(index):
     torch.testing.assert_close(*gradient_of_one(by_kernels, low, index))
 
 
-# torch 2.14's own opcheck reads .grad of tensors that are no leaves.
+# torch 2.14's opcheck itself reads .grad of non-leaf tensors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [3, 5])
@@ -284,10 +284,10 @@ def bench_kernels(*words, **options):
 @pytest.mark.thorough
 @pytest.mark.parametrize("capability", [80, 90])
 def test_no_kernel_spills_or_exceeds_a_card(capability, tmp_path):
-    """To machine code; no GPU is needed for that."""
+    """The kernels are compiled to machine code, which needs no GPU."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     shapes = ["32x32:20:2:8"]
-    if capability == 90:  # the others take a minute each to compile
+    if capability == 90:  # other shapes take a minute each to compile
         shapes += ["56x56:20:4:8", "8x8:20:8:8"]
     words = ["--capability", str(capability), "--shape", *shapes, "--out", str(tmp_path)]
     done = bench_kernels(*words, env=environment)

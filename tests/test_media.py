@@ -1,4 +1,4 @@
-"""What there is to see of a run, against counts made here."""
+"""Tables and pictures of a run for the dashboard, against counts made here."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ PLAIN = torch.autocast("cpu", enabled=False)
 
 
 class Guess(torch.nn.Module):
-    """Takes an image for the class that its first pixel names."""
+    """Predict the class that the first pixel of the image encodes."""
 
     def __init__(self, classes):
         super().__init__()
@@ -47,7 +47,7 @@ def dataset_of(labels, guesses, classes):
 
 
 def test_tables_count_what_a_network_takes_images_for():
-    # c0: always right; c1: of four once c0, twice c2; c2: never right; c3: no image
+    # c0: always right; c1: of four, once c0 and twice c2; c2: never right; c3: no images
     labels = [0, 0, 1, 1, 1, 1, 2, 2, 2]
     guesses = [0, 0, 0, 2, 2, 1, 1, 1, 3]
     seen = media.final_media(Guess(4), dataset_of(labels, guesses, 4), 4, PLAIN)
@@ -78,7 +78,7 @@ def test_tables_count_what_a_network_takes_images_for():
 
 def test_of_many_classes_the_matrix_has_those_with_the_most_mistakes():
     labels = [n for n in range(40) for _ in range(2)]
-    guesses = [n if n < 10 or n % 2 else n - 1 for n in labels]  # 10 to 39 mistaken or mistaken for
+    guesses = [n if n < 10 or n % 2 else n - 1 for n in labels]  # 10 to 39: pairs mixed up
     seen = media.final_media(Guess(40), dataset_of(labels, guesses, 40), 16, PLAIN)
     rows = seen["media/confusion_matrix"].rows
     assert len(rows) == media.MATRIX_CLASSES**2
@@ -107,7 +107,7 @@ def test_attention_is_drawn_after_three_epochs(epochs, expected):
 
 @pytest.fixture
 def network(settings):
-    """A function from overrides to an untrained network and its data set."""
+    """A function that returns an untrained network with overrides, and its data set."""
 
     def make(*words):
         cfg = settings(*words)
@@ -120,7 +120,7 @@ def network(settings):
 
 
 def inputs_of_blocks(model, dataset, number):
-    """What each augmented block gets of so many images, evenly spread, by its name."""
+    """Return each augmented block's input by name, for this many evenly spaced images."""
     inputs = {}
     for name, layer in augmented_layers(model.eval()).items():
         layer.register_forward_pre_hook(lambda _, x, name=name: inputs.update({name: x[0]}))
@@ -138,13 +138,13 @@ def test_pictures_show_the_weights_of_every_augmented_block(network):
     assert list(drawn) == [f"media/attention/{name}" for name in names]
     tile, step = attention_picture.TILE, attention_picture.TILE + attention_picture.GAP
 
-    # The weights once more, from the block's own input.
+    # Compute the weights again from each block's input.
     inputs = inputs_of_blocks(model, dataset, 3)
     for name, layer in augmented_layers(model).items():
         (picture,) = drawn[f"media/attention/{name}"]
         header = attention_picture.HEADER
         margin = picture.image.width - (9 * step - attention_picture.GAP)
-        assert margin > 60  # the rows' names are there
+        assert margin > 60  # room for the row labels
         assert picture.image.height == header + 6 * step - attention_picture.GAP
         for box in ((0, header, margin, picture.image.height), (margin, 0, margin + tile, header)):
             assert picture.image.crop(box).getcolors() != [(1, attention_picture.PAPER)]
@@ -159,7 +159,7 @@ def test_pictures_show_the_weights_of_every_augmented_block(network):
                     y, x = divmod(int(weights.argmax()), side)
                     middle = ((x + 0.5) * tile / side, (y + 0.5) * tile / side)
                     at = (int((head + 1) * step + middle[0]), int(row * step + middle[1]))
-                    # Where the weight is largest there is the most color.
+                    # The color is strongest where the weight is largest.
                     red, _, blue = picture.image.getpixel((margin + at[0], header + at[1]))
                     assert red - blue > 140
 
@@ -190,7 +190,7 @@ def test_a_plain_network_has_no_attention(network):
 def test_the_marked_query_is_the_sharpest_one(monkeypatch, at_once):
     weights = torch.full((2, 4, 4), 0.25)
     weights[:, 2] = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    weights[0, 3] = torch.tensor([0.0, 0.0, 1.0, 0.0])  # of one head alone
+    weights[0, 3] = torch.tensor([0.0, 0.0, 1.0, 0.0])  # sharp in only one head
     maps = weights.unflatten(-1, (2, 2))
     monkeypatch.setattr("aaconv.maps.QUERIES", at_once)
     for module in ("aaconv.maps", "models.views"):
@@ -218,7 +218,7 @@ def test_the_marked_query_is_the_sharpest_one(monkeypatch, at_once):
 def test_the_network_and_the_random_generators_are_left_as_they_were(network):
     model, dataset = network()
     model.train()
-    model.stages[1].eval()  # not all modules need be in the same mode
+    model.stages[1].eval()  # modules may be in different modes
     modes = [module.training for module in model.modules()]
     before, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     media.attention_pictures(model, dataset)

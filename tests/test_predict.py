@@ -1,4 +1,4 @@
-"""scripts/predict.py: pictures of any kind, as the network sees them, and what is no picture."""
+"""scripts/predict.py: all kinds of pictures, the network's output, and files that are no pictures."""
 
 import csv
 import io
@@ -37,7 +37,7 @@ def pixels(height=16, width=20, seed=0):
 @pytest.mark.parametrize("name", ["a.png", "a.bmp", "a.tiff", "a.ppm", "a.gif", "no_ending"])
 def test_a_picture_of_the_networks_size_stays_as_it_is(tmp_path, name):
     picture = Image.fromarray(pixels())
-    if name == "a.gif":  # of 256 colors at most
+    if name == "a.gif":  # has at most 256 colors
         picture = picture.quantize(64).convert("RGB")
     path = tmp_path / name
     picture.save(path, format="png" if name == "no_ending" else None)
@@ -48,7 +48,7 @@ def test_a_picture_of_the_networks_size_stays_as_it_is(tmp_path, name):
     "mode", ["L", "1", "P", "LA", "RGBA", "PA", "CMYK", "YCbCr", "I;16", "I", "F"]
 )
 def test_all_modes_are_read(tmp_path, mode):
-    """A gray picture with the same value everywhere is that gray, whatever it is kept as."""
+    """A uniformly gray picture is read as that gray in every mode."""
     path = tmp_path / "gray.tiff"
     value = 255 if mode == "1" else 128
     if mode in ("I;16", "I"):
@@ -73,7 +73,7 @@ def test_what_is_transparent_is_white(tmp_path, how):
     picture = Image.new("RGBA", SIZE[::-1], (200, 0, 0, 255))
     picture.paste((0, 0, 0, 0), (0, 0, 10, 16))
     path = tmp_path / "half.png"
-    if how == "RGB":  # one color that stands for transparent
+    if how == "RGB":  # one color means transparent
         flat = Image.new("RGB", SIZE[::-1], (200, 0, 0))
         flat.paste((1, 2, 3), (0, 0, 10, 16))
         flat.save(path, transparency=(1, 2, 3))
@@ -163,23 +163,23 @@ def test_table_and_csv_say_the_same(network, tmp_path, capsys):
     folder.mkdir(parents=True)
     Image.fromarray(pixels()).save(folder / "ä.png")
     (folder / ".hidden").write_text("no picture")
-    (folder / "@eaDir").mkdir()  # what a NAS keeps of pictures
+    (folder / "@eaDir").mkdir()  # a NAS stores thumbnails there
     (folder / "@eaDir" / "ä.png").write_text("no picture")
     assert exit_code(predict.main, network, tmp_path / "Bilder für später", "--top", "2") == 0
     printed = capsys.readouterr()
     (line,) = printed.out.splitlines()
-    assert printed.err == ""  # no progress bar, for it is no terminal
+    assert printed.err == ""  # no progress bar, because it is not a terminal
     words = [network, tmp_path / "Bilder für später", "--csv", "--top", "9"]
     assert exit_code(predict.main, *words) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert len(rows) == 3  # of nine asked for: there are no more classes
+    assert len(rows) == 3  # not nine, because there are only three classes
     assert [row["rank"] for row in rows] == ["1", "2", "3"]
     words = ", ".join(f"{r['class']} {100 * float(r['probability']):.1f} %" for r in rows[:2])
     assert line == f"{folder / 'ä.png'}  {words}"
 
 
 def png_that_claims(width, height):
-    """A PNG that says it is of that size."""
+    """Return a PNG that claims to have this size."""
     file = io.BytesIO()
     Image.fromarray(pixels()).save(file, "png")
     content = file.getvalue()
@@ -187,7 +187,7 @@ def png_that_claims(width, height):
     return content[:12] + head + zlib.crc32(head).to_bytes(4, "big") + content[33:]
 
 
-# Further damage: tests/test_data_pictures.py.
+# More damage is tested in tests/test_data_pictures.py.
 DAMAGED = {
     "text.jpg": b"<html></html>",
     "empty.png": b"",
@@ -204,7 +204,7 @@ def test_files_that_are_no_pictures_are_named_and_the_others_go_on(network, tmp_
         (folder / name).write_bytes(content)
     Image.fromarray(pixels()).save(folder / "m.png")
     (folder / "z\x1b[31m.png").write_text("")
-    (folder / "link.png").symlink_to(tmp_path / "gone")  # leads nowhere: no file
+    (folder / "link.png").symlink_to(tmp_path / "gone")  # a broken link is ignored
     assert exit_code(predict.main, network, folder, "--json") == 1
     said = capsys.readouterr()
     assert [row["file"] for row in json.loads(said.out)] == [str(folder / "m.png")]
@@ -245,7 +245,7 @@ def test_names_of_classes_hold_no_control_characters_and_no_formula(
     monkeypatch.chdir(tmp_path)
     assert exit_code(predict.main, network, "@a.png", form) == 0
     out = capsys.readouterr().out
-    out.encode()  # no lone surrogate
+    out.encode()  # fails if there is a lone surrogate
     assert not {"\x1b", "\x00", "\u202e"} & set(out)
     shown = {"=1+1", "a\\x1b[31m\\x00", "b\\u202e\\xff"}
     if form == "--json":

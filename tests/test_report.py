@@ -1,4 +1,4 @@
-"""The report: which runs are counted, how they belong together, and what is concluded."""
+"""The report: which runs are counted, how they are grouped, and what is concluded."""
 
 import math
 
@@ -33,7 +33,7 @@ def test_mean_and_deviation_over_the_seeds(tmp_path):
         make_run(tmp_path / f"aa/seed={seed}", top1, seed, "aa")
     make_run(tmp_path / "none/seed=0", 20.0)
     written = report([tmp_path], tmp_path / "out")
-    # mean 73, deviations -3, 1, 2: variance 14 / 2
+    # mean 73; deviations -3, 1, 2; variance 14 / 2
     row = (
         "| AA | 3 | 73.00 ± 2.65 | 93.00 ± 2.65 | 2,700,000 | 1.11 | 0: 70.00, 1: 74.00, 2: 75.00 |"
     )
@@ -67,7 +67,7 @@ def test_what_is_no_result_is_listed_and_in_no_number(tmp_path):
     data, found, others = runs.select_data(found, None)
     variants, duplicates = runs.group_by_variant(found)
     assert data == "cifar100 test"
-    # f comes before none/seed=1 and has the same settings and seed.
+    # f has the same settings and seed as none/seed=1, and comes before it.
     assert [(r.folder.name, r.seed) for r in variants[0].runs] == [("seed=0", 0), ("f", 1)]
     excluded += others + duplicates
     assert {one.folder.name: (one.kind, one.why) for one in excluded} == {
@@ -146,7 +146,7 @@ def test_the_command_writes_both_files_and_says_where(tmp_path, capsys):
     assert line == f"report.py: there is no {tmp_path / 'x'}\n"
 
 
-# ---- What belongs together ----------------------------------------------------------------------
+# ---- Grouping -----------------------------------------------------------------------------------
 
 
 def test_variants_are_named_by_what_tells_them_apart(tmp_path):
@@ -170,7 +170,7 @@ def test_names_and_places_do_not_part_runs_and_settings_do(tmp_path):
     make_run(tmp_path / "a", seed=0, name="x", data__root="y", wandb__mode="offline")
     make_run(tmp_path / "b", seed=1)
     assert [len(variant.runs) for variant in variants_of(tmp_path)] == [2]
-    make_run(tmp_path / "d", seed=3, model__aa={"dk": 0.3})  # the default of what attention.dk is
+    make_run(tmp_path / "d", seed=3, model__aa={"dk": 0.3})  # only the default of attention.dk
     assert [len(variant.runs) for variant in variants_of(tmp_path)] == [3]
     make_run(tmp_path / "c", seed=2, label_smoothing=0.1)
     assert sorted(len(variant.runs) for variant in variants_of(tmp_path)) == [1, 3]
@@ -188,7 +188,7 @@ def test_a_setting_that_is_missing_or_of_another_type_parts_runs(tmp_path):
 
 
 def test_values_that_are_written_alike_are_one_variant(tmp_path):
-    """No label could tell them apart."""
+    """No label could distinguish them."""
     for seed, dk in enumerate((None, "null", "null")):
         make_run(tmp_path / f"{seed}", 70.0, seed, "aa", attention__dk=dk)
     (variant,) = variants_of(tmp_path)
@@ -204,7 +204,7 @@ def test_runs_behind_links_are_found_and_none_is_counted_twice(tmp_path):
     assert [len(variant.runs) for variant in variants_of(tmp_path / "here")] == [2]
 
 
-# ---- Where it comes from ------------------------------------------------------------------------
+# ---- Provenance ---------------------------------------------------------------------------------
 
 
 def test_mixed_commits_and_hardware_are_noted(tmp_path):
@@ -270,7 +270,7 @@ def test_paired_difference_by_hand():
     error = math.sqrt(7 / 3)
     assert found.mean == pytest.approx(3)
     assert found.t == pytest.approx(3 / error)
-    # 4.302653 is the tables' 97.5 % quantile of Student's t with two degrees of freedom.
+    # From a table: 4.302653 is the 97.5 % quantile of Student's t with two degrees of freedom.
     assert found.low == pytest.approx(3 - 4.302653 * error, rel=1e-6)
     assert found.high == pytest.approx(3 + 4.302653 * error, rel=1e-6)
     # With two degrees of freedom the distribution is t / sqrt(2 + t^2), in closed form.
@@ -307,7 +307,7 @@ def test_unequal_recipes_are_said(tmp_path):
 
 
 def test_the_twin_is_the_plain_network_of_the_nearest_recipe(tmp_path):
-    """Not the first one by its label."""
+    """It is not simply the first by label."""
     make_run(tmp_path / "far", 60.0, batch_size=64, optim__lr=0.05)
     make_run(tmp_path / "near", 70.0)
     make_run(tmp_path / "other", 50.0, model__depths=[4, 4, 4])
@@ -339,7 +339,7 @@ def test_the_page_says_better_only_where_the_interval_does(tmp_path):
     assert "n = 3 pairs of seeds, p < 0.001" in cards[0].details[1]
 
 
-# ---- Beside the paper ---------------------------------------------------------------------------
+# ---- Comparison with the paper ------------------------------------------------------------------
 
 
 def test_the_papers_rows_are_shown_with_ours(tmp_path):
@@ -357,7 +357,7 @@ def test_the_papers_rows_are_shown_with_ours(tmp_path):
     assert "| batch_size | plain | 1024 | 256 | from memory, not checked |" in recipe
     assert "| schedule | plain, AA | warmup_cosine | one_cycle |" in recipe
     assert "| optim.weight_decay | plain | 0.0002 | 0.0005 |" in recipe
-    assert "attention.dk" not in recipe  # as in the paper
+    assert "attention.dk" not in recipe  # it is the paper's value
     assert "| batch_size | AA" not in recipe
 
 

@@ -1,4 +1,4 @@
-"""Damaged run folders: each is listed with file and key, and the rest is reported."""
+"""Damaged run folders: each is listed with its file and key, and the others are reported."""
 
 import copy
 import itertools
@@ -20,7 +20,7 @@ from folders import failed, make_run, report, segment
 pytestmark = pytest.mark.usefixtures("sketches")
 
 MISSING = object()
-# What any value may be replaced by. Python reads and writes NaN as JSON, and 1e999 as infinity.
+# Replacements for a value. Python's json reads and writes NaN, and reads 1e999 as infinity.
 DAMAGES = {
     "missing": MISSING,
     "null": None,
@@ -38,14 +38,14 @@ DAMAGES = {
     "large": 1e300,
     "huge": 10**400,
 }
-# What summary.json promises; config and the segments promise more, below.
+# Required keys of summary.json; those within config and the segments are below.
 PROMISED = {
     *("format", "epochs", "seed", "train/loss", "train/top1", "train/lr"),
     *("test/loss", "test/top1", "test/top5"),
     *("perf/total_seconds", "per_class_top1", "class_names", "model", "attention", "data"),
     *("evaluated_on", "parameters", "flops", "segments", "config"),
 }
-# Where they are not finite, the run has diverged; the files are whole.
+# If these are not finite, the run has diverged, but the files are not damaged.
 SCORED = ("train/loss", "train/top1", "test/loss", "test/top1", "test/top5")
 PROMISED_WITHIN = {
     *("config.seed", "config.epochs", "config.attention", "config.data"),
@@ -59,14 +59,14 @@ def healthy(root):
 
 
 def whole_summary(root):
-    """A summary with everything that one may have: its text as a value."""
+    """Return a summary that has every possible key."""
     segments = {"segments": [segment(), segment(2, commit="f" * 40)]}
     folder = make_run(root, 71.0, 1, "aa", facts=segments, grad_clip=None, compile=False)
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
 def keys_of(value, prefix=()):
-    """The places of all values in an object, inner ones too."""
+    """Yield the paths of all values in an object, including nested ones."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     for key, inner in pairs:
         yield (*prefix, key)
@@ -87,7 +87,7 @@ def damaged(value, key, damage):
 
 
 def all_damages(root, names):
-    """A folder for each damage of each value of a summary: (key, damage's name, folder)."""
+    """Make a folder for each damage of each value in a summary; yield (key, damage, folder)."""
     summary = whole_summary(root / "whole")
     for (number, key), name in itertools.product(enumerate(keys_of(summary)), names):
         folder = root / "damaged" / f"{number} {name}"
@@ -98,14 +98,14 @@ def all_damages(root, names):
 
 
 def result_of(folder):
-    """A run, or what is excluded."""
+    """Return the `Run` or `Excluded` of a folder."""
     found, excluded = runs.read([folder])
     (result,) = [*found, *excluded]
     return result
 
 
 def one_by_one(root):
-    """What becomes of each damage: (key, damage's name, its result)."""
+    """Yield the result of each damage: (key, damage's name, result)."""
     for key, name, folder in all_damages(root, DAMAGES):
         yield key, name, result_of(folder)
 
@@ -124,10 +124,10 @@ def test_every_damaged_key_of_a_summary_is_named(tmp_path):
         else:
             assert result.kind == "unreadable"
             assert result.why.startswith("summary.json")
-            # A damage may show where two values disagree; a list is named as a whole.
+            # Damage may be noticed because two values disagree; a list is named as a whole.
             names = [part for part in key.split(".") if not part.isdigit()]
             assert any(part in result.why for part in names), (key, name, result.why)
-    # Settings may be anything that is finite. What is promised may be any possible value.
+    # Settings may be anything finite. Required keys may have any valid value.
     assert not {(k, n) for k, n in unnoticed if n in ("nan", "infinite", "large", "huge")}
     assert {(k, n) for k, n in unnoticed if k in PROMISED | PROMISED_WITHIN} == {
         *((key, "text") for key in ("model", "data")),
@@ -154,7 +154,7 @@ def test_every_damaged_key_of_a_summary_is_named(tmp_path):
     ids=["missing", "all"],
 )
 def test_no_damage_of_a_summary_ends_the_report(tmp_path, names):
-    """All at once; those that are runs still, on pages of their data sets."""
+    """All damages at once; folders that still count as runs are reported by data set."""
     healthy(tmp_path)
     folders = [folder for *_, folder in all_damages(tmp_path, names)]
     found, excluded = runs.read([tmp_path])
@@ -205,7 +205,7 @@ def test_a_key_with_a_line_break_is_named_in_one_line(tmp_path, where):
 
 
 def csv_damages(lines):
-    """Damaged versions of a CSV's lines, by what is wrong and the column that is named."""
+    """Yield damaged versions of a CSV's lines: (what is wrong, the column it names, cells)."""
     header = lines[0].split(",")
     cells = [line.split(",") for line in lines]
     for place, column in enumerate(header):
@@ -245,7 +245,7 @@ def test_every_damaged_column_of_the_metrics_is_named(tmp_path, finished):
 
 @pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.thorough)])
 def test_a_cut_file_is_never_a_result(tmp_path, step):
-    """Inside of a line, or after one."""
+    """The cut may be inside a line or after one."""
     folder = make_run(tmp_path / "a", 71.0, 1, "aa")
     for name in ("metrics.csv", "summary.json"):
         content = (folder / name).read_bytes()
@@ -289,7 +289,7 @@ def test_a_header_alone_is_an_unfinished_run(tmp_path):
     assert (result_of(folder).kind, result_of(folder).why) == ("unfinished", "0 epochs")
 
 
-# ---- Files that are none ------------------------------------------------------------------------
+# ---- Paths that are not regular files -----------------------------------------------------------
 
 
 def as_loop(path):
@@ -351,7 +351,7 @@ def test_damaged_settings_of_an_unfinished_run_leave_out_its_length(tmp_path, na
         path.write_bytes(b"\xff\xfe")
     elif name == "digits":
         path.write_text("epochs: " + "9" * 5000 + "\n")
-    elif name == "aliases":  # which expand to 10^8 words
+    elif name == "aliases":  # expand to 10^8 words
         names = "abcdefgh"
         lines = [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in itertools.pairwise(names)]
         path.write_text("\n".join(["a: &a [x, x, x, x, x, x, x, x, x, x]", *lines, "epochs: 5"]))
@@ -364,7 +364,7 @@ def test_a_file_or_folder_without_permission_is_named():
     nobody = 65534
     if os.geteuid() not in (0, nobody):
         nobody = os.geteuid()
-    root = Path(tempfile.mkdtemp())  # others may enter it, unlike pytest's
+    root = Path(tempfile.mkdtemp())  # unlike pytest's folder, it can be opened to other users
     try:
         root.chmod(0o755)
         make_run(root / "a")

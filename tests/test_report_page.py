@@ -1,4 +1,4 @@
-"""The report's two files: what they hold, names from outside in them, where they are written."""
+"""The report's two files: their contents, names from outside, and where they are written."""
 
 import base64
 import errno
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("sketches")
 
 
 class Page(HTMLParser):
-    """The parts of a page that a browser would act on."""
+    """Collect the parts of a page that a browser would interpret."""
 
     def __init__(self, text):
         super().__init__()
@@ -102,7 +102,7 @@ def test_a_sweep_is_counted_and_drawn_by_cell(tmp_path, monkeypatch):
     head, *_ = page.cards(analysis.nearest)
     assert head.title.startswith("12 augmented variants")
     # Differences by seed: dk / 10 + dv / 100 + heads / 1000, and dv / 50 more at seed 1. With one
-    # degree of freedom t must pass 12.7: only a mean above 6.35 * dv / 50 would do.
+    # degree of freedom, t must exceed 12.7, so the mean must exceed 6.35 * dv / 50.
     decided = {
         (dk, dv, heads)
         for dk in (8, 16) for dv in (4, 8, 12) for heads in (2, 4)
@@ -124,7 +124,7 @@ def test_classes_are_compared_by_pair(tmp_path):
     make_run(tmp_path / "p1", 71.0, 1, facts=by_class(30, 40))
     make_run(tmp_path / "a0", 70.0, 0, "aa", facts=by_class(15, 10))
     make_run(tmp_path / "a1", 72.0, 1, "aa", facts=by_class(33, 38))
-    # A pair of which one has other classes has no class in common.
+    # A pair whose class names differ has no class in common.
     make_run(tmp_path / "p2", 70.0, 2, facts=by_class(50, 60) | {"class_names": ["b", "a", "c"]})
     make_run(tmp_path / "a2", 71.0, 2, "aa", facts=by_class(55, 50))
     section = classes_section(analysis_of(tmp_path))
@@ -143,7 +143,7 @@ def test_one_run_alone_has_a_page(tmp_path, pictures, attention):
 
 @pytest.mark.slow
 def test_two_hundred_runs(tmp_path, pictures):
-    """All of them are on the page: 64 augmented variants and two plain ones, three seeds each."""
+    """The page shows all 64 augmented and two plain variants with three seeds each."""
     for number in range(66):
         for seed in range(3):
             attention = "aa" if number < 64 else "none"
@@ -188,7 +188,7 @@ def test_colors_of_few_and_of_many(tmp_path):
 
 
 def of_markdown(line):
-    """What a reader sees of a line of Markdown in which everything is escaped."""
+    """Return the visible text of a line of Markdown, after checking that all is escaped."""
     assert not re.search(r"(?<!\\)(?:\\\\)*[`*\[\]~$<>|]", line), line
     assert not re.search(r"://|www\.|^(#|[-+=]+|\d+[.)])( |$)", line), line
     for underscore in re.finditer(r"(?<!\\)_", line):
@@ -202,7 +202,7 @@ def test_markdown_shows_a_name_as_it_is(name):
     line = text.markdown(name)
     assert of_markdown(line) == text.single_line(name)
     assert not re.search(r"[\x00-\x1f\x7f\u202a-\u202e\ud800-\udfff]", line)
-    # Ordinary names and numbers are left alone.
+    # Ordinary names and numbers are not changed.
     for plain in ("wrn16_4", "AA dk=0.2 optim.lr=0.1", "73.00 ± 2.65", "+1.62", "2.5", "a - b, c."):
         assert text.markdown(plain) == plain
 
@@ -256,7 +256,7 @@ def test_a_column_of_any_name_has_its_picture_beside_the_report(tmp_path):
 
 
 def run_report(*arguments):
-    """scripts/report.py in ASCII: `LC_ALL=C` with what Python does about it switched off."""
+    """Run scripts/report.py in an ASCII locale, with Python's UTF-8 workarounds disabled."""
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     return subprocess.run(
         [sys.executable, ROOT / "scripts" / "report.py", *map(os.fsencode, arguments)],
@@ -295,7 +295,7 @@ def test_a_full_disk_leaves_the_report_that_was_there(tmp_path, monkeypatch):
     report([tmp_path], tmp_path / "out")
     before = everything_below(tmp_path / "out")
     make_run(tmp_path / "a", 71.0, attention="aa")
-    written = len(before) + 2  # with the pictures of a comparison
+    written = len(before) + 2  # including the pictures of a comparison
     for number in range(written):
         left = iter([True] * number + [False])
 

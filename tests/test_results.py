@@ -1,4 +1,4 @@
-"""results/: the pages' numbers are those of the raw rows, by the command that the pages name."""
+"""results/: the numbers on the pages match the raw rows and the command given on the pages."""
 
 import re
 import statistics
@@ -17,10 +17,10 @@ from helpers import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGE = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-# Their words, however the lines are broken.
+# Their text without line breaks.
 README_WORDS, WORDS = (" ".join(text.split()) for text in (README, PAGE))
 SHOWN = ("Scores", "Differences from the plain baseline", "At equal cost")
-# How README calls the networks.
+# README's names for the networks.
 NAMES = {
     "none": "ResNet-20, plain",
     "ge": "with gather-excite",
@@ -31,7 +31,7 @@ NAMES = {
 
 @pytest.fixture(scope="module")
 def sections(tmp_path_factory):
-    """The sections of report.md by their titles."""
+    """The sections of report.md by title."""
     out = tmp_path_factory.mktemp("report")
     report([ROOT / "results" / "cpu20"], out)
     text = (out / "report.md").read_text(encoding="utf-8")
@@ -87,11 +87,11 @@ def test_every_run_is_of_the_planned_commit_and_recipe():
         assert {run.settings[key] for run in runs} == {value}
 
 
-# ---- What was found about it afterwards ---------------------------------------------------------
+# ---- Follow-up analyses -------------------------------------------------------------------------
 
 
 def last_epochs(folder, column):
-    """The last epoch's values of a column by the variant's folder and the seed, of the raw rows."""
+    """Return a column's values in the last epoch, by variant folder and seed."""
     values = {}
     for path in sorted((ROOT / "results" / folder).glob("*/seed=*")):
         seed = int(path.name.partition("=")[2])
@@ -160,7 +160,7 @@ CONTRASTS = (f"dk, 64 {MINUS} 16", f"dv, 32 {MINUS} 8", f"Nh, 8 {MINUS} 2")
 
 
 def heads8(column):
-    """The last epoch's value of each run, by its dk, dv and Nh."""
+    """Return the last epoch's value of each run, by its dk, dv and Nh."""
     runs, _ = read([ROOT / "results" / "heads8"])
     assert [len(run.rows) for run in runs] == [4] * 27
     return {
@@ -170,8 +170,8 @@ def heads8(column):
 
 
 def main_effects(values):
-    """The planned contrasts: what is left by the main effects, and of dk, dv and Nh the highest
-    value minus the lowest with 95 % interval and p by Holm."""
+    """The residual sd of the main effects, and the planned contrasts of dk, dv and Nh: highest
+    level minus lowest, with 95 % interval and Holm-corrected p."""
     grand = statistics.mean(values.values())
     means = [
         {
@@ -192,7 +192,7 @@ def main_effects(values):
         low, *_ = of_level.values()
         effects.append(high - low)
     p = holm_bonferroni([2 * scipy.stats.t.sf(abs(e) / unit, 20) for e in effects])
-    # 2.086 is the 97.5 % quantile of t with 20 degrees of freedom, from a table.
+    # From a table: 2.086 is the 97.5 % quantile of t with 20 degrees of freedom.
     return sd, [
         (effect, effect - 2.086 * unit, effect + 2.086 * unit, corrected)
         for effect, corrected in zip(effects, p, strict=True)
@@ -241,7 +241,7 @@ def test_the_report_of_the_sweep_says_what_the_page_does(tmp_path):
     assert "1 of 9 differences significant" in text
 
 
-# ---- Start and rate -----------------------------------------------------------------------------
+# ---- Initialization and learning rate -----------------------------------------------------------
 
 
 STARTS = {  # the page's names, by `attention.init` and `attention.qk_norm`
@@ -252,7 +252,7 @@ STARTS = {  # the page's names, by `attention.init` and `attention.qk_norm`
 
 
 def cells_of_a():
-    """A's runs by their settings and then by their seed; the pilot's are those at a rate of 0.2."""
+    """A's runs by settings, then by seed; the runs with a learning rate of 0.2 are the pilot's."""
     cells = {}
     for folder in ("start-rate", "start-pilot"):
         runs, excluded = read([ROOT / "results" / folder])
@@ -270,8 +270,8 @@ def cells_of_a():
 
 
 def contrasts_of_a(column):
-    """The pooled deviation of seeds, its degrees of freedom, and of either new start minus the
-    former one, each of three rates counting a third: the mean, 95 % interval, and p by Holm."""
+    """The pooled sd over seeds, its degrees of freedom, and each new start minus the former one,
+    averaged over three learning rates: mean, 95 % interval and Holm-corrected p."""
     cells = {
         settings: {seed: row[column] for seed, row in cell.items()}
         for settings, cell in cells_of_a().items()
@@ -334,7 +334,7 @@ def test_the_page_says_from_where_the_second_step_of_a_went_on():
 
 
 def test_the_page_has_the_three_best_cells_of_either_network():
-    """By seed 0, with all seeds that are in: the highest mean of three makes the settings of B."""
+    """The best by seed 0, with all their seeds; B uses the highest mean of three seeds."""
     cells = cells_of_a()
     by_first = sorted(cells, key=lambda settings: -cells[settings][0]["val/top1"])
     rows = re.findall(r"^\| (?:plain|attention) \| (?:decay|dv) .*\|$", PAGE, re.MULTILINE)
@@ -401,7 +401,7 @@ def test_the_page_has_the_rows_of_start_and_rate():
 
 
 def test_the_page_has_the_plain_network_beside_them():
-    """At the rates of both: by how much the former start and the new ones are above plain."""
+    """The gains of the former and the new starts over plain, at each learning rate."""
     above = {}
     cells = cells_of_a()
     for (start, place, rate, *recipe), cell in cells.items():
@@ -438,7 +438,7 @@ def test_the_page_has_the_plain_network_beside_them():
 
 
 def entropy_by_epoch(run):
-    """Of attention after each epoch, as the page says that it moves; the sharpest layer's ends."""
+    """Check how entropy moves; return it by epoch, and the sharpest layer's first and last."""
     entropies = [row["attention/entropy"] for row in run.rows]
     if run.summary["config"]["attention"]["init"] == "kaiming":  # softens
         assert entropies == sorted(entropies)

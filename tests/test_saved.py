@@ -1,4 +1,4 @@
-"""`models.load`: the network of a file alone, and one line where the parts do not fit."""
+"""`models.load`: loading a network from its files, and one-line errors if they do not match."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def describe(attention=ATTENTIONS[3], **change):
 def trained(description):
     torch.manual_seed(0)
     network = models.build(description.network)
-    network(torch.randn(4, 3, 16, 20))  # so that the running means are not those of a new one
+    network(torch.randn(4, 3, 16, 20))  # changes the running statistics
     return network.eval()
 
 
@@ -64,7 +64,7 @@ def write(folder, description=None, network=None):
 
 
 def save(folder, description):
-    """A new folder with the network of ``description``."""
+    """Write the network of ``description`` to a new folder; return the folder."""
     folder.mkdir()
     write(folder, description)
     return folder
@@ -87,7 +87,7 @@ def test_the_same_network_comes_back(tmp_path, attention):
 
 @pytest.mark.parametrize("backend", ["fused", "tiled", "native"])
 def test_attention_is_computed_as_is_best_where_the_network_is_loaded(tmp_path, backend):
-    """Where it was trained there may have been a GPU, or a compiler."""
+    """The machine it was trained on may have had a GPU or a compiler that is missing here."""
     write(tmp_path, describe(replace(ATTENTIONS[3], backend="sdpa")))
     text = (tmp_path / "config.json").read_text().replace('"sdpa"', f'"{backend}"')
     (tmp_path / "config.json").write_text(text)
@@ -97,7 +97,7 @@ def test_attention_is_computed_as_is_best_where_the_network_is_loaded(tmp_path, 
 
 @pytest.mark.slow
 def test_loading_does_not_import_the_compiler_of_torch(tmp_path):
-    """It takes nearly as long as importing torch, and a network that is loaded needs no drawing."""
+    """Importing it takes nearly as long as importing torch, and loading does not need it."""
     write(tmp_path)
     program = (
         "import sys, torch, models; x = torch.zeros(1, 3, 16, 20); "
@@ -127,11 +127,11 @@ def test_of_a_run_the_finished_network_is_loaded_and_of_a_checkpoint_the_same(tm
     assert finished.description.data == "lookup"
     assert finished.description.network["num_classes"] == len(finished.class_names)
     x = torch.randn(2, 3, 32, 32)
-    assert torch.equal(finished.network(x), last.network(x))  # the averaged weights, both times
+    assert torch.equal(finished.network(x), last.network(x))  # both have the averaged weights
     assert not torch.equal(previous.network(x), last.network(x))
     state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
     assert not torch.equal(state["model"]["head.weight"], last.network.head.weight)
-    # A run that is not finished has its checkpoint alone.
+    # An unfinished run has only its checkpoint.
     (tmp_path / "run" / "weights.safetensors").unlink()
     assert torch.equal(models.load(tmp_path / "run").network(x), last.network(x))
 
@@ -331,7 +331,7 @@ OTHERS = [None, [], {}, -1, 0, 1.5, True, 2**62, 1e300, float("nan"), "x", [[]],
 
 
 def test_whatever_a_field_of_the_description_is_the_network_works_or_is_refused(tmp_path):
-    """Each value of config.json by each of these: no error but ValueError, and no NaN."""
+    """Replace each value of config.json by each of `OTHERS`: only ValueErrors, and no NaN."""
     write(tmp_path)
     path = tmp_path / "config.json"
     original = json.loads(path.read_text(encoding="utf-8"))

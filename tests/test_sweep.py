@@ -1,4 +1,4 @@
-"""Sweeps by ``train.py -m``: no job ends them, and the table says what became of each."""
+"""Sweeps by ``train.py -m``: a failed job does not end them; a table shows each job's outcome."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from helpers import CONFIGS, TINY, call
 from image_folders import write, write_folder
 
 ONE_EPOCH = [*(w for w in TINY if "epochs" not in w), "epochs=1", "attention=none"]
-# Of these twelve, three cannot be trained, and one diverges: clipped, the steps are of 0.1 and 1.
+# Three of the twelve are rejected, and one diverges: the clipped ones take steps of 0.1 and 1.
 TWELVE = [
     *ONE_EPOCH,
     *("optim=sgd", "optim.weight_decay=0", "optim.momentum=0", "optim.nesterov=false"),
@@ -28,7 +28,7 @@ TWELVE = [
 
 @pytest.fixture
 def sweeps(tmp_path, capfd, steps):
-    """A function that runs ``train.py -m``; the exit code, what it printed, the steps it took."""
+    """A function that runs ``train.py -m``; it returns exit code, output and number of steps."""
 
     def go(*words):
         steps.clear()
@@ -44,7 +44,7 @@ def sweeps(tmp_path, capfd, steps):
 
 
 def table(said):
-    """The lines of the table at the end, by the jobs' numbers, and its last line."""
+    """Return the lines of the final table by job number, and its last line."""
     lines = said.out.splitlines()
     jobs = {int(line[1:].split()[0]): line for line in lines if line.startswith("#")}
     return jobs, lines[-1]
@@ -61,7 +61,7 @@ def test_twelve_jobs_of_which_three_cannot_be_trained_and_one_diverges_twice(swe
         expected = "refused: grad_clip=-1.0 must be" if number % 4 == 3 else "done: test top-1 "
         assert ("diverged: the loss is not finite" if number == 8 else expected) in line
         assert f"optim.lr={['0.01', '0.02', '1e+30'][number // 4]} " in line
-        assert "batch_size" not in line  # all jobs have it
+        assert "batch_size" not in line  # the same for all jobs
     lines = said.err.splitlines()
     assert [line.partition(": g")[0].partition(": the")[0] for line in lines] == [
         f"train.py: job #{number}" for number in (3, 7, 8, 11)
@@ -86,7 +86,7 @@ def test_twelve_jobs_of_which_three_cannot_be_trained_and_one_diverges_twice(swe
     assert "overwrite=true trains it from scratch" in jobs[8]
     assert {p: p.read_bytes() for p in tmp_path.rglob("*.json")} == before
 
-    # What is missing is trained, and nothing else.
+    # Only the missing run is trained again.
     lost = next(p.parent for p in before if p.name == "summary.json" and "1e-31" in str(p))
     shutil.rmtree(lost)
     third = sweeps(*TWELVE, "resume=auto")
@@ -143,7 +143,7 @@ def test_a_signal_after_a_jobs_last_epoch_ends_the_sweep_and_the_job_is_done(swe
 
 
 def test_a_finished_job_needs_its_summary_alone_and_that_of_its_settings(sweeps, tmp_path):
-    """A default may have changed since, which the folder's name does not show."""
+    """A default may have changed in the meantime, which the folder's name does not show."""
     sweeps(*ONE_EPOCH, "seed=0,1")
     (path,) = tmp_path.rglob("seed=0/metrics.csv")
     path.write_text("damaged")
@@ -154,7 +154,7 @@ def test_a_finished_job_needs_its_summary_alone_and_that_of_its_settings(sweeps,
     said = sweeps(*ONE_EPOCH, "seed=0,1", "resume=auto")
     jobs, count = table(said)
     assert (said.code, said.steps, count) == (0, 0, "2 jobs: 1 done, 1 skipped")
-    assert "done: test top-1" in jobs[1]  # the checkpoint is of the job's settings
+    assert "done: test top-1" in jobs[1]  # the checkpoint has the job's settings
 
 
 @pytest.mark.slow
@@ -182,14 +182,14 @@ def test_a_result_on_other_images_is_not_taken_for_the_jobs(sweeps, tmp_path, mo
         (["grad_clip=-1,-2"], ["grad_clip=-1.0 must be above 0", "grad_clip=-2.0 must be above 0"]),
         (["optim.lr=inf,nan"], ["optim.lr=inf must be finite", "optim.lr=nan must be finite"]),
         (["augmentation.policy=foo,bar"], ["policy=foo is unknown", "policy=bar is unknown"]),
-        # By Hydra's patterns, and with keys that replace earlier ones.
+        # With Hydra's glob patterns, and with keys that override earlier ones.
         (["schedule=glob(*st*)", "grad_clip=-1"], ["grad_clip=-1.0 must be above 0"] * 2),
         (["seed=0,1,2", "seed=4,5", "grad_clip=-1,-2", "grad_clip=-3"], ["must be above 0"] * 2),
         (["data=folder", "seed=0,1"], ["data.root has no value; give data.root=..."] * 2),
     ],
 )
 def test_a_sweep_of_which_no_job_can_be_trained(sweeps, tmp_path, words, reasons):
-    """It leaves the record of the one before."""
+    """It keeps the record of the previous sweep."""
     record = tmp_path / "lookup" / "multirun.yaml"
     record.parent.mkdir()
     record.write_text("of the one before")
@@ -204,7 +204,7 @@ def test_a_sweep_of_which_no_job_can_be_trained(sweeps, tmp_path, words, reasons
 
 
 def start_sweep(folder):
-    """Call the callback of a sweep of three jobs."""
+    """Call the callback that starts a sweep of three jobs."""
     settings = {
         "sweep": {"dir": str(folder)},
         "sweeper": {"_target_": "a.BasicSweeper", "params": {"grad_clip": "1"}},
@@ -216,7 +216,7 @@ def start_sweep(folder):
 
 @pytest.fixture
 def started(tmp_path):
-    """A sweep of three jobs has begun; a function that notes a job."""
+    """A function that records a job of a sweep of three jobs, which has started."""
     start_sweep(tmp_path)
 
     def note(number, outcome="", why=""):
@@ -228,7 +228,7 @@ def started(tmp_path):
 
 
 def test_what_a_killed_sweep_has_left_is_removed(started, tmp_path):
-    """And nothing of one that still runs."""
+    """Files of a sweep that is still running are kept."""
     started(0)
     (running,) = tmp_path.glob(".sweep-*")
     killed = tmp_path / ".sweep-killed"
@@ -242,7 +242,7 @@ def test_what_a_killed_sweep_has_left_is_removed(started, tmp_path):
 
 
 def test_a_process_that_dies_leaves_what_its_folder_says(started, tmp_path, capsys):
-    """A process of Slurm's or joblib's may be killed, and the launcher then returns nothing."""
+    """A process of Slurm or joblib may be killed, and then the launcher returns nothing."""
     make_run(tmp_path / "0", 61.25, seed=0)
     failed(tmp_path / "1", "the loss is not finite in epoch 1")
     for number in range(3):
@@ -281,7 +281,7 @@ def test_the_exit_code_of_a_sweep(started, outcomes, error, code, capsys):
 
 
 def test_a_run_of_an_agent_has_a_folder_by_its_ids(untrained, monkeypatch, tmp_path):
-    """wandb may try the same settings twice, and gives a preempted run back under its id."""
+    """wandb may try the same settings twice, and resumes a preempted run under its old id."""
     monkeypatch.setenv("WANDB_SWEEP_ID", "s1")
     for run_id, words in (("r1", []), ("r2", []), ("r1", ["seed=5"])):
         monkeypatch.setenv("WANDB_RUN_ID", run_id)
@@ -304,7 +304,7 @@ def test_a_run_of_an_agent_that_is_refused_leaves_its_reason(monkeypatch, tmp_pa
     assert (refused.kind, refused.folder.name) == ("refused", "run=r1")
     assert "dk=7 must be divisible by Nh=4" in refused.why
     assert refused.settings["attention.dk"] == 7
-    monkeypatch.delenv("WANDB_SWEEP_ID")  # nobody's sweep: the line on the screen is enough
+    monkeypatch.delenv("WANDB_SWEEP_ID")  # without a sweep, the printed error is enough
     with pytest.raises(SystemExit):
         call(cli.run, *words, f"out_dir={tmp_path / 'alone'}")
     assert not [path for path in (tmp_path / "alone").rglob("*") if path.is_file()]

@@ -1,4 +1,4 @@
-"""The steps of training against loops written out here, without the parts of train.py."""
+"""Training steps against loops written out here, independently of train.py."""
 
 import copy
 import math
@@ -19,13 +19,13 @@ from training.progress import EpochState, Progress
 from helpers import TINY, rows, slow
 
 CPU = torch.device("cpu")
-# A step moves the weights by the learning rate times the gradient, and no more.
+# A step moves the weights by just the learning rate times the gradient.
 PLAIN_SGD = ["optim=sgd", "optim.momentum=0", "optim.nesterov=false", "optim.weight_decay=0"]
 
 
 @pytest.fixture
 def built(settings):
-    """A function from overrides to settings and what `train.build_state` makes of them."""
+    """A function that returns settings with overrides, and their `train.build_state`."""
 
     def make(*overrides):
         cfg = settings(*overrides)
@@ -41,9 +41,9 @@ def first_batch(state):
 
 
 def cross_entropy(logits, labels, smoothing):
-    """Of each image; ``smoothing`` of the target is spread over all classes.
+    """The loss of each image; a share ``smoothing`` of the target is spread over all classes.
 
-    Labels are classes, or weights of the classes.
+    Labels are class indices or weights of the classes.
     """
     log_p = logits.double().log_softmax(dim=1)
     if labels.ndim == 2:
@@ -54,7 +54,7 @@ def cross_entropy(logits, labels, smoothing):
 
 
 def gradients(cfg, model, images, labels):
-    """Loss of the whole batch and its gradients, from micro-batches normalized one by one."""
+    """Return the loss of the whole batch and its gradients, with batch norm per micro-batch."""
     micro_batches = list(
         zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
     )
@@ -83,12 +83,12 @@ def warmup_cosine(cfg, step, total):
 
 
 def floating(model):
-    """Weights and running statistics, without the integers that count batches."""
+    """Return weights and running statistics, without the integer batch counters."""
     return {k: v for k, v in model.state_dict().items() if v.is_floating_point()}
 
 
 def by_hand(cfg, state):
-    """What training with `PLAIN_SGD` and a warm-up comes to, step by step."""
+    """Train with `PLAIN_SGD` and a warm-up, step by step."""
     model, step, table = copy.deepcopy(state.model), 0, []
     total = cfg.epochs * len(state.batches)
     average = None
@@ -174,11 +174,11 @@ def test_a_seed_draws_a_network_of_its_own(built):
     assert not torch.equal(first, other)
 
 
-# The norm that gradients are clipped to, as a part of theirs: more leaves them as they are.
+# The clipping norm as a multiple of the gradients' own norm; above 1 there is no clipping.
 @pytest.mark.parametrize("part", [0.25, 4.0])
 @pytest.mark.parametrize("scale", [slow(2.0**3), 2.0**16])
 def test_a_clipped_step_in_fp16_is_that_of_fp32(built, scale, part):
-    """Gradients are clipped to a norm of their own, whatever the loss was scaled by."""
+    """Clipping applies to the unscaled gradients, whatever the loss scale."""
     words = [*PLAIN_SGD, "attention=none", "optim.lr=0.1", "schedule=warmup_cosine"]
     cfg, state = built(*words, "schedule.warmup=0")
     images, labels = first_batch(state)
@@ -229,7 +229,7 @@ def test_only_fp16_scales_the_loss(built):
     ],
 )
 def test_an_epochs_row_has_the_mean_accuracy_and_gradient_norm_of_its_steps(built, words):
-    """The norm before it is clipped, and without fp16's scale."""
+    """The norm is the one before clipping and without fp16's loss scale."""
     cfg, state = built(*PLAIN_SGD, "attention=none", "optim.lr=0.1", *words)
     unclipped = OmegaConf.merge(cfg, {"grad_clip": None})
     epoch_state, norms, right = EpochState.begin(len(state.batches)), [], 0
@@ -237,7 +237,7 @@ def test_an_epochs_row_has_the_mean_accuracy_and_gradient_norm_of_its_steps(buil
     for images, labels in state.batches.epoch(0):
         _, grads = gradients(unclipped, copy.deepcopy(state.model), images, labels)
         norms.append(math.sqrt(sum(g.double().square().sum().item() for g in grads)))
-        # Each micro-batch is normalized by its own statistics.
+        # Batch norm uses the statistics of each micro-batch.
         parts = zip(images.chunk(cfg.grad_accum), labels.chunk(cfg.grad_accum), strict=True)
         for inputs, targets in parts:
             with state.autocast:
@@ -253,7 +253,7 @@ def test_an_epochs_row_has_the_mean_accuracy_and_gradient_norm_of_its_steps(buil
 
 
 def figures(loss, top1, grad_norm, **further):
-    """What a step has shown."""
+    """Return the metrics of a step."""
     values = {"loss": loss, "top1": top1, "grad_norm": grad_norm, **further}
     return {name: torch.tensor(value) for name, value in values.items()}
 
@@ -301,7 +301,7 @@ def test_a_gradient_that_overflows_is_in_no_mean():
 def test_a_loss_that_is_not_finite_is_found_when_losses_are_looked_at(
     run, monkeypatch, log_every, taken
 ):
-    """And the first such step is named, though the ones after it are no better."""
+    """The error names the first such step, even if later losses are not finite either."""
     step, losses = train.take_step, []
 
     def breaking(*arguments):

@@ -1,4 +1,4 @@
-"""Weights of one network in another (init_from), frozen parts, and more epochs."""
+"""Loading weights of another network (init_from), frozen parts, and more epochs."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def aa(dk=4, dv=2, Nh=2, stages=(2,), position="relative"):
 
 
 def network(attention=None, seed=0, **change):
-    """A network with random statistics, too."""
+    """Build a network with random weights and running statistics."""
     torch.manual_seed(seed)
     described = describe_attention(attention or NoAttention())
     made = models.build({**NETWORK, **change, "attention": described})
@@ -45,7 +45,7 @@ def network(attention=None, seed=0, **change):
 
 
 def trained(attention=None, names=NAMES, **change):
-    """Another network, as `models.load` returns it."""
+    """Return another network in the form of `models.load`."""
     made = network(attention, seed=1, num_classes=len(names), **change)
     description = describe()
     object.__setattr__(description, "class_names", list(names))
@@ -53,7 +53,7 @@ def trained(attention=None, names=NAMES, **change):
 
 
 def after(attention, other, names=NAMES, **change):
-    """The new network's tensors, those it had before, the other's, and what was done."""
+    """Transfer from ``other``; return new, previous and other tensors, and what was done."""
     new = network(attention, num_classes=len(names), **change)
     before = {name: t.clone() for name, t in new.state_dict().items()}
     done = transfer(new, other, names)
@@ -112,7 +112,7 @@ def test_augmented_to_plain_leaves_the_other_channels_new():
 
 @pytest.mark.parametrize("size", [(5, 13), (9, 14), (18, 7), (2, 2)])
 def test_tables_of_another_map_are_fitted(size):
-    """As test_export.py shows that `fit_table` does it; the layer is in the second stage."""
+    """They are fitted by `fit_table` (see test_export.py); the layer is in the second stage."""
     new, _, old, done = after(aa(), trained(aa()), image_size=list(size))
     changed = set()
     for own, length, was in (("key_rel_h", size[0], 9), ("key_rel_w", size[1], 7)):
@@ -131,7 +131,7 @@ def test_tables_of_another_map_are_fitted(size):
     [
         (aa(dk=8), "newly initialized (dk=4 in the source)"),
         (aa(Nh=1), "newly initialized (Nh=2 in the source)"),
-        # The convolution for q, k and v has as many channels as before, split in another way.
+        # The convolution for q, k and v has as many channels as before, but splits differently.
         (aa(dk=3, dv=4, Nh=1), "newly initialized (dk=4, dv=2, Nh=2 in the source)"),
     ],
 )
@@ -226,7 +226,7 @@ def test_a_run_from_weights_that_has_stopped_continues_without_them(run, tmp_pat
     run("attention=none", folder="first")
     words = ["attention=none", f"init_from='{tmp_path / 'first'}'", "freeze=[conv,bn_in]"]
     whole = run(*words, folder="whole")
-    with pytest.raises(SystemExit):  # saved after a step, at once
+    with pytest.raises(SystemExit):  # stops and saves right after the first step
         run(*words, "max_minutes=1e-9", folder="parts")
     (tmp_path / "first").rename(tmp_path / "gone")
     parts = run(*words, "resume=auto", folder="parts")
@@ -245,7 +245,7 @@ def test_frozen_parts_of_a_run_stay_as_they_were(run, tmp_path, extra):
     before, after = (
         models.load(tmp_path / name).network.state_dict() for name in ("first", "second")
     )
-    # Of the averaged weights torch averages that number too, rounding it down.
+    # torch averages num_batches_tracked as well, rounding it down.
     before = {n: t for n, t in before.items() if not n.endswith("num_batches_tracked")}
     frozen = {n for n in before if n.startswith(("conv.", "bn_in.", "stages.0."))}
     assert frozen

@@ -1,4 +1,4 @@
-"""What attention looks at: models/views.py, scripts/visualize.py, the report's section."""
+"""Pictures of attention: models/views.py, scripts/visualize.py, the report's section."""
 
 import json
 import re
@@ -27,11 +27,11 @@ BLOCKS = ["stages.1.0.conv1", "stages.2.0.conv1"]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Untrained networks: with attention for two kinds of images, and a plain one."""
+    """Untrained networks: two with attention for different images, and a plain one."""
     (tmp_path / "runs").mkdir()
     save(tmp_path / "runs" / "aa=1", described(AA))
     save(tmp_path / "runs" / "plain=1", described(models.NoAttention()))
-    save(tmp_path / "runs" / "own", describe(AA))  # of 16x20 images
+    save(tmp_path / "runs" / "own", describe(AA))  # for 16x20 images
     write(tmp_path / "photo.jpg", size=(50, 31))
     (tmp_path / "broken.png").write_bytes((tmp_path / "photo.jpg").read_bytes()[:300])
     return tmp_path / "runs"
@@ -90,7 +90,7 @@ def test_a_tile_has_most_color_where_the_weight_is_largest():
     drawn = attention_picture.tile(image, weights)
     gray = 64 + 90 * 5 // 8
     largest, half = drawn.getpixel((5, 80)), drawn.getpixel((50, 5))
-    for share, pixel in ((0.8, largest), (0.4, half)):  # of 0.4 and of 0.2
+    for share, pixel in ((0.8, largest), (0.4, half)):  # for the weights 0.4 and 0.2
         blend = [share * w + (1 - share) * gray for w in attention_picture.WARM]
         assert pixel == pytest.approx(blend, abs=2)
     assert drawn.getpixel((120, 5)) == (gray, gray, gray)
@@ -100,9 +100,9 @@ def test_a_tile_has_most_color_where_the_weight_is_largest():
         )
         for v in (0, 255)
     )
-    assert min(b - a for a, b in zip(dark, light, strict=True)) > 20  # the image is seen below it
+    assert min(b - a for a, b in zip(dark, light, strict=True)) > 20  # the image shows through
     black, white = attention_picture.EDGE, attention_picture.MARK
-    for color in ((90, 90, 90), black, white):  # on whatever it lies
+    for color in ((90, 90, 90), black, white):  # on any background
         plain = Image.new("RGB", image.size, color)
         marked = attention_picture.marked(plain, (1, 2), (2, 3))
         assert [marked.getpixel((84 + n, 60)) for n in range(5)] == [
@@ -135,13 +135,13 @@ def test_each_block_becomes_a_png_and_an_svg(folder, capsys):
     assert capsys.readouterr().out.count("written: ") == 4
     with Image.open(out / f"attention-{BLOCKS[0]}.png") as picture:
         assert picture.width > 300
-        # Three images from one position and the mean over all; beside each, two heads.
+        # Rows: three images, each with one position and the mean over all; columns: two heads.
         assert picture.width / picture.height < 1.2
     assert "<image" in (out / f"attention-{BLOCKS[0]}.svg").read_text()
 
 
 def drawn(folder, monkeypatch, out, *words):
-    """The picture of the first block, and how many rows of tiles it has."""
+    """Return the SVG of the first block and its number of rows of tiles."""
     pictures = []
     draw = attention_picture.draw_layer
     monkeypatch.setattr(
@@ -181,7 +181,7 @@ def test_the_images_are_those_of_their_numbers(folder):
 
 
 def test_files_need_no_data(folder, tmp_path):
-    """Nor a square image: the network is of 16x20."""
+    """Nor do they need square images: the network is for 16x20."""
     out = tmp_path / "out"
     call(visualize.main, folder / "own", "--images", tmp_path / "photo.jpg", "--out", out)
     assert len(list(out.iterdir())) == 4
@@ -262,7 +262,7 @@ def test_the_report_shows_the_last_block_of_each_stage(run, tmp_path):
     assert damaged.pictures == []
     assert "The attention of aa is not shown: " in damaged.notes[0]
     (tmp_path / "runs" / "aa" / "weights.safetensors").unlink()
-    assert section(tmp_path / "runs") is None  # the plain one's weights show nothing
+    assert section(tmp_path / "runs") is None  # plain networks have no attention to show
 
 
 def test_images_that_are_gone_or_others_by_now_are_a_line_in_the_report(run, tmp_path, monkeypatch):
