@@ -1,4 +1,4 @@
-"""scripts/augmentation.py: the picture has what batches have."""
+"""scripts/augmentation.py: the picture shows the same images as the batches."""
 
 from itertools import islice
 
@@ -20,7 +20,7 @@ LOOKUP = ["data=lookup", "data.train_size=9", "data.test_size=1"]
 def test_the_picture_of_all_augmentations(monkeypatch, tmp_path, capsys):
     drawn, draw = [], augmentation.draw
 
-    def drawing(*columns):  # a few rows are drawn sooner
+    def drawing(*columns):  # draws only two rows, to save time
         drawn.append(columns)
         return draw(*(dict(islice(rows.items(), 2)) for rows in columns))
 
@@ -37,7 +37,7 @@ def test_the_picture_of_all_augmentations(monkeypatch, tmp_path, capsys):
     for name, images in (left | right).items():
         assert images.shape == (8, 32, 32, 3)
         assert images.dtype == torch.uint8
-        # At its ends an operation that has magnitudes does most.
+        # Operations with magnitudes have their largest effect at both ends.
         assert name == "none" or not torch.equal(images[-1], left["none"][0])
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks: what they time is the same computation, and every figure is there."""
+"""The benchmarks: they time the same computations and report every number."""
 
 import json
 from dataclasses import fields
@@ -15,7 +15,7 @@ from helpers import call
 
 
 def go(out, name, *arguments):
-    """Run a benchmark; returns its rows and its page."""
+    """Run a benchmark; return its rows and its page."""
     words = [name, *map(str, arguments), "--out", str(out)]
     call(bench.main, *words)
     record = json.loads((out / f"{name}.json").read_text())
@@ -127,7 +127,7 @@ def test_all_combinations_of_the_options_are_cases(monkeypatch, tmp_path):
         (["step", "--device", "gpu"], "device=gpu is not a device"),
         (["step", "--precision", "int8"], "invalid choice: 'int8'"),
         (["batches", "--precision", "int8"], "invalid choice: 'int8'"),
-        (["layer", "--dtype", "float64"], "invalid choice: 'float64'"),  # which autocast has not
+        (["layer", "--dtype", "float64"], "invalid choice: 'float64'"),  # not an autocast dtype
         (["attention", "--dtype", "int8"], "invalid choice: 'int8'"),
         (["step", "--model", "resnet9"], "Could not find 'model/resnet9'"),
     ],
@@ -182,7 +182,7 @@ def test_a_ratio_is_the_median_of_the_rounds_ratios():
 
 
 def test_bench_attention(monkeypatch, tmp_path, capsys):
-    # Without a GPU its kernels would run in Triton's interpreter.
+    # Without a GPU, the fused kernels would run in Triton's interpreter.
     available = attention.unavailable_reason
     monkeypatch.setattr(
         attention,
@@ -198,7 +198,7 @@ def test_bench_attention(monkeypatch, tmp_path, capsys):
         for values in (2, 3)
         for relative in ("yes", "no")
     ]
-    assert [r["batch"] for r in rows] == [31] * 4 + [4] * 4  # 5000 / 2 / 81, / 625
+    assert [r["batch"] for r in rows] == [31] * 4 + [4] * 4  # 5000 / 2 / 81 and 5000 / 2 / 625
     for row in rows:
         assert {"reference", "sdpa", "tiled"} <= row["ms"].keys()
         assert "fused" not in row["ms"]
@@ -228,7 +228,7 @@ def test_bench_augment(monkeypatch, tmp_path):
     rows, page = go(tmp_path, "augment", *words)
     plain, pooled, full = rows
     assert [row["attention"] for row in rows] == list(peaks)
-    assert plain["parameters"] == 11_689_512  # as torchvision's documentation says
+    assert plain["parameters"] == 11_689_512  # from torchvision's documentation
     assert pooled["parameters"] == full["parameters"] > plain["parameters"]
     assert plain["flops"] < pooled["flops"] < full["flops"]
     assert "| 1.75 |" in page
@@ -241,7 +241,7 @@ def test_peak_is_that_of_a_step_in_a_new_process():
 
 
 def holds(mebibytes, device):
-    """A step that fills so much memory."""
+    """Return a step that fills this much memory."""
     return lambda: torch.ones(mebibytes * 2**18, device=device).sum()
 
 
@@ -258,7 +258,7 @@ def test_bench_batches(tmp_path):
 
 
 def test_every_setting_of_the_augmentation_is_timed_and_drawn():
-    """But those that are RandAugment's, or a number of pixels that an option has."""
+    """The exceptions are RandAugment's settings and the padding, which options set."""
     shown = {word.partition("=")[0] for word in batches.ALL}
     options = {path.stem for path in (CONFIGS / "augmentation").glob("*.yaml")}
     named = {field.name for field in fields(Augmentation)}

@@ -1,4 +1,4 @@
-"""The report in a real browser: Debian's chromium, without its window and without a network."""
+"""The report in a real browser: Debian's chromium, headless and without a network."""
 
 import shutil
 
@@ -30,7 +30,7 @@ def browser(tmp_path_factory):
         "--no-sandbox",  # containers run as root
         "--disable-gpu",
         "--disable-dev-shm-usage",
-        "--proxy-server=127.0.0.1:9",  # nothing listens there, and it holds for every host
+        "--proxy-server=127.0.0.1:9",  # nothing listens there, so no host can be reached
         f"--user-data-dir={profile}",
     ):
         options.add_argument(argument)
@@ -43,7 +43,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A report on a sweep, its twins, and what cannot be counted; its folder."""
+    """The folder of a report on a sweep, its baselines and an excluded run."""
     root = tmp_path_factory.mktemp("runs")
     for seed, (plain, se, aa) in enumerate([(70.10, 70.52, 71.92), (70.24, 71.16, 72.06)]):
         make_run(root / f"plain/seed={seed}", plain, seed, epochs=5)
@@ -57,7 +57,7 @@ def written(tmp_path_factory):
 
 @pytest.fixture(params=[1280, 400])
 def opened(browser, written, request):
-    """The page at a window's width in pixels, everything unfolded."""
+    """The page, opened at a given window width in pixels."""
     browser.execute_cdp_cmd("Network.enable", {})
     browser.execute_cdp_cmd(
         "Network.emulateNetworkConditions",
@@ -104,7 +104,7 @@ def test_nothing_is_wider_than_the_window(opened):
     widths = "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     content, window = opened.execute_script(widths)
     assert content <= window
-    # A table may be, and is then scrolled; its caption is not.
+    # A table may be wider than the window and scroll, but its caption must not be.
     captions = "return [...document.querySelectorAll('caption')]"
     edges = opened.execute_script(f"{captions}.map(c => c.getBoundingClientRect().right)")
     assert edges
@@ -115,7 +115,7 @@ def test_the_answer_is_on_the_first_screen(opened):
     card = "return document.querySelector('.card').getBoundingClientRect().bottom"
     assert opened.execute_script(card) < 900
     text = opened.execute_script("return document.querySelector('.card').innerText")
-    # 71.92 - 0.2 - 70.10 and 72.06 - 0.2 - 70.24: both 1.62
+    # 71.92 - 0.2 - 70.10 and 72.06 - 0.2 - 70.24 are both 1.62
     assert "AA dk=0.2 vs. plain" in text
     assert "+1.62" in text
     assert "n = 2 pairs of seeds" in text
@@ -134,7 +134,7 @@ def test_tables_have_the_summaries_numbers(opened):
     differences = {row[0]: row for row in rows[1]}
     se = differences["SE \N{MINUS SIGN} plain"]
     assert se[1] == "optim.lr 0.1 vs. 0.2"
-    # 0.42 and 0.92: mean 0.67, deviation 0.5 / sqrt 2; t of one degree of freedom is 12.7062
+    # 0.42 and 0.92: mean 0.67, deviation 0.5 / sqrt 2; t with one degree of freedom is 12.7062
     assert se[3] == "+0.67"
     assert se[4] == f"\N{MINUS SIGN}{12.7062 * 0.25 - 0.67:.2f} to +{12.7062 * 0.25 + 0.67:.2f}"
 
@@ -142,7 +142,7 @@ def test_tables_have_the_summaries_numbers(opened):
 def test_names_are_shown_and_not_acted_on(browser, tmp_path):
     nasty_runs(tmp_path / "runs")
     report([tmp_path / "runs"], tmp_path / "out")
-    browser.get((tmp_path / "out" / "report.html").as_uri())  # an alert would be an error
+    browser.get((tmp_path / "out" / "report.html").as_uri())  # an alert would raise an error
     browser.execute_script("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert (
         browser.execute_script("return document.querySelectorAll('[onerror], main a').length") == 0

@@ -1,4 +1,4 @@
-"""Classes with unequal numbers of images: weights of the loss, and a balanced order."""
+"""Classes with unequal numbers of images: weights in the loss, and balanced sampling."""
 
 from collections import Counter
 
@@ -9,7 +9,7 @@ from data import Augmentation, Batches, Images
 from data.batches import balanced_order
 from training.loss import class_weights, cross_entropy, relative_weights
 
-COUNTS = {0: 1, 2: 30, 3: 6, 7: 2}  # of class 1 and some others there is no image
+COUNTS = {0: 1, 2: 30, 3: 6, 7: 2}  # class 1 and some others have no images
 LABELS = torch.tensor([label for label, count in COUNTS.items() for _ in range(count)])
 IMAGES = Images(torch.zeros(39, 2, 2, 3, dtype=torch.uint8), LABELS)
 
@@ -64,7 +64,7 @@ def test_balanced_weights_give_each_class_as_much():
 
 
 def test_soft_labels_weigh_by_their_classes():
-    """As if an image were two, one of each class, that count by its labels."""
+    """A mixed image counts like two images, one of each class, weighted by its labels."""
     logits, weights = torch.randn(3, 4), torch.tensor([1.0, 2.0, 4.0, 0.5])
     soft = torch.tensor([[0.25, 0.75, 0, 0], [0, 0, 1, 0], [0.5, 0, 0, 0.5]])
     got = cross_entropy(logits, soft, 0.1, relative_weights(soft, weights))

@@ -1,4 +1,4 @@
-"""The command line: where runs go, and settings of one's own."""
+"""The command line: where runs go, and users' own settings."""
 
 import json
 

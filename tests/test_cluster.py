@@ -1,4 +1,4 @@
-"""Sweeps and runs as jobs of a real Slurm of one node, started for these tests."""
+"""Sweeps and runs as jobs of a real one-node Slurm that is started for these tests."""
 
 import getpass
 import os
@@ -14,11 +14,11 @@ import pytest
 from helpers import ROOT, TINY, await_, free_ports, machine_lacks, rows
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "sinfo")
-GUARD = 180  # seconds; no claim about speed, only an end to waiting
+GUARD = 180  # seconds; only guards against hanging, does not test speed
 
 pytestmark = pytest.mark.thorough
 
-# No user management, no accounting, everything in one folder and as the user of the tests.
+# No authentication and no accounting; everything is in one folder and runs as the current user.
 CONF = """
 ClusterName=test
 SlurmctldHost=localhost(127.0.0.1)
@@ -49,7 +49,7 @@ PartitionName=main Nodes=localhost Default=YES MaxTime=INFINITE State=UP
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
-    """A function that runs a command with this Slurm's settings in its environment."""
+    """A function that runs a command with the environment of this Slurm."""
     missing = [name for name in PROGRAMS if not shutil.which(name)]
     if missing:
         lacking = ", ".join(missing)
@@ -92,7 +92,7 @@ SUBMITIT = [
 
 
 def test_a_sweep_of_slurm_jobs_runs_to_its_end(cluster, tmp_path):
-    """Two cannot be trained, one diverges, one is done; then none is repeated."""
+    """Two jobs are rejected, one diverges, one succeeds; running it again repeats none."""
     words = ["train.py", "-m", *SUBMITIT, *TINY, "attention=aa", f"out_dir={tmp_path}"]
     words += ["epochs=1", "attention.dk=0.5,9.0", "optim.lr=0.1,1e20"]
     said = cluster(sys.executable, *words)
@@ -116,7 +116,7 @@ srun {python} train.py {words} resume=auto
 
 
 def test_a_signalled_job_queues_itself_again_and_ends_with_the_rows_of_one_run(cluster, tmp_path):
-    """SIGUSR1 saves and requeues; the job's second start continues from the step."""
+    """SIGUSR1 saves and requeues the job; its second start resumes from that step."""
 
     def job_words(name):
         return [*TINY, "epochs=25", f"out_dir={tmp_path / name}"]
@@ -138,7 +138,7 @@ def test_a_signalled_job_queues_itself_again_and_ends_with_the_rows_of_one_run(c
     await_(lambda: state() == "PENDING", "the job in the queue again")
     assert 2 < len(lines()) < 26, "the signal came too late to try anything"
     assert not list(tmp_path.glob("cut/**/summary.json"))
-    # Slurm would wait two minutes. Within the same second slurmd takes it for the killed one.
+    # Slurm would wait two minutes; but a restart within the same second confuses slurmd.
     cluster("scontrol", "update", f"JobId={job}", "StartTime=now+3")
     await_(lambda: state() not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the job")
     assert state() == "COMPLETED"

@@ -1,4 +1,4 @@
-"""What all commands share: how they start, and how they tell a wrong option."""
+"""What all commands share: how they start, and how they report a wrong option."""
 
 import importlib
 import os
@@ -19,7 +19,7 @@ SCRIPTS = sorted(
 
 
 def start(*words, **environment):
-    """A command in a process of its own, from its very start."""
+    """Run a command in a newly started process, not a forked one."""
     return subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
@@ -48,7 +48,7 @@ def test_help_and_a_wrong_option_need_no_library(name, tmp_path):
 @pytest.mark.parametrize("flag", ["-O", "-OO"])
 @pytest.mark.parametrize("program", ["train.py", "scripts/compare.py"])
 def test_python_without_assertions_is_refused(program, flag):
-    """Hydra's parser takes a step in some of its own: it would fail at settings in braces."""
+    """Hydra's parser has asserts with side effects: without them, settings in braces fail."""
     done = start(flag, program, "--help")
     name = program.rpartition("/")[2]
     line = f"{name}: python -O cannot read settings; leave out -O, -OO and PYTHONOPTIMIZE\n"
@@ -71,7 +71,7 @@ LONG = ["n" * 300, "d/" * 2500 + "x"]
 def test_a_name_that_no_file_can_have_is_one_line(name, place, capsys):
     said = refused(capsys, importlib.import_module(f"scripts.{name}").main, place)
     assert place[:60] in said
-    assert "name=" not in said  # which these commands have not
+    assert "name=" not in said  # a setting that these commands do not have
 
 
 @pytest.mark.parametrize("name", ["compare", "report"])

@@ -11,7 +11,7 @@ from data.dataset import check_val_size, hold_out, seeded_generator
 
 
 def numbered_images(number: int) -> Images:
-    """Images of 2x3 pixels that carry their own number in every pixel and in the label."""
+    """Return 2x3 images that have their own index in every pixel and as their label."""
     labels = torch.arange(number)
     return Images(labels.to(torch.uint8)[:, None, None, None].expand(-1, 2, 3, 3).clone(), labels)
 
@@ -57,7 +57,7 @@ def test_images_of_a_wrong_kind_are_refused(pixels, labels, line):
 
 
 def own_dataset(**changes) -> Dataset:
-    """Five images of five classes as somebody's own data set, with ``changes`` to its fields."""
+    """Return five images of five classes as a user's data set, with ``changes`` to its fields."""
     images = numbered_images(5)
     fields = {
         "name": "own",
@@ -133,7 +133,7 @@ def test_hold_out_is_random_but_always_the_same():
 
 
 def test_the_images_held_out_stay_the_same_from_version_to_version():
-    # Scores on held-out images can be compared only if they are the same images.
+    # Scores on held-out images are only comparable if the images are the same.
     held_out = [4, 7, 8, 10, 12, 19]
     assert hold_out(numbered_images(20), 6)[1].labels.tolist() == held_out
     longer = hold_out(numbered_images(20), 9)[1].labels.tolist()

@@ -1,4 +1,4 @@
-"""What mixup, CutMix and random erasing draw, against the definitions, one sample at a time."""
+"""The random draws of mixup, CutMix and random erasing, against their definitions per sample."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_cutmix_alone_pastes_a_box_of_the_size_that_the_share_says():
         assert 0 <= top <= bottom <= HEIGHT
         assert 0 <= left <= right <= WIDTH
         assert share == pytest.approx(1 - (bottom - top) * (right - left) / (HEIGHT * WIDTH))
-    # Boxes by themselves, one by one.
+    # Draw boxes one by one.
     generator, boxes = torch.Generator().manual_seed(3), []
     for _ in range(3000):
         removed = math.sqrt(1 - torch.rand(1, generator=generator).item())
@@ -86,7 +86,7 @@ def test_rectangles_are_erased_as_torchvision_draws_them():
     assert (boxes >= 0).all()
     assert boxes[:, 1].max() == HEIGHT
     assert boxes[:, 3].max() == WIDTH
-    # Rectangles of one of the 10 attempts, by themselves.
+    # Draw rectangles one by one, with up to 10 attempts each.
     generator, expected = torch.Generator().manual_seed(3), []
     for _ in range(number):
         for _ in range(10):

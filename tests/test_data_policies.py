@@ -1,4 +1,4 @@
-"""TrivialAugment, RandAugment and AutoAugment against torchvision's transforms of PIL images."""
+"""TrivialAugment, RandAugment and AutoAugment against torchvision's transforms on PIL images."""
 
 from collections import Counter
 
@@ -14,7 +14,7 @@ from data.policies import OPERATIONS
 transforms = pytest.importorskip("torchvision.transforms")
 NAMES = list(OPERATIONS)
 SIZES = [(11, 7), (8, 8), (9, 32)]
-# Each operation's magnitudes, weak and strong and of both signs, at steps of the real ranges.
+# Magnitudes for each operation: weak and strong, of both signs, spread over the real ranges.
 SPREAD = torch.linspace(-0.99, 0.99, 12, dtype=torch.float64)
 MAGNITUDES = {
     **dict.fromkeys(("ShearX", "ShearY", "Brightness", "Color", "Contrast", "Sharpness"), SPREAD),
@@ -28,7 +28,7 @@ NONE = torch.zeros(6, dtype=torch.float64)
 
 
 def pictures(number: int, height: int, width: int) -> torch.Tensor:
-    """Smooth and noisy ones, of a narrow range of values, and of one color."""
+    """Return images: smooth and noisy, with a narrow range of values, and of one color."""
     generator = torch.Generator().manual_seed(height * width)
     pixels = torch.randint(256, (number, height, width, 3), generator=generator)
     pixels[1::3] = 90 + pixels[1::3] // 5
@@ -38,7 +38,7 @@ def pictures(number: int, height: int, width: int) -> torch.Tensor:
 
 
 def by_pillow(pixels: torch.Tensor, name: str, magnitude: float) -> torch.Tensor:
-    """One image (H, W, 3) after torchvision's operation on a PIL image."""
+    """Apply torchvision's operation on a PIL image to one image (H, W, 3)."""
     nearest = transforms.InterpolationMode.NEAREST
     image = Image.fromarray(pixels.numpy())
     apply_op = transforms.autoaugment._apply_op
@@ -56,7 +56,7 @@ def test_an_operation_is_that_of_torchvision_on_pil_images(name, height, width):
     assert changed.dtype == torch.uint8
     for image, magnitude, found in zip(pixels, magnitudes.tolist(), changed, strict=True):
         expected = by_pillow(image, name, magnitude)
-        if name == "AutoContrast":  # Pillow's quotient may be just below a whole number
+        if name == "AutoContrast":  # Pillow's quotient may be just below an integer
             difference = found.int() - expected.int()
             assert set(difference.flatten().tolist()) <= {0, 1}
         else:
@@ -117,7 +117,7 @@ def draw(policy, number, size=(11, 7), ops=2, magnitude=9):
 
 
 def possible(space: dict, at: int | None = None) -> set[tuple[str, float]]:
-    """All operations with a magnitude that torchvision's transform may choose."""
+    """Return all (operation, magnitude) pairs that torchvision's transform may choose."""
     found = set()
     for name, (magnitudes, signed) in space.items():
         values = magnitudes.double().view(-1).tolist()

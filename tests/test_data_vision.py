@@ -14,7 +14,7 @@ MODULE = ModuleType("torchvision.datasets")
 
 @pytest.fixture
 def repairs(monkeypatch):
-    """The repairs made, in order, in place of making them."""
+    """A list that records the repairs, in order, instead of making them."""
     made: list[str] = []
     monkeypatch.setattr(vision, "_forget_torchvision", lambda: made.append("forget"))
     monkeypatch.setattr(vision, "_declare_operators", lambda: made.append("declare"))
@@ -61,7 +61,7 @@ def test_forgetting_drops_torchvision_alone(monkeypatch):
 
 
 def test_declared_operators_exist_afterwards():
-    # In a process of its own: a real torchvision here may have declared them already.
+    # In a separate process, because a real torchvision may have declared them in this one.
     script = (
         "import torch; from torch.library import Library\n"
         "import types, sys; sys.modules['torchvision'] = types.ModuleType('torchvision')\n"

@@ -1,4 +1,4 @@
-"""The report's differences among all networks, at equal cost, by class, and what they can show."""
+"""The report's differences: among all networks, at equal cost, by class, and their power."""
 
 import json
 import random
@@ -21,7 +21,7 @@ FLOPS = {"none": 100, "aa": 185, "se": 100, "ge": 100}
 
 @pytest.fixture
 def folder(tmp_path):
-    """Four networks of three seeds, 10 epochs each; attention's take a quarter longer."""
+    """Four networks with three seeds and 10 epochs; all but plain take a quarter longer."""
     for attention, scores in TOP1.items():
         for seed, top1 in enumerate(scores):
             make_run(
@@ -36,20 +36,20 @@ def folder(tmp_path):
 
 
 def table(folder, word):
-    """The one table of the differences between these runs whose caption has the word."""
+    """Return the only table of differences whose caption contains ``word``."""
     section = differences.differences_section(analysis_of(folder))
     (one,) = (t for t in section.tables if word in t.caption)
     return one
 
 
 def from_plain(folder, attention):
-    """The comparison of such a network with plain."""
+    """Return the comparison of this kind of network with plain."""
     (found,) = (c for c in analysis_of(folder).nearest if c.variant.attention == attention)
     return found
 
 
 def change(folder, attention, seed, **values):
-    """Other values in the summary of a run, "__" for a slash."""
+    """Change values in the summary of a run, with "__" for a slash."""
     file = folder / f"attention={attention}" / f"seed={seed}" / "summary.json"
     changed = {key.replace("__", "/"): value for key, value in values.items()}
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
@@ -85,7 +85,7 @@ def test_the_other_differences_of_table_1(folder):
 
 
 def test_differences_without_pairs_by_hand(folder):
-    make_run(folder / "more", 71.3, 7, "se", epochs=10)  # a seed that no other network has
+    make_run(folder / "more", 71.3, 7, "se", epochs=10)  # with a seed that only this network has
     rows = table(folder, "Unpaired").rows
     scores = {**TOP1, "se": [*TOP1["se"], 71.3]}
     squares = sum(statistics.pvariance(of) * len(of) for of in scores.values())
@@ -93,7 +93,7 @@ def test_differences_without_pairs_by_hand(folder):
     for name in ("ge", "se", "aa"):
         mean = statistics.mean(scores[name]) - statistics.mean(scores["none"])
         scale = sd * (1 / len(scores[name]) + 1 / 3) ** 0.5
-        # The 97.5 % quantile of t with 9 degrees of freedom, from a table.
+        # From a table: the 97.5 % quantile of t with 9 degrees of freedom.
         expected[name.upper()] = (mean, 2.2622 * scale, 2 * stats.t.sf(abs(mean) / scale, 9))
     corrected = holm_bonferroni([p for _, _, p in expected.values()])
     for row, (name, (mean, half, _)), p in zip(rows, expected.items(), corrected, strict=True):
@@ -175,7 +175,7 @@ def test_of_a_single_pair_there_is_no_interval(tmp_path):
 def test_at_equal_cost_the_slower_curve_is_read_earlier(folder):
     aa = from_plain(folder, "aa")
     time, flops = at_equal_cost(aa)
-    # 12 and 15 seconds an epoch: 120 seconds are 8 epochs of attention's.
+    # 12 and 15 seconds per epoch: in 120 seconds, attention finishes 8 epochs.
     assert (time.cost, time.epochs) == ("training time of the runs", (8, 10))
     assert time.ratio == pytest.approx(1.25)
     assert flops.epochs == (5, 10)  # 10 / 1.85 = 5.4
@@ -191,8 +191,8 @@ def test_times_that_were_measured_apart_are_taken(folder):
     found = {kind: at_equal_cost(from_plain(folder, kind)) for kind in ("aa", "se", "ge")}
     assert [one.cost for one in found["aa"]] == ["training time, measured apart", "FLOPs"]
     assert found["aa"][0].epochs == (5, 10)
-    assert found["se"] == []  # as fast as plain: nothing else to say
-    # Not measured, so as the runs have taken.
+    assert found["se"] == []  # as fast as plain, so there is no other difference
+    # Not measured, so the times of the runs are used.
     assert [one.cost for one in found["ge"]] == ["training time of the runs"]
     section = differences.equal_cost_section(analysis_of(folder))
     assert [row[1] for row in section.tables[0].rows] == [

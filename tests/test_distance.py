@@ -1,4 +1,4 @@
-"""scripts/distance.py: accuracy over the distance, as a table and as a picture."""
+"""scripts/distance.py: accuracy over the distance, as a table and a picture."""
 
 import itertools
 
@@ -18,7 +18,7 @@ DEPTHS = {"resnet8": [1, 1, 1], "resnet14": [2, 2, 2]}
 
 
 def run(folder, model, attention, pixels, seed, top1, **change):
-    """A run of the built-in task in a folder of its own."""
+    """Make a run of the built-in task in its own folder."""
     settings = {
         "model__name": model,
         "model__depths": DEPTHS[model],
@@ -34,7 +34,7 @@ def run(folder, model, attention, pixels, seed, top1, **change):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two networks at two distances, plain and augmented: one of them has two seeds."""
+    """Two networks at two distances, plain and augmented; one of these has two seeds."""
     for model, attention, pixels in itertools.product(DEPTHS, ("none", "aa"), (20, 5)):
         run(tmp_path / "runs", model, attention, pixels, 0, 90.0 - pixels - len(attention))
     run(tmp_path / "runs", "resnet8", "none", 5, 1, 77.5)
@@ -43,7 +43,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def panels(monkeypatch):
-    """The panels that are drawn."""
+    """A list of the panels that get drawn."""
     seen = []
     monkeypatch.setattr(figures, "as_svg", lambda figure: seen.append(figure.axes[0]) or "")
     return seen
@@ -54,7 +54,7 @@ def test_the_table_has_every_network_and_distance_in_order(folder, tmp_path, cap
     said = capsys.readouterr().out.splitlines()
     assert said[0].split("  ")[0] == "network"
     rows = [line.split() for line in said[1:-1]]
-    # 25 is a ResNet-8's receptive field, 53 a ResNet-14's.
+    # ResNet-8 has a receptive field of 25, ResNet-14 of 53.
     assert rows == [
         ["resnet8", "plain", "5", "5/25", "=", "0.20", "2", "79.25", "0:", "81.00,", "1:", "77.50"],
         ["resnet8", "plain", "20", "20/25", "=", "0.80", "1", "66.00", "0:", "66.00"],

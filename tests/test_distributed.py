@@ -1,4 +1,4 @@
-"""Several processes: what they share, sum and normalize together, against one process."""
+"""Two processes: what they share, reduce and normalize together, against a single process."""
 
 import datetime
 import os
@@ -30,7 +30,7 @@ def example(dtype):
 
 
 def results_of(model, forward, x):
-    """Loss, gradients, running statistics, and the evaluated output after a training step."""
+    """Return loss, gradients, running statistics and evaluation output after a training step."""
     loss = forward(x).square().mean()
     loss.backward()
     distributed.broadcast_buffers(model)
@@ -119,9 +119,9 @@ def test_without_it_each_normalizes_its_part_and_the_first_ones_statistics_count
 
 
 def slow_or_wrong(rank, port):
-    """To compile and to read files takes longer than the others are patient otherwise.
+    """Compiling and reading files may take longer than the usual timeout.
 
-    Or the files cannot be read in each process.
+    Also, each process may fail to read the files.
     """
     become(rank, port)
     distributed.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=2)
@@ -145,7 +145,7 @@ def test_files_and_compilers_may_take_long_and_wrong_files_are_an_error_in_all_p
 
 
 def jobs_of_two(rank, port, folder):
-    """Of a sweep: errors of one process alone, and then two jobs that are done."""
+    """Run jobs of a sweep: errors in only one process, then two jobs that succeed."""
     become(rank, port)
 
     def find():
@@ -168,7 +168,7 @@ def jobs_of_two(rank, port, folder):
         with distributed.process_group():
             assert distributed.all_reduce_sum(torch.tensor(rank + 1)).item() == 3
             if rank == 0:
-                time.sleep(0.5)  # closing what only the main process has open
+                time.sleep(0.5)  # closing resources that only the main process has open
                 closed.touch()
         assert closed.exists()
 
@@ -220,7 +220,7 @@ def test_half_precision_stays(monkeypatch):
 
 
 def test_an_error_without_words_is_told_by_its_name(monkeypatch):
-    """Errors of torch.distributed may have no message."""
+    """Errors from torch.distributed may have no message."""
     monkeypatch.setattr(distributed, "world", lambda: distributed.World(0, 2, 0))
     monkeypatch.setattr(distributed, "_init_group", lambda *_: None)
     words = r"rank 0 of 2: another process has died or does not answer \(DistStoreError\)"

@@ -1,4 +1,4 @@
-"""The Python of README and docs runs as it is printed, and says what its comments say."""
+"""The Python code in README and docs runs as printed, and prints what its comments say."""
 
 import re
 
@@ -11,7 +11,7 @@ from scripts import augment_example
 
 from helpers import ROOT, call
 
-assert vision.datasets  # torchvision can be imported from now on
+assert vision.datasets  # makes torchvision importable
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 PAGES = [
     page
@@ -21,7 +21,7 @@ PAGES = [
 
 
 def anchors(page):
-    """What the headings of a page can be linked by."""
+    """Return the anchors of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -44,7 +44,7 @@ def small_network():
 
 
 @pytest.mark.slow
-# Of the exporters and of torchvision.
+# Warnings from the exporters and torchvision.
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning"
 )
@@ -53,7 +53,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch, capsys):
     pytest.importorskip("timm")
     pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
-    # What a page's first lines take as given.
+    # Names that the pages assume to be defined.
     names = {"network": small_network(), "example_images": torch.zeros(1, 3, 16, 16)}
     for block in BLOCK.findall(page.read_text()):
         exec(block, names)
@@ -96,7 +96,7 @@ def test_the_example_of_training_on(monkeypatch, capsys):
         "plain, 1 epochs more",
     ]
     augmented = [hasattr(network.stages[2][0].conv1, "qkv_conv") for network in seen]
-    assert augmented == [True, True, True, False]  # the first one became the second
+    assert augmented == [True, True, True, False]  # the first network became the second
     assert seen[0] is seen[1] is seen[2] is not seen[3]
 
 

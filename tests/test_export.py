@@ -1,4 +1,4 @@
-"""Programs exported with free batch, height and width are right below, at and above the table's."""
+"""Programs exported with dynamic batch, height and width, on maps of various sizes."""
 
 import itertools
 
@@ -12,7 +12,7 @@ from aaconv.tables import fit_table
 
 from helpers import slow
 
-# Of the exporters themselves.
+# Warnings from the exporters themselves.
 pytestmark = pytest.mark.filterwarnings(
     "ignore::DeprecationWarning",
     "ignore::FutureWarning",
@@ -50,7 +50,7 @@ def check(run, layer, dtype=torch.float64):
         x = images(size).to(dtype)
         with torch.no_grad():
             expected = layer(x)
-        # The same formula in another order: some tens of roundings.
+        # The same formula in another order: a few dozen roundings.
         error = 64 * torch.finfo(dtype).eps * expected.abs().max().item()
         torch.testing.assert_close(run(x), expected, rtol=0, atol=error, msg=str(size))
 
@@ -67,7 +67,7 @@ def test_torch_export(change, free):
 
 
 class Together(nn.Module):
-    """Several layers of one input: exporting them at once takes less time."""
+    """Several layers with one input, because exporting them together is faster."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ class Together(nn.Module):
 @pytest.mark.thorough
 def test_onnx(tmp_path):
     runtime = pytest.importorskip("onnxruntime")
-    layers = Together().float()  # onnxruntime has no convolutions of float64
+    layers = Together().float()  # onnxruntime has no float64 convolutions
     names = {"x": {0: "batch", 2: "height", 3: "width"}}
     program = torch.onnx.export(
         layers, (images().float(),), dynamo=True, dynamic_shapes=names, verbose=False
@@ -109,7 +109,7 @@ def test_a_backend_that_cannot_be_traced_is_named():
 
 
 def interpolated(table, length):
-    """As it was before there was one formula: rows cut out, or torch's linear interpolation."""
+    """The former implementation: cut out rows, or use torch's linear interpolation."""
     rows = 2 * length - 1
     surplus = (len(table) - rows) // 2
     if surplus >= 0:
@@ -127,7 +127,7 @@ def test_one_formula_for_all_sizes():
         torch.testing.assert_close(got, interpolated(table, length), rtol=0, atol=1e-12)
         if length <= own:
             assert torch.equal(got, interpolated(table, length))
-        # Those that keep their embedding keep its bits.
+        # Offsets that keep their embedding keep it bit for bit.
         assert torch.equal(got[length - 1], table[own - 1])
         if length > own:
             assert torch.equal(got[[0, -1]], table[[0, -1]] if length > 1 else table)

@@ -1,4 +1,4 @@
-"""scripts/export.py: programs that other tools run, checked before they are written."""
+"""scripts/export.py: programs for other tools, checked before they are written."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The faults of tests/fault_test.py in a small form, and that it would see what they cost."""
+"""A small version of tests/fault_test.py, and checks that it would detect differences."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import fault_test
 from fault_test import differences
 from helpers import await_
 
-# Four steps in two epochs: most of it is start-up.
+# Four steps in two epochs, so most of the time is start-up.
 BRIEF = [*fault_test.SMALL, "data.train_size=32", "data.test_size=16", "epochs=2"]
 
 
@@ -53,7 +53,7 @@ def test_the_comparison_sees_every_difference_but_the_clocks():
 
 
 def test_a_kill_leaves_nothing_alive_of_what_was_started():
-    # As torchrun does it: a process below, in a session of its own.
+    # Like torchrun's workers: a child process in its own session.
     below = "import os, time; os.setsid(); print(os.getpid(), flush=True); time.sleep(900)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {below!r}])"
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

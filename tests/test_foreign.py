@@ -1,4 +1,4 @@
-"""init_from with the weights of torchvision's and timm's ResNets."""
+"""init_from with the weights of ResNets from torchvision and timm."""
 
 import argparse
 import logging
@@ -20,7 +20,7 @@ torchvision_models = pytest.importorskip("torchvision.models")
 
 
 def published(name="resnet18", classes=10):
-    """A ResNet of torchvision with random weights and statistics."""
+    """Return a torchvision ResNet with random weights and statistics."""
     torch.manual_seed(1)
     network = torchvision_models.get_model(name, num_classes=classes)
     for key, tensor in network.state_dict().items():
@@ -36,7 +36,7 @@ def ours(block, depths, classes=10, **change):
 
 
 def shallow(classes=3):
-    """A state dict of torchvision's names, with one block in each stage."""
+    """Return a state dict with torchvision's names and one block per stage."""
     torch.manual_seed(2)
     kinds = torchvision_models.resnet
     return kinds.ResNet(kinds.BasicBlock, [1, 1, 1, 1], num_classes=classes).state_dict()
@@ -57,7 +57,7 @@ def test_the_stages_compute_the_same(name, block, depths, tmp_path):
     new_head = network.head.weight.clone()
     found = find_foreign(theirs.state_dict(), tmp_path)
     done = models.transfer(network, found, NAMES)
-    theirs.double()  # in which the order of sums does not show
+    theirs.double()  # so that the order of sums does not matter
     x = torch.randn(2, 64, 15, 16, dtype=torch.float64).relu()
     expected = theirs.layer4(theirs.layer3(theirs.layer2(theirs.layer1(x))))
     stages = deepcopy(network.stages).double()

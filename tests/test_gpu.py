@@ -1,4 +1,4 @@
-"""What only a GPU can show: kernels of its own, half precision, a whole run on it."""
+"""Tests that need a GPU: its own kernels, half precision, a whole run on it."""
 
 import pytest
 import torch
@@ -57,15 +57,15 @@ def test_large_logits_in_fp16_stay_finite(backend):
 def test_memory_of_the_fused_kernels_grows_with_the_map_not_with_its_square():
     def peak(size):
         tensors = on_gpu(inputs((size, size), 8, 20, 2), torch.bfloat16)
-        for _ in range(2):  # compiled in the first
+        for _ in range(2):  # the first one compiles
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             with_gradients(lambda *t: attention_2d(*t, backend="fused"), tensors)
         return torch.cuda.max_memory_allocated() - before
 
-    # What is stored grows with the positions, four times; the logits would sixteen times. Memory of
-    # a program's own grows with H + W, and with the programs until all are busy.
+    # Stored tensors grow with the positions, by 4 times; the logits would grow by 16 times. Scratch
+    # memory grows with H + W per program, and with the number of programs until the GPU is full.
     assert peak(64) < 9 * peak(32)
     assert peak(64) < 2 * 8 * 64**4 * 2 / 2  # half of all logits in bf16
 

@@ -1,4 +1,4 @@
-"""`make gpu`: what becomes of a step, continuing, the order, and a rehearsal."""
+"""`make gpu`: outcomes of steps, continuing, the order of steps, and a rehearsal."""
 
 import json
 import re
@@ -20,7 +20,7 @@ def python(name, code, minutes=1.0):
 
 @pytest.fixture
 def check(monkeypatch, tmp_path):
-    """A function that runs the steps of the test; returns code and record."""
+    """A function that runs a test's steps; it returns the exit code and the record."""
 
     def go(steps, minutes=1.0):
         monkeypatch.setattr(gpu, "plan", lambda fused_failed: steps)
@@ -75,7 +75,7 @@ def test_it_continues_and_what_was_stopped_goes_last(check, tmp_path):
     code, record = check(steps("", 1))
     assert (tmp_path / "ran").read_text() == "dTTat"
     assert (code, {entry["state"] for entry in record.values()}) == (0, {"done"})
-    check(steps("", 1))  # compare.py knows by itself whether anything is left to train
+    check(steps("", 1))  # training runs again: compare.py finds out if anything is left to train
     assert (tmp_path / "ran").read_text() == "dTTatT"
 
 
@@ -112,7 +112,7 @@ def test_the_plan():
     assert names[0] == "fused-tests"
     assert names.index("training") > names.index("step-sdpa")
     assert sum(step.minutes for step in gpu.plan(False) if "tests" in step.name) <= 4
-    mark = "pytest.mark." + "gpu"  # which is not in this file
+    mark = "pytest.mark." + "gpu"  # split so that this file does not match
     files = (ROOT / "tests").glob("test_*.py")
     marked = {f"tests/{file.name}" for file in files if mark in file.read_text()}
     (on_gpu,) = (step.words for step in gpu.plan(False) if step.name == "gpu-tests")

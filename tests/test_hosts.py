@@ -1,4 +1,4 @@
-"""Two hosts, which are network namespaces of this machine with a cable between them."""
+"""Two hosts, simulated by network namespaces of this machine with a link between them."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ import pytest
 
 from helpers import ROOT, TINY, await_, machine_lacks, rows
 
-GUARD = 240  # seconds after which a process is taken to hang
+GUARD = 240  # seconds after which a process is considered hanging
 HOSTS = {"10.77.0.1": 0, "10.77.0.2": 1}
 EPOCHS = 3
 
@@ -24,7 +24,7 @@ def ip(words, *, check=True):
 
 @pytest.fixture
 def hosts():
-    """The names of two namespaces, and of the network device in each."""
+    """The names of two namespaces and of the network device in each."""
     if os.geteuid():
         pytest.skip("network namespaces need root")
     if not shutil.which("ip"):
@@ -43,12 +43,12 @@ def hosts():
     finally:
         for name in names:
             for pid in ip(f"netns pids {name}", check=False).stdout.split():
-                os.kill(int(pid), signal.SIGKILL)  # a test that has failed leaves its run behind
+                os.kill(int(pid), signal.SIGKILL)  # left behind by a failed test
             ip(f"netns delete {name}", check=False)
 
 
 def start(hosts, folder, *overrides):
-    """One run as a user starts it, one process on each host."""
+    """Start a run as a user would, with one process on each host."""
     started = []
     for rank, (name, device) in enumerate(hosts):
         launcher = ["--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1"]
@@ -72,7 +72,7 @@ def said_by(folder, rank):
 
 
 def test_two_hosts_give_the_curve_of_one_process(hosts, run, tmp_path):
-    # SGD of a low rate, for the reason given in test_processes.py.
+    # SGD with a low learning rate, for the reason given in test_processes.py.
     words = ["data.test_size=41", f"epochs={EPOCHS}", "device=cpu", "optim=sgd", "optim.lr=0.003"]
     folder = tmp_path / "two"
     for rank, process in enumerate(start(hosts, folder, *words)):

@@ -1,4 +1,4 @@
-"""Which images a result is of: of a data set that has changed since, a run is not that run's."""
+"""Results belong to their images: a run is not reused if its data set has changed since."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def replace_validation(root):
     write(root / "val" / "ant" / "other.png", seed=7)
 
 
-# Of those by which the digest tells sets apart (test_data_layout.py).
+# Some of the changes that the digest detects (see test_data_layout.py).
 CHANGES = {
     "all others": replace_all,
     "one added": lambda root: write(root / "train" / "ant" / "3.png", seed=3),
@@ -78,7 +78,7 @@ def test_a_finished_run_is_that_of_the_same_images(run, root, tmp_path, monkeypa
     summary = run(base=words(root))
     copy = shutil.copytree(root, tmp_path / "elsewhere")
     SAME[name](copy)
-    monkeypatch.setattr(folder, "decode", None)  # which is not called
+    monkeypatch.setattr(folder, "decode", None)  # must not be called
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     again = run("resume=auto", base=words(copy))
     assert again == json.loads(json.dumps(summary))
@@ -87,7 +87,7 @@ def test_a_finished_run_is_that_of_the_same_images(run, root, tmp_path, monkeypa
 
 
 def test_a_run_that_diverged_did_so_on_its_images(run, root, tmp_path):
-    """Others under the same name may be trained on; a failure of older code has no digest."""
+    """Other images of the same name may be trained on; a failure of older code has no digest."""
     with pytest.raises(FloatingPointError):
         run("optim.lr=1e30", base=words(root))
     failure = tmp_path / "run" / "failed.json"
@@ -127,7 +127,7 @@ def test_a_run_on_other_images_begins_anew_where_it_may(run, root, tmp_path):
 
 
 def test_a_run_of_older_code_is_finished_as_before(run, root, tmp_path):
-    """Its summary does not say which images it is of."""
+    """Its summary does not record the digest of its images."""
     run(base=words(root))
     summary = tmp_path / "run" / "summary.json"
     older = {k: v for k, v in json.loads(summary.read_text()).items() if k != "data_digest"}
@@ -140,7 +140,7 @@ def test_the_digest_is_had_without_the_images(root, monkeypatch, settings):
     if "skip_damaged" in settings:
         (root / "train" / "ant" / "0.png").write_bytes(b"no image")
     expected = load_folder(str(root), "mine", 8, **settings).digest
-    monkeypatch.setattr(folder, "decode", None)  # which is not called
+    monkeypatch.setattr(folder, "decode", None)  # must not be called
     assert folder_digest(str(root), 8, **settings) == expected
 
 
@@ -155,7 +155,7 @@ def test_a_file_that_cannot_be_read_is_named_instead(root):
 
 
 def made(folder, digest, *, seed=0, data=None, **options):
-    """A finished run on images of this digest, None as of older code, which has not said it."""
+    """Make a finished run on images with this digest (None as in older code)."""
     known = {} if digest is None else {"data_digest": digest}
     settings = {"_target_": "data.load_folder", "name": "mine", "val_size": 0} | (data or {})
     return make_run(
@@ -177,13 +177,13 @@ def test_a_comparison_is_not_finished_by_runs_on_other_images(root, tmp_path):
     write(root / "train" / "ant" / "0.png", seed=500)
     with pytest.raises(ValueError, match=r"0 is from a run on other images.* another data\.nam"):
         planned()
-    assert len(planned("data.val_size=3")[1]) == 2  # a comparison of its own
+    assert len(planned("data.val_size=3")[1]) == 2  # a separate comparison
     shutil.rmtree(first.folder)
     assert [run.missing for run in planned()[1]] == [True, False]
     first.folder.mkdir()
     failure = {"format": FORMAT, "error": "the loss is nan", "data_digest": digest}
     (first.folder / "failed.json").write_text(json.dumps(failure))
-    assert [run.missing for run in planned()[1]] == [False, False]  # its settings are not known
+    assert [run.missing for run in planned()[1]] == [False, False]  # its settings are unknown
     cfg = compose_config(["data=folder", f"data.root='{root}'", "data.name=mine", "data.size=8"])
     (first.folder / ".hydra").mkdir()
     (first.folder / ".hydra" / "config.yaml").write_text(OmegaConf.to_yaml(cfg))
@@ -196,7 +196,7 @@ def test_a_comparison_is_not_finished_by_runs_on_other_images(root, tmp_path):
     [
         (["a", "a", "b", "b", "b"], [2, 3, 4]),
         (["a", "b"], [0]),
-        ([None, "a", None], [0, 1, 2]),  # they may be the same
+        ([None, "a", None], [0, 1, 2]),  # those without a digest may be the same
         ([None, "a", None, "b", "b"], [3, 4]),
         ([None, None], [0, 1]),
     ],
@@ -246,7 +246,7 @@ def test_results_of_other_images_are_not_published_together(tmp_path):
 
 @pytest.mark.usefixtures("sketches")
 def test_a_report_says_that_the_validation_images_are_a_folders_own(tmp_path):
-    """Of held-out ones it does, too: test_report.py."""
+    """For held-out images, this is tested in test_report.py."""
     made(tmp_path / "0", "a")
     written = report([tmp_path], tmp_path / "out")
     assert "evaluated on its own validation images. Network" in written

@@ -1,4 +1,4 @@
-"""The weights of attention, against the formula pair by pair."""
+"""Attention weights, against the pair-by-pair formula."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def layer_of(size, *, dk=6, dv=4, Nh=2, in_channels=5, stride=1, dtype=torch.flo
 
 @torch.no_grad()
 def weights_by_pairs(layer, x):
-    """The output for values that are 1 at one position each."""
+    """Return the weights as the output for one-hot values of the positions."""
     q, k, _, *tables = layer.queries_keys_values(x)
     B, N, H, W, _ = q.shape
     values = torch.eye(H * W, dtype=x.dtype).view(H, W, H * W).expand(B, N, H, W, H * W)
@@ -43,7 +43,7 @@ def test_equals_the_formula(size, stride, relative):
 )
 @pytest.mark.parametrize("size", [(3, 5), (4, 3)])
 def test_are_the_weights_of_the_layers_output(more, size):
-    """Also for a map of another size than the tables were made for, and in channels_last."""
+    """This includes maps of other sizes than that of the tables, and channels_last inputs."""
     layer = layer_of((3, 5), **more)
     x = torch.randn(2, 5, *size, dtype=torch.float64).to(memory_format=torch.channels_last)
     _, _, v, _, _ = layer.queries_keys_values(x)
@@ -62,7 +62,7 @@ def test_of_chosen_queries_are_rows_of_all():
 
 
 def test_of_chosen_queries_hold_no_matrix_of_all():
-    """On 256x256 positions all weights of a head would take 16 GiB."""
+    """With 256x256 positions, all weights of a head would take 16 GiB."""
     layer = layer_of((256, 256), dtype=torch.float32)
     maps = attention_maps(layer, torch.randn(1, 5, 256, 256), queries=[256 * 100 + 3])
     assert maps.shape == (1, 2, 1, 256 * 256)

@@ -1,4 +1,4 @@
-"""docs/quickstart.ipynb: run from its first cell to its last, at a tiny size, and run again."""
+"""docs/quickstart.ipynb: run from first cell to last at a tiny size, and then run again."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from helpers import ROOT
 PAGE = ROOT / "docs" / "quickstart.ipynb"
 TINY = ["data.train_size=64", "data.test_size=16", "epochs=1", "batch_size=16"]
 TINY += ["model.widths=[4,8,8]", "model.stem=4", "precision=fp32", "device=cpu"]
-# In a process of its own: the kernel's client has an event loop and threads.
+# Runs in its own process, because the kernel's client has an event loop and threads.
 RUN = """
 import sys
 import nbformat
@@ -30,7 +30,7 @@ def sources(notebook):
 
 
 def printed(notebook, words):
-    """What the cell that has these ``words`` has printed."""
+    """Return the output of the cell that contains ``words``."""
     code = (cell for cell in notebook["cells"] if cell["cell_type"] == "code")
     (cell,) = (cell for cell in code if words in "".join(cell["source"]))
     return "".join("".join(o["text"]) for o in cell["outputs"] if o["output_type"] == "stream")
@@ -78,7 +78,7 @@ def test_it_runs_and_goes_on_where_it_was_cut_off(tmp_path):
 
 
 def offline(tmp_path):
-    """A folder of a sitecustomize that lets no process connect to another machine."""
+    """A folder with a sitecustomize that keeps processes from connecting to other machines."""
     folder = tmp_path / "site"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(

@@ -1,4 +1,4 @@
-"""Which parameters an optimizer decays, and the rates of which are multiplied."""
+"""Which parameters get weight decay, and which get a multiple of the learning rate."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_a_step_without_gradients_shrinks_what_is_decayed(settings, optim, decay
 
 @pytest.mark.parametrize("decay", ["all", "weights"])
 def test_a_factor_multiplies_the_steps_of_its_parameters_alone(settings, decay):
-    """In each step; without momentum a step is the rate times the gradient."""
+    """This holds in each step; without momentum, a step is the learning rate times the gradient."""
     words = ["optim=sgd", "optim.momentum=0", "optim.nesterov=false", "optim.weight_decay=0"]
     words += ["schedule=step", "schedule.milestones=[0.5]", f"optim.decay={decay}", "optim.lr=0.5"]
     kinds = {"norm_bias": 64, "attention": 0.25, "head": 3}

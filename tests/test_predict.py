@@ -1,4 +1,4 @@
-"""scripts/predict.py: all kinds of pictures, the network's output, and files that are no pictures."""
+"""scripts/predict.py: all kinds of pictures, the output, and files that are not pictures."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""train.py under torchrun: two processes against one, stopped, and when one of them dies."""
+"""train.py under torchrun: two processes against one, being stopped, and one of them dying."""
 
 import json
 import os
@@ -18,11 +18,11 @@ from helpers import ROOT, TINY, await_, free_ports, rows
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 NEVER_ENDING = ["epochs=10000", "data.train_size=64"]
-GUARD = 240  # seconds after which a process is taken to hang
+GUARD = 240  # seconds after which a process is considered hanging
 
 
 def start_run(folder, *overrides):
-    """A tiny run in ``folder`` by two processes, as a user starts it."""
+    """Start a tiny run in ``folder`` with two processes, as a user would."""
     words = [*TINY, "device=cpu", f"run_dir={folder}", f"out_dir={folder.parent}"]
     return subprocess.Popen(
         [sys.executable, *TORCHRUN, "train.py", *words, *overrides],
@@ -36,7 +36,7 @@ def start_run(folder, *overrides):
 
 
 def train(*words, processes):
-    """The exit codes and the output of processes as torchrun would start them."""
+    """Start processes as torchrun would; return their exit codes and output."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if processes > 1:
         (port,) = free_ports(1)
@@ -62,10 +62,10 @@ def children(process):
     return Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
 
 
-# One image of the evaluation is left over, for the first process.
+# The number of evaluation images is odd, so the first process has one more.
 SETTINGS = ["epochs=3", "data.test_size=41", "grad_accum=2", "ema=0.9", "grad_clip=0.5"]
-# Sums in another order are rounded otherwise. Adam makes whole steps of gradients that are nothing
-# but rounding, and larger steps of SGD soon take other sides of the ReLUs.
+# Sums in another order round differently. Adam turns gradients that are only rounding errors into
+# full steps, and larger steps of SGD soon flip some ReLUs.
 SETTINGS += ["optim=sgd", "optim.lr=0.003", "class_weights=balanced", "balanced_sampling=true"]
 # Images of one process are mixed with images of the other.
 SETTINGS += ["augmentation.policy=trivial", "augmentation.mixup=1", "augmentation.cutmix=1"]
@@ -73,7 +73,7 @@ SETTINGS += ["augmentation.policy=trivial", "augmentation.mixup=1", "augmentatio
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of the same run by one process, by two, and by two that normalize their parts."""
+    """Folders of one run with one process, with two, and with two without sync_batchnorm."""
     root = tmp_path_factory.mktemp("runs")
     folders = {name: root / name for name in ("one", "two", "apart")}
     for name, folder in folders.items():
@@ -81,7 +81,7 @@ def runs(tmp_path_factory):
         words += ["sync_batchnorm=false"] if name == "apart" else []
         codes, said = train(*words, processes=1 if name == "one" else 2)
         assert set(codes) == {0}, said
-        assert said.count("epoch 3/3") == 1  # one of them speaks
+        assert said.count("epoch 3/3") == 1  # only one process prints
     return folders
 
 
@@ -91,7 +91,7 @@ def test_two_processes_give_the_curve_of_one(runs):
     assert len(expected) == len(got) == 3
     for a, b in zip(expected, got, strict=True):
         for name, value in a.items():
-            # The gradient's norm answers to the weights, which agree to 1e-4.
+            # The gradient norm depends on the weights, which agree to 1e-4.
             close = 1e-3 if name == "train/grad_norm" else 1e-5
             assert float(b[name]) == pytest.approx(float(value), rel=close, abs=close), name
     a, b = (json.loads((runs[n] / "summary.json").read_text()) for n in ("one", "two"))
@@ -141,7 +141,7 @@ def test_an_error_is_told_before_torchrun_ends_the_process():
     try:
         with pytest.raises(ConnectionError), stopping.Stop(None, launched=True):
             raise ConnectionError
-        os.kill(os.getpid(), signal.SIGTERM)  # it would end here
+        os.kill(os.getpid(), signal.SIGTERM)  # without a handler, the process would end here
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -174,7 +174,7 @@ JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     ],
 )
 def test_a_sweep_runs_to_its_end(processes, launcher, tmp_path):
-    """A job has diverged, another is another process's, two cannot be trained, two are done."""
+    """Of 8 jobs, two succeed, one diverges, one is in use elsewhere, and four are rejected."""
     words = [*TINY, "device=cpu", *launcher]
     words += [f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=${hydra.job.num}"]
     words += ["seed=0,1", "optim.lr=0.1,1e30", "grad_clip=null,-1", "epochs=1", "resume=auto"]

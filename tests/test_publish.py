@@ -1,4 +1,4 @@
-"""scripts/publish.py: results to commit, without paths, without checkpoints, never replaced."""
+"""scripts/publish.py: results to commit, without paths or checkpoints, never overwritten."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from helpers import everything_below, refused
 
 
 def make(folder):
-    """Three finished runs, one that diverged and one that is not through."""
+    """Make three finished runs, one that diverged, and an unfinished one."""
     for seed in (0, 1):
         make_run(folder / "aa" / f"seed={seed}", 71.25 + seed, seed, "aa")
     make_run(folder / "none" / "seed=0", 70.5)

@@ -1,4 +1,4 @@
-"""Hydra's parser under the argparse of Python 3.14, simulated where Python is older."""
+"""Hydra's parser with the argparse of Python 3.14, simulated on older versions."""
 
 import argparse
 import contextlib
@@ -16,7 +16,7 @@ CONTAINER = argparse._ActionsContainer
 
 
 def check_help(self, action):
-    """What Python 3.14 does with an action before it is added."""
+    """Check an action's help the way Python 3.14 does before adding it."""
     if action.help and hasattr(self, "_get_formatter"):
         formatter = self._get_formatter()
         try:
@@ -27,7 +27,7 @@ def check_help(self, action):
 
 @pytest.fixture
 def python314(monkeypatch):
-    """argparse as in Python 3.14: this version's own, with one more call in ``add_argument``."""
+    """Simulate Python 3.14's argparse, which has one more call in ``add_argument``."""
     if hasattr(CONTAINER, "_check_help"):
         return
     source = textwrap.dedent(inspect.getsource(CONTAINER.add_argument))
@@ -42,7 +42,7 @@ def python314(monkeypatch):
 
 @pytest.mark.usefixtures("python314")
 def test_hydras_parser_cannot_be_made_without_help():
-    # Where this no longer raises, training/cli.py need not switch the check off.
+    # If this no longer raises, training/cli.py need not disable the check.
     with pytest.raises(ValueError, match="badly formed help string"):
         get_args_parser()
 
@@ -52,6 +52,6 @@ def test_hydras_parser_cannot_be_made_without_help():
     ("option", "text"), [("--cfg=job", "epochs: 200"), ("--hydra-help", "Install or Uninstall")]
 )
 def test_the_command_works(capsys, option, text):
-    with contextlib.suppress(SystemExit):  # which Hydra raises after its help
+    with contextlib.suppress(SystemExit):  # Hydra raises it after printing its help
         call(cli.run, option)
     assert text in capsys.readouterr().out

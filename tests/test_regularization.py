@@ -1,4 +1,4 @@
-"""What is left out at random in training: blocks, values between convolutions, weights."""
+"""Random dropping in training: of blocks, values between convolutions, attention weights."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_a_block_is_left_out_for_some_images_and_scaled_for_the_others(block):
         block(channels, 2, place, "pad", NoAttention(), drop_path=p) for p in (0.0, 0.25)
     )
     dropping.load_state_dict(whole.state_dict())
-    x = torch.rand(400, channels, 3, 5)  # not negative: a ReLU after the sum leaves it
+    x = torch.rand(400, channels, 3, 5)  # not negative, so a ReLU after the sum does not change it
     branches = []
     whole.recalibrate.register_forward_hook(lambda _, args, y: branches.append(y))
     whole(x)
@@ -61,7 +61,7 @@ def test_dropout_is_between_the_two_convolutions():
 
 def test_weights_of_attention_are_dropped_after_the_softmax():
     q, k, _, rel_h, rel_w = inputs((3, 4), 2, 4, 12, batch=20)
-    # Values that are one for one position each give the weights themselves.
+    # With one-hot values for the positions, the output equals the weights.
     v = torch.eye(12, dtype=q.dtype).view(3, 4, 12).expand(20, 2, 3, 4, 12)
     torch.manual_seed(0)
     weights = attention_2d(q, k, v, rel_h, rel_w, backend="reference")
@@ -106,7 +106,7 @@ def test_what_older_code_has_described_drops_nothing():
 
 
 def test_each_setting_changes_the_training_of_a_run_alone(run, tmp_path):
-    """The network at its start, which such a rate leaves as it is, stays the same."""
+    """The initial network, which does not change with this learning rate, stays the same."""
     words = ["model.block=preact", "epochs=1", "optim.lr=1e-30", "optim.weight_decay=0"]
     names = ["model.drop_path", "model.dropout", "attention.dropout"]
     for folder, own in (("plain", []), *((n, [f"{n}=0.5"]) for n in names)):
@@ -120,7 +120,7 @@ def test_each_setting_changes_the_training_of_a_run_alone(run, tmp_path):
 
 
 def test_a_seed_leaves_nothing_behind():
-    """torch.manual_seed keeps a call with its traceback for GPUs that have not been used."""
+    """torch.manual_seed would queue a call with its traceback for GPUs that are not initialized."""
     torch.manual_seed(7)
     expected, queued = torch.rand(3), len(torch.cuda._queued_calls)
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""The report's pictures and tables: what is drawn where, read back from the figures."""
+"""The report's pictures and tables: their contents, read back from the figures."""
 
 import csv
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("sketches")
 
 
 def contents(figure):
-    """What a figure's panel shows, as plain values."""
+    """Return what a figure's panel shows, as plain values."""
     panel = figure.axes[0]
     lines = [(str(line.get_label()), *map(list, line.get_data())) for line in panel.lines]
     return {
@@ -39,7 +39,7 @@ def contents(figure):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """A function from a folder to the contents of the pictures in a report on it."""
+    """A function that returns the contents of the pictures in a report on a folder."""
     panels = []
     monkeypatch.setattr(figures, "as_svg", lambda figure: panels.append(contents(figure)) or "")
 
@@ -52,7 +52,7 @@ def drawn(monkeypatch):
 
 
 def column(folder, name):
-    """A column of a metrics.csv, read without the report's own readers."""
+    """Return a column of a metrics.csv, read independently of the report's readers."""
     with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
         return [float(row[name]) for row in csv.DictReader(file)]
 
@@ -117,7 +117,7 @@ def test_differences_and_costs_are_drawn_at_their_variants(tmp_path, drawn):
         make_run(tmp_path / f"a{seed}", 72.0 + seed, seed, "aa")
     panels = drawn(tmp_path)
     panel = labeled(panels, "top-1 minus plain (points)", "")
-    # From bottom to top; of each the pairs, the interval and the mean.
+    # Rows from bottom to top, each with its pairs, interval and mean.
     assert panel["rows"] == ["SE (n=2)", "AA (n=2)"]
     _zero, *marks = panel["unnamed"]
     for y, pairs in enumerate([(-1.0, -0.5), (2.0, 3.0)]):
@@ -169,7 +169,7 @@ def test_classes_are_drawn_in_order_with_their_pairs(tmp_path, drawn):
 
 
 def test_the_card_shows_the_scores_that_it_compares(tmp_path):
-    """Of the seeds that both have, so that they differ by the number above them."""
+    """They are means over common seeds, so that their difference is the number above them."""
     for seed, top1 in enumerate((70.0, 71.0, 40.0)):
         make_run(tmp_path / f"p{seed}", top1, seed)
     for seed, top1 in enumerate((72.0, 73.5)):
@@ -212,7 +212,7 @@ def test_letters_that_no_font_has_are_said_in_the_picture(monkeypatch):
 
 
 def test_another_font_that_is_installed_draws_what_the_first_one_lacks():
-    # This one has no Cyrillic letters, and matplotlib warns where it is to draw minus signs.
+    # cmr10 has no Cyrillic letters, and matplotlib warns when it draws minus signs with it.
     with matplotlib.rc_context({"font.family": "cmr10", "axes.formatter.use_mathtext": True}):
         figure = figures.confusion([[1] * 2] * 2, ["собака", "кошка"])
         lone = figures._drawn(figure, {"format": "svg"})

@@ -1,4 +1,4 @@
-"""docs/settings.md and the schema it is written from: every setting is there, and means something.
+"""docs/settings.md and the schema it is generated from: every setting is there and documented.
 
 The page is compared with the schema's classes and with the YAML files.
 """
@@ -17,7 +17,7 @@ from helpers import CONFIGS, call
 
 
 def all_settings():
-    """Every setting of every option, by the schema's classes themselves: dotted name and field."""
+    """Return (dotted name, field) of every setting of every option, from the schema's classes."""
     found = []
 
     def walk(node, prefix):
@@ -35,7 +35,7 @@ def all_settings():
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
-    """The command on a copy of configs/ and of the page; a function from its words to its error."""
+    """A function that runs the command on copies of configs/ and the page; it returns the error."""
     shutil.copytree(CONFIGS, tmp_path / "configs", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(settings.PAGE, tmp_path / "settings.md")
     monkeypatch.setattr(settings, "CONFIGS", tmp_path / "configs")

@@ -1,4 +1,4 @@
-"""scripts/softness.py: what it says of networks and runs, and what it refuses."""
+"""scripts/softness.py: what it prints for networks and runs, and what it rejects."""
 
 import re
 
@@ -22,7 +22,7 @@ def printed(capsys, *words):
 
 
 def numbers(text, name):
-    """Entropies, largest weights and gradients in the lines of that name."""
+    """Return entropies, largest weights and gradients from the lines with this name."""
     return re.findall(rf"^{name} .*?([\d.]+) +([\d.e-]+) +([\d.e-]+)$", text, re.MULTILINE)
 
 

@@ -1,4 +1,4 @@
-"""How softly attention starts: the measure against loops, and the networks by it."""
+"""How soft attention is at the start: the measure against loops, and its values for networks."""
 
 import math
 import os
@@ -15,7 +15,7 @@ from training.settings import build_model
 
 from helpers import slow
 
-assert vision.datasets  # torchvision can be imported from now on
+assert vision.datasets  # makes torchvision importable
 
 
 class Net(nn.Module):
@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 
 class CheckpointedNet(Net):
-    """Its normalization has two names, and is computed once more in the backward pass."""
+    """A net whose normalization has two names and is recomputed in the backward pass."""
 
     def __init__(self):
         super().__init__()
@@ -184,7 +184,7 @@ def test_the_table_has_a_line_for_each_layer_and_one_for_the_network():
 
 # ---- The networks of the project ----------------------------------------------------------------
 
-# Of each family a small one; ResNet-56 is the one in which attention began one-hot.
+# A small network of each family, and ResNet-56, in which attention started one-hot.
 NETWORKS = ("resnet8", "resnet20", slow("resnet56"), slow("wrn28_2"), slow("alternet18"))
 
 
@@ -233,7 +233,7 @@ def test_so_does_it_on_photographs(settings, name, seed):
 
 
 def test_the_former_start_is_nearly_one_hot(settings, lookup):
-    """What the measure is for; the networks of results/cpu20 began so."""
+    """This is what the measure should detect; the networks of results/cpu20 started like this."""
     former = ("attention.init=kaiming", "attention.qk_norm=false")
     assert started(settings, "resnet20", "aa", lookup, 32, *former).lowest_entropy < 0.6
 

@@ -1,4 +1,4 @@
-"""Tables in plain text."""
+"""Plain-text tables."""
 
 from aaconv.text import table
 

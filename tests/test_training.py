@@ -1,4 +1,4 @@
-"""The pieces that train.py calls, each against what it says of itself."""
+"""The components that train.py uses, each against its documentation."""
 
 import math
 import shutil
@@ -88,7 +88,7 @@ def test_evaluate_counts_every_image_once_and_leaves_no_gradient():
     for label in range(6):
         ranks = [r for r, its in zip(rank, labels.tolist(), strict=True) if its == label]
         assert per_class[label] == pytest.approx(100 * sum(r < 1 for r in ranks) / len(ranks))
-    assert per_class[6:] == [None]  # no image has that label
+    assert per_class[6:] == [None]  # no images with this label
     log_likelihood = [
         row[label] - row.exp().sum().log() for row, label in zip(logits, labels, strict=True)
     ]
@@ -112,7 +112,7 @@ def test_auto_on_the_cpu(monkeypatch, units):
 
 @pytest.mark.parametrize(("name", "asked"), [("cuda", ["high"]), ("cpu", [])])
 def test_float32_is_tf32_on_a_gpu_in_training_and_evaluation(monkeypatch, name, asked):
-    """In `to_device`, by which both bring a network there; it needs no GPU to be seen."""
+    """Both use `to_device`, so this can be tested without a GPU."""
     said = []
     monkeypatch.setattr(torch, "set_float32_matmul_precision", said.append)
     to_device(SimpleNamespace(to=lambda *_, **__: None), torch.device(name), channels_last=False)
@@ -121,7 +121,7 @@ def test_float32_is_tf32_on_a_gpu_in_training_and_evaluation(monkeypatch, name, 
 
 @pytest.mark.slow
 def test_peak_memory_is_this_process_own():
-    """Started from a process that once held much, one that holds little says little."""
+    """A small process started by one that had a large peak does not report that peak."""
     hoard = torch.ones(2**27)  # 512 MiB
     code = "import torch; from training.device import peak_memory_mib as p; "
     code += "print(p(torch.device('cpu'))); x = torch.ones(2**25); print(p(torch.device('cpu')))"
@@ -143,7 +143,7 @@ def test_auto_on_a_gpu(monkeypatch, has_bf16, expected):
     if not has_bf16:
         with pytest.raises(ValueError, match=r"precision=bf16.*use precision=fp16"):
             choose_dtype("bf16", gpu)
-    assert set(asked) == {gpu}  # and not the current one
+    assert set(asked) == {gpu}  # not the current device
 
 
 @pytest.mark.parametrize("name", ["cuda:99", "mps:0", "gpu", ""])
@@ -154,7 +154,7 @@ def test_devices_that_are_not_there(name):
 
 @pytest.mark.parametrize(("name", "current"), [("cuda", []), ("cuda:1", [1])])
 def test_the_gpu_that_is_asked_for_is_the_current_one(monkeypatch, name, current):
-    """Whose random numbers `set_seed` begins, and whose memory is told."""
+    """`set_seed` seeds the current GPU, and its memory is reported."""
     made = []
     monkeypatch.setattr("training.device._check_device", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.append(device.index))
@@ -181,7 +181,7 @@ def git(folder, *words):
 
 
 def repository(folder):
-    """One with a file; returns its commit."""
+    """Make a repository with one file; return its commit."""
     (folder / "training").mkdir(parents=True)
     (folder / "training" / "file").write_text("1")
     git(folder, "init", "-q")
@@ -217,9 +217,9 @@ def test_the_commit_is_the_projects_own(tmp_path, monkeypatch, names):
     monkeypatch.setattr(provenance, "MAX_DIFF", 40)
     assert provenance.uncommitted().startswith(b" training/file | ")
     assert len(provenance.uncommitted()) <= 40
-    (root / ".git").rename(tmp_path / "elsewhere")  # as unpacked from an archive
+    (root / ".git").rename(tmp_path / "elsewhere")  # like an unpacked archive
     assert provenance.commit() == "unknown"
-    (root / ".git").write_text(f"gitdir: {tmp_path / 'elsewhere'}\n")  # as in a worktree
+    (root / ".git").write_text(f"gitdir: {tmp_path / 'elsewhere'}\n")  # like a worktree
     assert provenance.commit() == f"{own}-dirty"
 
 

@@ -1,4 +1,4 @@
-"""The trial of a backend: what passes, what fails, and what `auto` does then."""
+"""The trial of a backend: what passes, what fails, and what `auto` does after a failure."""
 
 import logging
 
@@ -14,7 +14,7 @@ from helpers import inputs, inputs_like, with_gradients
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    """No trial yet, and `auto` means fused as on a GPU."""
+    """Start without any trial, and let `auto` mean fused, as on a GPU."""
     monkeypatch.setattr(trial, "_passed", {})
     monkeypatch.setattr(trial, "any_failed", False)
 
@@ -27,7 +27,7 @@ def fresh(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often each backend has run; `replace` puts something else in the place of fused."""
+    """How often each backend has run; `replace` replaces the fused backend."""
     counts = {}
 
     def count(name, attend):
@@ -59,7 +59,7 @@ def test_a_right_one_is_tried_once_for_each_map_and_dtype(calls, caplog):
     for _ in range(3):
         attention_2d(*low())
     assert (calls["fused"], calls["formula"]) == (1 + 3, 2)
-    attention_2d(*low(batch=5))  # the batch does not matter
+    attention_2d(*low(batch=5))  # another batch size needs no new trial
     assert calls["formula"] == 2
     attention_2d(*low((4, 5)))
     attention_2d(*low(dtype=torch.float16))
@@ -131,7 +131,7 @@ def test_an_image_of_the_training_is_left_alone(calls):
 
 
 def test_the_first_call_may_be_a_checkpointed_one(calls, caplog):
-    """Activation checkpointing hooks into what is saved; the trial is none of it."""
+    """Activation checkpointing hooks into saved tensors, which must not include the trial's."""
     tensors = low()
     out = checkpoint(attention_2d, *tensors, use_reentrant=False)
     got = torch.autograd.grad(out, tensors, torch.ones_like(out))
@@ -170,7 +170,7 @@ def test_a_compiled_graph_has_no_trial(calls):
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_the_fused_kernels_pass(scale, dtype):
-    """The interpreter has no bfloat16. Tables are float32 in training."""
+    """Triton's interpreter has no bfloat16. The tables are float32, as in training."""
     pytest.importorskip("triton")
     tensors = inputs_like(inputs((7, 9), 2, 20, 2, scale=scale), dtype)
     tensors = [*tensors[:3], *(t.float() for t in tensors[3:])]

@@ -1,4 +1,4 @@
-"""docs/tutorial.md: every command is run as it is printed, on smaller networks and fewer images."""
+"""docs/tutorial.md: every command is run as printed, with smaller networks and fewer images."""
 
 import os
 import re
@@ -13,7 +13,7 @@ from app import run_app
 from helpers import ROOT
 
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-# What is changed in the copy of the project: the defaults, so that no command has to be.
+# Defaults to change in a copy of the project, so that no command needs to be changed.
 SMALLER = {
     "configs/data/lookup.yaml": {
         "train_size: 10000": "train_size: 564",
@@ -33,7 +33,7 @@ PYTHON = ".venv/bin/python"
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """The project as it is here, made smaller."""
+    """A copy of the project with smaller defaults."""
     place = tmp_path_factory.mktemp("clone")
     command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
@@ -52,7 +52,7 @@ def clone(tmp_path_factory):
 
 def run(words, clone):
     options = {"cwd": clone, "env": os.environ | {"WANDB_MODE": "disabled"}, "timeout": 900}
-    # The time counts from the start of the process, which a fork has behind it.
+    # max_minutes counts from the start of the process, and a fork's start is long ago.
     if any("max_minutes" in word for word in words):
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
     else:
@@ -62,7 +62,7 @@ def run(words, clone):
 
 
 def as_a_shell_reads(command, clone):
-    """The words of a command, without its quotes and with the folders that its ``*`` stand for."""
+    """Return the words of a command after the shell has removed quotes and expanded ``*``."""
     command = ["bash", "-c", f"printf '%s\\0' {command}"]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True, check=True)
     return done.stdout.split("\0")[:-1]
@@ -86,7 +86,7 @@ def test_every_command_does_what_the_page_says(clone):
     (three,) = (text for kind, text in blocks if "scripts/evaluate.py outputs/compare" in text)
     said = [line.partition("  #")[0].strip() for line in first.partition("next:\n")[2].splitlines()]
     shown = [line.replace(sys.executable, PYTHON) for line in said]
-    # By default compare.py varies and sets what it names at its end.
+    # compare.py prints its default arguments, which the page omits.
     shown[2] = shown[2].replace(" --vary attention=none,aa -- experiment=lookup", "")
     assert shown == three.splitlines()
     words = {name: [line for line in outputs if name in line] for name in ("max_minutes", "resume")}

@@ -1,4 +1,4 @@
-"""sweeps/*.yaml: each word that wandb makes of them is a setting that can be trained."""
+"""sweeps/*.yaml: every argument that wandb generates from them is a valid setting."""
 
 import itertools
 import random
@@ -21,7 +21,7 @@ def load(path):
 
 
 def expand(command, values):
-    """The words that an agent starts for these values, as wandb's agent puts them together."""
+    """Return the command line that wandb's agent makes from these values."""
     made = create_sweep_command_args({"args": {k: {"value": v} for k, v in values.items()}})
     made |= {"env": ["/usr/bin/env"], "interpreter": ["python"], "program": ["train.py"]}
     words = []
@@ -32,7 +32,7 @@ def expand(command, values):
 
 
 def combinations(parameters):
-    """All of a grid; of what is drawn both ends and a few draws, with every other value."""
+    """Return all combinations of values; a distribution gives both ends and two draws."""
     draw = random.Random(0)
     axes = {}
     for name, how in parameters.items():
@@ -54,7 +54,7 @@ def test_the_command_is_the_projects(path):
     words = expand(sweep["command"], {"seed": 0})
     assert words[:3] == ["/usr/bin/env", "python", "train.py"]
     assert words[-1] == "seed=0"
-    assert "resume=auto" in words  # a run that was preempted comes back
+    assert "resume=auto" in words  # for preempted runs
     assert "seed" in sweep["parameters"]
     assert not [name for name in sweep["parameters"] if "-" in name]
 

@@ -1,4 +1,4 @@
-"""Words of the command line that mean something else to Hydra than they say."""
+"""Command-line arguments that Hydra would interpret in an unexpected way."""
 
 import pytest
 

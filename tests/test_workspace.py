@@ -1,4 +1,4 @@
-"""The dashboard's workspace: each key in it is recorded by a run, and it can be saved."""
+"""The dashboard's workspace: each of its keys is recorded by a run, and it can be saved."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from app import run_app
 from folders import make_run
 from helpers import ROOT, TINY, offline_records
 
-BLOCKS = ["stages.1.0.conv1", "stages.2.0.conv1"]  # of TINY's network
+BLOCKS = ["stages.1.0.conv1", "stages.2.0.conv1"]  # augmented blocks of TINY
 WEAVE, VEGA = "Weave", "Vega2"
 
 
@@ -31,7 +31,7 @@ def panels_of(spec):
 
 
 def texts(value):
-    """All strings in nested lists and dicts."""
+    """Yield all strings in nested lists and dicts."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -43,7 +43,7 @@ def texts(value):
 
 
 def keys_of(panel):
-    """What a panel shows: ("config", "history" or "summary", key)."""
+    """Yield what a panel shows, as ("config", "history" or "summary", key)."""
     config = panel["config"]
     for text in texts(config):
         if found := re.fullmatch(r"config:(.+)\.value|\$\{config:(.+)\}", text):
@@ -63,7 +63,7 @@ def keys_of(panel):
 
 @pytest.fixture
 def recorded(settings, tmp_path):
-    """What runs of a comparison and of a sweep, and the compare run, have on the dashboard."""
+    """The keys that runs of a comparison and of a sweep, and the compare run, record."""
     online = ["wandb.mode=offline", "epochs=1"]
     base = [word for word in TINY if "tracking" not in word]
     for number, word in enumerate(("data.val_size=0", "data.val_size=40")):
@@ -96,7 +96,7 @@ def recorded(settings, tmp_path):
             kept["history"] |= record["history"]["item"].keys()
         if record["type"] == "summary":
             kept["summary"] |= record["summary"]["update"].keys()
-    # Pictures and tables are kept as several keys.
+    # Pictures and tables are stored under several keys.
     return {kind: {str(key).removesuffix("._type") for key in keys} for kind, keys in kept.items()}
 
 
@@ -106,7 +106,7 @@ def test_every_key_of_the_panels_is_recorded(recorded):
     assert len(set(shown)) > 20
     for kind, key in shown:
         assert key in recorded[kind], (kind, key)
-    assert recorded["data"] == {"lookup", "cifar100"}  # of the two runs, and of the compare run
+    assert recorded["data"] == {"lookup", "cifar100"}  # the two runs and the compare run
 
 
 def test_what_is_shown():
