@@ -36,7 +36,7 @@ class EqualCost:
 
 
 def at_equal_cost(comparison: Comparison) -> list[EqualCost]:
-    """Compare at equal training time (if it is known for both) and at equal FLOPs.
+    """Compare at equal training time (if the times are comparable) and at equal FLOPs.
 
     Raises:
         ValueError: if a step_times.json is damaged.

@@ -316,7 +316,7 @@ def differing_settings(variants: list[Variant]) -> list[str]:
 
 
 def distinguishing(variants: list[Variant]) -> list[str]:
-    """The settings that tell the variants apart: all of attention's and as few others as needed."""
+    """The settings that tell the variants apart: all of attention's, others only if needed."""
 
     def combinations(keys: list[str]) -> int:
         return len({tuple(variant.setting(key) for key in keys) for variant in variants})

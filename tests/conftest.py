@@ -126,7 +126,7 @@ def root(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(tmp_path):
-    """A stand-in for wandb's server."""
+    """A fake wandb server in its own process."""
     server = ServerProcess(tmp_path / "server")
     yield server
     server.kill()

@@ -554,7 +554,7 @@ MODELS = [
 ]
 
 
-# Raised by code that torch.compile imports.
+# Warnings from modules that torch.compile imports.
 @pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(("make", "words"), MODELS, ids=[words for _, words in MODELS])
 def test_models_that_cannot_be_augmented_are_refused(make, words):

@@ -194,7 +194,7 @@ def test_a_pooled_layer_has_the_parameters_of_one_that_is_not():
 # ---- Tracing and transforms ---------------------------------------------------------------------
 
 
-# Raised by torch.jit.trace, and by modules that torch imports for forward-mode derivatives.
+# Warnings from torch.jit.trace, and from modules that torch imports for forward-mode derivatives.
 DEPRECATED = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated:DeprecationWarning")
 
 

@@ -138,7 +138,7 @@ def test_a_signalled_job_queues_itself_again_and_ends_with_the_rows_of_one_run(c
     await_(lambda: state() == "PENDING", "the job in the queue again")
     assert 2 < len(lines()) < 26, "the signal came too late to try anything"
     assert not list(tmp_path.glob("cut/**/summary.json"))
-    # Slurm would wait two minutes; but a restart within the same second confuses slurmd.
+    # Slurm would wait two minutes; slurmd mistakes a start in the same second for the killed job.
     cluster("scontrol", "update", f"JobId={job}", "StartTime=now+3")
     await_(lambda: state() not in ("PENDING", "RUNNING", "COMPLETING"), "the end of the job")
     assert state() == "COMPLETED"

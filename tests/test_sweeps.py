@@ -435,7 +435,7 @@ def test_drawn_numbers_are_rounded_where_they_stay_apart(tmp_path):
 
 
 def test_sizes_are_in_the_order_of_what_they_came_to(tmp_path):
-    """16 channels are half of a stage's 32, and less than all of them."""
+    """dk=16 is half of the stage's 32 channels: more than dk=0.25, less than dk=1.0."""
     for dk, channels in ((1.0, 32), (16, 16), (0.25, 8)):
         folder = train(tmp_path, 70.0, 0, attention__dk=dk)
         path = folder / "summary.json"
