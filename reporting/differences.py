@@ -135,10 +135,10 @@ def equal_cost_section(analysis: Analysis) -> Section | None:
     return Section(
         "At equal cost",
         [
-            "The network that needs less for all of its epochs sets the budget; the other one is "
-            "read after the last epoch that it has finished within it, in the middle of its "
-            "schedule. That favors the one whose learning rate has come down. The ratio is what "
-            "an epoch of the first costs, over what one of the second does."
+            "The network that is cheaper over all of its epochs sets the budget; the other one is "
+            "read after the last epoch that it finishes within that budget, in the middle of its "
+            "schedule. That favors the one whose learning rate has decayed. The ratio is the cost "
+            "of an epoch of the first network over that of the second."
         ],
         tables(rows, texts=2),
     )

@@ -164,7 +164,7 @@ def caveats(analysis: Analysis) -> list[str]:
     if saturated:
         found.append(
             f"The attention of {first_few(saturated)} began nearly one-hot (attention.init=kaiming "
-            "without attention.qk_norm, as in all runs before there was a choice), which slows "
+            "without attention.qk_norm, the only option in older runs), which slows "
             "early training: `scripts/softness.py` measures it."
         )
     for condition, differently in CONDITIONS.items():

@@ -166,8 +166,8 @@ def attention_section(analysis: Analysis) -> Section | None:
         for number, (name, picture) in enumerate(layers.items(), start=1)
     ]
     words = (
-        f"{label}, seed {run.seed}, on images of the evaluation. Of each image and block the "
-        "position is shown whose attention is the sharpest."
+        f"{label}, seed {run.seed}, on images of the evaluation. For each image and block, the "
+        "position with the sharpest attention is shown."
     )
     return Section(
         "What attention looks at",

@@ -151,7 +151,7 @@ def _ranking(sweep: Sweep) -> list[Table]:
         caption += (
             " Not all have the same seeds, so the seeds' own differences are taken out first."
             if sweep.design.takes_seeds_out
-            else " Not all have the same seeds, but the seeds are not seen to differ."
+            else " Not all have the same seeds, but they do not differ significantly."
         )
     return tables(rows, texts=2, caption=caption)
 
@@ -182,15 +182,15 @@ def _effects(sweep: Sweep) -> list[Table]:
 
 def _basis(error: Error | None) -> str:
     if error is None:
-        return "Without several seeds there is no error that they could be held against."
+        return "With a single seed, there is no error estimate to test against."
     sd = f"{error.sd:.2f} points with {count(error.df, 'degree')} of freedom"
     if error.basis == "interactions":
         return (
-            "Too few seeds are repeated: what the settings' effects leave, their interactions, "
-            f"stands for the error (standard deviation {sd}), which is larger where these are "
-            "real, and knows nothing of other seeds."
+            "Too few seeds are repeated, so the settings' interactions serve as the error "
+            f"(standard deviation {sd}). This overestimates it if they are real and does not cover "
+            "other seeds."
         )
-    return f"The error is how much the effects differ by seed, pooled (standard deviation {sd})."
+    return f"The error is the pooled variation of the effects over seeds (standard deviation {sd})."
 
 
 def _interactions(sweep: Sweep) -> list[Table]:

@@ -89,7 +89,7 @@ def save(workspace: ws.Workspace, url: str | None = None) -> str:
         before = ws.Workspace.from_url(url)
         if (before.entity, before.project) != (workspace.entity, workspace.project):
             raise ValueError(
-                f"{url} is of {before.entity}/{before.project}, not of "
+                f"{url} belongs to {before.entity}/{before.project}, not to "
                 f"{workspace.entity}/{workspace.project}"
             )
         workspace._internal_name, workspace._internal_id = (

@@ -174,7 +174,7 @@ def test_it_is_saved_and_replaced(server):
     assert len(panels_of(json.loads(view["spec"]))) > 10
     other = call(server, "--save", "--project", "other", "--replace", url)
     assert other.returncode == 1
-    assert other.stderr == f"workspace.py: not saved: {url} is of me/mine, not of me/other\n"
+    assert other.stderr == f"workspace.py: not saved: {url} belongs to me/mine, not to me/other\n"
     assert len(server.views) == 1
     assert call(server, "--save", "--project", "mine").stdout.strip() != url
     assert len(server.views) == 2
