@@ -295,5 +295,5 @@ def test_a_finished_run_asked_for_more_epochs_says_how_to_go_on(run, tmp_path):
     with pytest.raises(ValueError, match="from a run of 1 epochs, and its learning rate") as caught:
         run("epochs=3", "resume=auto", folder="one")
     assert f"init_from='{tmp_path / 'one'}'" in str(caught.value)
-    assert "a new schedule, of 3 epochs" in str(caught.value)
+    assert "a new schedule of 3 epochs" in str(caught.value)
     assert (tmp_path / "one" / run_folder.SUMMARY).exists()
