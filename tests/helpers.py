@@ -118,6 +118,7 @@ def offline_records(folder):
 
 
 slow = partial(pytest.param, marks=pytest.mark.slow)
+thorough = partial(pytest.param, marks=pytest.mark.thorough)
 
 # (H, W), heads, dkh, dvh
 CASES = [

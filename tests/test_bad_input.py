@@ -18,7 +18,7 @@ from training import cli, launch
 from training.compose import compose_config
 
 from app import run_app
-from helpers import ROOT, TINY, call, check_line, everything_below, refused, slow
+from helpers import ROOT, TINY, call, check_line, everything_below, refused, slow, thorough
 
 
 @pytest.fixture
@@ -355,8 +355,9 @@ def process(*words, cwd, **environment):
     return run_app([ROOT / "train.py", *words], cwd=cwd, env={**os.environ, **environment})
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("words", ["epochs=0", "model=resnet9", "--epochs=3", "device=cuda:99"])
+@pytest.mark.parametrize(
+    "words", [slow("epochs=0"), *map(thorough, ("model=resnet9", "--epochs=3", "device=cuda:99"))]
+)
 def test_the_real_command(tmp_path, words):
     done = process(*TINY, words, cwd=tmp_path)
     assert done.returncode == 2

@@ -236,6 +236,7 @@ def test_bench_augment(monkeypatch, tmp_path):
     assert {(layer.backend, layer.pool) for layer in layers} == {("sdpa", 1)}
 
 
+@pytest.mark.thorough
 def test_peak_is_that_of_a_step_in_a_new_process():
     assert timing.peak(holds, 64, torch.device("cpu")) > 60
 

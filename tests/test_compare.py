@@ -21,7 +21,7 @@ from training.run_folder import claimed
 
 from app import App, run_app
 from folders import failed, make_run
-from helpers import ROOT, TINY, await_, refused, slow
+from helpers import ROOT, TINY, await_, refused, thorough
 
 SHORT = [word for word in TINY if "epochs" not in word]
 
@@ -381,7 +381,7 @@ def test_a_run_in_progress_elsewhere_is_left_to_it(tmp_path, pretend, capsys):
 
 @pytest.mark.parametrize("name", ["summary.json", "metrics.csv", "failed.json"])
 @pytest.mark.parametrize(
-    "content", [b"", slow(b"{}"), slow(b'{"format": 1}'), slow(b"\xff\xfe"), slow(b"epoch\nx\n")]
+    "content", [b"", *map(thorough, (b"{}", b'{"format": 1}', b"\xff\xfe", b"epoch\nx\n"))]
 )
 def test_a_damaged_run_is_named_and_the_others_go_on(tmp_path, pretend, capsys, name, content):
     calls = pretend(finish)
@@ -421,7 +421,7 @@ def started(out):
             process.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_started_again_and_interrupted(tmp_path):
     """A run outlives a killed compare.py and keeps its folder locked for the next one."""
     vary = [["attention=none", "epochs=1"], ["attention=none", "epochs=10000"]]

@@ -16,7 +16,7 @@ import yaml
 from training.variants import within_length
 
 from app import App, run_app
-from helpers import CLOCK, ROOT, TINY, await_
+from helpers import CLOCK, ROOT, TINY, await_, thorough
 
 pytestmark = pytest.mark.slow
 
@@ -246,6 +246,7 @@ def test_after_a_kill_and_resume_the_history_is_that_of_the_folder(start, train,
     assert server.only[1]["exitcode"] == 0
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_kept_offline_and_resumed_is_uploaded_whole(train, server, tmp_path):
     offline = [w for w in LONG if "wandb" not in w]
     for limit in ("0.001", "null"):
@@ -271,6 +272,7 @@ cli.run()
 """
 
 
+@pytest.mark.thorough
 def test_a_server_that_dies_costs_one_warning_and_no_row(start, server, tmp_path):
     process = start(*LONG, program=("-c", IMPATIENT.format(root=str(ROOT))))
     await_(lambda: rows_on_disk(tmp_path) >= 2, "two epochs")
@@ -292,8 +294,8 @@ def test_a_server_that_dies_costs_one_warning_and_no_row(start, server, tmp_path
     ("how", "code", "exitcode", "preempting", "outcome", "reason"),
     [
         ("diverges", 2, 1, False, "diverged", "the loss is not finite in epoch 1, step "),
-        (signal.SIGTERM, 143, 255, False, "stopped", "SIGTERM"),
-        (signal.SIGUSR1, 138, 1, True, "stopped", "SIGUSR1"),
+        thorough(signal.SIGTERM, 143, 255, False, "stopped", "SIGTERM"),
+        thorough(signal.SIGUSR1, 138, 1, True, "stopped", "SIGUSR1"),
         ("time", 0, 1, True, "stopped", "max_minutes=0.001"),
     ],
     ids=str,

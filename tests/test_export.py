@@ -10,7 +10,7 @@ from torch.export import Dim
 from aaconv import AugmentedConv
 from aaconv.tables import fit_table
 
-from helpers import slow
+from helpers import thorough
 
 # Warnings from the exporters themselves.
 pytestmark = pytest.mark.filterwarnings(
@@ -60,7 +60,7 @@ def free():
     return {"x": {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}}
 
 
-@pytest.mark.parametrize("change", [CASES[1], *map(slow, CASES[3:])], ids=str)
+@pytest.mark.parametrize("change", [CASES[1], *map(thorough, CASES[3:])], ids=str)
 def test_torch_export(change, free):
     layer = build(change)
     check(torch.export.export(layer, (images(),), dynamic_shapes=free).module(), layer)

@@ -15,10 +15,8 @@ from helpers import await_
 BRIEF = [*fault_test.SMALL, "data.train_size=32", "data.test_size=16", "epochs=2"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "kills"), [(1, 1), pytest.param(2, 1, marks=pytest.mark.thorough)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(("processes", "kills"), [(1, 1), (2, 1)])
 def test_a_run_killed_at_random_moments_ends_as_one_that_was_not(tmp_path, processes, kills):
     outcome = fault_test.fault_test(
         tmp_path / "faults", kills=kills, seed=0, processes=processes, overrides=BRIEF

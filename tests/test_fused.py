@@ -24,6 +24,7 @@ from helpers import (
     laid_out,
     rounding_errors,
     slow,
+    thorough,
     with_gradients,
 )
 
@@ -43,10 +44,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [
     ((1, 1), 1, 1, 1, 2),
     ((1, 5), 3, 2, 1, 2),
-    slow((7, 13), 1, 64, 2, 1),
+    thorough((7, 13), 1, 64, 2, 1),
     slow((5, 3), 2, 20, 5, 2),
     ((4, 2), 3, 1, 17, 2),
-    slow((2, 67), 1, 20, 2, 1),  # wider than a tile
+    thorough((2, 67), 1, 20, 2, 1),  # wider than a tile
 ]
 
 
@@ -71,7 +72,7 @@ def test_equals_the_formula_with_gradients(size, heads, dkh, dvh, batch):
     check(on_device(inputs(size, heads, dkh, dvh, batch=batch), torch.float32))
 
 
-@pytest.mark.parametrize("size", [(5, 3), slow((1, 67))])
+@pytest.mark.parametrize("size", [(5, 3), thorough((1, 67))])
 def test_without_tables(size):
     check(on_device(inputs(size, 2, 20, 5)[:3], torch.float32))
 
@@ -86,7 +87,7 @@ def in_order():
 @pytest.mark.usefixtures("in_order")
 @pytest.mark.parametrize(
     ("size", "heads", "dkh", "dvh", "batch"),
-    [((1, 5), 3, 2, 1, 2), slow((5, 3), 2, 20, 5, 2), slow((2, 67), 1, 20, 2, 1)],
+    [((1, 5), 3, 2, 1, 2), slow((5, 3), 2, 20, 5, 2), thorough((2, 67), 1, 20, 2, 1)],
 )
 def test_gradients_in_a_fixed_order(size, heads, dkh, dvh, batch):
     low = on_device(inputs(size, heads, dkh, dvh, batch=batch), torch.float32)
@@ -110,7 +111,7 @@ unconcerned = pytest.mark.filterwarnings("ignore:overflow", "ignore:All-NaN", "i
 
 
 @unconcerned
-@pytest.mark.parametrize("last", [60.0, 300.0, 1e5, -1e5])
+@pytest.mark.parametrize("last", [thorough(60.0), thorough(300.0), 1e5, thorough(-1e5)])
 def test_the_peak_may_be_far_from_the_first_keys(last):
     check(on_device(peaked((5, 7), last), torch.float32))
 
@@ -158,8 +159,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("order", ["any", "fixed"])
+@pytest.mark.parametrize("order", [slow("any"), thorough("fixed")])
 def test_nothing_as_large_as_all_position_terms_is_stored(order, request):
     if order == "fixed":
         request.getfixturevalue("in_order")
@@ -204,7 +204,7 @@ def test_a_gpu_with_too_little_of_something_is_told_by_name(monkeypatch):
 
 @unconcerned
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("size", "heads"), [((3, 5), 2), slow((7, 11), 1)])
+@pytest.mark.parametrize(("size", "heads"), [((3, 5), 2), thorough((7, 11), 1)])
 @pytest.mark.parametrize("scale", [1.0, slow(2.5), 8.0])
 def test_half_precision_errs_by_its_roundings(dtype, size, heads, scale, monkeypatch):
     """The errors are within the rounding bounds for logits up to 242."""
@@ -258,8 +258,7 @@ def test_each_input_alone_has_its_gradient(index):
 
 # torch 2.14's opcheck itself reads .grad of non-leaf tensors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [3, 5])
+@pytest.mark.parametrize("count", [thorough(3), slow(5)])
 def test_the_operations_pass_opcheck(count):
     check_operations("fused", on_device(inputs((3, 2), 2, 6, 4), torch.float32)[:count])
 

@@ -18,7 +18,7 @@ from training import attention_picture, media
 from training.settings import build_model
 from training.tracking import CHARTS, chart_table
 
-from helpers import TINY, offline_records
+from helpers import TINY, offline_records, slow, thorough
 
 PLAIN = torch.autocast("cpu", enabled=False)
 
@@ -232,8 +232,7 @@ def test_the_network_and_the_random_generators_are_left_as_they_were(network):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [slow("fp32"), thorough("bf16")])
 def test_a_run_is_the_same_with_and_without_media(settings, tmp_path, precision):
     words = [f"precision={precision}", "ema=0.9", "epochs=3"]
     scores = []

@@ -30,6 +30,7 @@ from helpers import (
     machine_lacks,
     rounding_errors,
     slow,
+    thorough,
     with_gradients,
 )
 
@@ -170,9 +171,7 @@ def test_the_operations_pass_opcheck(count):
 # A warning from torch itself.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind", ["aot_eager", pytest.param("inductor", marks=pytest.mark.thorough)]
-)
+@pytest.mark.parametrize("kind", ["aot_eager", thorough("inductor")])
 def test_compiled_and_exported(kind):
     layer = AugmentedConv(4, 8, 3, 6, 4, 2, (3, 5), True, backend="native")
     x = torch.randn(2, 4, 3, 5, requires_grad=True)

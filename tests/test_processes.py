@@ -125,7 +125,7 @@ def test_normalized_apart_the_curve_is_another(runs):
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_dead_process_ends_the_other_with_a_message(tmp_path):
     process = start_run(tmp_path / "dead", *NEVER_ENDING)
     await_((tmp_path / "dead" / "metrics.csv").exists, "an epoch", process)
@@ -147,7 +147,7 @@ def test_an_error_is_told_before_torchrun_ends_the_process():
             signal.signal(number, handler)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_terminals_interrupt_which_torchrun_repeats_is_saved_once(tmp_path):
     folder = tmp_path / "signalled"
     process = start_run(folder, *NEVER_ENDING)
@@ -165,13 +165,9 @@ def test_a_terminals_interrupt_which_torchrun_repeats_is_saved_once(tmp_path):
 JOBLIB = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("processes", "launcher"),
-    [
-        pytest.param(2, [], id="two processes"),
-        pytest.param(1, JOBLIB, id="joblib", marks=pytest.mark.thorough),
-    ],
+    ("processes", "launcher"), [(2, []), (1, JOBLIB)], ids=["two processes", "joblib"]
 )
 def test_a_sweep_runs_to_its_end(processes, launcher, tmp_path):
     """Of 8 jobs, two succeed, one diverges, one is in use elsewhere, and four are rejected."""

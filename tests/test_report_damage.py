@@ -16,6 +16,7 @@ from reporting.analysis import Analysis
 from training.run_folder import RunFolder, UnreadableError
 
 from folders import failed, make_run, report, segment
+from helpers import thorough
 
 pytestmark = pytest.mark.usefixtures("sketches")
 
@@ -150,7 +151,7 @@ def test_every_damaged_key_of_a_summary_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "names",
-    [["missing"], pytest.param([*DAMAGES], marks=pytest.mark.thorough)],
+    [["missing"], thorough([*DAMAGES])],
     ids=["missing", "all"],
 )
 def test_no_damage_of_a_summary_ends_the_report(tmp_path, names):
@@ -243,7 +244,7 @@ def test_every_damaged_column_of_the_metrics_is_named(tmp_path, finished):
         assert column in result.why or column.partition("/")[0] + "/" in result.why
 
 
-@pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("step", [11, thorough(1)])
 def test_a_cut_file_is_never_a_result(tmp_path, step):
     """The cut may be inside a line or after one."""
     folder = make_run(tmp_path / "a", 71.0, 1, "aa")

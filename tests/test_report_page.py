@@ -141,7 +141,7 @@ def test_one_run_alone_has_a_page(tmp_path, pictures, attention):
     assert "There are no finished runs of both a plain network and one with attention." in written
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_hundred_runs(tmp_path, pictures):
     """The page shows all 64 augmented and two plain variants with three seeds each."""
     for number in range(66):
@@ -267,7 +267,7 @@ def run_report(*arguments):
     )
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_utf_8_whatever_the_locale_says(tmp_path):
     names = ["Äpfel", "大きさ", "ñ"]
     root = tmp_path / "Läufe"

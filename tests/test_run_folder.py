@@ -22,7 +22,18 @@ from training.run_folder import HeldError, claimed, holder
 from training.variants import folder_name
 
 from app import App, run_app
-from helpers import ROOT, TINY, await_, call, everything_below, exit_code, refused, rows, slow
+from helpers import (
+    ROOT,
+    TINY,
+    await_,
+    call,
+    everything_below,
+    exit_code,
+    refused,
+    rows,
+    slow,
+    thorough,
+)
 
 LONG = ["epochs=10000", "data.train_size=64"]
 
@@ -372,8 +383,7 @@ def broken_pipe():
     return writer
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("streams", ["gone", "stderr-full", "all-closed"])
+@pytest.mark.parametrize("streams", [slow("gone"), thorough("stderr-full"), thorough("all-closed")])
 def test_ctrl_c_saves_whoever_reads_what_is_printed(tmp_path, streams):
     """The cases are `| tee log` whose tee has died, a full disk, and `2>&-`."""
     folder, prefix = tmp_path / "run", []
@@ -400,13 +410,13 @@ def test_an_ignored_interrupt_stays_ignored(tmp_path):
     """SIGINT is ignored in a background job of a script, for example."""
     folder = tmp_path / "run"
     ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"]
-    process = start(*tiny(folder, "epochs=30"), prefix=ignoring)
+    process = start(*tiny(folder, "epochs=12"), prefix=ignoring)
     await_((folder / "metrics.csv").exists, "an epoch", process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=240)
     assert process.returncode == 0
     assert "SIGINT" not in err
-    assert len(rows(folder)) == 30
+    assert len(rows(folder)) == 12
 
 
 @pytest.mark.parametrize(

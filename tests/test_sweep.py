@@ -50,7 +50,7 @@ def table(said):
     return jobs, lines[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_twelve_jobs_of_which_three_cannot_be_trained_and_one_diverges_twice(sweeps, tmp_path):
     said = sweeps(*TWELVE, "resume=auto")
     assert said.code == 1

@@ -19,6 +19,7 @@ from reporting.text import MINUS, rounded
 from training import run_folder
 
 from folders import analysis_of, make_run, variants_of
+from helpers import thorough
 
 
 def design(runs):
@@ -157,9 +158,9 @@ def test_what_cannot_be_told_from_the_best_is_dunnetts():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("balanced, 2 seeds", marks=pytest.mark.thorough),
+        thorough("balanced, 2 seeds"),
         "10 % missing, 3 seeds",
-        pytest.param("one seed", marks=pytest.mark.thorough),
+        thorough("one seed"),
     ],
 )
 def test_made_up_grids_are_answered_as_often_as_said(name):
