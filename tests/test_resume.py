@@ -43,6 +43,13 @@ def run(run):
     return lambda *overrides, folder="run": run(*overrides, folder=folder, base=SMALL)
 
 
+@pytest.fixture(autouse=True)
+def usual_algorithms():
+    """Turn deterministic algorithms off again, which a run leaves on."""
+    yield
+    set_deterministic(False)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A function that returns folder and summary of a run with overrides, trained only once."""
@@ -471,14 +478,8 @@ def test_a_signal_ends_a_sweep(monkeypatch, tmp_path, capsys):
     assert len(list(tmp_path.rglob("summary.json"))) == 1
 
 
-@pytest.fixture
-def usual_algorithms():
-    yield
-    set_deterministic(False)
-
-
 @pytest.mark.slow
-def test_deterministic_refuses_what_is_not(run, monkeypatch, usual_algorithms):
+def test_deterministic_refuses_what_is_not(run, monkeypatch):
     """With deterministic=true, an operation without a deterministic version is an error."""
 
     class Scattering(nn.Module):
@@ -499,7 +500,7 @@ def test_deterministic_refuses_what_is_not(run, monkeypatch, usual_algorithms):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_deterministic_on_a_gpu(run, tmp_path, usual_algorithms, precision):
+def test_deterministic_on_a_gpu(run, tmp_path, precision):
     overrides = ["deterministic=true", f"precision={precision}", "device=cuda", "ema=0.9"]
     run(*overrides, folder="whole")
     run(*overrides, folder="again")
