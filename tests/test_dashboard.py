@@ -15,6 +15,7 @@ import yaml
 
 from training.variants import within_length
 
+import fault_test
 from app import App, run_app
 from helpers import CLOCK, ROOT, TINY, await_, thorough
 
@@ -358,8 +359,9 @@ def agent(server, tmp_path):
 
     yield go
     for process in agents:
-        process.kill()
-        process.communicate()
+        with process:  # closes its stream
+            if process.poll() is None:
+                fault_test.kill(process)  # together with the run that it has started
 
 
 @pytest.mark.thorough

@@ -13,6 +13,7 @@ import torch
 
 from training import run_folder, stopping
 
+import fault_test
 from app import App
 from helpers import ROOT, TINY, await_, free_ports, rows
 
@@ -21,18 +22,33 @@ NEVER_ENDING = ["epochs=10000", "data.train_size=64"]
 GUARD = 240  # seconds after which a process is considered hanging
 
 
-def start_run(folder, *overrides):
-    """Start a tiny run in ``folder`` with two processes, as a user would."""
-    words = [*TINY, "device=cpu", f"run_dir={folder}", f"out_dir={folder.parent}"]
-    return subprocess.Popen(
-        [sys.executable, *TORCHRUN, "train.py", *words, *overrides],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+@pytest.fixture
+def start_run():
+    """A function that starts a tiny run in ``folder`` with two processes, as a user would.
+
+    Runs that a failed test left behind, some of which would never end, are killed.
+    """
+    started = []
+
+    def go(folder, *overrides):
+        words = [*TINY, "device=cpu", f"run_dir={folder}", f"out_dir={folder.parent}"]
+        process = subprocess.Popen(
+            [sys.executable, *TORCHRUN, "train.py", *words, *overrides],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(process)
+        return process
+
+    yield go
+    for process in started:
+        with process:  # closes its stream
+            if process.poll() is None:
+                fault_test.kill(process)
 
 
 def train(*words, processes):
@@ -126,7 +142,7 @@ def test_normalized_apart_the_curve_is_another(runs):
 
 
 @pytest.mark.thorough
-def test_a_dead_process_ends_the_other_with_a_message(tmp_path):
+def test_a_dead_process_ends_the_other_with_a_message(start_run, tmp_path):
     process = start_run(tmp_path / "dead", *NEVER_ENDING)
     await_((tmp_path / "dead" / "metrics.csv").exists, "an epoch", process)
     os.kill(int(children(process)[1]), signal.SIGKILL)
@@ -148,7 +164,7 @@ def test_an_error_is_told_before_torchrun_ends_the_process():
 
 
 @pytest.mark.thorough
-def test_a_terminals_interrupt_which_torchrun_repeats_is_saved_once(tmp_path):
+def test_a_terminals_interrupt_which_torchrun_repeats_is_saved_once(start_run, tmp_path):
     folder = tmp_path / "signalled"
     process = start_run(folder, *NEVER_ENDING)
     await_((folder / "metrics.csv").exists, "an epoch", process)
