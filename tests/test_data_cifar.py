@@ -65,16 +65,16 @@ def files(monkeypatch):
     monkeypatch.setattr(kind, "test_list", [["test_batch", sums["test_batch"]]])
     monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": sums["batches.meta"]})
     monkeypatch.setattr("data.cifar.TRAIN_SIZE", 13)
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    for variable in PROXIES:
-        monkeypatch.setenv(variable, f"http://127.0.0.1:{port}")
-    for variable in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(variable, raising=False)
     # urllib caches the proxies from its first use.
     monkeypatch.setattr(urllib.request, "_opener", None)
-    return contents
+    for variable in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    with socket.socket() as silent:
+        # Bound without listening, it refuses connections, and no other process can take its port.
+        silent.bind(("127.0.0.1", 0))
+        for variable in PROXIES:
+            monkeypatch.setenv(variable, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        yield contents
 
 
 @pytest.fixture
