@@ -124,6 +124,8 @@ def slow_or_wrong(rank, port):
     Also, each process may fail to read the files.
     """
     become(rank, port)
+    with distributed.process_group():  # one process may start much later than the other
+        assert distributed.all_reduce_max(rank) == 1
     distributed.COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=2)
     with distributed.process_group(compiles=True):
         if rank == 0:
