@@ -240,5 +240,6 @@ def test_classes_are_corrected_for_their_number(folder):
         ]
         raw.append(float(stats.ttest_rel(*zip(*pairs, strict=True)).pvalue))
     expected = dict(zip(names, holm_bonferroni(raw), strict=True))
+    assert {row[0] for row in table.rows} == expected.keys()
     for row in table.rows:
         assert float(row[3]) == pytest.approx(expected[row[0]], rel=0.1)

@@ -68,7 +68,8 @@ def test_equals_the_summary_to_the_last_digit(tmp_path):
     for script, *rest in commands:
         run_app([ROOT / script, *rest], check=True)
     summary = json.loads((run / "summary.json").read_text())
-    for got in record(out):
+    of_run, of_checkpoint = record(out)
+    for got in (of_run, of_checkpoint):
         assert got["data"] == "lookup val"
         assert got["images"] == 12
         assert got["scores"] == {name: summary[f"val/{name}"] for name in ("loss", "top1", "top5")}

@@ -100,7 +100,9 @@ def test_the_error_is_that_of_fitting_by_hand(number, missing):
     by_seed = [seed_by(factor) for factor in range(3)]
     explained = left_by(runs, cells) - left_by(runs, [*cells, *by_seed])
     assert found.error.mean_square * found.error.df == pytest.approx(explained, rel=1e-5)
-    for one in found.interactions():
+    interactions = found.interactions()
+    assert [one.factors for one in interactions] == [(0, 1), (0, 2), (1, 2)]
+    for one in interactions:
         a, b = one.factors
         pairs = {
             pair: lambda levels, seed, pair=pair: tuple(levels[f] for f in pair)
@@ -131,7 +133,9 @@ def test_all_pairs_of_one_setting_are_tukeys():
     groups = [[60 + 0.4 * level + draw.gauss(0, 0.5) for _ in range(4)] for level in range(4)]
     expected = stats.tukey_hsd(*groups)
     bounds = expected.confidence_interval(0.95)
-    for effect in design(apart(groups)).effects():
+    effects = design(apart(groups)).effects()
+    assert len(effects) == 6
+    for effect in effects:
         at = effect.levels
         assert effect.p == pytest.approx(expected.pvalue[at], abs=0.01)
         assert effect.low == pytest.approx(bounds.low[at], abs=0.03)
@@ -232,10 +236,13 @@ def test_of_equally_large_sweeps_the_best_comes_first(tmp_path):
 
 
 def test_an_interval_excludes_zero_where_p_is_small_and_nowhere_else():
+    small = []
     for number in range(40):
         draw = random.Random(number)
         for effect in design(grid((3, 2, 2), 3, draw, (0.3, 0.2, 0.1), 0.1)).effects():
-            assert (effect.p < 0.05) == (effect.low > 0 or effect.high < 0)
+            small.append(effect.p < 0.05)
+            assert small[-1] == (effect.low > 0 or effect.high < 0)
+    assert 20 < sum(small) < len(small) - 20
 
 
 def test_what_the_runs_cannot_tell_is_left_out():
@@ -266,7 +273,9 @@ def test_a_trend_over_many_values_is_an_ordinary_regression():
     levels = numpy.array([[sorted(of).index(v) for v in of] for of in x]).T
     trends = {number: numpy.array(of) for number, of in enumerate(x)}
     found = Design(levels, numpy.zeros(20, int), numpy.array(scores), trends)
-    for effect in found.effects():
+    effects = found.effects()
+    assert [effect.factor for effect in effects] == [0, 1]
+    for effect in effects:
         # Regress residuals on residuals, after removing the other factor from both.
         own, other = x[effect.factor], x[1 - effect.factor]
         a, b = stats.linregress(other, own), stats.linregress(other, scores)

@@ -213,7 +213,7 @@ WRONG = [
     (["{run}", "--device", "toaster"], "device=toaster"),
     (["{run}", "--out", "{photo}"], "photo.jpg"),
     (["{run}", "word"], "word: not a setting here"),
-    (["{runs}/own"], "own"),
+    (["{runs}/own"], "Could not find 'data/own'"),
 ]
 
 
