@@ -406,8 +406,8 @@ def options(group):
     return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
 
 
-def kind_of(model, attention):
-    """Try one network with every attention, and every network with one; CI tries all pairs."""
+def marked(model, attention):
+    """Leave one network with every attention to `make test`, and every network with one."""
     if model == "resnet8":
         return pytest.param
     return slow if attention == "aa" else thorough
@@ -416,7 +416,7 @@ def kind_of(model, attention):
 @pytest.mark.parametrize(
     ("model", "attention"),
     [
-        kind_of(model, attention)(model, attention)
+        marked(model, attention)(model, attention)
         for model, attention in product(options("model"), options("attention"))
         # These keep a part of the convolution, which this network has none of.
         if model != "alternet18" or attention not in ("mean", "pointwise", "removed")
